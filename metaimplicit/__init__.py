@@ -1,0 +1,56 @@
+"""Hypergradients you can trust: few-shot learning and bilevel optimisation in PyTorch."""
+
+from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
+from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit.learner import AdaptedModel, MetaLearner, Step
+from metaimplicit.metagrad import (
+    METHODS,
+    FirstOrder,
+    Implicit,
+    Method,
+    MethodOptions,
+    Report,
+    Reptile,
+    Truncated,
+    Unrolled,
+)
+from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
+from metaimplicit.solvers import CG, Dense, Neumann, Nystrom, Solution, Solver, Status
+
+__all__ = [
+    "CG",
+    "METHODS",
+    "AdaptedModel",
+    "BilevelProblem",
+    "Composite",
+    "Dense",
+    "FirstOrder",
+    "FromMeta",
+    "GaussNewton",
+    "GradientDescent",
+    "Hessian",
+    "Hypergradient",
+    "Identity",
+    "Implicit",
+    "InnerLoop",
+    "LinearOperator",
+    "MetaLearner",
+    "Method",
+    "MethodOptions",
+    "Neumann",
+    "Nystrom",
+    "Proximal",
+    "Report",
+    "Reptile",
+    "Solution",
+    "Solver",
+    "Status",
+    "Step",
+    "Stream",
+    "TorchOptimizer",
+    "Truncated",
+    "Unrolled",
+    "argmin",
+    "hypergradient",
+]

@@ -1,0 +1,203 @@
+"""The equation, once:  dg/dφ = ∂g/∂φ + (dθ*/dφ)ᵀ ∂g/∂θ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_map
+
+from metaimplicit.graph import reached
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad import Adaptation, Method, MethodOptions, Report, Reptile, make_method
+from metaimplicit.params import Params, leaves
+from metaimplicit.problem import BilevelProblem, Composite, LiftedProblem, Loss, Vectorize
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """What `hypergradient` returns.
+
+    Attributes:
+        outer_loss: mean over tasks of g(θ*(φ), φ), a scalar.
+        losses: g for each task, `[tasks]`.
+        grads: d outer_loss/dφ, named and shaped as `meta`.
+        params: θ*, `{name: [tasks, *shape]}`; without the task axis unless `batched`.
+        report: residuals, statuses, counts, the inner gradient norm.
+        aux: what the outer loss returned beside its scalar, detached.
+    """
+
+    outer_loss: Tensor
+    losses: Tensor
+    grads: Params
+    params: Params
+    report: Report
+    aux: Any = None
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    meta: Params,
+    data: Any,
+    *,
+    inner: InnerLoop,
+    method: str | Method,
+    options: MethodOptions | None = None,
+    batched: bool = False,
+    vectorize: Vectorize = "vmap",
+    chunk_size: int | None = None,
+) -> Hypergradient:
+    """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ = `meta`.
+
+    Args:
+        problem: init, inner and outer loss, each written for one problem.
+        meta: φ, `{name: tensor}`; not changed, and no graph of theirs is touched.
+        data: any pytree of tensors, or a `Stream` of them; with `batched` each carries the task axis first.
+        inner: the inner loop that approximates θ*.
+        method: how the derivative is taken, a `Method` or its flag (with `options`).
+        batched: whether `data` is a batch of tasks.
+        vectorize: `"vmap"` over tasks, or a `"loop"` under one graph.
+        chunk_size: tasks vmapped at a time, to bound memory.
+
+    Raises:
+        ValueError: a gradient the method cannot give; a loss that is not a scalar per task; a tensor that requires
+            grad and reaches a loss otherwise than through `meta`; any option out of its range.
+        FloatingPointError: from a strict implicit method.
+    """
+    method = make_method(method, options)
+    lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
+    with torch.enable_grad():
+        phi = _meta_leaves(meta)
+        adaptation = method.adapt(lifted, inner, phi)
+        theta = leaves(adaptation.params)
+        losses, aux = lifted.outer(theta, phi, lifted.at(inner.steps))
+        reached([losses], phi, theta.values(), [problem.outer_loss])
+        outer = losses.mean()
+        sources = [*theta.values(), *(m for m in phi.values() if m.requires_grad)]
+        grads = torch.autograd.grad(outer, sources, allow_unused=True) if outer.requires_grad else [None] * len(sources)
+    of_theta = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(theta.items(), grads, strict=False)}
+    direct = dict(zip((n for n, m in phi.items() if m.requires_grad), grads[len(theta) :], strict=True))
+    with torch.enable_grad():
+        indirect, report = adaptation.pull(of_theta, phi)
+    total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
+    for name, m in phi.items():
+        if m.requires_grad and direct.get(name) is None and indirect[name] is None:
+            _check_reachable(name, method, inner, adaptation)
+    return Hypergradient(
+        outer_loss=outer.detach(),
+        losses=losses.detach(),
+        grads=total,
+        params={n: p.detach() if batched else p.detach().squeeze(0) for n, p in adaptation.params.items()},
+        report=report,
+        aux=_detach(aux),
+    )
+
+
+def argmin(
+    inner_loss: Loss | Composite,
+    init: Callable[[Params, Any], Params],
+    meta: Params,
+    data: Any,
+    *,
+    inner: InnerLoop,
+    method: str | Method,
+    options: MethodOptions | None = None,
+    batched: bool = False,
+    vectorize: Vectorize = "vmap",
+    chunk_size: int | None = None,
+) -> Params:
+    """θ*(φ) = argmin_θ f(θ, φ) as a function that autograd knows: compose it with any torch code and `.backward()`.
+
+    Args are those of `hypergradient`; gradients flow to the tensors of `meta` that require them. With `unrolled` the
+    result is differentiable at will, with an implicit method once.
+
+    Returns:
+        `{name: [*shape]}`, or `[tasks, *shape]` if `batched`.
+
+    Raises:
+        ValueError: as `hypergradient`, or method "reptile", which is no derivative.
+        RuntimeError: on a second backward through an implicit method.
+    """
+    method = make_method(method, options)
+    if isinstance(method, Reptile):
+        raise ValueError("argmin method: got 'reptile', which is not a derivative; use 'first-order' or any other")
+    problem = BilevelProblem(init, inner_loss, lambda *_: None)
+    lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
+    with torch.enable_grad():
+        _meta_leaves(meta)
+        adaptation = method.adapt(lifted, inner, meta)
+        if adaptation.pullback is not None:
+            names = [name for name, m in meta.items() if m.requires_grad]
+            values = _Pullback.apply(adaptation, method, inner, names, *(meta[name] for name in names))
+            adaptation_params = dict(zip(adaptation.params, values, strict=True))
+        else:
+            adaptation_params = adaptation.params
+            on_path = reached(adaptation_params.values(), meta, [], [])
+            for name in set(meta) - on_path:
+                if meta[name].requires_grad:
+                    _check_reachable(name, method, inner, adaptation)
+    return adaptation_params if batched else {name: p.squeeze(0) for name, p in adaptation_params.items()}
+
+
+class _Pullback(torch.autograd.Function):
+    """θ*(φ), whose derivative is the adaptation's pullback."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, adaptation: Adaptation, method: Method, inner: InnerLoop, names: list[str], *meta: Tensor
+    ) -> Any:
+        ctx.adaptation, ctx.method, ctx.inner, ctx.names = adaptation, method, inner, names
+        ctx.save_for_backward(*meta)
+        return tuple(p.clone() for p in adaptation.params.values())
+
+    @staticmethod
+    def backward(ctx: Any, *vectors: Tensor) -> Any:
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            v = dict(zip(ctx.adaptation.params, (vector.detach() for vector in vectors), strict=True))
+            gradients, _ = ctx.adaptation.pull(v, {})
+        for name in ctx.names:
+            if gradients[name] is None:
+                _check_reachable(name, ctx.method, ctx.inner, ctx.adaptation)
+        found = [gradients[name] for name in ctx.names]
+        if twice:
+            found = [None if g is None else _Once.apply(g, *ctx.saved_tensors) for g in found]
+        return None, None, None, None, *found
+
+
+class _Once(torch.autograd.Function):
+    """The identity, but an error to differentiate."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor, *_: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> Any:
+        raise RuntimeError("argmin is differentiable once under an implicit method; for more, use method='unrolled'")
+
+
+def _meta_leaves(meta: Params) -> Params:
+    if not meta or not all(isinstance(m, Tensor) for m in meta.values()):
+        raise ValueError(f"meta: got {type(meta).__name__} {list(meta)}, expected a non-empty dict of tensors")
+    return {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
+
+
+def _check_reachable(name: str, method: Method, inner: InnerLoop, adaptation: Adaptation) -> None:
+    """A gradient of None is zero only if nothing depends on the entry; else the method just cannot give it."""
+    if name in adaptation.reads or inner.reads(name):
+        raise ValueError(f"{method.flag} cannot give the gradient of meta[{name!r}]: {method.remedy}")
+
+
+def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    if a is None and b is None:
+        return torch.zeros_like(like)
+    return (b if a is None else a if b is None else a + b).detach()  # type: ignore[union-attr]
+
+
+def _detach(aux: Any) -> Any:
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)

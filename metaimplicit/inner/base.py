@@ -1,0 +1,71 @@
+"""What an inner loop is: a point and a loss in, the iterates of an optimiser out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from metaimplicit.params import Params
+from metaimplicit.problem import FromMeta
+
+StepLoss = Callable[[Params, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Where an inner loop went.
+
+    Attributes:
+        params: θ_T, `{name: [tasks, *shape]}`.
+        steps: `[tasks]`, the steps each task took.
+        gradient_norm: `[tasks]`, ‖∂f/∂θ‖ at the last iterate at which it was computed, θ_{T−1}.
+        iterates: θ_0 … θ_T if asked for.
+    """
+
+    params: Params
+    steps: Tensor
+    gradient_norm: Tensor
+    iterates: tuple[Params, ...] = ()
+
+
+class InnerLoop(ABC):
+    """θ₀ → θ_T. Leaves are frozen dataclasses with a field `steps`, the cap T ≥ 1."""
+
+    steps: int
+    tol: float | None = None
+
+    @abstractmethod
+    def run(self, loss: StepLoss, start: Params, meta: Params, *, track: int, keep: bool = False) -> Trajectory:
+        """Run the loop.
+
+        Args:
+            loss: `(params, t) -> [tasks]`, the inner loss that step t sees.
+            start: θ₀, `{name: [tasks, *shape]}`.
+            meta: where `FromMeta` numbers are read.
+            track: the last `track` steps leave their graph; the T − track before them pass gradients to `start` as
+                the identity and to nothing else.
+            keep: hand back all iterates.
+        """
+
+    def updated(self, **changes: Any) -> InnerLoop:
+        """The same loop with some of its numbers changed."""
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def reads(self, key: str) -> bool:
+        """Whether a number of this loop is read from the meta-parameter `key`."""
+        return any(number.reads(key) for f in fields(self) for number in _references(getattr(self, f.name)))  # type: ignore[arg-type]
+
+
+def _references(value: Any) -> Iterator[FromMeta]:
+    if isinstance(value, FromMeta):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _references(part)
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _references(part)

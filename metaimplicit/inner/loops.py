@@ -1,0 +1,86 @@
+"""The inner loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
+from metaimplicit.inner.differentiable import check_optimizer, run
+from metaimplicit.params import Params
+from metaimplicit.problem import Number
+
+
+@dataclass(frozen=True)
+class GradientDescent(InnerLoop):
+    """θ_{t+1} = θ_t − η m_{t+1}, m_{t+1} = μ m_t + ∂f/∂θ(θ_t), m_0 = 0 (torch's SGD).
+
+    Args:
+        steps: T ≥ 1.
+        lr: η, a float, a tensor, or `FromMeta` (scalar, per tensor, or per element).
+        momentum: μ.
+        tol: stop a task once ‖∂f/∂θ‖ ≤ tol; None, never.
+    """
+
+    steps: int = 5
+    lr: Number = 0.1
+    momentum: Number = 0.0
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        check_optimizer(torch.optim.SGD, {"lr": self.lr, "momentum": self.momentum})
+
+    def run(self, loss: StepLoss, start: Params, meta: Params, *, track: int, keep: bool = False) -> Trajectory:
+        options = {"lr": self.lr, "momentum": self.momentum}
+        return run(torch.optim.SGD, options, loss, start, meta, steps=self.steps, tol=self.tol, track=track, keep=keep)
+
+
+@dataclass(frozen=True, init=False)
+class TorchOptimizer(InnerLoop):
+    """An optimiser of `torch.optim` as the inner loop, its whole state part of the graph.
+
+    Args:
+        optimizer: SGD, Adam, AdamW, Adadelta, Adagrad, Adamax or RMSprop, from `torch.optim`.
+        steps: T ≥ 1.
+        tol: stop a task once ‖∂f/∂θ‖ ≤ tol; None, never.
+        options: the optimiser's own, each a float, a tensor or `FromMeta` (`lr=0.01, betas=(FromMeta("b1"), 0.999)`).
+
+    Raises:
+        ValueError: an optimiser or an option that does not agree with `torch.optim`, or is out of range.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    steps: int
+    tol: float | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self, optimizer: type[torch.optim.Optimizer], *, steps: int = 5, tol: float | None = None, **options: Any
+    ) -> None:
+        for name, value in {"optimizer": optimizer, "steps": steps, "tol": tol, "options": options}.items():
+            object.__setattr__(self, name, value)
+        _check(self)
+        check_optimizer(optimizer, options)
+
+    @property
+    def lr(self) -> Any:
+        """The step size given, or None for the optimiser's own default."""
+        return self.options.get("lr")
+
+    def updated(self, **changes: Any) -> TorchOptimizer:
+        return TorchOptimizer(self.optimizer, **({"steps": self.steps, "tol": self.tol} | self.options | changes))
+
+    def run(self, loss: StepLoss, start: Params, meta: Params, *, track: int, keep: bool = False) -> Trajectory:
+        return run(
+            self.optimizer, self.options, loss, start, meta, steps=self.steps, tol=self.tol, track=track, keep=keep
+        )
+
+
+def _check(loop: InnerLoop) -> None:
+    if loop.steps < 1:
+        raise ValueError(f"steps: got {loop.steps}, expected at least 1 inner step")
+    if loop.tol is not None and not loop.tol > 0:
+        raise ValueError(f"tol: got {loop.tol}, expected a gradient norm > 0, or None")

@@ -1,0 +1,323 @@
+"""MetaLearner: the few-shot front door."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metaimplicit.hypergradient import Hypergradient, hypergradient
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.params import Adapt, Params, select
+from metaimplicit.problem import BilevelProblem, Composite, FromMeta, LiftedProblem, Proximal, Vectorize
+
+Pair = tuple[Tensor, Tensor]
+Granularity = Literal["scalar", "per-tensor", "per-element"]
+_LEARNABLE = {"lr": "loop", "proximal": "loss"}  # what a method must reach to learn it
+
+
+class EpisodeBatch(Protocol):
+    """What the learner takes: (inputs, targets) pairs with the task axis first, `[tasks, m, ...]`."""
+
+    @property
+    def support(self) -> Pair: ...
+
+    @property
+    def query(self) -> Pair: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `MetaLearner.backward` saw: the mean query loss, the query accuracy (None for regression), the report."""
+
+    loss: Tensor
+    accuracy: Tensor | None
+    report: Report
+
+
+class MetaLearner(nn.Module):
+    """Learns the initialisation from which `inner` adapts `model` to a task's support set.
+
+    min_φ mean_tasks loss(model_{θ*}(query)) with θ* = argmin_θ loss(model_θ(support)) + λ/2 ‖θ − φ‖² (Rajeswaran et
+    al. 2019, eq. 4; λ = 0 and `unrolled` is MAML), φ being the model's parameters that require grad.
+
+    Args:
+        model: any module whose call on inputs `[m, ...]` gives outputs `[m, ...]`. Batch-norm normalises over each
+            set it is given (transductive on the query), and must not track running statistics.
+        loss: `(outputs, targets) -> scalar`, e.g. `F.cross_entropy`.
+        inner: the inner loop.
+        method: a flag or a `Method`; an implicit one takes Gauss–Newton curvature unless told otherwise.
+        proximal: λ ≥ 0.
+        learn: inner numbers to learn beside φ, kept positive by learning their logarithm: "lr" (a scalar; with a
+            mapping `{"lr": "per-tensor"}` one each, or `"per-element"`, Meta-SGD) and "proximal".
+        adapt: which parameters adapt, a predicate, a glob or several; None, all. The rest are meta-learnt only.
+        vectorize: "vmap", "loop", or "auto": both are timed on the first batch, and the faster is kept.
+        chunk_size: tasks vmapped at a time, to bound memory.
+        options: numbers for a `method` given as a flag.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        inner: InnerLoop,
+        method: str | Method = "cg",
+        proximal: float = 0.0,
+        learn: Iterable[str] | Mapping[str, Granularity] = (),
+        adapt: Adapt = None,
+        vectorize: Vectorize | Literal["auto"] = "auto",
+        chunk_size: int | None = None,
+        options: MethodOptions | None = None,
+    ) -> None:
+        super().__init__()
+        method = make_method(method, options)
+        if isinstance(method, Implicit) and method.curvature is None:
+            method = replace(method, curvature="gauss-newton")
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("model: got no parameter that requires grad, expected some; call model.requires_grad_()")
+        if vectorize not in ("auto", "vmap", "loop"):
+            raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
+        self.model, self.loss, self.method, self.inner = model, loss, method, inner
+        self.adapted = select(trainable, adapt)
+        self.vectorize, self.chunk_size = vectorize, chunk_size
+        self._outputs: int | None = None  # the width of the model's output, for the range of labels
+        self.learnt = nn.ParameterDict()
+        self._keys: dict[str, str] = {}
+        penalty = self._learn(learn, proximal, trainable)
+        self.problem = BilevelProblem(
+            init=lambda meta, _: {name: meta[name] for name in self.adapted},
+            inner_loss=Composite(
+                outputs=lambda params, meta, data: self._call(params, meta, data[0][0]),
+                loss=lambda outputs, data: self.loss(outputs, data[0][1]),
+                penalty=penalty,
+            ),
+            outer_loss=self._outer,
+        )
+
+    def backward(self, episodes: EpisodeBatch) -> Step:
+        """Add the meta-gradient of the mean query loss over the batch to `.grad`, as `loss.backward()` would.
+
+        Raises:
+            ValueError: labels out of range or a class without support; an input with no gradient the method can give.
+        """
+        self._check(episodes)
+        data = (episodes.support, episodes.query)
+        if self.vectorize == "auto":
+            self.vectorize = self._faster(data)
+        result = self._hypergradient(data, self.vectorize)
+        for name, p in self._meta().items():
+            if p.requires_grad:
+                gradient = result.grads[name]
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        return Step(result.outer_loss, _accuracy(result.aux, episodes.query[1]), result.report)
+
+    def evaluate(self, episodes: EpisodeBatch, steps: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Query loss and accuracy of each task after 0, 1, … inner steps, both `[steps + 1, tasks]`.
+
+        `steps` is the inner loop's own number unless given; the accuracy is None for regression.
+        """
+        self._check(episodes)
+        iterates = self._trajectory(episodes.support, steps, batched=True)
+        lifted = self._lift((episodes.support, episodes.query), batched=True)
+        meta = self._frozen()
+        losses, accuracies = [], []
+        with torch.no_grad():
+            for params in iterates:
+                loss, outputs = lifted.outer(params, meta, lifted.data)
+                losses.append(loss)
+                accuracies.append(_accuracy(outputs, episodes.query[1], mean=False))
+        return torch.stack(losses), None if accuracies[0] is None else torch.stack(accuracies)  # type: ignore[arg-type]
+
+    def adapt(self, support: Pair, *, steps: int | None = None, batched: bool = False) -> AdaptedModel:
+        """The model adapted to a support set (inputs and targets `[m, ...]`), or to one for each task if `batched`."""
+        if not batched:
+            support = (support[0].unsqueeze(0), support[1].unsqueeze(0))
+        params = {name: p.detach() for name, p in self._trajectory(support, steps, batched=True)[-1].items()}
+        return AdaptedModel(self, params if batched else {name: p.squeeze(0) for name, p in params.items()}, batched)
+
+    def _learn(
+        self, learn: Iterable[str] | Mapping[str, Granularity], proximal: float, trainable: Mapping[str, Tensor]
+    ) -> Proximal | None:
+        """Make the learnt numbers parameters, point the inner loop at them, and return the penalty."""
+        wanted = dict(learn) if isinstance(learn, Mapping) else dict.fromkeys(learn, "scalar")
+        if unknown := sorted(set(wanted) - set(_LEARNABLE)):
+            raise ValueError(f"learn: got {unknown}, expected some of {list(_LEARNABLE)}")
+        for name, need in _LEARNABLE.items():
+            if name in wanted and need not in self.method.reach:
+                raise ValueError(f"learn {name!r}: {self.method.flag} cannot give its gradient: {self.method.remedy}")
+        if not proximal >= 0:
+            raise ValueError(f"proximal: got {proximal}, expected a strength ≥ 0")
+        if proximal == 0 and "start" not in self.method.reach:
+            raise ValueError(
+                "proximal: got 0 with an implicit method, expected a strength > 0: without it θ* does not depend on "
+                "the initialisation, and its gradient is zero"
+            )
+        granularity = wanted.get("lr")
+        if granularity is not None:
+            value = getattr(self.inner, "lr", None)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(
+                    f"learn 'lr': got an inner loop with lr={value!r}, expected a number > 0 to start from"
+                )
+            shapes: dict[str, list[tuple[int, ...]]] = {
+                "scalar": [()],
+                "per-tensor": [()] * len(self.adapted),
+                "per-element": [tuple(trainable[name].shape) for name in self.adapted],
+            }
+            if granularity not in shapes:
+                raise ValueError(f"learn 'lr': got {granularity!r}, expected one of {list(shapes)}")
+            names = ["log_lr"] if granularity == "scalar" else [f"log_lr.{name}" for name in self.adapted]
+            like = trainable[self.adapted[0]]
+            for name, shape in zip(names, shapes[granularity], strict=True):
+                self._add(name, torch.full(shape, float(value), dtype=like.dtype, device=like.device).log())
+            self.inner = self.inner.updated(lr=FromMeta("log_lr", torch.exp))
+        if "proximal" not in wanted:
+            return Proximal(proximal) if proximal > 0 else None
+        if wanted["proximal"] != "scalar":
+            raise ValueError(f"learn 'proximal': got {wanted['proximal']!r}, expected 'scalar'")
+        if proximal == 0:
+            raise ValueError("learn 'proximal': got proximal=0, expected a strength > 0 to start from")
+        like = next(iter(trainable.values()))
+        self._add("log_proximal", torch.tensor(proximal, dtype=like.dtype, device=like.device).log())
+        return Proximal(FromMeta("log_proximal", torch.exp))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        key = name.replace(".", "/")  # a parameter's own name may not hold a dot
+        self.learnt[key], self._keys[name] = nn.Parameter(value), key
+
+    def _meta(self) -> Params:
+        """φ: the model's trainable parameters and the learnt numbers, by name."""
+        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return params | {name: self.learnt[key] for name, key in self._keys.items()}
+
+    def _frozen(self) -> Params:
+        return {name: p.detach() for name, p in self._meta().items()}
+
+    def _call(self, params: Params, meta: Params, inputs: Tensor) -> Tensor:
+        merged = {name: m for name, m in meta.items() if name not in self._keys} | params
+        outputs: Tensor = torch.func.functional_call(self.model, merged, (inputs,))
+        return outputs
+
+    def _outer(self, params: Params, meta: Params, data: tuple[Pair, Pair]) -> tuple[Tensor, Tensor]:
+        outputs = self._call(params, meta, data[1][0])
+        return self.loss(outputs, data[1][1]), outputs
+
+    def _hypergradient(self, data: tuple[Pair, Pair], vectorize: Vectorize) -> Hypergradient:
+        return hypergradient(
+            self.problem,
+            self._meta(),
+            data,
+            inner=self.inner,
+            method=self.method,
+            batched=True,
+            vectorize=vectorize,
+            chunk_size=self.chunk_size,
+        )
+
+    def _lift(self, data: object, batched: bool) -> LiftedProblem:
+        how: Vectorize = "loop" if self.vectorize == "loop" else "vmap"
+        return LiftedProblem(self.problem, data, batched=batched, vectorize=how, chunk_size=self.chunk_size)
+
+    def _trajectory(self, support: Pair, steps: int | None, batched: bool) -> tuple[Params, ...]:
+        self._check_norms()
+        inner = self.inner if steps is None else self.inner.updated(steps=max(steps, 1))
+        lifted = self._lift((support, support), batched)
+        meta = self._frozen()
+        with torch.enable_grad():
+            path = inner.run(
+                lambda params, _: lifted.inner(params, meta, lifted.data), lifted.init(meta), meta, track=0, keep=True
+            ).iterates
+        path = path + path[-1:] * ((inner.steps if steps is None else steps) + 1 - len(path))
+        return path[:1] if steps == 0 else path
+
+    def _faster(self, data: tuple[Pair, Pair]) -> Vectorize:
+        """Time vmap and the loop on a batch, leaving the random state as it was."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if data[0][0].is_cuda else []):
+            seconds = {how: min(self._time(data, how) for _ in range(2)) for how in ("vmap", "loop")}
+        return "loop" if seconds["loop"] < seconds["vmap"] else "vmap"
+
+    def _time(self, data: tuple[Pair, Pair], vectorize: Vectorize) -> float:
+        start = time.perf_counter()
+        float(self._hypergradient(data, vectorize).outer_loss)  # reading a number waits for the device
+        return time.perf_counter() - start
+
+    def _check_norms(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.modules.batchnorm._NormBase)) and module.training and module.track_running_stats:
+                raise ValueError(
+                    f"model: {name!r} ({type(module).__name__}) tracks running statistics, which adaptation would mix "
+                    "between tasks; build it with track_running_stats=False, use GroupNorm, or call model.eval()"
+                )
+
+    def _check(self, episodes: EpisodeBatch) -> None:
+        self._check_norms()
+        for name, (inputs, targets) in {"support": episodes.support, "query": episodes.query}.items():
+            if inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2] or 0 in inputs.shape[:2]:
+                raise ValueError(
+                    f"episodes.{name}: got inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}, expected "
+                    "both to begin with [tasks, examples], neither empty"
+                )
+        if not episodes.support[1].is_floating_point():
+            if self._outputs is None:
+                with torch.no_grad():
+                    self._outputs = self._call({}, self._frozen(), episodes.support[0][0]).shape[-1]
+            _check_classes(episodes.support[1], episodes.query[1], self._outputs)
+
+
+class AdaptedModel:
+    """A model with adapted parameters: `inputs [m, ...] -> outputs`, or `[tasks, m, ...]` if it holds a batch of tasks.
+
+    Attributes:
+        params: the adapted parameters, `{name: [*shape]}` or `{name: [tasks, *shape]}`; the others are the learner's.
+    """
+
+    def __init__(self, learner: MetaLearner, params: Params, batched: bool) -> None:
+        self.params, self._learner, self._batched = params, learner, batched
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        meta = self._learner._frozen()
+        if not self._batched:
+            return self._learner._call(self.params, meta, inputs)
+        return torch.vmap(lambda p, x: self._learner._call(p, meta, x), randomness="different")(self.params, inputs)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.params.values()))) if self._batched else 1
+
+    def __getitem__(self, task: int) -> AdaptedModel:
+        """The model of one task of a batch."""
+        if not self._batched:
+            raise TypeError("this model holds one task; adapt with batched=True for several")
+        return AdaptedModel(self._learner, {name: p[task] for name, p in self.params.items()}, batched=False)
+
+
+def _accuracy(outputs: Tensor, targets: Tensor, mean: bool = True) -> Tensor | None:
+    """The share of right classes, `[tasks]` or its mean; None unless the targets are class indices."""
+    if targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
+        return None
+    right = (outputs.argmax(-1) == targets).double().flatten(1).mean(1)
+    return right.mean() if mean else right
+
+
+def _check_classes(support: Tensor, query: Tensor, classes: int) -> None:
+    for name, labels in {"support": support, "query": query}.items():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"episodes.{name} labels: got {low if low < 0 else high}, expected class indices from 0 to "
+                f"{classes - 1}, one for each output of the model"
+            )
+    present = torch.zeros(len(support), classes, dtype=torch.bool, device=support.device)
+    missing = ~present.scatter(1, support.flatten(1), True).gather(1, query.flatten(1))
+    if bool(missing.any()):
+        task, position = missing.nonzero()[0].tolist()
+        raise ValueError(
+            f"episodes: task {task} asks for class {int(query.flatten(1)[task, position])} in its query, but its "
+            "support set has no example of it"
+        )

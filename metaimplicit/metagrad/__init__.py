@@ -1,0 +1,75 @@
+"""Methods: one file per row of the table, one row per flag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from metaimplicit.metagrad.base import Adaptation, Method, Report
+from metaimplicit.metagrad.implicit import Curvature, Implicit
+from metaimplicit.metagrad.reptile import Reptile
+from metaimplicit.metagrad.reverse import FirstOrder, Truncated, Unrolled
+from metaimplicit.solvers import CG, Dense, Neumann, Nystrom, Solver
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a command line can say of a method; each method reads what concerns it.
+
+    Args:
+        solver_steps: products of CG, terms of Neumann, or steps that `truncated` keeps.
+        rank: columns that Nyström samples.
+        rho: its damping; None, 0 beside a proximal term, else 0.01.
+        curvature: of implicit methods; None, the front door's choice.
+        damping: added to the curvature of implicit methods.
+    """
+
+    solver_steps: int = 5
+    rank: int = 10
+    rho: float | None = None
+    curvature: Curvature | None = None
+    damping: float = 0.0
+
+
+def _implicit(solver: Callable[[MethodOptions], Solver]) -> Callable[[MethodOptions], Method]:
+    return lambda o: Implicit(solver(o), curvature=o.curvature, damping=o.damping)
+
+
+METHODS: dict[str, Callable[[MethodOptions], Method]] = {
+    "unrolled": lambda o: Unrolled(),
+    "truncated": lambda o: Truncated(o.solver_steps),
+    "first-order": lambda o: FirstOrder(),
+    "reptile": lambda o: Reptile(),
+    "cg": _implicit(lambda o: CG(max_steps=o.solver_steps)),
+    "neumann": _implicit(lambda o: Neumann(terms=o.solver_steps)),
+    "nystrom": _implicit(lambda o: Nystrom(rank=o.rank, rho=o.rho)),
+    "dense": _implicit(lambda o: Dense()),
+}
+
+
+def make_method(flag: str | Method, options: MethodOptions | None = None) -> Method:
+    """The method a flag names; a `Method` is handed back as it is.
+
+    Raises:
+        ValueError: an unknown flag; the known ones are listed.
+    """
+    if isinstance(flag, Method):
+        return flag
+    if flag not in METHODS:
+        raise ValueError(f"method: got {flag!r}, expected one of {', '.join(METHODS)}, or a Method")
+    return METHODS[flag](options or MethodOptions())
+
+
+__all__ = [
+    "METHODS",
+    "Adaptation",
+    "FirstOrder",
+    "Implicit",
+    "Method",
+    "MethodOptions",
+    "Report",
+    "Reptile",
+    "Truncated",
+    "Unrolled",
+    "make_method",
+]

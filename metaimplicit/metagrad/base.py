@@ -1,0 +1,133 @@
+"""What a meta-gradient method is: adapt, and pull an outer gradient back to the meta-parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaimplicit.graph import reached
+from metaimplicit.inner import InnerLoop, Trajectory
+from metaimplicit.params import Params
+from metaimplicit.problem import LiftedProblem
+from metaimplicit.solvers import Status
+
+Gradients = dict[str, Tensor | None]  # None: nothing connects this meta-parameter
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened on the way to a hypergradient; tensors are `[tasks]`.
+
+    Attributes:
+        method: the method as used, with its solver.
+        inner_steps: the steps each task took.
+        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for implicit methods (the theorem wants 0), else at θ_{T−1}.
+        curvature: what A is made of; None for methods without a solve, as is all that follows.
+        products: products with A executed, each over all tasks.
+        residual: ‖v − Au‖/‖v‖ of the solve.
+        status: members of `Status`.
+        rayleigh: the smallest uᵀAu/uᵀu seen.
+        sigma: σ, all of A that is known to be a multiple of the identity.
+        rho: ρ, the damping that the solver adds to it.
+        error_bound: ‖v − Au‖/σ ≥ ‖u − A⁻¹v‖, which bounds the solve's error (not that of the stationarity, nor
+            Gauss–Newton's against the Hessian); None unless A − σI is positive semi-definite and σ > 0.
+    """
+
+    method: str
+    inner_steps: Tensor
+    inner_gradient_norm: Tensor
+    curvature: str | None = None
+    products: int = 0
+    residual: Tensor | None = None
+    status: Tensor | None = None
+    rayleigh: Tensor | None = None
+    sigma: float = 0.0
+    rho: float = 0.0
+    error_bound: Tensor | None = None
+
+    def share(self, status: Status) -> float:
+        """The share of tasks whose solve ended with `status`."""
+        return 0.0 if self.status is None else (self.status == int(status)).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """θ* and the way back from it.
+
+    Attributes:
+        params: `{name: [tasks, *shape]}`; without a `pullback` they carry their graph to `meta`.
+        report: of the inner loop.
+        reads: the names of the meta-parameters that the inner problem depends on.
+        pullback: v ↦ (dθ*/dφ)ᵀ v and the report completed by its solve.
+    """
+
+    params: Params
+    report: Report
+    reads: set[str]
+    pullback: Callable[[Params], tuple[Gradients, Report]] | None = None
+
+    def pull(self, vectors: Params, meta: Params, retain_graph: bool = False) -> tuple[Gradients, Report]:
+        """(dθ*/dφ)ᵀ v for v = `{name: [tasks, *shape]}`, None for meta-parameters that it does not reach."""
+        if self.pullback is not None:
+            return self.pullback(vectors)
+        return pull_graph(self.params, meta, vectors, retain_graph), self.report
+
+
+class Method(ABC):
+    """A row of the method table; leaves are frozen dataclasses.
+
+    Attributes:
+        flag: its name on command lines.
+        reach: what it differentiates with respect to: the "start" of the inner loop, what the inner "loss" reads, the
+            numbers of the "loop" itself.
+        remedy: what to do about a gradient that it cannot give.
+    """
+
+    flag: str
+    reach: frozenset[str] = frozenset({"start", "loss", "loop"})
+    remedy: str = ""
+
+    @abstractmethod
+    def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        """Run the inner loop from `problem.init(meta)`; `meta` are the tensors to differentiate with respect to."""
+
+
+def run_inner(
+    problem: LiftedProblem, inner: InnerLoop, meta: Params, *, track: int, keep: bool = False, detach: bool = False
+) -> tuple[Params, Trajectory, set[str]]:
+    """Run the inner loop on the problem's inner loss from θ₀ = init(meta), cut off from `meta` if `detach`.
+
+    Returns θ₀ with its graph, the trajectory, and the names of the meta-parameters that θ₀ or the loss depend on.
+    """
+    initial, reads = problem.init(meta), set[str]()
+
+    def loss(params: Params, t: int) -> Tensor:
+        losses = problem.inner(params, meta, problem.at(t))
+        if t == 0:
+            sources = [problem.problem.inner_loss, problem.problem.init]
+            reads.update(reached([losses, *initial.values()], meta, params.values(), sources))
+        return losses
+
+    start = {name: p.detach() for name, p in initial.items()} if detach else initial
+    return initial, inner.run(loss, start, meta, track=track, keep=keep), reads
+
+
+def pull_graph(outputs: Params, meta: Params, vectors: Params, retain_graph: bool) -> Gradients:
+    """(∂outputs/∂meta)ᵀ vectors along the graph that `outputs` carry; None for entries it does not reach."""
+    pairs = [(out, vectors[name]) for name, out in outputs.items() if out.requires_grad]
+    targets = {name: m for name, m in meta.items() if m.requires_grad}
+    if not pairs or not targets:
+        return dict.fromkeys(meta)
+    gradients = torch.autograd.grad(
+        [out for out, _ in pairs],
+        list(targets.values()),
+        [vector for _, vector in pairs],
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
+    found: Gradients = dict(zip(targets, gradients, strict=True))
+    return {name: found.get(name) for name in meta}

@@ -1,0 +1,130 @@
+"""Implicit differentiation of a stationary point."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
+from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.params import Params, flatten, unflatten
+from metaimplicit.problem import Composite, LiftedProblem, Proximal, Stream, resolve
+from metaimplicit.solvers import ADVICE, CG, Solution, Solver
+
+Curvature = Literal["hessian", "gauss-newton"]
+
+
+@dataclass(frozen=True)
+class Implicit(Method):
+    """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ A⁻¹ v, by the implicit function theorem at ∂f/∂θ(θ*, φ) = 0.
+
+    Exact if θ* is stationary, the solve exact and A = ∂²f/∂θ² + damping·I undamped and the true Hessian. Nothing of
+    the inner loop is stored, so memory is flat in its steps (Rajeswaran et al. 2019; Lorraine et al. 2020).
+
+    Args:
+        solver: how A⁻¹v is computed.
+        curvature: `"hessian"`, or `"gauss-newton"`, positive semi-definite, which needs a `Composite` inner loss; a
+            penalty's own Hessian is always exact. None: the front door's choice, which is `"hessian"` for a
+            `BilevelProblem` and `"gauss-newton"` for `MetaLearner`.
+        damping: added to A, ≥ 0.
+        batch: with a `Stream`, the data that A and the mixed derivative see.
+        strict: raise FloatingPointError on negative curvature, breakdown or non-finite numbers, where the default
+            records them in the report and warns once.
+    """
+
+    solver: Solver = field(default_factory=CG)
+    curvature: Curvature | None = None
+    damping: float = 0.0
+    batch: Any = None
+    strict: bool = False
+    flag = "implicit"
+    reach = frozenset({"loss"})
+    remedy = (
+        "a step size, or a starting point that the inner loss does not read, leaves the argmin where it is; use "
+        "'unrolled', or let the inner loss depend on it (a proximal term for the initialisation)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.curvature not in (None, "hessian", "gauss-newton"):
+            raise ValueError(f"curvature: got {self.curvature!r}, expected 'hessian' or 'gauss-newton'")
+        if not self.damping >= 0:
+            raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
+
+    def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        if isinstance(problem.data, Stream) and self.batch is None:
+            raise ValueError("Implicit batch: got None with a Stream, expected the data that the curvature is taken on")
+        if self.curvature == "gauss-newton" and not isinstance(problem.problem.inner_loss, Composite):
+            raise ValueError(
+                "curvature='gauss-newton': got an inner_loss that is a plain function, expected a Composite, whose "
+                "outputs and loss are told apart; or use curvature='hessian'"
+            )
+        _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        params = {name: p.detach() for name, p in trajectory.params.items()}
+        report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
+
+        def pullback(vectors: Params) -> tuple[Gradients, Report]:
+            return self._pull(problem, meta, params, vectors, report)
+
+        return Adaptation(params, report, reads, pullback)
+
+    def _pull(
+        self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report
+    ) -> tuple[Gradients, Report]:
+        operator, gradient, sigma, definite = self._linearise(problem, meta, params)
+        sigma += self.damping
+        v = flatten(vectors)
+        solution = self.solver.solve(operator + Identity(operator, sigma), v)
+        self._judge(solution)
+        mixed = pull_graph(gradient, meta, unflatten(-solution.value, params), retain_graph=False)
+        bound = solution.residual * v.norm(dim=-1) / sigma if definite and sigma > 0 else None
+        return mixed, replace(
+            report,
+            inner_gradient_norm=flatten(gradient).detach().norm(dim=-1),
+            curvature=self.curvature or "hessian",
+            products=solution.products,
+            residual=solution.residual,
+            status=solution.status,
+            rayleigh=solution.rayleigh,
+            sigma=sigma,
+            rho=self.solver.damping(sigma),
+            error_bound=bound,
+        )
+
+    def _linearise(
+        self, problem: LiftedProblem, meta: Params, params: Params
+    ) -> tuple[LinearOperator, Params, float, bool]:
+        """The core of A at θ, ∂f/∂θ with its graph to `meta`, σ of the penalty, and whether the core is PSD."""
+        data = self.batch if isinstance(problem.data, Stream) else problem.data
+        f = problem.problem.inner_loss
+        penalty = f.penalty if isinstance(f, Composite) else None
+        core: Hessian | GaussNewton
+        if not isinstance(f, Composite):
+            core = Hessian(lambda p: problem.inner(p, meta, data), params)
+            return core, core.gradient, 0.0, False
+        gauss_newton = self.curvature == "gauss-newton"
+        if gauss_newton:
+            core = GaussNewton(
+                lambda p: problem.outputs(f, p, meta, data), lambda z: problem.output_loss(f, z, data), params
+            )
+        else:
+            core = Hessian(lambda p: problem.output_loss(f, problem.outputs(f, p, meta, data), data), params)
+        if penalty is None:
+            return core, core.gradient, 0.0, gauss_newton
+        bend = Hessian(lambda p: problem.penalty(penalty, p, meta), params)
+        # both gradients are functions of their own copies of θ, held at the same point: their sum is ∂f/∂θ
+        gradient = {name: g + bend.gradient[name] for name, g in core.gradient.items()}
+        if isinstance(penalty, Proximal):
+            return core, gradient, float(torch.as_tensor(resolve(penalty.strength, meta)).detach()), gauss_newton
+        return core + bend, gradient, 0.0, False
+
+    def _judge(self, solution: Solution) -> None:
+        present = [status for status in ADVICE if bool((solution.status == int(status)).any())]
+        for status in present:
+            message = f"{type(self.solver).__name__} ended with {status.name}: {ADVICE[status]}"
+            if self.strict:
+                raise FloatingPointError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)

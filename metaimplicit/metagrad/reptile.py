@@ -1,0 +1,30 @@
+"""Reptile, a baseline: no derivative of anything, and named so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
+from metaimplicit.params import Params
+from metaimplicit.problem import LiftedProblem
+
+
+@dataclass(frozen=True)
+class Reptile(Method):
+    """The direction mean_tasks(θ_0 − θ_T) (Nichol, Achiam & Schulman 2018, §3), blind to the outer loss."""
+
+    flag = "reptile"
+    reach = frozenset({"start"})
+    remedy = "it moves the initialisation towards θ_T and knows no other gradient; use 'unrolled' or an implicit method"
+
+    def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        start, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        params = {name: p.detach() for name, p in trajectory.params.items()}
+        report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
+
+        def pullback(_: Params) -> tuple[Gradients, Report]:
+            moved = {name: (start[name].detach() - p) / problem.tasks for name, p in params.items()}
+            return pull_graph(start, meta, moved, retain_graph=False), report
+
+        return Adaptation(params, report, reads, pullback)

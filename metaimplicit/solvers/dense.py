@@ -1,0 +1,55 @@
+"""The dense solve, for small n and as the yardstick of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.base import Solution, Solver, Status, direct
+
+
+@dataclass(frozen=True)
+class Dense(Solver):
+    """A⁻¹b with A built column by column: Cholesky where A is positive definite, else by its eigenvalues.
+
+    The eigenvalue route solves indefinite systems exactly and takes the pseudo-inverse of singular ones (reported
+    as a breakdown, since then A x = b has no unique solution).
+
+    Args:
+        max_size: the largest n it accepts; a task's matrix takes n² numbers and n³/3 operations.
+        chunk: columns computed at a time.
+    """
+
+    max_size: int = 4096
+    chunk: int = 256
+
+    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution:
+        tasks, n = operator.shape
+        if n > self.max_size:
+            raise ValueError(
+                f"Dense: got n = {n} adapted parameters, expected at most max_size = {self.max_size}; "
+                "adapt fewer of them, use an iterative solver, or raise max_size"
+            )
+        core, sigma = operator.split()
+        eye = torch.eye(n, dtype=b.dtype, device=b.device)[:, None, :].expand(-1, tasks, -1)
+        matrix = torch.cat([core.matmat(part) for part in torch.split(eye, self.chunk)]).transpose(0, 1)
+        matrix = 0.5 * (matrix + matrix.mT) + sigma * torch.eye(n, dtype=b.dtype, device=b.device)
+        finite = matrix.isfinite().all(-1).all(-1)
+        matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=b.dtype, device=b.device))
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
+        smallest, singular = None, torch.zeros_like(finite)
+        if bool(failed.any()):
+            values, vectors = torch.linalg.eigh(matrix)
+            kept = values.abs() > n * torch.finfo(b.dtype).eps * values.abs().amax(-1, keepdim=True)
+            inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+            by_values = (vectors @ (inverse * (vectors.mT @ b.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
+            x = torch.where((failed > 0).unsqueeze(-1), by_values, x)
+            smallest, singular = values[:, 0], ~kept.all(-1) & (failed > 0)
+        solution = direct(operator, b, x, products=n, rayleigh=smallest)
+        status = torch.where(singular, int(Status.BREAKDOWN), solution.status)
+        residual = torch.where(finite, solution.residual, torch.nan)
+        return Solution(x, status, residual, solution.products, solution.needed, solution.rayleigh)

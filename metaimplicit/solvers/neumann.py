@@ -1,0 +1,63 @@
+"""The Neumann series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.base import Solution, Solver, Status, rayleigh_quotient
+
+
+@dataclass(frozen=True)
+class Neumann(Solver):
+    """K terms of the Neumann series, x = s Σ_{k=0}^{K−1} (I − sA)ᵏ b (Lorraine, Vicol & Duvenaud 2020, alg. 3).
+
+    It converges if 0 < s < 2/λ_max(A) and A is positive definite; K terms leave the residual (I − sA)ᴷ b.
+
+    Args:
+        terms: K ≥ 1, exactly; one product each, the last one for the residual.
+        scale: s > 0. None: 1/λ̂, λ̂ = ‖Av‖ of `power_steps` power iterations from b for each task; their products
+            are counted.
+        power_steps: used with `scale=None`, ≥ 1.
+    """
+
+    terms: int = 10
+    scale: float | None = None
+    power_steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.terms < 1:
+            raise ValueError(f"Neumann terms: got {self.terms}, expected at least 1")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"Neumann scale: got {self.scale}, expected a number > 0")
+        if self.power_steps < 1:
+            raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
+
+    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution:
+        scale, products = self._scale(operator, b)
+        x, r = torch.zeros_like(b), b
+        rayleigh = b.new_full((len(b),), torch.inf)
+        for _ in range(self.terms):  # r = (I − sA)ᵏ b, the term k and the residual after k terms
+            x = x + scale * r
+            ar = operator.matvec(r)
+            rayleigh = torch.minimum(rayleigh, rayleigh_quotient(r, ar))
+            r = r - scale * ar
+        residual = r.norm(dim=-1)
+        status = torch.where(residual > 1, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
+        status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
+        status = torch.where(residual <= torch.finfo(b.dtype).eps, int(Status.CONVERGED), status)
+        products += self.terms
+        return Solution(x, status, residual, products, torch.full_like(status, products), rayleigh)
+
+    def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:
+        if self.scale is not None:
+            return self.scale, 0
+        v, norm = b, torch.ones_like(b[:, :1])
+        for _ in range(self.power_steps):
+            v = operator.matvec(v)
+            norm = v.norm(dim=-1, keepdim=True)
+            v = v / torch.where(norm > 0, norm, 1.0)
+        return 1 / torch.where(norm > 0, norm, 1.0), self.power_steps

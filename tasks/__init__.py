@@ -1,0 +1,60 @@
+"""Few-shot tasks: `load` a family by name, then draw seeded, resumable batches of it with `EpisodeSampler`.
+
+splits = tasks.load("glyphs", ways=5, shots=1)
+sampler = tasks.EpisodeSampler(splits.train, tasks=8, seed=0)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
+from tasks.pool import FewShot, ImagePool
+
+FAMILIES = {  # name: module with `load(*, ways, shots, queries, **options) -> Splits`, imported when it is asked for
+    "glyphs": "tasks.glyphs",
+    "sinusoid": "tasks.sinusoid",
+    "omniglot": "tasks.omniglot",
+    "folder": "tasks.folder",
+    "learn2learn": "tasks.learn2learn",
+}
+
+__all__ = ["FAMILIES", "EpisodeSampler", "Episodes", "FewShot", "ImagePool", "Splits", "TaskFamily", "load"]
+
+
+def load(
+    name: str,
+    *,
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    data_root: str | Path | None = None,
+    **options: Any,
+) -> Splits:
+    """The train, validation and test families of `name`.
+
+    Args:
+        name: one of `FAMILIES`.
+        ways: classes in a task (no meaning in regression).
+        shots: support examples a class.
+        queries: query examples a class.
+        data_root: where the data is, for the families that read any.
+        options: further ones of the family; its module's `load` explains them.
+
+    Raises:
+        ValueError: an unknown family or option, numbers the data cannot serve, damaged data.
+        FileNotFoundError: no data.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"task: got {name!r}, expected one of {', '.join(FAMILIES)}")
+    family_load = importlib.import_module(FAMILIES[name]).load
+    if data_root is not None:
+        options["data_root"] = data_root
+    known = set(inspect.signature(family_load).parameters) - {"ways", "shots", "queries"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{name}: got option {', '.join(unknown)}, expected {', '.join(sorted(known)) or 'none'}")
+    splits: Splits = family_load(ways=ways, shots=shots, queries=queries, **options)
+    return splits
