@@ -11,14 +11,14 @@ from torch.autograd.graph import get_gradient_edge
 
 
 def reached(
-    outputs: Iterable[Tensor], meta: dict[str, Tensor], params: Iterable[Tensor], sources: Iterable[Any]
+    outputs: Iterable[Tensor], meta: dict[str, Tensor], params: Iterable[Tensor], sources: Iterable[Any] | None
 ) -> set[str]:
     """The names of the entries of `meta` that `outputs` depend on.
 
     Args:
         outputs: tensors with their graph.
         meta, params: what they may depend on; the walk ends there.
-        sources: the functions that made them, searched for the name of a culprit.
+        sources: the functions that made them, searched for the name of a culprit; None, any other tensor may be reached too.
 
     Raises:
         ValueError: they depend on another tensor that requires grad: a derivative would silently leave it out.
@@ -37,7 +37,7 @@ def reached(
         node = edge[0]
         if not hasattr(node, "next_functions"):
             continue
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable") and sources is not None:
             raise ValueError(
                 f"{_name(node.variable, sources)} requires grad and is captured by a loss, so its gradient would be "
                 "lost; pass it in meta, or detach() it"

@@ -127,20 +127,21 @@ def argmin(
         raise ValueError("argmin method: got 'reptile', which is not a derivative; use 'first-order' or any other")
     problem = BilevelProblem(init, inner_loss, lambda *_: None)
     lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
+    _meta_leaves(meta)
     with torch.enable_grad():
-        _meta_leaves(meta)
         adaptation = method.adapt(lifted, inner, meta)
-        if adaptation.pullback is not None:
-            names = [name for name, m in meta.items() if m.requires_grad]
-            values = _Pullback.apply(adaptation, method, inner, names, *(meta[name] for name in names))
-            adaptation_params = dict(zip(adaptation.params, values, strict=True))
-        else:
-            adaptation_params = adaptation.params
-            on_path = reached(adaptation_params.values(), meta, [], [])
-            for name in set(meta) - on_path:
-                if meta[name].requires_grad:
-                    _check_reachable(name, method, inner, adaptation)
-    return adaptation_params if batched else {name: p.squeeze(0) for name, p in adaptation_params.items()}
+    params = adaptation.params
+    if adaptation.pullback is not None:
+        names = [name for name, m in meta.items() if m.requires_grad]
+        values = _Pullback.apply(adaptation, method, inner, names, *(meta[name] for name in names))
+        params = dict(zip(params, values, strict=True))
+    elif not torch.is_grad_enabled():
+        params = {name: p.detach() for name, p in params.items()}
+    else:
+        for name in set(meta) - reached(params.values(), meta, [], None):
+            if meta[name].requires_grad:
+                _check_reachable(name, method, inner, adaptation)
+    return params if batched else {name: p.squeeze(0) for name, p in params.items()}
 
 
 class _Pullback(torch.autograd.Function):

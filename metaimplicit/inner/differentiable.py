@@ -134,7 +134,7 @@ class _Rprop(_Elementwise):
     def _rule(self, group: Any, state: dict[str, Any], p: Any, g: Any) -> Any:
         (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
         turn = (g * state.get("previous", torch.zeros_like(g))).sign()
-        factor = torch.where(turn > 0, grow, torch.where(turn < 0, shrink, 1.0))
+        factor = torch.where(turn > 0, grow * turn, torch.where(turn < 0, -shrink * turn, 1.0))
         state["size"] = size = (state.get("size", group["lr"]) * factor).clamp(least, most)
         state["previous"] = g = torch.where(turn < 0, 0.0, g)
         return p - g.sign() * size
@@ -175,6 +175,8 @@ def _build(
 ) -> Any:
     """A differentiable optimiser with one group per tensor; constants pass through torch's own range checks."""
     constants = {key: value for key, value in options.items() if not _is_tensor(value)}
+    if "momentum" in options and "momentum" not in constants:
+        constants["momentum"] = 0.5  # a stand-in: Nesterov's check wants one
     slots = [torch.zeros((), requires_grad=True) for _ in names]  # only their identity matters to `higher`
     reference = optimizer([{"params": [slot]} for slot in slots], **constants)
     if not meta and any(_is_tensor(value) for value in options.values()):
@@ -225,6 +227,7 @@ def run(
     for t in range(steps):
         if t == free and free > 0:
             params, state = _straight_through(params, start), stepper.state
+            params = {name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()}
             stepper = _build(optimizer, options, meta, names, track=True)
             stepper.state = state
         losses = loss(params, t)

@@ -1,0 +1,117 @@
+"""What a run is judged by, with its uncertainty."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaimplicit.learner import EpisodeBatch, MetaLearner
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks and its 95 % interval, mean ± interval.
+
+    Attributes:
+        mean: the sample mean.
+        interval: 1.96 s/√n, the half-width by the normal approximation, s the sample deviation (n − 1).
+        tasks: n.
+    """
+
+    mean: float
+    interval: float
+    tasks: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """From one number a task, `[n]`, n ≥ 2 (ValueError)."""
+        if values.dim() != 1 or len(values) < 2:
+            raise ValueError(
+                f"values: got shape {tuple(values.shape)}, expected one number for each of 2 tasks or more"
+            )
+        values = values.double()
+        return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.interval:.4f}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Query loss and accuracy of each task after 0, 1, … inner steps.
+
+    Attributes:
+        losses: `[steps + 1, tasks]`.
+        accuracies: `[steps + 1, tasks]`, or None for regression.
+    """
+
+    losses: Tensor
+    accuracies: Tensor | None
+
+    @property
+    def metric(self) -> str:
+        """What `curve` holds: "accuracy", or "mse", the mean of the squared errors."""
+        return "mse" if self.accuracies is None else "accuracy"
+
+    def curve(self) -> list[Estimate]:
+        """The metric after each number of inner steps."""
+        return [Estimate.of(row) for row in (self.losses if self.accuracies is None else self.accuracies)]
+
+
+def evaluate(
+    learner: MetaLearner, batches: Iterable[EpisodeBatch], *, steps: int | None = None, tasks: int | None = None
+) -> Evaluation:
+    """Adapt to every task of `batches` and measure on its query set, in evaluation mode (dropout off).
+
+    Args:
+        steps: inner steps, ≥ 0; None, the inner loop's own.
+        tasks: count only the first so many.
+
+    Raises:
+        ValueError: no batches; a negative number of steps.
+    """
+    if steps is not None and steps < 0:
+        raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
+    device = next(learner.parameters()).device
+    training = learner.training
+    learner.eval()
+    try:
+        parts = [learner.evaluate(to_device(batch, device), steps) for batch in batches]
+    finally:
+        learner.train(training)
+    if not parts:
+        raise ValueError("batches: got none, expected at least one batch of episodes")
+    losses = torch.cat([loss.cpu() for loss, _ in parts], dim=1)[:, :tasks]
+    if any(accuracy is None for _, accuracy in parts):
+        return Evaluation(losses, None)
+    return Evaluation(losses, torch.cat([a.cpu() for _, a in parts if a is not None], dim=1)[:, :tasks])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Support and query on the device of the learner."""
+
+    support: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+
+
+def to_device(episodes: EpisodeBatch, device: torch.device) -> Batch:
+    """The episodes on `device`."""
+    support, query = (
+        (inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        for inputs, targets in (episodes.support, episodes.query)
+    )
+    return Batch(support, query)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in MiB: torch's allocations on CUDA, else the process's resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

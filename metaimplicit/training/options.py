@@ -1,0 +1,303 @@
+"""The options of a run: a typed command line, a config file, and the learner they describe."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit.learner import MetaLearner
+from metaimplicit.metagrad import Implicit, MethodOptions, make_method
+from metaimplicit.models import MLP, ConvNet
+
+INNER = {
+    "momentum": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+class Family(Protocol):
+    """Where tasks come from, as far as a model cares."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """Meta-train a few-shot learner and test it. The values shown are those of the task that is shown."""
+
+    task: str = "glyphs"
+    """Where tasks come from: glyphs (printed characters, made on the spot), omniglot, sinusoid, folder (your own
+    images, by --data-root) or learn2learn. Others than glyphs have other defaults."""
+    ways: int = 5
+    """Classes in a task."""
+    shots: int = 1
+    """Support examples of a class that a task adapts on (sinusoid: points; default 10)."""
+    queries: int = 5
+    """Query examples of a class that it is judged on (folder, learn2learn: default 15; sinusoid: points, 10)."""
+    method: str = "cg"
+    """How the meta-gradient is taken: unrolled (MAML), truncated, first-order, reptile; or implicitly (iMAML) by cg,
+    neumann, nystrom, dense … An unknown one lists all. Sinusoid: unrolled."""
+    solver_steps: int = 5
+    """Products of CG, terms of Neumann, or inner steps that truncated keeps."""
+    rank: int = 10
+    """Columns that Nystrom samples."""
+    rho: float | None = None
+    """Damping of Nystrom; by default 0 beside a proximal term, else 0.01."""
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    """What implicit methods invert; the Hessian of a few-shot support loss is indefinite."""
+    damping: float = 0.0
+    """Added to the curvature of implicit methods."""
+    inner_steps: int = 4
+    """Inner steps of training (sinusoid: 1, or 16 with an implicit method)."""
+    inner_lr: float = 0.5
+    """Inner step size (sinusoid: 0.01)."""
+    proximal: float = 0.1
+    """λ of λ/2 ‖θ − φ‖² in the inner loss (0 by default with a method that is not implicit)."""
+    inner_optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
+    """The inner loop's optimiser; momentum is SGD with 0.9."""
+    outer_lr: float = 4e-3
+    """Adam's step size on the meta-parameters at the start (sinusoid: 0.001)."""
+    meta_batch: int = 8
+    """Tasks in a meta-step (sinusoid: 25)."""
+    steps: int | None = None
+    """Meta-steps to train for."""
+    minutes: float | None = None
+    """Wall-clock minutes to train for; with --steps, whichever ends first. Neither given: 4 minutes."""
+    seed: int = 0
+    """Of the initialisation and the training episodes."""
+    device: str = "auto"
+    """auto takes CUDA where there is any; else cpu, cuda, cuda:1 …"""
+    data_root: Path | None = None
+    """Where the data is: a folder or zip of images, or Omniglot's zips or tree (downloaded if not given)."""
+    out: Path | None = None
+    """Folder for what the run leaves; by default runs/TASK-METHOD-SEED."""
+    resume: bool = False
+    """Go on with the run in --out, with its options; only limits, workers, threads and device may change."""
+    learn: tuple[str, ...] = ()
+    """Inner numbers to learn, too: lr, proximal, lr=per-tensor, lr=per-element (Meta-SGD)."""
+    task_options: tuple[str, ...] = ()
+    """Further options of the task, such as split=vinyals (omniglot), size=32 color=false (folder)."""
+    filters: int = 32
+    """Channels of each of the four convolutions."""
+    pool: bool = False
+    """Halve images by max-pooling, not by strided convolutions: slower."""
+    hidden: tuple[int, ...] = (40, 40)
+    """Widths of the network for inputs that are not images."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the outer step size, over the steps or minutes given."""
+    clip: float | None = None
+    """Largest norm of the meta-gradient; by default any."""
+    vectorize: Literal["auto", "vmap", "loop"] = "auto"
+    """How tasks are batched; auto times both once and keeps the faster."""
+    chunk_size: int | None = None
+    """Tasks vmapped at a time, to bound memory; by default all."""
+    workers: int = 0
+    """Processes that draw episodes; 0, the main one."""
+    threads: int | None = None
+    """CPU threads of torch; by default torch's choice."""
+    strict: bool = False
+    """Stop on negative curvature or a broken solve, where the default warns once and goes on."""
+    validate_every: int = 100
+    """Meta-steps between validations (sinusoid: 1000)."""
+    validation_episodes: int = 200
+    """Validation tasks, the same each time."""
+    checkpoint_every: int = 100
+    """Meta-steps between checkpoints (sinusoid: 1000)."""
+    test_episodes: int = 1000
+    """Test tasks at the end."""
+    test_steps: int = 4
+    """Inner steps at test (sinusoid: 10)."""
+
+    @classmethod
+    def of(cls, task: str, method: str | None = None) -> Options:
+        """The defaults of a task and a method; None, the task's own method.
+
+        Raises:
+            ValueError: an unknown method.
+        """
+        options = cls(task=task, **_TASKS.get(task, {"queries": 15}))
+        if method is not None:
+            options = replace(options, method=method)
+        if isinstance(make_method(options.method), Implicit):
+            return replace(options, inner_steps=16) if task == "sinusoid" else options
+        return replace(options, proximal=0.0)
+
+    @classmethod
+    def load(cls, stored: Mapping[str, Any]) -> Options:
+        """From what `asdict` and JSON made of one; ValueError on a name that is not an option."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(stored) - known):
+            raise ValueError(f"options: got {', '.join(unknown)}, which this version does not know; use the run's own")
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return cls(**values | {name: Path(v) for name, v in values.items() if name in _PATHS and v is not None})
+
+    def dump(self) -> dict[str, Any]:
+        """A dictionary for JSON."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+
+    def resolved(self) -> Options:
+        """Limit and folder filled in; ValueError for numbers that nothing else checks."""
+        for name, least in {"seed": 0, "validate_every": 1, "validation_episodes": 2, "checkpoint_every": 1,
+                            "test_episodes": 2, "test_steps": 0, "workers": 0, "threads": 1}.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
+        minutes = 4.0 if self.steps is None and self.minutes is None else self.minutes
+        out = self.out or Path("runs", f"{self.task}-{self.method}-{self.seed}")
+        return replace(self, minutes=minutes, out=out)
+
+    def changed(self, other: Options) -> list[str]:
+        """The options that must stay as they are for a run to be resumed, and do not."""
+        return [f.name for f in fields(self) if f.name not in _FREE and getattr(self, f.name) != getattr(other, f.name)]
+
+    def torch_device(self) -> torch.device:
+        """The device meant; ValueError if there is no such."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.zeros((), device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--device: got {self.device!r}, expected auto, cpu or a CUDA device here ({reason})"
+            ) from error
+        return device
+
+    def family_options(self) -> dict[str, Any]:
+        """--task-options as keyword arguments: Python literals, true, false, or strings."""
+        found: dict[str, Any] = {}
+        for item in self.task_options:
+            name, equals, text = item.partition("=")
+            if not (name and equals):
+                raise ValueError(f"--task-options: got {item!r}, expected name=value")
+            try:
+                found[name] = ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+            except (ValueError, SyntaxError):
+                found[name] = text
+        return found
+
+
+_PATHS = ("data_root", "out")
+_FREE = (
+    "steps",
+    "minutes",
+    "device",
+    "data_root",
+    "out",
+    "resume",
+    "workers",
+    "threads",
+    "test_episodes",
+    "test_steps",
+)
+_TASKS: dict[str, dict[str, Any]] = {
+    "glyphs": {},
+    "omniglot": {},
+    "sinusoid": {
+        "shots": 10,
+        "queries": 10,
+        "method": "unrolled",
+        "inner_steps": 1,
+        "inner_lr": 0.01,
+        "outer_lr": 1e-3,
+        "meta_batch": 25,
+        "validate_every": 1000,
+        "checkpoint_every": 1000,
+        "test_steps": 10,
+    },
+}
+
+
+def build_learner(options: Options, family: Family) -> MetaLearner:
+    """The learner that `options` describe for tasks of `family`, initialised from torch's generator, on its device.
+
+    Raises:
+        ValueError: an option out of range, or that does not fit the others.
+    """
+    device = options.torch_device()
+    model: nn.Module
+    if len(family.input_shape) == 3:
+        model = ConvNet(family.input_shape, family.outputs, filters=options.filters, strided=not options.pool)
+    elif len(family.input_shape) == 1:
+        model = MLP(family.input_shape[0], family.outputs, hidden=options.hidden)
+    else:
+        raise ValueError(f"task: its inputs have shape {family.input_shape}, expected an image or a vector")
+    inner: InnerLoop
+    if options.inner_optimizer == "sgd":
+        inner = GradientDescent(steps=options.inner_steps, lr=options.inner_lr)
+    else:
+        extra = {"momentum": 0.9} if options.inner_optimizer == "momentum" else {}
+        inner = TorchOptimizer(INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra)
+    method = make_method(
+        options.method,
+        MethodOptions(options.solver_steps, options.rank, options.rho, options.curvature, options.damping),
+    )
+    if options.strict and isinstance(method, Implicit):
+        method = replace(method, strict=True)
+    learn: dict[str, Any] = {name: size or "scalar" for name, _, size in (x.partition("=") for x in options.learn)}
+    return MetaLearner(
+        model,
+        F.cross_entropy if family.kind == "classification" else F.mse_loss,
+        inner=inner,
+        method=method,
+        proximal=options.proximal,
+        learn=learn,
+        vectorize=options.vectorize,
+        chunk_size=options.chunk_size,
+    ).to(device)
+
+
+def describe(options: Options, learner: MetaLearner) -> dict[str, Any]:
+    """What config.json holds: the options, what was chosen for them, and what they ran on."""
+    device = next(learner.parameters()).device
+    return {
+        "options": options.dump(),
+        "chosen": {
+            "vectorize": learner.vectorize,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "threads": torch.get_num_threads(),
+        },
+        "parameters": sum(p.numel() for p in learner.parameters()),
+        "versions": {name: _version(name) for name in ("metaimplicit", "torch", "higher", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, if it is one; "-dirty" where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,135 @@
+"""Every operator against its dense matrix."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from metaimplicit import GaussNewton, Hessian, Identity
+from metaimplicit.operators import Scaled
+from metaimplicit.params import flatten, unflatten
+from oracles import Matrix, randn, relative_error, symmetric
+
+TASKS, POINTS, INPUTS, HIDDEN, CLASSES = 3, 7, 4, 5, 3
+X = randn(TASKS, POINTS, INPUTS, seed=0)
+LABELS = torch.arange(POINTS).remainder(CLASSES).expand(TASKS, -1)
+TARGETS = randn(TASKS, POINTS, CLASSES, seed=1)
+PARAMS = {
+    "w1": 0.7 * randn(TASKS, INPUTS, HIDDEN, seed=2),
+    "b1": randn(TASKS, HIDDEN, seed=3),
+    "w2": 0.7 * randn(TASKS, HIDDEN, CLASSES, seed=4),
+    "scale": 1 + 0.1 * randn(TASKS, seed=5),
+}
+
+
+def net(params, x):
+    return params["scale"] * (torch.tanh(x @ params["w1"] + params["b1"]) @ params["w2"])
+
+
+OUTPUT_LOSSES = {
+    "cross-entropy": (F.cross_entropy, LABELS),
+    "mse": (F.mse_loss, TARGETS),
+    "user": (lambda z, y: torch.logsumexp(z, -1).square().mean() + (z - y).pow(4).mean(), TARGETS),
+}
+
+
+def lifted(kind):
+    loss, y = OUTPUT_LOSSES[kind]
+    outputs = torch.vmap(net)
+    return (lambda p: outputs(p, X)), (lambda z: torch.vmap(loss)(z, y)), loss, y
+
+
+def dense_hessian(function, task):
+    """By `torch.func`, of one task's loss as a function of its flat parameters."""
+    one = {name: p[task : task + 1] for name, p in PARAMS.items()}
+    flat = flatten(one)[0]
+
+    def of_flat(vector):
+        return function({name: p[0] for name, p in unflatten(vector.unsqueeze(0), one).items()})
+
+    return flat, of_flat
+
+
+def expected_hessian(kind, task):
+    *_, loss, y = lifted(kind)
+    flat, of_flat = dense_hessian(lambda p: loss(net(p, X[task]), y[task]), task)
+    return torch.func.hessian(of_flat)(flat)
+
+
+def expected_gauss_newton(kind, task):
+    *_, loss, y = lifted(kind)
+    flat, of_flat = dense_hessian(lambda p: net(p, X[task]).flatten(), task)
+    jacobian = torch.func.jacrev(of_flat)(flat)
+    z = of_flat(flat)
+    output_hessian = torch.func.hessian(lambda v: loss(v.reshape(POINTS, CLASSES), y[task]))(z)
+    return jacobian.T @ output_hessian @ jacobian
+
+
+def build(name, kind):
+    outputs, loss, *_ = lifted(kind)
+    if name == "gauss-newton":
+        return GaussNewton(outputs, loss, PARAMS)
+    return Hessian(lambda p: loss(outputs(p)), PARAMS, mode=name)
+
+
+@pytest.mark.parametrize("kind", OUTPUT_LOSSES)
+@pytest.mark.parametrize("name", ["double-backward", "forward-over-reverse", "gauss-newton"])
+def test_operator_equals_its_dense_matrix(name, kind):
+    operator = build(name, kind)
+    tasks, n = operator.shape
+    eye = torch.eye(n, dtype=torch.float64)[:, None, :].expand(-1, tasks, -1)
+    columns = operator.matmat(eye)
+    expected = expected_gauss_newton if name == "gauss-newton" else expected_hessian
+    for task in range(tasks):
+        assert relative_error(columns[:, task], expected(kind, task)) < 1e-12
+    v = randn(tasks, n, seed=6)
+    assert relative_error(operator.matvec(v), torch.einsum("jti,tj->ti", columns, v)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["double-backward", "forward-over-reverse", "gauss-newton"])
+def test_operator_carries_the_gradient(name):
+    operator = build(name, "cross-entropy")
+    for task in range(TASKS):
+        flat, of_flat = dense_hessian(lambda p, t=task: F.cross_entropy(net(p, X[t]), LABELS[t]), task)
+        assert relative_error(flatten(operator.gradient)[task].detach(), torch.func.grad(of_flat)(flat)) < 1e-13
+
+
+def test_gauss_newton_is_psd_where_the_hessian_is_not():
+    values = {}
+    for name in ("double-backward", "gauss-newton"):
+        operator = build(name, "cross-entropy")
+        eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(-1, TASKS, -1)
+        values[name] = torch.linalg.eigvalsh(operator.matmat(eye).transpose(0, 1)).min()
+    assert values["double-backward"] < -1e-3
+    assert values["gauss-newton"] > -1e-13
+
+
+def test_a_loss_without_curvature_gives_zero():
+    outputs = torch.vmap(net)
+    linear_in_z = GaussNewton(lambda p: outputs(p, X), lambda z: z.flatten(1).mean(1), PARAMS)
+    v = randn(*linear_in_z.shape, seed=7)
+    assert linear_in_z.matvec(v).abs().max() == 0
+    linear_in_theta = Hessian(lambda p: flatten(p).sum(1), PARAMS)
+    assert linear_in_theta.matvec(v).abs().max() == 0
+    assert linear_in_theta.matmat(v.unsqueeze(0)).shape == (1, *v.shape)
+
+
+def test_algebra_and_split():
+    a, b = symmetric([[1.0, 2.0, 4.0]], seed=1), symmetric([[3.0, -1.0, 2.0]], seed=2)
+    operator = 2.0 * (Matrix(a) + Identity(Matrix(a), 0.5)) + (Matrix(b) + Identity(Matrix(b), 3.0))
+    expected = 2 * a + b + 4 * torch.eye(3, dtype=torch.float64)
+    eye = torch.eye(3, dtype=torch.float64)[:, None, :]
+    assert relative_error(operator.matmat(eye)[:, 0], expected[0]) < 1e-14
+    v = randn(1, 3, seed=3)
+    assert relative_error(operator.matvec(v), (expected @ v.unsqueeze(-1)).squeeze(-1)) < 1e-14
+    core, sigma = operator.split()
+    assert sigma == 4.0
+    assert relative_error(core.matmat(eye)[:, 0], (2 * a + b)[0]) < 1e-14
+    core, sigma = (Identity(v, 2.0) + Scaled(3.0, Identity(v, 1.0))).split()
+    assert sigma == 5.0
+    assert core.matvec(v).abs().max() == 0
+
+
+def test_bad_operators_are_refused():
+    with pytest.raises(ValueError, match=r"operator sum: got shapes \(1, 2\) and \(1, 3\)"):
+        Matrix(symmetric([[1.0, 2.0]])) + Identity(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="Hessian mode: got 'forward'"):
+        Hessian(lambda p: flatten(p).sum(1), PARAMS, mode="forward")

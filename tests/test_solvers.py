@@ -1,0 +1,203 @@
+"""Every solver against its exact solution, its exact truncated iterate, and what should stop it."""
+
+import pytest
+import torch
+from metaimplicit import CG, Dense, Identity, Neumann, Nystrom, Status
+from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
+
+SPECTRA = [
+    torch.linspace(1, 10, 12),
+    torch.logspace(-1, 1, 12),
+    torch.cat([torch.full((6,), 2.0), torch.full((6,), 7.0)]),
+]
+
+
+@pytest.fixture
+def system():
+    matrix = symmetric(torch.stack(SPECTRA))
+    b = randn(3, 12, seed=9) * torch.tensor([[1.0], [1e6], [1e-9]], dtype=torch.float64)
+    return matrix, b, torch.linalg.solve(matrix, b)
+
+
+def neumann_polynomial(matrix, b, terms, scale):
+    step = torch.eye(12, dtype=torch.float64) - scale * matrix
+    return scale * sum(torch.linalg.matrix_power(step, k) @ b for k in range(terms))
+
+
+@pytest.mark.parametrize(
+    ("solver", "tolerance"),
+    [
+        (CG(max_steps=40, tol=1e-13), 1e-10),
+        (Dense(), 1e-12),
+        (Dense(chunk=5), 1e-12),
+        (Neumann(terms=3000, scale=0.1), 1e-10),
+    ],
+    ids=str,
+)
+def test_converged_solvers_solve_each_task(system, solver, tolerance):
+    matrix, b, exact = system
+    solution = solver.solve(Matrix(matrix), b)
+    for task in range(3):
+        assert relative_error(solution.value[task], exact[task]) < tolerance
+    assert solution.status.tolist() == [Status.CONVERGED] * 3 or isinstance(solver, Neumann)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_cg_is_the_krylov_minimiser(system, steps):
+    matrix, b, _ = system
+    operator = Matrix(matrix)
+    solution = CG(max_steps=steps, tol=0.0).solve(operator, b)
+    for task in range(3):
+        # the third spectrum has two eigenvalues, so its Krylov space ends after two steps
+        expected = krylov_minimiser(matrix[task], b[task], min(steps, 2) if task == 2 else steps)
+        assert relative_error(solution.value[task], expected) < 1e-11
+    assert solution.products == operator.products == steps
+
+
+@pytest.mark.parametrize("terms", [1, 3])
+def test_neumann_is_the_polynomial_of_exactly_k_terms(system, terms):
+    matrix, b, _ = system
+    operator = Matrix(matrix)
+    solution = Neumann(terms=terms, scale=0.15).solve(operator, b)
+    for task in range(3):
+        assert relative_error(solution.value[task], neumann_polynomial(matrix[task], b[task], terms, 0.15)) < 1e-13
+    assert solution.products == operator.products == terms
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 3
+
+
+def test_neumann_chooses_a_scale_that_converges(system):
+    matrix, b, exact = system
+    solution = Neumann(terms=3000).solve(Matrix(matrix), b)
+    assert relative_error(solution.value, exact) < 1e-8
+    assert solution.products == 3000 + Neumann().power_steps
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_nystrom_is_the_inverse_of_the_sampled_approximation(system, chunk):
+    matrix, b, _ = system
+    chosen = torch.randperm(12, generator=generator(4))[:5]
+    c, g = matrix[:, :, chosen], matrix[:, chosen][:, :, chosen]
+    approximation = c @ torch.linalg.solve(g, c.mT) + 0.3 * torch.eye(12, dtype=torch.float64)
+    operator = Matrix(matrix)
+    solution = Nystrom(rank=5, rho=0.3, chunk=chunk, generator=generator(4)).solve(operator, b)
+    for task in range(3):
+        assert relative_error(solution.value[task], torch.linalg.solve(approximation[task], b[task])) < 1e-10
+    assert solution.products == operator.products == 6
+
+
+def test_nystrom_of_full_rank_is_the_shifted_inverse(system):
+    matrix, b, _ = system
+    solution = Nystrom(rank=12, rho=0.1).solve(Matrix(matrix), b)
+    expected = torch.linalg.solve(matrix + 0.1 * torch.eye(12, dtype=torch.float64), b)
+    for task in range(3):
+        assert relative_error(solution.value[task], expected[task]) < 1e-10
+
+
+def test_nystrom_sketches_the_core_and_not_the_shift():
+    # n = 300, eigenvalues decaying fast, σ = 2: sketching A itself overshoots 200 times (the norm tells, the cosine not)
+    matrix = symmetric(5 * 0.8 ** torch.arange(300.0).unsqueeze(0))
+    b = randn(1, 300, seed=1)
+    operator = Matrix(matrix) + Identity(Matrix(matrix), 2.0)
+    value = Nystrom(rank=10, generator=generator(0)).solve(operator, b).value
+    exact = torch.linalg.solve(matrix + 2 * torch.eye(300, dtype=torch.float64), b)
+    assert 0.8 < float(value.norm() / exact.norm()) < 1.25
+
+
+def test_nystrom_survives_dead_columns():
+    matrix = torch.zeros(1, 6, 6, dtype=torch.float64)
+    matrix[:, :3, :3] = symmetric([[1.0, 2.0, 3.0]])
+    b = randn(1, 6, seed=2)
+    solution = Nystrom(rank=6, rho=0.5).solve(Matrix(matrix), b)
+    expected = torch.linalg.solve(matrix + 0.5 * torch.eye(6, dtype=torch.float64), b)
+    assert relative_error(solution.value, expected) < 1e-10
+
+
+@pytest.mark.parametrize("solver", [CG(), Neumann(), Nystrom(rank=3), Dense()], ids=str)
+def test_zero_right_hand_side_gives_zero(solver):
+    b = torch.stack([torch.zeros(12), torch.ones(12)]).double()
+    solution = solver.solve(Matrix(symmetric(torch.stack(SPECTRA[:2]))), b)
+    assert solution.value[0].abs().max() == 0
+    assert solution.residual[0] == 0
+    assert solution.value[1].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(max_steps=3), Neumann(terms=3, scale=0.1), Nystrom(rank=3, rho=1.0), Dense()], ids=str
+)
+def test_the_reported_residual_is_the_true_one(system, solver):
+    matrix, b, _ = system
+    solution = solver.solve(Matrix(matrix), b)
+    true = (b - (matrix @ solution.value.unsqueeze(-1)).squeeze(-1)).norm(dim=-1) / b.norm(dim=-1)
+    assert torch.allclose(solution.residual, true, rtol=1e-9, atol=1e-13)
+
+
+def test_cg_stops_at_negative_curvature_and_keeps_its_iterate():
+    indefinite = torch.linspace(-1, 10, 12)
+    matrix = symmetric(torch.stack([indefinite, SPECTRA[0]]))
+    b = randn(2, 12, seed=5)
+    solution = CG(max_steps=30, tol=1e-12).solve(Matrix(matrix), b)
+    assert solution.status.tolist() == [Status.NEGATIVE_CURVATURE, Status.CONVERGED]
+    assert solution.rayleigh[0] <= 0 < solution.rayleigh[1]
+    kept = int(solution.needed[0]) - 1  # the product that showed it moved nothing
+    assert kept >= 1
+    assert relative_error(solution.value[0], krylov_minimiser(matrix[0], b[0], kept)) < 1e-8
+
+
+def test_cg_counts_what_each_task_needed():
+    few, many = torch.full((12,), 3.0), SPECTRA[1]
+    solution = CG(max_steps=30, tol=1e-10).solve(Matrix(symmetric(torch.stack([few, many]))), randn(2, 12, seed=6))
+    assert solution.needed[0] == 1
+    assert 6 < solution.needed[1] <= solution.products
+
+
+def test_dense_solves_indefinite_systems_and_flags_singular_ones():
+    indefinite, singular = torch.linspace(-1, 10.5, 12), torch.linspace(0, 11, 12)
+    matrix = symmetric(torch.stack([indefinite, singular]))
+    b = randn(2, 12, seed=7)
+    solution = Dense().solve(Matrix(matrix), b)
+    assert relative_error(solution.value[0], torch.linalg.solve(matrix[0], b[0])) < 1e-10
+    assert solution.status[0] == Status.CONVERGED
+    assert float(solution.rayleigh[0]) == pytest.approx(-1.0)
+    # to round-off the zero eigenvalue may pass Cholesky with a positive pivot; a clear zero must not pass unseen
+    flat = torch.zeros(1, 4, 4, dtype=torch.float64)
+    assert Dense().solve(Matrix(flat), torch.ones(1, 4).double()).status.tolist() == [Status.BREAKDOWN]
+
+
+def test_neumann_says_when_it_diverges(system):
+    matrix, b, _ = system
+    assert Neumann(terms=20, scale=1.0).solve(Matrix(matrix), b).status.tolist() == [Status.BREAKDOWN] * 3
+
+
+@pytest.mark.parametrize("solver", [CG(), Neumann(), Nystrom(rank=3, rho=1.0), Dense()], ids=str)
+def test_non_finite_numbers_are_flagged_in_their_task_alone(solver):
+    matrix = symmetric(torch.stack(SPECTRA))
+    b = randn(3, 12, seed=8)
+    matrix[0, 2, 3] = torch.nan
+    b[2, 1] = torch.inf
+    status = solver.solve(Matrix(matrix), b).status.tolist()
+    assert status[0] == status[2] == Status.NON_FINITE
+    assert status[1] in (Status.CONVERGED, Status.MAX_STEPS)
+
+
+def test_bad_numbers_are_refused():
+    operator = Matrix(symmetric([[1.0, 2.0]]))
+    b = torch.ones(1, 2).double()
+    with pytest.raises(ValueError, match=r"rank: got 3, expected at most n = 2"):
+        Nystrom(rank=3).solve(operator, b)
+    with pytest.raises(ValueError, match=r"got σ \+ ρ = 0.0, expected > 0"):
+        Nystrom(rank=1, rho=0.0).solve(operator, b)
+    with pytest.raises(ValueError, match=r"n = 2 adapted parameters, expected at most max_size = 1"):
+        Dense(max_size=1).solve(operator, b)
+    with pytest.raises(ValueError, match=r"b: got shape \(2,\), expected \(1, 2\)"):
+        CG().solve(operator, b[0])
+    for make in (
+        lambda: CG(max_steps=0),
+        lambda: Neumann(terms=0),
+        lambda: Neumann(scale=-1.0),
+        lambda: Neumann(power_steps=0),
+        lambda: Nystrom(rank=0),
+        lambda: Nystrom(rho=-1.0),
+        lambda: Nystrom(chunk=0),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            make()
