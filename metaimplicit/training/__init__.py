@@ -1,14 +1,17 @@
-"""Training: the loop, checkpoints, metrics and pictures. It knows episodes only by their shape, not where they are from."""
+"""Training: the loop, checkpoints, metrics, pictures. Where episodes come from is none of its business."""
 
+from metaimplicit.training.build import build_learner, describe
 from metaimplicit.training.checkpoint import Progress, load_checkpoint, load_learner, save_checkpoint
 from metaimplicit.training.files import read_json, write_atomically, write_json
 from metaimplicit.training.log import read_metrics
-from metaimplicit.training.loop import Budget, NonFiniteError, check_free, constant, cosine, fit
+from metaimplicit.training.loop import CHECKPOINT, CONFIG, Budget, NonFiniteError, check_free, constant, cosine, fit
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
-from metaimplicit.training.options import Options, build_learner, describe
+from metaimplicit.training.options import Options
 from metaimplicit.training.report import Fits, fit_curves, plot_adaptation, plot_curves
 
 __all__ = [
+    "CHECKPOINT",
+    "CONFIG",
     "Budget",
     "Estimate",
     "Evaluation",

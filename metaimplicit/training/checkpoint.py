@@ -76,7 +76,7 @@ def _read(path: Path, learner: MetaLearner) -> dict[str, Any]:
     device = next(learner.parameters()).device
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint: {path} is damaged or none of ours ({error}); restore or delete it") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
@@ -95,4 +95,5 @@ def _restore(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progres
 
 def _cuda_states() -> list[torch.Tensor]:
     """Empty unless CUDA is in use: asking would start it."""
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if used else []

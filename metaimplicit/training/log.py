@@ -39,7 +39,7 @@ class RunLog:
             write_atomically(path, lambda file: file.write(text.encode()))
         self._lines = path.open("a", buffering=1)
         purge = progress.step + 1 if progress.step else None
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
         interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
         self._bar = tqdm(total=total, initial=progress.step, unit="step", mininterval=interval, disable=not bar)
         self._recent: deque[Values] = deque(maxlen=20)
@@ -51,7 +51,7 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
         self._lines.close()
 
     def write(self, split: str, progress: Progress, values: Values) -> None:
@@ -61,7 +61,7 @@ class RunLog:
         self._lines.write(json.dumps(line) + "\n")
         for name, value in clean.items():
             if value is not None:
-                self._board.add_scalar(f"{split}/{name}", value, progress.step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{split}/{name}", value, progress.step)
 
     def advance(self, values: Values) -> None:
         """Move the bar on by one meta-step; it shows means over the last 20."""

@@ -83,8 +83,8 @@ def fit(
     out: Path,
     budget: Budget,
     config: dict[str, Any] | None = None,
-    validation: Iterable[EpisodeBatch] | None = None,
-    validate_every: int = 100,
+    validation: Callable[[], Iterable[EpisodeBatch]] | None = None,
+    validate_every: int = 200,
     checkpoint_every: int = 100,
     schedule: Callable[[float], float] = cosine,
     clip: float | None = None,
@@ -102,7 +102,7 @@ def fit(
         out: the run's folder, made if need be.
         budget: when to end.
         config: stored as config.json.
-        validation: batches evaluated every `validate_every` steps and at the end; iterated anew each time.
+        validation: draws the batches to evaluate every `validate_every` steps and at the end.
         checkpoint_every: steps between checkpoints; there is one before the first step and after the last, too.
         schedule: share of the budget spent -> factor on each group's learning rate.
         clip: largest norm of the meta-gradient; None, any.
@@ -150,7 +150,7 @@ def fit(
             log.advance(values)
             over = budget.spent(progress) >= 1
             if validation is not None and (over or progress.step % validate_every == 0):
-                log.write("validation", progress, _validate(learner, validation))
+                log.write("validation", progress, _validate(learner, validation()))
                 progress.seconds = before + time.perf_counter() - began
             if over or progress.step % checkpoint_every == 0:
                 save_checkpoint(checkpoint, learner, optimizer, sampler, progress)

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,18 @@ class Evaluation:
     def curve(self) -> list[Estimate]:
         """The metric after each number of inner steps."""
         return [Estimate.of(row) for row in (self.losses if self.accuracies is None else self.accuracies)]
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON: the metric after the last step and after each."""
+        curve = self.curve()
+        return {
+            "metric": self.metric,
+            "mean": curve[-1].mean,
+            "interval_95": curve[-1].interval,
+            "inner_steps": len(curve) - 1,
+            "episodes": curve[-1].tasks,
+            "after_steps": [{"steps": k, "mean": e.mean, "interval_95": e.interval} for k, e in enumerate(curve)],
+        }
 
 
 def evaluate(

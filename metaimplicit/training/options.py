@@ -1,50 +1,21 @@
-"""The options of a run: a typed command line, a config file, and the learner they describe."""
+"""The options of a run: a typed command line and a config file in one."""
 
 from __future__ import annotations
 
 import ast
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
-from metaimplicit.learner import MetaLearner
-from metaimplicit.metagrad import Implicit, MethodOptions, make_method
-from metaimplicit.models import MLP, ConvNet
-
-INNER = {
-    "momentum": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-}
-
-
-class Family(Protocol):
-    """Where tasks come from, as far as a model cares."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def input_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def outputs(self) -> int: ...
+from metaimplicit.metagrad import Implicit, make_method
 
 
 @dataclass(frozen=True)
 class Options:
-    """Meta-train a few-shot learner and test it. The values shown are those of the task that is shown."""
+    """Meta-train a few-shot learner and test it. Defaults depend on the task; shown are those of glyphs."""
 
     task: str = "glyphs"
     """Where tasks come from: glyphs (printed characters, made on the spot), omniglot, sinusoid, folder (your own
@@ -56,8 +27,8 @@ class Options:
     queries: int = 5
     """Query examples of a class that it is judged on (folder, learn2learn: default 15; sinusoid: points, 10)."""
     method: str = "cg"
-    """How the meta-gradient is taken: unrolled (MAML), truncated, first-order, reptile; or implicitly (iMAML) by cg,
-    neumann, nystrom, dense … An unknown one lists all. Sinusoid: unrolled."""
+    """How the meta-gradient is taken: unrolled (MAML), truncated, first-order, reptile; or implicitly (iMAML) by a
+    solver, cg, neumann, nystrom, dense … (any other word lists them all; sinusoid: unrolled)."""
     solver_steps: int = 5
     """Products of CG, terms of Neumann, or inner steps that truncated keeps."""
     rank: int = 10
@@ -118,9 +89,9 @@ class Options:
     """CPU threads of torch; by default torch's choice."""
     strict: bool = False
     """Stop on negative curvature or a broken solve, where the default warns once and goes on."""
-    validate_every: int = 100
+    validate_every: int = 200
     """Meta-steps between validations (sinusoid: 1000)."""
-    validation_episodes: int = 200
+    validation_episodes: int = 100
     """Validation tasks, the same each time."""
     checkpoint_every: int = 100
     """Meta-steps between checkpoints (sinusoid: 1000)."""
@@ -149,12 +120,19 @@ class Options:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(stored) - known):
             raise ValueError(f"options: got {', '.join(unknown)}, which this version does not know; use the run's own")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-        return cls(**values | {name: Path(v) for name, v in values.items() if name in _PATHS and v is not None})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        values |= {name: Path(values[name]) for name in ("data_root", "out") if values.get(name) is not None}
+        return cls(**values)
 
     def dump(self) -> dict[str, Any]:
         """A dictionary for JSON."""
-        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+        values = asdict(replace(self, resume=False))
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves its files."""
+        return self.out or Path("runs", f"{self.task}-{self.method}-{self.seed}")
 
     def resolved(self) -> Options:
         """Limit and folder filled in; ValueError for numbers that nothing else checks."""
@@ -163,9 +141,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"--clip: got {self.clip}, expected a norm > 0")
         minutes = 4.0 if self.steps is None and self.minutes is None else self.minutes
-        out = self.out or Path("runs", f"{self.task}-{self.method}-{self.seed}")
-        return replace(self, minutes=minutes, out=out)
+        return replace(self, minutes=minutes, out=self.folder)
 
     def changed(self, other: Options) -> list[str]:
         """The options that must stay as they are for a run to be resumed, and do not."""
@@ -185,9 +164,20 @@ class Options:
             ) from error
         return device
 
-    def family_options(self) -> dict[str, Any]:
-        """--task-options as keyword arguments: Python literals, true, false, or strings."""
-        found: dict[str, Any] = {}
+    @property
+    def test_seed(self) -> int:
+        """Of the test episodes: no other stream of the run has it."""
+        return self.seed + 1_000_000
+
+    def task_arguments(self) -> dict[str, Any]:
+        """What `tasks.load` takes; --task-options are Python literals, true, false, none, or strings."""
+        found: dict[str, Any] = {
+            "name": self.task,
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "data_root": self.data_root,
+        }
         for item in self.task_options:
             name, equals, text = item.partition("=")
             if not (name and equals):
@@ -199,7 +189,6 @@ class Options:
         return found
 
 
-_PATHS = ("data_root", "out")
 _FREE = (
     "steps",
     "minutes",
@@ -228,76 +217,3 @@ _TASKS: dict[str, dict[str, Any]] = {
         "test_steps": 10,
     },
 }
-
-
-def build_learner(options: Options, family: Family) -> MetaLearner:
-    """The learner that `options` describe for tasks of `family`, initialised from torch's generator, on its device.
-
-    Raises:
-        ValueError: an option out of range, or that does not fit the others.
-    """
-    device = options.torch_device()
-    model: nn.Module
-    if len(family.input_shape) == 3:
-        model = ConvNet(family.input_shape, family.outputs, filters=options.filters, strided=not options.pool)
-    elif len(family.input_shape) == 1:
-        model = MLP(family.input_shape[0], family.outputs, hidden=options.hidden)
-    else:
-        raise ValueError(f"task: its inputs have shape {family.input_shape}, expected an image or a vector")
-    inner: InnerLoop
-    if options.inner_optimizer == "sgd":
-        inner = GradientDescent(steps=options.inner_steps, lr=options.inner_lr)
-    else:
-        extra = {"momentum": 0.9} if options.inner_optimizer == "momentum" else {}
-        inner = TorchOptimizer(INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra)
-    method = make_method(
-        options.method,
-        MethodOptions(options.solver_steps, options.rank, options.rho, options.curvature, options.damping),
-    )
-    if options.strict and isinstance(method, Implicit):
-        method = replace(method, strict=True)
-    learn: dict[str, Any] = {name: size or "scalar" for name, _, size in (x.partition("=") for x in options.learn)}
-    return MetaLearner(
-        model,
-        F.cross_entropy if family.kind == "classification" else F.mse_loss,
-        inner=inner,
-        method=method,
-        proximal=options.proximal,
-        learn=learn,
-        vectorize=options.vectorize,
-        chunk_size=options.chunk_size,
-    ).to(device)
-
-
-def describe(options: Options, learner: MetaLearner) -> dict[str, Any]:
-    """What config.json holds: the options, what was chosen for them, and what they ran on."""
-    device = next(learner.parameters()).device
-    return {
-        "options": options.dump(),
-        "chosen": {
-            "vectorize": learner.vectorize,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "threads": torch.get_num_threads(),
-        },
-        "parameters": sum(p.numel() for p in learner.parameters()),
-        "versions": {name: _version(name) for name in ("metaimplicit", "torch", "higher", "numpy")}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of this source tree, if it is one; "-dirty" where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None

@@ -1,0 +1,114 @@
+"""From options to a learner, and to the record of what ran."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit.learner import MetaLearner
+from metaimplicit.metagrad import Implicit, MethodOptions, make_method
+from metaimplicit.models import MLP, ConvNet
+from metaimplicit.training.options import Options
+
+INNER = {
+    "momentum": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+class Family(Protocol):
+    """Where tasks come from, as far as a model cares."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+
+def build_learner(options: Options, family: Family) -> MetaLearner:
+    """The learner that `options` describe for tasks of `family`, initialised from torch's generator, on its device.
+
+    Raises:
+        ValueError: an option out of range, or that does not fit the others.
+    """
+    device = options.torch_device()
+    model: nn.Module
+    if len(family.input_shape) == 3:
+        model = ConvNet(family.input_shape, family.outputs, filters=options.filters, strided=not options.pool)
+    elif len(family.input_shape) == 1:
+        model = MLP(family.input_shape[0], family.outputs, hidden=options.hidden)
+    else:
+        raise ValueError(f"task: its inputs have shape {family.input_shape}, expected an image or a vector")
+    inner: InnerLoop
+    if options.inner_optimizer == "sgd":
+        inner = GradientDescent(steps=options.inner_steps, lr=options.inner_lr)
+    else:
+        extra = {"momentum": 0.9} if options.inner_optimizer == "momentum" else {}
+        inner = TorchOptimizer(INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra)
+    method = make_method(
+        options.method,
+        MethodOptions(options.solver_steps, options.rank, options.rho, options.curvature, options.damping),
+    )
+    if options.strict and isinstance(method, Implicit):
+        method = replace(method, strict=True)
+    learn: dict[str, Any] = {name: size or "scalar" for name, _, size in (x.partition("=") for x in options.learn)}
+    return MetaLearner(
+        model,
+        F.cross_entropy if family.kind == "classification" else F.mse_loss,
+        inner=inner,
+        method=method,
+        proximal=options.proximal,
+        learn=learn,
+        vectorize=options.vectorize,
+        chunk_size=options.chunk_size,
+    ).to(device)
+
+
+def describe(options: Options, learner: MetaLearner) -> dict[str, Any]:
+    """What config.json holds: the options, what was chosen for them, and what they ran on."""
+    device = next(learner.parameters()).device
+    return {
+        "options": options.dump(),
+        "chosen": {
+            "vectorize": learner.vectorize,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "threads": torch.get_num_threads(),
+        },
+        "parameters": sum(p.numel() for p in learner.parameters()),
+        "versions": {name: _version(name) for name in ("metaimplicit", "higher", "numpy")}
+        | {"torch": str(torch.__version__), "python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, if it is one; "-dirty" where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

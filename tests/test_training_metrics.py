@@ -1,0 +1,45 @@
+"""Means, intervals, and what evaluation counts."""
+
+import pytest
+import torch
+
+import tasks
+from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.models import MLP
+from metaimplicit.training import Estimate, evaluate
+
+
+def test_interval_is_196_standard_errors_of_the_sample_deviation():
+    estimate = Estimate.of(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert estimate.mean == 3.0
+    # deviations −2 −1 0 3: s² = 14/3
+    assert estimate.interval == pytest.approx(1.96 * (14 / 3) ** 0.5 / 2, rel=1e-14)
+    assert estimate.tasks == 4
+    with pytest.raises(ValueError, match=r"values: got shape \(1,\), expected one number for each of 2 tasks"):
+        Estimate.of(torch.ones(1))
+
+
+def test_evaluation_is_the_learners_trimmed_to_the_tasks_asked_for_and_leaves_its_mode():
+    torch.manual_seed(0)
+    learner = MetaLearner(MLP(1, 1), torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
+    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
+    result = evaluate(learner, (sampler[i] for i in range(2)), tasks=5)
+    assert (result.metric, result.losses.shape, learner.training) == ("mse", (3, 5), True)
+    torch.testing.assert_close(result.losses[:, :3], learner.evaluate(sampler[0])[0], rtol=0, atol=0)
+
+    # an oracle for one task: two plain steps of gradient descent
+    support, query = ([x[1] for x in pair] for pair in (sampler[0].support, sampler[0].query))
+    model = MLP(1, 1)
+    model.load_state_dict(learner.model.state_dict())
+    for _ in range(2):
+        gradients = torch.autograd.grad((model(support[0]) - support[1]).square().mean(), list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p -= 0.01 * g
+    expected = (model(query[0]) - query[1]).square().mean()
+    torch.testing.assert_close(result.losses[2, 1], expected.detach(), rtol=1e-5, atol=0)
+
+    with pytest.raises(ValueError, match="batches: got none"):
+        evaluate(learner, [])
+    with pytest.raises(ValueError, match="steps: got -1"):
+        evaluate(learner, [sampler[0]], steps=-1)
