@@ -18,7 +18,7 @@ def reached(
     Args:
         outputs: tensors with their graph.
         meta, params: what they may depend on; the walk ends there.
-        sources: the functions that made them, searched for the name of a culprit; None, any other tensor may be reached too.
+        sources: the functions that made them, searched for the name of a culprit; None, nothing is one.
 
     Raises:
         ValueError: they depend on another tensor that requires grad: a derivative would silently leave it out.

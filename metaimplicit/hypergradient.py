@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad import Adaptation, Method, MethodOptions, Report, Reptile, make_method
+from metaimplicit.metagrad import Adaptation, Implicit, Method, MethodOptions, Report, Reptile, make_method
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Composite, LiftedProblem, Loss, Vectorize
 
@@ -85,7 +85,7 @@ def hypergradient(
         indirect, report = adaptation.pull(of_theta, phi)
     total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
-        if m.requires_grad and direct.get(name) is None and indirect[name] is None:
+        if m.requires_grad and indirect[name] is None and (direct.get(name) is None or inner.reads(name)):
             _check_reachable(name, method, inner, adaptation)
     return Hypergradient(
         outer_loss=outer.detach(),
@@ -93,7 +93,7 @@ def hypergradient(
         grads=total,
         params={n: p.detach() if batched else p.detach().squeeze(0) for n, p in adaptation.params.items()},
         report=report,
-        aux=_detach(aux),
+        aux=_detach(aux, batched),
     )
 
 
@@ -127,9 +127,11 @@ def argmin(
         raise ValueError("argmin method: got 'reptile', which is not a derivative; use 'first-order' or any other")
     problem = BilevelProblem(init, inner_loss, lambda *_: None)
     lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
-    _meta_leaves(meta)
+    phi = _meta_leaves(meta)
+    # a pullback differentiates leaves of its own: entries of `meta` may depend on one another
+    own = isinstance(method, Implicit)
     with torch.enable_grad():
-        adaptation = method.adapt(lifted, inner, meta)
+        adaptation = method.adapt(lifted, inner, phi if own else meta)
     params = adaptation.params
     if adaptation.pullback is not None:
         names = [name for name, m in meta.items() if m.requires_grad]
@@ -166,7 +168,7 @@ class _Pullback(torch.autograd.Function):
                 _check_reachable(name, ctx.method, ctx.inner, ctx.adaptation)
         found = [gradients[name] for name in ctx.names]
         if twice:
-            found = [None if g is None else _Once.apply(g, *ctx.saved_tensors) for g in found]
+            found = [None if g is None else _Once.apply(g, *ctx.saved_tensors, *vectors) for g in found]
         return None, None, None, None, *found
 
 
@@ -200,5 +202,5 @@ def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
     return (b if a is None else a if b is None else a + b).detach()  # type: ignore[union-attr]
 
 
-def _detach(aux: Any) -> Any:
-    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
+def _detach(aux: Any, batched: bool) -> Any:
+    return tree_map(lambda x: (x if batched else x.squeeze(0)).detach() if isinstance(x, Tensor) else x, aux)

@@ -90,13 +90,17 @@ class MetaLearner(nn.Module):
         self._outputs: int | None = None  # the width of the model's output, for the range of labels
         self.learnt = nn.ParameterDict()
         self._keys: dict[str, str] = {}
-        penalty = self._learn(learn, proximal, trainable)
-        self.problem = BilevelProblem(
+        self.penalty = self._learn(learn, proximal, trainable)
+
+    @property
+    def problem(self) -> BilevelProblem:
+        """The bilevel problem of `hypergradient`; its data is `(support, query)`."""
+        return BilevelProblem(
             init=lambda meta, _: {name: meta[name] for name in self.adapted},
             inner_loss=Composite(
                 outputs=lambda params, meta, data: self._call(params, meta, data[0][0]),
                 loss=lambda outputs, data: self.loss(outputs, data[0][1]),
-                penalty=penalty,
+                penalty=self.penalty,
             ),
             outer_loss=self._outer,
         )
@@ -123,6 +127,8 @@ class MetaLearner(nn.Module):
 
         `steps` is the inner loop's own number unless given; the accuracy is None for regression.
         """
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         self._check(episodes)
         iterates = self._trajectory(episodes.support, steps, batched=True)
         lifted = self._lift((episodes.support, episodes.query), batched=True)
@@ -189,6 +195,10 @@ class MetaLearner(nn.Module):
         return Proximal(FromMeta("log_proximal", torch.exp))
 
     def _add(self, name: str, value: Tensor) -> None:
+        if name in dict(self.model.named_parameters()):
+            raise ValueError(
+                f"learn: the model has a parameter {name!r} already, expected that name to be free; rename it"
+            )
         key = name.replace(".", "/")  # a parameter's own name may not hold a dot
         self.learnt[key], self._keys[name] = nn.Parameter(value), key
 
@@ -238,10 +248,20 @@ class MetaLearner(nn.Module):
         return path[:1] if steps == 0 else path
 
     def _faster(self, data: tuple[Pair, Pair]) -> Vectorize:
-        """Time vmap and the loop on a batch, leaving the random state as it was."""
+        """Time vmap and the loop on a batch, leaving the random state as it was; the loop where vmap is impossible."""
+        generator = getattr(getattr(self.method, "solver", None), "generator", None)
+        state = None if generator is None else generator.get_state()
+        seconds: dict[str, float] = {}
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if data[0][0].is_cuda else []):
-            seconds = {how: min(self._time(data, how) for _ in range(2)) for how in ("vmap", "loop")}
-        return "loop" if seconds["loop"] < seconds["vmap"] else "vmap"
+            for how in ("loop", "vmap"):
+                try:
+                    seconds[how] = min(self._time(data, how) for _ in range(2))
+                except RuntimeError:  # an operation without a batching rule
+                    if how == "loop":
+                        raise
+        if generator is not None:
+            generator.set_state(state)
+        return "vmap" if seconds.get("vmap", torch.inf) <= seconds["loop"] else "loop"
 
     def _time(self, data: tuple[Pair, Pair], vectorize: Vectorize) -> float:
         start = time.perf_counter()
@@ -267,7 +287,7 @@ class MetaLearner(nn.Module):
         if not episodes.support[1].is_floating_point():
             if self._outputs is None:
                 with torch.no_grad():
-                    self._outputs = self._call({}, self._frozen(), episodes.support[0][0]).shape[-1]
+                    self._outputs = self._call({}, self._frozen(), episodes.support[0][0]).shape[1]
             _check_classes(episodes.support[1], episodes.query[1], self._outputs)
 
 
@@ -285,7 +305,10 @@ class AdaptedModel:
         meta = self._learner._frozen()
         if not self._batched:
             return self._learner._call(self.params, meta, inputs)
-        return torch.vmap(lambda p, x: self._learner._call(p, meta, x), randomness="different")(self.params, inputs)
+        outputs: Tensor = self._learner._lift(inputs, batched=True).apply(
+            lambda params, x: self._learner._call(params, meta, x), self.params
+        )
+        return outputs
 
     def __len__(self) -> int:
         return len(next(iter(self.params.values()))) if self._batched else 1
@@ -298,10 +321,10 @@ class AdaptedModel:
 
 
 def _accuracy(outputs: Tensor, targets: Tensor, mean: bool = True) -> Tensor | None:
-    """The share of right classes, `[tasks]` or its mean; None unless the targets are class indices."""
+    """The share of right classes (axis 2, as cross-entropy has it), `[tasks]` or its mean; None without classes."""
     if targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
         return None
-    right = (outputs.argmax(-1) == targets).double().flatten(1).mean(1)
+    right = (outputs.argmax(2) == targets).double().flatten(1).mean(1)
     return right.mean() if mean else right
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -170,6 +171,10 @@ class LiftedProblem:
     def penalty(self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params) -> Tensor:
         return self._scalars("penalty", lambda p, _: function(p, meta), params, None)[0]
 
+    def apply(self, function: Callable[[Params, Any], Any], params: Params) -> Any:
+        """`function(params, data)` of one task, lifted over the task axis."""
+        return self._lift(function, params, self.at(0))
+
     def _scalars(self, name: str, function: Callable[..., Any], params: Params, data: Any) -> tuple[Tensor, Any]:
         out = self._lift(function, params, data)
         loss, aux = out if isinstance(out, tuple) else (out, None)
@@ -198,6 +203,8 @@ def _index(tree: Any, i: int) -> Any:
 
 
 def _count(data: Any) -> int:
+    if any(isinstance(x, np.ndarray) for x in tree_leaves(data)):
+        raise ValueError("data: got a numpy array, expected tensors, which are told apart by task; use torch.as_tensor")
     sizes = {x.shape[0] if x.dim() else None for x in tree_leaves(data) if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(

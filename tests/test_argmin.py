@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from metaimplicit import CG, Dense, GradientDescent, Implicit, argmin, hypergradient
 from oracles import quadratic, relative_error, ridge
+
+from metaimplicit import CG, Dense, GradientDescent, Implicit, argmin, hypergradient
 
 QUADRATIC, RIDGE = quadratic([[0.5, 1.0, 2.0], [1.0, 1.5, 3.0]]), ridge()
 SOLVE = partial(argmin, inner=GradientDescent(steps=400, lr=0.3))
@@ -47,7 +48,7 @@ def test_unrolled_is_differentiable_twice_and_implicit_says_it_is_not():
 
     rows = [torch.autograd.grad(first("unrolled")[i], meta["phi"])[0] for i in range(3)]
     assert relative_error(torch.stack(rows), exact) < 1e-8
-    with pytest.raises(RuntimeError, match="differentiable once under an implicit method.*unrolled"):
+    with pytest.raises(RuntimeError, match=r"differentiable once under an implicit method.*unrolled"):
         first("dense").sum().backward()
 
 
@@ -92,3 +93,38 @@ def test_hypergradient_leaves_the_callers_tensors_alone():
         QUADRATIC.problem, meta, QUADRATIC.data, inner=GradientDescent(steps=5, lr=0.1), method="cg", batched=True
     )
     assert meta["phi"].grad is None
+
+
+@pytest.mark.parametrize("method", ["unrolled", "dense"])
+@pytest.mark.parametrize("second", [lambda a: a, lambda a: 3 * a, torch.exp], ids=["same", "thrice", "exp"])
+def test_entries_of_meta_may_depend_on_one_another(second, method):
+    """f = ½‖θ − a·b‖²:  θ* = a·b."""
+    a = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["theta"] - m["a"] * m["b"]).square().sum(),
+        lambda m, d: {"theta": torch.zeros(3, dtype=torch.float64)},
+        {"a": a, "b": second(a)},
+        None,
+        inner=GradientDescent(steps=80, lr=0.5),
+        method=method,
+    )
+    params["theta"].sum().backward()
+    free = a.detach().clone().requires_grad_()
+    (free * second(free)).sum().backward()
+    assert relative_error(a.grad, free.grad) < 1e-12
+
+
+def test_the_cotangent_cannot_be_differentiated_unnoticed():
+    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = w * solved(QUADRATIC, meta, method="dense")["theta"].sum() + w * meta["phi"].sum()
+    gradient = torch.autograd.grad(loss, meta["phi"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(gradient.sum(), w)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "dense"])
+def test_no_graph_is_left_under_no_grad(method):
+    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
+    with torch.no_grad():
+        assert not solved(QUADRATIC, meta, method=method)["theta"].requires_grad

@@ -6,6 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import finite_difference, quadratic, randn, relative_error, ridge
+from torch import nn
+
 from metaimplicit import (
     CG,
     BilevelProblem,
@@ -26,8 +29,6 @@ from metaimplicit import (
     Unrolled,
     hypergradient,
 )
-from oracles import finite_difference, quadratic, randn, relative_error, ridge
-from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)
@@ -480,14 +481,14 @@ def test_losses_must_be_scalars():
 def test_bad_arguments_are_refused():
     ok = network(Proximal(0.1))
     cases = [
-        (dict(method="sgd"), "method: got 'sgd', expected one of unrolled, truncated, first-order"),
-        (dict(method=Truncated(4)), "Truncated steps: got 4, expected at most the inner loop's 3"),
+        ({"method": "sgd"}, "method: got 'sgd', expected one of unrolled, truncated, first-order"),
+        ({"method": Truncated(4)}, "Truncated steps: got 4, expected at most the inner loop's 3"),
         (
-            dict(method=Truncated(1), inner=GradientDescent(steps=3, tol=0.1)),
+            {"method": Truncated(1), "inner": GradientDescent(steps=3, tol=0.1)},
             "Truncated: got an inner loop with tol=0.1",
         ),
-        (dict(vectorize="auto"), "vectorize: got 'auto'"),
-        (dict(data=(X, Y[:2], XQ, YQ)), "expected every tensor to carry one task axis"),
+        ({"vectorize": "auto"}, "vectorize: got 'auto'"),
+        ({"data": (X, Y[:2], XQ, YQ)}, "expected every tensor to carry one task axis"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -523,3 +524,130 @@ def test_negative_curvature_is_told_and_strict_raises():
     assert result.report.rayleigh.item() <= 0
     with pytest.raises(FloatingPointError, match="NEGATIVE_CURVATURE"):
         ask(method=Implicit(CG(), strict=True))
+
+
+def test_the_error_bound_is_the_residual_norm_over_sigma_for_each_task():
+    run = partial(
+        hypergradient,
+        network(Proximal(0.4)),
+        INITIAL,
+        inner=GradientDescent(steps=3, lr=0.1),
+        method=GAUSS_NEWTON,
+        batched=True,
+    )
+    scaled = (X, Y, XQ, YQ * torch.tensor([1.0, 30.0, 1.0], dtype=torch.float64)[:, None, None])
+    result = run(scaled)
+    v = torch.func.vmap(torch.func.grad(lambda p, d: outer(p, {}, d)))(result.params, scaled)
+    norms = torch.cat([g.flatten(1) for g in v.values()], dim=1).norm(dim=1) / TASKS
+    assert relative_error(result.report.error_bound, result.report.residual * norms / 0.4) < 1e-12
+
+
+def test_no_bound_is_claimed_where_the_penalty_may_bend_down():
+    def concave(params, meta):
+        return sum(-0.01 * (p - meta[n]).square().sum() for n, p in params.items())
+
+    method = Implicit(CG(), curvature="gauss-newton", damping=0.5)
+    result = hypergradient(
+        network(concave), INITIAL, DATA, inner=GradientDescent(steps=3, lr=0.1), method=method, batched=True
+    )
+    assert result.report.error_bound is None
+    assert result.report.sigma == 0.5
+
+
+def test_the_inner_gradient_norm_is_that_of_the_last_iterate():
+    result = hypergradient(
+        network(Proximal(0.4)), INITIAL, DATA, inner=GradientDescent(steps=2, lr=0.1), method=GAUSS_NEWTON, batched=True
+    )
+    gradient = torch.func.vmap(torch.func.grad(lambda p, d: network(Proximal(0.4)).inner_loss(p, INITIAL, d)))(
+        result.params, DATA
+    )
+    norms = torch.cat([g.flatten(1) for g in gradient.values()], dim=1).norm(dim=1)
+    assert relative_error(result.report.inner_gradient_norm, norms) < 1e-12
+
+
+def test_streams_and_batches_go_where_they_are_said_to():
+    inner = GradientDescent(steps=2, lr=0.1)
+    parts = [(randn(3, 6, 2, seed=40 + t), randn(3, 6, 1, seed=50 + t), XQ + t, YQ) for t in range(3)]
+    seen = []
+
+    def fn(t):
+        seen.append(t)
+        return parts[t]
+
+    problem = BilevelProblem(
+        lambda meta, data: {n: meta[n] + 0.1 * data[0].mean() for n in INITIAL},
+        network(Proximal(0.5)).inner_loss,
+        outer,
+    )
+    stream = hypergradient(problem, INITIAL, Stream(fn), inner=inner, method="unrolled", batched=True)
+    assert set(seen) == {0, 1, 2}
+    start = {n: p + 0.1 * parts[0][0].mean((1, 2)).reshape(-1, *[1] * p.dim()) for n, p in INITIAL.items()}
+    params = {n: p.requires_grad_() for n, p in start.items()}
+    for t in range(2):
+        losses = torch.vmap(problem.inner_loss, in_dims=(0, None, 0))(params, INITIAL, parts[t])
+        grads = torch.autograd.grad(losses.sum(), list(params.values()))
+        params = {n: (p - 0.1 * g).detach().requires_grad_() for (n, p), g in zip(params.items(), grads, strict=True)}
+    expected = torch.vmap(outer, in_dims=(0, None, 0))(params, {}, parts[2]).mean()
+    assert relative_error(stream.outer_loss, expected.detach()) < 1e-12
+
+    # the curvature sees the batch it is told, at the parameters that the stream led to
+    fixed = parts[1]
+    problem = network(Proximal(0.5))
+    got = hypergradient(
+        problem, INITIAL, Stream(lambda t: parts[t]), inner=inner, method=Implicit(Dense(), batch=fixed), batched=True
+    )
+    frozen = BilevelProblem(
+        lambda meta, data: {n: data[4][n] + 0 * meta[n] for n in INITIAL},
+        problem.inner_loss,
+        lambda p, m, d: outer(p, m, (d[0], d[1], d[5], d[6])),
+    )
+    expected = hypergradient(
+        frozen,
+        INITIAL,
+        (*fixed, got.params, parts[2][2], parts[2][3]),
+        inner=GradientDescent(steps=1, lr=1e-300),
+        method="dense",
+        batched=True,
+    )
+    for name in INITIAL:
+        assert relative_error(got.grads[name], expected.grads[name]) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["first-order", Truncated(1), Truncated(3)], ids=str)
+def test_shortcuts_change_the_derivative_and_not_the_iterate(method):
+    run = partial(
+        hypergradient, network(), INITIAL, DATA, inner=GradientDescent(steps=3, lr=0.1, momentum=0.5), batched=True
+    )
+    cut, whole = run(method=method), run(method="unrolled")
+    for name in INITIAL:
+        assert relative_error(cut.params[name], whole.params[name]) < 1e-14
+
+
+def test_a_captured_start_or_number_is_named_too():
+    secret = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    shifted = BilevelProblem(lambda m, d: {n: m[n] + secret for n in INITIAL}, network().inner_loss, outer)
+    for method in ("unrolled", "first-order"):
+        with pytest.raises(ValueError, match="tensor 'secret' requires grad and is captured"):
+            ASK(shifted, INITIAL, method=method)
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"lr: got a tensor that requires grad, expected FromMeta\('lr'\)"):
+        ASK(network(), INITIAL, inner=GradientDescent(lr=lr), method="unrolled")
+    late = Stream(lambda t: DATA if t == 0 else (X * secret, Y, XQ, YQ))
+    with pytest.raises(ValueError, match="requires grad and is captured"):
+        ASK(network(), INITIAL, data=late, method="unrolled")
+
+
+def test_more_that_is_refused():
+    with pytest.raises(ValueError, match="data: got a numpy array"):
+        ASK(network(), INITIAL, data=(X, Y.numpy(), XQ, YQ), method="unrolled")
+    with pytest.raises(ValueError, match="Implicit batch: got one with data that is not a Stream"):
+        ASK(network(Proximal(0.1)), INITIAL, method=Implicit(Dense(), batch=DATA))
+    negative = INITIAL | {"proximal": torch.tensor(-0.5, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"proximal strength: got -0.5 from meta"):
+        ASK(network(Proximal(FromMeta("proximal"))), negative, method=GAUSS_NEWTON)
+    with pytest.raises(ValueError, match="Unrolled iterates: got an inner loop with tol"):
+        ASK(network(), INITIAL, inner=GradientDescent(tol=0.1), method=Unrolled(iterates=True))
+    both = BilevelProblem(network().init, network().inner_loss, lambda p, m, d: outer(p, m, d) + 1e-3 * m["lr"])
+    meta = INITIAL | {"lr": torch.tensor(0.1, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"first-order cannot give the gradient of meta\['lr'\]"):
+        ASK(both, meta, inner=GradientDescent(steps=2, lr=FromMeta("lr")), method="first-order")

@@ -1,12 +1,13 @@
-"""Inner loops against `torch.optim` task by task, and what they do at zero gradients, at a tolerance, without a graph."""
+"""Inner loops against `torch.optim`, and what they do at zero gradients, at a tolerance, without a graph."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from metaimplicit import BilevelProblem, FromMeta, GradientDescent, TorchOptimizer, hypergradient
 from oracles import randn, relative_error, symmetric
+
+from metaimplicit import BilevelProblem, FromMeta, GradientDescent, TorchOptimizer, hypergradient
 
 TASKS, N, STEPS = 3, 5, 12
 H = symmetric([[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]])

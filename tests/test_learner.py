@@ -1,14 +1,26 @@
 """The few-shot front door: what adapts, what is learnt, what comes back, and what is refused."""
 
+import copy
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, MethodOptions, TorchOptimizer
 from oracles import finite_difference, randn, relative_error
 from torch import nn
+
+from metaimplicit import (
+    CG,
+    METHODS,
+    GradientDescent,
+    Implicit,
+    MetaLearner,
+    MethodOptions,
+    Nystrom,
+    TorchOptimizer,
+    Truncated,
+)
 
 TASKS, WAYS, QUERIES, INPUTS = 3, 4, 2, 6
 
@@ -200,6 +212,8 @@ def test_adapt_and_evaluate_follow_gradient_descent():
     longer = learn.adapt((data.support[0][1], data.support[1][1]), steps=5)
     assert F.cross_entropy(longer(data.query[0][1]), data.query[1][1]).item() == pytest.approx(losses[5, 1].item())
     assert learn.evaluate(data, steps=0)[0].shape == (1, TASKS)
+    with pytest.raises(ValueError, match="steps: got -1"):
+        learn.evaluate(data, steps=-1)
     with pytest.raises(TypeError, match="holds one task"):
         one[0]
 
@@ -254,26 +268,44 @@ def test_dropout_is_drawn_for_each_task_and_off_in_evaluation_mode():
     assert torch.allclose(losses[-1], losses[-1][:1].expand(TASKS), rtol=1e-12)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_placement_follows_the_tensors(device):
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@pytest.mark.parametrize(("method", "device"), [("unrolled", "meta"), ("first-order", "meta"), (Truncated(1), "meta")])
+def test_placement_follows_the_tensors(method, device):
     """Under fake tensors nothing is computed, but every tensor that the engine makes must be on the device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.device(device):
-        learn = MetaLearner(
-            nn.Sequential(nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, WAYS)),
-            F.mse_loss,
-            inner=GradientDescent(steps=2, lr=0.1, momentum=0.5),
-            method="unrolled",
-            proximal=0.1,
-            learn={"lr", "proximal"},
-            vectorize="vmap",
-        )
-        shapes = ((TASKS, WAYS, INPUTS), (TASKS, WAYS, WAYS))
-        pair = tuple(torch.empty(shape) for shape in shapes)
+    with FakeTensorMode():
+        with torch.device(device):
+            model = nn.Sequential(nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, WAYS))
+            pair = (torch.empty(TASKS, WAYS, INPUTS), torch.empty(TASKS, WAYS, WAYS))
+        inner = GradientDescent(steps=2, lr=0.1, momentum=0.5)
+        learn = MetaLearner(model, F.mse_loss, inner=inner, method=method, proximal=0.1, vectorize="vmap")
         step = learn.backward(SimpleNamespace(support=pair, query=pair))
         assert step.loss.device.type == device
         assert all(p.grad.device.type == device for p in learn.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("flag", [m for m in METHODS if m != "reptile"])
+def test_cuda_agrees_with_the_cpu(flag):
+    gradients = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        learn = learner(method=flag, options=MethodOptions(solver_steps=2, rank=4)).to(device)
+        data = episodes()
+        torch.manual_seed(1)
+        on = SimpleNamespace(support=[t.to(device) for t in data.support], query=[t.to(device) for t in data.query])
+        learn.backward(on)
+        gradients.append([p.grad.cpu() for p in learn.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert relative_error(b, a) < 1e-9
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_lr = nn.Parameter(torch.zeros(WAYS))
 
 
 # what is refused
@@ -334,8 +366,67 @@ def test_bad_settings_are_refused():
             {"learn": {"lr"}, "method": "unrolled", "inner": GradientDescent(lr=torch.tensor(0.1))},
             "expected a number > 0",
         ),
+        ({"model": Named(), "method": "unrolled", "learn": {"lr"}}, "the model has a parameter 'log_lr' already"),
         ({"model": network().requires_grad_(False)}, "model: got no parameter that requires grad"),
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             learner(**settings)
+
+
+def test_a_copy_is_independent():
+    learn = learner(Dropout(), method="unrolled")
+    copied = copy.deepcopy(learn)
+    copied.eval()
+    assert torch.equal(copied.evaluate(episodes())[0], copied.evaluate(episodes())[0])
+    assert not torch.equal(learn.evaluate(episodes())[0], learn.evaluate(episodes())[0])
+
+
+def test_learnt_numbers_are_logarithms():
+    learn = learner(method="unrolled", learn={"lr", "proximal"}, proximal=0.7)
+    assert learn.learnt["log_proximal"].exp().item() == pytest.approx(0.7)
+    assert learn.learnt["log_lr"].exp().item() == pytest.approx(0.3)
+
+
+class NoVmap(nn.Module):
+    """An operation that looks at a value, which vmap refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(INPUTS, WAYS).double()
+
+    def forward(self, x):
+        out = self.linear(x)
+        return out * (2 if out.sum().item() > -1e9 else 1)
+
+
+def test_auto_falls_back_to_the_loop_where_vmap_is_impossible():
+    learn = learner(NoVmap(), vectorize="auto")
+    learn.backward(episodes())
+    assert learn.vectorize == "loop"
+    assert learn.adapt(episodes().support, batched=True)(episodes().query[0]).shape == (TASKS, WAYS * QUERIES, WAYS)
+
+
+def test_auto_leaves_a_generator_where_it_was():
+    generator = torch.Generator().manual_seed(3)
+    learn = learner(method=Implicit(Nystrom(rank=4, generator=generator)), vectorize="auto")
+    learn._faster((episodes().support, episodes().query))
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
+
+
+def test_dense_predictions_have_classes_on_the_second_axis():
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(INPUTS, WAYS * 2).double()
+
+        def forward(self, x):
+            return self.linear(x).unflatten(1, (WAYS, 2))
+
+    data = episodes()
+    data.support = (data.support[0], data.support[1].unsqueeze(-1).expand(-1, -1, 2))
+    data.query = (data.query[0], data.query[1].unsqueeze(-1).expand(-1, -1, 2))
+    learn = learner(Pixels(), method="unrolled")
+    outputs = learn.adapt(data.support, batched=True)(data.query[0])
+    expected = (outputs.argmax(2) == data.query[1]).double().mean()
+    assert learn.backward(data).accuracy == expected

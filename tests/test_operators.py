@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import Matrix, randn, relative_error, symmetric
+
 from metaimplicit import GaussNewton, Hessian, Identity
 from metaimplicit.operators import Scaled
 from metaimplicit.params import flatten, unflatten
-from oracles import Matrix, randn, relative_error, symmetric
 
 TASKS, POINTS, INPUTS, HIDDEN, CLASSES = 3, 7, 4, 5, 3
 X = randn(TASKS, POINTS, INPUTS, seed=0)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from metaimplicit import CG, Dense, Identity, Neumann, Nystrom, Status
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
+
+from metaimplicit import CG, Dense, Identity, Neumann, Nystrom, Status
 
 SPECTRA = [
     torch.linspace(1, 10, 12),
@@ -51,7 +52,8 @@ def test_cg_is_the_krylov_minimiser(system, steps):
         # the third spectrum has two eigenvalues, so its Krylov space ends after two steps
         expected = krylov_minimiser(matrix[task], b[task], min(steps, 2) if task == 2 else steps)
         assert relative_error(solution.value[task], expected) < 1e-11
-    assert solution.products == operator.products == steps
+    # the third task is solved after two steps, and a product more confirms it
+    assert solution.products == operator.products == steps + (steps == 3)
 
 
 @pytest.mark.parametrize("terms", [1, 3])
@@ -94,7 +96,7 @@ def test_nystrom_of_full_rank_is_the_shifted_inverse(system):
 
 
 def test_nystrom_sketches_the_core_and_not_the_shift():
-    # n = 300, eigenvalues decaying fast, σ = 2: sketching A itself overshoots 200 times (the norm tells, the cosine not)
+    # n = 300, eigenvalues decaying fast, σ = 2: sketching A itself overshoots 200 times (the norm tells)
     matrix = symmetric(5 * 0.8 ** torch.arange(300.0).unsqueeze(0))
     b = randn(1, 300, seed=1)
     operator = Matrix(matrix) + Identity(Matrix(matrix), 2.0)
@@ -201,3 +203,83 @@ def test_bad_numbers_are_refused():
     ):
         with pytest.raises(ValueError, match="expected"):
             make()
+
+
+def test_cg_claims_convergence_only_at_its_tolerance(system):
+    matrix, b, _ = system
+    residuals = [CG(max_steps=k, tol=0.0).solve(Matrix(matrix), b).residual for k in range(1, 9)]
+    steps = next(k for k, r in enumerate(residuals, 1) if 0.01 < r[1] < 0.1)  # between tol and √tol
+    solution = CG(max_steps=steps, tol=0.01).solve(Matrix(matrix), b)
+    assert solution.status[1] == Status.MAX_STEPS
+
+
+def test_cg_measures_a_small_residual_before_it_reports_it():
+    """In float32 at condition 1e5 the recurrence falls below the tolerance while b − Ax does not."""
+    matrix = symmetric(torch.logspace(-5, 0, 60).unsqueeze(0))
+    b = randn(1, 60, seed=3).float()
+    solution = CG(max_steps=600, tol=1e-6).solve(Matrix(matrix.float()), b)
+    matrix = matrix.float().double()
+    true = float((b.double() - (matrix @ solution.value.double().unsqueeze(-1)).squeeze(-1)).norm() / b.norm())
+    assert true > 1e-5
+    assert float(solution.residual) > 0.1 * true  # itself known to the round-off of A x alone; the recurrence says 1e-6
+    assert solution.status.tolist() == [Status.MAX_STEPS]
+
+
+def test_cg_leaves_when_every_task_is_done():
+    assert CG(max_steps=50).solve(Matrix(3 * torch.eye(4).double().unsqueeze(0)), randn(1, 4, seed=1)).products == 2
+    flat = torch.zeros(1, 4, 4).double()
+    assert CG().solve(Matrix(flat), torch.ones(1, 4).double()).status.tolist() == [Status.NEGATIVE_CURVATURE]
+
+
+def test_tiny_right_hand_sides_do_not_underflow():
+    matrix = symmetric([[1.0, 2.0, 3.0]])
+    b = randn(1, 3, seed=1)
+    for solver in (CG(), Dense()):
+        tiny = solver.solve(Matrix(matrix), 1e-200 * b).value
+        assert relative_error(1e200 * tiny, torch.linalg.solve(matrix, b)) < 1e-6
+
+
+def test_direct_solvers_count_the_product_of_the_residual():
+    solution = Dense().solve(Matrix(symmetric([[1.0, 2.0, 3.0]])), randn(1, 3, seed=1))
+    assert solution.products == 4
+    assert solution.needed.tolist() == [4]
+
+
+def test_neumann_tells_negative_curvature_and_a_blind_start():
+    matrix = symmetric([[-1.0, 1.0, 2.0, 3.0]])
+    vector = torch.linalg.eigh(matrix).eigenvectors[:, :, 0]
+    status = Neumann(terms=3, scale=0.1).solve(Matrix(matrix), vector).status
+    assert status.tolist() == [Status.NEGATIVE_CURVATURE]
+    spiked = torch.diag_embed(torch.tensor([[1.0] * 9 + [10.0]])).double()
+    b = torch.tensor([[1.0] * 9 + [1e-9]]).double()  # all but blind to the largest eigenvalue
+    solution = Neumann(terms=60).solve(Matrix(spiked), b)
+    assert relative_error(solution.value, b / torch.diagonal(spiked, dim1=1, dim2=2)) < 0.05
+
+
+def test_nystrom_tells_what_it_cannot_do():
+    indefinite = symmetric(torch.linspace(-3, 9.5, 12).unsqueeze(0))
+    b = randn(1, 12, seed=4)
+    assert Nystrom(rank=12, rho=0.1).solve(Matrix(indefinite), b).status.tolist() == [Status.NEGATIVE_CURVATURE]
+    steep = symmetric(torch.logspace(-3, 3, 12).unsqueeze(0))
+    rough = Nystrom(rank=1, rho=1e-3).solve(Matrix(steep), b)
+    assert rough.residual > 1
+    assert rough.status.tolist() == [Status.BREAKDOWN]
+    assert (Nystrom().damping(0.0), Nystrom().damping(2.0), Nystrom(rho=0.5).damping(2.0)) == (0.01, 0.0, 0.5)
+
+
+def test_dense_takes_the_symmetric_part():
+    matrix = symmetric([[2.0, 3.0, 4.0]])
+    lopsided = matrix.clone()
+    lopsided[0, 0, 1] += 1
+    b = randn(1, 3, seed=5)
+    expected = torch.linalg.solve(0.5 * (lopsided + lopsided.mT), b)
+    assert relative_error(Dense().solve(Matrix(lopsided), b).value, expected) < 1e-13
+
+
+@pytest.mark.parametrize("solver", [CG(), Neumann(), Nystrom(rank=3, rho=1.0), Dense()], ids=str)
+def test_nothing_trains_on_a_non_finite_solve(solver):
+    matrix = symmetric(torch.stack(SPECTRA))
+    matrix[1, 0, 0] = torch.nan
+    value = solver.solve(Matrix(matrix), randn(3, 12, seed=8)).value
+    assert value[1].isnan().all()
+    assert value[[0, 2]].isfinite().all()

@@ -57,15 +57,19 @@ class InnerLoop(ABC):
 
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`."""
-        return any(number.reads(key) for f in fields(self) for number in _references(getattr(self, f.name)))  # type: ignore[arg-type]
+        return any(isinstance(number, FromMeta) and number.reads(key) for _, number in self._numbers())
 
+    def check_captured(self) -> None:
+        """Raise ValueError for a number that requires grad but is no part of `meta`: its gradient would be lost."""
+        for name, number in self._numbers():
+            if isinstance(number, Tensor) and number.requires_grad:
+                raise ValueError(
+                    f"{name}: got a tensor that requires grad, expected FromMeta({name!r}) and meta[{name!r}]"
+                )
 
-def _references(value: Any) -> Iterator[FromMeta]:
-    if isinstance(value, FromMeta):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _references(part)
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _references(part)
+    def _numbers(self) -> Iterator[tuple[str, Any]]:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            for name, parts in value.items() if isinstance(value, dict) else [(f.name, value)]:
+                for part in parts if isinstance(parts, tuple) else (parts,):
+                    yield name, part

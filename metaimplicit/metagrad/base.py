@@ -12,7 +12,7 @@ from torch import Tensor
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.params import Params
-from metaimplicit.problem import LiftedProblem
+from metaimplicit.problem import LiftedProblem, Stream
 from metaimplicit.solvers import Status
 
 Gradients = dict[str, Tensor | None]  # None: nothing connects this meta-parameter
@@ -107,11 +107,12 @@ def run_inner(
 
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
-        if t == 0:
-            sources = [problem.problem.inner_loss, problem.problem.init]
-            reads.update(reached([losses, *initial.values()], meta, params.values(), sources))
+        if t == 0 or isinstance(problem.data, Stream):
+            reads.update(reached([losses], meta, params.values(), [problem.problem.inner_loss]))
         return losses
 
+    inner.check_captured()
+    reads |= reached(initial.values(), meta, [], [problem.problem.init])
     start = {name: p.detach() for name, p in initial.items()} if detach else initial
     return initial, inner.run(loss, start, meta, track=track, keep=keep), reads
 

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
+from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
@@ -39,7 +39,7 @@ class Implicit(Method):
     solver: Solver = field(default_factory=CG)
     curvature: Curvature | None = None
     damping: float = 0.0
-    batch: Any = None
+    batch: Any = field(default=None, repr=False)
     strict: bool = False
     flag = "implicit"
     reach = frozenset({"loss"})
@@ -57,6 +57,8 @@ class Implicit(Method):
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         if isinstance(problem.data, Stream) and self.batch is None:
             raise ValueError("Implicit batch: got None with a Stream, expected the data that the curvature is taken on")
+        if self.batch is not None and not isinstance(problem.data, Stream):
+            raise ValueError("Implicit batch: got one with data that is not a Stream, expected None: A sees the data")
         if self.curvature == "gauss-newton" and not isinstance(problem.problem.inner_loss, Composite):
             raise ValueError(
                 "curvature='gauss-newton': got an inner_loss that is a plain function, expected a Composite, whose "
@@ -75,6 +77,8 @@ class Implicit(Method):
         self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report
     ) -> tuple[Gradients, Report]:
         operator, gradient, sigma, definite = self._linearise(problem, meta, params)
+        if not sigma >= 0:
+            raise ValueError(f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say")
         sigma += self.damping
         v = flatten(vectors)
         solution = self.solver.solve(operator + Identity(operator, sigma), v)
@@ -118,7 +122,7 @@ class Implicit(Method):
         # both gradients are functions of their own copies of θ, held at the same point: their sum is ∂f/∂θ
         gradient = {name: g + bend.gradient[name] for name, g in core.gradient.items()}
         if isinstance(penalty, Proximal):
-            return core, gradient, float(torch.as_tensor(resolve(penalty.strength, meta)).detach()), gauss_newton
+            return core, gradient, _float(resolve(penalty.strength, meta)), gauss_newton
         return core + bend, gradient, 0.0, False
 
     def _judge(self, solution: Solution) -> None:
@@ -128,3 +132,7 @@ class Implicit(Method):
             if self.strict:
                 raise FloatingPointError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _float(number: float | Tensor) -> float:
+    return number.detach().item() if isinstance(number, Tensor) else float(number)

@@ -26,6 +26,10 @@ class Unrolled(Method):
     flag = "unrolled"
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        if self.iterates and inner.tol is not None:
+            raise ValueError(
+                f"Unrolled iterates: got an inner loop with tol={inner.tol}, expected a fixed T; use tol=None"
+            )
         return _reverse(self.flag, problem, inner, meta, inner.steps, self.iterates)
 
 
@@ -59,7 +63,10 @@ class Truncated(Method):
 
 @dataclass(frozen=True)
 class FirstOrder(Method):
-    """The outer gradient at θ_T taken as the initialisation's (FOMAML, Finn et al. 2017, §5.2): dθ_T/dθ_0 ≈ I."""
+    """The outer gradient at θ_T taken as the initialisation's (FOMAML, Finn et al. 2017, §5.2): dθ_T/dθ_0 ≈ I.
+
+    What both losses read keeps its direct gradient ∂g/∂φ alone.
+    """
 
     flag = "first-order"
     reach = frozenset({"start"})

@@ -53,8 +53,11 @@ class Hessian(_Curvature):
             raise ValueError(f"Hessian mode: got {mode!r}, expected 'double-backward' or 'forward-over-reverse'")
         super().__init__(params)
         self.mode = mode
-        total = loss(self.params).sum()
-        self._set_gradient(torch.autograd.grad(total, list(self.params.values()), create_graph=True, allow_unused=True))
+        total, targets = loss(self.params).sum(), list(self.params.values())
+        if total.requires_grad:
+            self._set_gradient(torch.autograd.grad(total, targets, create_graph=True, allow_unused=True))
+        else:
+            self._set_gradient([None] * len(targets))
         self._gradient_of: Callable[[Params], Params] = torch.func.grad(lambda p: loss(p).sum())
 
     def matvec(self, vector: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ class Status(IntEnum):
     """How a task's solve ended."""
 
     CONVERGED = 0  # the residual met the tolerance, or the method is direct
-    MAX_STEPS = 1  # the steps or terms asked for were used up
+    MAX_STEPS = 1  # steps, terms, rank or precision ran out before the tolerance was met
     NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 was met: A is not positive definite
-    BREAKDOWN = 3  # the iteration cannot go on: it diverges, or A is singular to working precision
+    BREAKDOWN = 3  # the iteration diverges, A is singular to working precision, or the result is worse than zero
     NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
 
 
@@ -27,7 +27,10 @@ ADVICE = {
         "the curvature is not positive definite; use curvature='gauss-newton', or add damping= or a larger proximal "
         "strength"
     ),
-    Status.BREAKDOWN: "the solve diverged or the matrix is singular; add damping=, or give Neumann a smaller scale",
+    Status.BREAKDOWN: (
+        "it diverged, the matrix is singular, or the residual is above 1; add damping=, raise Nystrom's rank or rho, "
+        "or give Neumann a smaller scale"
+    ),
     Status.NON_FINITE: "NaN or Inf in the curvature or the outer gradient; look at the losses and the inner step size",
 }
 
@@ -37,7 +40,7 @@ class Solution:
     """The result of `Solver.solve`.
 
     Attributes:
-        value: x ≈ A⁻¹b, `[tasks, n]`.
+        value: x ≈ A⁻¹b, `[tasks, n]`; NaN where the status is NON_FINITE, so that nothing trains on it.
         status: `[tasks]`, int64, members of `Status`.
         residual: ‖b − Ax‖/‖b‖ for each task, `[tasks]`; 0 where b = 0.
         products: operator products executed, each over all tasks.
@@ -82,9 +85,9 @@ class Solver(ABC):
         norm = scaled.norm(dim=-1, keepdim=True)
         unit = scaled / torch.where(norm > 0, norm, 1.0)
         solution = self._solve(operator, unit)
+        finite = finite & solution.residual.isfinite().unsqueeze(-1) & solution.value.isfinite().all(-1, keepdim=True)
         value = torch.where(finite, solution.value * norm * safe, torch.nan)
         status = torch.where(finite.squeeze(-1), solution.status, int(Status.NON_FINITE))
-        status = torch.where(solution.residual.isfinite(), status, int(Status.NON_FINITE))
         return Solution(value, status, solution.residual, solution.products, solution.needed, solution.rayleigh)
 
     @abstractmethod

@@ -19,8 +19,8 @@ class Neumann(Solver):
 
     Args:
         terms: K ≥ 1, exactly; one product each, the last one for the residual.
-        scale: s > 0. None: 1/λ̂, λ̂ = ‖Av‖ of `power_steps` power iterations from b for each task; their products
-            are counted.
+        scale: s > 0. None: 1/λ̂, λ̂ = ‖Av‖ of `power_steps` power iterations for each task from b plus a fixed vector;
+            their products are counted.
         power_steps: used with `scale=None`, ≥ 1.
     """
 
@@ -40,13 +40,15 @@ class Neumann(Solver):
         scale, products = self._scale(operator, b)
         x, r = torch.zeros_like(b), b
         rayleigh = b.new_full((len(b),), torch.inf)
+        residual, grew = b.norm(dim=-1), torch.zeros(len(b), dtype=torch.bool, device=b.device)
         for _ in range(self.terms):  # r = (I − sA)ᵏ b, the term k and the residual after k terms
             x = x + scale * r
             ar = operator.matvec(r)
             rayleigh = torch.minimum(rayleigh, rayleigh_quotient(r, ar))
             r = r - scale * ar
-        residual = r.norm(dim=-1)
-        status = torch.where(residual > 1, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
+            before, residual = residual, r.norm(dim=-1)
+            grew = grew | (residual > before * (1 + torch.finfo(b.dtype).eps ** 0.5))
+        status = torch.where(grew, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
         status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
         status = torch.where(residual <= torch.finfo(b.dtype).eps, int(Status.CONVERGED), status)
         products += self.terms
@@ -55,7 +57,9 @@ class Neumann(Solver):
     def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:
         if self.scale is not None:
             return self.scale, 0
-        v, norm = b, torch.ones_like(b[:, :1])
+        # b alone may be blind to the largest eigenvalue: a fixed random vector is not
+        start = torch.randn(b.shape[1], generator=torch.Generator().manual_seed(0)).to(b)
+        v, norm = b + start / start.norm(), torch.ones_like(b[:, :1])
         for _ in range(self.power_steps):
             v = operator.matvec(v)
             norm = v.norm(dim=-1, keepdim=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Solution, Solver, direct
+from metaimplicit.solvers.base import Solution, Solver, Status, direct
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,20 @@ class Nystrom(Solver):
         basis = torch.nn.functional.one_hot(chosen, n).to(b)[:, None, :].expand(-1, tasks, -1)
         columns = torch.cat([core.matmat(part) for part in torch.split(basis, self.chunk or self.rank)]).transpose(0, 1)
 
-        gram = columns[:, :, chosen].double()
         wide = columns.double()
-        inner = shift * 0.5 * (gram + gram.mT) + wide @ wide.mT
+        gram = 0.5 * (wide[:, :, chosen] + wide[:, :, chosen].mT)
+        inner = shift * gram + wide @ wide.mT
         inverse = torch.linalg.pinv(inner.nan_to_num(), hermitian=True)
         correction = (wide.mT @ (inverse @ (wide @ b.double().unsqueeze(-1)))).squeeze(-1)
         x = ((b.double() - correction) / shift).to(b.dtype)
-        return direct(operator, b, x, products=self.rank)
+        solution = direct(operator, b, x, products=self.rank)
+        values = torch.linalg.eigvalsh(gram.nan_to_num())
+        floor = -(torch.finfo(b.dtype).eps ** 0.5) * values.abs().amax(-1)
+        indefinite = (values[:, 0] < floor) | (solution.rayleigh <= 0)
+        status = torch.where(solution.residual > 1, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
+        status = torch.where(indefinite & (b.norm(dim=-1) > 0), int(Status.NEGATIVE_CURVATURE), status)
+        status = torch.where(solution.residual <= torch.finfo(b.dtype).eps ** 0.5, solution.status, status)
+        return replace(solution, status=status)
 
     def damping(self, sigma: float) -> float:
         return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
