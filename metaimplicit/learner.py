@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -122,21 +122,30 @@ class MetaLearner(nn.Module):
                 p.grad = gradient if p.grad is None else p.grad + gradient
         return Step(result.outer_loss, _accuracy(result.aux, episodes.query[1]), result.report)
 
-    def evaluate(self, episodes: EpisodeBatch, steps: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Query loss and accuracy of each task after 0, 1, … inner steps, both `[steps + 1, tasks]`.
+    def evaluate(
+        self, episodes: EpisodeBatch, steps: int | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Query loss and accuracy of each task along the inner loop, both `[counts, tasks]`.
 
-        `steps` is the inner loop's own number unless given; the accuracy is None for regression.
+        Args:
+            episodes: a batch of tasks.
+            steps: measure after 0, 1, …, `steps` inner steps; a sequence, after these numbers of them; None, after 0 …
+                T of the inner loop.
+
+        Returns:
+            losses, and accuracies (None for regression).
         """
-        if steps is not None and steps < 0:
+        counts = range((self.inner.steps if steps is None else steps) + 1) if not isinstance(steps, Sequence) else steps
+        if not counts or min(counts) < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         self._check(episodes)
-        iterates = self._trajectory(episodes.support, steps, batched=True)
+        path = self._trajectory(episodes.support, max(counts))
         lifted = self._lift((episodes.support, episodes.query), batched=True)
         meta = self._frozen()
         losses, accuracies = [], []
         with torch.no_grad():
-            for params in iterates:
-                loss, outputs = lifted.outer(params, meta, lifted.data)
+            for count in counts:
+                loss, outputs = lifted.outer(path[count], meta, lifted.data)
                 losses.append(loss)
                 accuracies.append(_accuracy(outputs, episodes.query[1], mean=False))
         return torch.stack(losses), None if accuracies[0] is None else torch.stack(accuracies)  # type: ignore[arg-type]
@@ -145,7 +154,7 @@ class MetaLearner(nn.Module):
         """The model adapted to a support set (inputs and targets `[m, ...]`), or to one for each task if `batched`."""
         if not batched:
             support = (support[0].unsqueeze(0), support[1].unsqueeze(0))
-        params = {name: p.detach() for name, p in self._trajectory(support, steps, batched=True)[-1].items()}
+        params = {name: p.detach() for name, p in self._trajectory(support, steps)[-1].items()}
         return AdaptedModel(self, params if batched else {name: p.squeeze(0) for name, p in params.items()}, batched)
 
     def _learn(
@@ -235,17 +244,24 @@ class MetaLearner(nn.Module):
         how: Vectorize = "loop" if self.vectorize == "loop" else "vmap"
         return LiftedProblem(self.problem, data, batched=batched, vectorize=how, chunk_size=self.chunk_size)
 
-    def _trajectory(self, support: Pair, steps: int | None, batched: bool) -> tuple[Params, ...]:
+    def _trajectory(self, support: Pair, steps: int | None) -> tuple[Params, ...]:
+        """The iterates θ_0 … θ_steps, the last one repeated where the loop stopped before."""
         self._check_norms()
-        inner = self.inner if steps is None else self.inner.updated(steps=max(steps, 1))
-        lifted = self._lift((support, support), batched)
-        meta = self._frozen()
+        steps = self.inner.steps if steps is None else steps
+        lifted, meta = self._lift((support, support), batched=True), self._frozen()
         with torch.enable_grad():
-            path = inner.run(
-                lambda params, _: lifted.inner(params, meta, lifted.data), lifted.init(meta), meta, track=0, keep=True
-            ).iterates
-        path = path + path[-1:] * ((inner.steps if steps is None else steps) + 1 - len(path))
-        return path[:1] if steps == 0 else path
+            path = (
+                self.inner.updated(steps=max(steps, 1))
+                .run(
+                    lambda params, _: lifted.inner(params, meta, lifted.data),
+                    lifted.init(meta),
+                    meta,
+                    track=0,
+                    keep=True,
+                )
+                .iterates
+            )
+        return (path + path[-1:] * (steps + 1 - len(path)))[: steps + 1]
 
     def _faster(self, data: tuple[Pair, Pair]) -> Vectorize:
         """Time vmap and the loop on a batch, leaving the random state as it was; the loop where vmap is impossible."""

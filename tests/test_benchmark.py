@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size from /proc")
 def test_memory_is_flat_for_implicit_methods_and_linear_for_unrolling(tmp_path):
-    options = "--methods cg unrolled --inner-steps 4 16 64 --tasks 4 --repeats 0".split()
+    options = ["--methods", "cg", "unrolled", "--inner-steps", "4", "16", "64", "--tasks", "4", "--repeats", "0"]
     subprocess.run(
         [sys.executable, ROOT / "scripts" / "benchmark.py", *options, "--out", tmp_path / "memory.json"],
         check=True,

@@ -156,7 +156,11 @@ def test_defaults_are_the_tasks_and_the_methods():
     assert Options.of("glyphs", "unrolled").proximal == 0.0
     assert (Options.of("sinusoid").method, Options.of("sinusoid", "cg").inner_steps) == ("unrolled", 16)
     assert Options.of("folder").queries == 15
-    assert Options.of("glyphs").resolved().minutes == 4.0
+    steps = [Options.of("glyphs", method).test_steps for method in ("cg", "unrolled")]
+    assert (steps, Options.of("sinusoid").test_steps) == ([16, 4], 10)
+    assert Options.of("glyphs", "truncated").solver_steps == 2
+    assert Options.of("sinusoid", "truncated").solver_steps == 1
+    assert Options.of("glyphs").resolved().minutes == 3.5
     assert Options(steps=5).resolved().minutes is None
     stored = json.loads(json.dumps(Options(out=Path("x"), learn=("lr",)).dump()))
     assert Options.load(stored) == Options(out=Path("x"), learn=("lr",))

@@ -229,6 +229,6 @@ def _number(value: float | None) -> float:
 
 
 def _validate(learner: MetaLearner, validation: Iterable[EpisodeBatch]) -> Values:
-    result = evaluate(learner, validation)
+    result = evaluate(learner, validation, steps=[learner.inner.steps])
     accuracy = None if result.accuracies is None else result.accuracies[-1].mean().item()
     return {"loss": result.losses[-1].mean().item(), "accuracy": accuracy}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,8 @@ class Evaluation:
     """Query loss and accuracy of each task after 0, 1, … inner steps.
 
     Attributes:
-        losses: `[steps + 1, tasks]`.
-        accuracies: `[steps + 1, tasks]`, or None for regression.
+        losses: `[counts, tasks]`.
+        accuracies: `[counts, tasks]`, or None for regression.
     """
 
     losses: Tensor
@@ -77,19 +77,21 @@ class Evaluation:
 
 
 def evaluate(
-    learner: MetaLearner, batches: Iterable[EpisodeBatch], *, steps: int | None = None, tasks: int | None = None
+    learner: MetaLearner,
+    batches: Iterable[EpisodeBatch],
+    *,
+    steps: int | Sequence[int] | None = None,
+    tasks: int | None = None,
 ) -> Evaluation:
     """Adapt to every task of `batches` and measure on its query set, in evaluation mode (dropout off).
 
     Args:
-        steps: inner steps, ≥ 0; None, the inner loop's own.
+        steps: measure after 0, 1, …, `steps` inner steps; a sequence, after these; None, the inner loop's own.
         tasks: count only the first so many.
 
     Raises:
         ValueError: no batches; a negative number of steps.
     """
-    if steps is not None and steps < 0:
-        raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
     device = next(learner.parameters()).device
     training = learner.training
     learner.eval()
