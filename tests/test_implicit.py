@@ -1,0 +1,177 @@
+"""Implicit methods against unrolling to convergence; their reports, bounds and data."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import finite_difference, randn, relative_error
+from tanh_network import DATA, GAUSS_NEWTON, INITIAL, TASKS, XQ, YQ, X, Y, network, outer
+
+from metaimplicit import (
+    CG,
+    BilevelProblem,
+    Composite,
+    Dense,
+    GradientDescent,
+    Implicit,
+    Proximal,
+    Status,
+    Stream,
+    hypergradient,
+)
+
+
+def test_implicit_agrees_with_unrolled_where_the_inner_problem_is_solved():
+    problem = network(Proximal(1.0))
+    run = partial(hypergradient, problem, INITIAL, DATA, inner=GradientDescent(steps=600, lr=0.2), batched=True)
+    exact = run(method="unrolled").grads
+    implicit = run(method=Implicit(CG(max_steps=60, tol=1e-12)))
+    for name in INITIAL:
+        assert relative_error(implicit.grads[name], exact[name]) < 1e-7
+    assert implicit.report.inner_gradient_norm.max() < 1e-9
+
+
+def test_gauss_newton_differs_from_the_hessian_and_bounds_its_error():
+    problem = network(Proximal(0.5))
+    run = partial(hypergradient, problem, INITIAL, DATA, inner=GradientDescent(steps=300, lr=0.2), batched=True)
+    exact = run(method=Implicit(Dense(), curvature="gauss-newton"))
+    rough = run(method=Implicit(CG(max_steps=2), curvature="gauss-newton"))
+    hessian = run(method=Implicit(Dense()))
+    assert relative_error(exact.grads["0.weight"], hessian.grads["0.weight"]) > 1e-3
+    assert hessian.report.error_bound is None
+    # with the proximal term the mixed derivative is −λI: u shows through the gradient, task by task, up to λ
+    difference = torch.cat([(exact.grads[n] - rough.grads[n]).flatten() for n in INITIAL]).norm() / 0.5
+    assert 0 < float(difference) <= float(rough.report.error_bound.sum())
+    assert rough.report.products == 2
+    assert rough.report.share(Status.MAX_STEPS) == 1.0
+
+
+def test_an_arbitrary_penalty_has_its_exact_hessian():
+    def quartic(params, meta):
+        return 0.5 * sum((p - meta[name]).square().sum() + 0.1 * p.pow(4).sum() for name, p in params.items())
+
+    run = partial(
+        hypergradient, network(quartic), INITIAL, DATA, inner=GradientDescent(steps=600, lr=0.1), batched=True
+    )
+    exact = run(method="unrolled").grads
+    for name in INITIAL:
+        assert relative_error(run(method=Implicit(Dense())).grads[name], exact[name]) < 1e-7
+    linear = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=Composite(
+            lambda p, m, d: d[0] @ p["w"],
+            lambda z, d: F.mse_loss(z, d[1][:, 0]),
+            lambda p, m: quartic({"w": p["w"]}, m),
+        ),
+        outer_loss=lambda p, m, d: F.mse_loss(d[2] @ p["w"], d[3][:, 0]),
+    )
+    run = partial(
+        hypergradient, linear, {"w": randn(2, seed=3)}, DATA, inner=GradientDescent(steps=600, lr=0.1), batched=True
+    )
+    gauss_newton = run(method=Implicit(Dense(), curvature="gauss-newton"))
+    assert relative_error(gauss_newton.grads["w"], run(method="unrolled").grads["w"]) < 1e-8
+    assert gauss_newton.report.error_bound is None
+
+
+def test_the_error_bound_is_the_residual_norm_over_sigma_for_each_task():
+    run = partial(
+        hypergradient,
+        network(Proximal(0.4)),
+        INITIAL,
+        inner=GradientDescent(steps=3, lr=0.1),
+        method=GAUSS_NEWTON,
+        batched=True,
+    )
+    scaled = (X, Y, XQ, YQ * torch.tensor([1.0, 30.0, 1.0], dtype=torch.float64)[:, None, None])
+    result = run(scaled)
+    v = torch.func.vmap(torch.func.grad(lambda p, d: outer(p, {}, d)))(result.params, scaled)
+    norms = torch.cat([g.flatten(1) for g in v.values()], dim=1).norm(dim=1) / TASKS
+    assert relative_error(result.report.error_bound, result.report.residual * norms / 0.4) < 1e-12
+
+
+def test_no_bound_is_claimed_where_the_penalty_may_bend_down():
+    def concave(params, meta):
+        return sum(-0.01 * (p - meta[n]).square().sum() for n, p in params.items())
+
+    method = Implicit(CG(), curvature="gauss-newton", damping=0.5)
+    result = hypergradient(
+        network(concave), INITIAL, DATA, inner=GradientDescent(steps=3, lr=0.1), method=method, batched=True
+    )
+    assert result.report.error_bound is None
+    assert result.report.sigma == 0.5
+
+
+def test_the_inner_gradient_norm_is_that_of_the_last_iterate():
+    result = hypergradient(
+        network(Proximal(0.4)), INITIAL, DATA, inner=GradientDescent(steps=2, lr=0.1), method=GAUSS_NEWTON, batched=True
+    )
+    gradient = torch.func.vmap(torch.func.grad(lambda p, d: network(Proximal(0.4)).inner_loss(p, INITIAL, d)))(
+        result.params, DATA
+    )
+    norms = torch.cat([g.flatten(1) for g in gradient.values()], dim=1).norm(dim=1)
+    assert relative_error(result.report.inner_gradient_norm, norms) < 1e-12
+
+
+def test_streams_show_each_step_its_own_data():
+    stream = Stream(lambda t: (X[:, t % 3 : t % 3 + 3], Y[:, t % 3 : t % 3 + 3], XQ, YQ))
+    inner = GradientDescent(steps=3, lr=0.1)
+    run = partial(hypergradient, network(Proximal(0.5)), inner=inner, batched=True)
+    grads = run(INITIAL, stream, method="unrolled").grads["0.weight"]
+    direction = randn(4, 2, seed=30)
+    expected = finite_difference(
+        lambda w: run(INITIAL | {"0.weight": w}, stream, method="unrolled").outer_loss, INITIAL["0.weight"], direction
+    )
+    assert float((grads * direction).sum()) == pytest.approx(float(expected), rel=1e-7)
+    with pytest.raises(ValueError, match="Implicit batch: got None with a Stream"):
+        run(INITIAL, stream, method="cg")
+    fixed = run(INITIAL, stream, method=Implicit(Dense(), batch=DATA))
+    assert fixed.grads["0.weight"].isfinite().all()
+
+
+def test_streams_and_batches_go_where_they_are_said_to():
+    inner = GradientDescent(steps=2, lr=0.1)
+    parts = [(randn(3, 6, 2, seed=40 + t), randn(3, 6, 1, seed=50 + t), XQ + t, YQ) for t in range(3)]
+    seen = []
+
+    def fn(t):
+        seen.append(t)
+        return parts[t]
+
+    problem = BilevelProblem(
+        lambda meta, data: {n: meta[n] + 0.1 * data[0].mean() for n in INITIAL},
+        network(Proximal(0.5)).inner_loss,
+        outer,
+    )
+    stream = hypergradient(problem, INITIAL, Stream(fn), inner=inner, method="unrolled", batched=True)
+    assert set(seen) == {0, 1, 2}
+    start = {n: p + 0.1 * parts[0][0].mean((1, 2)).reshape(-1, *[1] * p.dim()) for n, p in INITIAL.items()}
+    params = {n: p.requires_grad_() for n, p in start.items()}
+    for t in range(2):
+        losses = torch.vmap(problem.inner_loss, in_dims=(0, None, 0))(params, INITIAL, parts[t])
+        grads = torch.autograd.grad(losses.sum(), list(params.values()))
+        params = {n: (p - 0.1 * g).detach().requires_grad_() for (n, p), g in zip(params.items(), grads, strict=True)}
+    expected = torch.vmap(outer, in_dims=(0, None, 0))(params, {}, parts[2]).mean()
+    assert relative_error(stream.outer_loss, expected.detach()) < 1e-12
+
+    # the curvature sees the batch it is told, at the parameters that the stream led to
+    fixed = parts[1]
+    problem = network(Proximal(0.5))
+    got = hypergradient(
+        problem, INITIAL, Stream(lambda t: parts[t]), inner=inner, method=Implicit(Dense(), batch=fixed), batched=True
+    )
+    frozen = BilevelProblem(
+        lambda meta, data: {n: data[4][n] + 0 * meta[n] for n in INITIAL},
+        problem.inner_loss,
+        lambda p, m, d: outer(p, m, (d[0], d[1], d[5], d[6])),
+    )
+    expected = hypergradient(
+        frozen,
+        INITIAL,
+        (*fixed, got.params, parts[2][2], parts[2][3]),
+        inner=GradientDescent(steps=1, lr=1e-300),
+        method="dense",
+        batched=True,
+    )
+    for name in INITIAL:
+        assert relative_error(got.grads[name], expected.grads[name]) < 1e-12
