@@ -125,7 +125,6 @@ def test_a_resumed_stream_continues_to_the_same_bits():
     assert all(same(a, b) for a, b in zip(whole, start + rest, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of one core
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later, of any threaded process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_batches_are_the_stream_and_leave_torch_alone(workers):
