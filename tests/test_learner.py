@@ -268,7 +268,6 @@ def test_dropout_is_drawn_for_each_task_and_off_in_evaluation_mode():
     assert torch.allclose(losses[-1], losses[-1][:1].expand(TASKS), rtol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
 @pytest.mark.parametrize(("method", "device"), [("unrolled", "meta"), ("first-order", "meta"), (Truncated(1), "meta")])
 def test_placement_follows_the_tensors(method, device):
     """Under fake tensors nothing is computed, but every tensor that the engine makes must be on the device."""

@@ -177,12 +177,14 @@ def _build(
     constants = {key: value for key, value in options.items() if not _is_tensor(value)}
     if "momentum" in options and "momentum" not in constants:
         constants["momentum"] = 0.5  # a stand-in: Nesterov's check wants one
-    slots = [torch.zeros((), requires_grad=True) for _ in names]  # only their identity matters to `higher`
-    reference = optimizer([{"params": [slot]} for slot in slots], **constants)
+    reference = optimizer([{"params": [torch.zeros((), requires_grad=True)]} for _ in names], **constants)
     if not meta and any(_is_tensor(value) for value in options.values()):
         return None  # a check without values to read
     override = {key: [resolve(value, meta, name) for name in names] for key, value in options.items()}
     reference.state.clear()  # Adagrad fills its state at birth; ours is made in the first step
+    slots = [object() for _ in names]  # `higher` copies the groups deeply and asks of a parameter only which it is
+    for group, slot in zip(reference.param_groups, slots, strict=True):
+        group["params"] = [slot]
     return _OPTIMIZERS[optimizer][0](reference, slots, override=override, track_higher_grads=track)
 
 
