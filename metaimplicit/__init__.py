@@ -16,11 +16,12 @@ from metaimplicit.metagrad import (
 )
 from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
-from metaimplicit.solvers import CG, Dense, Neumann, Nystrom, Solution, Solver, Status
+from metaimplicit.solvers import CG, MINRES, Dense, Neumann, Nystrom, NystromCG, Solution, Solver, Status
 
 __all__ = [
     "CG",
     "METHODS",
+    "MINRES",
     "AdaptedModel",
     "BilevelProblem",
     "Composite",
@@ -40,6 +41,7 @@ __all__ = [
     "MethodOptions",
     "Neumann",
     "Nystrom",
+    "NystromCG",
     "Proximal",
     "Report",
     "Reptile",

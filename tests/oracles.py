@@ -44,12 +44,17 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def krylov_minimiser(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
-    """argmin ½xᵀAx − bᵀx over span{b, Ab, …, A^{steps−1}b} for one task, by an orthonormal basis of it."""
+def krylov_basis(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
+    """An orthonormal basis of span{b, Ab, …, A^{steps−1}b} for one task."""
     powers = [b]
     for _ in range(steps - 1):
         powers.append(matrix @ powers[-1])
-    basis = torch.linalg.qr(torch.stack([p / p.norm() for p in powers], dim=1)).Q
+    return torch.linalg.qr(torch.stack([p / p.norm() for p in powers], dim=1)).Q
+
+
+def krylov_minimiser(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
+    """argmin ½xᵀAx − bᵀx over the Krylov space for one task."""
+    basis = krylov_basis(matrix, b, steps)
     return basis @ torch.linalg.solve(basis.T @ matrix @ basis, basis.T @ b)
 
 

@@ -1,9 +1,21 @@
 """A⁻¹b, knowing A only as an operator. A new solver is one file and one row here."""
 
-from metaimplicit.solvers.base import ADVICE, Solution, Solver, Status
-from metaimplicit.solvers.cg import CG
+from metaimplicit.solvers.base import ADVICE, Solution, Solver, State, Status
+from metaimplicit.solvers.cg import CG, MINRES
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.neumann import Neumann
-from metaimplicit.solvers.nystrom import Nystrom
+from metaimplicit.solvers.nystrom import Nystrom, NystromCG
 
-__all__ = ["ADVICE", "CG", "Dense", "Neumann", "Nystrom", "Solution", "Solver", "Status"]
+__all__ = [
+    "ADVICE",
+    "CG",
+    "MINRES",
+    "Dense",
+    "Neumann",
+    "Nystrom",
+    "NystromCG",
+    "Solution",
+    "Solver",
+    "State",
+    "Status",
+]

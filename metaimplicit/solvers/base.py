@@ -1,15 +1,19 @@
-"""What a solve is: an operator and a right-hand side in; a value, a status and counts out."""
+"""What a solve is: an operator and a right-hand side in; a value, a status, counts and a state for the next one out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+
+State = dict[str, Tensor]
+Apply = Callable[[Tensor], Tensor]
 
 
 class Status(IntEnum):
@@ -24,8 +28,8 @@ class Status(IntEnum):
 
 ADVICE = {
     Status.NEGATIVE_CURVATURE: (
-        "the curvature is not positive definite; use curvature='gauss-newton', or add damping= or a larger proximal "
-        "strength"
+        "the curvature is not positive definite; use curvature='gauss-newton', add damping= or a larger proximal "
+        "strength, or solve it as it is with MINRES"
     ),
     Status.BREAKDOWN: (
         "it diverged, the matrix is singular, or the residual is above 1; add damping=, raise Nystrom's rank or rho, "
@@ -46,6 +50,7 @@ class Solution:
         products: operator products executed, each over all tasks.
         needed: `[tasks]`, the products each task needed before it ended.
         rayleigh: `[tasks]`, the smallest vᵀAv/vᵀv seen; +inf if none was.
+        state: tensors that make the next solve of a system nearby cheaper: hand them to it, or save them.
     """
 
     value: Tensor
@@ -54,6 +59,7 @@ class Solution:
     products: int
     needed: Tensor
     rayleigh: Tensor
+    state: State = field(default_factory=dict)
 
 
 class Solver(ABC):
@@ -66,15 +72,25 @@ class Solver(ABC):
         """ρ as used beside a shift σ."""
         return 0.0
 
-    def solve(self, operator: LinearOperator, b: Tensor) -> Solution:
+    def solve(
+        self,
+        operator: LinearOperator,
+        b: Tensor,
+        *,
+        state: State | None = None,
+        preconditioner: Apply | None = None,
+    ) -> Solution:
         """Solve A x = b.
 
         Args:
-            operator: A, shape `(tasks, n)`.
+            operator: A, symmetric, shape `(tasks, n)`.
             b: right-hand sides `[tasks, n]`; normalised before the solve, so their scale is immaterial.
+            state: `Solution.state` of an earlier solve with this solver; A and b may have moved since.
+            preconditioner: r ↦ P r, `[tasks, n] -> [tasks, n]`, P ≈ A⁻¹ symmetric positive definite; for solvers that
+                take one.
 
         Raises:
-            ValueError: `b` is not of the operator's shape.
+            ValueError: `b` is not of the operator's shape; a preconditioner for a solver that takes none.
         """
         if b.shape != operator.shape:
             raise ValueError(f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's")
@@ -84,14 +100,22 @@ class Solver(ABC):
         scaled = torch.where(finite, b / safe, 0.0)  # by the peak first: the square of a tiny norm underflows
         norm = scaled.norm(dim=-1, keepdim=True)
         unit = scaled / torch.where(norm > 0, norm, 1.0)
-        solution = self._solve(operator, unit)
+        given = dict(state or {})
+        if "value" in given:
+            given["value"] = given["value"] / torch.where(norm > 0, norm * safe, 1.0)
+        solution = self._solve(operator, unit, given, preconditioner)
         finite = finite & solution.residual.isfinite().unsqueeze(-1) & solution.value.isfinite().all(-1, keepdim=True)
         value = torch.where(finite, solution.value * norm * safe, torch.nan)
         status = torch.where(finite.squeeze(-1), solution.status, int(Status.NON_FINITE))
-        return Solution(value, status, solution.residual, solution.products, solution.needed, solution.rayleigh)
+        kept = {**solution.state, "value": value.nan_to_num()} if "value" in solution.state else solution.state
+        return replace(solution, value=value, status=status, state=kept)
 
     @abstractmethod
-    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution: ...
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution: ...
+
+    def _takes_no(self, preconditioner: Apply | None) -> None:
+        if preconditioner is not None:
+            raise ValueError(f"preconditioner: {type(self).__name__} takes none; use CG")
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -103,6 +127,31 @@ def rayleigh_quotient(v: Tensor, av: Tensor) -> Tensor:
     """vᵀAv/vᵀv, `[tasks]`; +inf where v = 0."""
     vv = dot(v, v)
     return torch.where(vv > 0, dot(v, av) / torch.where(vv > 0, vv, 1.0), torch.inf).squeeze(-1)
+
+
+def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tensor, Tensor, int]:
+    """(x, b − Ax, products): the last solution scaled to the smallest residual, so it is never worse than zero."""
+    if "value" not in state:
+        return torch.zeros_like(b), b, 0
+    if state["value"].shape != b.shape:
+        raise ValueError(
+            f"state: got a solution of shape {tuple(state['value'].shape)}, expected {tuple(b.shape)}; a state fits "
+            "the problem it came from"
+        )
+    x = state["value"].to(b)
+    ax = operator.matvec(x)
+    square = dot(ax, ax)
+    scale = torch.where(square > 0, dot(b, ax) / torch.where(square > 0, square, 1.0), 0.0)
+    return scale * x, b - scale * ax, 1
+
+
+def measured(
+    operator: LinearOperator, b: Tensor, x: Tensor, residual: Tensor, keep: Tensor, tol: float, products: int
+) -> tuple[Tensor, int]:
+    """The recurrence drifts from b − Ax by round-off: a residual this small is measured before it is claimed."""
+    if not bool((residual <= max(tol, torch.finfo(b.dtype).eps ** 0.5)).any()):
+        return residual, products
+    return torch.where(keep, residual, (b - operator.matvec(x)).norm(dim=-1, keepdim=True)), products + 1
 
 
 def direct(operator: LinearOperator, b: Tensor, x: Tensor, products: int, rayleigh: Tensor | None = None) -> Solution:

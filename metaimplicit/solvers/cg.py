@@ -1,23 +1,130 @@
-"""Conjugate gradients."""
+"""Conjugate gradients, and MINRES for systems that are not positive definite."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Solution, Solver, Status, dot, rayleigh_quotient
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    State,
+    Status,
+    dot,
+    measured,
+    rayleigh_quotient,
+    warm_start,
+)
 
 
 @dataclass(frozen=True)
 class CG(Solver):
-    """Conjugate gradients from zero (Hestenes & Stiefel 1952), all tasks at once under masks.
+    """Conjugate gradients (Hestenes & Stiefel 1952), all tasks at once under masks.
 
-    K steps give the minimiser of ½xᵀAx − bᵀx over the Krylov space span{b, Ab, …, A^{K−1}b}. A task ends when its
-    residual meets `tol`, or at a direction with pᵀAp ≤ 0, where it keeps the iterate it has. A small residual is
-    measured by one product more before it is reported.
+    K steps from zero give the minimiser of ½xᵀAx − bᵀx over the Krylov space span{b, Ab, …, A^{K−1}b}; with a
+    preconditioner P, over that of PA from Pb. A task ends when its residual meets `tol`, or at a direction with
+    pᵀAp ≤ 0. A small residual is measured by one product more before it is reported; a state costs one as well.
+
+    Args:
+        max_steps: products with A at the most, ≥ 1.
+        tol: relative residual at which a task has converged.
+        negative: at a direction of negative curvature, `"truncate"` keeps the iterate with the smallest residual,
+            `"raise"` raises FloatingPointError, and `"minres"` goes on from it with as many steps of `MINRES`.
+    """
+
+    max_steps: int = 10
+    tol: float = 1e-6
+    negative: Literal["truncate", "raise", "minres"] = "truncate"
+
+    def __post_init__(self) -> None:
+        check_limits("CG", self.max_steps, self.tol)
+        if self.negative not in ("truncate", "raise", "minres"):
+            raise ValueError(f"CG negative: got {self.negative!r}, expected 'truncate', 'raise' or 'minres'")
+
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        solution = conjugate_gradients(operator, b, state, preconditioner, self.max_steps, self.tol)
+        bent = solution.status == int(Status.NEGATIVE_CURVATURE)
+        if self.negative == "truncate" or not bent.any():
+            return solution
+        if self.negative == "raise":
+            raise FloatingPointError(
+                f"CG met negative curvature in {int(bent.sum())} of {len(b)} tasks (smallest quotient "
+                f"{float(solution.rayleigh.min()):.3g}); use curvature='gauss-newton', more damping, or "
+                "negative='minres'"
+            )
+        other = MINRES(self.max_steps, self.tol)._solve(operator, b, {"value": solution.value}, None)
+        return replace(
+            solution,
+            value=torch.where(bent.unsqueeze(-1), other.value, solution.value),
+            status=torch.where(bent, other.status, solution.status),
+            residual=torch.where(bent, other.residual, solution.residual),
+            products=solution.products + other.products,
+            needed=solution.needed + torch.where(bent, other.needed, 0),
+            rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
+            state={"value": torch.where(bent.unsqueeze(-1), other.value, solution.value)},
+        )
+
+
+def conjugate_gradients(
+    operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None, max_steps: int, tol: float
+) -> Solution:
+    """The iteration of `CG`, for right-hand sides of norm one."""
+    apply = preconditioner or (lambda r: r)
+    x, r, products = warm_start(operator, b, state)
+    z = apply(r)
+    p, rz, residual = z, dot(r, z), r.norm(dim=-1, keepdim=True)
+    best, least = x, residual
+    active = residual > tol
+    negative = torch.zeros_like(active)
+    rayleigh = b.new_full((len(b),), torch.inf)
+    needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
+    check_every = 8 if b.is_cuda else 1  # a look at `active` waits for the device
+    for step in range(max_steps):
+        if step % check_every == 0 and not active.any():
+            break
+        ap = operator.matvec(p)
+        products += 1
+        needed += active.squeeze(-1)
+        curvature = dot(p, ap)
+        seen = torch.where(active.squeeze(-1), rayleigh_quotient(p, ap), torch.inf)
+        rayleigh = torch.minimum(rayleigh, seen)
+        negative = negative | (active & (curvature <= 0))
+        active = active & (curvature > 0)
+        alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)
+        x = x + alpha * p
+        r = r - alpha * torch.where(active, ap, 0.0)
+        z = apply(r)
+        rz_next = torch.where(active, dot(r, z), rz)
+        p = torch.where(active, z + rz_next / torch.where(active, rz, 1.0) * p, p)
+        rz, residual = rz_next, torch.where(active, r.norm(dim=-1, keepdim=True), residual)
+        active = active & (residual > tol)
+        best, least = torch.where(residual < least, x, best), torch.minimum(least, residual)
+    x, residual = torch.where(negative, best, x), torch.where(negative, least, residual)
+    residual, products = measured(operator, b, x, residual, negative, tol, products)
+    status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(negative & (residual > tol), int(Status.NEGATIVE_CURVATURE), status).squeeze(-1)
+    residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
+    return Solution(x, status, residual, products, needed, rayleigh, {"value": x})
+
+
+def check_limits(name: str, max_steps: int, tol: float) -> None:
+    if max_steps < 1:
+        raise ValueError(f"{name} max_steps: got {max_steps}, expected at least 1")
+    if not tol >= 0:
+        raise ValueError(f"{name} tol: got {tol}, expected a number ≥ 0")
+
+
+@dataclass(frozen=True)
+class MINRES(Solver):
+    """The minimum-residual method (Paige & Saunders 1975) for symmetric systems, definite or not.
+
+    K steps from zero give the x in span{b, Ab, …, A^{K−1}b} of the smallest ‖b − Ax‖, so the residual never grows.
+    On a singular system it ends at a least-squares solution, and says BREAKDOWN if that leaves a residual.
 
     Args:
         max_steps: products with A at the most, ≥ 1.
@@ -28,42 +135,51 @@ class CG(Solver):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"CG max_steps: got {self.max_steps}, expected at least 1")
+        check_limits("MINRES", self.max_steps, self.tol)
 
-    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution:
-        x, r, p = torch.zeros_like(b), b, b
-        rr = dot(r, r)
-        active = rr > self.tol**2
-        negative = torch.zeros_like(active)
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
+        x, r, products = warm_start(operator, b, state)
+        residual = r.norm(dim=-1, keepdim=True)
+        active, ended = residual > self.tol, torch.zeros_like(residual, dtype=torch.bool)
+        v, v_old, w, w_old = r / torch.where(residual > 0, residual, 1.0), *(torch.zeros_like(b) for _ in range(3))
+        beta, size = torch.zeros_like(residual), torch.zeros_like(residual)
+        cosine, sine, delta_bar, epsilon = -torch.ones_like(beta), *(torch.zeros_like(beta) for _ in range(3))
         rayleigh = b.new_full((len(b),), torch.inf)
-        needed = torch.zeros(len(b), dtype=torch.int64, device=b.device)
-        check_every = 8 if b.is_cuda else 1  # a look at `active` waits for the device
-        products = 0
+        needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
+        check_every, floor = 8 if b.is_cuda else 1, 1e3 * torch.finfo(b.dtype).eps
         for step in range(self.max_steps):
             if step % check_every == 0 and not active.any():
                 break
-            ap = operator.matvec(p)
+            av = operator.matvec(v)
             products += 1
             needed += active.squeeze(-1)
-            curvature = dot(p, ap)
-            seen = torch.where(active.squeeze(-1), rayleigh_quotient(p, ap), torch.inf)
-            rayleigh = torch.minimum(rayleigh, seen)
-            negative = negative | (active & (curvature <= 0))
-            active = active & (curvature > 0)
-            alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
-            x = x + alpha * p
-            r = r - alpha * torch.where(active, ap, 0.0)
-            rr_next = torch.where(active, dot(r, r), rr)
-            p = torch.where(active, r + rr_next / torch.where(active, rr, 1.0) * p, p)
-            rr = rr_next
-            active = active & (rr > self.tol**2)
-        residual = rr.sqrt()
-        if bool((residual <= max(self.tol, torch.finfo(b.dtype).eps ** 0.5)).any()):
-            # the recurrence drifts from b − Ax by round-off: a residual this small is measured before it is claimed
-            residual = torch.where(negative, residual, (b - operator.matvec(x)).norm(dim=-1, keepdim=True))
-            products += 1
+            # Lanczos: A v = β_next v_next + α v + β v_old
+            alpha = dot(v, av)
+            rayleigh = torch.minimum(rayleigh, torch.where(active, alpha, torch.inf).squeeze(-1))
+            ahead = av - alpha * v - beta * v_old
+            beta_next = ahead.norm(dim=-1, keepdim=True)
+            size = torch.maximum(size, torch.maximum(alpha.abs(), beta_next))
+            # the last column of the tridiagonal matrix, rotated; ‖A r‖ = slope ‖r‖ for the residual r so far
+            delta = cosine * delta_bar + sine * alpha
+            gamma_bar = sine * delta_bar - cosine * alpha
+            epsilon_old, epsilon, delta_bar = epsilon, sine * beta_next, -cosine * beta_next
+            slope = (gamma_bar.square() + delta_bar.square()).sqrt()
+            stuck = active & (slope <= floor * size)  # a least-squares solution: nothing further to gain
+            ended, active = ended | stuck, active & ~stuck
+            gamma = torch.where(active, (gamma_bar.square() + beta_next.square()).sqrt(), 1.0)
+            cosine, sine = gamma_bar / gamma, beta_next / gamma
+            w, w_old = torch.where(active, (v - epsilon_old * w_old - delta * w) / gamma, w), w
+            x = x + torch.where(active, cosine * residual, 0.0) * w
+            residual = torch.where(active, sine * residual, residual)
+            closed = active & (beta_next <= 0.01 * floor * size)  # the Krylov space is whole
+            ended = ended | (closed & (residual > self.tol))
+            active = active & ~closed & (residual > self.tol)
+            v, v_old, beta = ahead / torch.where(beta_next > 0, beta_next, 1.0), v, beta_next
+        residual, products = measured(operator, b, x, residual, torch.zeros_like(ended), self.tol, products)
+        # x so large beside b, and no solution: only rounding made A regular
+        ended = ended | ((size * x.norm(dim=-1, keepdim=True) * floor > 1) & (residual > floor))
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(negative, int(Status.NEGATIVE_CURVATURE), status).squeeze(-1)
+        status = torch.where(ended & (residual > self.tol), int(Status.BREAKDOWN), status).squeeze(-1)
         residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
-        return Solution(x, status, residual, products, needed, rayleigh)
+        return Solution(x, status, residual, products, needed, rayleigh, {"value": x})

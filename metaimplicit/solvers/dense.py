@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Solution, Solver, Status, direct
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Dense(Solver):
     max_size: int = 4096
     chunk: int = 256
 
-    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution:
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
         tasks, n = operator.shape
         if n > self.max_size:
             raise ValueError(

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Solution, Solver, Status, rayleigh_quotient
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, measured, rayleigh_quotient, warm_start
 
 
 @dataclass(frozen=True)
 class Neumann(Solver):
     """K terms of the Neumann series, x = s Σ_{k=0}^{K−1} (I − sA)ᵏ b (Lorraine, Vicol & Duvenaud 2020, alg. 3).
 
-    It converges if 0 < s < 2/λ_max(A) and A is positive definite; K terms leave the residual (I − sA)ᴷ b.
+    It converges if 0 < s < 2/λ_max(A) and A is positive definite; K terms leave the residual (I − sA)ᴷ b. A task whose
+    residual grows ends there, with what it has.
 
     Args:
         terms: K ≥ 1, exactly; one product each, the last one for the residual.
@@ -36,23 +37,34 @@ class Neumann(Solver):
         if self.power_steps < 1:
             raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
 
-    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution:
-        scale, products = self._scale(operator, b)
-        x, r = torch.zeros_like(b), b
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
+        x, r, products = warm_start(operator, b, state)
+        scale, spent = self._scale(operator, b)
+        products += spent
         rayleigh = b.new_full((len(b),), torch.inf)
-        residual, grew = b.norm(dim=-1), torch.zeros(len(b), dtype=torch.bool, device=b.device)
-        for _ in range(self.terms):  # r = (I − sA)ᵏ b, the term k and the residual after k terms
-            x = x + scale * r
+        residual = r.norm(dim=-1, keepdim=True)
+        eps = torch.finfo(b.dtype).eps
+        active, grew = residual > eps, torch.zeros_like(residual, dtype=torch.bool)
+        for _ in range(self.terms):  # from zero, r = (I − sA)ᵏ b: the term k, and the residual after k terms
             ar = operator.matvec(r)
-            rayleigh = torch.minimum(rayleigh, rayleigh_quotient(r, ar))
-            r = r - scale * ar
-            before, residual = residual, r.norm(dim=-1)
-            grew = grew | (residual > before * (1 + torch.finfo(b.dtype).eps ** 0.5))
-        status = torch.where(grew, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
+            products += 1
+            seen = torch.where(active.squeeze(-1), rayleigh_quotient(r, ar), torch.inf)
+            rayleigh = torch.minimum(rayleigh, seen)
+            ahead = r - scale * ar
+            norm = ahead.norm(dim=-1, keepdim=True)
+            grew = grew | (active & ~(norm <= residual * (1 + eps**0.5)))
+            active = active & ~grew
+            x = torch.where(active, x + scale * r, x)
+            r, residual = torch.where(active, ahead, r), torch.where(active, norm, residual)
+            active = active & (residual > eps)
+        residual, products = measured(operator, b, x, residual, grew, 0.0, products)
+        residual, grew = residual.squeeze(-1), grew.squeeze(-1)
+        status = torch.where(residual <= eps**0.5, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        status = torch.where(grew, int(Status.BREAKDOWN), status)
         status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
-        status = torch.where(residual <= torch.finfo(b.dtype).eps, int(Status.CONVERGED), status)
-        products += self.terms
-        return Solution(x, status, residual, products, torch.full_like(status, products), rayleigh)
+        residual = torch.where(rayleigh.isnan(), torch.nan, residual)
+        return Solution(x, status, residual, products, torch.full_like(status, products), rayleigh, {"value": x})
 
     def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:
         if self.scale is not None:

@@ -1,73 +1,191 @@
-"""The Nyström approximation from sampled columns."""
+"""Nyström's approximation: as a solver without iterations, and as a preconditioner of conjugate gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Solution, Solver, Status, direct
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct
+from metaimplicit.solvers.cg import check_limits, conjugate_gradients
+from metaimplicit.solvers.sketch import LowRank, Probes, Sketch, indefinite, probes, products, whitened
 
 
 @dataclass(frozen=True)
-class Nystrom(Solver):
-    """(B_k + sI)⁻¹ b with B_k = B[:,K] B[K,K]⁺ B[:,K]ᵀ, s = σ + ρ and A = B + σI (Hataya & Yamada 2023, eq. 6).
+class _Sketching(Solver):
+    rank: int = 10
+    rho: float | None = None
+    sketch: Sketch = "columns"
+    refresh: int = 1
+    generator: torch.Generator | None = field(default=None, repr=False, compare=False)
 
-    The core B is sketched, never A: σ is exact. By Woodbury, with C = B[:,K] and G = B[K,K],
-    x = b/s − C (sG + CᵀC)⁺ Cᵀb / s. The k×k algebra is float64 and takes a pseudo-inverse, so a sampled unit that is
-    dead (a zero column) contributes nothing instead of making the system singular.
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for argument in ("rank", "refresh"):
+            if getattr(self, argument) < 1:
+                raise ValueError(f"{name} {argument}: got {getattr(self, argument)}, expected at least 1")
+        if self.rho is not None and not self.rho >= 0:
+            raise ValueError(f"{name} rho: got {self.rho}, expected a number ≥ 0, or None")
+        if self.sketch not in ("columns", "gaussian"):
+            raise ValueError(f"{name} sketch: got {self.sketch!r}, expected 'columns' or 'gaussian'")
+
+    def damping(self, sigma: float) -> float:
+        return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
+
+    def _core(self, operator: LinearOperator) -> tuple[LinearOperator, float]:
+        """B and s = σ + ρ."""
+        core, sigma = operator.split()
+        shift, name = float(sigma) + self.damping(float(sigma)), type(self).__name__
+        if not shift > 0:
+            raise ValueError(f"{name}: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength")
+        if self.rank > operator.shape[1]:
+            raise ValueError(
+                f"{name} rank: got {self.rank}, expected at most n = {operator.shape[1]}, the adapted parameters"
+            )
+        return core, shift
+
+    def _sketched(
+        self, core: LinearOperator, b: Tensor, shift: float, state: State, tol: float | None = None
+    ) -> tuple[LowRank, int, State]:
+        """B_k, the products it took, and the state that keeps it for `refresh` solves."""
+        if "basis" in state and int(state["age"]) < self.refresh:
+            kept = LowRank(*(state[name] for name in ("basis", "inverse", "rayleigh")))
+            return kept, 0, {**kept.state, "age": state["age"] + 1}
+        n = core.shape[1]
+        draw, rank = probes(self.sketch, n, self.generator, b), self.rank
+        rows = draw(0, rank)
+        images, taken = products(core, rows), rank
+        low_rank = LowRank.from_products(rows, images)
+        while tol is not None and rank < n:
+            error, spent = low_rank.error(core)
+            taken += spent
+            if bool((error <= tol * shift).all()):
+                break
+            more = draw(rank, min(2 * rank, n))
+            rows, images = torch.cat([rows, more]), torch.cat([images, products(core, more)], dim=1)
+            taken, rank = taken + len(more), rank + len(more)
+            low_rank = LowRank.from_products(rows, images)
+        return low_rank, taken, {**low_rank.state, "age": torch.ones((), dtype=torch.int64)}
+
+
+@dataclass(frozen=True)
+class Nystrom(_Sketching):
+    """(|B_k| + sI)⁻¹ b with B_k = Y (ΩᵀY)⁺ Yᵀ, Y = BΩ, s = σ + ρ and A = B + σI; no iteration.
+
+    The core B is sketched, never A: σ is exact. Ω selects k columns of B (Hataya & Yamada 2023, eq. 6) or is Gaussian
+    (Frangella, Tropp & Udell 2021). All k×k algebra is float64. Directions that Y does not span to working precision
+    (a sampled unit that is dead) drop out, and the negative eigenvalues of an indefinite B_k count by their size, so
+    nothing is ever singular.
 
     Args:
-        rank: k ≥ 1, columns sampled without replacement, the same for all tasks; one batched product. Drawn from
-            torch's default CPU generator unless `generator` is given.
+        rank: k ≥ 1, products taken in one batch.
         rho: ρ ≥ 0, the damping this solver owns. None: 0 if σ > 0, else 0.01.
-        chunk: columns computed at a time; None, all of them.
+        sketch: `"columns"`, sampled without replacement, or `"gaussian"`; the same for all tasks.
+        refresh: solves that one sketch serves, given the state of the solve before.
+        generator: the CPU generator that Ω is drawn from; None, torch's default.
+        chunk: κ, products in one batch. None, or κ ≥ k: all of them, and Y is kept, k·n numbers for each task.
+            κ < k: Y is never kept but every product taken twice, 2k + 2 in κ·n numbers, since YᵀY = Ωᵀ B(BΩ).
+        tol: let the rank grow: double it from `rank` until an estimate of ‖B − B_k‖/s is at most this, which bounds
+            the relative error of the damped solution for B ⪰ 0. None: the rank as given.
 
     Raises:
         ValueError: on solving, if the rank exceeds n or σ + ρ ≤ 0.
     """
 
-    rank: int = 10
-    rho: float | None = None
     chunk: int | None = None
-    generator: torch.Generator | None = None
+    tol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"Nystrom rank: got {self.rank}, expected at least 1")
-        if self.rho is not None and not self.rho >= 0:
-            raise ValueError(f"Nystrom rho: got {self.rho}, expected a number ≥ 0, or None")
+        super().__post_init__()
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"Nystrom chunk: got {self.chunk}, expected at least 1, or None")
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(f"Nystrom tol: got {self.tol}, expected a number > 0, or None")
+        if self.chunk is not None and (self.tol is not None or self.refresh > 1):
+            raise ValueError(f"Nystrom chunk: got {self.chunk} beside tol or refresh, which keep Y; expected None")
 
-    def _solve(self, operator: LinearOperator, b: Tensor) -> Solution:
-        tasks, n = operator.shape
-        if self.rank > n:
-            raise ValueError(f"Nystrom rank: got {self.rank}, expected at most n = {n}, the adapted parameters")
-        core, sigma = operator.split()
-        shift = float(sigma) + self.damping(float(sigma))
-        if not shift > 0:
-            raise ValueError(f"Nystrom: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength")
-        chosen = torch.randperm(n, generator=self.generator)[: self.rank].to(b.device)
-        basis = torch.nn.functional.one_hot(chosen, n).to(b)[:, None, :].expand(-1, tasks, -1)
-        columns = torch.cat([core.matmat(part) for part in torch.split(basis, self.chunk or self.rank)]).transpose(0, 1)
-
-        wide = columns.double()
-        gram = 0.5 * (wide[:, :, chosen] + wide[:, :, chosen].mT)
-        inner = shift * gram + wide @ wide.mT
-        inverse = torch.linalg.pinv(inner.nan_to_num(), hermitian=True)
-        correction = (wide.mT @ (inverse @ (wide @ b.double().unsqueeze(-1)))).squeeze(-1)
-        x = ((b.double() - correction) / shift).to(b.dtype)
-        solution = direct(operator, b, x, products=self.rank)
-        values = torch.linalg.eigvalsh(gram.nan_to_num())
-        floor = -(torch.finfo(b.dtype).eps ** 0.5) * values.abs().amax(-1)
-        indefinite = (values[:, 0] < floor) | (solution.rayleigh <= 0)
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
+        core, shift = self._core(operator)
+        kept: State = {}
+        if self.chunk is not None and self.chunk < self.rank:
+            x, seen, bent = self._streamed(core, b, shift)
+            taken = 2 * self.rank + 2
+        else:
+            low_rank, taken, kept = self._sketched(core, b, shift, state, self.tol)
+            x, seen, bent = low_rank.damped_inverse(b, shift), low_rank.rayleigh, low_rank.indefinite
+        solution = direct(operator, b, x, taken, rayleigh=seen + float(operator.split()[1]))
+        bent = (bent | (solution.rayleigh <= 0)) & (b.norm(dim=-1) > 0)
         status = torch.where(solution.residual > 1, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
-        status = torch.where(indefinite & (b.norm(dim=-1) > 0), int(Status.NEGATIVE_CURVATURE), status)
+        status = torch.where(bent, int(Status.NEGATIVE_CURVATURE), status)
         status = torch.where(solution.residual <= torch.finfo(b.dtype).eps ** 0.5, solution.status, status)
-        return replace(solution, status=status)
+        return replace(solution, status=status, state=kept)
 
-    def damping(self, sigma: float) -> float:
-        return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
+    def _streamed(self, core: LinearOperator, b: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+        """x, the smallest Rayleigh quotient and whether B_k is indefinite, from κ products at a time.
+
+        x = (b − B Ω F Ωᵀ B b)/s with F = W diag(1/(1 + s|e|)) Wᵀ, W and e from ΩᵀY and YᵀY.
+        """
+        (tasks, n), k = core.shape, self.rank
+        draw: Probes = probes(self.sketch, n, self.generator, b)
+        parts = [(a, min(a + (self.chunk or k), k)) for a in range(0, k, self.chunk or k)]
+        gram, square = (b.new_zeros(tasks, k, k, dtype=torch.float64) for _ in range(2))
+
+        def coordinates(v: Tensor) -> Tensor:
+            """Ωᵀ v for `[tasks, m, n]`: `[tasks, m, k]`."""
+            return torch.cat([v.double() @ draw(a, z).double().mT for a, z in parts], dim=-1)
+
+        for a, z in parts:
+            images = products(core, draw(a, z))
+            gram[:, a:z] = coordinates(images)
+            square[:, a:z] = coordinates(core.matmat(images.transpose(0, 1)).transpose(0, 1))
+        norms = torch.cat([draw(a, z).double().square().sum(-1) for a, z in parts])
+        values, vectors = torch.linalg.eigh((0.5 * (square + square.mT)).nan_to_num())
+        root = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
+        weights, inverse = whitened(root, gram.nan_to_num(), torch.finfo(torch.float64).eps ** 0.5)
+        c = coordinates(core.matvec(b).unsqueeze(1)).mT
+        c = weights @ ((weights.mT @ c) / (1 + shift * inverse.abs()).unsqueeze(-1))
+        spread = sum((c[:, a:z].mT @ draw(a, z).double()).squeeze(1) for a, z in parts)
+        x = (b - core.matvec(torch.as_tensor(spread).to(b))) / shift
+        seen = (gram.diagonal(dim1=-2, dim2=-1) / norms).amin(-1).to(b)
+        return x, seen, indefinite(inverse, b.dtype)
+
+
+@dataclass(frozen=True)
+class NystromCG(_Sketching):
+    """Conjugate gradients on A, preconditioned by its Nyström approximation (Frangella, Tropp & Udell 2021, alg. 5.1).
+
+    Unlike `Nystrom` it converges to A⁻¹b: k products for the preconditioner, then one a step.
+
+    Args:
+        rank, rho, sketch, refresh, generator: as in `Nystrom`; ρ shapes the preconditioner alone.
+        max_steps: steps of CG at the most, ≥ 1.
+        tol: relative residual at which a task has converged.
+
+    Raises:
+        ValueError: on solving, if the rank exceeds n or σ + ρ ≤ 0.
+    """
+
+    sketch: Sketch = "gaussian"
+    max_steps: int = 10
+    tol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits("NystromCG", self.max_steps, self.tol)
+
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
+        core, shift = self._core(operator)
+        low_rank, taken, kept = self._sketched(core, b, shift, state)
+        solution = conjugate_gradients(
+            operator, b, state, lambda r: low_rank.precondition(r, shift), self.max_steps, self.tol
+        )
+        return replace(
+            solution,
+            products=solution.products + taken,
+            needed=solution.needed + taken,
+            state={**solution.state, **kept},
+        )
