@@ -90,7 +90,7 @@ class Solver(ABC):
                 take one.
 
         Raises:
-            ValueError: `b` is not of the operator's shape; a preconditioner for a solver that takes none.
+            ValueError: `b` or the state is not of the operator's shape; a preconditioner for a solver that takes none.
         """
         if b.shape != operator.shape:
             raise ValueError(f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's")
@@ -102,6 +102,11 @@ class Solver(ABC):
         unit = scaled / torch.where(norm > 0, norm, 1.0)
         given = dict(state or {})
         if "value" in given:
+            if given["value"].shape != b.shape:
+                raise ValueError(
+                    f"state: got a solution of shape {tuple(given['value'].shape)}, expected {tuple(b.shape)}; a state "
+                    "fits the problem it came from"
+                )
             given["value"] = given["value"] / torch.where(norm > 0, norm * safe, 1.0)
         solution = self._solve(operator, unit, given, preconditioner)
         finite = finite & solution.residual.isfinite().unsqueeze(-1) & solution.value.isfinite().all(-1, keepdim=True)
@@ -133,11 +138,6 @@ def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tenso
     """(x, b − Ax, products): the last solution scaled to the smallest residual, so it is never worse than zero."""
     if "value" not in state:
         return torch.zeros_like(b), b, 0
-    if state["value"].shape != b.shape:
-        raise ValueError(
-            f"state: got a solution of shape {tuple(state['value'].shape)}, expected {tuple(b.shape)}; a state fits "
-            "the problem it came from"
-        )
     x = state["value"].to(b)
     ax = operator.matvec(x)
     square = dot(ax, ax)
@@ -146,12 +146,12 @@ def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tenso
 
 
 def measured(
-    operator: LinearOperator, b: Tensor, x: Tensor, residual: Tensor, keep: Tensor, tol: float, products: int
+    operator: LinearOperator, b: Tensor, x: Tensor, residual: Tensor, doubtful: Tensor, products: int
 ) -> tuple[Tensor, int]:
-    """The recurrence drifts from b − Ax by round-off: a residual this small is measured before it is claimed."""
-    if not bool((residual <= max(tol, torch.finfo(b.dtype).eps ** 0.5)).any()):
+    """The recurrence of a residual drifts from b − Ax by round-off: one in doubt is measured before it is claimed."""
+    if not doubtful.any():
         return residual, products
-    return torch.where(keep, residual, (b - operator.matvec(x)).norm(dim=-1, keepdim=True)), products + 1
+    return (b - operator.matvec(x)).norm(dim=-1, keepdim=True), products + 1
 
 
 def direct(operator: LinearOperator, b: Tensor, x: Tensor, products: int, rayleigh: Tensor | None = None) -> Solution:

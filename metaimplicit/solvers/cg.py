@@ -105,7 +105,8 @@ def conjugate_gradients(
         active = active & (residual > tol)
         best, least = torch.where(residual < least, x, best), torch.minimum(least, residual)
     x, residual = torch.where(negative, best, x), torch.where(negative, least, residual)
-    residual, products = measured(operator, b, x, residual, negative, tol, products)
+    small = residual <= max(tol, torch.finfo(b.dtype).eps ** 0.5)
+    residual, products = measured(operator, b, x, residual, small, products)
     status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(negative & (residual > tol), int(Status.NEGATIVE_CURVATURE), status).squeeze(-1)
     residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
@@ -147,7 +148,7 @@ class MINRES(Solver):
         cosine, sine, delta_bar, epsilon = -torch.ones_like(beta), *(torch.zeros_like(beta) for _ in range(3))
         rayleigh = b.new_full((len(b),), torch.inf)
         needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
-        check_every, floor = 8 if b.is_cuda else 1, 1e3 * torch.finfo(b.dtype).eps
+        check_every, eps = 8 if b.is_cuda else 1, torch.finfo(b.dtype).eps
         for step in range(self.max_steps):
             if step % check_every == 0 and not active.any():
                 break
@@ -165,20 +166,23 @@ class MINRES(Solver):
             gamma_bar = sine * delta_bar - cosine * alpha
             epsilon_old, epsilon, delta_bar = epsilon, sine * beta_next, -cosine * beta_next
             slope = (gamma_bar.square() + delta_bar.square()).sqrt()
-            stuck = active & (slope <= floor * size)  # a least-squares solution: nothing further to gain
-            ended, active = ended | stuck, active & ~stuck
-            gamma = torch.where(active, (gamma_bar.square() + beta_next.square()).sqrt(), 1.0)
+            gamma = (gamma_bar.square() + beta_next.square()).sqrt()
+            gamma = torch.where(gamma > 0, gamma, 1.0)
             cosine, sine = gamma_bar / gamma, beta_next / gamma
-            w, w_old = torch.where(active, (v - epsilon_old * w_old - delta * w) / gamma, w), w
-            x = x + torch.where(active, cosine * residual, 0.0) * w
+            w, w_old = (v - epsilon_old * w_old - delta * w) / gamma, w
+            ahead_x = x + cosine * residual * w
+            # a least-squares solution, or a step that only rounding makes: nothing further to gain
+            vast = size * ahead_x.norm(dim=-1, keepdim=True) * eps > 0.1
+            stuck = active & ((slope <= 1e3 * eps * size) | vast)
+            ended, active = ended | stuck, active & ~stuck
+            x = torch.where(active, ahead_x, x)
             residual = torch.where(active, sine * residual, residual)
-            closed = active & (beta_next <= 0.01 * floor * size)  # the Krylov space is whole
+            closed = active & (beta_next <= 10 * eps * size)  # the Krylov space is whole
             ended = ended | (closed & (residual > self.tol))
             active = active & ~closed & (residual > self.tol)
             v, v_old, beta = ahead / torch.where(beta_next > 0, beta_next, 1.0), v, beta_next
-        residual, products = measured(operator, b, x, residual, torch.zeros_like(ended), self.tol, products)
-        # x so large beside b, and no solution: only rounding made A regular
-        ended = ended | ((size * x.norm(dim=-1, keepdim=True) * floor > 1) & (residual > floor))
+        small = residual <= max(self.tol, eps**0.5)
+        residual, products = measured(operator, b, x, residual, small | ended, products)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(ended & (residual > self.tol), int(Status.BREAKDOWN), status).squeeze(-1)
         residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
