@@ -81,7 +81,7 @@ def conjugate_gradients(
     best, least = x, residual
     active = residual > tol
     negative = torch.zeros_like(active)
-    rayleigh = b.new_full((len(b),), torch.inf)
+    rayleigh, largest = b.new_full((len(b),), torch.inf), b.new_zeros(len(b))
     needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
     check_every = 8 if b.is_cuda else 1  # a look at `active` waits for the device
     for step in range(max_steps):
@@ -90,11 +90,12 @@ def conjugate_gradients(
         ap = operator.matvec(p)
         products += 1
         needed += active.squeeze(-1)
-        curvature = dot(p, ap)
-        seen = torch.where(active.squeeze(-1), rayleigh_quotient(p, ap), torch.inf)
-        rayleigh = torch.minimum(rayleigh, seen)
-        negative = negative | (active & (curvature <= 0))
-        active = active & (curvature > 0)
+        curvature, quotient = dot(p, ap), rayleigh_quotient(p, ap)
+        rayleigh = torch.minimum(rayleigh, torch.where(active.squeeze(-1), quotient, torch.inf))
+        largest = torch.maximum(largest, torch.where(active.squeeze(-1), quotient, 0.0))
+        flat = quotient <= 10 * torch.finfo(b.dtype).eps * largest  # not positive, to working precision
+        negative = negative | (active & flat.unsqueeze(-1))
+        active = active & ~flat.unsqueeze(-1)
         alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)
         x = x + alpha * p
         r = r - alpha * torch.where(active, ap, 0.0)
@@ -172,7 +173,7 @@ class MINRES(Solver):
             w, w_old = (v - epsilon_old * w_old - delta * w) / gamma, w
             ahead_x = x + cosine * residual * w
             # a least-squares solution, or a step that only rounding makes: nothing further to gain
-            vast = size * ahead_x.norm(dim=-1, keepdim=True) * eps > 0.1
+            vast = size * ahead_x.norm(dim=-1, keepdim=True) * eps**0.75 > 1
             stuck = active & ((slope <= 1e3 * eps * size) | vast)
             ended, active = ended | stuck, active & ~stuck
             x = torch.where(active, ahead_x, x)
