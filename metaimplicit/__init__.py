@@ -14,7 +14,7 @@ from metaimplicit.metagrad import (
     Truncated,
     Unrolled,
 )
-from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.operators import Fisher, GaussNewton, Hessian, Identity, LinearOperator
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
 from metaimplicit.solvers import CG, MINRES, Dense, Neumann, Nystrom, NystromCG, Solution, Solver, Status
 
@@ -27,6 +27,7 @@ __all__ = [
     "Composite",
     "Dense",
     "FirstOrder",
+    "Fisher",
     "FromMeta",
     "GaussNewton",
     "GradientDescent",

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import Matrix, randn, relative_error, symmetric
+from oracles import Matrix, generator, randn, relative_error, symmetric
 
-from metaimplicit import GaussNewton, Hessian, Identity
+from metaimplicit import Fisher, GaussNewton, Hessian, Identity
 from metaimplicit.operators import Scaled
 from metaimplicit.params import flatten, unflatten
 
@@ -68,7 +68,7 @@ def build(name, kind):
     outputs, loss, *_ = lifted(kind)
     if name == "gauss-newton":
         return GaussNewton(outputs, loss, PARAMS)
-    return Hessian(lambda p: loss(outputs(p)), PARAMS, mode=name)
+    return Hessian(lambda p: loss(outputs(p)), PARAMS, products=name)
 
 
 @pytest.mark.parametrize("kind", OUTPUT_LOSSES)
@@ -103,6 +103,104 @@ def test_gauss_newton_is_psd_where_the_hessian_is_not():
     assert values["gauss-newton"] > -1e-13
 
 
+@pytest.mark.parametrize("kind", OUTPUT_LOSSES)
+def test_finite_differences_are_the_hessian_to_their_own_accuracy(kind):
+    operator = build("finite-differences", kind)
+    eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(-1, TASKS, -1)
+    columns = operator.matmat(eye)
+    for task in range(TASKS):
+        error = relative_error(columns[:, task], expected_hessian(kind, task))
+        assert error < 1e-8
+    v = randn(*operator.shape, seed=6)
+    assert relative_error(operator.matvec(1e6 * v), 1e6 * operator.matvec(v)) < 1e-12  # the step is θ's, not v's
+    assert operator.matvec(0 * v).abs().max() == 0
+
+
+def fisher(expectation, likelihood="softmax", **options):
+    outputs = torch.vmap(net)
+    kind = "cross-entropy" if likelihood == "softmax" else "mse"
+    _, loss, *_ = lifted(kind)
+    scale = 1.0 if likelihood == "softmax" else CLASSES / 2  # ½‖z − y‖² summed over d
+    return Fisher(
+        lambda p: outputs(p, X),
+        lambda z: scale * loss(z),
+        PARAMS,
+        likelihood=likelihood,
+        expectation=expectation,
+        **options,
+    )
+
+
+def dense(operator):
+    eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(-1, operator.shape[0], -1)
+    return operator.matmat(eye).transpose(0, 1)
+
+
+def log_likelihood(likelihood, z, y):
+    return torch.log_softmax(z, -1)[y] if likelihood == "softmax" else -0.5 * (z - y).square().sum()
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "gaussian"])
+def test_exact_fisher_is_the_gauss_newton_matrix_of_the_likelihood(likelihood):
+    outputs = torch.vmap(net)
+    _, loss, *_ = lifted("cross-entropy" if likelihood == "softmax" else "mse")
+    scale = 1.0 if likelihood == "softmax" else CLASSES / 2
+    expected = dense(GaussNewton(lambda p: outputs(p, X), lambda z: scale * loss(z), PARAMS))
+    assert relative_error(dense(fisher("exact", likelihood)), expected) < 1e-12
+
+
+def test_exact_fisher_is_the_expectation_over_the_classes():
+    """E_y of the outer products of ∂ log p(y|x)/∂θ, class by class, example by example."""
+    got = dense(fisher("exact"))
+    for task in range(TASKS):
+        expected = 0
+        for i in range(POINTS):
+            flat, of_flat = dense_hessian(lambda p, t=task, i=i: torch.log_softmax(net(p, X[t]), -1)[i], task)
+            scores, probabilities = torch.func.jacrev(of_flat)(flat), of_flat(flat).exp()
+            expected = expected + scores.T @ torch.diag(probabilities) @ scores / POINTS
+        assert relative_error(got[task], expected) < 1e-12
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "gaussian"])
+def test_empirical_fisher_is_made_of_the_examples_own_gradients(likelihood):
+    got, y = dense(fisher("empirical", likelihood)), LABELS if likelihood == "softmax" else TARGETS
+    for task in range(TASKS):
+
+        def each(p, t=task):
+            return torch.stack([log_likelihood(likelihood, z, c) for z, c in zip(net(p, X[t]), y[t], strict=True)])
+
+        flat, of_flat = dense_hessian(each, task)
+        gradients = torch.func.jacrev(of_flat)(flat)
+        assert relative_error(got[task], gradients.T @ gradients / POINTS) < 1e-12
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "gaussian"])
+def test_sampled_fisher_is_made_of_its_draws_and_tends_to_the_exact_one(likelihood):
+    few, again = (fisher("monte-carlo", likelihood, samples=2, generator=generator(3)) for _ in range(2))
+    assert torch.equal(dense(few), dense(again))
+    assert torch.linalg.matrix_rank(dense(few)[0]) <= 2 * POINTS
+    exact = dense(fisher("exact", likelihood))
+    errors = [
+        relative_error(dense(fisher("monte-carlo", likelihood, samples=s, generator=generator(0))), exact)
+        for s in (100, 10000)
+    ]
+    assert errors[1] < 0.03
+    assert 4 < errors[0] / errors[1] < 25  # like 1/√samples
+
+
+def test_the_symmetrised_divergence_bends_as_the_fisher_matrix():
+    """½(KL(p_θ‖p_θ+δ) + KL(p_θ+δ‖p_θ)) has the Hessian F at δ = 0."""
+    got = dense(fisher("exact"))
+    for task in range(TASKS):
+        flat, logits = dense_hessian(lambda p, t=task: torch.log_softmax(net(p, X[t]), -1), task)
+
+        def divergence(delta, flat=flat, logits=logits):
+            here, there = logits(flat), logits(flat + delta)
+            return 0.5 * ((here.exp() - there.exp()) * (here - there)).sum(-1).mean()
+
+        assert relative_error(got[task], torch.func.hessian(divergence)(torch.zeros_like(flat))) < 1e-8
+
+
 def test_a_loss_without_curvature_gives_zero():
     outputs = torch.vmap(net)
     linear_in_z = GaussNewton(lambda p: outputs(p, X), lambda z: z.flatten(1).mean(1), PARAMS)
@@ -132,5 +230,14 @@ def test_algebra_and_split():
 def test_bad_operators_are_refused():
     with pytest.raises(ValueError, match=r"operator sum: got shapes \(1, 2\) and \(1, 3\)"):
         Matrix(symmetric([[1.0, 2.0]])) + Identity(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="Hessian mode: got 'forward'"):
-        Hessian(lambda p: flatten(p).sum(1), PARAMS, mode="forward")
+    with pytest.raises(ValueError, match="Hessian products: got 'forward'"):
+        Hessian(lambda p: flatten(p).sum(1), PARAMS, products="forward")
+    for change, message in (
+        ({"likelihood": "poisson"}, "Fisher likelihood: got 'poisson'"),
+        ({"expectation": "sampled"}, "Fisher expectation: got 'sampled'"),
+        ({"samples": 0}, "Fisher samples: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fisher(**({"expectation": "exact"} | change))
+    with pytest.raises(ValueError, match=r"Fisher outputs: got shape \(3, 7\), expected \[tasks, examples"):
+        Fisher(lambda p: torch.vmap(net)(p, X).sum(-1), lambda z: z.square().mean(1), PARAMS)

@@ -1,6 +1,26 @@
 """Curvature as linear operators on `[tasks, n]`."""
 
 from metaimplicit.operators.base import Identity, LinearOperator, Scaled, Sum
-from metaimplicit.operators.curvature import GaussNewton, Hessian
+from metaimplicit.operators.curvature import (
+    Expectation,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Likelihood,
+    Products,
+    central_difference,
+)
 
-__all__ = ["GaussNewton", "Hessian", "Identity", "LinearOperator", "Scaled", "Sum"]
+__all__ = [
+    "Expectation",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "Identity",
+    "Likelihood",
+    "LinearOperator",
+    "Products",
+    "Scaled",
+    "Sum",
+    "central_difference",
+]
