@@ -48,6 +48,25 @@ def reached(
     return names
 
 
+def check_differentiable(gradients: Iterable[Tensor | None]) -> None:
+    """Raise ValueError where the graph of `gradients` ends in an operation marked `once_differentiable`.
+
+    Autograd does not: nothing leads from such a node on, so a second derivative through it is silently zero.
+    """
+    pending = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                "inner loss: it uses an operation whose backward is once_differentiable, so second derivatives would "
+                "silently leave it out; replace it, or use 'first-order' or Implicit(products='finite-differences')"
+            )
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        pending.extend(new)
+
+
 def _key(tensor: Tensor) -> tuple[Any, int]:
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr

@@ -16,6 +16,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad import Adaptation, Implicit, Method, MethodOptions, Report, Reptile, make_method
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Composite, LiftedProblem, Loss, Vectorize
+from metaimplicit.solvers import State
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def hypergradient(
     batched: bool = False,
     vectorize: Vectorize = "vmap",
     chunk_size: int | None = None,
+    state: State | None = None,
 ) -> Hypergradient:
     """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ = `meta`.
 
@@ -62,6 +64,8 @@ def hypergradient(
         batched: whether `data` is a batch of tasks.
         vectorize: `"vmap"` over tasks, or a `"loop"` under one graph.
         chunk_size: tasks vmapped at a time, to bound memory.
+        state: `report.state` of the call before, from where an implicit method's solver goes on (Arbel & Mairal 2022);
+            of use where `meta` moves little and the data are the same.
 
     Raises:
         ValueError: a gradient the method cannot give; a loss that is not a scalar per task; a tensor that requires
@@ -82,7 +86,7 @@ def hypergradient(
     of_theta = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(theta.items(), grads, strict=False)}
     direct = dict(zip((n for n, m in phi.items() if m.requires_grad), grads[len(theta) :], strict=True))
     with torch.enable_grad():
-        indirect, report = adaptation.pull(of_theta, phi)
+        indirect, report = adaptation.pull(of_theta, phi, state)
     total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
         if m.requires_grad and indirect[name] is None and (direct.get(name) is None or inner.reads(name)):

@@ -10,11 +10,15 @@ from tanh_network import DATA, GAUSS_NEWTON, INITIAL, TASKS, XQ, YQ, X, Y, netwo
 
 from metaimplicit import (
     CG,
+    MINRES,
     BilevelProblem,
     Composite,
     Dense,
+    Fisher,
+    FromMeta,
     GradientDescent,
     Implicit,
+    NystromCG,
     Proximal,
     Status,
     Stream,
@@ -175,3 +179,102 @@ def test_streams_and_batches_go_where_they_are_said_to():
     )
     for name in INITIAL:
         assert relative_error(got.grads[name], expected.grads[name]) < 1e-12
+
+
+@pytest.mark.parametrize("products", ["forward-over-reverse", "finite-differences"])
+def test_products_may_be_taken_otherwise(products):
+    run = partial(
+        hypergradient,
+        network(Proximal(FromMeta("strength"))),
+        INITIAL | {"strength": torch.tensor(1.5, dtype=torch.float64)},
+        DATA,
+        inner=GradientDescent(steps=5, lr=0.1),
+        batched=True,
+    )
+    solver = CG(max_steps=60, tol=1e-9)
+    exact, got = run(method=Implicit(solver)).grads, run(method=Implicit(solver, products=products)).grads
+    for name in exact:
+        assert relative_error(got[name], exact[name]) < 1e-7
+
+
+def test_finite_differences_need_first_derivatives_only():
+    class Once(torch.autograd.Function):
+        """tanh, without a second derivative."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.tanh())
+            return x.tanh()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad * (1 - ctx.saved_tensors[0].square())
+
+    def problem(tanh):
+        return BilevelProblem(
+            init=lambda meta, data: {"w": meta["w"]},
+            inner_loss=lambda p, m, d: (
+                F.mse_loss(tanh(d[0] @ p["w"]), d[1][:, 0]) + 0.2 * (p["w"] - m["w"]).square().sum()
+            ),
+            outer_loss=lambda p, m, d: F.mse_loss(d[2] @ p["w"], d[3][:, 0]),
+        )
+
+    run = partial(
+        hypergradient, meta={"w": randn(2, seed=3)}, data=DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True
+    )
+    exact = run(problem(torch.tanh), method="dense").grads["w"]
+    for method in ("dense", "unrolled"):  # to autograd their second derivative is zero, and it does not say so
+        with pytest.raises(ValueError, match="inner loss: it uses an operation whose backward is once_differentiable"):
+            run(problem(Once.apply), method=method, vectorize="loop")
+    assert run(problem(Once.apply), method="first-order", vectorize="loop").grads["w"].isfinite().all()
+    got = run(problem(Once.apply), method=Implicit(Dense(), products="finite-differences"), vectorize="loop").grads["w"]
+    assert relative_error(got, exact) < 1e-7
+
+
+def test_any_generalised_curvature_fits():
+    run = partial(
+        hypergradient, network(Proximal(0.5)), INITIAL, DATA, inner=GradientDescent(steps=5, lr=0.1), batched=True
+    )
+    fisher = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian")))
+    gauss_newton = run(method=Implicit(Dense(), curvature="gauss-newton"))
+    empirical = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="empirical")))
+    assert fisher.report.curvature == "fisher"
+    assert fisher.report.error_bound is not None
+    # the loss is the mean square, twice the negative log-likelihood of a unit variance: A differs, by this factor
+    assert relative_error(fisher.grads["0.weight"], gauss_newton.grads["0.weight"]) > 1e-3
+    assert relative_error(fisher.grads["0.weight"], empirical.grads["0.weight"]) > 1e-3
+
+
+@pytest.mark.parametrize("solver", [CG(4, 0.0), MINRES(4, 0.0), NystromCG(rank=3, max_steps=4, tol=0.0, refresh=9)])
+def test_a_solver_goes_on_from_the_report_of_the_call_before(solver):
+    torch.manual_seed(0)
+    run = partial(
+        hypergradient,
+        network(Proximal(0.5)),
+        data=DATA,
+        inner=GradientDescent(steps=5, lr=0.1),
+        method=Implicit(solver, curvature="gauss-newton"),
+        batched=True,
+    )
+    first = run(meta=INITIAL)
+    moved = {name: p + 1e-5 * randn(*p.shape, seed=5) for name, p in INITIAL.items()}
+    cold, warm = run(meta=moved), run(meta=moved, state=first.report.state)
+    assert (warm.report.residual < 0.5 * first.report.residual).all()
+    assert (warm.report.residual < 0.5 * cold.report.residual).all()
+
+
+def test_a_model_that_draws_random_numbers_is_refused():
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=lambda p, m, d: (
+            F.mse_loss(F.dropout(d[0], 0.5) @ p["w"], d[1][:, 0]) + (p["w"] - m["w"]).square().sum()
+        ),
+        outer_loss=lambda p, m, d: F.mse_loss(d[2] @ p["w"], d[3][:, 0]),
+    )
+    run = partial(
+        hypergradient, problem, {"w": randn(2, seed=3)}, DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True
+    )
+    assert run(method="unrolled").grads["w"].isfinite().all()
+    with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
+        run(method="cg")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.graph import check_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import FromMeta, resolve
@@ -222,6 +223,8 @@ def run(
 
     def look(gradients: Any) -> Any:
         nonlocal norm
+        if t == free:
+            check_differentiable(gradients)
         if tol is not None or t == steps - 1:
             norm = flatten({str(i): g.detach() for i, g in enumerate(gradients) if g is not None}).norm(dim=-1)
         return gradients

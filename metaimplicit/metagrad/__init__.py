@@ -9,7 +9,7 @@ from metaimplicit.metagrad.base import Adaptation, Method, Report
 from metaimplicit.metagrad.implicit import Curvature, Implicit
 from metaimplicit.metagrad.reptile import Reptile
 from metaimplicit.metagrad.reverse import FirstOrder, Truncated, Unrolled
-from metaimplicit.solvers import CG, Dense, Neumann, Nystrom, Solver
+from metaimplicit.solvers import CG, MINRES, Dense, Neumann, Nystrom, NystromCG, Solver
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class MethodOptions:
     """What a command line can say of a method; each method reads what concerns it.
 
     Args:
-        solver_steps: products of CG, terms of Neumann, or steps that `truncated` keeps.
-        rank: columns that Nyström samples.
+        solver_steps: steps of CG and MINRES, terms of Neumann, or steps that `truncated` keeps.
+        rank: of Nyström's approximation.
         rho: its damping; None, 0 beside a proximal term, else 0.01.
         curvature: of implicit methods; None, the front door's choice.
         damping: added to the curvature of implicit methods.
@@ -43,6 +43,8 @@ METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "cg": _implicit(lambda o: CG(max_steps=o.solver_steps)),
     "neumann": _implicit(lambda o: Neumann(terms=o.solver_steps)),
     "nystrom": _implicit(lambda o: Nystrom(rank=o.rank, rho=o.rho)),
+    "nystrom-cg": _implicit(lambda o: NystromCG(rank=o.rank, rho=o.rho, max_steps=o.solver_steps)),
+    "minres": _implicit(lambda o: MINRES(max_steps=o.solver_steps)),
     "dense": _implicit(lambda o: Dense()),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.params import Params
 from metaimplicit.problem import LiftedProblem, Stream
-from metaimplicit.solvers import Status
+from metaimplicit.solvers import State, Status
 
 Gradients = dict[str, Tensor | None]  # None: nothing connects this meta-parameter
 
@@ -35,6 +35,8 @@ class Report:
         rho: ρ, the damping that the solver adds to it.
         error_bound: ‖v − Au‖/σ ≥ ‖u − A⁻¹v‖, which bounds the solve's error (not that of the stationarity, nor
             Gauss–Newton's against the Hessian); None unless A − σI is positive semi-definite and σ > 0.
+        state: what makes the next solve of a problem nearby cheaper: the solution, a sketch. Give it to the next call
+            of `hypergradient`; save it with a checkpoint.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Report:
     sigma: float = 0.0
     rho: float = 0.0
     error_bound: Tensor | None = None
+    state: State = field(default_factory=dict, repr=False)
 
     def share(self, status: Status) -> float:
         """The share of tasks whose solve ended with `status`."""
@@ -62,18 +65,20 @@ class Adaptation:
         params: `{name: [tasks, *shape]}`; without a `pullback` they carry their graph to `meta`.
         report: of the inner loop.
         reads: the names of the meta-parameters that the inner problem depends on.
-        pullback: v ↦ (dθ*/dφ)ᵀ v and the report completed by its solve.
+        pullback: (v, state) ↦ (dθ*/dφ)ᵀ v and the report completed by its solve.
     """
 
     params: Params
     report: Report
     reads: set[str]
-    pullback: Callable[[Params], tuple[Gradients, Report]] | None = None
+    pullback: Callable[[Params, State], tuple[Gradients, Report]] | None = None
 
-    def pull(self, vectors: Params, meta: Params, retain_graph: bool = False) -> tuple[Gradients, Report]:
+    def pull(
+        self, vectors: Params, meta: Params, state: State | None = None, retain_graph: bool = False
+    ) -> tuple[Gradients, Report]:
         """(dθ*/dφ)ᵀ v for v = `{name: [tasks, *shape]}`, None for meta-parameters that it does not reach."""
         if self.pullback is not None:
-            return self.pullback(vectors)
+            return self.pullback(vectors, state or {})
         return pull_graph(self.params, meta, vectors, retain_graph), self.report
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
-from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator, Products, central_difference
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Composite, LiftedProblem, Proximal, Stream, resolve
-from metaimplicit.solvers import ADVICE, CG, Solution, Solver
+from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
-Curvature = Literal["hessian", "gauss-newton"]
+Curvature = Literal["hessian", "gauss-newton"] | Callable[..., GaussNewton]
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,13 @@ class Implicit(Method):
 
     Args:
         solver: how A⁻¹v is computed.
-        curvature: `"hessian"`, or `"gauss-newton"`, positive semi-definite, which needs a `Composite` inner loss; a
-            penalty's own Hessian is always exact. None: the front door's choice, which is `"hessian"` for a
-            `BilevelProblem` and `"gauss-newton"` for `MetaLearner`.
+        curvature: `"hessian"`, or `"gauss-newton"`, positive semi-definite, which needs a `Composite` inner loss, or
+            what makes another such operator from `(outputs, loss, params)`, e.g.
+            `partial(Fisher, expectation="empirical")`; a penalty's own Hessian is always exact. None: the front
+            door's choice, which is `"hessian"` for a `BilevelProblem` and `"gauss-newton"` for `MetaLearner`.
         damping: added to A, ≥ 0.
+        products: how products with the Hessian are taken, see `Hessian`; with `"finite-differences"` the mixed product
+            is the difference of ∂f/∂φ at θ* ± hu as well, and the inner loss needs first derivatives only.
         batch: with a `Stream`, the data that A and the mixed derivative see.
         strict: raise FloatingPointError on negative curvature, breakdown or non-finite numbers, where the default
             records them in the report and warns once.
@@ -39,6 +44,7 @@ class Implicit(Method):
     solver: Solver = field(default_factory=CG)
     curvature: Curvature | None = None
     damping: float = 0.0
+    products: Products = "double-backward"
     batch: Any = field(default=None, repr=False)
     strict: bool = False
     flag = "implicit"
@@ -49,8 +55,12 @@ class Implicit(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.curvature not in (None, "hessian", "gauss-newton"):
-            raise ValueError(f"curvature: got {self.curvature!r}, expected 'hessian' or 'gauss-newton'")
+        if self.curvature not in (None, "hessian", "gauss-newton") and not callable(self.curvature):
+            raise ValueError(f"curvature: got {self.curvature!r}, expected 'hessian', 'gauss-newton' or a function")
+        if self.products not in get_args(Products):
+            raise ValueError(f"products: got {self.products!r}, expected one of {', '.join(get_args(Products))}")
+        if self.products != "double-backward" and self.curvature not in (None, "hessian"):
+            raise ValueError(f"products: got {self.products!r} with curvature {self.curvature!r}, expected 'hessian'")
         if not self.damping >= 0:
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
 
@@ -59,36 +69,58 @@ class Implicit(Method):
             raise ValueError("Implicit batch: got None with a Stream, expected the data that the curvature is taken on")
         if self.batch is not None and not isinstance(problem.data, Stream):
             raise ValueError("Implicit batch: got one with data that is not a Stream, expected None: A sees the data")
-        if self.curvature == "gauss-newton" and not isinstance(problem.problem.inner_loss, Composite):
+        if self._generalised and not isinstance(problem.problem.inner_loss, Composite):
             raise ValueError(
-                "curvature='gauss-newton': got an inner_loss that is a plain function, expected a Composite, whose "
+                f"curvature={self.name!r}: got an inner_loss that is a plain function, expected a Composite, whose "
                 "outputs and loss are told apart; or use curvature='hessian'"
             )
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         params = {name: p.detach() for name, p in trajectory.params.items()}
         report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
 
-        def pullback(vectors: Params) -> tuple[Gradients, Report]:
-            return self._pull(problem, meta, params, vectors, report)
+        def pullback(vectors: Params, state: State) -> tuple[Gradients, Report]:
+            return self._pull(problem, meta, params, vectors, report, state)
 
         return Adaptation(params, report, reads, pullback)
 
+    @property
+    def name(self) -> str:
+        """The curvature in a word."""
+        if isinstance(self.curvature, str):
+            return self.curvature
+        return "hessian" if self.curvature is None else getattr(self.curvature, "func", self.curvature).__name__.lower()
+
+    @property
+    def _generalised(self) -> bool:
+        return self.curvature not in (None, "hessian")
+
     def _pull(
-        self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report
+        self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report, state: State
     ) -> tuple[Gradients, Report]:
+        before = _random_state(flatten(params).device)
         operator, gradient, sigma, definite = self._linearise(problem, meta, params)
+        if not torch.equal(before, _random_state(flatten(params).device)):
+            raise ValueError(
+                "inner loss: it draws random numbers (dropout?), so A is not that of the loop; switch the model to "
+                "evaluation mode, or use 'unrolled'"
+            )
         if not sigma >= 0:
             raise ValueError(f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say")
         sigma += self.damping
         v = flatten(vectors)
-        solution = self.solver.solve(operator + Identity(operator, sigma), v)
+        solution = self.solver.solve(operator + Identity(operator, sigma), v, state=state)
         self._judge(solution)
-        mixed = pull_graph(gradient, meta, unflatten(-solution.value, params), retain_graph=False)
+        if self.products == "finite-differences":
+            data = self.batch if isinstance(problem.data, Stream) else problem.data
+            slope = central_difference(lambda p: problem.inner(p, meta, data), params, solution.value)
+            mixed = pull_graph({"slope": slope}, meta, {"slope": -torch.ones_like(slope)}, retain_graph=False)
+        else:
+            mixed = pull_graph(gradient, meta, unflatten(-solution.value, params), retain_graph=False)
         bound = solution.residual * v.norm(dim=-1) / sigma if definite and sigma > 0 else None
         return mixed, replace(
             report,
             inner_gradient_norm=flatten(gradient).detach().norm(dim=-1),
-            curvature=self.curvature or "hessian",
+            curvature=self.name,
             products=solution.products,
             residual=solution.residual,
             status=solution.status,
@@ -96,6 +128,7 @@ class Implicit(Method):
             sigma=sigma,
             rho=self.solver.damping(sigma),
             error_bound=bound,
+            state=solution.state,
         )
 
     def _linearise(
@@ -107,22 +140,22 @@ class Implicit(Method):
         penalty = f.penalty if isinstance(f, Composite) else None
         core: Hessian | GaussNewton
         if not isinstance(f, Composite):
-            core = Hessian(lambda p: problem.inner(p, meta, data), params)
+            core = Hessian(lambda p: problem.inner(p, meta, data), params, self.products)
             return core, core.gradient, 0.0, False
-        gauss_newton = self.curvature == "gauss-newton"
-        if gauss_newton:
-            core = GaussNewton(
-                lambda p: problem.outputs(f, p, meta, data), lambda z: problem.output_loss(f, z, data), params
-            )
+        if self._generalised:
+            make: Callable[..., GaussNewton] = self.curvature if callable(self.curvature) else GaussNewton
+            core = make(lambda p: problem.outputs(f, p, meta, data), lambda z: problem.output_loss(f, z, data), params)
         else:
-            core = Hessian(lambda p: problem.output_loss(f, problem.outputs(f, p, meta, data), data), params)
+            core = Hessian(
+                lambda p: problem.output_loss(f, problem.outputs(f, p, meta, data), data), params, self.products
+            )
         if penalty is None:
-            return core, core.gradient, 0.0, gauss_newton
+            return core, core.gradient, 0.0, self._generalised
         bend = Hessian(lambda p: problem.penalty(penalty, p, meta), params)
         # both gradients are functions of their own copies of θ, held at the same point: their sum is ∂f/∂θ
         gradient = {name: g + bend.gradient[name] for name, g in core.gradient.items()}
         if isinstance(penalty, Proximal):
-            return core, gradient, _float(resolve(penalty.strength, meta)), gauss_newton
+            return core, gradient, _float(resolve(penalty.strength, meta)), self._generalised
         return core + bend, gradient, 0.0, False
 
     def _judge(self, solution: Solution) -> None:
@@ -132,6 +165,11 @@ class Implicit(Method):
             if self.strict:
                 raise FloatingPointError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
 
 def _float(number: float | Tensor) -> float:

@@ -8,6 +8,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
 from metaimplicit.params import Params
 from metaimplicit.problem import LiftedProblem
+from metaimplicit.solvers import State
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Reptile(Method):
         params = {name: p.detach() for name, p in trajectory.params.items()}
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
 
-        def pullback(_: Params) -> tuple[Gradients, Report]:
+        def pullback(_: Params, state: State) -> tuple[Gradients, Report]:
             moved = {name: (start[name].detach() - p) / problem.tasks for name, p in params.items()}
             return pull_graph(start, meta, moved, retain_graph=False), report
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit.graph import check_differentiable
 from metaimplicit.operators.base import LinearOperator
 from metaimplicit.params import Params, flatten, leaves, unflatten
 
@@ -58,6 +59,8 @@ class Hessian(_Curvature):
         total, targets = loss(self.params).sum(), list(self.params.values())
         if total.requires_grad:
             self._set_gradient(torch.autograd.grad(total, targets, create_graph=True, allow_unused=True))
+            if products != "finite-differences":
+                check_differentiable(self.gradient.values())
         else:
             self._set_gradient([None] * len(targets))
         self._loss = loss
@@ -87,12 +90,13 @@ class Hessian(_Curvature):
 
 def central_difference(function: Callable[[Params], Tensor], at: Params, vector: Tensor) -> Tensor:
     """(F(θ + hv) − F(θ − hv))/2h for each task, F: `{name: [tasks, *shape]} -> [tasks, …]`; h as in `Hessian`."""
-    theta = flatten(at)
+    theta = flatten(at).detach()
     length = vector.norm(dim=-1, keepdim=True)
     h = torch.finfo(theta.dtype).eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
     h = h / torch.where(length > 0, length, 1.0)
-    difference: Tensor = function(unflatten(theta + h * vector, at)) - function(unflatten(theta - h * vector, at))
-    return difference / (2 * h.reshape(-1, *[1] * (difference.dim() - 1)))
+    difference = function(unflatten(theta + h * vector, at)) - function(unflatten(theta - h * vector, at))
+    slope: Tensor = difference / (2 * h.reshape(-1, *[1] * (difference.dim() - 1)))
+    return slope
 
 
 class GaussNewton(_Curvature):
@@ -117,6 +121,7 @@ class GaussNewton(_Curvature):
         targets = list(self.params.values())
         gradients = torch.autograd.grad(self._outputs, targets, self._slope, create_graph=True, allow_unused=True)
         self._set_gradient(gradients)
+        check_differentiable(gradients)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self._product(vector, batched=False)
