@@ -1,5 +1,6 @@
 """Hypergradients you can trust: few-shot learning and bilevel optimisation in PyTorch."""
 
+from metaimplicit.check import Check, check_hypergradient
 from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
 from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner, Step
@@ -24,6 +25,7 @@ __all__ = [
     "MINRES",
     "AdaptedModel",
     "BilevelProblem",
+    "Check",
     "Composite",
     "Dense",
     "FirstOrder",
@@ -55,5 +57,6 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "argmin",
+    "check_hypergradient",
     "hypergradient",
 ]

@@ -16,7 +16,7 @@ LAYERS = (
     ("inner",),
     ("metagrad",),
     ("hypergradient",),
-    ("learner", "models"),
+    ("learner", "models", "check"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
