@@ -9,7 +9,7 @@ from tanh_network import DATA, INITIAL, network
 
 from metaimplicit import CG, BilevelProblem, GradientDescent, Implicit, Neumann, Proximal, check_hypergradient
 
-SOLVED, SHORT = GradientDescent(steps=100, lr=0.25), GradientDescent(steps=3, lr=0.1)
+SOLVED, SHORT = GradientDescent(steps=150, lr=0.2), GradientDescent(steps=3, lr=0.1)
 PROBLEM = network(Proximal(1.0))
 check = partial(check_hypergradient, PROBLEM, INITIAL, DATA, batched=True, directions=2)
 
