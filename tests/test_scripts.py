@@ -154,7 +154,8 @@ def test_help_explains_every_option(main, names, capsys):
 def test_defaults_are_the_tasks_and_the_methods():
     assert Options.of("glyphs") == Options()
     assert Options.of("glyphs", "unrolled").proximal == 0.0
-    assert (Options.of("sinusoid").method, Options.of("sinusoid", "cg").inner_steps) == ("unrolled", 16)
+    assert (Options.of("sinusoid").method, Options.of("sinusoid", "cg").inner_steps) == ("unrolled", 32)
+    assert [Options.of("omniglot", m).proximal for m in ("nystrom", "unrolled")] == [0.5, 0.0]
     assert Options.of("folder").queries == 15
     steps = [Options.of("glyphs", method).test_steps for method in ("cg", "unrolled")]
     assert (steps, Options.of("sinusoid").test_steps) == ([16, 4], 10)
