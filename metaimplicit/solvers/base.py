@@ -123,6 +123,13 @@ class Solver(ABC):
             raise ValueError(f"preconditioner: {type(self).__name__} takes none; use CG")
 
 
+def check_limits(name: str, max_steps: int, tol: float) -> None:
+    if max_steps < 1:
+        raise ValueError(f"{name} max_steps: got {max_steps}, expected at least 1")
+    if not tol >= 0:
+        raise ValueError(f"{name} tol: got {tol}, expected a number ≥ 0")
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each task, `[tasks, 1]`."""
     return (a * b).sum(-1, keepdim=True)

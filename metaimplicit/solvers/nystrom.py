@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct
-from metaimplicit.solvers.cg import check_limits, conjugate_gradients
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits, direct
+from metaimplicit.solvers.cg import conjugate_gradients
 from metaimplicit.solvers.sketch import LowRank, Probes, Sketch, indefinite, probes, products, whitened
 
 
