@@ -15,12 +15,13 @@ from metaimplicit.metagrad import (
     Truncated,
     Unrolled,
 )
-from metaimplicit.operators import Fisher, GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.operators import KFAC, Fisher, GaussNewton, Hessian, Identity, LinearOperator
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
-from metaimplicit.solvers import CG, MINRES, Dense, Neumann, Nystrom, NystromCG, Solution, Solver, Status
+from metaimplicit.solvers import CG, MINRES, Dense, Factored, Neumann, Nystrom, NystromCG, Solution, Solver, Status
 
 __all__ = [
     "CG",
+    "KFAC",
     "METHODS",
     "MINRES",
     "AdaptedModel",
@@ -28,6 +29,7 @@ __all__ = [
     "Check",
     "Composite",
     "Dense",
+    "Factored",
     "FirstOrder",
     "Fisher",
     "FromMeta",

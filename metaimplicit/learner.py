@@ -101,6 +101,7 @@ class MetaLearner(nn.Module):
                 outputs=lambda params, meta, data: self._call(params, meta, data[0][0]),
                 loss=lambda outputs, data: self.loss(outputs, data[0][1]),
                 penalty=self.penalty,
+                module=self.model,
             ),
             outer_loss=self._outer,
         )

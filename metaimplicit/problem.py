@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.params import Params
@@ -81,11 +81,16 @@ class Composite:
     """An inner objective with its parts visible: f = loss(outputs(params, meta, data), data) + penalty(params, meta).
 
     Gauss–Newton needs the split into outputs and loss; a `Proximal` penalty lets solvers know the multiple of I in A.
+
+    Args:
+        outputs, loss, penalty: as above, each of one problem.
+        module: the model that `outputs` calls with parameters of these names, for curvature that looks into its layers.
     """
 
     outputs: Callable[[Params, Params, Any], Tensor]
     loss: Callable[[Tensor, Any], Tensor]
     penalty: Callable[[Params, Params], Tensor] | None = None
+    module: nn.Module | None = None
 
     def __call__(self, params: Params, meta: Params, data: Any) -> Tensor:
         value = self.loss(self.outputs(params, meta, data), data)
@@ -171,9 +176,9 @@ class LiftedProblem:
     def penalty(self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params) -> Tensor:
         return self._scalars("penalty", lambda p, _: function(p, meta), params, None)[0]
 
-    def apply(self, function: Callable[[Params, Any], Any], params: Params) -> Any:
-        """`function(params, data)` of one task, lifted over the task axis."""
-        return self._lift(function, params, self.at(0))
+    def apply(self, function: Callable[[Params, Any], Any], params: Params, data: Any = None) -> Any:
+        """`function(params, data)` of one task, lifted over the task axis; on the problem's data unless given."""
+        return self._lift(function, params, self.at(0) if data is None else data)
 
     def _scalars(self, name: str, function: Callable[..., Any], params: Params, data: Any) -> tuple[Tensor, Any]:
         out = self._lift(function, params, data)

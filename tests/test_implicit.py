@@ -18,6 +18,7 @@ from metaimplicit import (
     FromMeta,
     GradientDescent,
     Implicit,
+    Neumann,
     NystromCG,
     Proximal,
     Status,
@@ -278,3 +279,48 @@ def test_a_model_that_draws_random_numbers_is_refused():
     assert run(method="unrolled").grads["w"].isfinite().all()
     with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
         run(method="cg")
+
+
+def kronecker(**options):
+    """A softmax regression that adapts: of one example, K-FAC of a linear layer is its Gauss–Newton matrix."""
+    model = torch.nn.Linear(2, 3).double()
+    data = (randn(TASKS, 1, 2, seed=1), torch.zeros(TASKS, 1, dtype=torch.long), randn(TASKS, 4, 2, seed=2))
+    problem = BilevelProblem(
+        init=lambda meta, d: {n: meta[n] for n in ("weight", "bias")},
+        inner_loss=Composite(
+            lambda p, m, d: torch.func.functional_call(model, p, (d[0],)),
+            lambda z, d: F.cross_entropy(z, d[1]),
+            Proximal(0.3),
+            module=model,
+        ),
+        outer_loss=lambda p, m, d: torch.func.functional_call(model, p, (d[2],)).square().mean(),
+    )
+    meta = {n: randn(*p.shape, seed=i) for i, (n, p) in enumerate(model.named_parameters())}
+    run = partial(hypergradient, problem, meta, data, inner=GradientDescent(steps=3, lr=0.1), batched=True)
+    return run(**options)
+
+
+@pytest.mark.parametrize("flag", ["kfac", "ekfac"])
+def test_kronecker_factors_where_they_are_exact(flag):
+    exact = kronecker(method=Implicit(Dense(), curvature="gauss-newton"))
+    factored = kronecker(method=flag)
+    for name in exact.grads:
+        assert relative_error(factored.grads[name], exact.grads[name]) < 1e-10
+    assert (factored.report.curvature, factored.report.products) == (flag, 1)
+    assert factored.report.error_bound is not None
+    # an exact preconditioner solves in one step
+    helped = kronecker(method=Implicit(CG(1), curvature="gauss-newton", preconditioner=flag))
+    for name in exact.grads:
+        assert relative_error(helped.grads[name], exact.grads[name]) < 1e-9
+
+
+def test_kronecker_factors_are_refused_where_there_are_none():
+    run = partial(hypergradient, data=DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True)
+    with pytest.raises(ValueError, match="K-FAC: got an inner loss that hides its layers"):
+        run(network(Proximal(0.5)), INITIAL, method="kfac")
+    with pytest.raises(ValueError, match="curvature='kfac': got an inner_loss that is a plain function"):
+        run(BilevelProblem(network().init, lambda p, m, d: d[0].sum(), outer), INITIAL, method="kfac")
+    with pytest.raises(ValueError, match="preconditioner: got 'jacobi'"):
+        Implicit(CG(), preconditioner="jacobi")
+    with pytest.raises(ValueError, match="preconditioner: Neumann takes none"):
+        kronecker(method=Implicit(Neumann(), preconditioner="kfac", curvature="gauss-newton"))

@@ -9,7 +9,7 @@ from metaimplicit.metagrad.base import Adaptation, Method, Report
 from metaimplicit.metagrad.implicit import Curvature, Implicit
 from metaimplicit.metagrad.reptile import Reptile
 from metaimplicit.metagrad.reverse import FirstOrder, Truncated, Unrolled
-from metaimplicit.solvers import CG, MINRES, Dense, Neumann, Nystrom, NystromCG, Solver
+from metaimplicit.solvers import CG, MINRES, Dense, Factored, Neumann, Nystrom, NystromCG, Solver
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "nystrom-cg": _implicit(lambda o: NystromCG(rank=o.rank, rho=o.rho, max_steps=o.solver_steps)),
     "minres": _implicit(lambda o: MINRES(max_steps=o.solver_steps)),
     "dense": _implicit(lambda o: Dense()),
+    "kfac": lambda o: Implicit(Factored(rho=o.rho), curvature="kfac", damping=o.damping),
+    "ekfac": lambda o: Implicit(Factored(rho=o.rho), curvature="ekfac", damping=o.damping),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,12 +13,17 @@ from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
-from metaimplicit.operators import GaussNewton, Hessian, Identity, LinearOperator, Products, central_difference
+from metaimplicit.operators import KFAC, GaussNewton, Hessian, Identity, LinearOperator, Products, central_difference
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Composite, LiftedProblem, Proximal, Stream, resolve
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
-Curvature = Literal["hessian", "gauss-newton"] | Callable[..., GaussNewton]
+Curvature = Literal["hessian", "gauss-newton", "kfac", "ekfac"] | Callable[..., GaussNewton | KFAC]
+_NAMED: dict[str, Callable[..., GaussNewton | KFAC]] = {
+    "gauss-newton": GaussNewton,
+    "kfac": partial(KFAC, others="zero"),
+    "ekfac": partial(KFAC, others="zero", corrected=True),
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,12 @@ class Implicit(Method):
 
     Args:
         solver: how A⁻¹v is computed.
-        curvature: `"hessian"`, or `"gauss-newton"`, positive semi-definite, which needs a `Composite` inner loss, or
-            what makes another such operator from `(outputs, loss, params)`, e.g.
-            `partial(Fisher, expectation="empirical")`; a penalty's own Hessian is always exact. None: the front
-            door's choice, which is `"hessian"` for a `BilevelProblem` and `"gauss-newton"` for `MetaLearner`.
+        curvature: `"hessian"`; or, positive semi-definite and of a `Composite` inner loss, `"gauss-newton"`, `"kfac"`,
+            `"ekfac"`, or a class of such an operator with options, `partial(Fisher, expectation="empirical")`,
+            `partial(KFAC, likelihood="gaussian")`. A penalty's own Hessian is always exact. None: the front door's
+            choice, which is `"hessian"` for a `BilevelProblem` and `"gauss-newton"` for `MetaLearner`.
         damping: added to A, ≥ 0.
+        preconditioner: `"kfac"`, `"ekfac"` or a `partial(KFAC, …)` for `CG`, inverted with σ + damping > 0.
         products: how products with the Hessian are taken, see `Hessian`; with `"finite-differences"` the mixed product
             is the difference of ∂f/∂φ at θ* ± hu as well, and the inner loss needs first derivatives only.
         batch: with a `Stream`, the data that A and the mixed derivative see.
@@ -44,6 +51,7 @@ class Implicit(Method):
     solver: Solver = field(default_factory=CG)
     curvature: Curvature | None = None
     damping: float = 0.0
+    preconditioner: Literal["kfac", "ekfac"] | Callable[..., KFAC] | None = None
     products: Products = "double-backward"
     batch: Any = field(default=None, repr=False)
     strict: bool = False
@@ -55,8 +63,11 @@ class Implicit(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.curvature not in (None, "hessian", "gauss-newton") and not callable(self.curvature):
-            raise ValueError(f"curvature: got {self.curvature!r}, expected 'hessian', 'gauss-newton' or a function")
+        if self.curvature not in (None, "hessian", *_NAMED) and not callable(self.curvature):
+            known = ", ".join(["hessian", *_NAMED])
+            raise ValueError(f"curvature: got {self.curvature!r}, expected one of {known}, or a class of operators")
+        if self.preconditioner is not None and not _is_kronecker(self.preconditioner):
+            raise ValueError(f"preconditioner: got {self.preconditioner!r}, expected 'kfac', 'ekfac' or a partial KFAC")
         if self.products not in get_args(Products):
             raise ValueError(f"products: got {self.products!r}, expected one of {', '.join(get_args(Products))}")
         if self.products != "double-backward" and self.curvature not in (None, "hessian"):
@@ -94,6 +105,21 @@ class Implicit(Method):
     def _generalised(self) -> bool:
         return self.curvature not in (None, "hessian")
 
+    def _kronecker(self, make: Any, problem: LiftedProblem, meta: Params, params: Params) -> KFAC:
+        data, f = self._data(problem), problem.problem.inner_loss
+        if not isinstance(f, Composite) or f.module is None:
+            raise ValueError("K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)")
+        factors: KFAC = _made(make)(
+            f.module,
+            lambda function, p: problem.apply(lambda q, d: function(lambda r: f.outputs(r, meta, d), q), p, data),
+            lambda z: problem.output_loss(f, z, data),
+            params,
+        )
+        return factors
+
+    def _data(self, problem: LiftedProblem) -> Any:
+        return self.batch if isinstance(problem.data, Stream) else problem.data
+
     def _pull(
         self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report, state: State
     ) -> tuple[Gradients, Report]:
@@ -107,11 +133,19 @@ class Implicit(Method):
         if not sigma >= 0:
             raise ValueError(f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say")
         sigma += self.damping
-        v = flatten(vectors)
-        solution = self.solver.solve(operator + Identity(operator, sigma), v, state=state)
+        v, apply = flatten(vectors), None
+        if self.preconditioner is not None:
+            if not sigma > 0:
+                raise ValueError(f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping")
+            factors = self._kronecker(self.preconditioner, problem, meta, params)
+
+            def apply(r: Tensor) -> Tensor:
+                return factors.inverse(r, sigma)
+
+        solution = self.solver.solve(operator + Identity(operator, sigma), v, state=state, preconditioner=apply)
         self._judge(solution)
         if self.products == "finite-differences":
-            data = self.batch if isinstance(problem.data, Stream) else problem.data
+            data = self._data(problem)
             slope = central_difference(lambda p: problem.inner(p, meta, data), params, solution.value)
             mixed = pull_graph({"slope": slope}, meta, {"slope": -torch.ones_like(slope)}, retain_graph=False)
         else:
@@ -135,25 +169,32 @@ class Implicit(Method):
         self, problem: LiftedProblem, meta: Params, params: Params
     ) -> tuple[LinearOperator, Params, float, bool]:
         """The core of A at θ, ∂f/∂θ with its graph to `meta`, σ of the penalty, and whether the core is PSD."""
-        data = self.batch if isinstance(problem.data, Stream) else problem.data
-        f = problem.problem.inner_loss
-        penalty = f.penalty if isinstance(f, Composite) else None
-        core: Hessian | GaussNewton
+        data, f = self._data(problem), problem.problem.inner_loss
         if not isinstance(f, Composite):
-            core = Hessian(lambda p: problem.inner(p, meta, data), params, self.products)
-            return core, core.gradient, 0.0, False
-        if self._generalised:
-            make: Callable[..., GaussNewton] = self.curvature if callable(self.curvature) else GaussNewton
-            core = make(lambda p: problem.outputs(f, p, meta, data), lambda z: problem.output_loss(f, z, data), params)
+            whole = Hessian(lambda p: problem.inner(p, meta, data), params, self.products)
+            return whole, whole.gradient, 0.0, False
+
+        def outputs(p: Params) -> Tensor:
+            return problem.outputs(f, p, meta, data)
+
+        def loss(z: Tensor) -> Tensor:
+            return problem.output_loss(f, z, data)
+
+        core: LinearOperator
+        if self._generalised and not _is_kronecker(self.curvature):
+            squared = _made(self.curvature)(outputs, loss, params)
+            core, gradient = squared, squared.gradient
         else:
-            core = Hessian(
-                lambda p: problem.output_loss(f, problem.outputs(f, p, meta, data), data), params, self.products
-            )
-        if penalty is None:
-            return core, core.gradient, 0.0, self._generalised
+            hessian = Hessian(lambda p: loss(outputs(p)), params, self.products)
+            core, gradient = hessian, hessian.gradient
+            if self._generalised:
+                core = self._kronecker(self.curvature, problem, meta, params)
+        if f.penalty is None:
+            return core, gradient, 0.0, self._generalised
+        penalty = f.penalty
         bend = Hessian(lambda p: problem.penalty(penalty, p, meta), params)
         # both gradients are functions of their own copies of θ, held at the same point: their sum is ∂f/∂θ
-        gradient = {name: g + bend.gradient[name] for name, g in core.gradient.items()}
+        gradient = {name: g + bend.gradient[name] for name, g in gradient.items()}
         if isinstance(penalty, Proximal):
             return core, gradient, _float(resolve(penalty.strength, meta)), self._generalised
         return core + bend, gradient, 0.0, False
@@ -165,6 +206,16 @@ class Implicit(Method):
             if self.strict:
                 raise FloatingPointError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _made(curvature: Any) -> Callable[..., Any]:
+    return _NAMED[curvature] if isinstance(curvature, str) else curvature
+
+
+def _is_kronecker(curvature: Any) -> bool:
+    made = _NAMED.get(curvature, GaussNewton) if isinstance(curvature, str) else curvature
+    made = getattr(made, "func", made)
+    return isinstance(made, type) and issubclass(made, KFAC)
 
 
 def _random_state(device: torch.device) -> Tensor:

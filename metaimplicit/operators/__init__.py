@@ -10,8 +10,10 @@ from metaimplicit.operators.curvature import (
     Products,
     central_difference,
 )
+from metaimplicit.operators.kronecker import KFAC
 
 __all__ = [
+    "KFAC",
     "Expectation",
     "Fisher",
     "GaussNewton",

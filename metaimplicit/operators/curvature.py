@@ -182,35 +182,54 @@ class Fisher(GaussNewton):
         if samples < 1:
             raise ValueError(f"Fisher samples: got {samples}, expected at least 1")
         super().__init__(outputs, loss, params)
-        self.likelihood = likelihood
         z = self._outputs.detach()
         if z.dim() < 3:
             raise ValueError(f"Fisher outputs: got shape {tuple(z.shape)}, expected [tasks, examples, …, d]")
-        self._examples = z[0, ..., 0].numel()
-        self._mean = z.softmax(-1) if likelihood == "softmax" else z
+        self.likelihood, self._examples = likelihood, z[0, ..., 0].numel()
+        self._mean = z.softmax(-1)
         self._scores: Tensor | None = None
-        if expectation == "monte-carlo":
-            self._scores = self._sampled(samples, generator)
-        elif expectation == "empirical":
-            self._scores = self._examples * self._slope.detach().unsqueeze(0)
-
-    def _sampled(self, samples: int, generator: torch.Generator | None) -> Tensor:
-        """∂ −log p(y|z)/∂z at draws y, `[samples, *z.shape]`."""
-        mean = self._mean
-        if self.likelihood == "gaussian":
-            return torch.randn(samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        drawn = torch.multinomial(mean.flatten(0, -2), samples, replacement=True, generator=generator)
-        labels = drawn.T.reshape(samples, *mean.shape[:-1])
-        return mean - torch.nn.functional.one_hot(labels, mean.shape[-1]).to(mean)
+        if expectation != "exact":
+            self._scores = output_scores(z, self._slope.detach(), likelihood, expectation, samples, generator)
 
     def _bend(self, tangent: Tensor, batched: bool) -> Tensor:
         if self._scores is not None:
             each = [score * (score * tangent).sum(-1, keepdim=True) for score in self._scores]
-            return torch.stack(each).mean(0) / self._examples
+            return torch.stack(each).sum(0) / self._examples
         if self.likelihood == "gaussian":
             return tangent / self._examples
         weighted = self._mean * tangent
         return (weighted - self._mean * weighted.sum(-1, keepdim=True)) / self._examples
+
+
+def output_scores(
+    z: Tensor,
+    slope: Tensor,
+    likelihood: Likelihood,
+    expectation: Expectation,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Vectors s whose Σ s sᵀ is the Fisher matrix in the outputs of each example, `[count, *z.shape]`.
+
+    `slope` is the gradient in z of the mean loss over examples; the arguments are those of `Fisher`.
+    """
+    d = z.shape[-1]
+    if expectation == "empirical":
+        return slope.unsqueeze(0) * z[0, ..., 0].numel()
+    if expectation == "monte-carlo" and likelihood == "gaussian":
+        noise = torch.randn(samples, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return noise * torch.tensor(samples**-0.5).to(noise)
+    if likelihood == "gaussian":
+        return torch.eye(d, dtype=z.dtype, device=z.device).reshape(d, *[1] * (z.dim() - 1), d).expand(d, *z.shape)
+    p = z.softmax(-1)
+    if expectation == "exact":
+        labels = torch.arange(d, device=z.device).reshape(d, *[1] * (z.dim() - 1)).expand(d, *z.shape[:-1])
+        weight = p.movedim(-1, 0).sqrt().unsqueeze(-1)
+    else:
+        drawn = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
+        labels, weight = drawn.T.reshape(samples, *z.shape[:-1]), torch.tensor(samples**-0.5).to(z)
+    scores: Tensor = weight * (p - torch.nn.functional.one_hot(labels, d).to(z))
+    return scores
 
 
 def _pull(outputs: Params, inputs: Params, vectors: Params, batched: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from metaimplicit.solvers.base import ADVICE, Solution, Solver, State, Status
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
+from metaimplicit.solvers.factored import Factored
 from metaimplicit.solvers.minres import MINRES
 from metaimplicit.solvers.neumann import Neumann
 from metaimplicit.solvers.nystrom import Nystrom, NystromCG
@@ -12,6 +13,7 @@ __all__ = [
     "CG",
     "MINRES",
     "Dense",
+    "Factored",
     "Neumann",
     "Nystrom",
     "NystromCG",
