@@ -17,7 +17,19 @@ from metaimplicit.metagrad import (
 )
 from metaimplicit.operators import KFAC, Fisher, GaussNewton, Hessian, Identity, LinearOperator
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
-from metaimplicit.solvers import CG, MINRES, Dense, Factored, Neumann, Nystrom, NystromCG, Solution, Solver, Status
+from metaimplicit.solvers import (
+    CG,
+    MINRES,
+    Dense,
+    Factored,
+    Lanczos,
+    Neumann,
+    Nystrom,
+    NystromCG,
+    Solution,
+    Solver,
+    Status,
+)
 
 __all__ = [
     "CG",
@@ -40,6 +52,7 @@ __all__ = [
     "Identity",
     "Implicit",
     "InnerLoop",
+    "Lanczos",
     "LinearOperator",
     "MetaLearner",
     "Method",

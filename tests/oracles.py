@@ -45,11 +45,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def krylov_basis(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
-    """An orthonormal basis of span{b, Ab, …, A^{steps−1}b} for one task."""
-    powers = [b]
+    """An orthonormal basis of span{b, Ab, …, A^{steps−1}b} for one task, by Arnoldi's process run twice over."""
+    basis = (b / b.norm()).unsqueeze(1)
     for _ in range(steps - 1):
-        powers.append(matrix @ powers[-1])
-    return torch.linalg.qr(torch.stack([p / p.norm() for p in powers], dim=1)).Q
+        ahead = matrix @ basis[:, -1]
+        for _ in range(2):
+            ahead = ahead - basis @ (basis.T @ ahead)
+        basis = torch.cat([basis, (ahead / ahead.norm()).unsqueeze(1)], dim=1)
+    return basis
 
 
 def krylov_minimiser(matrix: Tensor, b: Tensor, steps: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, generator, krylov_basis, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Dense, Identity, Neumann, Nystrom, NystromCG, Status
+from metaimplicit import CG, MINRES, Dense, Identity, Lanczos, Neumann, Nystrom, NystromCG, Status
 from metaimplicit.solvers.sketch import LowRank, probes
 
 SPECTRA = [
@@ -33,6 +33,7 @@ def neumann_polynomial(matrix, b, terms, scale):
         (Dense(), 1e-12),
         (Dense(chunk=5), 1e-12),
         (MINRES(max_steps=40, tol=1e-13), 1e-10),
+        (Lanczos(max_steps=40, tol=1e-13), 1e-10),
         (NystromCG(rank=4, max_steps=40, tol=1e-13), 1e-10),
         (NystromCG(rank=4, sketch="columns", rho=0.5, max_steps=40, tol=1e-13), 1e-10),
         (Neumann(terms=3000, scale=0.1), 1e-10),
@@ -48,10 +49,11 @@ def test_converged_solvers_solve_each_task(system, solver, tolerance):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_cg_is_the_krylov_minimiser(system, steps):
+@pytest.mark.parametrize("solver", [CG, Lanczos])
+def test_cg_is_the_krylov_minimiser(system, solver, steps):
     matrix, b, _ = system
     operator = Matrix(matrix)
-    solution = CG(max_steps=steps, tol=0.0).solve(operator, b)
+    solution = solver(max_steps=steps, tol=0.0).solve(operator, b)
     for task in range(3):
         # the third spectrum has two eigenvalues, so its Krylov space ends after two steps
         expected = krylov_minimiser(matrix[task], b[task], min(steps, 2) if task == 2 else steps)
@@ -60,17 +62,42 @@ def test_cg_is_the_krylov_minimiser(system, steps):
     assert solution.products == operator.products == steps + (steps == 3)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_minres_minimises_the_residual_over_the_krylov_space(steps):
-    matrix = symmetric(torch.stack([*SPECTRA[:2], torch.linspace(-4, 5, 12)]))
+@pytest.mark.parametrize(("solver", "steps"), [(MINRES, 1), (MINRES, 3), (MINRES, 7), (Lanczos, 4), (Lanczos, 7)])
+def test_minres_minimises_the_residual_over_the_krylov_space(solver, steps):
+    matrix = symmetric(torch.stack([torch.linspace(-4, 5, 12), torch.linspace(-9, 2, 12), torch.linspace(-3, 1, 12)]))
     b = randn(3, 12, seed=9)
     operator = Matrix(matrix)
-    solution = MINRES(max_steps=steps, tol=0.0).solve(operator, b)
+    solution = solver(max_steps=steps, tol=0.0).solve(operator, b)
+    assert solver is MINRES or (solution.rayleigh < 0).all()  # Lanczos is CG until it has seen otherwise
     for task in range(3):
         basis = krylov_basis(matrix[task], b[task], steps)
         expected = basis @ torch.linalg.lstsq(matrix[task] @ basis, b[task].unsqueeze(-1)).solution.squeeze(-1)
         assert relative_error(solution.value[task], expected) < 1e-11
     assert solution.products == operator.products == steps
+
+
+def test_a_kept_basis_keeps_the_digits_that_cg_loses():
+    """Eigenvalues 10/i² + 1e-3, n = 300, 60 products: round-off costs CG orders of magnitude, Lanczos none."""
+    matrix = symmetric((10 / torch.arange(1, 301).double().square() + 1e-3).unsqueeze(0))
+    b = randn(1, 300, seed=1)
+    exact = torch.linalg.solve(matrix, b)
+    cg, lanczos = (solver(60, 0.0).solve(Matrix(matrix), b) for solver in (CG, Lanczos))
+    basis = krylov_basis(matrix[0], b[0], 60)
+    best = basis @ torch.linalg.solve(basis.T @ matrix[0] @ basis, basis.T @ b[0])
+    assert relative_error(lanczos.value[0], best) < 1e-8
+    assert relative_error(lanczos.value, exact) < 0.01 * relative_error(cg.value, exact)
+
+
+def test_lanczos_freezes_each_task_where_it_ends():
+    matrix = symmetric(
+        torch.stack([torch.full((12,), 3.0), torch.cat([torch.ones(6), 5 * torch.ones(6)]), *SPECTRA[:1]])
+    )
+    b = randn(3, 12, seed=6)
+    solution = Lanczos(max_steps=30, tol=1e-10).solve(Matrix(matrix), b)
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) < 1e-9
+    assert solution.needed[:2].tolist() == [1, 2]
+    assert solution.needed[2] > 6
+    assert solution.rayleigh.tolist() == pytest.approx([3.0, 1.0, 1.0], rel=1e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

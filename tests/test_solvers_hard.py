@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, generator, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Dense, Neumann, Nystrom, NystromCG, Status
+from metaimplicit import CG, MINRES, Dense, Lanczos, Neumann, Nystrom, NystromCG, Status
 
 DEFINITE, BENT, FLAT = torch.linspace(1, 10, 12), torch.linspace(-4, 5, 12), torch.linspace(0, 11, 12)
 SYSTEMS = {
@@ -19,6 +19,7 @@ SOLVERS = {
     "cg": CG(max_steps=30, tol=1e-8),
     "cg, then minres": CG(max_steps=30, tol=1e-8, negative="minres"),
     "minres": MINRES(max_steps=30, tol=1e-8),
+    "lanczos": Lanczos(max_steps=30, tol=1e-8),
     "neumann": Neumann(terms=400),
     "dense": Dense(),
     "nystrom": Nystrom(rank=6, rho=0.1, generator=generator(0)),
@@ -30,6 +31,7 @@ EXPECTED = {  # one column a system, in the order above
     "cg": (BENT_DOWN, None, BENT_DOWN, OK, OK, BENT_DOWN),
     "cg, then minres": (OK, BROKEN, BROKEN, OK, OK, OK),
     "minres": (OK, BROKEN, BROKEN, OK, OK, OK),
+    "lanczos": (OK, BROKEN, BROKEN, OK, OK, OK),
     "neumann": (BENT_DOWN, None, BENT_DOWN, OK, OK, BENT_DOWN),
     "dense": (OK, BROKEN, BROKEN, OK, OK, OK),
     "nystrom": (BENT_DOWN, BROKEN, BENT_DOWN, BROKEN, SHORT, BENT_DOWN),
@@ -56,7 +58,7 @@ def test_every_solver_says_how_it_ended(name, system):
 
 
 @pytest.mark.parametrize("system", ["huge", "tiny", "indefinite"])
-@pytest.mark.parametrize("name", ["cg", "minres", "dense", "nystrom-cg"])
+@pytest.mark.parametrize("name", ["cg", "minres", "lanczos", "dense", "nystrom-cg"])
 def test_single_precision_reaches_its_own_round_off(name, system):
     if (name, system) in {("cg", "indefinite"), ("nystrom-cg", "indefinite")}:
         expected = Status.NEGATIVE_CURVATURE
@@ -67,9 +69,10 @@ def test_single_precision_reaches_its_own_round_off(name, system):
     assert float(solution.residual) < 1e-5 or expected is Status.NEGATIVE_CURVATURE
 
 
-def test_minres_ends_at_the_least_squares_solution_of_a_singular_system():
+@pytest.mark.parametrize("solver", [MINRES, Lanczos])
+def test_minres_ends_at_the_least_squares_solution_of_a_singular_system(solver):
     matrix, b = SYSTEMS["singular"], randn(1, 12, seed=1)
-    solution = MINRES(max_steps=30, tol=1e-8).solve(Matrix(matrix), b)
+    solution = solver(max_steps=30, tol=1e-8).solve(Matrix(matrix), b)
     image = matrix @ torch.linalg.pinv(matrix, rtol=1e-12) @ b.unsqueeze(-1)
     assert relative_error((matrix @ solution.value.unsqueeze(-1)), image) < 1e-9
     assert solution.value.norm() < 10 * b.norm()

@@ -4,12 +4,13 @@ import pytest
 import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
+from metaimplicit import CG, MINRES, Identity, Lanczos, Neumann, Nystrom, NystromCG
 from metaimplicit.solvers.sketch import LowRank, probes
 
 ITERATIVE = [
     CG(max_steps=6, tol=1e-9),
     MINRES(max_steps=2, tol=1e-9),
+    Lanczos(max_steps=6, tol=1e-9),
     Neumann(terms=2, scale=0.1),
     NystromCG(rank=3, max_steps=2, tol=1e-9, refresh=9, generator=generator(0)),
 ]

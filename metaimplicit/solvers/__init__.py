@@ -4,6 +4,7 @@ from metaimplicit.solvers.base import ADVICE, Solution, Solver, State, Status
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.factored import Factored
+from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.minres import MINRES
 from metaimplicit.solvers.neumann import Neumann
 from metaimplicit.solvers.nystrom import Nystrom, NystromCG
@@ -14,6 +15,7 @@ __all__ = [
     "MINRES",
     "Dense",
     "Factored",
+    "Lanczos",
     "Neumann",
     "Nystrom",
     "NystromCG",

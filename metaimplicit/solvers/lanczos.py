@@ -1,0 +1,109 @@
+"""The best of a Krylov space, from a basis of it that is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits, dot, measured, warm_start
+
+
+@dataclass(frozen=True)
+class Lanczos(Solver):
+    """Galerkin or minimum-residual solutions in span{b, Ab, …, A^{K−1}b}, with full reorthogonalisation.
+
+    From A V = V T + β v eᵀ with orthonormal V (Lanczos 1950): where T is positive definite, x = V T⁻¹ Vᵀ b, in exact
+    arithmetic the iterate of CG; elsewhere x = V argmin ‖b − A V y‖, that of MINRES. Those two lose the orthogonality
+    of their directions to round-off, and with it digits where the spectrum decays fast: here V is kept, K·n numbers
+    for each task, and every step counts.
+
+    Args:
+        max_steps: products with A at the most, ≥ 1.
+        tol: relative residual at which a task has converged.
+    """
+
+    max_steps: int = 10
+    tol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_limits("Lanczos", self.max_steps, self.tol)
+
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
+        start, r, products = warm_start(operator, b, state)
+        eps, (tasks, n) = torch.finfo(b.dtype).eps, b.shape
+        first = r.norm(dim=-1, keepdim=True)
+        basis = [r / torch.where(first > 0, first, 1.0)]
+        diagonal: list[Tensor] = []
+        beside: list[Tensor] = []  # of T: 0 after a task has ended
+        closing: list[Tensor] = []  # the β where it ended
+        active, definite = first > self.tol, torch.ones_like(first, dtype=torch.bool)
+        needed = torch.full((tasks,), products, dtype=torch.int64, device=b.device)
+        residual, least, last = first, first, first
+        pivot, beta, size = torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first)
+        cosine, sine, delta_bar = -torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first)
+        check_every = 8 if b.is_cuda else 1
+        for step in range(min(self.max_steps, n)):
+            if step % check_every == 0 and not active.any():
+                break
+            w = operator.matvec(basis[-1])
+            products += 1
+            needed += active.squeeze(-1)
+            # a task that has ended goes on with a zero vector, beside its T a multiple of the identity
+            alpha = torch.where(active, dot(w, basis[-1]), diagonal[0] if diagonal else 1.0)
+            known = torch.stack(basis)
+            for _ in range(2):
+                w = w - torch.einsum("kt,ktn->tn", torch.einsum("ktn,tn->kt", known, w), known)
+            size = torch.maximum(size, alpha.abs())
+            # T = L D Lᵀ is as definite as D, and the last entry of T⁻¹e₁ gives Galerkin's residual
+            last = -beta / pivot * last if diagonal else last
+            pivot = alpha - beta.square() / pivot
+            definite = definite & (~active | (pivot > eps**0.75 * size))
+            pivot = torch.where(pivot.abs() > 0, pivot, 1.0)
+            gamma_bar = sine * delta_bar - cosine * alpha
+            beta = torch.where(active, w.norm(dim=-1, keepdim=True), 0.0)
+            size = torch.maximum(size, beta)
+            beta = torch.where(beta > 10 * eps * size, beta, 0.0)  # else the Krylov space is whole
+            delta_bar, gamma = -cosine * beta, (gamma_bar.square() + beta.square()).sqrt()
+            gamma = torch.where(gamma > 0, gamma, 1.0)
+            cosine, sine = gamma_bar / gamma, beta / gamma
+            least = torch.where(active, sine * least, least)
+            residual = torch.where(active, torch.where(definite, beta * (last / pivot).abs(), least), residual)
+            active = active & (beta > 0) & (residual > self.tol)
+            diagonal.append(alpha)
+            beside.append(torch.where(active, beta, 0.0))
+            closing.append(torch.where(active, 0.0, beta))
+            basis.append(torch.where(active, w / torch.where(beta > 0, beta, 1.0), 0.0))
+        x, rayleigh = start, b.new_full((tasks,), torch.inf)
+        if diagonal:
+            closing[-1] = torch.maximum(closing[-1], beside.pop())
+            y, rayleigh = _coordinates(diagonal, beside, closing, first, definite.squeeze(-1))
+            x = start + torch.einsum("tk,ktn->tn", y.to(b), torch.stack(basis[:-1]))
+        doubtful = (residual <= max(self.tol, eps**0.5)) | ~active
+        residual, products = measured(operator, b, x, residual, doubtful, products)
+        status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        whole = ~active & (residual > max(self.tol, eps**0.5))  # nothing further to gain, and no solution
+        status = torch.where(whole, int(Status.BREAKDOWN), status).squeeze(-1)
+        return Solution(x, status, residual.squeeze(-1), products, needed, rayleigh.to(b), {"value": x})
+
+
+def _coordinates(
+    diagonal: list[Tensor], beside: list[Tensor], closing: list[Tensor], first: Tensor, definite: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y of x = V y, and the smallest eigenvalue of T, in float64."""
+    t = torch.diag_embed(torch.cat(diagonal, -1).double().nan_to_num())
+    if beside:
+        off = torch.diag_embed(torch.cat(beside, -1).double().nan_to_num(), 1)
+        t = t + off + off.mT
+    right = torch.zeros_like(t[..., :1])
+    right[:, 0] = first.double()
+    values, eps = torch.linalg.eigvalsh(t), torch.finfo(first.dtype).eps
+    sure = (definite & (values[:, 0] > eps**0.75 * values[:, -1]))[:, None, None]
+    galerkin = torch.linalg.solve(torch.where(sure, t, torch.eye(t.shape[-1]).to(t)), right)
+    tall = torch.cat([t, torch.cat(closing, -1).double().nan_to_num().unsqueeze(-2)], dim=-2)
+    inverse = torch.linalg.pinv(tall, rtol=eps**0.75)
+    least = inverse @ torch.cat([right, torch.zeros_like(right[:, :1])], dim=-2)
+    return torch.where(sure, galerkin, least).squeeze(-1), values[:, 0]
