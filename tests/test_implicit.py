@@ -240,6 +240,8 @@ def test_any_generalised_curvature_fits():
     fisher = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian")))
     gauss_newton = run(method=Implicit(Dense(), curvature="gauss-newton"))
     empirical = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="empirical")))
+    sampled = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="monte-carlo")))
+    assert sampled.grads["0.weight"].isfinite().all()  # its own draws are no dropout
     assert fisher.report.curvature == "fisher"
     assert fisher.report.error_bound is not None
     # the loss is the mean square, twice the negative log-likelihood of a unit variance: A differs, by this factor

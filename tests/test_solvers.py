@@ -159,7 +159,7 @@ def test_nystrom_is_the_inverse_of_the_sampled_approximation(system, chunk, sket
     operator = Matrix(matrix)
     solution = Nystrom(rank=5, rho=0.3, chunk=chunk, sketch=sketch, generator=generator(4)).solve(operator, b)
     for task in range(3):
-        assert relative_error(solution.value[task], torch.linalg.solve(approximation[task], b[task])) < 1e-9
+        assert relative_error(solution.value[task], torch.linalg.solve(approximation[task], b[task])) < 1e-10
     # the residual costs one; below k, every product is taken twice, and two more carry b in and the answer out
     assert solution.products == operator.products == (6 if chunk in (None, 5) else 13)
 

@@ -60,6 +60,9 @@ def test_a_state_of_another_problem_is_refused():
     matrix, b = system()
     with pytest.raises(ValueError, match=r"state: got a solution of shape \(1, 5\), expected \(2, 12\)"):
         CG().solve(Matrix(matrix), b, state={"value": torch.zeros(1, 5)})
+    kept = Nystrom(rank=2, rho=0.1, refresh=2).solve(Matrix(matrix[:1]), b[:1]).state
+    with pytest.raises(ValueError, match=r"state: got a sketch of \(1, 12\) tasks and parameters, expected \(2, 12\)"):
+        Nystrom(rank=2, rho=0.1, refresh=2).solve(Matrix(matrix), b, state=kept)
     with pytest.raises(ValueError, match=r"preconditioner: MINRES takes none; use CG"):
         MINRES().solve(Matrix(matrix), b, preconditioner=lambda r: r)
 

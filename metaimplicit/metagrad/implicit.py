@@ -123,13 +123,7 @@ class Implicit(Method):
     def _pull(
         self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report, state: State
     ) -> tuple[Gradients, Report]:
-        before = _random_state(flatten(params).device)
         operator, gradient, sigma, definite = self._linearise(problem, meta, params)
-        if not torch.equal(before, _random_state(flatten(params).device)):
-            raise ValueError(
-                "inner loss: it draws random numbers (dropout?), so A is not that of the loop; switch the model to "
-                "evaluation mode, or use 'unrolled'"
-            )
         if not sigma >= 0:
             raise ValueError(f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say")
         sigma += self.damping
@@ -171,11 +165,10 @@ class Implicit(Method):
         """The core of A at θ, ∂f/∂θ with its graph to `meta`, σ of the penalty, and whether the core is PSD."""
         data, f = self._data(problem), problem.problem.inner_loss
         if not isinstance(f, Composite):
-            whole = Hessian(lambda p: problem.inner(p, meta, data), params, self.products)
+            whole = Hessian(_steady(lambda p: problem.inner(p, meta, data)), params, self.products)
             return whole, whole.gradient, 0.0, False
 
-        def outputs(p: Params) -> Tensor:
-            return problem.outputs(f, p, meta, data)
+        outputs = _steady(lambda p: problem.outputs(f, p, meta, data))
 
         def loss(z: Tensor) -> Tensor:
             return problem.output_loss(f, z, data)
@@ -216,6 +209,23 @@ def _is_kronecker(curvature: Any) -> bool:
     made = _NAMED.get(curvature, GaussNewton) if isinstance(curvature, str) else curvature
     made = getattr(made, "func", made)
     return isinstance(made, type) and issubclass(made, KFAC)
+
+
+def _steady(function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
+    """`function`, but an error if it draws random numbers: A would be another at every evaluation."""
+
+    def checked(params: Params) -> Tensor:
+        device = next(iter(params.values())).device
+        before = _random_state(device)
+        result = function(params)
+        if not torch.equal(before, _random_state(device)):
+            raise ValueError(
+                "inner loss: it draws random numbers (dropout?), so A is not that of the loop; switch the model to "
+                "evaluation mode, or use 'unrolled'"
+            )
+        return result
+
+    return checked
 
 
 def _random_state(device: torch.device) -> Tensor:

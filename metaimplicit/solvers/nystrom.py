@@ -51,6 +51,11 @@ class _Sketching(Solver):
     ) -> tuple[LowRank, int, State]:
         """B_k, the products it took, and the state that keeps it for `refresh` solves."""
         if "basis" in state and int(state["age"]) < self.refresh:
+            if state["basis"].shape[::2] != core.shape:
+                raise ValueError(
+                    f"state: got a sketch of {tuple(state['basis'].shape[::2])} tasks and parameters, expected "
+                    f"{core.shape}; a state fits the problem it came from"
+                )
             kept = LowRank(*(state[name] for name in ("basis", "inverse", "rayleigh")))
             return kept, 0, {**kept.state, "age": state["age"] + 1}
         n = core.shape[1]
