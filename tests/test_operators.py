@@ -83,6 +83,12 @@ def test_operator_equals_its_dense_matrix(name, kind):
         assert relative_error(columns[:, task], expected(kind, task)) < 1e-12
     v = randn(tasks, n, seed=6)
     assert relative_error(operator.matvec(v), torch.einsum("jti,tj->ti", columns, v)) < 1e-12
+    index = torch.tensor([n - 1, 0, 22, 3, 21, n - 1])  # of several tensors, out of order
+    assert relative_error(operator.columns(index), columns[index]) < 1e-12
+    assert relative_error(operator.columns(index[2:3]), columns[index[2:3]]) < 1e-12
+    some = 2.0 * (operator + Identity(operator, 0.5))
+    expected = 2 * columns[index] + torch.nn.functional.one_hot(index, n)[:, None, :]
+    assert relative_error(some.columns(index), expected) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["double-backward", "forward-over-reverse", "gauss-newton"])
@@ -209,6 +215,7 @@ def test_a_loss_without_curvature_gives_zero():
     linear_in_theta = Hessian(lambda p: flatten(p).sum(1), PARAMS)
     assert linear_in_theta.matvec(v).abs().max() == 0
     assert linear_in_theta.matmat(v.unsqueeze(0)).shape == (1, *v.shape)
+    assert linear_in_theta.columns(torch.tensor([2, 0])).shape == (2, *v.shape)
 
 
 def test_algebra_and_split():

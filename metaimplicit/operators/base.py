@@ -28,6 +28,11 @@ class LinearOperator(ABC):
         """A V for each task, k vectors at once: `[k, tasks, n] -> [k, tasks, n]`."""
         return torch.stack([self.matvec(vector) for vector in vectors])
 
+    def columns(self, index: Tensor) -> Tensor:
+        """A[:, i] for each i of `index` `[k]`, on the CPU: `[k, tasks, n]`."""
+        unit = torch.nn.functional.one_hot(index, self.shape[1]).to(self.device, self.dtype)
+        return self.matmat(unit[:, None, :].expand(-1, self.shape[0], -1))
+
     def split(self) -> tuple[LinearOperator, float | Tensor]:
         """(B, σ) with A = B + σI, σ all that is known to be a multiple of the identity."""
         return self, 0.0
@@ -71,6 +76,9 @@ class Sum(LinearOperator):
     def matmat(self, vectors: Tensor) -> Tensor:
         return self.first.matmat(vectors) + self.second.matmat(vectors)
 
+    def columns(self, index: Tensor) -> Tensor:
+        return self.first.columns(index) + self.second.columns(index)
+
     def split(self) -> tuple[LinearOperator, float | Tensor]:
         (first, a), (second, b) = self.first.split(), self.second.split()
         if isinstance(first, Identity):
@@ -92,6 +100,9 @@ class Scaled(LinearOperator):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         return self.factor * self.operator.matmat(vectors)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self.factor * self.operator.columns(index)
 
     def split(self) -> tuple[LinearOperator, float | Tensor]:
         core, shift = self.operator.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -15,6 +16,9 @@ from metaimplicit.params import Params, flatten, leaves, unflatten
 
 class _Curvature(LinearOperator):
     """Shared by both: the point, as leaves, and the loss gradient at it with its graph.
+
+    A column of a parameter tensor differentiates the gradient of that tensor alone, which most of the graph has no
+    part in: `columns` is cheaper than as many products.
 
     Attributes:
         params: `{name: [tasks, *shape]}`, leaves of autograd.
@@ -31,6 +35,24 @@ class _Curvature(LinearOperator):
     def _set_gradient(self, gradients: Sequence[Tensor | None]) -> None:
         pairs = zip(self.params.items(), gradients, strict=True)
         self.gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+    def columns(self, index: Tensor) -> Tensor:
+        start, order, found = 0, [], []
+        for name, p in self.params.items():
+            size = p[0].numel()
+            mine = ((index >= start) & (index < start + size)).nonzero().squeeze(-1)
+            if len(mine):
+                unit = p.new_zeros(len(mine), size)
+                unit[torch.arange(len(mine)), index[mine] - start] = 1.0
+                part = unit.reshape(-1, 1, *p.shape[1:]).expand(-1, *p.shape)
+                found.append(self._image({name: part}, batched=True))
+                order.append(mine)
+            start += size
+        return found[0] if len(found) == 1 else torch.cat(found)[torch.cat(order).argsort()]
+
+    @abstractmethod
+    def _image(self, vector: Params, batched: bool) -> Tensor:
+        """The product with a vector whose further entries are zero, flat."""
 
 
 Products = Literal["double-backward", "forward-over-reverse", "finite-differences"]
@@ -67,7 +89,7 @@ class Hessian(_Curvature):
 
     def matvec(self, vector: Tensor) -> Tensor:
         if self.products == "double-backward":
-            return _pull(self.gradient, self.params, unflatten(vector, self.params))
+            return self._image(unflatten(vector, self.params), batched=False)
         point = {name: p.detach() for name, p in self.params.items()}
         if self.products == "finite-differences":
             return central_difference(lambda p: flatten(self._slope(p)), point, vector)
@@ -76,10 +98,16 @@ class Hessian(_Curvature):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         if self.products == "double-backward":
-            return _pull(self.gradient, self.params, unflatten(vectors, self.params), batched=True)
+            return self._image(unflatten(vectors, self.params), batched=True)
         if self.products == "finite-differences":
             return super().matmat(vectors)
         return torch.vmap(self.matvec)(vectors)
+
+    def columns(self, index: Tensor) -> Tensor:
+        return super().columns(index) if self.products == "double-backward" else LinearOperator.columns(self, index)
+
+    def _image(self, vector: Params, batched: bool) -> Tensor:
+        return _pull({name: self.gradient[name] for name in vector}, self.params, vector, batched)
 
     def _slope(self, params: Params) -> Params:
         at = leaves(params)
@@ -124,13 +152,13 @@ class GaussNewton(_Curvature):
         check_differentiable(gradients)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self._product(vector, batched=False)
+        return self._image(unflatten(vector, self.params), batched=False)
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        return self._product(vectors, batched=True)
+        return self._image(unflatten(vectors, self.params), batched=True)
 
-    def _product(self, vector: Tensor, batched: bool) -> Tensor:
-        tangent = _derivative(self.gradient, self._slope, unflatten(vector, self.params), batched)
+    def _image(self, vector: Params, batched: bool) -> Tensor:
+        tangent = _derivative({name: self.gradient[name] for name in vector}, self._slope, vector, batched)
         return _pull({"outputs": self._outputs}, self.params, {"outputs": self._bend(tangent, batched)}, batched)
 
     def _bend(self, tangent: Tensor, batched: bool) -> Tensor:

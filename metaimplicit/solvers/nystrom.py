@@ -10,7 +10,7 @@ from torch import Tensor
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits, direct
 from metaimplicit.solvers.cg import conjugate_gradients
-from metaimplicit.solvers.sketch import LowRank, Probes, Sketch, indefinite, probes, products, whitened
+from metaimplicit.solvers.sketch import LowRank, Probes, Sketch, indefinite, whitened
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class _Sketching(Solver):
             kept = LowRank(*(state[name] for name in ("basis", "inverse", "rayleigh")))
             return kept, 0, {**kept.state, "age": state["age"] + 1}
         n = core.shape[1]
-        draw, rank = probes(self.sketch, n, self.generator, b), self.rank
-        rows = draw(0, rank)
-        images, taken = products(core, rows), rank
+        draw, rank = Probes(self.sketch, n, self.generator, b), self.rank
+        rows, images, taken = draw.rows(0, rank), draw.images(core, 0, rank), rank
         low_rank = LowRank.from_products(rows, images)
         while tol is not None and rank < n:
             error, spent = low_rank.error(core)
             taken += spent
             if bool((error <= tol * shift).all()):
                 break
-            more = draw(rank, min(2 * rank, n))
-            rows, images = torch.cat([rows, more]), torch.cat([images, products(core, more)], dim=1)
-            taken, rank = taken + len(more), rank + len(more)
+            more = min(2 * rank, n)
+            rows = torch.cat([rows, draw.rows(rank, more)])
+            images = torch.cat([images, draw.images(core, rank, more)], dim=1)
+            taken, rank = taken + more - rank, more
             low_rank = LowRank.from_products(rows, images)
         return low_rank, taken, {**low_rank.state, "age": torch.ones((), dtype=torch.int64)}
 
@@ -134,28 +134,29 @@ class Nystrom(_Sketching):
         x = (b − B Ω F Ωᵀ B b)/s with F = W diag(1/(1 + s|e|)) Wᵀ, W and e from ΩᵀY and YᵀY.
         """
         (tasks, n), k = core.shape, self.rank
-        draw: Probes = probes(self.sketch, n, self.generator, b)
+        draw = Probes(self.sketch, n, self.generator, b, most=k)
         parts = [(a, min(a + (self.chunk or k), k)) for a in range(0, k, self.chunk or k)]
         gram, square = (b.new_zeros(tasks, k, k, dtype=torch.float64) for _ in range(2))
 
         def coordinates(v: Tensor) -> Tensor:
             """Ωᵀ v for `[tasks, m, n]`: `[tasks, m, k]`."""
-            return torch.cat([v.double() @ draw(a, z).double().mT for a, z in parts], dim=-1)
+            return torch.cat([draw.coordinates(v, a, z) for a, z in parts], dim=-1)
 
         for a, z in parts:
-            images = products(core, draw(a, z))
+            images = draw.images(core, a, z)
             gram[:, a:z] = coordinates(images)
             square[:, a:z] = coordinates(core.matmat(images.transpose(0, 1)).transpose(0, 1))
-        norms = torch.cat([draw(a, z).double().square().sum(-1) for a, z in parts])
+            del images  # before the next are made
         values, vectors = torch.linalg.eigh((0.5 * (square + square.mT)).nan_to_num())
         root = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
         weights, inverse = whitened(root, gram.nan_to_num(), torch.finfo(torch.float64).eps ** 0.5)
         c = coordinates(core.matvec(b).unsqueeze(1)).mT
         c = weights @ ((weights.mT @ c) / (1 + shift * inverse.abs()).unsqueeze(-1))
-        spread = sum((c[:, a:z].mT @ draw(a, z).double()).squeeze(1) for a, z in parts)
-        x = (b - core.matvec(torch.as_tensor(spread).to(b))) / shift
-        seen = (gram.diagonal(dim1=-2, dim2=-1) / norms).amin(-1).to(b)
-        return x, seen, indefinite(inverse, b.dtype)
+        spread = torch.zeros_like(b)
+        for a, z in parts:
+            draw.add(spread, c[:, a:z, 0], a, z)
+        x = core.matvec(spread).sub_(b).div_(-shift)
+        return x, gram.diagonal(dim1=-2, dim2=-1).amin(-1).to(b), indefinite(inverse, b.dtype)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,24 +12,52 @@ from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import State
 
 Sketch = Literal["columns", "gaussian"]
-Probes = Callable[[int, int], Tensor]
 
 
-def probes(sketch: Sketch, n: int, generator: torch.Generator | None, like: Tensor) -> Probes:
-    """Rows a … z − 1 of Ωᵀ as `[z − a, n]`, the same whenever asked for: unit vectors, or Gaussian ones."""
-    if sketch == "columns":
-        chosen = torch.randperm(n, generator=generator)
-        return lambda a, z: torch.nn.functional.one_hot(chosen[a:z], n).to(like)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return lambda a, z: torch.stack(
-        [torch.randn(n, generator=torch.Generator().manual_seed(seed + i)) for i in range(a, z)]
-    ).to(like)
+_BLOCK = 2**14  # of entries that are float64 at a time
 
 
-def products(operator: LinearOperator, rows: Tensor) -> Tensor:
-    """B ω for each row ω of `[k, n]` and each task: `[tasks, k, n]`."""
-    spread = rows[:, None, :].expand(-1, operator.shape[0], -1)
-    return operator.matmat(spread).transpose(0, 1)
+class Probes:
+    """The columns of Ω `[n, k]`, unit vectors, of the basis or Gaussian; the same whenever asked for."""
+
+    def __init__(
+        self, sketch: Sketch, n: int, generator: torch.Generator | None, like: Tensor, most: int | None = None
+    ) -> None:
+        self._n, self._like, self._chosen, self._seed = n, like, None, 0
+        if sketch == "columns":
+            self._chosen = torch.randperm(n, generator=generator)[:most].clone()  # not all n of them, for most columns
+        else:
+            self._seed = int(torch.randint(2**62, (), generator=generator))
+
+    def rows(self, a: int, z: int) -> Tensor:
+        """Rows a … z − 1 of Ωᵀ, `[z − a, n]`."""
+        if self._chosen is not None:
+            return torch.nn.functional.one_hot(self._chosen[a:z], self._n).to(self._like)
+        draws = [torch.Generator().manual_seed(self._seed + i) for i in range(a, z)]
+        rows = torch.stack([torch.randn(self._n, generator=draw) for draw in draws]).to(self._like)
+        return torch.nn.functional.normalize(rows)
+
+    def coordinates(self, v: Tensor, a: int, z: int) -> Tensor:
+        """Ωᵀ v for `[tasks, m, n]`, in float64: `[tasks, m, z − a]`."""
+        if self._chosen is not None:
+            found: Tensor = v[..., self._chosen[a:z].to(v.device)].double()
+            return found
+        parts = zip(v.split(_BLOCK, -1), self.rows(a, z).split(_BLOCK, -1), strict=True)
+        return torch.stack([v_.double() @ row.double().mT for v_, row in parts]).sum(0)
+
+    def add(self, total: Tensor, c: Tensor, a: int, z: int) -> None:
+        """Add Ω c to `total` `[tasks, n]`, c `[tasks, z − a]`."""
+        if self._chosen is not None:
+            total[:, self._chosen[a:z].to(total.device)] += c.to(total)
+        else:
+            total += c.to(total) @ self.rows(a, z)
+
+    def images(self, operator: LinearOperator, a: int, z: int) -> Tensor:
+        """B ω for each such row ω and each task: `[tasks, z − a, n]`."""
+        if self._chosen is not None:
+            return operator.columns(self._chosen[a:z]).transpose(0, 1)
+        spread = self.rows(a, z)[:, None, :].expand(-1, operator.shape[0], -1)
+        return operator.matmat(spread).transpose(0, 1)
 
 
 @dataclass(frozen=True)
