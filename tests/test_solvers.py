@@ -5,7 +5,7 @@ import torch
 from oracles import Matrix, generator, krylov_basis, krylov_minimiser, randn, relative_error, symmetric
 
 from metaimplicit import CG, MINRES, Dense, Identity, Lanczos, Neumann, Nystrom, NystromCG, Status
-from metaimplicit.solvers.sketch import LowRank, probes
+from metaimplicit.solvers.sketch import LowRank, Probes
 
 SPECTRA = [
     torch.linspace(1, 10, 12),
@@ -118,7 +118,7 @@ def test_a_preconditioner_changes_the_krylov_space(system, steps):
 def test_the_nystrom_preconditioner_is_its_formula(system, sketch):
     """P = (d_min + s) U (D + s)⁻¹ Uᵀ + I − U Uᵀ (Frangella et al. 2021, eq. 5.1)."""
     matrix, b, _ = system
-    rows = probes(sketch, 12, generator(1), b)(0, 4)
+    rows = Probes(sketch, 12, generator(1), b).rows(0, 4)
     y = matrix @ rows.mT
     values, vectors = torch.linalg.eigh(y @ torch.linalg.solve(rows @ y, y.mT))
     d, u = values[:, -4:], vectors[:, :, -4:]
@@ -151,7 +151,7 @@ def test_neumann_chooses_a_scale_that_converges(system):
 @pytest.mark.parametrize("chunk", [None, 1, 2, 3, 4, 5])
 def test_nystrom_is_the_inverse_of_the_sampled_approximation(system, chunk, sketch):
     matrix, b, _ = system
-    omega = probes(sketch, 12, generator(4), b)(0, 5).mT
+    omega = Probes(sketch, 12, generator(4), b).rows(0, 5).mT
     if sketch == "columns":
         assert torch.equal(omega, torch.eye(12).double()[:, torch.randperm(12, generator=generator(4))[:5]])
     y = matrix @ omega
@@ -350,10 +350,51 @@ def test_nystrom_tells_what_it_cannot_do():
 def test_dense_takes_the_symmetric_part():
     matrix = symmetric([[2.0, 3.0, 4.0]])
     lopsided = matrix.clone()
-    lopsided[0, 0, 1] += 1
+    lopsided[0, 0, 1] += 0.1
     b = randn(1, 3, seed=5)
     expected = torch.linalg.solve(0.5 * (lopsided + lopsided.mT), b)
     assert relative_error(Dense().solve(Matrix(lopsided), b).value, expected) < 1e-13
+
+
+@pytest.mark.parametrize("solver", [CG(9), MINRES(9), Lanczos(9), Dense()], ids=lambda s: type(s).__name__)
+def test_an_operator_that_is_not_symmetric_is_noticed_in_its_task_alone(solver):
+    matrix = symmetric(torch.stack(SPECTRA[:2]))
+    matrix[1] = matrix[1] + 0.5 * torch.triu(randn(12, 12, seed=5), 1)
+    status = solver.solve(Matrix(matrix), randn(2, 12, seed=6)).status.tolist()
+    assert status[1] == Status.BREAKDOWN
+    assert status[0] != Status.BREAKDOWN
+
+
+def test_nystrom_takes_the_size_of_negative_eigenvalues():
+    matrix = symmetric(torch.linspace(-3, 9.5, 12).unsqueeze(0))
+    b, omega = randn(1, 12, seed=4), Probes("gaussian", 12, generator(4), matrix).rows(0, 5).mT
+    y = matrix @ omega
+    values, vectors = torch.linalg.eigh(y @ torch.linalg.solve(omega.mT @ y, y.mT))
+    assert values[0, 0] < -0.1
+    expected = vectors @ ((vectors.mT @ b.unsqueeze(-1)) / (values.abs() + 0.3).unsqueeze(-1))
+    for chunk in (None, 2):
+        solver = Nystrom(rank=5, rho=0.3, sketch="gaussian", chunk=chunk, generator=generator(4))
+        assert relative_error(solver.solve(Matrix(matrix), b).value, expected.squeeze(-1)) < 1e-9
+
+
+def test_lanczos_stops_at_the_residual_of_minres():
+    """One indefinite task whose residual meets the tolerance before that of the other: it stays where it was."""
+    matrix = symmetric(torch.stack([torch.tensor([-2.0, -1.0] + [1.0 + 0.01 * i for i in range(10)]).double(),
+                                    torch.linspace(-4, 5, 12).double()]))  # fmt: skip
+    b = randn(2, 12, seed=9)
+
+    def least(task, k):
+        basis = krylov_basis(matrix[task], b[task], k)
+        y = torch.linalg.lstsq(matrix[task] @ basis, b[task].unsqueeze(-1)).solution.squeeze(-1)
+        return basis @ y, float((b[task] - matrix[task] @ basis @ y).norm() / b[task].norm())
+
+    solution = Lanczos(max_steps=8, tol=0.05).solve(Matrix(matrix), b)
+    steps = next(k for k in range(1, 9) if least(0, k)[1] <= 0.05)
+    assert steps < 8
+    assert solution.needed[0] == steps
+    assert relative_error(solution.value[0], least(0, steps)[0]) < 1e-9
+    assert float(solution.residual[0]) == pytest.approx(least(0, steps)[1], rel=1e-9)
+    assert solution.needed[1] == 8
 
 
 @pytest.mark.parametrize("solver", [CG(), Neumann(), Nystrom(rank=3, rho=1.0), Dense()], ids=str)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Identity, Lanczos, Neumann, Nystrom, NystromCG
-from metaimplicit.solvers.sketch import LowRank, probes
+from metaimplicit import CG, MINRES, Auto, Identity, Lanczos, Neumann, Nystrom, NystromCG
+from metaimplicit.solvers.sketch import LowRank, Probes
 
 ITERATIVE = [
     CG(max_steps=6, tol=1e-9),
@@ -100,16 +100,34 @@ def test_the_rank_grows_until_the_error_is_met(sketch):
     values = 1 / solution.state["inverse"]
     kept = solution.state["basis"].mT @ torch.diag_embed(values) @ solution.state["basis"]
     assert torch.linalg.matrix_norm(matrix - kept, 2) < 1e-3 * 0.1
+    assert solution.products == operator.products
     # the rank before was not enough
-    short = probes(sketch, 300, generator(0), b)(0, rank // 2)
+    short = Probes(sketch, 300, generator(0), b).rows(0, rank // 2)
     half = LowRank.from_products(short, (matrix @ short.mT).mT)
     approximation = half.basis.mT @ torch.diag_embed(1 / half.inverse) @ half.basis
     assert torch.linalg.matrix_norm(matrix - approximation, 2) > 1e-3 * 0.1
 
 
+def test_a_larger_damping_is_content_with_a_smaller_rank():
+    matrix, b = symmetric(5 * 0.8 ** torch.arange(100.0).unsqueeze(0)), randn(1, 100, seed=1)
+    ranks = [
+        Nystrom(rank=5, rho=rho, tol=1e-2, generator=generator(0)).solve(Matrix(matrix), b).state["basis"].shape[1]
+        for rho in (1e-2, 10.0)
+    ]
+    assert ranks[1] < ranks[0]
+
+
+def test_a_state_of_tiny_numbers_is_still_a_start():
+    """In float32 the squares of numbers of size 1e-30 are zero."""
+    matrix, b = system()
+    matrix, b = matrix.float(), 1e-30 * b.float()
+    first = CG(max_steps=4, tol=0.0).solve(Matrix(matrix), b)
+    assert (CG(max_steps=1, tol=0.0).solve(Matrix(matrix), b, state=first.state).residual < first.residual).all()
+
+
 def test_the_estimated_error_of_a_sketch_is_its_norm():
     matrix = symmetric([[5.0, 4.0, 3.0, 0.5, *[0.01] * 20]])
-    rows = probes("gaussian", 24, generator(2), matrix)(0, 3)
+    rows = Probes("gaussian", 24, generator(2), matrix).rows(0, 3)
     low_rank = LowRank.from_products(rows, rows @ matrix)
     exact = matrix - low_rank.basis.mT @ torch.diag_embed(1 / low_rank.inverse) @ low_rank.basis
     estimate, products = low_rank.error(Matrix(matrix), steps=30)
@@ -146,8 +164,15 @@ def drifted(solver, drift, steps, cold):
     return warm / fresh
 
 
-def test_a_drifting_sequence_costs_less_than_half():
-    solver = NystromCG(rank=100, max_steps=999, tol=1e-6, refresh=50, generator=generator(0))
+@pytest.mark.parametrize(
+    "solver",
+    [
+        NystromCG(rank=100, max_steps=999, tol=1e-6, refresh=50, generator=generator(0)),
+        Auto(max_steps=999, tol=1e-6, dense=0),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_drifting_sequence_costs_less_than_half(solver):
     assert drifted(solver, 1e-4, 50, CG(max_steps=999, tol=1e-6)) < 0.5
 
 

@@ -9,7 +9,7 @@ from metaimplicit.metagrad.base import Adaptation, Method, Report
 from metaimplicit.metagrad.implicit import Curvature, Implicit
 from metaimplicit.metagrad.reptile import Reptile
 from metaimplicit.metagrad.reverse import FirstOrder, Truncated, Unrolled
-from metaimplicit.solvers import CG, MINRES, Dense, Factored, Lanczos, Neumann, Nystrom, NystromCG, Solver
+from metaimplicit.solvers import CG, MINRES, Auto, Dense, Factored, Lanczos, Neumann, Nystrom, NystromCG, Solver
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class MethodOptions:
     """What a command line can say of a method; each method reads what concerns it.
 
     Args:
-        solver_steps: steps of CG, Lanczos and MINRES, terms of Neumann, or steps that `truncated` keeps.
+        solver_steps: steps of CG, Lanczos, MINRES and auto, terms of Neumann, or steps that `truncated` keeps.
         rank: of Nyström's approximation.
         rho: its damping; None, 0 beside a proximal term, else 0.01.
         curvature: of implicit methods; None, the front door's choice.
@@ -46,6 +46,7 @@ METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "nystrom-cg": _implicit(lambda o: NystromCG(rank=o.rank, rho=o.rho, max_steps=o.solver_steps)),
     "lanczos": _implicit(lambda o: Lanczos(max_steps=o.solver_steps)),
     "minres": _implicit(lambda o: MINRES(max_steps=o.solver_steps)),
+    "auto": _implicit(lambda o: Auto(max_steps=o.solver_steps)),
     "dense": _implicit(lambda o: Dense()),
     "kfac": lambda o: Implicit(Factored(rho=o.rho), curvature="kfac", damping=o.damping),
     "ekfac": lambda o: Implicit(Factored(rho=o.rho), curvature="ekfac", damping=o.damping),
@@ -68,6 +69,7 @@ def make_method(flag: str | Method, options: MethodOptions | None = None) -> Met
 __all__ = [
     "METHODS",
     "Adaptation",
+    "Curvature",
     "FirstOrder",
     "Implicit",
     "Method",

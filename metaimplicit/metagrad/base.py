@@ -27,6 +27,7 @@ class Report:
         inner_steps: the steps each task took.
         inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for implicit methods (the theorem wants 0), else at θ_{T−1}.
         curvature: what A is made of; None for methods without a solve, as is all that follows.
+        chosen: what `Auto` chose, and why.
         products: products with A executed, each over all tasks.
         residual: ‖v − Au‖/‖v‖ of the solve.
         status: members of `Status`.
@@ -43,6 +44,7 @@ class Report:
     inner_steps: Tensor
     inner_gradient_norm: Tensor
     curvature: str | None = None
+    chosen: str = ""
     products: int = 0
     residual: Tensor | None = None
     status: Tensor | None = None

@@ -87,7 +87,10 @@ class Implicit(Method):
             )
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         params = {name: p.detach() for name, p in trajectory.params.items()}
-        report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
+        return self.at(params, problem, meta, Report(repr(self), trajectory.steps, trajectory.gradient_norm), reads)
+
+    def at(self, params: Params, problem: LiftedProblem, meta: Params, report: Report, reads: set[str]) -> Adaptation:
+        """The way back from θ* = `params`, however they were found."""
 
         def pullback(vectors: Params, state: State) -> tuple[Gradients, Report]:
             return self._pull(problem, meta, params, vectors, report, state)
@@ -149,6 +152,7 @@ class Implicit(Method):
             report,
             inner_gradient_norm=flatten(gradient).detach().norm(dim=-1),
             curvature=self.name,
+            chosen=solution.chosen,
             products=solution.products,
             residual=solution.residual,
             status=solution.status,

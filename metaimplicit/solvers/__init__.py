@@ -1,5 +1,6 @@
 """A⁻¹b, knowing A only as an operator. A new solver is one file and one row here."""
 
+from metaimplicit.solvers.auto import Auto
 from metaimplicit.solvers.base import ADVICE, Solution, Solver, State, Status
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
@@ -13,6 +14,7 @@ __all__ = [
     "ADVICE",
     "CG",
     "MINRES",
+    "Auto",
     "Dense",
     "Factored",
     "Lanczos",

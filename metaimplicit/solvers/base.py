@@ -22,7 +22,7 @@ class Status(IntEnum):
     CONVERGED = 0  # the residual met the tolerance, or the method is direct
     MAX_STEPS = 1  # steps, terms, rank or precision ran out before the tolerance was met
     NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 was met: A is not positive definite
-    BREAKDOWN = 3  # the iteration diverges, A is singular to working precision, or the result is worse than zero
+    BREAKDOWN = 3  # the iteration diverges, A is singular or not symmetric, or the result is worse than zero
     NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
 
 
@@ -32,8 +32,8 @@ ADVICE = {
         "strength, or solve it as it is with MINRES"
     ),
     Status.BREAKDOWN: (
-        "it diverged, the matrix is singular, or the residual is above 1; add damping=, raise Nystrom's rank or rho, "
-        "or give Neumann a smaller scale"
+        "it diverged, the matrix is singular or not symmetric, or the residual is above 1; add damping=, raise "
+        "Nystrom's rank or rho, or give Neumann a smaller scale"
     ),
     Status.NON_FINITE: "NaN or Inf in the curvature or the outer gradient; look at the losses and the inner step size",
 }
@@ -51,6 +51,7 @@ class Solution:
         needed: `[tasks]`, the products each task needed before it ended.
         rayleigh: `[tasks]`, the smallest vᵀAv/vᵀv seen; +inf if none was.
         state: tensors that make the next solve of a system nearby cheaper: hand them to it, or save them.
+        chosen: what `Auto` chose, and why.
     """
 
     value: Tensor
@@ -60,6 +61,7 @@ class Solution:
     needed: Tensor
     rayleigh: Tensor
     state: State = field(default_factory=dict)
+    chosen: str = ""
 
 
 class Solver(ABC):
@@ -99,7 +101,7 @@ class Solver(ABC):
         safe = torch.where(finite & (peak > 0), peak, 1.0)
         scaled = torch.where(finite, b / safe, 0.0)  # by the peak first: the square of a tiny norm underflows
         norm = scaled.norm(dim=-1, keepdim=True)
-        unit = scaled / torch.where(norm > 0, norm, 1.0)
+        unit = scaled.div_(torch.where(norm > 0, norm, 1.0))
         given = dict(state or {})
         if "value" in given:
             if given["value"].shape != b.shape:
@@ -128,6 +130,11 @@ def check_limits(name: str, max_steps: int, tol: float) -> None:
         raise ValueError(f"{name} max_steps: got {max_steps}, expected at least 1")
     if not tol >= 0:
         raise ValueError(f"{name} tol: got {tol}, expected a number ≥ 0")
+
+
+def lopsided(skew: Tensor, size: Tensor) -> Tensor:
+    """Whether what is zero for a symmetric A is too large, beside `size`, to be round-off."""
+    return skew.abs() > 0.05 * size
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

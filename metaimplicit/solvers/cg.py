@@ -17,6 +17,7 @@ from metaimplicit.solvers.base import (
     Status,
     check_limits,
     dot,
+    lopsided,
     measured,
     rayleigh_quotient,
     warm_start,
@@ -82,7 +83,7 @@ def conjugate_gradients(
     p, rz, residual = z, dot(r, z), r.norm(dim=-1, keepdim=True)
     best, least = x, residual
     active = residual > tol
-    negative = torch.zeros_like(active)
+    negative, skewed, before = torch.zeros_like(active), torch.zeros_like(active), p
     rayleigh, largest = b.new_full((len(b),), torch.inf), b.new_zeros(len(b))
     needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
     check_every = 8 if b.is_cuda else 1  # a look at `active` waits for the device
@@ -95,6 +96,10 @@ def conjugate_gradients(
         curvature, quotient = dot(p, ap), rayleigh_quotient(p, ap)
         rayleigh = torch.minimum(rayleigh, torch.where(active.squeeze(-1), quotient, torch.inf))
         largest = torch.maximum(largest, torch.where(active.squeeze(-1), quotient, 0.0))
+        if step == 1:  # directions are conjugate, unless A is not symmetric
+            size = before.norm(dim=-1, keepdim=True) * ap.norm(dim=-1, keepdim=True)
+            skewed = active & lopsided(dot(before, ap), size)
+            active = active & ~skewed
         flat = quotient <= 10 * torch.finfo(b.dtype).eps * largest  # not positive, to working precision
         negative = negative | (active & flat.unsqueeze(-1))
         active = active & ~flat.unsqueeze(-1)
@@ -111,6 +116,7 @@ def conjugate_gradients(
     small = residual <= max(tol, torch.finfo(b.dtype).eps ** 0.5)
     residual, products = measured(operator, b, x, residual, small, products)
     status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    status = torch.where(negative & (residual > tol), int(Status.NEGATIVE_CURVATURE), status).squeeze(-1)
+    status = torch.where(negative & (residual > tol), int(Status.NEGATIVE_CURVATURE), status)
+    status = torch.where(skewed, int(Status.BREAKDOWN), status).squeeze(-1)
     residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
     return Solution(x, status, residual, products, needed, rayleigh, {"value": x})

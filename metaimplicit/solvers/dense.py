@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct, lopsided
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Dense(Solver):
     """A⁻¹b with A built column by column: Cholesky where A is positive definite, else by its eigenvalues.
 
     The eigenvalue route solves indefinite systems exactly and takes the pseudo-inverse of singular ones (reported
-    as a breakdown, since then A x = b has no unique solution).
+    as a breakdown, since then A x = b has no unique solution). So is an A that is not symmetric, of which the
+    symmetric part is taken.
 
     Args:
         max_size: the largest n it accepts; a task's matrix takes n² numbers and n³/3 operations.
@@ -28,29 +29,44 @@ class Dense(Solver):
 
     def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
         self._takes_no(preconditioner)
-        tasks, n = operator.shape
+        n = operator.shape[1]
         if n > self.max_size:
             raise ValueError(
                 f"Dense: got n = {n} adapted parameters, expected at most max_size = {self.max_size}; "
                 "adapt fewer of them, use an iterative solver, or raise max_size"
             )
-        core, sigma = operator.split()
-        eye = torch.eye(n, dtype=b.dtype, device=b.device)[:, None, :].expand(-1, tasks, -1)
-        matrix = torch.cat([core.matmat(part) for part in torch.split(eye, self.chunk)]).transpose(0, 1)
-        matrix = 0.5 * (matrix + matrix.mT) + sigma * torch.eye(n, dtype=b.dtype, device=b.device)
+        matrix = self.matrix(operator)
+        skewed = lopsided((matrix - matrix.mT).norm(dim=(1, 2)), matrix.norm(dim=(1, 2)))
+        matrix = 0.5 * (matrix + matrix.mT)
+        eye = torch.eye(n, dtype=b.dtype, device=b.device)
         finite = matrix.isfinite().all(-1).all(-1)
-        matrix = torch.where(finite[:, None, None], matrix, torch.eye(n, dtype=b.dtype, device=b.device))
+        matrix = torch.where(finite[:, None, None], matrix, eye)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
         smallest, singular = None, torch.zeros_like(finite)
         if bool(failed.any()):
-            values, vectors = torch.linalg.eigh(matrix)
-            kept = values.abs() > n * torch.finfo(b.dtype).eps * values.abs().amax(-1, keepdim=True)
-            inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
-            by_values = (vectors @ (inverse * (vectors.mT @ b.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
+            by_values, values, kept = by_eigenvalues(matrix, b)
             x = torch.where((failed > 0).unsqueeze(-1), by_values, x)
             smallest, singular = values[:, 0], ~kept.all(-1) & (failed > 0)
         solution = direct(operator, b, x, products=n, rayleigh=smallest)
-        status = torch.where(singular, int(Status.BREAKDOWN), solution.status)
+        status = torch.where(singular | skewed, int(Status.BREAKDOWN), solution.status)
         residual = torch.where(finite, solution.residual, torch.nan)
-        return Solution(x, status, residual, solution.products, solution.needed, solution.rayleigh)
+        return replace(solution, status=status, residual=residual)
+
+    def matrix(self, operator: LinearOperator) -> Tensor:
+        """A, `[tasks, n, n]`."""
+        core, sigma = operator.split()
+        tasks, n = operator.shape
+        eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
+        columns = torch.split(eye[:, None, :].expand(-1, tasks, -1), self.chunk)
+        matrix = torch.cat([core.matmat(part) for part in columns]).transpose(0, 1)
+        return matrix + sigma * eye
+
+
+def by_eigenvalues(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A⁺b, the eigenvalues of A, and which of them are not zero to working precision."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values.abs() > b.shape[1] * torch.finfo(b.dtype).eps * values.abs().amax(-1, keepdim=True)
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    x = (vectors @ (inverse * (vectors.mT @ b.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
+    return x, values, kept

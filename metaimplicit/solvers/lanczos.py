@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits, dot, measured, warm_start
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    State,
+    Status,
+    check_limits,
+    dot,
+    lopsided,
+    measured,
+    warm_start,
+)
 
 
 @dataclass(frozen=True)
@@ -23,10 +34,12 @@ class Lanczos(Solver):
     Args:
         max_steps: products with A at the most, ≥ 1.
         tol: relative residual at which a task has converged.
+        recycle: whether the state keeps the Ritz vectors of a positive definite T, K·n numbers for each task.
     """
 
     max_steps: int = 10
     tol: float = 1e-6
+    recycle: bool = False
 
     def __post_init__(self) -> None:
         check_limits("Lanczos", self.max_steps, self.tol)
@@ -41,6 +54,7 @@ class Lanczos(Solver):
         beside: list[Tensor] = []  # of T: 0 after a task has ended
         closing: list[Tensor] = []  # the β where it ended
         active, definite = first > self.tol, torch.ones_like(first, dtype=torch.bool)
+        skewed = torch.zeros_like(active)
         needed = torch.full((tasks,), products, dtype=torch.int64, device=b.device)
         residual, least, last = first, first, first
         pivot, beta, size = torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first)
@@ -55,11 +69,14 @@ class Lanczos(Solver):
             # a task that has ended goes on with a zero vector, beside its T a multiple of the identity
             alpha = torch.where(active, dot(w, basis[-1]), diagonal[0] if diagonal else 1.0)
             known = torch.stack(basis)
+            if step == 1:  # vᵀAv of the first two basis vectors is β, unless A is not symmetric
+                skewed = active & lopsided(dot(w, basis[0]) - beta, w.norm(dim=-1, keepdim=True))
+                active = active & ~skewed
             for _ in range(2):
                 w = w - torch.einsum("kt,ktn->tn", torch.einsum("ktn,tn->kt", known, w), known)
             size = torch.maximum(size, alpha.abs())
             # T = L D Lᵀ is as definite as D, and the last entry of T⁻¹e₁ gives Galerkin's residual
-            last = -beta / pivot * last if diagonal else last
+            last = beta / pivot * last if diagonal else last
             pivot = alpha - beta.square() / pivot
             definite = definite & (~active | (pivot > eps**0.75 * size))
             pivot = torch.where(pivot.abs() > 0, pivot, 1.0)
@@ -77,33 +94,47 @@ class Lanczos(Solver):
             beside.append(torch.where(active, beta, 0.0))
             closing.append(torch.where(active, 0.0, beta))
             basis.append(torch.where(active, w / torch.where(beta > 0, beta, 1.0), 0.0))
-        x, rayleigh = start, b.new_full((tasks,), torch.inf)
+        x, rayleigh, kept = start, b.new_full((tasks,), torch.inf), State()
         if diagonal:
             closing[-1] = torch.maximum(closing[-1], beside.pop())
-            y, rayleigh = _coordinates(diagonal, beside, closing, first, definite.squeeze(-1))
-            x = start + torch.einsum("tk,ktn->tn", y.to(b), torch.stack(basis[:-1]))
+            y, values, vectors = _coordinates(diagonal, beside, closing, first, definite.squeeze(-1))
+            known, rayleigh = torch.stack(basis[:-1]), values[:, 0].to(b)
+            x = start + torch.einsum("tk,ktn->tn", y.to(b), known)
+            if self.recycle:
+                kept = _ritz(values, vectors, known)
         doubtful = (residual <= max(self.tol, eps**0.5)) | ~active
         residual, products = measured(operator, b, x, residual, doubtful, products)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
         whole = ~active & (residual > max(self.tol, eps**0.5))  # nothing further to gain, and no solution
-        status = torch.where(whole, int(Status.BREAKDOWN), status).squeeze(-1)
-        return Solution(x, status, residual.squeeze(-1), products, needed, rayleigh.to(b), {"value": x})
+        status = torch.where(whole | skewed, int(Status.BREAKDOWN), status).squeeze(-1)
+        return Solution(x, status, residual.squeeze(-1), products, needed, rayleigh, {"value": x, **kept})
 
 
 def _coordinates(
     diagonal: list[Tensor], beside: list[Tensor], closing: list[Tensor], first: Tensor, definite: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y of x = V y, and the smallest eigenvalue of T, in float64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y of x = V y, and the eigenvalues and eigenvectors of T, in float64."""
     t = torch.diag_embed(torch.cat(diagonal, -1).double().nan_to_num())
     if beside:
         off = torch.diag_embed(torch.cat(beside, -1).double().nan_to_num(), 1)
         t = t + off + off.mT
     right = torch.zeros_like(t[..., :1])
     right[:, 0] = first.double()
-    values, eps = torch.linalg.eigvalsh(t), torch.finfo(first.dtype).eps
+    (values, vectors), eps = torch.linalg.eigh(t), torch.finfo(first.dtype).eps
     sure = (definite & (values[:, 0] > eps**0.75 * values[:, -1]))[:, None, None]
     galerkin = torch.linalg.solve(torch.where(sure, t, torch.eye(t.shape[-1]).to(t)), right)
     tall = torch.cat([t, torch.cat(closing, -1).double().nan_to_num().unsqueeze(-2)], dim=-2)
     inverse = torch.linalg.pinv(tall, rtol=eps**0.75)
     least = inverse @ torch.cat([right, torch.zeros_like(right[:, :1])], dim=-2)
-    return torch.where(sure, galerkin, least).squeeze(-1), values[:, 0]
+    return torch.where(sure, galerkin, least).squeeze(-1), values, vectors
+
+
+def _ritz(values: Tensor, vectors: Tensor, basis: Tensor) -> State:
+    """The Ritz pairs as a `LowRank` holds them; none of a task whose T is not positive definite."""
+    definite = (values > 0).all(-1, keepdim=True)
+    spread = torch.einsum("tkj,ktn->tjn", vectors.to(basis), basis)
+    return {
+        "basis": torch.where(definite.unsqueeze(-1), spread, 0.0),
+        "inverse": torch.where(definite, 1 / torch.where(definite, values, 1.0), 0.0),
+        "rayleigh": values[:, 0].to(basis),
+    }

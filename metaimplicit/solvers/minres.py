@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits, dot, measured, warm_start
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    State,
+    Status,
+    check_limits,
+    dot,
+    lopsided,
+    measured,
+    warm_start,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class MINRES(Solver):
             needed += active.squeeze(-1)
             # Lanczos: A v = β_next v_next + α v + β v_old
             alpha = dot(v, av)
+            skewed = active & lopsided(dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True)) & (step == 1)
             rayleigh = torch.minimum(rayleigh, torch.where(active, alpha, torch.inf).squeeze(-1))
             ahead = av - alpha * v - beta * v_old
             beta_next = ahead.norm(dim=-1, keepdim=True)
@@ -64,7 +76,7 @@ class MINRES(Solver):
             ahead_x = x + cosine * residual * w
             # a least-squares solution, or a step that only rounding makes: nothing further to gain
             vast = size * ahead_x.norm(dim=-1, keepdim=True) * eps**0.75 > 1
-            stuck = active & ((slope <= 1e3 * eps * size) | vast)
+            stuck = active & ((slope <= 1e3 * eps * size) | vast | skewed)
             ended, active = ended | stuck, active & ~stuck
             x = torch.where(active, ahead_x, x)
             residual = torch.where(active, sine * residual, residual)

@@ -1,0 +1,74 @@
+"""The solver that chooses among the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, check_limits
+from metaimplicit.solvers.cg import CG, conjugate_gradients
+from metaimplicit.solvers.dense import Dense
+from metaimplicit.solvers.lanczos import Lanczos
+from metaimplicit.solvers.sketch import LowRank
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """What size, memory and the residuals so far ask for; `Solution.chosen` says what, and why.
+
+    n ≤ `dense`: `Dense`. A basis above `memory`: `CG`, and `MINRES` from where it meets negative curvature. Else
+    `Lanczos`, which from nothing needs the fewest products, A definite or not. Given the state of a solve before, it
+    starts from there and keeps its Ritz vectors; from then on these precondition CG (Krylov recycling, Parks et al.
+    2006), for as long as the residual gets as low, in as few products, as in the solve that made them.
+
+    Args:
+        max_steps: products with A at the most, ≥ 1, unless it is dense.
+        tol: relative residual at which a task has converged.
+        dense: the largest n for a dense solve of n products in batches; 0: never.
+        memory: bytes that a basis may take.
+    """
+
+    max_steps: int = 10
+    tol: float = 1e-6
+    dense: int = 256
+    memory: int = 2**30
+
+    def __post_init__(self) -> None:
+        check_limits("Auto", self.max_steps, self.tol)
+        for name in ("dense", "memory"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Auto {name}: got {getattr(self, name)}, expected at least 0")
+
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        self._takes_no(preconditioner)
+        tasks, n = operator.shape
+        need = min(self.max_steps, n) * tasks * n * b.element_size()
+        if n <= self.dense:
+            solution, chosen = Dense()._solve(operator, b, {}, None), f"Dense: n = {n} ≤ {self.dense}"
+        elif need > self.memory:
+            solution = CG(self.max_steps, self.tol, negative="minres")._solve(operator, b, state, None)
+            chosen = f"CG: a basis of {need / 2**20:.0f} MiB is above {self.memory / 2**20:.0f} MiB"
+        elif "basis" in state:
+            solution, chosen = self._recycled(operator, b, state)
+        else:
+            sequence = "value" in state
+            solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(operator, b, state, None)
+            if sequence:
+                made = torch.tensor([float(solution.residual.max()), solution.products], dtype=torch.float64)
+                solution = replace(solution, state={**solution.state, "made": made})
+            chosen = f"Lanczos: n = {n} > {self.dense}" + (", from the solution before" if sequence else "")
+        return replace(solution, chosen=chosen)
+
+    def _recycled(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[Solution, str]:
+        kept = {name: state[name] for name in ("basis", "inverse", "rayleigh", "made")}
+        known = LowRank(kept["basis"], kept["inverse"], kept["rayleigh"])
+        solution = conjugate_gradients(
+            operator, b, state, lambda r: known.precondition(r, 0.0), self.max_steps, self.tol
+        )
+        reached, spent = kept["made"].tolist()
+        worth = float(solution.residual.max()) <= max(reached, self.tol) and solution.products <= spent
+        solution = replace(solution, state={**solution.state, **(kept if worth else {})})
+        return solution, "CG on kept Ritz vectors, " + ("which still pay" if worth else "which pay no more")

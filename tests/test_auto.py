@@ -1,0 +1,95 @@
+"""The solver that chooses: what, why, and never worse."""
+
+import pytest
+import torch
+from oracles import Matrix, krylov_minimiser, randn, relative_error, symmetric
+
+from metaimplicit import CG, Auto, GradientDescent, Lanczos, Status, hypergradient
+from metaimplicit.metagrad import Implicit
+
+LOG = torch.logspace(-2, 0, 40).unsqueeze(0)
+BENT = torch.linspace(-1, 5, 40).unsqueeze(0)
+
+
+def test_small_systems_are_solved_densely():
+    matrix, b = symmetric(torch.cat([LOG, BENT])), randn(2, 40, seed=1)
+    solution = Auto(max_steps=3).solve(Matrix(matrix), b)
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) < 1e-10
+    assert solution.chosen == "Dense: n = 40 ≤ 256"
+
+
+def test_larger_ones_by_lanczos_and_without_a_state_nothing_is_kept():
+    matrix, b = symmetric(torch.cat([LOG, BENT])), randn(2, 40, seed=1)
+    auto, lanczos = (s.solve(Matrix(matrix), b) for s in (Auto(7, dense=39), Lanczos(7)))
+    assert torch.equal(auto.value, lanczos.value)
+    assert auto.chosen == "Lanczos: n = 40 > 39"
+    assert set(auto.state) == {"value"}
+    assert relative_error(auto.value[0], krylov_minimiser(matrix[0], b[0], 7)) < 1e-10
+
+
+def test_a_basis_too_large_is_not_kept():
+    matrix, b = symmetric(BENT), randn(1, 40, seed=1)
+    auto = Auto(7, dense=0, memory=7 * 40 * 8 - 1).solve(Matrix(matrix), b)
+    assert torch.equal(auto.value, CG(7, negative="minres").solve(Matrix(matrix), b).value)
+    assert auto.chosen.startswith("CG: a basis of 0 MiB is above")
+    assert "Lanczos" in Auto(7, dense=0, memory=7 * 40 * 8).solve(Matrix(matrix), b).chosen
+
+
+def test_ritz_vectors_are_kept_while_they_pay():
+    matrix, b = symmetric(LOG), randn(1, 40, seed=1)
+    solver, state, chosen, spent = Auto(60, tol=1e-6, dense=0), {}, [], []
+    for _ in range(4):
+        operator = Matrix(matrix)
+        solution = solver.solve(operator, b + 0.1 * randn(1, 40, seed=7 + len(chosen)), state=state)
+        state = solution.state
+        assert solution.products == operator.products
+        assert solution.status.tolist() == [Status.CONVERGED]
+        chosen.append(solution.chosen)
+        spent.append(solution.products)
+    assert chosen == [
+        "Lanczos: n = 40 > 0",
+        "Lanczos: n = 40 > 0, from the solution before",
+        "CG on kept Ritz vectors, which still pay",
+        "CG on kept Ritz vectors, which still pay",
+    ]
+    assert max(spent[2:]) < 0.5 * min(spent[:2])
+    # another matrix altogether: noticed after one solve, which is still a solve of the new system, and undone
+    other = symmetric(torch.logspace(-2, 0, 40).flip(0).unsqueeze(0), seed=5)
+    late = solver.solve(Matrix(other), b, state=state)
+    assert late.chosen == "CG on kept Ritz vectors, which pay no more"
+    assert "basis" not in late.state
+    assert solver.solve(Matrix(other), b, state=late.state).chosen.startswith("Lanczos")
+
+
+def test_of_an_indefinite_task_nothing_is_kept():
+    matrix, b = symmetric(torch.cat([LOG, BENT])), randn(2, 40, seed=1)
+    state = {"value": torch.zeros(2, 40).double()}
+    state = Auto(30, dense=0).solve(Matrix(matrix), b, state=state).state
+    assert (state["inverse"][0] > 0).all()
+    assert (state["inverse"][1] == 0).all()
+    again = Auto(30, dense=0).solve(Matrix(matrix), b, state=state)
+    assert torch.isfinite(again.value).all()
+    assert again.residual[0] < 1e-5
+
+
+def test_the_report_says_what_was_chosen():
+    from oracles import ridge
+
+    found = ridge()
+    for solver, chosen in ((Auto(), "Dense: n = 6 ≤ 256"), (Auto(dense=0), "Lanczos: n = 6 > 0")):
+        result = hypergradient(
+            found.problem,
+            found.meta,
+            found.data,
+            inner=GradientDescent(600, 0.3),
+            method=Implicit(solver),
+            batched=True,
+        )
+        assert result.report.chosen == chosen
+        assert relative_error(result.grads["log_decay"], found.exact["log_decay"]) < 1e-6
+
+
+def test_impossible_choices_are_refused():
+    for make in (lambda: Auto(max_steps=0), lambda: Auto(dense=-1), lambda: Auto(memory=-1), lambda: Auto(tol=-1.0)):
+        with pytest.raises(ValueError, match=r"Auto .*got .*expected"):
+            make()
