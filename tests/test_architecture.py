@@ -9,14 +9,14 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph"),
+    ("params", "graph", "memory"),
     ("problem",),
     ("operators",),
     ("solvers",),
     ("inner",),
     ("metagrad",),
     ("hypergradient",),
-    ("learner", "models", "check"),
+    ("learner", "models", "check", "compare"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -95,5 +95,5 @@ def _restore(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progres
 
 def _cuda_states() -> list[torch.Tensor]:
     """Empty unless CUDA is in use: asking would start it."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.cuda.get_rng_state_all() if used else []

@@ -1,0 +1,228 @@
+"""Inverse curvature–vector products side by side, on one problem, from one state, at equal numbers of products."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.memory import LiveBytes
+from metaimplicit.metagrad import Curvature, Implicit, Report
+from metaimplicit.operators import LinearOperator
+from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.problem import BilevelProblem, LiftedProblem
+from metaimplicit.solvers import (
+    CG,
+    MINRES,
+    Auto,
+    Dense,
+    Factored,
+    Lanczos,
+    Neumann,
+    Nystrom,
+    NystromCG,
+    Solution,
+    Solver,
+    State,
+    Status,
+)
+from metaimplicit.solvers.base import Apply, direct
+from metaimplicit.solvers.dense import by_eigenvalues
+
+Make = Callable[[int], Solver]
+SOLVERS: dict[str, Make] = {  # of a number of products P
+    "cg": lambda p: CG(p, tol=0.0),
+    "minres": lambda p: MINRES(p, tol=0.0),
+    "lanczos": lambda p: Lanczos(p, tol=0.0),
+    "neumann": lambda p: Neumann(terms=max(1, p - Neumann.power_steps)),
+    "nystrom": lambda p: Nystrom(rank=p),
+    "nystrom-gaussian": lambda p: Nystrom(rank=p, sketch="gaussian"),
+    "nystrom-cg": lambda p: NystromCG(rank=(p + 1) // 2, max_steps=max(1, p // 2), tol=0.0),
+    "auto": lambda p: Auto(p, tol=0.0, dense=0),
+}
+FACTORED: dict[str, Curvature] = {"kfac": "kfac", "ekfac": "ekfac"}  # no products, and a curvature of their own
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one number of products; medians over the seeds.
+
+    Attributes:
+        method: a key of `SOLVERS`, or "kfac" or "ekfac".
+        products: P, asked for; those executed are at most two more, which measure the residual.
+        error: ‖h − h*‖/‖h*‖ of the hypergradient h, h* from the dense solve of the same curvature at the same θ.
+        cosine: of the angle between h and h*.
+        residual: the worst of the tasks' ‖v − Au‖/‖v‖, A the method's own.
+        status: names of the tasks' statuses, the most frequent first.
+        seconds: of the solve and the mixed product.
+        mebibytes: the peak of live tensors meanwhile, above what lived before.
+        chosen: by "auto".
+    """
+
+    method: str
+    products: int
+    error: float
+    cosine: float
+    residual: float
+    status: str
+    seconds: float
+    mebibytes: float
+    chosen: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        rows: of each number of products, best error first.
+        size: n, the adapted parameters of a task.
+        tasks: how many.
+        curvature: what A is made of.
+        direct: the error of ∂g/∂φ alone, without any solve.
+    smallest, largest: eigenvalues of A over all tasks.
+        inner_gradient_norm: the largest of the tasks'; h* is the hypergradient only as far as it is 0.
+    """
+
+    rows: list[Row]
+    size: int
+    tasks: int
+    curvature: str
+    direct: float
+    smallest: float
+    largest: float
+    inner_gradient_norm: float
+
+    def error(self, method: str, products: int) -> float:
+        """The relative error of a method at a number of products; KeyError if it did not run."""
+        for row in self.rows:
+            if (row.method, row.products) == (method, products):
+                return row.error
+        raise KeyError((method, products))
+
+
+def compare(
+    problem: BilevelProblem,
+    meta: Params,
+    data: Any,
+    *,
+    inner: InnerLoop,
+    curvature: Curvature = "hessian",
+    damping: float = 0.0,
+    methods: Sequence[str] | None = None,
+    products: Sequence[int] = (10, 30, 100),
+    seeds: int = 5,
+    batched: bool = False,
+) -> Comparison:
+    """Run the inner loop once, and every method from where it ended.
+
+    Args:
+        problem, meta, data, inner, batched: as for `hypergradient`.
+        curvature, damping: of A, see `Implicit`.
+        methods: keys of `SOLVERS`, and "kfac", "ekfac" where the problem's `Composite` has a module. None: all.
+        products: numbers P of products with A; methods that sketch more than n columns are left out.
+        seeds: sketches of which the median counts, ≥ 1.
+
+    Raises:
+        ValueError: as `hypergradient`; an unknown method; n too large for a dense solve.
+    """
+    known = [*SOLVERS, *FACTORED]
+    module = getattr(problem.inner_loss, "module", None)
+    names = list(methods) if methods is not None else known if module is not None else list(SOLVERS)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"methods: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    if seeds < 1 or min(products) < 1:
+        raise ValueError(f"seeds, products: got {seeds}, {tuple(products)}, expected at least 1")
+    solver = _Exact()
+    exact = Implicit(solver, curvature=curvature, damping=damping)
+    lifted = LiftedProblem(problem, data, batched=batched)
+    phi = {name: m.detach().requires_grad_(m.is_floating_point()) for name, m in meta.items()}
+    with torch.enable_grad():
+        found = exact.adapt(lifted, inner, phi)
+        theta = leaves(found.params)
+        losses, _ = lifted.outer(theta, phi, lifted.at(inner.steps))
+        targets = [*theta.values(), *(m for m in phi.values() if m.requires_grad)]
+        grads = torch.autograd.grad(losses.mean(), targets, allow_unused=True, materialize_grads=True)
+    vectors = dict(zip(theta, grads, strict=False))
+    straight = torch.cat([g.flatten() for g in grads[len(theta) :]])
+
+    def pull(method: Implicit) -> tuple[Tensor, Report]:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore", RuntimeWarning)  # statuses are in the rows
+            indirect, report = method.at(found.params, lifted, phi, found.report, found.reads).pull(vectors, phi)
+        parts = [torch.zeros_like(m) if indirect[n] is None else indirect[n] for n, m in phi.items() if m.requires_grad]
+        return straight + torch.cat([part.flatten() for part in parts]), report  # type: ignore[union-attr]
+
+    best, report = pull(exact)
+    n = flatten(found.params).shape[1]
+    rows = []
+    for p in products:
+        some = []
+        for name in names:
+            if name in FACTORED:
+                method = Implicit(Factored(), curvature=FACTORED[name], damping=damping)
+            elif name.startswith("nystrom") and p > n:
+                continue
+            else:
+                method = replace(exact, solver=SOLVERS[name](p))
+            some.append(_row(name, p, method, pull, best, seeds if name.startswith("nystrom") else 1))
+        rows += sorted(some, key=lambda row: row.error)
+    return Comparison(
+        rows=rows,
+        size=n,
+        tasks=lifted.tasks,
+        curvature=exact.name,
+        smallest=float(solver.values.min()),
+        largest=float(solver.values.max()),
+        direct=float((straight - best).norm() / best.norm()),
+        inner_gradient_norm=float(report.inner_gradient_norm.max()),
+    )
+
+
+def _row(
+    name: str, p: int, method: Implicit, pull: Callable[[Implicit], tuple[Tensor, Report]], best: Tensor, seeds: int
+) -> Row:
+    errors, cosines, residuals, seconds, statuses = [], [], [], [], Counter[str]()
+    with LiveBytes() as memory:  # and warm up
+        pull(method)
+    for seed in range(seeds):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            began = time.perf_counter()
+            got, report = pull(method)
+            difference = float((got - best).norm())  # waits for the device
+        seconds.append(time.perf_counter() - began)
+        errors.append(difference / float(best.norm()))
+        cosines.append(float(torch.nn.functional.cosine_similarity(got, best, dim=0)))
+        residuals.append(float(torch.as_tensor(report.residual).max()))
+        statuses.update(Status(int(s)).name for s in torch.as_tensor(report.status))
+    return Row(
+        method=name,
+        products=p,
+        error=median(errors),
+        cosine=median(cosines),
+        residual=median(residuals),
+        status=", ".join(status for status, _ in statuses.most_common()),
+        seconds=median(seconds),
+        mebibytes=memory.peak / 2**20,
+        chosen=report.chosen,
+    )
+
+
+class _Exact(Dense):
+    """A⁻¹b by the eigenvalues of A, which it keeps."""
+
+    values: Tensor
+
+    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+        x, values, _ = by_eigenvalues(self.matrix(operator), b)
+        object.__setattr__(self, "values", values)
+        return direct(operator, b, x, products=b.shape[1])

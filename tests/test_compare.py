@@ -1,0 +1,140 @@
+"""Methods side by side: the errors are those of the hypergradients, the memory that of the tensors."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import generator, quadratic, relative_error
+from peers import conv_net
+
+from metaimplicit import CG, GradientDescent, Hessian, Implicit, Neumann, Nystrom, hypergradient
+from metaimplicit.compare import SOLVERS, compare
+from metaimplicit.memory import LiveBytes
+from metaimplicit.metagrad import METHODS
+
+SPECTRA = [[0.5, 1, 2, 3, 5, 8, 9, 10], [1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
+STAY = GradientDescent(steps=400, lr=0.15)
+
+
+def test_errors_are_those_of_the_hypergradients():
+    oracle = quadratic(SPECTRA)
+    found = compare(oracle.problem, oracle.meta, oracle.data, inner=STAY, products=(2, 4), seeds=2, batched=True)
+    assert {row.method for row in found.rows} == set(SOLVERS)
+    assert (found.size, found.tasks, found.curvature) == (8, 3, "hessian")
+    assert (found.smallest, found.largest) == pytest.approx((0.5, 10.0))
+    assert found.inner_gradient_norm < 1e-10
+    for products in (2, 4):
+        for name, solver in (("cg", CG(products, tol=0.0)), ("neumann", Neumann(terms=1))):
+            got = hypergradient(
+                oracle.problem, oracle.meta, oracle.data, inner=STAY, method=Implicit(solver), batched=True
+            )
+            expected = relative_error(got.grads["phi"], oracle.exact["phi"])
+            assert found.error(name, products) == pytest.approx(expected, rel=1e-6)
+        assert found.error("auto", products) == pytest.approx(found.error("cg", products))
+    direct = relative_error(oracle.meta["phi"], oracle.exact["phi"])  # ∂g/∂φ = φ
+    assert found.direct == pytest.approx(direct)
+    errors = [row.error for row in found.rows if row.products == 4]
+    assert errors == sorted(errors)
+    with pytest.raises(KeyError):
+        found.error("cg", 3)
+
+
+def test_a_sketch_of_more_than_n_columns_is_left_out():
+    oracle = quadratic(SPECTRA)
+    found = compare(oracle.problem, oracle.meta, oracle.data, inner=STAY, products=(8, 9), seeds=1, batched=True)
+    assert {r.method for r in found.rows if r.products == 8} == set(SOLVERS)
+    missing = set(SOLVERS) - {r.method for r in found.rows if r.products == 9}
+    assert missing == {"nystrom", "nystrom-gaussian", "nystrom-cg"}
+    assert all(row.error < 1e-8 for row in found.rows if row.method in ("cg", "minres", "lanczos", "auto"))
+
+
+def test_every_implicit_flag_can_be_compared():
+    flags = {name for name in METHODS if name not in ("unrolled", "truncated", "first-order", "reptile", "dense")}
+    assert flags == (set(SOLVERS) | {"kfac", "ekfac"}) - {"nystrom-gaussian"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["cg", "gmres"]}, "methods: got gmres, expected some of cg, "),
+        ({"methods": ["unrolled"]}, "methods: got unrolled"),
+        ({"seeds": 0}, "seeds, products: got 0"),
+        ({"products": (0, 3)}, "expected at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    oracle = quadratic(SPECTRA)
+    with pytest.raises(ValueError, match=message):
+        compare(oracle.problem, oracle.meta, oracle.data, inner=STAY, batched=True, **options)
+
+
+def test_live_bytes_are_counted_to_the_byte():
+    with LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        b += 1
+        view = b[:10]
+        c = b * 2
+        del b, view
+        d = c.clone()
+        torch.zeros(500)
+        del c, d
+    assert memory.peak == 3 * 4000 - 4000 + 2000
+    matrix = torch.randn(50, 50, requires_grad=True)
+    with LiveBytes() as memory:
+        torch.autograd.grad((matrix @ matrix).sum(), matrix)
+    assert 3 * 10_000 <= memory.peak <= 4 * 10_000 + 100
+
+
+def test_nystrom_in_chunks_of_one_adds_four_vectors_to_a_product_at_the_most():
+    """A conv net of 99 thousand parameters; the peak of live tensors, in vectors of as many numbers."""
+    images, labels = torch.rand(4, 1, 28, 28, generator=generator(0)), torch.arange(4)
+    torch.manual_seed(0)
+    model = conv_net()
+    params = {name: p.detach().unsqueeze(0) for name, p in model.named_parameters()}
+
+    def loss(stacked):
+        one = {name: p.squeeze(0) for name, p in stacked.items()}
+        return F.cross_entropy(torch.func.functional_call(model, one, (images,)), labels).unsqueeze(0)
+
+    operator = Hessian(loss, params)
+    n = operator.shape[1]
+    assert n == 98_970
+    b = torch.randn(1, n, generator=generator(1))
+
+    def peak(run):
+        with LiveBytes() as memory:
+            run()
+        return memory.peak / (4 * n)
+
+    product = peak(lambda: operator.matvec(b))
+    for sketch in ("columns", "gaussian"):
+        streamed = Nystrom(rank=10, rho=1.0, sketch=sketch, chunk=1, generator=generator(2))
+        assert peak(lambda s=streamed: s.solve(operator, b)) < product + 4
+        assert peak(lambda s=sketch: Nystrom(10, 1.0, s).solve(operator, b)) > product + 10
+
+
+def test_the_script_leaves_a_table_json_and_plots(tmp_path, capsys):
+    from compare import Settings, main
+
+    main(Settings(problems=("logistic",), products=(3, 6), seeds=1, out=tmp_path))
+    assert "3 products: auto / " in capsys.readouterr().out
+    stored = json.loads((tmp_path / "problems.json").read_text())["found"]["logistic"]
+    assert stored["size"] == 100
+    assert {row["method"] for row in stored["rows"]} == set(SOLVERS)
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="--problems: got quadratics, expected some of quadratic-well"):
+        main(Settings(problems=("quadratics",), out=tmp_path))
+
+
+def test_peers_are_held_against_the_same_values(tmp_path, capsys):
+    from compare import Settings, main
+
+    main(Settings(peers=True, out=tmp_path))
+    rows = json.loads((tmp_path / "peers.json").read_text())["found"]
+    assert len(rows) == 9
+    assert all(row["ours"] < 1e-8 for row in rows)
+    (higher,) = (row for row in rows if row["library"].startswith("higher"))
+    assert higher["theirs"] > 0.1  # its derivative in β₂ is wrong: if this fails it has been repaired
