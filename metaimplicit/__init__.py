@@ -15,7 +15,7 @@ from metaimplicit.metagrad import (
     Truncated,
     Unrolled,
 )
-from metaimplicit.operators import KFAC, Fisher, GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.operators import KFAC, Diagonal, Fisher, GaussNewton, Hessian, Identity, LinearOperator
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
 from metaimplicit.solvers import (
     CG,
@@ -43,6 +43,7 @@ __all__ = [
     "Check",
     "Composite",
     "Dense",
+    "Diagonal",
     "Factored",
     "FirstOrder",
     "Fisher",

@@ -48,7 +48,11 @@ SOLVERS: dict[str, Make] = {  # of a number of products P
     "nystrom-cg": lambda p: NystromCG(rank=(p + 1) // 2, max_steps=max(1, p // 2), tol=0.0),
     "auto": lambda p: Auto(p, tol=0.0, dense=0),
 }
-FACTORED: dict[str, Curvature] = {"kfac": "kfac", "ekfac": "ekfac"}  # no products, and a curvature of their own
+FACTORED: dict[str, Curvature] = {
+    "kfac": "kfac",
+    "ekfac": "ekfac",
+    "diagonal": "diagonal",
+}  # a curvature of their own, whatever the number of products
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Row:
     """One method at one number of products; medians over the seeds.
 
     Attributes:
-        method: a key of `SOLVERS`, or "kfac" or "ekfac".
+        method: a key of `SOLVERS`, or "kfac", "ekfac" or "diagonal".
         products: P, asked for; those executed are at most two more, which measure the residual.
         error: ‖h − h*‖/‖h*‖ of the hypergradient h, h* from the dense solve of the same curvature at the same θ.
         cosine: of the angle between h and h*.
@@ -127,7 +131,7 @@ def compare(
     Args:
         problem, meta, data, inner, batched: as for `hypergradient`.
         curvature, damping: of A, see `Implicit`.
-        methods: keys of `SOLVERS`, and "kfac", "ekfac" where the problem's `Composite` has a module. None: all.
+        methods: keys of `SOLVERS`, and of `FACTORED` where the problem's `Composite` has a module. None: all.
         products: numbers P of products with A; methods that sketch more than n columns are left out.
         seeds: sketches of which the median counts, ≥ 1.
 

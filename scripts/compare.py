@@ -131,32 +131,34 @@ def compare_conditioning(settings: Settings) -> dict[str, Comparison]:
 def compare_robustness(settings: Settings) -> list[dict[str, Any]]:
     """Error of the first hypergradient, and validation loss after ten outer steps, at every (k, ρ) and data set."""
     grid = [(k, rho) for k in (5, 10, 20) for rho in (0.01, 0.1, 1.0)]
-    cells: list[tuple[str, int, float | None, Implicit]] = [("exact", 100, None, Implicit(Dense()))]
+    exact = Implicit(Dense())
+    cells: list[tuple[str, int, float | None, Implicit]] = [(f"exact ×{s:g}", 100, None, exact) for s in (1, 10, 100)]
     cells += [("cg", k, None, Implicit(SOLVERS["cg"](k))) for k in (5, 10, 20)]
     cells += [("auto", k, None, Implicit(SOLVERS["auto"](k))) for k in (5, 10, 20)]
     cells += [("nystrom", k, rho, Implicit(Nystrom(k, rho))) for k, rho in grid]
     cells += [("neumann", k, rho, Implicit(Neumann(k, scale=rho))) for k, rho in grid]
     rows = []
-    print(f"{'method':<10} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} {'validation loss':>20}")
+    print(f"{'method':<12} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} {'validation loss':>20}")
     for method, k, rho, how in tqdm(cells, disable=None):
         first = [_first(logistic(seed), how, seed) for seed in range(1, settings.seeds + 1)]
-        losses = [_tune(logistic(seed), how, seed) for seed in range(1, settings.seeds + 1)]
+        step = float(method.partition("×")[2] or 1)
+        losses = [_tune(logistic(seed), how, seed, step) for seed in range(1, settings.seeds + 1)]
         error, cosine, norm = (mean(column) for column in zip(*first, strict=True))
         spread = stdev(losses) if len(losses) > 1 else 0.0
         rows.append({"method": method, "k": k, "rho": rho, "error": error, "cosine": cosine, "norm": norm,
                      "loss": mean(losses), "std": spread})  # fmt: skip
         shown = "" if rho is None else f"{rho:g}"
         print(
-            f"{method:<10} {k:>4} {shown:>6} {error:>9.1e} {cosine:>8.4f} {norm:>8.3f} "
+            f"{method:<12} {k:>4} {shown:>6} {error:>9.1e} {cosine:>8.4f} {norm:>8.3f} "
             f"{mean(losses):>11.4f} ± {spread:.4f}",
             flush=True,
         )
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for key in ("error", "loss"):
         for k in (5, 10, 20):
-            at = [row for row in rows if row["k"] == k or row["method"] == "exact"]
+            at = [row for row in rows if row["k"] == k or row["method"].startswith("exact")]
             curves = {m: [(r["rho"], r[key]) for r in at if r["method"] == m] for m in ("nystrom", "neumann")}
-            for m in ("cg", "auto", "exact"):
+            for m in ("cg", "auto", *(("exact ×1", "exact ×10", "exact ×100") if key == "loss" else ())):
                 curves[m] = [(rho, r[key]) for r in at if r["method"] == m for rho in (0.01, 1.0)]
             panels[f"{'hypergradient error' if key == 'error' else 'validation loss'}, k = {k}"] = curves
     _plot(settings.out / "robustness.png", panels, "ρ (Nyström), step (Neumann)", "")
@@ -173,13 +175,13 @@ def _first(case: Case, method: Implicit, seed: int) -> tuple[float, float, float
     return float((got - exact).norm() / exact.norm()), cosine, float(got.norm() / exact.norm())
 
 
-def _tune(case: Case, method: Implicit, seed: int, steps: int = 10) -> float:
-    """Validation loss after outer steps of SGD, step size 1 and momentum 0.9, weights of at least 1e-8."""
+def _tune(case: Case, method: Implicit, seed: int, size: float, steps: int = 10) -> float:
+    """Validation loss after outer steps of SGD, step size `size`, momentum 0.9, weights of at least 1e-8."""
     torch.manual_seed(seed)
     decay, velocity = case.meta["decay"], torch.zeros_like(case.meta["decay"])
     for _ in range(steps):
         found = hypergradient(case.problem, {"decay": decay}, case.data, inner=case.inner, method=method)
-        velocity = 0.9 * velocity + found.grads["decay"]
+        velocity = 0.9 * velocity + size * found.grads["decay"]
         decay = (decay - velocity).clamp(min=1e-8)
     last = hypergradient(case.problem, {"decay": decay}, case.data, inner=case.inner, method=method)
     return float(last.outer_loss)
@@ -200,11 +202,13 @@ def _plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], x
             if points := lines.get(name):
                 style = {"linestyle": "--", "color": "k"} if name == "auto" else {"color": f"C{i % 10}"}
                 ax.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
-        ax.set(title=title, xlabel=x, ylabel=y)
+        shown = [value for points in lines.values() for _, value in points]
+        ax.set(title=title, xlabel=x, ylim=(min(*shown, max(shown) / 10) / 1.5, max(shown) * 1.5))
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:
         ax.axis("off")
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+    figure.supylabel(y)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
     write_atomically(path, lambda target: figure.savefig(target, dpi=120))
 

@@ -9,7 +9,7 @@ from oracles import generator, quadratic, relative_error
 from peers import conv_net
 
 from metaimplicit import CG, GradientDescent, Hessian, Implicit, Neumann, Nystrom, hypergradient
-from metaimplicit.compare import SOLVERS, compare
+from metaimplicit.compare import FACTORED, SOLVERS, compare
 from metaimplicit.memory import LiveBytes
 from metaimplicit.metagrad import METHODS
 
@@ -51,7 +51,7 @@ def test_a_sketch_of_more_than_n_columns_is_left_out():
 
 def test_every_implicit_flag_can_be_compared():
     flags = {name for name in METHODS if name not in ("unrolled", "truncated", "first-order", "reptile", "dense")}
-    assert flags == (set(SOLVERS) | {"kfac", "ekfac"}) - {"nystrom-gaussian"}
+    assert flags == (set(SOLVERS) | set(FACTORED)) - {"nystrom-gaussian"}
 
 
 @pytest.mark.parametrize(

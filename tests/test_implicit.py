@@ -14,6 +14,7 @@ from metaimplicit import (
     BilevelProblem,
     Composite,
     Dense,
+    Factored,
     Fisher,
     FromMeta,
     GradientDescent,
@@ -326,3 +327,49 @@ def test_kronecker_factors_are_refused_where_there_are_none():
         Implicit(CG(), preconditioner="jacobi")
     with pytest.raises(ValueError, match="preconditioner: Neumann takes none"):
         kronecker(method=Implicit(Neumann(), preconditioner="kfac", curvature="gauss-newton"))
+
+
+def test_a_diagonal_curvature_solves_a_diagonal_problem_and_preconditions_a_scaled_one():
+    """Squared error of w ⊙ x on inputs of very different size: Gauss–Newton is diagonal."""
+    x = torch.logspace(-2, 2, 9).double()
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=Composite(
+            outputs=lambda params, meta, data: (x * params["w"]).unsqueeze(0),
+            loss=lambda z, data: 0.5 * (z - data).square().sum(),
+            penalty=Proximal(0.5),
+        ),
+        outer_loss=lambda params, meta, data: params["w"].square().sum() + params["w"].sum(),
+    )
+    meta = {"w": randn(9, seed=1)}
+    run = partial(hypergradient, problem, meta, randn(1, 9, seed=2), inner=GradientDescent(1, 1e-4))
+    exact = run(method=Implicit(Dense(), curvature="gauss-newton")).grads["w"]
+    got = run(method=Implicit(Factored(), curvature="diagonal"))
+    assert relative_error(got.grads["w"], exact) < 1e-10
+    assert got.report.curvature == "diagonal"
+    few = [
+        relative_error(run(method=Implicit(CG(2), curvature="gauss-newton", preconditioner=p)).grads["w"], exact)
+        for p in (None, "diagonal")
+    ]
+    assert few[1] < 1e-10 < 1e-2 < few[0]
+
+
+@pytest.mark.parametrize("strength", [0.1, 50.0])  # A indefinite; A positive definite, and its core not
+def test_gauss_newton_of_a_loss_that_is_not_convex_is_refused(strength):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=Composite(
+            outputs=lambda params, meta, data: data @ params["w"],
+            loss=lambda z, data: -z.square().mean(),
+            penalty=Proximal(strength),
+        ),
+        outer_loss=lambda params, meta, data: params["w"].square().sum(),
+    )
+    with pytest.raises(ValueError, match=r"Gauss–Newton: got a loss that is not convex in the outputs \(curvature -"):
+        hypergradient(
+            problem,
+            {"w": randn(4, seed=1)},
+            randn(6, 4, seed=2),
+            inner=GradientDescent(1, 0.01),
+            method=Implicit(CG(3), curvature="gauss-newton"),
+        )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from oracles import generator, randn, relative_error
 from torch import nn
 
@@ -119,6 +120,20 @@ def test_it_is_its_definition(corrected):
     got = reordered(kfac(corrected=corrected))
     for task in range(TASKS):
         assert relative_error(got[task], reference(task, corrected)) < 1e-10
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_it_is_that_of_curvlinops(corrected):
+    got = dense(kfac(corrected=corrected))
+    make = EKFACLinearOperator if corrected else KFACLinearOperator
+    for task in range(TASKS):
+        model = Net().double()
+        model.load_state_dict({name: p[task] for name, p in PARAMS.items()})
+        own = list(model.parameters())
+        data = [(IMAGES[task], LABELS[task])]
+        other = make(model, nn.CrossEntropyLoss(), own, data, fisher_type="type-2", separate_weight_and_bias=False)
+        expected = other @ torch.eye(got.shape[1], dtype=torch.float64)
+        assert relative_error(got[task], expected) < 1e-12
 
 
 @pytest.mark.parametrize("corrected", [False, True])

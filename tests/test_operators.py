@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracles import Matrix, generator, randn, relative_error, symmetric
 
-from metaimplicit import Fisher, GaussNewton, Hessian, Identity
+from metaimplicit import Diagonal, Fisher, GaussNewton, Hessian, Identity
 from metaimplicit.operators import Scaled
 from metaimplicit.params import flatten, unflatten
 
@@ -216,6 +216,48 @@ def test_a_loss_without_curvature_gives_zero():
     assert linear_in_theta.matvec(v).abs().max() == 0
     assert linear_in_theta.matmat(v.unsqueeze(0)).shape == (1, *v.shape)
     assert linear_in_theta.columns(torch.tensor([2, 0])).shape == (2, *v.shape)
+
+
+def test_a_diagonal_is_exact_or_the_mean_over_its_signs():
+    operator = build("gauss-newton", "cross-entropy")
+    tasks, n = operator.shape
+    eye = torch.eye(n, dtype=torch.float64)[:, None, :].expand(-1, tasks, -1)
+    matrix = operator.matmat(eye).transpose(0, 1)
+    exact = matrix.diagonal(dim1=1, dim2=2)
+    assert relative_error(Diagonal(operator, samples=None).values, exact) < 1e-12
+    few = Diagonal(operator, samples=4, generator=generator(3))
+    signs = 1 - 2 * torch.randint(2, (4, 1, n), generator=generator(3)).double()
+    expected = sum(s * (matrix @ s.T).squeeze(-1) for s in signs) / 4
+    assert relative_error(few.values, expected) < 1e-12
+    # all 2ⁿ sign vectors of a small matrix: the mean is the diagonal itself
+    small = symmetric([[1.0, 4.0, -2.0]])
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)
+    assert relative_error((every * (every @ small[0])).mean(0), small[0].diagonal()) < 1e-14
+    v = randn(tasks, n, seed=6)
+    assert relative_error(few.matvec(v), few.values * v) < 1e-15
+    assert relative_error(few.matmat(v[None])[0], few.values * v) < 1e-15
+    assert relative_error(few.inverse(v, 0.5), v / (few.values.clamp(min=0) + 0.5)) < 1e-15
+    for name, gradient in few.gradient.items():
+        assert torch.equal(gradient, operator.gradient[name])
+    with pytest.raises(ValueError, match="Diagonal samples: got 0, expected at least 1"):
+        Diagonal(operator, samples=0)
+
+
+def test_a_loss_that_is_not_convex_in_the_outputs_is_told():
+    outputs = torch.vmap(net)
+    for loss, convex in (
+        (lambda z: torch.vmap(F.cross_entropy)(z, LABELS), True),
+        (lambda z: z.square().mean((1, 2)), True),
+        (lambda z: torch.log1p((z - TARGETS).square()).mean((1, 2)), False),  # Cauchy's: bent down far out
+        (lambda z: -z.square().mean((1, 2)), False),
+        (lambda z: z.sum((1, 2)), True),
+    ):
+        operator = GaussNewton(lambda p: outputs(p, X), loss, PARAMS)
+        if convex:
+            operator.check_convex()
+        else:
+            with pytest.raises(ValueError, match=r"not convex in the outputs \(curvature -.*use curvature='hessian'"):
+                operator.check_convex()
 
 
 def test_algebra_and_split():

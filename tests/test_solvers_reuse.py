@@ -46,6 +46,18 @@ def test_a_warm_start_is_cg_on_the_residual():
     assert solution.products == 4
 
 
+@pytest.mark.parametrize("solver", [*ITERATIVE, Auto(6, dense=0)], ids=lambda s: type(s).__name__)
+def test_a_state_survives_a_checkpoint_to_the_bit(solver, tmp_path):
+    matrix, b = system()
+    torch.manual_seed(0)
+    state = solver.solve(Matrix(matrix), b, state=solver.solve(Matrix(matrix), b).state).state
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    first, second = (solver.solve(Matrix(matrix), 2 * b, state=s) for s in (state, loaded))
+    assert torch.equal(first.value, second.value)
+    assert first.chosen == second.chosen
+
+
 @pytest.mark.parametrize(
     "state", [{"value": torch.zeros(2, 12).double()}, {"value": 1e30 * torch.ones(2, 12).double()}]
 )

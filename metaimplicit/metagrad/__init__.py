@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "auto": _implicit(lambda o: Auto(max_steps=o.solver_steps)),
     "dense": _implicit(lambda o: Dense()),
     "kfac": lambda o: Implicit(Factored(rho=o.rho), curvature="kfac", damping=o.damping),
+    "diagonal": lambda o: Implicit(Factored(rho=o.rho), curvature="diagonal", damping=o.damping),
     "ekfac": lambda o: Implicit(Factored(rho=o.rho), curvature="ekfac", damping=o.damping),
 }
 

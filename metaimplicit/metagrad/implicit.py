@@ -13,16 +13,30 @@ from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
-from metaimplicit.operators import KFAC, GaussNewton, Hessian, Identity, LinearOperator, Products, central_difference
+from metaimplicit.operators import (
+    KFAC,
+    Diagonal,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Invertible,
+    LinearOperator,
+    Products,
+    Sum,
+    central_difference,
+)
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Composite, LiftedProblem, Proximal, Stream, resolve
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
-Curvature = Literal["hessian", "gauss-newton", "kfac", "ekfac"] | Callable[..., GaussNewton | KFAC]
-_NAMED: dict[str, Callable[..., GaussNewton | KFAC]] = {
+Curvature = (
+    Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"] | Callable[..., GaussNewton | KFAC | Diagonal]
+)
+_NAMED: dict[str, Callable[..., GaussNewton | KFAC | Diagonal]] = {
     "gauss-newton": GaussNewton,
     "kfac": partial(KFAC, others="zero"),
     "ekfac": partial(KFAC, others="zero", corrected=True),
+    "diagonal": lambda outputs, loss, params: Diagonal(GaussNewton(outputs, loss, params)),
 }
 
 
@@ -36,11 +50,13 @@ class Implicit(Method):
     Args:
         solver: how A⁻¹v is computed.
         curvature: `"hessian"`; or, positive semi-definite and of a `Composite` inner loss, `"gauss-newton"`, `"kfac"`,
-            `"ekfac"`, or a class of such an operator with options, `partial(Fisher, expectation="empirical")`,
-            `partial(KFAC, likelihood="gaussian")`. A penalty's own Hessian is always exact. None: the front door's
-            choice, which is `"hessian"` for a `BilevelProblem` and `"gauss-newton"` for `MetaLearner`.
+            `"ekfac"`, `"diagonal"` (of Gauss–Newton), or a class of such an operator with options,
+            `partial(Fisher, expectation="empirical")`, `partial(KFAC, likelihood="gaussian")`. A penalty's own Hessian
+            is always exact. None: the front door's choice, which is `"hessian"` for a `BilevelProblem` and
+            `"gauss-newton"` for `MetaLearner`.
         damping: added to A, ≥ 0.
-        preconditioner: `"kfac"`, `"ekfac"` or a `partial(KFAC, …)` for `CG`, inverted with σ + damping > 0.
+        preconditioner: `"kfac"`, `"ekfac"`, a `partial(KFAC, …)`, or `"diagonal"` (Jacobi's, of ten more products), for
+            `CG`, inverted with σ + damping > 0.
         products: how products with the Hessian are taken, see `Hessian`; with `"finite-differences"` the mixed product
             is the difference of ∂f/∂φ at θ* ± hu as well, and the inner loss needs first derivatives only.
         batch: with a `Stream`, the data that A and the mixed derivative see.
@@ -51,7 +67,7 @@ class Implicit(Method):
     solver: Solver = field(default_factory=CG)
     curvature: Curvature | None = None
     damping: float = 0.0
-    preconditioner: Literal["kfac", "ekfac"] | Callable[..., KFAC] | None = None
+    preconditioner: Literal["kfac", "ekfac", "diagonal"] | Callable[..., KFAC] | None = None
     products: Products = "double-backward"
     batch: Any = field(default=None, repr=False)
     strict: bool = False
@@ -66,8 +82,9 @@ class Implicit(Method):
         if self.curvature not in (None, "hessian", *_NAMED) and not callable(self.curvature):
             known = ", ".join(["hessian", *_NAMED])
             raise ValueError(f"curvature: got {self.curvature!r}, expected one of {known}, or a class of operators")
-        if self.preconditioner is not None and not _is_kronecker(self.preconditioner):
-            raise ValueError(f"preconditioner: got {self.preconditioner!r}, expected 'kfac', 'ekfac' or a partial KFAC")
+        if self.preconditioner not in (None, "diagonal") and not _is_kronecker(self.preconditioner):
+            known = "'kfac', 'ekfac', 'diagonal' or a partial KFAC"
+            raise ValueError(f"preconditioner: got {self.preconditioner!r}, expected {known}")
         if self.products not in get_args(Products):
             raise ValueError(f"products: got {self.products!r}, expected one of {', '.join(get_args(Products))}")
         if self.products != "double-backward" and self.curvature not in (None, "hessian"):
@@ -134,12 +151,19 @@ class Implicit(Method):
         if self.preconditioner is not None:
             if not sigma > 0:
                 raise ValueError(f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping")
-            factors = self._kronecker(self.preconditioner, problem, meta, params)
+            factors: Invertible = (
+                Diagonal(operator)
+                if self.preconditioner == "diagonal"
+                else self._kronecker(self.preconditioner, problem, meta, params)
+            )
 
             def apply(r: Tensor) -> Tensor:
                 return factors.inverse(r, sigma)
 
         solution = self.solver.solve(operator + Identity(operator, sigma), v, state=state, preconditioner=apply)
+        squared = operator.first if isinstance(operator, Sum) else operator
+        if isinstance(squared, GaussNewton) and bool((solution.rayleigh < 0.999 * sigma).any()):
+            squared.check_convex()
         self._judge(solution)
         if self.products == "finite-differences":
             data = self._data(problem)

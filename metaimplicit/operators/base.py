@@ -44,6 +44,14 @@ class LinearOperator(ABC):
         return Scaled(factor, self)
 
 
+class Invertible(LinearOperator):
+    """One that knows its own damped inverse."""
+
+    @abstractmethod
+    def inverse(self, vector: Tensor, shift: float) -> Tensor:
+        """(B + sI)⁻¹ v for each task, s > 0."""
+
+
 class Identity(LinearOperator):
     """σI; `like` is any operator, or a `[tasks, n]` tensor, of the shape wanted."""
 

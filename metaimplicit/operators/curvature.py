@@ -161,6 +161,25 @@ class GaussNewton(_Curvature):
         tangent = _derivative({name: self.gradient[name] for name in vector}, self._slope, vector, batched)
         return _pull({"outputs": self._outputs}, self.params, {"outputs": self._bend(tangent, batched)}, batched)
 
+    def check_convex(self, steps: int = 20) -> None:
+        """ValueError if power iterations find negative curvature of the loss in the outputs."""
+        v = torch.randn(self._outputs.shape[1:], generator=torch.Generator().manual_seed(0)).to(self._outputs)
+        v, shift = v.expand(self._outputs.shape), 0.0
+        axes = tuple(range(1, v.dim()))
+        for turn in range(2):  # the largest |λ|, then the smallest λ, of which λ_max − λ is the largest
+            for _ in range(steps):
+                v = v / v.norm(dim=axes, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+                bent = self._bend(v, batched=False)
+                lowest, v = (v * bent).sum(axes, keepdim=True), shift * v - bent
+            if turn == 0:
+                shift = v.norm(dim=axes, keepdim=True)
+                v = torch.randn(v.shape[1:], generator=torch.Generator().manual_seed(1)).to(v).expand(v.shape)
+        if bool((lowest < -1e-3 * shift).any()):
+            raise ValueError(
+                f"Gauss–Newton: got a loss that is not convex in the outputs (curvature {float(lowest.min()):.2g}), "
+                "expected one that is; use curvature='hessian'"
+            )
+
     def _bend(self, tangent: Tensor, batched: bool) -> Tensor:
         """The output curvature times a change of the outputs."""
         return _derivative({"slope": self._slope}, self._outputs, {"slope": tangent}, batched)

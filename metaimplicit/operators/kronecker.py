@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaimplicit.operators.base import LinearOperator
+from metaimplicit.operators.base import Invertible
 from metaimplicit.operators.curvature import Expectation, Likelihood, output_scores
 from metaimplicit.params import Params, flatten, unflatten
 
@@ -42,7 +42,7 @@ class _Block:
         return {self.weight: v[..., :-1].reshape(weight.shape), self.bias: v[..., -1]}
 
 
-class KFAC(LinearOperator):
+class KFAC(Invertible):
     """F ≈ ⊕_layers G ⊗ A with A = E[ā āᵀ] of a layer's inputs and G = E[g gᵀ] of its outputs' gradients.
 
     Over m examples with R positions each (1 for a linear layer; of a convolution the output pixels, ā its patches),

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import KFAC, LinearOperator
+from metaimplicit.operators import Invertible, LinearOperator
 from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct
 
 
 @dataclass(frozen=True)
 class Factored(Solver):
-    """(B + sI)⁻¹ b with s = σ + ρ, for a core B that is held in factors: K-FAC and EKFAC.
+    """(B + sI)⁻¹ b with s = σ + ρ, for a core B that knows its inverse: K-FAC, EKFAC, a diagonal.
 
     Args:
         rho: ρ ≥ 0, the damping this solver owns. None: 0 if σ > 0, else 0.01.
@@ -34,8 +34,11 @@ class Factored(Solver):
     def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
         self._takes_no(preconditioner)
         core, sigma = operator.split()
-        if not isinstance(core, KFAC):
-            raise ValueError(f"Factored: got {type(core).__name__}, expected K-FAC curvature; use CG for any other")
+        if not isinstance(core, Invertible):
+            raise ValueError(
+                f"Factored: got {type(core).__name__}, expected K-FAC, EKFAC or a diagonal, which know their inverse; "
+                "use CG"
+            )
         shift = float(sigma) + self.damping(float(sigma))
         if not shift > 0:
             raise ValueError(f"Factored: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength")
