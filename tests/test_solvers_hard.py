@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, generator, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Dense, Lanczos, Neumann, Nystrom, NystromCG, Status
+from metaimplicit import CG, MINRES, Auto, Dense, Lanczos, Neumann, Nystrom, NystromCG, Status
 
 DEFINITE, BENT, FLAT = torch.linspace(1, 10, 12), torch.linspace(-4, 5, 12), torch.linspace(0, 11, 12)
 SYSTEMS = {
@@ -20,6 +20,9 @@ SOLVERS = {
     "cg, then minres": CG(max_steps=30, tol=1e-8, negative="minres"),
     "minres": MINRES(max_steps=30, tol=1e-8),
     "lanczos": Lanczos(max_steps=30, tol=1e-8),
+    "auto": Auto(max_steps=30, tol=1e-8, dense=0),
+    "auto, dense": Auto(),
+    "auto, no memory": Auto(max_steps=30, tol=1e-8, dense=0, memory=0),
     "neumann": Neumann(terms=400),
     "dense": Dense(),
     "nystrom": Nystrom(rank=6, rho=0.1, generator=generator(0)),
@@ -32,6 +35,9 @@ EXPECTED = {  # one column a system, in the order above
     "cg, then minres": (OK, BROKEN, BROKEN, OK, OK, OK),
     "minres": (OK, BROKEN, BROKEN, OK, OK, OK),
     "lanczos": (OK, BROKEN, BROKEN, OK, OK, OK),
+    "auto": (OK, BROKEN, BROKEN, OK, OK, OK),
+    "auto, dense": (OK, BROKEN, BROKEN, OK, OK, OK),
+    "auto, no memory": (OK, BROKEN, BROKEN, OK, OK, OK),
     "neumann": (BENT_DOWN, None, BENT_DOWN, OK, OK, BENT_DOWN),
     "dense": (OK, BROKEN, BROKEN, OK, OK, OK),
     "nystrom": (BENT_DOWN, BROKEN, BENT_DOWN, BROKEN, SHORT, BENT_DOWN),

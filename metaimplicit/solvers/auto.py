@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, check_limits
-from metaimplicit.solvers.cg import CG, conjugate_gradients
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits
+from metaimplicit.solvers.cg import CG, conjugate_gradients, go_on
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.sketch import LowRank
@@ -22,7 +22,8 @@ class Auto(Solver):
     n ≤ `dense`: `Dense`. A basis above `memory`: `CG`, and `MINRES` from where it meets negative curvature. Else
     `Lanczos`, which from nothing needs the fewest products, A definite or not. Given the state of a solve before, it
     starts from there and keeps its Ritz vectors; from then on these precondition CG (Krylov recycling, Parks et al.
-    2006), for as long as the residual gets as low, in as few products, as in the solve that made them.
+    2006), for as long as the residual gets as low, in as few products, as in the solve that made them; where they meet
+    negative curvature, Lanczos goes on.
 
     Args:
         max_steps: products with A at the most, ≥ 1, unless it is dense.
@@ -58,7 +59,9 @@ class Auto(Solver):
             solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(operator, b, state, None)
             if sequence:
                 made = torch.tensor([float(solution.residual.max()), solution.products], dtype=torch.float64)
-                solution = replace(solution, state={**solution.state, "made": made})
+                some = bool((solution.state["inverse"] > 0).any())  # else every task is indefinite
+                kept = {**solution.state, "made": made} if some else {"value": solution.value}
+                solution = replace(solution, state=kept)
             chosen = f"Lanczos: n = {n} > {self.dense}" + (", from the solution before" if sequence else "")
         return replace(solution, chosen=chosen)
 
@@ -68,6 +71,9 @@ class Auto(Solver):
         solution = conjugate_gradients(
             operator, b, state, lambda r: known.precondition(r, 0.0), self.max_steps, self.tol
         )
+        bent, left = solution.status == int(Status.NEGATIVE_CURVATURE), self.max_steps - solution.products
+        if bent.any() and left > 0:
+            solution = go_on(solution, bent, Lanczos(left, self.tol), operator, b)
         reached, spent = kept["made"].tolist()
         worth = float(solution.residual.max()) <= max(reached, self.tol) and solution.products <= spent
         solution = replace(solution, state={**solution.state, **(kept if worth else {})})

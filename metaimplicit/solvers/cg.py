@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -60,17 +60,22 @@ class CG(Solver):
                 f"{float(solution.rayleigh.min()):.3g}); use curvature='gauss-newton', more damping, or "
                 "negative='minres'"
             )
-        other = MINRES(self.max_steps, self.tol)._solve(operator, b, {"value": solution.value}, None)
-        return replace(
-            solution,
-            value=torch.where(bent.unsqueeze(-1), other.value, solution.value),
-            status=torch.where(bent, other.status, solution.status),
-            residual=torch.where(bent, other.residual, solution.residual),
-            products=solution.products + other.products,
-            needed=solution.needed + torch.where(bent, other.needed, 0),
-            rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
-            state={"value": torch.where(bent.unsqueeze(-1), other.value, solution.value)},
-        )
+        return go_on(solution, bent, MINRES(self.max_steps, self.tol), operator, b)
+
+
+def go_on(solution: Solution, where: Tensor, solver: Solver, operator: LinearOperator, b: Tensor) -> Solution:
+    """The solution, but that of another solver that starts from it for the tasks in `where`."""
+    other = solver._solve(operator, b, {"value": solution.value}, None)
+    value = torch.where(where.unsqueeze(-1), other.value, solution.value)
+    return Solution(
+        value=value,
+        status=torch.where(where, other.status, solution.status),
+        residual=torch.where(where, other.residual, solution.residual),
+        products=solution.products + other.products,
+        needed=solution.needed + torch.where(where, other.needed, 0),
+        rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
+        state={"value": value},
+    )
 
 
 def conjugate_gradients(
