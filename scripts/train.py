@@ -80,7 +80,7 @@ def main(args: list[str]) -> None:
             load_learner(out / CHECKPOINT, learner)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # a rehearsal, which also times vmap against the loop
-            learner.backward(sampler[0].to(device))
+            rehearsal = learner.backward(sampler[0].to(device))
             optimizer.zero_grad()
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -95,7 +95,7 @@ def main(args: list[str]) -> None:
             sampler,
             out=out,
             budget=budget,
-            config=describe(options, learner),
+            config=describe(options, learner, rehearsal.report),
             validation=lambda: (validation[i] for i in range(batches)),
             validate_every=options.validate_every,
             checkpoint_every=options.checkpoint_every,

@@ -65,6 +65,12 @@ def test_a_run_leaves_every_file(run):
     assert [row["steps"] for row in summary["after_steps"]] == [0, 1, 2]
 
 
+def test_what_auto_chose_is_in_the_config(tmp_path):
+    train([*SMALL, "--method", "auto", "--steps", "1", "--out", str(tmp_path / "run")])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["chosen"]["solver"] == "Lanczos: n = 1761 > 256"
+
+
 def test_evaluation_repeats_the_summary_and_another_seed_does_not(run, capsys):
     evaluate([str(run), "--episodes", "10"])
     table = capsys.readouterr().out

@@ -15,7 +15,7 @@ from torch import nn
 
 from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
 from metaimplicit.learner import MetaLearner
-from metaimplicit.metagrad import Implicit, MethodOptions, make_method
+from metaimplicit.metagrad import Implicit, MethodOptions, Report, make_method
 from metaimplicit.models import MLP, ConvNet
 from metaimplicit.training.options import Options
 
@@ -80,8 +80,8 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
     ).to(device)
 
 
-def describe(options: Options, learner: MetaLearner) -> dict[str, Any]:
-    """What config.json holds: the options, what was chosen for them, and what they ran on."""
+def describe(options: Options, learner: MetaLearner, report: Report | None = None) -> dict[str, Any]:
+    """What config.json holds: the options, what was chosen for them (as `report` of a step says), what they ran on."""
     device = next(learner.parameters()).device
     return {
         "options": options.dump(),
@@ -89,6 +89,7 @@ def describe(options: Options, learner: MetaLearner) -> dict[str, Any]:
             "vectorize": learner.vectorize,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
+            "solver": report.chosen if report is not None else "",
         },
         "parameters": sum(p.numel() for p in learner.parameters()),
         "versions": {name: _version(name) for name in ("metaimplicit", "higher", "numpy")}

@@ -28,7 +28,7 @@ class Options:
     """Query examples of a class that it is judged on (folder, learn2learn: default 15; sinusoid: points, 10)."""
     method: str = "cg"
     """How the meta-gradient is taken: unrolled (MAML), truncated, first-order, reptile; or implicitly (iMAML) by a
-    solver, cg, neumann, nystrom, dense … (any other word lists them all; sinusoid: unrolled)."""
+    solver, cg, auto, neumann, nystrom, dense … (any other word lists them all; sinusoid: unrolled)."""
     solver_steps: int = 5
     """Products of CG, terms of Neumann, or inner steps that truncated keeps (default 2; sinusoid's CG: 10)."""
     rank: int = 10
