@@ -196,14 +196,14 @@ def _plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], x
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    names = [*sorted({name for lines in panels.values() for name in lines} - {"auto"}), "auto"]
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):
         for i, name in enumerate(names):
             if points := lines.get(name):
                 style = {"linestyle": "--", "color": "k"} if name == "auto" else {"color": f"C{i % 10}"}
                 ax.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
         shown = [value for points in lines.values() for _, value in points]
-        ax.set(title=title, xlabel=x, ylim=(min(*shown, max(shown) / 10) / 1.5, max(shown) * 1.5))
+        ax.set(title=title, xlabel=x, ylim=(min(*shown, max(shown) / 3) / 1.5, max(shown) * 1.5))
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:
         ax.axis("off")
