@@ -83,7 +83,7 @@ def check_hypergradient(
         seed: of the directions.
 
     Raises:
-        ValueError: as `hypergradient`; no direction; a problem whose outer loss is another in a second call.
+        ValueError: as `hypergradient`; no direction; a problem whose losses are others in a second call.
     """
     if directions < 1:
         raise ValueError(f"directions: got {directions}, expected at least 1")
@@ -97,6 +97,9 @@ def check_hypergradient(
 
     result = hypergradient(problem, meta, data, inner=inner, method=method, batched=batched)
     values = {name: m.detach() for name, m in meta.items()}
+    theta = {name: p if batched else p.unsqueeze(0) for name, p in result.params.items()}
+    if not torch.equal(*(lifted.inner(theta, values, lifted.at(0)).detach() for _ in range(2))):
+        raise ValueError("inner loss: got two values in two calls, expected one; fix the seed, or switch dropout off")
     if not torch.equal(outer_loss(values), outer_loss(values)):
         raise ValueError("outer loss: got two values in two calls, expected one; fix the seed, or switch dropout off")
     entries = {name: m for name, m in values.items() if m.is_floating_point()}

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from oracles import quadratic, randn
@@ -72,3 +73,11 @@ def test_what_cannot_be_checked_is_told():
     )
     with pytest.raises(ValueError, match="outer loss: got two values in two calls"):
         check_hypergradient(noisy, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
+    rng = np.random.default_rng(0)  # not torch's: nothing but a second call can tell
+    shaken = BilevelProblem(
+        PROBLEM.init,
+        lambda p, m, d: PROBLEM.inner_loss(p, m, d) * (1 + 0.1 * rng.random()),
+        PROBLEM.outer_loss,
+    )
+    with pytest.raises(ValueError, match="inner loss: got two values in two calls"):
+        check_hypergradient(shaken, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
