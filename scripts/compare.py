@@ -7,6 +7,7 @@ python scripts/compare.py --conditioning | --robustness | --peers
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -66,27 +67,29 @@ def run(case: Case, settings: Settings, **options: Any) -> Comparison:
 def table(name: str, found: Comparison) -> str:
     """Errors of every method at every number of products, and what they cost at the largest."""
     products = sorted({row.products for row in found.rows})
-    methods = sorted({row.method for row in found.rows}, key=lambda m: found.error(m, products[-1]))
+    best = {row.method: row.error for row in sorted(found.rows, key=lambda row: row.products)}  # at its last number
+    methods = sorted(best, key=lambda m: best[m])
     lines = [
         f"\n{name}: n = {found.size}, {found.tasks} task(s), {found.curvature}, eigenvalues {found.smallest:.1e} … "
         f"{found.largest:.1e}, ‖∂f/∂θ‖ = {found.inner_gradient_norm:.0e}, error without a solve {found.direct:.2g}",
         f"{'relative error after':<20}" + "".join(f"{p:>9}" for p in products) + "   cosine  residual  seconds     MiB",
     ]
     for method in methods:
-        errors = "".join(f"{error:>9.1e}" for error in (found.error(method, p) for p in products))
-        last = next(row for row in found.rows if (row.method, row.products) == (method, products[-1]))
+        own = {row.products: row for row in found.rows if row.method == method}
+        errors = "".join(f"{own[p].error:>9.1e}" if p in own else f"{'—':>9}" for p in products)
+        last = own[max(own)]
         lines.append(
             f"{method:<20}{errors}{last.cosine:>9.4f} {last.residual:>9.1e} {last.seconds:>8.3f} {last.mebibytes:>7.1f}"
             f"  {last.status.lower()}"
         )
     for p in products:
         fixed = {row.method: row.error for row in found.rows if row.products == p and row.method != "auto"}
-        best = min(fixed, key=lambda m: fixed[m])
+        nearest = min(fixed, key=lambda m: fixed[m])
         if "auto" in methods and "cg" in fixed:
             auto = found.error("auto", p)
             lines.append(
-                f"  {p} products: auto / {best}, the best, {_ratio(auto, fixed[best])}, auto / cg "
-                f"{_ratio(auto, fixed['cg'])}" + ("; nothing is accurate" if fixed[best] > 0.1 else "")
+                f"  {p} products: auto / {nearest}, the best, {_ratio(auto, fixed[nearest])}, auto / cg "
+                f"{_ratio(auto, fixed['cg'])}" + ("; nothing is accurate" if fixed[nearest] > 0.1 else "")
             )
     return "\n".join(lines)
 
@@ -121,7 +124,10 @@ def compare_conditioning(settings: Settings) -> dict[str, Comparison]:
     found = {f"1e{i}": run(quadratic(torch.logspace(-i, 0, 300).double()), settings) for i in range(1, 7)}
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for p in settings.products:
-        panels[f"{p} products"] = {m: [(float(c), found[c].error(m, p)) for c in found] for m in SOLVERS}
+        panels[f"{p} products"] = {
+            m: [(float(c), r.error) for c in found for r in found[c].rows if (r.method, r.products) == (m, p)]
+            for m in SOLVERS
+        }
     for name, c in found.items():
         print(table(f"condition {name}", c))
     _plot(settings.out / "conditioning.png", panels, "condition", "relative error of the hypergradient")
@@ -202,7 +208,8 @@ def _plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], x
             if points := lines.get(name):
                 style = {"linestyle": "--", "color": "k"} if name == "auto" else {"color": f"C{i % 10}"}
                 ax.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
-        shown = [value for points in lines.values() for _, value in points]
+        lines = {name: [(u, v) for u, v in points if math.isfinite(v)] for name, points in lines.items()}
+        shown = [v for points in lines.values() for _, v in points] or [1.0]
         ax.set(title=title, xlabel=x, ylim=(min(*shown, max(shown) / 3) / 1.5, max(shown) * 1.5))
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, Auto, GradientDescent, Lanczos, Status, hypergradient
+from metaimplicit import CG, Auto, GradientDescent, Lanczos, NystromCG, Status, hypergradient
 from metaimplicit.metagrad import Implicit
 
 LOG = torch.logspace(-2, 0, 40).unsqueeze(0)
@@ -29,10 +29,58 @@ def test_larger_ones_by_lanczos_and_without_a_state_nothing_is_kept():
 
 def test_a_basis_too_large_is_not_kept():
     matrix, b = symmetric(BENT), randn(1, 40, seed=1)
-    auto = Auto(7, dense=0, memory=7 * 40 * 8 - 1).solve(Matrix(matrix), b)
+    auto = Auto(7, dense=0, memory=4 * 7 * 40 * 8 - 1).solve(Matrix(matrix), b)
     assert torch.equal(auto.value, CG(7, negative="minres").solve(Matrix(matrix), b).value)
     assert auto.chosen.startswith("CG: a basis of 0 MiB is above")
-    assert "Lanczos" in Auto(7, dense=0, memory=7 * 40 * 8).solve(Matrix(matrix), b).chosen
+    assert "Lanczos" in Auto(7, dense=0, memory=4 * 7 * 40 * 8).solve(Matrix(matrix), b).chosen
+
+
+def test_a_basis_is_counted_for_every_task():
+    matrix, b = symmetric(torch.cat([LOG, LOG])), randn(2, 40, seed=1)
+    assert "Lanczos" in Auto(7, dense=0, memory=2 * 4 * 7 * 40 * 8).solve(Matrix(matrix), b).chosen
+    assert "CG" in Auto(7, dense=0, memory=2 * 4 * 7 * 40 * 8 - 1).solve(Matrix(matrix), b).chosen
+
+
+def test_what_is_solved_already_stays():
+    matrix, b, solver = symmetric(LOG), randn(1, 40, seed=1), Auto(60, dense=0)
+    state = solver.solve(Matrix(matrix), b).state
+    again = solver.solve(Matrix(matrix), b, state=state)
+    assert again.products == 1
+    assert again.status.tolist() == [Status.CONVERGED]
+    zero = solver.solve(Matrix(matrix), 0 * b, state=state)
+    assert zero.value.abs().max() == 0
+
+
+def test_ritz_vectors_that_solve_worse_or_slower_are_dropped():
+    matrix, b = symmetric(LOG), randn(1, 40, seed=1)
+    other = symmetric(LOG.flip(1), seed=5)
+
+    def after(steps, a, tol):
+        solver = Auto(steps, tol=tol, dense=0)
+        state = solver.solve(Matrix(matrix), b, state={"value": torch.zeros(1, 40).double()}).state
+        return state["made"].tolist(), solver.solve(Matrix(a), b + 0.1 * randn(1, 40, seed=2), state=state)
+
+    (reached, spent), worse = after(12, other, 1e-12)  # as many steps as ever, and a larger residual
+    assert worse.residual > reached
+    assert int(worse.needed) <= spent + 1
+    assert "no more" in worse.chosen
+    (reached, spent), slower = after(300, other, 1e-6)  # converged, in more steps
+    assert slower.residual <= 1e-6
+    assert int(slower.needed) > spent
+    assert "no more" in slower.chosen
+    (reached, spent), better = after(60, matrix, 1e-6)
+    assert "still pay" in better.chosen
+
+
+def test_a_state_of_another_solver_is_a_start():
+    matrix, b = symmetric(LOG), randn(1, 40, seed=1)
+    states = [Lanczos(20, recycle=True).solve(Matrix(matrix), b).state]
+    states.append(NystromCG(rank=3, max_steps=9).solve(Matrix(matrix), b).state)
+    for state in states:
+        assert Auto(60, dense=0).solve(Matrix(matrix), b, state=state).status.tolist() == [Status.CONVERGED]
+    warm = Auto(20, dense=0).solve(Matrix(matrix), b, state=states[0]).state
+    assert "made" in warm
+    assert NystromCG(rank=3, max_steps=60).solve(Matrix(matrix), b, state=warm).residual < 1e-6
 
 
 def test_ritz_vectors_are_kept_while_they_pay():
@@ -83,6 +131,10 @@ def test_a_system_that_has_become_indefinite_is_solved_all_the_same():
     assert relative_error(solution.value, torch.linalg.solve(bent, b)) < 1e-6
     assert solution.rayleigh < 0
     assert solution.products == operator.products
+    few = Auto(10, tol=1e-8, dense=0)
+    cut = few.solve(Matrix(bent), b, state=few.solve(Matrix(matrix), b, state={"value": 0 * b}).state)
+    assert cut.products <= 10 + 3
+    assert cut.residual <= 1  # no worse than no answer
     assert "basis" not in solution.state
 
 

@@ -1,6 +1,9 @@
 """Methods side by side: the errors are those of the hypergradients, the memory that of the tensors."""
 
 import json
+import statistics
+import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +11,24 @@ import torch.nn.functional as F
 from oracles import generator, quadratic, relative_error
 from peers import conv_net
 
-from metaimplicit import CG, GradientDescent, Hessian, Implicit, Neumann, Nystrom, hypergradient
+from metaimplicit import (
+    CG,
+    MINRES,
+    BilevelProblem,
+    Composite,
+    Dense,
+    Factored,
+    GradientDescent,
+    Hessian,
+    Implicit,
+    Lanczos,
+    Neumann,
+    Nystrom,
+    NystromCG,
+    Proximal,
+    Status,
+    hypergradient,
+)
 from metaimplicit.compare import FACTORED, SOLVERS, compare
 from metaimplicit.memory import LiveBytes
 from metaimplicit.metagrad import METHODS
@@ -38,6 +58,76 @@ def test_errors_are_those_of_the_hypergradients():
     assert errors == sorted(errors)
     with pytest.raises(KeyError):
         found.error("cg", 3)
+
+
+def test_every_row_is_its_solver():
+    """At 8 products of n = 8 and at 20, with damping: each row against `hypergradient` with the solver spelt out."""
+    oracle = quadratic([[0.5, 1, 2, 3, 5, 8, 9, 10], [-1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]])
+    loop = GradientDescent(steps=3, lr=0.05)
+    spelt = {
+        "cg": lambda p: CG(p, tol=0.0),
+        "minres": lambda p: MINRES(p, tol=0.0),
+        "lanczos": lambda p: Lanczos(p, tol=0.0),
+        "neumann": lambda p: Neumann(terms=max(1, p - 5)),
+        "nystrom": lambda p: Nystrom(rank=p),
+        "nystrom-gaussian": lambda p: Nystrom(rank=p, sketch="gaussian"),
+        "nystrom-cg": lambda p: NystromCG(rank=(p + 1) // 2, max_steps=p // 2, tol=0.0),
+    }
+
+    def run(solver, seed=0):
+        torch.manual_seed(seed)
+        method = Implicit(solver, damping=0.25)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = hypergradient(oracle.problem, oracle.meta, oracle.data, inner=loop, method=method, batched=True)
+        return found.grads["phi"], found.report
+
+    before = torch.get_rng_state()
+    found = compare(
+        oracle.problem, oracle.meta, oracle.data, inner=loop, damping=0.25, products=(5, 20), seeds=3, batched=True
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    exact, _ = run(Dense())
+    for row in found.rows:
+        if row.method in spelt:
+            runs = [run(spelt[row.method](row.products), seed) for seed in range(3 if "nystrom" in row.method else 1)]
+            errors = [relative_error(grad, exact) for grad, _ in runs]
+            cosines = [float(F.cosine_similarity(grad, exact, dim=0)) for grad, _ in runs]
+            assert row.error == pytest.approx(statistics.median(errors), rel=1e-6, abs=1e-12)
+            assert row.cosine == pytest.approx(statistics.median(cosines), rel=1e-9)
+            worst = statistics.median([float(report.residual.max()) for _, report in runs])
+            assert row.residual == pytest.approx(worst, rel=1e-6, abs=1e-12)
+            counts = Counter(Status(int(s)).name for _, report in runs for s in report.status)
+            assert row.status == ", ".join(name for name, _ in counts.most_common())
+    assert {row.method for row in found.rows if row.products == 5} == set(SOLVERS)
+
+
+def test_factored_rows_are_damped_and_memory_is_that_of_a_basis():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3)).double()
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    x, y = torch.randn(9, 40).double(), torch.arange(9) % 3
+    composite = Composite(
+        outputs=lambda params, meta, data: torch.func.functional_call(model, params, (x * meta["scale"],)),
+        loss=lambda z, data: F.cross_entropy(z, y),
+        penalty=Proximal(0.1, center="zero"),
+        module=model,
+    )
+    problem = BilevelProblem(
+        lambda meta, data: start,
+        composite,
+        lambda params, meta, data: torch.func.functional_call(model, params, (x,)).square().mean(),
+    )
+    meta, loop = {"scale": torch.ones(40).double()}, GradientDescent(1, 0.1)
+    found = compare(problem, meta, x, inner=loop, damping=0.3, products=(30,), methods=["kfac", "ekfac", "lanczos"])
+    exact = hypergradient(problem, meta, x, inner=loop, method=Implicit(Dense(), damping=0.3)).grads["scale"]
+    for name in ("kfac", "ekfac"):
+        method = Implicit(Factored(), curvature=name, damping=0.3)
+        got = hypergradient(problem, meta, x, inner=loop, method=method).grads["scale"]
+        assert found.error(name, 30) == pytest.approx(relative_error(got, exact), rel=1e-9)
+    (lanczos,) = (row for row in found.rows if row.method == "lanczos")
+    basis = 30 * found.size * 8 / 2**20
+    assert 2 * basis < lanczos.mebibytes < 5 * basis
 
 
 def test_a_sketch_of_more_than_n_columns_is_left_out():
@@ -82,6 +172,11 @@ def test_live_bytes_are_counted_to_the_byte():
         torch.zeros(500)
         del c, d
     assert memory.peak == 3 * 4000 - 4000 + 2000
+    outside = torch.zeros(1000)
+    with LiveBytes() as memory:
+        outside += 1
+        outside[:10].mul_(2)
+    assert memory.peak == 0
     matrix = torch.randn(50, 50, requires_grad=True)
     with LiveBytes() as memory:
         torch.autograd.grad((matrix @ matrix).sum(), matrix)
@@ -125,6 +220,8 @@ def test_the_script_leaves_a_table_json_and_plots(tmp_path, capsys):
     assert stored["size"] == 100
     assert {row["method"] for row in stored["rows"]} == set(SOLVERS)
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    main(Settings(problems=("logistic",), products=(3, 101), seeds=1, out=tmp_path))
+    assert "       —" in capsys.readouterr().out  # no sketch of 101 columns of 100
     with pytest.raises(ValueError, match="--problems: got quadratics, expected some of quadratic-well"):
         main(Settings(problems=("quadratics",), out=tmp_path))
 

@@ -237,6 +237,11 @@ def test_a_diagonal_is_exact_or_the_mean_over_its_signs():
     assert relative_error(few.matvec(v), few.values * v) < 1e-15
     assert relative_error(few.matmat(v[None])[0], few.values * v) < 1e-15
     assert relative_error(few.inverse(v, 0.5), v / (few.values.clamp(min=0) + 0.5)) < 1e-15
+    assert (few.products, Diagonal(operator, samples=None).products) == (4, n)
+    bent = Matrix(symmetric([[-1.0, 2.0, -3.0]]))
+    assert (Diagonal(bent, samples=3, generator=generator(1)).values < 0).any()
+    clamped = Diagonal(bent, samples=3, semidefinite=True, generator=generator(1)).values
+    assert torch.equal(clamped, Diagonal(bent, samples=3, generator=generator(1)).values.clamp(min=0))
     for name, gradient in few.gradient.items():
         assert torch.equal(gradient, operator.gradient[name])
     with pytest.raises(ValueError, match="Diagonal samples: got 0, expected at least 1"):
@@ -258,6 +263,19 @@ def test_a_loss_that_is_not_convex_in_the_outputs_is_told():
         else:
             with pytest.raises(ValueError, match=r"not convex in the outputs \(curvature -.*use curvature='hessian'"):
                 operator.check_convex()
+
+
+def test_saturated_logits_in_single_precision_are_still_convex():
+    for seed in range(20):
+        params = {"z": 50 * torch.randn(4, 6, 5, generator=generator(seed))}
+        labels = params["z"].argmax(-1)
+        operator = GaussNewton(lambda p: p["z"], lambda z, y=labels: torch.vmap(F.cross_entropy)(z, y), params)
+        operator.check_convex()
+    scalar = {"z": torch.tensor([0.5, 2.0], dtype=torch.float64)}
+    bent = torch.tensor([1.0, -1e-5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="not convex"):
+        GaussNewton(lambda p: p["z"], lambda z: bent * z.square(), scalar).check_convex()
+    fisher(expectation="exact").check_convex()
 
 
 def test_algebra_and_split():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, generator, krylov_basis, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Dense, Identity, Lanczos, Neumann, Nystrom, NystromCG, Status
+from metaimplicit import CG, MINRES, Dense, Identity, Lanczos, LinearOperator, Neumann, Nystrom, NystromCG, Status
 from metaimplicit.solvers.sketch import LowRank, Probes
 
 SPECTRA = [
@@ -201,7 +201,9 @@ def test_zero_right_hand_side_gives_zero(solver):
 
 
 @pytest.mark.parametrize(
-    "solver", [CG(max_steps=3), Neumann(terms=3, scale=0.1), Nystrom(rank=3, rho=1.0), Dense()], ids=str
+    "solver",
+    [CG(max_steps=3), Lanczos(3), MINRES(3), Neumann(terms=3, scale=0.1), Nystrom(rank=3, rho=1.0), Dense()],
+    ids=str,
 )
 def test_the_reported_residual_is_the_true_one(system, solver):
     matrix, b, _ = system
@@ -360,9 +362,86 @@ def test_dense_takes_the_symmetric_part():
 def test_an_operator_that_is_not_symmetric_is_noticed_in_its_task_alone(solver):
     matrix = symmetric(torch.stack(SPECTRA[:2]))
     matrix[1] = matrix[1] + 0.5 * torch.triu(randn(12, 12, seed=5), 1)
-    status = solver.solve(Matrix(matrix), randn(2, 12, seed=6)).status.tolist()
-    assert status[1] == Status.BREAKDOWN
-    assert status[0] != Status.BREAKDOWN
+    solution = solver.solve(Matrix(matrix), randn(2, 12, seed=6))
+    assert solution.status[1] == Status.BREAKDOWN
+    assert solution.status[0] != Status.BREAKDOWN
+    if not isinstance(solver, Dense):
+        assert solution.needed[1] == 2  # where it shows, it ends
+
+
+@pytest.mark.parametrize("solver", [CG(20), MINRES(20), Lanczos(20)], ids=lambda s: type(s).__name__)
+def test_round_off_in_single_precision_is_no_asymmetry(solver):
+    """Right-hand sides that are almost the eigenvector of a large eigenvalue: the second direction is mostly noise."""
+    for rest, off in ((1e-3, 1e-4), (1e-3, 1e-5), (1e-2, 1e-5)):
+        values = torch.cat([torch.ones(1), rest * torch.linspace(1, 2, 39)]).double().expand(20, -1)
+        matrix = symmetric(values, seed=3)
+        top = torch.linalg.eigh(matrix).eigenvectors[:, :, -1]
+        b = (top + off * randn(20, 40, seed=4)).float()
+        assert (solver.solve(Matrix(matrix.float()), b).status != Status.BREAKDOWN).all()
+
+
+@pytest.mark.parametrize(("solver", "kappa"), [(CG(30), 1e6), (Lanczos(30), 1e5), (MINRES(30), 3e4)], ids=str)
+def test_an_honest_system_at_the_end_of_single_precision_is_no_breakdown(solver, kappa):
+    matrix = symmetric([[kappa, *torch.linspace(1, 2, 39).tolist()]])
+    solution = solver.solve(Matrix(matrix.float()), randn(1, 40, seed=1).float())
+    assert solution.status.tolist() == [Status.MAX_STEPS]
+    assert solution.residual < 2e-2
+
+
+def test_lanczos_reports_the_residual_it_has_where_definite_is_a_matter_of_round_off():
+    b = randn(1, 60, seed=1)
+    for steps in (30, 45):
+        matrix = symmetric(torch.logspace(-7, 0, 60).unsqueeze(0)).float()
+        solution = Lanczos(steps, tol=0.0).solve(Matrix(matrix), b.float())
+        true = (b - (matrix.double() @ solution.value.double().unsqueeze(-1)).squeeze(-1)).norm() / b.norm()
+        assert float(solution.residual) == pytest.approx(float(true), rel=1e-2)
+
+
+def test_a_task_that_needs_nothing_reports_nothing():
+    b = torch.stack([torch.zeros(12), torch.ones(12)]).double()
+    for solver in (CG(), Lanczos(), MINRES()):
+        solution = solver.solve(Matrix(symmetric(torch.stack(SPECTRA[:2]))), b)
+        assert solution.rayleigh[0] == torch.inf
+        assert solution.needed[0] == 0
+        assert solution.rayleigh[1] < 10
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("make", [Nystrom, NystromCG])
+def test_an_infinite_entry_ends_its_task_alone(make, chunk):
+    matrix = symmetric(torch.stack(SPECTRA)).float()
+    matrix[1, 2, 2] = torch.inf
+    options = {"chunk": chunk} if make is Nystrom else {}
+    solution = make(rank=5, rho=0.1, sketch="gaussian", **options).solve(Matrix(matrix), randn(3, 12, seed=8).float())
+    assert solution.status[1] == Status.NON_FINITE
+    assert solution.value[[0, 2]].isfinite().all()
+    assert solution.status[0] != Status.NON_FINITE
+
+
+def test_blocks_of_a_gaussian_sketch_add_up():
+    """n beyond one block of float64 coordinates: streamed and one-shot agree, rayleigh quotients as well."""
+    n = 2 * 2**14 + 3
+    operator = Scales(torch.linspace(-1, 3, n, dtype=torch.float64))
+    b = randn(1, n, seed=1)
+    found = [
+        Nystrom(rank=4, rho=0.5, sketch="gaussian", chunk=chunk, generator=generator(3)).solve(operator, b)
+        for chunk in (None, 1, 2)
+    ]
+    for other in found[1:]:
+        assert relative_error(other.value, found[0].value) < 1e-9
+        assert other.status.tolist() == found[0].status.tolist()
+        assert float(other.rayleigh) == pytest.approx(float(found[0].rayleigh), rel=1e-9)
+
+
+class Scales(LinearOperator):
+    """A diagonal matrix."""
+
+    def __init__(self, values):
+        self.values = values
+        self.shape, self.dtype, self.device = (1, len(values)), values.dtype, values.device
+
+    def matvec(self, vector):
+        return self.values * vector
 
 
 def test_nystrom_takes_the_size_of_negative_eigenvalues():

@@ -99,6 +99,7 @@ def test_minres_takes_over_only_where_curvature_is_negative():
     assert relative_error(rescued.value[1], torch.linalg.solve(both[1], b[1])) < 1e-8
     assert rescued.status.tolist() == [Status.CONVERGED] * 2
     assert rescued.rayleigh[1] < 0 < rescued.rayleigh[0]
+    assert rescued.rayleigh[1] <= plain.rayleigh[1]
     assert rescued.needed[0] == plain.needed[0]
     assert plain.needed[1] < rescued.needed[1] <= rescued.products
 

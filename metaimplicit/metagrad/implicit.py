@@ -19,7 +19,6 @@ from metaimplicit.operators import (
     GaussNewton,
     Hessian,
     Identity,
-    Invertible,
     LinearOperator,
     Products,
     Sum,
@@ -36,7 +35,7 @@ _NAMED: dict[str, Callable[..., GaussNewton | KFAC | Diagonal]] = {
     "gauss-newton": GaussNewton,
     "kfac": partial(KFAC, others="zero"),
     "ekfac": partial(KFAC, others="zero", corrected=True),
-    "diagonal": lambda outputs, loss, params: Diagonal(GaussNewton(outputs, loss, params)),
+    "diagonal": lambda outputs, loss, params: Diagonal(GaussNewton(outputs, loss, params), semidefinite=True),
 }
 
 
@@ -147,20 +146,22 @@ class Implicit(Method):
         if not sigma >= 0:
             raise ValueError(f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say")
         sigma += self.damping
-        v, apply = flatten(vectors), None
+        v, apply, made = flatten(vectors), None, [operator]
         if self.preconditioner is not None:
             if not sigma > 0:
                 raise ValueError(f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping")
-            factors: Invertible = (
+            factors = (
                 Diagonal(operator)
                 if self.preconditioner == "diagonal"
                 else self._kronecker(self.preconditioner, problem, meta, params)
             )
+            made.append(factors)
 
             def apply(r: Tensor) -> Tensor:
                 return factors.inverse(r, sigma)
 
         solution = self.solver.solve(operator + Identity(operator, sigma), v, state=state, preconditioner=apply)
+        products = solution.products + sum(each.products for each in made if isinstance(each, Diagonal))
         squared = operator.first if isinstance(operator, Sum) else operator
         if isinstance(squared, GaussNewton) and bool((solution.rayleigh < 0.999 * sigma).any()):
             squared.check_convex()
@@ -177,7 +178,7 @@ class Implicit(Method):
             inner_gradient_norm=flatten(gradient).detach().norm(dim=-1),
             curvature=self.name,
             chosen=solution.chosen,
-            products=solution.products,
+            products=products,
             residual=solution.residual,
             status=solution.status,
             rayleigh=solution.rayleigh,

@@ -142,7 +142,7 @@ class GaussNewton(_Curvature):
 
     def __init__(self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params) -> None:
         super().__init__(params)
-        self._outputs = outputs(self.params)
+        self._outputs, self._loss = outputs(self.params), loss
         self._slope = torch.autograd.grad(loss(self._outputs).sum(), self._outputs, create_graph=True)[0]
         if not self._slope.requires_grad:  # a loss linear in z still needs a node to differentiate Jᵀr at
             self._slope = self._slope.requires_grad_()
@@ -162,19 +162,26 @@ class GaussNewton(_Curvature):
         return _pull({"outputs": self._outputs}, self.params, {"outputs": self._bend(tangent, batched)}, batched)
 
     def check_convex(self, steps: int = 20) -> None:
-        """ValueError if power iterations find negative curvature of the loss in the outputs."""
-        v = torch.randn(self._outputs.shape[1:], generator=torch.Generator().manual_seed(0)).to(self._outputs)
-        v, shift = v.expand(self._outputs.shape), 0.0
-        axes = tuple(range(1, v.dim()))
-        for turn in range(2):  # the largest |λ|, then the smallest λ, of which λ_max − λ is the largest
+        """ValueError if power iterations in float64 find negative curvature of the loss in the outputs."""
+        z = self._outputs.detach().double().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
+        if not slope.requires_grad:  # linear
+            return
+
+        def bend(v: Tensor) -> Tensor:
+            return torch.autograd.grad(slope, z, v, retain_graph=True)[0].reshape(len(z), -1)
+
+        draws = torch.randn(2, *z.shape[1:], generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
+        largest = z.new_zeros(len(z), 1)
+        for draw in draws:  # the largest |λ|, then the smallest λ, of which |λ|_max − λ is the largest
+            v, shift = draw.expand(z.shape).reshape(len(z), -1), largest
             for _ in range(steps):
-                v = v / v.norm(dim=axes, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
-                bent = self._bend(v, batched=False)
-                lowest, v = (v * bent).sum(axes, keepdim=True), shift * v - bent
-            if turn == 0:
-                shift = v.norm(dim=axes, keepdim=True)
-                v = torch.randn(v.shape[1:], generator=torch.Generator().manual_seed(1)).to(v).expand(v.shape)
-        if bool((lowest < -1e-3 * shift).any()):
+                v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+                bent = bend(v.reshape(z.shape))
+                lowest, v = (v * bent).sum(1), shift * v - bent
+            largest = v.norm(dim=1, keepdim=True)
+        if bool((lowest < -1e-3 * shift.squeeze(1) - 1e-13).any()):
             raise ValueError(
                 f"Gauss–Newton: got a loss that is not convex in the outputs (curvature {float(lowest.min()):.2g}), "
                 "expected one that is; use curvature='hessian'"
@@ -237,6 +244,9 @@ class Fisher(GaussNewton):
         self._scores: Tensor | None = None
         if expectation != "exact":
             self._scores = output_scores(z, self._slope.detach(), likelihood, expectation, samples, generator)
+
+    def check_convex(self, steps: int = 20) -> None:
+        """Nothing: it is positive semi-definite whatever the loss."""
 
     def _bend(self, tangent: Tensor, batched: bool) -> Tensor:
         if self._scores is not None:

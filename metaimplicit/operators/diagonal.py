@@ -17,28 +17,39 @@ class Diagonal(Invertible):
     Args:
         operator: B.
         samples: products, taken in one batch. None: n of them, 256 at a time, for the exact diagonal.
+        semidefinite: B ⪰ 0: what is estimated below zero is zero.
         generator: the CPU generator of the signs; None, torch's default.
 
     Attributes:
         values: `[tasks, n]`.
         gradient: the operator's own, if it carries one.
+        products: with B, that it took.
     """
 
     def __init__(
-        self, operator: LinearOperator, samples: int | None = 10, generator: torch.Generator | None = None
+        self,
+        operator: LinearOperator,
+        samples: int | None = 10,
+        semidefinite: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         if samples is not None and samples < 1:
             raise ValueError(f"Diagonal samples: got {samples}, expected at least 1, or None")
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
         self.gradient: Params = getattr(operator, "gradient", {})
         tasks, n = operator.shape
+        self.products = n if samples is None else samples
         if samples is None:
-            parts = [operator.columns(index) for index in torch.arange(n).split(256)]
-            self.values = torch.cat(parts).diagonal(dim1=0, dim2=2)
+            parts = [
+                operator.columns(index)[torch.arange(len(index)), :, index] for index in torch.arange(n).split(256)
+            ]
+            self.values = torch.cat(parts).T
         else:
             signs = 1 - 2 * torch.randint(2, (samples, 1, n), generator=generator).to(self.device, self.dtype)
             signs = signs.expand(-1, tasks, -1)
             self.values = (signs * operator.matmat(signs)).mean(0)
+        if semidefinite:
+            self.values = self.values.clamp(min=0)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.values * vector
@@ -47,5 +58,5 @@ class Diagonal(Invertible):
         return self.values * vectors
 
     def inverse(self, vector: Tensor, shift: float) -> Tensor:
-        """(D₊ + sI)⁻¹ v with s > 0 and D₊ = max(D, 0): the diagonal of a positive semi-definite B has no other."""
+        """(D₊ + sI)⁻¹ v with s > 0 and D₊ = max(D, 0)."""
         return vector / (self.values.clamp(min=0) + shift)

@@ -21,7 +21,7 @@ class Status(IntEnum):
 
     CONVERGED = 0  # the residual met the tolerance, or the method is direct
     MAX_STEPS = 1  # steps, terms, rank or precision ran out before the tolerance was met
-    NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 was met: A is not positive definite
+    NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0, to working precision, was met: A is not positive definite
     BREAKDOWN = 3  # the iteration diverges, A is singular or not symmetric, or the result is worse than zero
     NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
 
@@ -102,7 +102,7 @@ class Solver(ABC):
         scaled = torch.where(finite, b / safe, 0.0)  # by the peak first: the square of a tiny norm underflows
         norm = scaled.norm(dim=-1, keepdim=True)
         unit = scaled.div_(torch.where(norm > 0, norm, 1.0))
-        given = dict(state or {})
+        given = {name: t.to(b.device) if t.dim() > 1 else t for name, t in (state or {}).items()}
         if "value" in given:
             if given["value"].shape != b.shape:
                 raise ValueError(
@@ -143,9 +143,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rayleigh_quotient(v: Tensor, av: Tensor) -> Tensor:
-    """vᵀAv/vᵀv, `[tasks]`; +inf where v = 0."""
+    """vᵀAv/vᵀv, `[tasks]`; +inf where v = 0, NaN where A v is not finite."""
     vv = dot(v, v)
-    return torch.where(vv > 0, dot(v, av) / torch.where(vv > 0, vv, 1.0), torch.inf).squeeze(-1)
+    quotient = dot(v, av) / torch.where(vv > 0, vv, 1.0)
+    quotient = torch.where(quotient.isfinite(), quotient, torch.nan)
+    return torch.where(vv > 0, quotient, torch.inf).squeeze(-1)
 
 
 def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tensor, Tensor, int]:

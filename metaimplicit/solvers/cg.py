@@ -34,7 +34,7 @@ class CG(Solver):
     pᵀAp ≤ 0. A small residual is measured by one product more before it is reported; a state costs one as well.
 
     Args:
-        max_steps: products with A at the most, ≥ 1.
+        max_steps: steps at the most, ≥ 1, a product each; a state, and a residual that is measured, cost one more.
         tol: relative residual at which a task has converged.
         negative: at a direction of negative curvature, `"truncate"` keeps the iterate with the smallest residual,
             `"raise"` raises FloatingPointError, and `"minres"` goes on from it with as many steps of `MINRES`.
@@ -64,15 +64,16 @@ class CG(Solver):
 
 
 def go_on(solution: Solution, where: Tensor, solver: Solver, operator: LinearOperator, b: Tensor) -> Solution:
-    """The solution, but that of another solver that starts from it for the tasks in `where`."""
+    """The solution, but for the tasks in `where` that of another solver that starts from it, if that is better."""
     other = solver._solve(operator, b, {"value": solution.value}, None)
+    tried, where = where, where & ~(other.residual > solution.residual)  # NaN goes through
     value = torch.where(where.unsqueeze(-1), other.value, solution.value)
     return Solution(
         value=value,
         status=torch.where(where, other.status, solution.status),
         residual=torch.where(where, other.residual, solution.residual),
         products=solution.products + other.products,
-        needed=solution.needed + torch.where(where, other.needed, 0),
+        needed=solution.needed + torch.where(tried, other.needed, 0),
         rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
         state={"value": value},
     )
@@ -88,7 +89,7 @@ def conjugate_gradients(
     p, rz, residual = z, dot(r, z), r.norm(dim=-1, keepdim=True)
     best, least = x, residual
     active = residual > tol
-    negative, skewed, before = torch.zeros_like(active), torch.zeros_like(active), p
+    negative, skewed, first, blur = torch.zeros_like(active), torch.zeros_like(active), p, residual
     rayleigh, largest = b.new_full((len(b),), torch.inf), b.new_zeros(len(b))
     needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
     check_every = 8 if b.is_cuda else 1  # a look at `active` waits for the device
@@ -101,9 +102,11 @@ def conjugate_gradients(
         curvature, quotient = dot(p, ap), rayleigh_quotient(p, ap)
         rayleigh = torch.minimum(rayleigh, torch.where(active.squeeze(-1), quotient, torch.inf))
         largest = torch.maximum(largest, torch.where(active.squeeze(-1), quotient, 0.0))
-        if step == 1:  # directions are conjugate, unless A is not symmetric
-            size = before.norm(dim=-1, keepdim=True) * ap.norm(dim=-1, keepdim=True)
-            skewed = active & lopsided(dot(before, ap), size)
+        if step == 0:
+            first, blur = p, 1e3 * torch.finfo(b.dtype).eps * ap.norm(dim=-1, keepdim=True)
+        if step == 1:  # directions are conjugate, to the round-off in the second, unless A is not symmetric
+            size = first.norm(dim=-1, keepdim=True) * (ap.norm(dim=-1, keepdim=True) + blur)
+            skewed = active & lopsided(dot(first, ap), size)
             active = active & ~skewed
         flat = quotient <= 10 * torch.finfo(b.dtype).eps * largest  # not positive, to working precision
         negative = negative | (active & flat.unsqueeze(-1))

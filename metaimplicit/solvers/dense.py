@@ -30,11 +30,6 @@ class Dense(Solver):
     def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
         self._takes_no(preconditioner)
         n = operator.shape[1]
-        if n > self.max_size:
-            raise ValueError(
-                f"Dense: got n = {n} adapted parameters, expected at most max_size = {self.max_size}; "
-                "adapt fewer of them, use an iterative solver, or raise max_size"
-            )
         matrix = self.matrix(operator)
         skewed = lopsided((matrix - matrix.mT).norm(dim=(1, 2)), matrix.norm(dim=(1, 2)))
         matrix = 0.5 * (matrix + matrix.mT)
@@ -54,9 +49,14 @@ class Dense(Solver):
         return replace(solution, status=status, residual=residual)
 
     def matrix(self, operator: LinearOperator) -> Tensor:
-        """A, `[tasks, n, n]`."""
+        """A, `[tasks, n, n]`; ValueError if n > max_size."""
         core, sigma = operator.split()
         tasks, n = operator.shape
+        if n > self.max_size:
+            raise ValueError(
+                f"Dense: got n = {n} adapted parameters, expected at most max_size = {self.max_size}; "
+                "adapt fewer of them, use an iterative solver, or raise max_size"
+            )
         eye = torch.eye(n, dtype=operator.dtype, device=operator.device)
         columns = torch.split(eye[:, None, :].expand(-1, tasks, -1), self.chunk)
         matrix = torch.cat([core.matmat(part) for part in columns]).transpose(0, 1)

@@ -30,7 +30,7 @@ class MINRES(Solver):
     On a singular system it ends at a least-squares solution, and says BREAKDOWN if that leaves a residual.
 
     Args:
-        max_steps: products with A at the most, ≥ 1.
+        max_steps: steps at the most, ≥ 1, a product each; a state, and a residual that is measured, cost one more.
         tol: relative residual at which a task has converged.
     """
 
@@ -59,7 +59,10 @@ class MINRES(Solver):
             needed += active.squeeze(-1)
             # Lanczos: A v = β_next v_next + α v + β v_old
             alpha = dot(v, av)
-            skewed = active & lopsided(dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True)) & (step == 1)
+            skewed = torch.zeros_like(active)
+            if step == 1:  # vᵀAv of the first two is β, unless A is not symmetric; v is known to eps size/β
+                blur = 1e3 * eps * size * (size / beta)
+                skewed = active & lopsided(dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True) + blur)
             rayleigh = torch.minimum(rayleigh, torch.where(active, alpha, torch.inf).squeeze(-1))
             ahead = av - alpha * v - beta * v_old
             beta_next = ahead.norm(dim=-1, keepdim=True)
@@ -68,15 +71,15 @@ class MINRES(Solver):
             delta = cosine * delta_bar + sine * alpha
             gamma_bar = sine * delta_bar - cosine * alpha
             epsilon_old, epsilon, delta_bar = epsilon, sine * beta_next, -cosine * beta_next
-            slope = (gamma_bar.square() + delta_bar.square()).sqrt()
-            gamma = (gamma_bar.square() + beta_next.square()).sqrt()
+            slope = torch.hypot(gamma_bar, delta_bar)
+            gamma = torch.hypot(gamma_bar, beta_next)
             gamma = torch.where(gamma > 0, gamma, 1.0)
             cosine, sine = gamma_bar / gamma, beta_next / gamma
             w, w_old = (v - epsilon_old * w_old - delta * w) / gamma, w
             ahead_x = x + cosine * residual * w
             # a least-squares solution, or a step that only rounding makes: nothing further to gain
             vast = size * ahead_x.norm(dim=-1, keepdim=True) * eps**0.75 > 1
-            stuck = active & ((slope <= 1e3 * eps * size) | vast | skewed)
+            stuck = active & ((slope <= 100 * eps * size) | vast | skewed)
             ended, active = ended | stuck, active & ~stuck
             x = torch.where(active, ahead_x, x)
             residual = torch.where(active, sine * residual, residual)

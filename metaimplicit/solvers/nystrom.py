@@ -50,7 +50,7 @@ class _Sketching(Solver):
         self, core: LinearOperator, b: Tensor, shift: float, state: State, tol: float | None = None
     ) -> tuple[LowRank, int, State]:
         """B_k, the products it took, and the state that keeps it for `refresh` solves."""
-        if "basis" in state and int(state["age"]) < self.refresh:
+        if "age" in state and int(state["age"]) < self.refresh:
             if state["basis"].shape[::2] != core.shape:
                 raise ValueError(
                     f"state: got a sketch of {tuple(state['basis'].shape[::2])} tasks and parameters, expected "
@@ -147,9 +147,9 @@ class Nystrom(_Sketching):
             gram[:, a:z] = coordinates(images)
             square[:, a:z] = coordinates(core.matmat(images.transpose(0, 1)).transpose(0, 1))
             del images  # before the next are made
-        values, vectors = torch.linalg.eigh((0.5 * (square + square.mT)).nan_to_num())
+        values, vectors = torch.linalg.eigh((0.5 * (square + square.mT)).nan_to_num(0.0, 0.0, 0.0))
         root = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
-        weights, inverse = whitened(root, gram.nan_to_num(), torch.finfo(torch.float64).eps ** 0.5)
+        weights, inverse = whitened(root, gram.nan_to_num(0.0, 0.0, 0.0), torch.finfo(torch.float64).eps ** 0.5)
         c = coordinates(core.matvec(b).unsqueeze(1)).mT
         c = weights @ ((weights.mT @ c) / (1 + shift * inverse.abs()).unsqueeze(-1))
         spread = torch.zeros_like(b)

@@ -81,7 +81,7 @@ class LowRank:
         The QR decomposition does what a shift does for a Cholesky factor (Frangella et al. 2021, alg. 2.1), and
         serves indefinite B as well.
         """
-        y = images.double().nan_to_num()
+        y = images.double().nan_to_num(0.0, 0.0, 0.0)
         gram = y @ rows.double().mT
         q, r = torch.linalg.qr(y.mT)
         weights, inverse = whitened(r, gram, len(rows) * torch.finfo(torch.float64).eps)
