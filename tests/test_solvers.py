@@ -483,3 +483,16 @@ def test_nothing_trains_on_a_non_finite_solve(solver):
     value = solver.solve(Matrix(matrix), randn(3, 12, seed=8)).value
     assert value[1].isnan().all()
     assert value[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("sketch", ["columns", "gaussian"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_sketch_beyond_the_rank_of_the_matrix_keeps_no_round_off(sketch, chunk):
+    """In single precision, 10 columns of matrices of rank 3: seven directions are noise."""
+    factors = randn(64, 3, 40, seed=1)
+    matrix, b = factors.mT @ factors, randn(64, 40, seed=2)
+    solver = Nystrom(rank=10, rho=0.1, sketch=sketch, chunk=chunk, generator=generator(1))
+    solution = solver.solve(Matrix(matrix.float()), b.float())
+    assert (solution.status != Status.NEGATIVE_CURVATURE).all()
+    exact = torch.linalg.solve(matrix + 0.1 * torch.eye(40, dtype=torch.float64), b)
+    assert relative_error(solution.value.double(), exact) < 1e-5

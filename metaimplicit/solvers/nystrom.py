@@ -149,7 +149,8 @@ class Nystrom(_Sketching):
             del images  # before the next are made
         values, vectors = torch.linalg.eigh((0.5 * (square + square.mT)).nan_to_num(0.0, 0.0, 0.0))
         root = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
-        weights, inverse = whitened(root, gram.nan_to_num(0.0, 0.0, 0.0), torch.finfo(torch.float64).eps ** 0.5)
+        tolerance = (k * torch.finfo(b.dtype).eps) ** 0.5  # of a square
+        weights, inverse = whitened(root, gram.nan_to_num(0.0, 0.0, 0.0), tolerance)
         c = coordinates(core.matvec(b).unsqueeze(1)).mT
         c = weights @ ((weights.mT @ c) / (1 + shift * inverse.abs()).unsqueeze(-1))
         spread = torch.zeros_like(b)

@@ -84,7 +84,7 @@ class LowRank:
         y = images.double().nan_to_num(0.0, 0.0, 0.0)
         gram = y @ rows.double().mT
         q, r = torch.linalg.qr(y.mT)
-        weights, inverse = whitened(r, gram, len(rows) * torch.finfo(torch.float64).eps)
+        weights, inverse = whitened(r, gram, len(rows) * torch.finfo(images.dtype).eps)  # below is round-off
         basis = (q @ (r @ weights)).mT
         quotients = gram.diagonal(dim1=-2, dim2=-1) / rows.double().square().sum(-1)
         return LowRank(basis.to(images), inverse, quotients.amin(-1).to(images))
