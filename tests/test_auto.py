@@ -16,6 +16,7 @@ def test_small_systems_are_solved_densely():
     solution = Auto(max_steps=3).solve(Matrix(matrix), b)
     assert relative_error(solution.value, torch.linalg.solve(matrix, b)) < 1e-10
     assert solution.chosen == "Dense: n = 40 ≤ 256"
+    assert Auto(dense=40).solve(Matrix(matrix), b).chosen == "Dense: n = 40 ≤ 40"
 
 
 def test_larger_ones_by_lanczos_and_without_a_state_nothing_is_kept():
@@ -70,6 +71,18 @@ def test_ritz_vectors_that_solve_worse_or_slower_are_dropped():
     assert "no more" in slower.chosen
     (reached, spent), better = after(60, matrix, 1e-6)
     assert "still pay" in better.chosen
+    (reached, spent), within = after(60, matrix, 0.1)  # a larger residual, below the tolerance
+    assert 1.2 * reached < within.residual <= 0.1
+    assert "still pay" in within.chosen
+
+
+def test_cg_goes_on_where_precision_ends_lanczos():
+    matrix = symmetric([[1e6, *torch.linspace(1, 2, 39).tolist()]])
+    b = randn(1, 40, seed=1).float()
+    rough, solution = (s.solve(Matrix(matrix.float()), b) for s in (Lanczos(30), Auto(30, dense=0)))
+    assert rough.status.tolist() == [Status.BREAKDOWN]
+    assert solution.residual < 0.1 * rough.residual
+    assert solution.products <= 30 + 3
 
 
 def test_a_state_of_another_solver_is_a_start():

@@ -354,14 +354,21 @@ def test_a_diagonal_curvature_solves_a_diagonal_problem_and_preconditions_a_scal
     assert few[1] < 1e-10 < 1e-2 < few[0]
 
 
-@pytest.mark.parametrize("strength", [0.1, 50.0])  # A indefinite; A positive definite, and its core not
-def test_gauss_newton_of_a_loss_that_is_not_convex_is_refused(strength):
+@pytest.mark.parametrize(
+    "penalty",
+    [  # A indefinite; A positive definite, and its core not; another penalty
+        Proximal(0.1),
+        Proximal(50.0),
+        lambda params, meta: 0.05 * (params["w"] - meta["w"]).square().sum(),
+    ],
+)
+def test_gauss_newton_of_a_loss_that_is_not_convex_is_refused(penalty):
     problem = BilevelProblem(
         init=lambda meta, data: {"w": meta["w"]},
         inner_loss=Composite(
             outputs=lambda params, meta, data: data @ params["w"],
             loss=lambda z, data: -z.square().mean(),
-            penalty=Proximal(strength),
+            penalty=penalty,
         ),
         outer_loss=lambda params, meta, data: params["w"].square().sum(),
     )
