@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.hypergradient import outer_gradients
 from metaimplicit.inner import InnerLoop
 from metaimplicit.memory import LiveBytes
-from metaimplicit.metagrad import Curvature, Implicit, Report
+from metaimplicit.metagrad import Curvature, Gradients, Implicit, Report
 from metaimplicit.operators import LinearOperator
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem, LiftedProblem
 from metaimplicit.solvers import (
     CG,
@@ -48,11 +49,8 @@ SOLVERS: dict[str, Make] = {  # of a number of products P
     "nystrom-cg": lambda p: NystromCG(rank=(p + 1) // 2, max_steps=max(1, p // 2), tol=0.0),
     "auto": lambda p: Auto(p, tol=0.0, dense=0),
 }
-FACTORED: dict[str, Curvature] = {
-    "kfac": "kfac",
-    "ekfac": "ekfac",
-    "diagonal": "diagonal",
-}  # a curvature of their own, whatever the number of products
+# a curvature of their own, whatever the number of products
+FACTORED: dict[str, Curvature] = {"kfac": "kfac", "ekfac": "ekfac", "diagonal": "diagonal"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Comparison:
         tasks: how many.
         curvature: what A is made of.
         direct: the error of ∂g/∂φ alone, without any solve.
-    smallest, largest: eigenvalues of A over all tasks.
+        smallest, largest: eigenvalues of A over all tasks.
         inner_gradient_norm: the largest of the tasks'; h* is the hypergradient only as far as it is 0.
     """
 
@@ -152,20 +150,21 @@ def compare(
     phi = {name: m.detach().requires_grad_(m.is_floating_point()) for name, m in meta.items()}
     with torch.enable_grad():
         found = exact.adapt(lifted, inner, phi)
-        theta = leaves(found.params)
-        losses, _ = lifted.outer(theta, phi, lifted.at(inner.steps))
-        targets = [*theta.values(), *(m for m in phi.values() if m.requires_grad)]
-        grads = torch.autograd.grad(losses.mean(), targets, allow_unused=True, materialize_grads=True)
-    vectors = dict(zip(theta, grads, strict=False))
-    straight = torch.cat([g.flatten() for g in grads[len(theta) :]])
+        _, _, vectors, along = outer_gradients(lifted, found.params, phi, lifted.at(inner.steps))
+
+    def flat(gradients: Gradients) -> Tensor:
+        parts = [m if gradients[n] is None else gradients[n] for n, m in zeros.items()]
+        return torch.cat([part.flatten() for part in parts])  # type: ignore[union-attr]
+
+    zeros = {n: torch.zeros_like(m) for n, m in phi.items() if m.requires_grad}
+    straight = flat(along)
 
     def pull(method: Implicit, seed: int) -> tuple[Tensor, Report]:
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             warnings.simplefilter("ignore", RuntimeWarning)  # statuses are in the rows
             indirect, report = method.at(found.params, lifted, phi, found.report, found.reads).pull(vectors, phi)
-        parts = [torch.zeros_like(m) if indirect[n] is None else indirect[n] for n, m in phi.items() if m.requires_grad]
-        return straight + torch.cat([part.flatten() for part in parts]), report  # type: ignore[union-attr]
+        return straight + flat(indirect), report
 
     best, report = pull(exact, 0)
     n = flatten(found.params).shape[1]
@@ -179,9 +178,8 @@ def compare(
                 continue
             else:
                 method = replace(exact, solver=SOLVERS[name](p))
-            some.append(
-                _row(name, p, method, pull, best, seeds if name.startswith("nystrom") or name == "diagonal" else 1)
-            )
+            random = name.startswith("nystrom") or name == "diagonal"
+            some.append(_row(name, p, method, pull, best, seeds if random else 1))
         rows += sorted(some, key=lambda row: row.error)
     return Comparison(
         rows=rows,
@@ -234,6 +232,7 @@ class _Exact(Dense):
     values: Tensor
 
     def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
-        x, values, _ = by_eigenvalues(self.matrix(operator), b)
+        matrix = self.matrix(operator)
+        x, values, _ = by_eigenvalues(0.5 * (matrix + matrix.mT), b)
         object.__setattr__(self, "values", values)
         return direct(operator, b, x, products=b.shape[1])

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad import Adaptation, Implicit, Method, MethodOptions, Report, Reptile, make_method
+from metaimplicit.metagrad import Adaptation, Gradients, Implicit, Method, MethodOptions, Report, Reptile, make_method
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Composite, LiftedProblem, Loss, Vectorize
 from metaimplicit.solvers import State
@@ -77,28 +77,34 @@ def hypergradient(
     with torch.enable_grad():
         phi = _meta_leaves(meta)
         adaptation = method.adapt(lifted, inner, phi)
-        theta = leaves(adaptation.params)
-        losses, aux = lifted.outer(theta, phi, lifted.at(inner.steps))
-        reached([losses], phi, theta.values(), [problem.outer_loss])
-        outer = losses.mean()
-        sources = [*theta.values(), *(m for m in phi.values() if m.requires_grad)]
-        grads = torch.autograd.grad(outer, sources, allow_unused=True) if outer.requires_grad else [None] * len(sources)
-    of_theta = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(theta.items(), grads, strict=False)}
-    direct = dict(zip((n for n, m in phi.items() if m.requires_grad), grads[len(theta) :], strict=True))
-    with torch.enable_grad():
+        losses, aux, of_theta, direct = outer_gradients(lifted, adaptation.params, phi, lifted.at(inner.steps))
         indirect, report = adaptation.pull(of_theta, phi, state)
     total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
         if m.requires_grad and indirect[name] is None and (direct.get(name) is None or inner.reads(name)):
             _check_reachable(name, method, inner, adaptation)
     return Hypergradient(
-        outer_loss=outer.detach(),
-        losses=losses.detach(),
+        outer_loss=losses.mean(),
+        losses=losses,
         grads=total,
         params={n: p.detach() if batched else p.detach().squeeze(0) for n, p in adaptation.params.items()},
         report=report,
         aux=_detach(aux, batched),
     )
+
+
+def outer_gradients(
+    problem: LiftedProblem, params: Params, phi: Params, data: Any
+) -> tuple[Tensor, Any, Params, Gradients]:
+    """g for each task, its aux, and the gradients of its mean: in θ, v of the pullback, and in φ with θ held, ∂g/∂φ."""
+    theta = leaves(params)
+    losses, aux = problem.outer(theta, phi, data)
+    reached([losses], phi, theta.values(), [problem.problem.outer_loss])
+    names = [name for name, m in phi.items() if m.requires_grad]
+    sources, outer = [*theta.values(), *(phi[name] for name in names)], losses.mean()
+    grads = torch.autograd.grad(outer, sources, allow_unused=True) if outer.requires_grad else [None] * len(sources)
+    of_theta = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(theta.items(), grads, strict=False)}
+    return losses.detach(), aux, of_theta, dict(zip(names, grads[len(theta) :], strict=True))
 
 
 def argmin(

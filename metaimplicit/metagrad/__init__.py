@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from metaimplicit.metagrad.base import Adaptation, Method, Report
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report
 from metaimplicit.metagrad.implicit import Curvature, Implicit
 from metaimplicit.metagrad.reptile import Reptile
 from metaimplicit.metagrad.reverse import FirstOrder, Truncated, Unrolled
@@ -49,8 +49,8 @@ METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "auto": _implicit(lambda o: Auto(max_steps=o.solver_steps)),
     "dense": _implicit(lambda o: Dense()),
     "kfac": lambda o: Implicit(Factored(rho=o.rho), curvature="kfac", damping=o.damping),
-    "diagonal": lambda o: Implicit(Factored(rho=o.rho), curvature="diagonal", damping=o.damping),
     "ekfac": lambda o: Implicit(Factored(rho=o.rho), curvature="ekfac", damping=o.damping),
+    "diagonal": lambda o: Implicit(Factored(rho=o.rho), curvature="diagonal", damping=o.damping),
 }
 
 
@@ -72,6 +72,7 @@ __all__ = [
     "Adaptation",
     "Curvature",
     "FirstOrder",
+    "Gradients",
     "Implicit",
     "Method",
     "MethodOptions",

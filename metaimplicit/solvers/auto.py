@@ -61,7 +61,7 @@ class Auto(Solver):
     def _lanczos(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[Solution, str]:
         sequence = "value" in state
         solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(operator, b, state, None)
-        kept = {name: state for name, state in solution.state.items() if name != "value"}
+        kept = {name: tensor for name, tensor in solution.state.items() if name != "value"}
         if kept and bool((kept["inverse"] > 0).any()):  # else every task is indefinite, or was solved before
             kept["made"] = torch.tensor([float(solution.residual.max()), int(solution.needed.max())]).double()
         else:
