@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,9 @@ class Case:
 def quadratic(spectrum: Tensor, damping: float = 0.0, seed: int = 0) -> Case:
     """f = ½θᵀHθ + ½σ‖θ‖² − φᵀθ and g = ½‖θ − t‖², n = dim φ; H has the spectrum given, in a random basis."""
     draw, n = torch.Generator().manual_seed(seed), len(spectrum)
-    basis = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64)).Q
-    h = basis @ torch.diag(spectrum) @ basis.T
+    h = _symmetric(spectrum, draw)
     phi, target = (torch.randn(n, generator=draw, dtype=torch.float64) for _ in range(2))
-    star = basis @ ((basis.T @ phi) / (spectrum + damping))
+    star = torch.linalg.solve(h + damping * torch.eye(n, dtype=torch.float64), phi)
     return Case(
         BilevelProblem(
             init=lambda meta, data: {"theta": star},
@@ -52,6 +51,30 @@ def quadratic(spectrum: Tensor, damping: float = 0.0, seed: int = 0) -> Case:
         {"phi": phi},
         h,
     )
+
+
+def drifting(drift: float, count: int = 50, n: int = 200) -> Iterator[Case]:
+    """f = ½θᵀAθ − φᵀθ, g = bᵀθ: A of condition 1000, and A and b moved by `drift` of their norms from case to case."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = _symmetric(torch.logspace(-3, 0, n).double(), draw), torch.randn(n, generator=draw, dtype=torch.float64)
+    problem = BilevelProblem(
+        init=lambda meta, data: {"theta": torch.zeros(n, dtype=torch.float64)},
+        inner_loss=lambda params, meta, data: (0.5 * data[0] @ params["theta"] - meta["phi"]) @ params["theta"],
+        outer_loss=lambda params, meta, data: data[1] @ params["theta"],
+    )
+    for _ in range(count):
+        yield Case(problem, {"phi": torch.zeros(n, dtype=torch.float64)}, (a, b))
+        noise, shift = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((n, n), (n,)))
+        noise = noise + noise.T
+        a = a + drift * torch.linalg.matrix_norm(a, 2) * noise / torch.linalg.matrix_norm(noise, 2)
+        b = b + drift * b.norm() * shift / shift.norm()
+
+
+def _symmetric(spectrum: Tensor, draw: torch.Generator) -> Tensor:
+    n = len(spectrum)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64)).Q
+    matrix: Tensor = basis @ torch.diag(spectrum) @ basis.T
+    return matrix
 
 
 def logistic(seed: int = 1) -> Case:

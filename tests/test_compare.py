@@ -230,7 +230,7 @@ def test_peers_are_held_against_the_same_values(tmp_path, capsys):
     from compare import Settings, main
 
     main(Settings(peers=True, out=tmp_path))
-    rows = json.loads((tmp_path / "peers.json").read_text())["found"]
+    rows = json.loads((tmp_path / "peers.json").read_text())["found"]["errors"]
     assert len(rows) == 9
     assert all(row["ours"] < 1e-8 for row in rows)
     (higher,) = (row for row in rows if row["library"].startswith("higher"))
