@@ -2,6 +2,13 @@
 
 splits = tasks.load("glyphs", ways=5, shots=1)
 sampler = tasks.EpisodeSampler(splits.train, tasks=8, seed=0)
+
+Whole labelled sets, for bilevel problems over one of them: `cifar10` and `mnist`, cut and flawed by `per_class`,
+`long_tailed` and `corrupt_labels`, drawn in `Batches`.
+
+validation, rest = tasks.per_class(tasks.mnist()[0], 100, seed=0)
+train, wrong = tasks.corrupt_labels(rest, 0.4, seed=0)
+batches = tasks.Batches(train, 128, seed=0)
 """
 
 from __future__ import annotations
@@ -12,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
+from tasks.examples import Batches, Examples
 from tasks.pool import FewShot, ImagePool
+from tasks.splits import check_disjoint, corrupt_labels, long_tailed, long_tailed_counts, per_class
+from tasks.vision import cifar10, mnist, standardise
 
 FAMILIES = {  # name: module with `load(*, ways, shots, queries, **options) -> Splits`, imported when it is asked for
     "glyphs": "tasks.glyphs",
@@ -22,7 +32,26 @@ FAMILIES = {  # name: module with `load(*, ways, shots, queries, **options) -> S
     "learn2learn": "tasks.learn2learn",
 }
 
-__all__ = ["FAMILIES", "EpisodeSampler", "Episodes", "FewShot", "ImagePool", "Splits", "TaskFamily", "load"]
+__all__ = [
+    "FAMILIES",
+    "Batches",
+    "EpisodeSampler",
+    "Episodes",
+    "Examples",
+    "FewShot",
+    "ImagePool",
+    "Splits",
+    "TaskFamily",
+    "check_disjoint",
+    "cifar10",
+    "corrupt_labels",
+    "load",
+    "long_tailed",
+    "long_tailed_counts",
+    "mnist",
+    "per_class",
+    "standardise",
+]
 
 
 def load(
