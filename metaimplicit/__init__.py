@@ -6,7 +6,9 @@ from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner, Step
 from metaimplicit.metagrad import (
     METHODS,
+    SAMA,
     FirstOrder,
+    Forward,
     Implicit,
     Method,
     MethodOptions,
@@ -14,9 +16,10 @@ from metaimplicit.metagrad import (
     Reptile,
     Truncated,
     Unrolled,
+    ValueFunction,
 )
 from metaimplicit.operators import KFAC, Diagonal, Fisher, GaussNewton, Hessian, Identity, LinearOperator
-from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
+from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Iterate, Proximal, Stream
 from metaimplicit.solvers import (
     CG,
     MINRES,
@@ -27,26 +30,32 @@ from metaimplicit.solvers import (
     Neumann,
     Nystrom,
     NystromCG,
+    Richardson,
     Solution,
     Solver,
     Status,
 )
+from metaimplicit.tuning import Box, Domain, Interval, Positive, Simplex, Tuner
 
 __all__ = [
     "CG",
     "KFAC",
     "METHODS",
     "MINRES",
+    "SAMA",
     "AdaptedModel",
     "Auto",
     "BilevelProblem",
+    "Box",
     "Check",
     "Composite",
     "Dense",
     "Diagonal",
+    "Domain",
     "Factored",
     "FirstOrder",
     "Fisher",
+    "Forward",
     "FromMeta",
     "GaussNewton",
     "GradientDescent",
@@ -55,6 +64,8 @@ __all__ = [
     "Identity",
     "Implicit",
     "InnerLoop",
+    "Interval",
+    "Iterate",
     "Lanczos",
     "LinearOperator",
     "MetaLearner",
@@ -63,9 +74,12 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "NystromCG",
+    "Positive",
     "Proximal",
     "Report",
     "Reptile",
+    "Richardson",
+    "Simplex",
     "Solution",
     "Solver",
     "Status",
@@ -73,7 +87,9 @@ __all__ = [
     "Stream",
     "TorchOptimizer",
     "Truncated",
+    "Tuner",
     "Unrolled",
+    "ValueFunction",
     "argmin",
     "check_hypergradient",
     "hypergradient",

@@ -163,7 +163,7 @@ def compare(
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             warnings.simplefilter("ignore", RuntimeWarning)  # statuses are in the rows
-            indirect, report = method.at(found.params, lifted, phi, found.report, found.reads).pull(vectors, phi)
+            indirect, report = method.at(found.end, lifted, phi, found.report, found.reads).pull(vectors, phi)
         return straight + flat(indirect), report
 
     best, report = pull(exact, 0)

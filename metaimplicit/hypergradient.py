@@ -13,9 +13,19 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad import Adaptation, Gradients, Implicit, Method, MethodOptions, Report, Reptile, make_method
+from metaimplicit.metagrad import (
+    Adaptation,
+    Gradients,
+    Implicit,
+    Method,
+    MethodOptions,
+    Report,
+    Reptile,
+    ValueFunction,
+    make_method,
+)
 from metaimplicit.params import Params, leaves
-from metaimplicit.problem import BilevelProblem, Composite, LiftedProblem, Loss, Vectorize
+from metaimplicit.problem import BilevelProblem, Composite, Iterate, LiftedProblem, Loss, Vectorize
 from metaimplicit.solvers import State
 
 
@@ -29,6 +39,7 @@ class Hypergradient:
         grads: d outer_loss/dφ, named and shaped as `meta`.
         params: θ*, `{name: [tasks, *shape]}`; without the task axis unless `batched`.
         report: residuals, statuses, counts, the inner gradient norm.
+        end: where the inner loop ended, for the `start` of another call.
         aux: what the outer loss returned beside its scalar, detached.
     """
 
@@ -37,6 +48,7 @@ class Hypergradient:
     grads: Params
     params: Params
     report: Report
+    end: Iterate
     aux: Any = None
 
 
@@ -52,6 +64,7 @@ def hypergradient(
     vectorize: Vectorize = "vmap",
     chunk_size: int | None = None,
     state: State | None = None,
+    start: Iterate | None = None,
 ) -> Hypergradient:
     """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ = `meta`.
 
@@ -66,6 +79,8 @@ def hypergradient(
         chunk_size: tasks vmapped at a time, to bound memory.
         state: `report.state` of the call before, from where an implicit method's solver goes on (Arbel & Mairal 2022);
             of use where `meta` moves little and the data are the same.
+        start: `end` of the call before, from where the inner loop goes on, its optimiser's state included, rather than
+            from init; `meta` is then no cause of it.
 
     Raises:
         ValueError: a gradient the method cannot give; a loss that is not a scalar per task; a tensor that requires
@@ -73,7 +88,7 @@ def hypergradient(
         FloatingPointError: from a strict implicit method.
     """
     method = make_method(method, options)
-    lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
+    lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start)
     with torch.enable_grad():
         phi = _meta_leaves(meta)
         adaptation = method.adapt(lifted, inner, phi)
@@ -89,6 +104,7 @@ def hypergradient(
         grads=total,
         params={n: p.detach() if batched else p.detach().squeeze(0) for n, p in adaptation.params.items()},
         report=report,
+        end=adaptation.end,
         aux=_detach(aux, batched),
     )
 
@@ -133,8 +149,9 @@ def argmin(
         RuntimeError: on a second backward through an implicit method.
     """
     method = make_method(method, options)
-    if isinstance(method, Reptile):
-        raise ValueError("argmin method: got 'reptile', which is not a derivative; use 'first-order' or any other")
+    if isinstance(method, (Reptile, ValueFunction)):
+        what = "no derivative" if isinstance(method, Reptile) else "no derivative without its outer loss"
+        raise ValueError(f"argmin method: got {method.flag!r}, which is {what}; use 'unrolled' or an implicit method")
     problem = BilevelProblem(init, inner_loss, lambda *_: None)
     lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
     phi = _meta_leaves(meta)

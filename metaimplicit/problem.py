@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metaimplicit.params import Params
 
 Loss = Callable[[Params, Params, Any], Tensor]
+OptimizerState = dict[str, dict[str, Any]]  # by parameter: slots, tensors and numbers
 Vectorize = Literal["vmap", "loop"]
 
 
@@ -122,6 +123,26 @@ class Stream:
     fn: Callable[[int], Any]
 
 
+@dataclass(frozen=True)
+class Iterate:
+    """s_t, all that an inner loop goes on from: hand it to the next call instead of starting at `init`.
+
+    Attributes:
+        params: θ_t, `{name: [tasks, *shape]}`, task axis first whether or not the problem is batched.
+        state: the optimiser's, by parameter.
+        carried: what the method takes along: `Forward` its derivative, `ValueFunction` its second iterate.
+    """
+
+    params: Params
+    state: OptimizerState = field(default_factory=dict)
+    carried: Any = None
+
+    def detach(self) -> Iterate:
+        """The same without a graph."""
+        cut = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (self.params, self.state, self.carried))
+        return Iterate(*cut)
+
+
 class LiftedProblem:
     """A `BilevelProblem` bound to its data, each function lifted over the task axis and returning `[tasks]`.
 
@@ -129,6 +150,7 @@ class LiftedProblem:
         data: any pytree of tensors; with `batched`, each carries the task axis first. Or a `Stream` of such.
         vectorize: `"vmap"`, or `"loop"`, one call per task under one graph (faster where arithmetic dominates).
         chunk_size: vmap this many tasks at a time, to bound memory.
+        start: where the inner loop goes on from; None, at `init`.
     """
 
     def __init__(
@@ -139,19 +161,25 @@ class LiftedProblem:
         batched: bool,
         vectorize: Vectorize = "vmap",
         chunk_size: int | None = None,
+        start: Iterate | None = None,
     ) -> None:
         if vectorize not in ("vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
         self.problem, self.data, self.batched = problem, data, batched
         self.vectorize, self.chunk_size = vectorize, chunk_size
         self.tasks = _count(self.at(0)) if batched else 1
+        self.start = start
+        if start is not None and (got := {len(p) for p in start.params.values()}) != {self.tasks}:
+            raise ValueError(f"start: got leading sizes {sorted(got)}, expected {self.tasks}, the tasks of the data")
 
     def at(self, step: int) -> Any:
         """The data that inner step `step` sees."""
         return self.data.fn(step) if isinstance(self.data, Stream) else self.data
 
     def init(self, meta: Params) -> Params:
-        """θ₀, `{name: [tasks, *shape]}`, carrying init's graph."""
+        """θ₀, `{name: [tasks, *shape]}`, carrying init's graph; where `start` is given, its parameters, a constant."""
+        if self.start is not None:
+            return {name: p.detach() for name, p in self.start.params.items()}
         data = self.at(0)
         params: Params = self._lift(lambda _, d: self.problem.init(meta, d), {}, data)
         if not params or not all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values()):

@@ -16,7 +16,7 @@ LAYERS = (
     ("inner",),
     ("metagrad",),
     ("hypergradient",),
-    ("learner", "models", "check", "compare"),
+    ("learner", "models", "check", "compare", "tuning"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

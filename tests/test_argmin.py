@@ -74,7 +74,7 @@ def test_gradients_that_cannot_be_given_are_refused(method):
         SOLVE(RIDGE.problem.inner_loss, lambda m, d: {"w": m["w"]}, meta, RIDGE.data, method=method, batched=True)[
             "w"
         ].sum().backward()
-    with pytest.raises(ValueError, match="got 'reptile', which is not a derivative"):
+    with pytest.raises(ValueError, match="got 'reptile', which is no derivative"):
         solved(RIDGE, meta, method="reptile")
 
 

@@ -82,7 +82,7 @@ def test_losses_must_be_scalars():
 def test_bad_arguments_are_refused():
     ok = network(Proximal(0.1))
     cases = [
-        ({"method": "sgd"}, "method: got 'sgd', expected one of unrolled, truncated, first-order"),
+        ({"method": "sgd"}, "method: got 'sgd', expected one of unrolled, truncated, forward, real-time, first-order"),
         ({"method": Truncated(4)}, "Truncated steps: got 4, expected at most the inner loop's 3"),
         (
             {"method": Truncated(1), "inner": GradientDescent(steps=3, tol=0.1)},

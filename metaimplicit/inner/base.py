@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from metaimplicit.params import Params
-from metaimplicit.problem import FromMeta
+from metaimplicit.problem import FromMeta, Iterate, OptimizerState
 
 StepLoss = Callable[[Params, int], Tensor]
 
@@ -24,12 +24,19 @@ class Trajectory:
         steps: `[tasks]`, the steps each task took.
         gradient_norm: `[tasks]`, ‖∂f/∂θ‖ at the last iterate at which it was computed, θ_{T−1}.
         iterates: θ_0 … θ_T if asked for.
+        state: the optimiser's after the last step.
     """
 
     params: Params
     steps: Tensor
     gradient_norm: Tensor
     iterates: tuple[Params, ...] = ()
+    state: OptimizerState = field(default_factory=dict)
+
+    @property
+    def end(self) -> Iterate:
+        """(θ_T, the optimiser's state), without a graph."""
+        return Iterate(self.params, self.state).detach()
 
 
 class InnerLoop(ABC):
@@ -39,7 +46,16 @@ class InnerLoop(ABC):
     tol: float | None = None
 
     @abstractmethod
-    def run(self, loss: StepLoss, start: Params, meta: Params, *, track: int, keep: bool = False) -> Trajectory:
+    def run(
+        self,
+        loss: StepLoss,
+        start: Params,
+        meta: Params,
+        *,
+        track: int,
+        keep: bool = False,
+        state: OptimizerState | None = None,
+    ) -> Trajectory:
         """Run the loop.
 
         Args:
@@ -49,7 +65,18 @@ class InnerLoop(ABC):
             track: the last `track` steps leave their graph; the T − track before them pass gradients to `start` as
                 the identity and to nothing else.
             keep: hand back all iterates.
+            state: the optimiser's, from an earlier run; None, a fresh one.
         """
+
+    def update(
+        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
+    ) -> tuple[Params, OptimizerState]:
+        """One step s_t = Φ(s_{t−1}, φ) as a pure function; parameters without a gradient stay.
+
+        Raises:
+            ValueError: a loop whose steps are no such function (a line search).
+        """
+        raise ValueError(f"inner: got {type(self).__name__}, whose steps are not differentiable; use GradientDescent")
 
     def updated(self, **changes: Any) -> InnerLoop:
         """The same loop with some of its numbers changed."""

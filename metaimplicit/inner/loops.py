@@ -8,13 +8,48 @@ from typing import Any
 import torch
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
-from metaimplicit.inner.differentiable import check_optimizer, run
+from metaimplicit.inner.differentiable import check_optimizer, run, update
 from metaimplicit.params import Params
-from metaimplicit.problem import Number
+from metaimplicit.problem import Number, OptimizerState
+
+
+class _Stepped(InnerLoop):
+    """A loop whose every step is one of an optimiser's."""
+
+    optimizer: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+
+    def run(
+        self,
+        loss: StepLoss,
+        start: Params,
+        meta: Params,
+        *,
+        track: int,
+        keep: bool = False,
+        state: OptimizerState | None = None,
+    ) -> Trajectory:
+        return run(
+            self.optimizer,
+            self.options,
+            loss,
+            start,
+            meta,
+            steps=self.steps,
+            tol=self.tol,
+            track=track,
+            keep=keep,
+            state=state or {},
+        )
+
+    def update(
+        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
+    ) -> tuple[Params, OptimizerState]:
+        return update(self.optimizer, self.options, params, gradients, state, meta)
 
 
 @dataclass(frozen=True)
-class GradientDescent(InnerLoop):
+class GradientDescent(_Stepped):
     """θ_{t+1} = θ_t − η m_{t+1}, m_{t+1} = μ m_t + ∂f/∂θ(θ_t), m_0 = 0 (torch's SGD).
 
     Args:
@@ -33,13 +68,17 @@ class GradientDescent(InnerLoop):
         _check(self)
         check_optimizer(torch.optim.SGD, {"lr": self.lr, "momentum": self.momentum})
 
-    def run(self, loss: StepLoss, start: Params, meta: Params, *, track: int, keep: bool = False) -> Trajectory:
-        options = {"lr": self.lr, "momentum": self.momentum}
-        return run(torch.optim.SGD, options, loss, start, meta, steps=self.steps, tol=self.tol, track=track, keep=keep)
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:  # type: ignore[override]
+        return torch.optim.SGD
+
+    @property
+    def options(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"lr": self.lr, "momentum": self.momentum}
 
 
 @dataclass(frozen=True, init=False)
-class TorchOptimizer(InnerLoop):
+class TorchOptimizer(_Stepped):
     """An optimiser of `torch.optim` as the inner loop, its whole state part of the graph.
 
     Args:
@@ -72,11 +111,6 @@ class TorchOptimizer(InnerLoop):
 
     def updated(self, **changes: Any) -> TorchOptimizer:
         return TorchOptimizer(self.optimizer, **({"steps": self.steps, "tol": self.tol} | self.options | changes))
-
-    def run(self, loss: StepLoss, start: Params, meta: Params, *, track: int, keep: bool = False) -> Trajectory:
-        return run(
-            self.optimizer, self.options, loss, start, meta, steps=self.steps, tol=self.tol, track=track, keep=keep
-        )
 
 
 def _check(loop: InnerLoop) -> None:

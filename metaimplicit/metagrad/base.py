@@ -12,7 +12,7 @@ from torch import Tensor
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.params import Params
-from metaimplicit.problem import LiftedProblem, Stream
+from metaimplicit.problem import Iterate, LiftedProblem, Stream
 from metaimplicit.solvers import State, Status
 
 Gradients = dict[str, Tensor | None]  # None: nothing connects this meta-parameter
@@ -67,12 +67,14 @@ class Adaptation:
         params: `{name: [tasks, *shape]}`; without a `pullback` they carry their graph to `meta`.
         report: of the inner loop.
         reads: the names of the meta-parameters that the inner problem depends on.
+        end: where the inner loop ended, for another one to go on from.
         pullback: (v, state) ↦ (dθ*/dφ)ᵀ v and the report completed by its solve.
     """
 
     params: Params
     report: Report
     reads: set[str]
+    end: Iterate
     pullback: Callable[[Params, State], tuple[Gradients, Report]] | None = None
 
     def pull(
@@ -121,7 +123,8 @@ def run_inner(
     inner.check_captured()
     reads |= reached(initial.values(), meta, [], [problem.problem.init])
     start = {name: p.detach() for name, p in initial.items()} if detach else initial
-    return initial, inner.run(loss, start, meta, track=track, keep=keep), reads
+    state = None if problem.start is None else problem.start.state
+    return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
 
 
 def pull_graph(outputs: Params, meta: Params, vectors: Params, retain_graph: bool) -> Gradients:

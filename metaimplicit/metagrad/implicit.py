@@ -25,7 +25,7 @@ from metaimplicit.operators import (
     central_difference,
 )
 from metaimplicit.params import Params, flatten, unflatten
-from metaimplicit.problem import Composite, LiftedProblem, Proximal, Stream, resolve
+from metaimplicit.problem import Composite, Iterate, LiftedProblem, Proximal, Stream, resolve
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
 Curvature = (
@@ -102,16 +102,17 @@ class Implicit(Method):
                 "outputs and loss are told apart; or use curvature='hessian'"
             )
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
-        params = {name: p.detach() for name, p in trajectory.params.items()}
-        return self.at(params, problem, meta, Report(repr(self), trajectory.steps, trajectory.gradient_norm), reads)
+        report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
+        return self.at(trajectory.end, problem, meta, report, reads)
 
-    def at(self, params: Params, problem: LiftedProblem, meta: Params, report: Report, reads: set[str]) -> Adaptation:
-        """The way back from θ* = `params`, however they were found."""
+    def at(self, end: Iterate, problem: LiftedProblem, meta: Params, report: Report, reads: set[str]) -> Adaptation:
+        """The way back from θ* = `end.params`, however they were found."""
+        params = end.params
 
         def pullback(vectors: Params, state: State) -> tuple[Gradients, Report]:
             return self._pull(problem, meta, params, vectors, report, state)
 
-        return Adaptation(params, report, reads, pullback)
+        return Adaptation(params, report, reads, end, pullback)
 
     @property
     def name(self) -> str:

@@ -28,4 +28,4 @@ class Reptile(Method):
             moved = {name: (start[name].detach() - p) / problem.tasks for name, p in params.items()}
             return pull_graph(start, meta, moved, retain_graph=False), report
 
-        return Adaptation(params, report, reads, pullback)
+        return Adaptation(params, report, reads, trajectory.end, pullback)

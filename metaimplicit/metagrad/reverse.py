@@ -86,4 +86,4 @@ def _reverse(
     params = trajectory.params
     if iterates:
         params = {name: torch.stack([point[name] for point in trajectory.iterates], dim=1) for name in params}
-    return Adaptation(params, Report(flag, trajectory.steps, trajectory.gradient_norm), reads)
+    return Adaptation(params, Report(flag, trajectory.steps, trajectory.gradient_norm), reads, trajectory.end)

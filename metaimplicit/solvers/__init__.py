@@ -9,6 +9,7 @@ from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.minres import MINRES
 from metaimplicit.solvers.neumann import Neumann
 from metaimplicit.solvers.nystrom import Nystrom, NystromCG
+from metaimplicit.solvers.richardson import Richardson
 
 __all__ = [
     "ADVICE",
@@ -21,6 +22,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "NystromCG",
+    "Richardson",
     "Solution",
     "Solver",
     "State",

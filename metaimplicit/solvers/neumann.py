@@ -69,11 +69,17 @@ class Neumann(Solver):
     def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:
         if self.scale is not None:
             return self.scale, 0
-        # b alone may be blind to the largest eigenvalue: a fixed random vector is not
-        start = torch.randn(b.shape[1], generator=torch.Generator().manual_seed(0)).to(b)
-        v, norm = b + start / start.norm(), torch.ones_like(b[:, :1])
-        for _ in range(self.power_steps):
-            v = operator.matvec(v)
-            norm = v.norm(dim=-1, keepdim=True)
-            v = v / torch.where(norm > 0, norm, 1.0)
+        norm, _ = power_iteration(operator, b, self.power_steps)
         return 1 / torch.where(norm > 0, norm, 1.0), self.power_steps
+
+
+def power_iteration(operator: LinearOperator, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """λ̂ = ‖Av‖ ≤ λ_max, `[tasks, 1]`, and v after `steps` products."""
+    # v alone may be blind to the largest eigenvalue: a fixed random vector is not
+    start = torch.randn(v.shape[1], generator=torch.Generator().manual_seed(0)).to(v)
+    v, norm = v + start / start.norm(), torch.ones_like(v[:, :1])
+    for _ in range(steps):
+        v = operator.matvec(v)
+        norm = v.norm(dim=-1, keepdim=True)
+        v = v / torch.where(norm > 0, norm, 1.0)
+    return norm, v

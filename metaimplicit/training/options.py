@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaimplicit.metagrad import Implicit, make_method
+from metaimplicit.metagrad import make_method
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Options:
         options = cls(task=task, **_TASKS.get(task, {"queries": 15}))
         if method is not None:
             options = replace(options, method=method)
-        if isinstance(make_method(options.method), Implicit):
+        if make_method(options.method).reach == {"loss"}:  # implicit, or of its kind: it needs the proximal term
             return replace(options, **_IMPLICIT.get(task, {}))
         if options.method == "truncated":
             options = replace(options, solver_steps=min(2, options.inner_steps))

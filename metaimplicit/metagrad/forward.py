@@ -1,0 +1,171 @@
+"""Forward mode through the inner loop: the derivative of the whole training state travels with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from metaimplicit.graph import reached
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report
+from metaimplicit.params import Params, flatten
+from metaimplicit.problem import Iterate, LiftedProblem, OptimizerState, Stream
+from metaimplicit.solvers import State
+
+Tangents = tuple[Params, OptimizerState]  # each tensor with an axis of tangents first, one for every number of φ
+
+
+@dataclass(frozen=True)
+class Forward(Method):
+    """(dθ_T/dφ)ᵀ v = Z_Tᵀ v, Z_t = ∂s_t/∂φ = A_t Z_{t−1} + B_t, s_t = (θ_t, the optimiser's state).
+
+    A_t = ∂Φ_t/∂s_{t−1} and B_t = ∂Φ_t/∂φ of the step s_t = Φ_t(s_{t−1}, φ) are never formed: a step is one batched
+    Jacobian–vector product (Franceschi et al. 2017, alg. 2). Exact for θ_T, as `Unrolled`; memory is flat in T, but
+    dim φ times the state, and so is the time: for few hyperparameters and long loops.
+
+    Args:
+        chunk: tangents pushed at a time, to bound memory; None, all.
+        carry: where a call goes on from the `end` of another, go on from its Z too, as if φ had never moved: real-time
+            tuning (ibid., alg. RTHO), whose partial hypergradient at step t is Z_tᵀ ∂g/∂θ(θ_t). Otherwise the start
+            is a constant, Z = 0.
+    """
+
+    chunk: int | None = None
+    carry: bool = False
+    flag = "forward"
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"Forward chunk: got {self.chunk}, expected at least 1 tangent, or None")
+
+    def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        inner.check_captured()
+        params, reads, unused = _look(problem, meta)
+        # what only the outer loss reads needs no tangents; a stream may read more later than at its first step
+        known = {name for name in meta if isinstance(problem.data, Stream) or name in reads or inner.reads(name)}
+        phi = {name: m.detach() for name, m in meta.items() if m.requires_grad and name in known}
+        fixed = {name: m.detach() for name, m in meta.items() if name not in phi}
+        state: OptimizerState = {} if problem.start is None else problem.start.state
+        basis = _basis(phi)
+        z = self._begin(problem, phi, fixed, basis)
+        active = torch.ones(problem.tasks, dtype=torch.bool, device=next(iter(params.values())).device)
+        taken, norm = torch.zeros_like(active, dtype=torch.int64), torch.zeros_like(active, dtype=torch.float32)
+        for t in range(inner.steps):
+            step = _Step(problem, inner, fixed, unused, _split(state)[1], active, problem.at(t))
+            (params, slots, norm), (z_params, z_slots, _) = self._vmap(
+                partial(_jvp, step, (params, _split(state)[0], phi)), (*z, basis)
+            )
+            z = z_params, z_slots
+            state = {name: {**step.after[name], **slots[name]} for name in step.after}
+            if inner.tol is not None:
+                active = active & (norm > inner.tol)
+            taken += active
+            if not active.any():
+                break
+        report = Report(self.flag, taken, norm)
+
+        def pullback(vectors: Params, _: State) -> tuple[Gradients, Report]:
+            found: Gradients = dict.fromkeys(meta)
+            if phi:
+                along = torch.stack([z[0][name].flatten(1) @ v.flatten() for name, v in vectors.items()]).sum(0)
+                parts = torch.split(along, [m.numel() for m in phi.values()])
+                found |= {name: part.reshape(m.shape) for (name, m), part in zip(phi.items(), parts, strict=True)}
+            return found, report
+
+        return Adaptation(params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback)
+
+    def _begin(self, problem: LiftedProblem, phi: Params, fixed: Params, basis: Params) -> Tangents:
+        """Z_0: the Jacobian of init; of an inner loop that goes on, 0, or the Z it ended with."""
+        start = problem.start
+        if start is None:
+            return self._vmap(partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,)), (basis,))[1], {}
+        if self.carry and start.carried is not None:
+            if start.carried["meta"] != list(phi):
+                raise ValueError(f"start: got the derivative of {start.carried['meta']}, expected that of {list(phi)}")
+            carried: Tangents = start.carried["z"]
+            return carried
+        zeros: Tangents = tree_map(lambda x: x.new_zeros(_count(phi), *x.shape), (start.params, _split(start.state)[0]))
+        return zeros
+
+    def _vmap(self, push: Callable[[Any], Any], tangents: Any) -> Any:
+        """`push` over the tangents' first axis, `chunk` at a time: the values, once, and the tangents, stacked."""
+        count = max((len(x) for x in tree_leaves(tangents)), default=0)
+        parts: list[Any] = []
+        value: Any = None
+        for begin in range(0, max(count, 1), self.chunk or max(count, 1)):
+            some = tree_map(lambda x, i=begin: x[i : i + (self.chunk or count)].contiguous(), tangents)
+            value, pushed = torch.vmap(push, out_dims=(None, 0))(some)  # type: ignore[arg-type]
+            parts.append(pushed)
+        return value, parts[0] if len(parts) == 1 else tree_map(lambda *x: torch.cat(x), *parts)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """s_t = Φ_t(s_{t−1}, φ) as a function of tensors; the numbers of the new state are left in `after`."""
+
+    problem: LiftedProblem
+    inner: InnerLoop
+    fixed: Params
+    unused: set[str]
+    numbers: OptimizerState
+    active: Tensor
+    data: Any
+    after: OptimizerState = field(default_factory=dict)
+
+    def __call__(self, params: Params, slots: OptimizerState, phi: Params) -> tuple[Params, OptimizerState, Tensor]:
+        meta = {**self.fixed, **phi}
+        gradients = torch.func.grad(lambda p: self.problem.inner(p, meta, self.data).sum())(params)
+        state = {name: {**self.numbers.get(name, {}), **slots.get(name, {})} for name in params}
+        used = {name: g for name, g in gradients.items() if name not in self.unused}
+        stepped, after = self.inner.update(params, used, state, meta)
+        norm = flatten(gradients).norm(dim=-1)
+        if (tol := self.inner.tol) is not None:
+            go = self.active & (norm.detach() > tol)
+            stepped = {n: torch.where(go.reshape(-1, *[1] * (p.dim() - 1)), p, params[n]) for n, p in stepped.items()}
+        tensors, numbers = _split(after)
+        self.after.update(numbers)
+        return stepped, tensors, norm
+
+
+def _jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    return torch.func.jvp(function, primals, tangents)
+
+
+def _look(problem: LiftedProblem, meta: Params) -> tuple[Params, set[str], set[str]]:
+    """θ₀; the meta-parameters that it or the loss depend on; the parameters that the loss does not."""
+    initial = problem.init(meta)
+    reads = reached(initial.values(), meta, [], [problem.problem.init])
+    leaves = {name: p.detach().requires_grad_() for name, p in initial.items()}
+    losses = problem.inner(leaves, meta, problem.at(0))
+    reads |= reached([losses], meta, leaves.values(), [problem.problem.inner_loss])
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    unused = {name for name, g in zip(leaves, gradients, strict=True) if g is None}
+    return {name: p.detach().contiguous() for name, p in initial.items()}, reads, unused
+
+
+def _basis(phi: Params) -> Params:
+    """The identity, cut into the entries of φ: `{name: [dim φ, *shape]}`."""
+    if not phi:
+        return {}
+    like = next(iter(phi.values()))
+    parts = torch.split(
+        torch.eye(_count(phi), dtype=like.dtype, device=like.device), [m.numel() for m in phi.values()], 1
+    )
+    return {name: part.reshape(-1, *m.shape).to(m) for part, (name, m) in zip(parts, phi.items(), strict=True)}
+
+
+def _count(phi: Params) -> int:
+    return sum(m.numel() for m in phi.values())
+
+
+def _split(state: OptimizerState) -> tuple[OptimizerState, OptimizerState]:
+    """The tensors of a state, and its numbers."""
+    tensors = {n: {k: x for k, x in slots.items() if isinstance(x, Tensor)} for n, slots in state.items()}
+    numbers = {n: {k: x for k, x in slots.items() if not isinstance(x, Tensor)} for n, slots in state.items()}
+    return tensors, numbers

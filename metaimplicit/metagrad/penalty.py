@@ -1,0 +1,65 @@
+"""A hypergradient from first derivatives alone: the value function as a penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, run_inner
+from metaimplicit.params import Params, leaves
+from metaimplicit.problem import LiftedProblem, Stream
+from metaimplicit.solvers import State
+
+
+@dataclass(frozen=True)
+class ValueFunction(Method):
+    """dg/dφ ≈ ∂g/∂φ(y) + λ(∂f/∂φ(y) − ∂f/∂φ(z)), z ≈ argmin_θ f, y ≈ argmin_θ f + g/λ.
+
+    The gradient of min_θ g + λ(f − min f), whose distance to the exact one is O(1/λ) where f is strongly convex (Kwon
+    et al. 2023, F2SA, lemma 3.1). y runs the inner loop from z, and goes on from its own end where z does.
+
+    Args:
+        strength: λ > 0. The larger, the nearer, and the better y and z must be solved: their errors are multiplied.
+        batch: with a `Stream`, the data of ∂f/∂φ.
+    """
+
+    strength: float = 10.0
+    batch: object = None
+    flag = "f2sa"
+    reach = frozenset({"loss"})
+    remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
+
+    def __post_init__(self) -> None:
+        if not self.strength > 0:
+            raise ValueError(f"ValueFunction strength: got {self.strength}, expected a number > 0")
+
+    def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        if isinstance(problem.data, Stream) and self.batch is None:
+            raise ValueError("ValueFunction batch: got None with a Stream, expected the data of ∂f/∂φ")
+        data = self.batch if isinstance(problem.data, Stream) else problem.data
+        outer = problem.at(inner.steps)
+        _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        fixed = {name: m.detach() for name, m in meta.items()}
+        z, y = trajectory.end, None if problem.start is None else problem.start.carried
+
+        def penalised(params: Params, t: int) -> torch.Tensor:
+            g, _ = problem.outer(params, fixed, outer)
+            return problem.inner(params, fixed, problem.at(t)) + g / self.strength
+
+        y = replace(z, state={}) if y is None else y
+        y = inner.run(penalised, y.params, fixed, track=0, state=y.state).end
+        report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
+
+        def pullback(_: Params, __: State) -> tuple[Gradients, Report]:
+            names = [name for name, m in meta.items() if m.requires_grad]
+            at_y, at_z = leaves(y.params), leaves(z.params)
+            # the caller adds ∂g/∂φ(z): the difference makes it ∂g/∂φ(y)
+            outward = problem.outer(at_y, meta, outer)[0] - problem.outer(at_z, meta, outer)[0]
+            inward = problem.inner(at_y, meta, data) - problem.inner(at_z, meta, data)
+            value = outward.mean() + self.strength * inward.mean()
+            found = torch.autograd.grad(value, [meta[name] for name in names], allow_unused=True)
+            return dict.fromkeys(meta) | dict(zip(names, found, strict=True)), report
+
+        return Adaptation(z.params, report, reads, replace(z, carried=y), pullback)

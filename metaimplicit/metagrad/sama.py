@@ -1,0 +1,52 @@
+"""An implicit gradient without any second derivative: the optimiser's own step in place of the inverse curvature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
+from metaimplicit.operators import central_difference
+from metaimplicit.params import Params, flatten
+from metaimplicit.problem import LiftedProblem, Stream
+from metaimplicit.solvers import State
+
+
+@dataclass(frozen=True)
+class SAMA(Method):
+    """(dθ*/dφ)ᵀ v ≈ −(∂²f/∂θ∂φ)ᵀ D v, D = ∂u/∂g of the inner optimiser's next step θ − u(g), g = ∂f/∂θ.
+
+    The curvature is taken for D⁻¹, as adaptive optimisers do, and the mixed product is a difference of two gradients
+    at θ ± hDv (Choe et al. 2023, SAMA, eq. 3–5). Exact where A = D⁻¹; with plain gradient descent D = ηI, T1–T2.
+
+    Args:
+        batch: with a `Stream`, the data of g and of the mixed derivative.
+    """
+
+    batch: Any = field(default=None, repr=False)
+    flag = "sama"
+    reach = frozenset({"loss"})
+    remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
+
+    def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        if isinstance(problem.data, Stream) and self.batch is None:
+            raise ValueError("SAMA batch: got None with a Stream, expected the data of the mixed derivative")
+        data = self.batch if isinstance(problem.data, Stream) else problem.data
+        _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        end = trajectory.end
+        fixed = {name: m.detach() for name, m in meta.items()}
+        g = torch.func.grad(lambda p: problem.inner(p, fixed, data).sum())(end.params)
+        report = Report(self.flag, trajectory.steps, flatten(g).norm(dim=-1))
+
+        def pullback(vectors: Params, _: State) -> tuple[Gradients, Report]:
+            def step(gradient: Params) -> Params:
+                return inner.update(end.params, gradient, end.state, fixed)[0]
+
+            along = torch.func.jvp(step, (g,), (vectors,))[1]  # ∂θ'/∂g v = −Dv
+            slope = central_difference(lambda p: problem.inner(p, meta, data), end.params, flatten(along))
+            return pull_graph({"f": slope}, meta, {"f": torch.ones_like(slope)}, retain_graph=False), report
+
+        return Adaptation(end.params, report, reads, end, pullback)

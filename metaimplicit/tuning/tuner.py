@@ -1,0 +1,267 @@
+"""Hyperparameters as outer variables: K inner steps, one hypergradient step, and on from there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from metaimplicit.hypergradient import hypergradient
+from metaimplicit.inner import InnerLoop
+from metaimplicit.metagrad import Method, MethodOptions, Report, make_method
+from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem, Iterate, Stream
+from metaimplicit.solvers import State
+from metaimplicit.tuning.domains import Domain, Real
+
+Source = Callable[[int], Any] | Iterable[Any]  # of batches: pure in their number, or a loader
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class TunerStep:
+    """What one outer step did.
+
+    Attributes:
+        outer_loss: g(θ_T, φ) on the validation batch, before φ moved.
+        norm: ‖dg/dφ‖ in the free coordinates.
+        report: of the inner loop and the solve.
+        applied: False where the hypergradient was not finite and the step was skipped.
+    """
+
+    outer_loss: float
+    norm: float
+    report: Report
+    applied: bool
+
+
+class Tuner:
+    """Alternate K steps of the inner loop with one hypergradient step in φ.
+
+    θ and the inner optimiser's state go on from outer step to outer step, and so does the solver (its solution, sketch
+    or Ritz vectors): K = 1 with `soba` is the single loop of Dagréou et al. (2022), with `sama` that of Choe et al.
+    (2023), with `real-time` that of Franceschi et al. (2017); K large and `warm_start=False` is the double loop.
+
+    Args:
+        problem: its inner loss is given training batches, its outer loss validation batches, as data.
+        meta: φ, `{name: tensor}`, the values to start from.
+        inner: the inner loop; its `steps` are K.
+        method: how the hypergradient is taken, a `Method` or its flag, with `options`. An implicit method takes its
+            curvature from a training batch of its own.
+        optimizer: the outer one, given the free coordinates of φ: `partial(torch.optim.SGD, lr=1.0, momentum=0.9)`.
+        domains: where entries of `meta` may lie; any real number unless said.
+        warm_start: go on from the last θ; False, start at `problem.init` every time.
+        on_nonfinite: "raise" FloatingPointError, or "skip" the outer step, where a hypergradient has a NaN or an Inf.
+            Either way it is never applied, and the next step starts from the θ before it.
+
+    Raises:
+        ValueError: a hyperparameter outside its domain, a domain of none; whatever `hypergradient` refuses.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        meta: Params,
+        *,
+        inner: InnerLoop,
+        method: str | Method = "cg",
+        options: MethodOptions | None = None,
+        optimizer: Optimizer = lambda free: torch.optim.Adam(free, lr=0.01),
+        domains: Mapping[str, Domain] | None = None,
+        warm_start: bool = True,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if unknown := sorted(set(domains or {}) - set(meta)):
+            raise ValueError(f"domains: got {unknown}, expected names in meta, {sorted(meta)}")
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
+        self.problem, self.inner, self.method = problem, inner, make_method(method, options)
+        self.warm_start, self.on_nonfinite = warm_start, on_nonfinite
+        self._fixed = {name: m.detach() for name, m in meta.items() if not m.is_floating_point()}
+        self._domains = {name: (domains or {}).get(name, Real()) for name in meta if name not in self._fixed}
+        self._free: Params = {}
+        for name, domain in self._domains.items():
+            try:
+                self._free[name] = domain.free(meta[name].detach()).clone().requires_grad_()
+            except ValueError as error:
+                raise ValueError(f"meta[{name!r}]: {error}") from error
+        self.optimizer = optimizer(list(self._free.values()))
+        self.end: Iterate | None = None
+        self.state: State = {}
+        self.steps = 0
+
+    @property
+    def meta(self) -> Params:
+        """φ as it stands, detached."""
+        return {name: m.detach() for name, m in self._meta().items()}
+
+    @property
+    def params(self) -> Params:
+        """θ as the last step left it, or as `init` makes it from φ before the first, `{name: [*shape]}`."""
+        if self.end is None:
+            raise ValueError("params: there are none before the first step")
+        return {name: p.squeeze(0) for name, p in self.end.params.items()}
+
+    def step(self, train: Any, validation: Any) -> TunerStep:
+        """K inner steps and one outer step.
+
+        Args:
+            train: a list of K + 1 batches, one for each inner step and one for the curvature; anything else serves all.
+            validation: the batch of the outer loss.
+
+        Raises:
+            FloatingPointError: a hypergradient with a NaN or an Inf, under "raise".
+            ValueError: too few batches.
+        """
+        k = self.inner.steps
+        if isinstance(train, list) and len(train) != k + 1:
+            raise ValueError(f"train: got a list of {len(train)} batches, expected {k + 1}, one more than inner steps")
+        batches = train if isinstance(train, list) else [train] * (k + 1)
+        meta = self._meta()
+        found = hypergradient(
+            self.problem,
+            {name: m.detach() for name, m in meta.items()},
+            Stream(lambda t: batches[t] if t < k else validation),
+            inner=self.inner,
+            method=_on(self.method, batches[k]),
+            state=self.state,
+            start=self.end if self.warm_start else None,
+        )
+        self.optimizer.zero_grad()
+        names, free = list(self._free), list(self._free.values())
+        torch.autograd.backward([meta[n] for n in names], [found.grads[n] for n in names], inputs=free)
+        slopes = [x.grad for x in free if x.grad is not None]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in slopes))
+        finite = math.isfinite(norm) and math.isfinite(found.outer_loss.item())
+        if finite:
+            self.optimizer.step()
+            with torch.no_grad():
+                for name, x in self._free.items():
+                    x.copy_(self._domains[name].project(x))
+            self.end, self.state = found.end, found.report.state
+        elif self.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"outer step {self.steps}: got a hypergradient of norm {norm} at outer loss {found.outer_loss.item()}, "
+                "expected finite numbers; nothing was changed. Lower a step size, or use on_nonfinite='skip'"
+            )
+        self.steps += 1
+        return TunerStep(found.outer_loss.item(), norm, found.report, finite)
+
+    def fit(
+        self,
+        train: Source,
+        validation: Source,
+        *,
+        steps: int,
+        metric: Callable[[Params, Params], float] | None = None,
+        every: int = 1,
+        patience: int | None = None,
+        callback: Callable[[TunerStep], None] | None = None,
+    ) -> float | None:
+        """Take outer steps until there are `steps` of them, over all calls.
+
+        Args:
+            train: batches of training data, K + 1 of them an outer step: a function of their number, which resumes
+                exactly, or any iterable (a loader), which is begun again when it ends.
+            validation: the same for the outer loss, one an outer step.
+            steps: the outer steps to come to.
+            metric: `(params, meta) -> float`, lower is better, on data that neither loss has seen.
+            every: outer steps between its measurements.
+            patience: stop when so many measurements in turn have not improved on the best; φ and θ go back to it.
+            callback: called after every step.
+
+        Returns:
+            The best measurement, or None without a metric.
+        """
+        if patience is not None and metric is None:
+            raise ValueError(f"patience: got {patience} without a metric, expected both or neither")
+        first, k = self.steps, self.inner.steps
+        draw, judge = _reader(train, first * (k + 1)), _reader(validation, first)
+        best, waited, kept = math.inf, 0, None
+        while self.steps < steps:
+            result = self.step([next(draw) for _ in range(k + 1)], next(judge))
+            if callback is not None:
+                callback(result)
+            if metric is not None and self.steps % every == 0 and self.end is not None:
+                value = metric(self.params, self.meta)
+                if value < best:
+                    best, waited, kept = value, 0, self.state_dict()
+                else:
+                    waited += 1
+                if patience is not None and waited >= patience:
+                    break
+        if kept is not None and patience is not None:
+            taken = self.steps
+            self.load_state_dict(kept)
+            self.steps = taken
+        return best if metric is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on to the same bits, but the batches: φ, θ, both optimisers and the solver."""
+        end = None if self.end is None else {f.name: getattr(self.end, f.name) for f in fields(self.end)}
+        state = {
+            "free": {name: free.detach() for name, free in self._free.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "end": _plain(end),
+            "state": self.state,
+            "steps": self.steps,
+        }
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was taken; ValueError where it is another problem's."""
+        shapes = {name: tuple(free.shape) for name, free in self._free.items()}
+        got = {name: tuple(free.shape) for name, free in state["free"].items()}
+        if got != shapes:
+            raise ValueError(f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did")
+        with torch.no_grad():
+            for name, free in self._free.items():
+                free.copy_(state["free"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.end = None if state["end"] is None else _iterate(state["end"])
+        self.state, self.steps = dict(state["state"]), state["steps"]
+
+    def _meta(self) -> Params:
+        return {**self._fixed, **{name: self._domains[name].value(free) for name, free in self._free.items()}}
+
+
+def _on(method: Method, batch: Any) -> Method:
+    """The method with its curvature on a training batch, where it has one and none was named."""
+    takes = any(f.name == "batch" for f in fields(method))  # type: ignore[arg-type]
+    return replace(method, batch=batch) if takes and method.batch is None else method  # type: ignore[attr-defined,type-var]
+
+
+def _reader(source: Source, first: int) -> Iterator[Any]:
+    if callable(source):
+        while True:
+            yield source(first)
+            first += 1
+    empty = True
+    while True:
+        for batch in source:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("batches: got an iterable without any, or one that is used up, expected a loader")
+        empty = True
+
+
+def _plain(tree: Any) -> Any:
+    """The second iterate that a method carries as a dict: state dicts hold plain containers alone."""
+    if isinstance(tree, Iterate):
+        return {f.name: _plain(getattr(tree, f.name)) for f in fields(tree)}
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return tree
+
+
+def _iterate(plain: dict[str, Any]) -> Iterate:
+    carried = plain["carried"]
+    if isinstance(carried, dict) and "params" in carried:
+        carried = _iterate(carried)
+    return Iterate(plain["params"], plain["state"], carried)
