@@ -2,7 +2,7 @@
 
 from metaimplicit.check import Check, check_hypergradient
 from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
-from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit.inner import LBFGS, GradientDescent, InnerLoop, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner, Step
 from metaimplicit.metagrad import (
     METHODS,
@@ -35,11 +35,13 @@ from metaimplicit.solvers import (
     Solver,
     Status,
 )
-from metaimplicit.tuning import Box, Domain, Interval, Positive, Simplex, Tuner
+from metaimplicit.tuning import HOAG, Box, Domain, Interval, Positive, Simplex, Tuner
 
 __all__ = [
     "CG",
+    "HOAG",
     "KFAC",
+    "LBFGS",
     "METHODS",
     "MINRES",
     "SAMA",

@@ -86,6 +86,13 @@ class InnerLoop(ABC):
         """Whether a number of this loop is read from the meta-parameter `key`."""
         return any(isinstance(number, FromMeta) and number.reads(key) for _, number in self._numbers())
 
+    def check(self) -> None:
+        """Raise ValueError for a cap or a tolerance out of range."""
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, expected at least 1 inner step")
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(f"tol: got {self.tol}, expected a gradient norm > 0, or None")
+
     def check_captured(self) -> None:
         """Raise ValueError for a number that requires grad but is no part of `meta`: its gradient would be lost."""
         for name, number in self._numbers():

@@ -65,7 +65,7 @@ class GradientDescent(_Stepped):
     tol: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        self.check()
         check_optimizer(torch.optim.SGD, {"lr": self.lr, "momentum": self.momentum})
 
     @property
@@ -101,7 +101,7 @@ class TorchOptimizer(_Stepped):
     ) -> None:
         for name, value in {"optimizer": optimizer, "steps": steps, "tol": tol, "options": options}.items():
             object.__setattr__(self, name, value)
-        _check(self)
+        self.check()
         check_optimizer(optimizer, options)
 
     @property
@@ -111,10 +111,3 @@ class TorchOptimizer(_Stepped):
 
     def updated(self, **changes: Any) -> TorchOptimizer:
         return TorchOptimizer(self.optimizer, **({"steps": self.steps, "tol": self.tol} | self.options | changes))
-
-
-def _check(loop: InnerLoop) -> None:
-    if loop.steps < 1:
-        raise ValueError(f"steps: got {loop.steps}, expected at least 1 inner step")
-    if loop.tol is not None and not loop.tol > 0:
-        raise ValueError(f"tol: got {loop.tol}, expected a gradient norm > 0, or None")

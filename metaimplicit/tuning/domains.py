@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from metaimplicit.params import Params
 
 
 class Domain(ABC):
@@ -106,6 +110,61 @@ class Simplex(Domain):
         close = (value.sum(self.dim, keepdim=True) - 1).abs() < 1e-4
         _check((value > 0) & close, value, f"numbers > 0 that sum to 1 along dim {self.dim}")
         return value.log()
+
+
+class FreeMeta:
+    """φ in free coordinates, leaves of autograd; entries that are no floating-point numbers stay as they are.
+
+    Args:
+        meta: φ to start from.
+        domains: where its entries may lie; any real number unless said.
+
+    Raises:
+        ValueError: a value outside its domain, a domain of no entry.
+    """
+
+    def __init__(self, meta: Params, domains: Mapping[str, Domain] | None) -> None:
+        if unknown := sorted(set(domains or {}) - set(meta)):
+            raise ValueError(f"domains: got {unknown}, expected names in meta, {sorted(meta)}")
+        self._fixed = {name: m.detach() for name, m in meta.items() if not m.is_floating_point()}
+        self._domains = {name: (domains or {}).get(name, Real()) for name in meta if name not in self._fixed}
+        self.tensors: Params = {}
+        for name, domain in self._domains.items():
+            try:
+                self.tensors[name] = domain.free(meta[name].detach()).clone().requires_grad_()
+            except ValueError as error:
+                raise ValueError(f"meta[{name!r}]: {error}") from error
+
+    def meta(self) -> Params:
+        """φ, with its graph to the coordinates."""
+        return {**self._fixed, **{name: self._domains[name].value(free) for name, free in self.tensors.items()}}
+
+    def pull(self, gradients: Params) -> Params:
+        """dg/dφ in the coordinates, by the chain rule."""
+        with torch.enable_grad():
+            values = self.meta()
+        outputs, along = [values[n] for n in self.tensors], [gradients[n] for n in self.tensors]
+        return dict(zip(self.tensors, torch.autograd.grad(outputs, list(self.tensors.values()), along), strict=True))
+
+    def load(self, tensors: Params) -> None:
+        """Take other coordinates; ValueError for another φ's."""
+        shapes, got = ({n: tuple(x.shape) for n, x in each.items()} for each in (self.tensors, tensors))
+        if got != shapes:
+            raise ValueError(f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did")
+        with torch.no_grad():
+            for name, free in self.tensors.items():
+                free.copy_(tensors[name])
+
+    def project(self) -> None:
+        """Bring the coordinates back to where they are allowed, after a step."""
+        with torch.no_grad():
+            for name, free in self.tensors.items():
+                free.copy_(self._domains[name].project(free))
+
+
+def norm(gradients: Params) -> float:
+    """The length of all of them together."""
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
 def _check_bounds(name: str, low: float, high: float) -> None:

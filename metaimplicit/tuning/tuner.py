@@ -17,7 +17,7 @@ from metaimplicit.metagrad import Method, MethodOptions, Report, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Iterate, Stream
 from metaimplicit.solvers import State
-from metaimplicit.tuning.domains import Domain, Real
+from metaimplicit.tuning.domains import Domain, FreeMeta, norm
 
 Source = Callable[[int], Any] | Iterable[Any]  # of batches: pure in their number, or a loader
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -76,21 +76,12 @@ class Tuner:
         warm_start: bool = True,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
-        if unknown := sorted(set(domains or {}) - set(meta)):
-            raise ValueError(f"domains: got {unknown}, expected names in meta, {sorted(meta)}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
         self.problem, self.inner, self.method = problem, inner, make_method(method, options)
         self.warm_start, self.on_nonfinite = warm_start, on_nonfinite
-        self._fixed = {name: m.detach() for name, m in meta.items() if not m.is_floating_point()}
-        self._domains = {name: (domains or {}).get(name, Real()) for name in meta if name not in self._fixed}
-        self._free: Params = {}
-        for name, domain in self._domains.items():
-            try:
-                self._free[name] = domain.free(meta[name].detach()).clone().requires_grad_()
-            except ValueError as error:
-                raise ValueError(f"meta[{name!r}]: {error}") from error
-        self.optimizer = optimizer(list(self._free.values()))
+        self._free = FreeMeta(meta, domains)
+        self.optimizer = optimizer(list(self._free.tensors.values()))
         self.end: Iterate | None = None
         self.state: State = {}
         self.steps = 0
@@ -98,7 +89,7 @@ class Tuner:
     @property
     def meta(self) -> Params:
         """φ as it stands, detached."""
-        return {name: m.detach() for name, m in self._meta().items()}
+        return {name: m.detach() for name, m in self._free.meta().items()}
 
     @property
     def params(self) -> Params:
@@ -122,35 +113,31 @@ class Tuner:
         if isinstance(train, list) and len(train) != k + 1:
             raise ValueError(f"train: got a list of {len(train)} batches, expected {k + 1}, one more than inner steps")
         batches = train if isinstance(train, list) else [train] * (k + 1)
-        meta = self._meta()
         found = hypergradient(
             self.problem,
-            {name: m.detach() for name, m in meta.items()},
+            self.meta,
             Stream(lambda t: batches[t] if t < k else validation),
             inner=self.inner,
             method=_on(self.method, batches[k]),
             state=self.state,
             start=self.end if self.warm_start else None,
         )
-        self.optimizer.zero_grad()
-        names, free = list(self._free), list(self._free.values())
-        torch.autograd.backward([meta[n] for n in names], [found.grads[n] for n in names], inputs=free)
-        slopes = [x.grad for x in free if x.grad is not None]
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in slopes))
-        finite = math.isfinite(norm) and math.isfinite(found.outer_loss.item())
+        slopes = self._free.pull(found.grads)
+        length = norm(slopes)
+        finite = math.isfinite(length) and math.isfinite(found.outer_loss.item())
         if finite:
+            for name, free in self._free.tensors.items():
+                free.grad = slopes[name]
             self.optimizer.step()
-            with torch.no_grad():
-                for name, x in self._free.items():
-                    x.copy_(self._domains[name].project(x))
+            self._free.project()
             self.end, self.state = found.end, found.report.state
         elif self.on_nonfinite == "raise":
             raise FloatingPointError(
-                f"outer step {self.steps}: got a hypergradient of norm {norm} at outer loss {found.outer_loss.item()}, "
+                f"outer step {self.steps}: got a hypergradient of norm {length} at outer loss {found.outer_loss}, "
                 "expected finite numbers; nothing was changed. Lower a step size, or use on_nonfinite='skip'"
             )
         self.steps += 1
-        return TunerStep(found.outer_loss.item(), norm, found.report, finite)
+        return TunerStep(found.outer_loss.item(), length, found.report, finite)
 
     def fit(
         self,
@@ -205,7 +192,7 @@ class Tuner:
         """All that a run needs to go on to the same bits, but the batches: φ, θ, both optimisers and the solver."""
         end = None if self.end is None else {f.name: getattr(self.end, f.name) for f in fields(self.end)}
         state = {
-            "free": {name: free.detach() for name, free in self._free.items()},
+            "free": {name: free.detach() for name, free in self._free.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
             "end": _plain(end),
             "state": self.state,
@@ -215,19 +202,10 @@ class Tuner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken; ValueError where it is another problem's."""
-        shapes = {name: tuple(free.shape) for name, free in self._free.items()}
-        got = {name: tuple(free.shape) for name, free in state["free"].items()}
-        if got != shapes:
-            raise ValueError(f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did")
-        with torch.no_grad():
-            for name, free in self._free.items():
-                free.copy_(state["free"][name])
+        self._free.load(state["free"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.end = None if state["end"] is None else _iterate(state["end"])
         self.state, self.steps = dict(state["state"]), state["steps"]
-
-    def _meta(self) -> Params:
-        return {**self._fixed, **{name: self._domains[name].value(free) for name, free in self._free.items()}}
 
 
 def _on(method: Method, batch: Any) -> Method:

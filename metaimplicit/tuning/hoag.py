@@ -1,0 +1,159 @@
+"""Hyperparameters by gradient steps of a length found on the way, from inner problems solved ever more exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from metaimplicit.hypergradient import hypergradient
+from metaimplicit.inner import LBFGS, InnerLoop
+from metaimplicit.metagrad import Implicit, Report
+from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem, Iterate, Stream
+from metaimplicit.solvers import CG, State
+from metaimplicit.tuning.domains import Domain, FreeMeta, norm
+
+SCHEDULES: dict[str, Callable[[int], float]] = {  # k = 1, 2, …; each has a finite sum
+    "exponential": lambda k: 0.9**k,
+    "quadratic": lambda k: 1 / k**2,
+    "cubic": lambda k: 1 / k**3,
+}
+
+
+@dataclass(frozen=True)
+class HOAGStep:
+    """One inner solve and what followed.
+
+    Attributes:
+        outer_loss: g at φ_k.
+        norm: ‖dg/dφ‖ in the free coordinates.
+        tolerance: ε_k.
+        lipschitz: L, the steps being 1/L long for each unit of gradient.
+        accepted: whether φ_k lowered g enough; if not, φ went back and L grew.
+        report: of the inner loop and the solve.
+    """
+
+    outer_loss: float
+    norm: float
+    tolerance: float
+    lipschitz: float
+    accepted: bool
+    report: Report
+
+
+class HOAG:
+    """Hyperparameter optimisation with approximate gradient (Pedregosa 2016, alg. 1).
+
+    At step k: θ to ‖∂f/∂θ‖ ≤ ε_k and the linear system to ‖Au − v‖ ≤ ε_k‖v‖, both from where the last step left them;
+    then φ ← φ − p/L with p the hypergradient. With Σε_k < ∞ φ converges to a stationary point (ibid., theorem 2); with
+    ε_k constant only to within its error. L is found on the way: where g(φ_k) > g(φ_{k−1}) − L/2 ‖Δφ‖² by more than the
+    tolerances explain, the step is taken back and L doubles; otherwise it shrinks.
+
+    Args:
+        problem: its inner loss is given `train`, its outer loss `validation`.
+        meta: φ, the values to start from.
+        train, validation: the data.
+        inner: solves to a tolerance, which is set here.
+        schedule: ε_k over `tolerance`, "exponential" 0.9ᵏ, "quadratic" 1/k², "cubic" 1/k³, or a function of k ≥ 1; ε_k
+            stays above the square root of the working precision.
+        tolerance: what the schedule multiplies, > 0.
+        solver: CG's cap on its steps; its tolerance is set here.
+        domains: of the hyperparameters, as for `Tuner`.
+
+    Raises:
+        ValueError: an option out of range; whatever `hypergradient` refuses.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        meta: Params,
+        train: Any,
+        validation: Any,
+        *,
+        inner: InnerLoop | None = None,
+        schedule: Literal["exponential", "quadratic", "cubic"] | Callable[[int], float] = "cubic",
+        tolerance: float = 0.1,
+        solver: CG | None = None,
+        domains: Mapping[str, Domain] | None = None,
+    ) -> None:
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule: got {schedule!r}, expected one of {', '.join(SCHEDULES)}, or a function")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance: got {tolerance}, expected a number > 0")
+        self.problem, self.inner, self.solver = problem, inner or LBFGS(), solver or CG(max_steps=100)
+        self.train, self.validation = train, validation
+        self.schedule, self.tolerance = schedule if callable(schedule) else SCHEDULES[schedule], tolerance
+        self.free = FreeMeta(meta, domains)
+        self.end: Iterate | None = None
+        self.state: State = {}
+        self.lipschitz = math.nan  # until the first gradient
+        self.steps = 0
+        self._last: tuple[Params, Params, float, float] | None = None  # the φ accepted last, its p, g and ε
+
+    @property
+    def meta(self) -> Params:
+        """φ as it stands, detached."""
+        return {name: m.detach() for name, m in self.free.meta().items()}
+
+    @property
+    def params(self) -> Params:
+        """θ of the last inner solve, `{name: [*shape]}`."""
+        if self.end is None:
+            raise ValueError("params: there are none before the first step")
+        return {name: p.squeeze(0) for name, p in self.end.params.items()}
+
+    def step(self) -> HOAGStep:
+        """One inner solve, and a step of φ forward or back.
+
+        Raises:
+            FloatingPointError: a hypergradient with a NaN or an Inf; nothing was changed.
+        """
+        # the line search cannot tell losses apart below the square root of the working precision
+        floor = torch.finfo(next(iter(self.free.tensors.values())).dtype).eps ** 0.5
+        epsilon = max(self.tolerance * self.schedule(self.steps + 1), floor)
+        inner = self.inner.updated(tol=epsilon)
+        found = hypergradient(
+            self.problem,
+            self.meta,
+            Stream(lambda t: self.train if t < inner.steps else self.validation),
+            inner=inner,
+            method=Implicit(replace(self.solver, tol=min(epsilon, 1.0)), batch=self.train),
+            state=self.state,
+            start=self.end,
+        )
+        g, slope = found.outer_loss.item(), self.free.pull(found.grads)
+        length = norm(slope)
+        if not math.isfinite(length + g):
+            raise FloatingPointError(
+                f"step {self.steps}: got a hypergradient of norm {length} at outer loss {g}, expected finite numbers; "
+                "nothing was changed"
+            )
+        self.end, self.state = found.end, found.report.state
+        accepted = self._sufficient(g, epsilon)
+        if accepted:
+            # the first step has length one; later ones grow where the model of g allowed it
+            self.lipschitz = max(length, 1e-12) if self._last is None else 0.7 * self.lipschitz
+            self._last = ({n: x.detach().clone() for n, x in self.free.tensors.items()}, slope, g, epsilon)
+        else:
+            self.lipschitz *= 2
+        assert self._last is not None
+        point, direction, _, _ = self._last
+        with torch.no_grad():
+            for name, x in self.free.tensors.items():
+                x.copy_(point[name] - direction[name] / self.lipschitz)
+        self.free.project()
+        self.steps += 1
+        return HOAGStep(g, length, epsilon, self.lipschitz, accepted, found.report)
+
+    def _sufficient(self, g: float, epsilon: float) -> bool:
+        if self._last is None:
+            return True
+        point, _, before, last = self._last
+        moved = norm({n: x.detach() - point[n] for n, x in self.free.tensors.items()})
+        slack = epsilon / 4 + last * (1 / 4 + self.lipschitz) * moved  # ibid., §4: what inexact solves may add
+        return g <= before + slack - self.lipschitz / 2 * moved**2
