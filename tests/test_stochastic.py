@@ -155,6 +155,18 @@ def test_the_value_function_is_the_gradient_of_its_penalty():
     assert relative_error(run(ValueFunction(strength)).grads["phi"], expected) < 1e-12
 
 
+def test_the_value_function_takes_the_direct_gradient_at_its_own_point():
+    """f = ½(θ − φ)², g = θφ: y = φ − φ/λ, and d/dφ min_θ g + λ(f − min f) = y + λ(φ − y) = 2φ − φ/λ."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"theta": torch.zeros((), dtype=torch.float64)},
+        inner_loss=lambda params, meta, data: 0.5 * (params["theta"] - meta["phi"]) ** 2,
+        outer_loss=lambda params, meta, data: params["theta"] * meta["phi"],
+    )
+    phi = torch.tensor(1.5, dtype=torch.float64)
+    found = hypergradient(problem, {"phi": phi}, None, inner=LOOP, method=ValueFunction(4.0))
+    assert float(found.grads["phi"]) == pytest.approx(2 * 1.5 - 1.5 / 4, rel=1e-12)
+
+
 def test_the_value_function_goes_on_with_both_iterates():
     short, end = LOOP.updated(steps=3), None
     for _ in range(60):
