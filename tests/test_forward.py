@@ -174,6 +174,8 @@ def test_memory_is_flat_in_the_steps():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="chunk: got 0, expected at least 1"):
         Forward(chunk=0)
+    with pytest.raises(ValueError, match=r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"):
+        gradients(Forward(memory=1000))
     end = gradients(Forward(carry=True)).end
     with pytest.raises(ValueError, match=r"start: got the derivative of .*'mu'.*expected that of"):
         gradients(Forward(carry=True), inner=GradientDescent(lr=FromMeta("eta")), start=end)

@@ -34,10 +34,15 @@ class Forward(Method):
         carry: where a call goes on from the `end` of another, go on from its Z too, as if φ had never moved: real-time
             tuning (ibid., alg. RTHO), whose partial hypergradient at step t is Z_tᵀ ∂g/∂θ(θ_t). Otherwise the start
             is a constant, Z = 0.
+        memory: bytes that Z and the basis of φ may take; more is an error before anything is allocated.
+
+    Raises:
+        ValueError: too many hyperparameters for `memory`; a start with the derivative in others.
     """
 
     chunk: int | None = None
     carry: bool = False
+    memory: int = 2**32
     flag = "forward"
 
     def __post_init__(self) -> None:
@@ -52,6 +57,7 @@ class Forward(Method):
         phi = {name: m.detach() for name, m in meta.items() if m.requires_grad and name in known}
         fixed = {name: m.detach() for name, m in meta.items() if name not in phi}
         state: OptimizerState = {} if problem.start is None else problem.start.state
+        self._check_size(params, phi)
         basis = _basis(phi)
         z = self._begin(problem, phi, fixed, basis)
         active = torch.ones(problem.tasks, dtype=torch.bool, device=next(iter(params.values())).device)
@@ -79,6 +85,15 @@ class Forward(Method):
             return found, report
 
         return Adaptation(params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback)
+
+    def _check_size(self, params: Params, phi: Params) -> None:
+        count, n = _count(phi), sum(p.numel() for p in params.values())
+        need = count * (n + count) * max((m.element_size() for m in phi.values()), default=0)
+        if need > self.memory:
+            raise ValueError(
+                f"forward: got {count} hyperparameters for {n} parameters, whose tangents take {need / 2**20:.0f} MiB, "
+                f"expected at most {self.memory / 2**20:.0f}; use 'unrolled' or an implicit method, or raise memory="
+            )
 
     def _begin(self, problem: LiftedProblem, phi: Params, fixed: Params, basis: Params) -> Tangents:
         """Z_0: the Jacobian of init; of an inner loop that goes on, 0, or the Z it ended with."""
