@@ -10,7 +10,7 @@ import torch
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
 from metaimplicit.operators import central_difference
-from metaimplicit.params import Params, flatten
+from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import LiftedProblem, Stream
 from metaimplicit.solvers import State
 
@@ -37,15 +37,19 @@ class SAMA(Method):
         data = self.batch if isinstance(problem.data, Stream) else problem.data
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         end = trajectory.end
-        fixed = {name: m.detach() for name, m in meta.items()}
-        g = torch.func.grad(lambda p: problem.inner(p, fixed, data).sum())(end.params)
+        fixed, theta = {name: m.detach() for name, m in meta.items()}, leaves(end.params)
+        loss = problem.inner(theta, fixed, data).sum()
+        found = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+        g = {name: x for name, x in zip(theta, found, strict=True) if x is not None}
         report = Report(self.flag, trajectory.steps, flatten(g).norm(dim=-1))
 
         def pullback(vectors: Params, _: State) -> tuple[Gradients, Report]:
             def step(gradient: Params) -> Params:
-                return inner.update(end.params, gradient, end.state, fixed)[0]
+                stepped = inner.update(end.params, gradient, end.state, fixed)[0]
+                return {name: stepped[name] for name in gradient}
 
-            along = torch.func.jvp(step, (g,), (vectors,))[1]  # ∂θ'/∂g v = −Dv
+            moved = torch.func.jvp(step, (g,), ({name: vectors[name] for name in g},))[1]  # ∂θ'/∂g v = −Dv
+            along = {name: moved.get(name, torch.zeros_like(p)) for name, p in end.params.items()}
             slope = central_difference(lambda p: problem.inner(p, meta, data), end.params, flatten(along))
             return pull_graph({"f": slope}, meta, {"f": torch.ones_like(slope)}, retain_graph=False), report
 
