@@ -63,7 +63,15 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
         inner = TorchOptimizer(INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra)
     method = make_method(
         options.method,
-        MethodOptions(options.solver_steps, options.rank, options.rho, options.curvature, options.damping),
+        MethodOptions(
+            options.solver_steps,
+            options.rank,
+            options.rho,
+            options.curvature,
+            options.damping,
+            options.scale,
+            options.penalty,
+        ),
     )
     if options.strict and isinstance(method, Implicit):
         method = replace(method, strict=True)

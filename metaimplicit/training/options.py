@@ -39,6 +39,10 @@ class Options:
     """What implicit methods invert; the Hessian of a few-shot support loss is indefinite."""
     damping: float = 0.0
     """Added to the curvature of implicit methods."""
+    scale: float | None = None
+    """Step of neumann, soba and amigo (by default from the curvature), and of t1-t2 (1)."""
+    penalty: float = 10.0
+    """λ of f2sa."""
     inner_steps: int = 4
     """Inner steps of training (sinusoid: 1; implicit methods: omniglot 8, sinusoid 32)."""
     inner_lr: float = 0.5
