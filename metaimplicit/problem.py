@@ -137,6 +137,11 @@ class Iterate:
     state: OptimizerState = field(default_factory=dict)
     carried: Any = None
 
+    @property
+    def single(self) -> Params:
+        """θ_t of one problem, without the task axis, `{name: [*shape]}`."""
+        return {name: p.squeeze(0) for name, p in self.params.items()}
+
     def detach(self) -> Iterate:
         """The same without a graph."""
         cut = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (self.params, self.state, self.carried))

@@ -97,18 +97,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(method):
         rows = torch.arange(6) + i % 7
         return POINT[0][rows], POINT[1][rows], *POINT[2:]
 
-    fixed = {name: m for name, m in META.items() if name != "weights"} | {"weights": META["weights"][:6]}
-
     def tuned():
-        made = Tuner(
+        return Tuner(
             PROBLEM,
-            {name: fixed[name] for name in ("decay", "weights")},
+            {"decay": META["decay"], "weights": META["weights"][:6]},
             inner=TorchOptimizer(torch.optim.Adam, steps=2, lr=0.05),
             method=method,
             options=MethodOptions(rank=3, curvature="hessian"),
             domains={"decay": Positive(), "weights": Box(0.0)},
         )
-        return made
 
     torch.manual_seed(0)
     whole = tuned()

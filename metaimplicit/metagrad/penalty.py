@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class ValueFunction(Method):
     """
 
     strength: float = 10.0
-    batch: object = None
+    batch: Any = field(default=None, repr=False)
     flag = "f2sa"
     reach = frozenset({"loss"})
     remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"

@@ -139,6 +139,10 @@ class FreeMeta:
         """φ, with its graph to the coordinates."""
         return {**self._fixed, **{name: self._domains[name].value(free) for name, free in self.tensors.items()}}
 
+    def values(self) -> Params:
+        """φ, detached."""
+        return {name: m.detach() for name, m in self.meta().items()}
+
     def pull(self, gradients: Params) -> Params:
         """dg/dφ in the coordinates, by the chain rule."""
         with torch.enable_grad():

@@ -98,14 +98,14 @@ class HOAG:
     @property
     def meta(self) -> Params:
         """φ as it stands, detached."""
-        return {name: m.detach() for name, m in self.free.meta().items()}
+        return self.free.values()
 
     @property
     def params(self) -> Params:
-        """θ of the last inner solve, `{name: [*shape]}`."""
+        """θ of the last inner solve, `{name: [*shape]}`; ValueError before the first."""
         if self.end is None:
             raise ValueError("params: there are none before the first step")
-        return {name: p.squeeze(0) for name, p in self.end.params.items()}
+        return self.end.single
 
     def step(self) -> HOAGStep:
         """One inner solve, and a step of φ forward or back.

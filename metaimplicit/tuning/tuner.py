@@ -89,14 +89,14 @@ class Tuner:
     @property
     def meta(self) -> Params:
         """φ as it stands, detached."""
-        return {name: m.detach() for name, m in self._free.meta().items()}
+        return self._free.values()
 
     @property
     def params(self) -> Params:
-        """θ as the last step left it, or as `init` makes it from φ before the first, `{name: [*shape]}`."""
+        """θ as the last step left it, `{name: [*shape]}`; ValueError before the first."""
         if self.end is None:
             raise ValueError("params: there are none before the first step")
-        return {name: p.squeeze(0) for name, p in self.end.params.items()}
+        return self.end.single
 
     def step(self, train: Any, validation: Any) -> TunerStep:
         """K inner steps and one outer step.
