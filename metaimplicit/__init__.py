@@ -35,7 +35,7 @@ from metaimplicit.solvers import (
     Solver,
     Status,
 )
-from metaimplicit.tuning import HOAG, Box, Domain, Interval, Positive, Simplex, Tuner
+from metaimplicit.tuning import HOAG, Box, Domain, Interval, Positive, Simplex, Tuner, tuning_problem
 
 __all__ = [
     "CG",
@@ -95,4 +95,5 @@ __all__ = [
     "argmin",
     "check_hypergradient",
     "hypergradient",
+    "tuning_problem",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.models import check_norms
 from metaimplicit.params import Adapt, Params, select
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, LiftedProblem, Proximal, Vectorize
 
@@ -247,7 +248,7 @@ class MetaLearner(nn.Module):
 
     def _trajectory(self, support: Pair, steps: int | None) -> tuple[Params, ...]:
         """The iterates θ_0 … θ_steps, the last one repeated where the loop stopped before."""
-        self._check_norms()
+        check_norms(self.model)
         steps = self.inner.steps if steps is None else steps
         lifted, meta = self._lift((support, support), batched=True), self._frozen()
         with torch.enable_grad():
@@ -285,16 +286,8 @@ class MetaLearner(nn.Module):
         float(self._hypergradient(data, vectorize).outer_loss)  # reading a number waits for the device
         return time.perf_counter() - start
 
-    def _check_norms(self) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, (nn.modules.batchnorm._NormBase)) and module.training and module.track_running_stats:
-                raise ValueError(
-                    f"model: {name!r} ({type(module).__name__}) tracks running statistics, which adaptation would mix "
-                    "between tasks; build it with track_running_stats=False, use GroupNorm, or call model.eval()"
-                )
-
     def _check(self, episodes: EpisodeBatch) -> None:
-        self._check_norms()
+        check_norms(self.model)
         for name, (inputs, targets) in {"support": episodes.support, "query": episodes.query}.items():
             if inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2] or 0 in inputs.shape[:2]:
                 raise ValueError(

@@ -109,3 +109,14 @@ def is_transductive(model: nn.Module) -> bool:
         isinstance(m, BatchNorm) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats)
         for m in model.modules()
     )
+
+
+def check_norms(model: nn.Module) -> None:
+    """ValueError for a normalisation that updates running statistics in its forward pass."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            raise ValueError(
+                f"model: {name!r} ({type(module).__name__}) tracks running statistics, which adaptation would mix "
+                "between tasks and iterates; build it with track_running_stats=False, use GroupNorm, or call "
+                "model.eval()"
+            )

@@ -86,16 +86,32 @@ class Composite:
     Args:
         outputs, loss, penalty: as above, each of one problem.
         module: the model that `outputs` calls with parameters of these names, for curvature that looks into its layers.
+        weights: `(meta, losses, data) -> [m]`; then `loss` returns one loss for each of the m examples, and its part of
+            f is (1/m) Σᵢ wᵢ ℓᵢ. The `losses` it is given are detached (Shu et al. 2019): w depends on φ alone.
     """
 
     outputs: Callable[[Params, Params, Any], Tensor]
     loss: Callable[[Tensor, Any], Tensor]
     penalty: Callable[[Params, Params], Tensor] | None = None
     module: nn.Module | None = None
+    weights: Callable[[Params, Tensor, Any], Tensor] | None = None
 
     def __call__(self, params: Params, meta: Params, data: Any) -> Tensor:
-        value = self.loss(self.outputs(params, meta, data), data)
+        value = self.of_outputs(self.outputs(params, meta, data), meta, data)
         return value if self.penalty is None else value + self.penalty(params, meta)
+
+    def of_outputs(self, outputs: Tensor, meta: Params, data: Any) -> Tensor:
+        """f less its penalty, a function of the outputs."""
+        losses = self.loss(outputs, data)
+        if self.weights is None:
+            return losses
+        weights = self.weights(meta, losses.detach(), data)
+        if losses.dim() != 1 or weights.shape != losses.shape:
+            raise ValueError(
+                f"weights: got shape {tuple(weights.shape)} for losses {tuple(losses.shape)}, expected [m] for both; "
+                "with weights, loss returns one number for each example (reduction='none')"
+            )
+        return (weights * losses).mean()
 
 
 @dataclass(frozen=True)
@@ -202,9 +218,10 @@ class LiftedProblem:
         out: Tensor = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
         return out
 
-    def output_loss(self, composite: Composite, outputs: Tensor, data: Any) -> Tensor:
-        loss = self._scalars("loss", lambda z, d: composite.loss(z["outputs"], d), {"outputs": outputs}, data)
-        return loss[0]
+    def output_loss(self, composite: Composite, outputs: Tensor, meta: Params, data: Any) -> Tensor:
+        return self._scalars(
+            "loss", lambda z, d: composite.of_outputs(z["outputs"], meta, d), {"outputs": outputs}, data
+        )[0]
 
     def penalty(self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params) -> Tensor:
         return self._scalars("penalty", lambda p, _: function(p, meta), params, None)[0]

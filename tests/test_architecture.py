@@ -9,14 +9,14 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "memory"),
+    ("params", "graph", "memory", "models"),
     ("problem",),
     ("operators",),
     ("solvers",),
     ("inner",),
     ("metagrad",),
     ("hypergradient",),
-    ("learner", "models", "check", "compare", "tuning"),
+    ("learner", "check", "compare", "tuning"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

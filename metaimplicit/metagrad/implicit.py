@@ -16,6 +16,7 @@ from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pu
 from metaimplicit.operators import (
     KFAC,
     Diagonal,
+    Fisher,
     GaussNewton,
     Hessian,
     Identity,
@@ -129,10 +130,12 @@ class Implicit(Method):
         data, f = self._data(problem), problem.problem.inner_loss
         if not isinstance(f, Composite) or f.module is None:
             raise ValueError("K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)")
+        if f.weights is not None:
+            raise ValueError("K-FAC: got an inner loss with weights, which it does not see; use 'gauss-newton'")
         factors: KFAC = _made(make)(
             f.module,
             lambda function, p: problem.apply(lambda q, d: function(lambda r: f.outputs(r, meta, d), q), p, data),
-            lambda z: problem.output_loss(f, z, data),
+            lambda z: problem.output_loss(f, z, meta, data),
             params,
         )
         return factors
@@ -201,11 +204,13 @@ class Implicit(Method):
         outputs = _steady(lambda p: problem.outputs(f, p, meta, data))
 
         def loss(z: Tensor) -> Tensor:
-            return problem.output_loss(f, z, data)
+            return problem.output_loss(f, z, meta, data)
 
         core: LinearOperator
         if self._generalised and not _is_kronecker(self.curvature):
             squared = _made(self.curvature)(outputs, loss, params)
+            if f.weights is not None and isinstance(squared, Fisher):
+                raise ValueError("Fisher: got an inner loss with weights, which it does not see; use 'gauss-newton'")
             core, gradient = squared, squared.gradient
         else:
             hessian = Hessian(lambda p: loss(outputs(p)), params, self.products)

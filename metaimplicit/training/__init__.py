@@ -1,13 +1,21 @@
 """Training: the loop, checkpoints, metrics, pictures. Where episodes come from is none of its business."""
 
 from metaimplicit.training.build import build_learner, describe
-from metaimplicit.training.checkpoint import Progress, load_checkpoint, load_learner, save_checkpoint
+from metaimplicit.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_learner,
+    load_tuner,
+    save_checkpoint,
+    save_tuner,
+)
 from metaimplicit.training.files import read_json, write_atomically, write_json
 from metaimplicit.training.log import read_metrics
 from metaimplicit.training.loop import CHECKPOINT, CONFIG, Budget, NonFiniteError, check_free, constant, cosine, fit
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
 from metaimplicit.training.options import Options
 from metaimplicit.training.report import Fits, fit_curves, plot_adaptation, plot_curves
+from metaimplicit.training.tune import fit_tuner
 
 __all__ = [
     "CHECKPOINT",
@@ -27,14 +35,17 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_curves",
+    "fit_tuner",
     "load_checkpoint",
     "load_learner",
+    "load_tuner",
     "peak_memory",
     "plot_adaptation",
     "plot_curves",
     "read_json",
     "read_metrics",
     "save_checkpoint",
+    "save_tuner",
     "write_atomically",
     "write_json",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from metaimplicit.learner import MetaLearner
 from metaimplicit.training.files import write_atomically
+from metaimplicit.tuning import Tuner
 
 FORMAT = 1
 
@@ -43,9 +44,30 @@ def save_checkpoint(
         "vectorize": learner.vectorize,
         "optimizer": optimizer.state_dict(),
         "sampler": sampler.state_dict(),
-        "rng": {"torch": torch.get_rng_state(), "cuda": _cuda_states()},
+        "rng": _rng(),
     }
     write_atomically(path, lambda file: torch.save(state, file))
+
+
+def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
+    """Write a tuner and the random states atomically."""
+    state = {"format": FORMAT, "progress": asdict(progress), "tuner": tuner.state_dict(), "rng": _rng()}
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_tuner(path: Path, tuner: Tuner) -> Progress:
+    """Put everything back where `save_tuner` found it.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: a damaged one, or that of another tuner.
+    """
+    state = _read(path, next(iter(tuner.meta.values())).device)
+    if "tuner" not in state:
+        raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
+    tuner.load_state_dict(state["tuner"])
+    _set_rng(state["rng"])
+    return Progress(**state["progress"])
 
 
 def load_learner(path: Path, learner: MetaLearner) -> Progress:
@@ -55,25 +77,22 @@ def load_learner(path: Path, learner: MetaLearner) -> Progress:
         FileNotFoundError: no checkpoint.
         ValueError: a damaged one, or that of another model.
     """
-    return _restore(_read(path, learner), path, learner)
+    return _restore(_read(path, _device(learner)), path, learner)
 
 
 def load_checkpoint(path: Path, learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: Resumable) -> Progress:
     """Put everything back where `save_checkpoint` found it; raises as `load_learner`, and what the sampler refuses."""
-    state = _read(path, learner)
+    state = _read(path, _device(learner))
     progress = _restore(state, path, learner)
     optimizer.load_state_dict(state["optimizer"])
     sampler.load_state_dict(state["sampler"])
-    torch.set_rng_state(state["rng"]["torch"].cpu())
-    if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng"]["cuda"]])
+    _set_rng(state["rng"])
     return progress
 
 
-def _read(path: Path, learner: MetaLearner) -> dict[str, Any]:
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint: found no {path}; give a folder that scripts/train.py has written to")
-    device = next(learner.parameters()).device
+        raise FileNotFoundError(f"checkpoint: found no {path}; give a folder that a run has written to")
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -93,7 +112,16 @@ def _restore(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progres
     return Progress(**state["progress"])
 
 
-def _cuda_states() -> list[torch.Tensor]:
-    """Empty unless CUDA is in use: asking would start it."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.cuda.get_rng_state_all() if used else []
+def _device(learner: MetaLearner) -> torch.device:
+    return next(learner.parameters()).device
+
+
+def _rng() -> dict[str, Any]:
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # asking would start it
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if used else []}
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda"]])

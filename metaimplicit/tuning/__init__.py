@@ -3,5 +3,40 @@
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive, Real, Simplex
 from metaimplicit.tuning.hoag import HOAG, HOAGStep
 from metaimplicit.tuning.tuner import Tuner, TunerStep
+from metaimplicit.tuning.variables import (
+    Augmentation,
+    ClassWeights,
+    ExampleWeights,
+    GroupStructure,
+    Scalar,
+    SyntheticData,
+    TuningProblem,
+    Variable,
+    WeightDecay,
+    WeightNetwork,
+    tuning_problem,
+)
 
-__all__ = ["HOAG", "Box", "Domain", "HOAGStep", "Interval", "Positive", "Real", "Simplex", "Tuner", "TunerStep"]
+__all__ = [
+    "HOAG",
+    "Augmentation",
+    "Box",
+    "ClassWeights",
+    "Domain",
+    "ExampleWeights",
+    "GroupStructure",
+    "HOAGStep",
+    "Interval",
+    "Positive",
+    "Real",
+    "Scalar",
+    "Simplex",
+    "SyntheticData",
+    "Tuner",
+    "TunerStep",
+    "TuningProblem",
+    "Variable",
+    "WeightDecay",
+    "WeightNetwork",
+    "tuning_problem",
+]

@@ -32,12 +32,14 @@ class TunerStep:
         norm: ‖dg/dφ‖ in the free coordinates.
         report: of the inner loop and the solve.
         applied: False where the hypergradient was not finite and the step was skipped.
+        metric: what `fit` measured after it, if it was due.
     """
 
     outer_loss: float
     norm: float
     report: Report
     applied: bool
+    metric: float | None = None
 
 
 class Tuner:
@@ -56,6 +58,7 @@ class Tuner:
         optimizer: the outer one, given the free coordinates of φ: `partial(torch.optim.SGD, lr=1.0, momentum=0.9)`.
         domains: where entries of `meta` may lie; any real number unless said.
         warm_start: go on from the last θ; False, start at `problem.init` every time.
+        schedule: outer step -> factor on the inner step size, which must be a number of the inner loop then.
         on_nonfinite: "raise" FloatingPointError, or "skip" the outer step, where a hypergradient has a NaN or an Inf.
             Either way it is never applied, and the next step starts from the θ before it.
 
@@ -74,17 +77,22 @@ class Tuner:
         optimizer: Optimizer = lambda free: torch.optim.Adam(free, lr=0.01),
         domains: Mapping[str, Domain] | None = None,
         warm_start: bool = True,
+        schedule: Callable[[int], float] | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
+        if schedule is not None and not isinstance(getattr(inner, "lr", None), (float, int)):
+            raise ValueError(f"schedule: got one for {inner}, expected an inner loop whose lr is a number")
         self.problem, self.inner, self.method = problem, inner, make_method(method, options)
-        self.warm_start, self.on_nonfinite = warm_start, on_nonfinite
+        self.warm_start, self.schedule, self.on_nonfinite = warm_start, schedule, on_nonfinite
         self._free = FreeMeta(meta, domains)
         self.optimizer = optimizer(list(self._free.tensors.values()))
         self.end: Iterate | None = None
         self.state: State = {}
         self.steps = 0
+        self._best, self._waited = math.inf, 0  # of early stopping, as is what it goes back to
+        self._kept: dict[str, Any] = {}
 
     @property
     def meta(self) -> Params:
@@ -113,11 +121,14 @@ class Tuner:
         if isinstance(train, list) and len(train) != k + 1:
             raise ValueError(f"train: got a list of {len(train)} batches, expected {k + 1}, one more than inner steps")
         batches = train if isinstance(train, list) else [train] * (k + 1)
+        inner = self.inner
+        if self.schedule is not None:
+            inner = inner.updated(lr=inner.lr * self.schedule(self.steps))  # type: ignore[attr-defined]
         found = hypergradient(
             self.problem,
             self.meta,
             Stream(lambda t: batches[t] if t < k else validation),
-            inner=self.inner,
+            inner=inner,
             method=_on(self.method, batches[k]),
             state=self.state,
             start=self.end if self.warm_start else None,
@@ -160,52 +171,62 @@ class Tuner:
             metric: `(params, meta) -> float`, lower is better, on data that neither loss has seen.
             every: outer steps between its measurements.
             patience: stop when so many measurements in turn have not improved on the best; φ and θ go back to it.
-            callback: called after every step.
+            callback: called after every step and its measurement.
 
         Returns:
-            The best measurement, or None without a metric.
+            The best measurement of all calls, or None without a metric.
         """
         if patience is not None and metric is None:
             raise ValueError(f"patience: got {patience} without a metric, expected both or neither")
+        for name, number in {"every": every, "patience": patience}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: got {number}, expected at least 1")
         first, k = self.steps, self.inner.steps
         draw, judge = _reader(train, first * (k + 1)), _reader(validation, first)
-        best, waited, kept = math.inf, 0, None
-        while self.steps < steps:
+        while self.steps < steps and not (patience is not None and self._waited >= patience):
             result = self.step([next(draw) for _ in range(k + 1)], next(judge))
+            if metric is not None and self.steps % every == 0 and self.end is not None:
+                result = replace(result, metric=self._measure(metric, patience is not None))
             if callback is not None:
                 callback(result)
-            if metric is not None and self.steps % every == 0 and self.end is not None:
-                value = metric(self.params, self.meta)
-                if value < best:
-                    best, waited, kept = value, 0, self.state_dict()
-                else:
-                    waited += 1
-                if patience is not None and waited >= patience:
-                    break
-        if kept is not None and patience is not None:
-            taken = self.steps
-            self.load_state_dict(kept)
-            self.steps = taken
-        return best if metric is not None else None
+        if patience is not None and self._kept:
+            self._load(self._kept)
+        return None if metric is None else self._best
+
+    def _measure(self, metric: Callable[[Params, Params], float], keep: bool) -> float:
+        value = metric(self.params, self.meta)
+        self._waited += 1
+        if value < self._best:
+            self._best, self._waited = value, 0
+            self._kept = self._dump() if keep else {}
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on to the same bits, but the batches: φ, θ, both optimisers and the solver."""
+        stopping = {"best": self._best, "waited": self._waited, "kept": self._kept}
+        return self._dump() | {"steps": self.steps, "stopping": stopping}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was taken; ValueError where it is another problem's."""
+        self._load(state)
+        self.steps, stopping = state["steps"], state["stopping"]
+        self._best, self._waited, self._kept = stopping["best"], stopping["waited"], stopping["kept"]
+
+    def _dump(self) -> dict[str, Any]:
         end = None if self.end is None else {f.name: getattr(self.end, f.name) for f in fields(self.end)}
         state = {
             "free": {name: free.detach() for name, free in self._free.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
             "end": _plain(end),
             "state": self.state,
-            "steps": self.steps,
         }
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)  # type: ignore[no-any-return]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where `state_dict` was taken; ValueError where it is another problem's."""
+    def _load(self, state: dict[str, Any]) -> None:
         self._free.load(state["free"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.end = None if state["end"] is None else _iterate(state["end"])
-        self.state, self.steps = dict(state["state"]), state["steps"]
+        self.state = dict(state["state"])
 
 
 def _on(method: Method, batch: Any) -> Method:

@@ -1,0 +1,8 @@
+"""The experiments of tune.py, one module each."""
+
+from collections.abc import Callable
+
+from experiments.base import Experiment
+from experiments.reweighting import Reweighting
+
+EXPERIMENTS: dict[str, Callable[..., Experiment]] = {kind.name: kind for kind in (Reweighting,)}
