@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad import Method, MethodOptions, Report, make_method
+from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Iterate, Stream
+from metaimplicit.problem import BilevelProblem, Composite, Iterate, Stream
 from metaimplicit.solvers import State
 from metaimplicit.tuning.domains import Domain, FreeMeta, norm
 
@@ -54,7 +54,7 @@ class Tuner:
         meta: φ, `{name: tensor}`, the values to start from.
         inner: the inner loop; its `steps` are K.
         method: how the hypergradient is taken, a `Method` or its flag, with `options`. An implicit method takes its
-            curvature from a training batch of its own.
+            curvature from a training batch of its own, Gauss–Newton unless said where the inner loss is a network's.
         optimizer: the outer one, given the free coordinates of φ: `partial(torch.optim.SGD, lr=1.0, momentum=0.9)`.
         domains: where entries of `meta` may lie; any real number unless said.
         warm_start: go on from the last θ; False, start at `problem.init` every time.
@@ -84,7 +84,7 @@ class Tuner:
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
         if schedule is not None and not isinstance(getattr(inner, "lr", None), (float, int)):
             raise ValueError(f"schedule: got one for {inner}, expected an inner loop whose lr is a number")
-        self.problem, self.inner, self.method = problem, inner, make_method(method, options)
+        self.problem, self.inner, self.method = problem, inner, _on_network(make_method(method, options), problem)
         self.warm_start, self.schedule, self.on_nonfinite = warm_start, schedule, on_nonfinite
         self._free = FreeMeta(meta, domains)
         self.optimizer = optimizer(list(self._free.tensors.values()))
@@ -227,6 +227,14 @@ class Tuner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.end = None if state["end"] is None else _iterate(state["end"])
         self.state = dict(state["state"])
+
+
+def _on_network(method: Method, problem: BilevelProblem) -> Method:
+    """Gauss–Newton for a network's loss, whose Hessian is indefinite."""
+    f = problem.inner_loss
+    network = isinstance(f, Composite) and f.module is not None
+    free = isinstance(method, Implicit) and method.curvature is None and method.products == "double-backward"
+    return replace(method, curvature="gauss-newton") if network and free else method  # type: ignore[type-var]
 
 
 def _on(method: Method, batch: Any) -> Method:
