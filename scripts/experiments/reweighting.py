@@ -41,8 +41,8 @@ class Reweighting(Experiment):
 
     imbalance: tuple[float, ...] = (100.0,)
     """Size of the largest class over that of the smallest."""
-    variable: Literal["class-network", "network", "classes", "examples"] = "class-network"
-    """What the weights are: a network of the loss and the class, or of the loss alone; a table of classes, examples."""
+    variable: Literal["classes", "class-network", "network", "examples"] = "classes"
+    """What the weights are: a table of classes; a network of the loss and the class, of the loss; a table of examples."""
     largest: int = 1000
     """Training images of the largest class."""
     validation: int = 30
@@ -53,7 +53,7 @@ class Reweighting(Experiment):
     """Channels of the convolutions."""
     steps: int = 2000
     """Training steps."""
-    inner_steps: int = 5
+    inner_steps: int = 20
     """Training steps for each hypergradient."""
     batch: int = 64
     """Images in a batch; validation batches are as large."""
@@ -61,13 +61,13 @@ class Reweighting(Experiment):
     """Of SGD with momentum 0.9, down to 0 along a cosine."""
     decay: float = 5e-4
     """½ decay ‖θ‖² is part of the training loss."""
-    outer_lr: float = 1e-2
+    outer_lr: float = 0.05
     """Adam's, on the weights' parameters."""
     solver_steps: int = 10
     """Products of CG, terms of Neumann."""
     rank: int = 10
     """Columns of Nyström."""
-    damping: float = 0.01
+    damping: float = 0.1
     """Added to the Gauss–Newton matrix, Nyström's ρ included."""
 
     name: ClassVar[str] = "reweighting"
