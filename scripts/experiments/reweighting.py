@@ -42,7 +42,7 @@ class Reweighting(Experiment):
     imbalance: tuple[float, ...] = (100.0,)
     """Size of the largest class over that of the smallest."""
     variable: Literal["classes", "class-network", "network", "examples"] = "classes"
-    """What the weights are: a table of classes; a network of the loss and the class, of the loss; a table of examples."""
+    """What the weights are: a table of classes; a network of loss and class, or of loss; a table of examples."""
     largest: int = 1000
     """Training images of the largest class."""
     validation: int = 30
