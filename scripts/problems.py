@@ -77,14 +77,20 @@ def _symmetric(spectrum: Tensor, draw: torch.Generator) -> Tensor:
     return matrix
 
 
-def logistic(seed: int = 1) -> Case:
+def logistic(seed: int = 1, test: int = 0) -> Case:
     """The decay of each of the 100 weights of a logistic regression, 500 + 500 points, 100 inner steps of 0.1 from 0.
 
     Hataya & Yamada (2023): y = 1[w·x + 0.1ε > 0], f = BCE + ½Σφᵢθᵢ², g = BCE on the other half, φ = 1 at the start.
+    The data end with `test` more points, which no loss sees.
     """
     draw = torch.Generator().manual_seed(seed)
-    w, x = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((100,), (1000, 100)))
-    y = (x @ w + 0.1 * torch.randn(1000, generator=draw, dtype=torch.float64) > 0).double()
+    w = torch.randn(100, generator=draw, dtype=torch.float64)
+    parts = []
+    for points in (1000, test):
+        drawn = torch.randn(points, 100, generator=draw, dtype=torch.float64)
+        noise = 0.1 * torch.randn(points, generator=draw, dtype=torch.float64)
+        parts.append((drawn, (drawn @ w + noise > 0).double()))
+    x, y = (torch.cat(both) for both in zip(*parts, strict=True))
 
     def fit(params: Any, part: slice) -> Tensor:
         return F.binary_cross_entropy_with_logits(x[part] @ params["w"], y[part])

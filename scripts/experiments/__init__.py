@@ -4,5 +4,6 @@ from collections.abc import Callable
 
 from experiments.base import Experiment
 from experiments.reweighting import Reweighting
+from experiments.weight_decay import WeightDecay
 
-EXPERIMENTS: dict[str, Callable[..., Experiment]] = {kind.name: kind for kind in (Reweighting,)}
+EXPERIMENTS: dict[str, Callable[..., Experiment]] = {kind.name: kind for kind in (Reweighting, WeightDecay)}

@@ -41,6 +41,7 @@ class Experiment(ABC):
     name: ClassVar[str]
     baselines: ClassVar[tuple[str, ...]] = ()  # `method`s that are none of METHODS
     compared: ClassVar[tuple[str, ...]]  # what `method` is by default, baselines included
+    listed: ClassVar[tuple[str, ...]] = ()  # options that say which cases there are, and nothing of any one
 
     @abstractmethod
     def quickened(self) -> Experiment:
@@ -94,7 +95,8 @@ def execute(experiment: Experiment) -> str:
         experiment = experiment.quickened()
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment).items() if k not in _FREE}
+    free = (*_FREE, *experiment.listed)
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment).items() if k not in free}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     cases, rows = experiment.cases(), []
     for case in cases:
