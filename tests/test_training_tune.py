@@ -88,6 +88,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, method):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    def noisy(i):
+        batch = TRAIN(i)
+        return batch | {"inputs": batch["inputs"] + torch.randn(6, 4)}
+
+    def run(made, out, **options):
+        fit_tuner(made, noisy, VALIDATION, out=tmp_path / out, steps=4, bar=False, checkpoint_every=1, **options)
+
+    whole = tuner()
+    run(whole, "whole")
+    with pytest.raises(KilledError):
+        run(tuner(), "killed", callback=kill_at(2))
+    resumed = tuner()
+    torch.manual_seed(3)
+    run(resumed, "killed", resume=True)
+    assert torch.equal(resumed.meta["class_weights"], whole.meta["class_weights"])
+
+
 def test_early_stopping_survives_a_kill(tmp_path):
     values = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 4.0}
 

@@ -147,6 +147,28 @@ def test_a_weight_network_starts_at_one_and_sees_losses_and_classes():
         torch.testing.assert_close(tuned.weights(PARAMS, entries, TRAIN)[i], value)
 
 
+def test_the_weights_of_a_network_are_constants_of_the_inner_gradient():
+    problem, meta, _ = tuned = tuning_problem(MODEL, F.cross_entropy, [WeightNetwork(6)])
+    meta = {n: m + d for (n, m), d in zip(meta.items(), directions(meta).values(), strict=True)}
+    weights = tuned.weights(PARAMS, meta, TRAIN)
+    assert weights.std() > 0.1
+    theta = {name: p.clone().requires_grad_() for name, p in PARAMS.items()}
+    outputs = torch.func.functional_call(MODEL, theta, (TRAIN["inputs"],))
+    by_hand = (weights * F.cross_entropy(outputs, TRAIN["targets"], reduction="none")).mean()
+    for loss in (by_hand, problem.inner_loss(theta, meta, TRAIN)):
+        found = torch.autograd.grad(loss, list(theta.values()))
+        if loss is by_hand:
+            expected = found
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_groups_are_penalised_by_a_smoothed_norm():
+    w, members = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    penalty = GroupStructure("w", 2, strength=0.5, smoothing=0.1).penalty({"w": w}, {}, {"groups": members})
+    by_hand = 0.5 * sum((square + 0.01) ** 0.5 for square in (25.0, 0.0, 0.0, 4.0))
+    assert penalty.item() == pytest.approx(by_hand, rel=1e-6)
+
+
 def test_gauss_newton_sees_the_weights():
     """Of softmax regression it is the Hessian."""
     problem, meta, _ = tuning_problem(

@@ -207,6 +207,9 @@ class GroupStructure(Variable):
         strength: of the penalty, ≥ 0.
         smoothing: ε > 0, which makes the norm differentiable at 0.
         seed: of the start, near the uniform memberships, which alone could not be told apart.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     parameter: str
@@ -214,6 +217,15 @@ class GroupStructure(Variable):
     strength: float = 0.1
     smoothing: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fine, expected in (
+            ("groups", self.groups >= 2, "at least 2"),
+            ("strength", self.strength >= 0, "a number ≥ 0"),
+            ("smoothing", self.smoothing > 0, "a number > 0"),
+        ):
+            if not fine:
+                raise ValueError(f"GroupStructure {name}: got {getattr(self, name)}, expected {expected}")
 
     def meta(self, params: Params) -> Params:
         if self.parameter not in params:
@@ -292,7 +304,7 @@ class SyntheticData(Variable):
         return meta["synthetic"]
 
     def targets(self, batch: Batch) -> Tensor:
-        return self.labels
+        return self.labels.to(batch["inputs"].device)
 
 
 class TuningProblem(NamedTuple):
