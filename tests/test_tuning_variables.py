@@ -162,6 +162,13 @@ def test_the_weights_of_a_network_are_constants_of_the_inner_gradient():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_classes_of_synthetic_data_are_its_own():
+    data = SyntheticData(TRAIN["inputs"][:3], torch.tensor([2, 2, 1]))
+    tuned = tuning_problem(MODEL, F.cross_entropy, [data, ClassWeights(3)])
+    meta = tuned.meta | {"class_weights": torch.tensor([1.0, 2.0, 3.0])}
+    assert tuned.weights(PARAMS, meta, TRAIN).tolist() == [3.0, 3.0, 2.0]
+
+
 def test_groups_are_penalised_by_a_smoothed_norm():
     w, members = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     penalty = GroupStructure("w", 2, strength=0.5, smoothing=0.1).penalty({"w": w}, {}, {"groups": members})

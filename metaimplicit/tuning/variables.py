@@ -378,7 +378,8 @@ def tuning_problem(
         return shaped[0].targets(batch) if shaped else batch["targets"]
 
     def weights(meta: Params, losses: Tensor, data: Any) -> Tensor:
-        found = [v.weights(meta, losses, _batch(data)) for v in weighing]
+        batch = _batch(data) | {"targets": targets(data)}
+        found = [v.weights(meta, losses, batch) for v in weighing]
         return torch.stack([w for w in found if w is not None]).prod(0)
 
     weighing = [v for v in variables if type(v).weights is not Variable.weights]
