@@ -3,7 +3,11 @@
 from collections.abc import Callable
 
 from experiments.base import Experiment
+from experiments.distillation import Distillation
+from experiments.hyper_cleaning import HyperCleaning
 from experiments.reweighting import Reweighting
 from experiments.weight_decay import WeightDecay
 
-EXPERIMENTS: dict[str, Callable[..., Experiment]] = {kind.name: kind for kind in (Reweighting, WeightDecay)}
+EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
+    kind.name: kind for kind in (Reweighting, HyperCleaning, Distillation, WeightDecay)
+}
