@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from experiments.base import Experiment
 from experiments.distillation import Distillation
+from experiments.group_lasso import GroupLasso
 from experiments.hyper_cleaning import HyperCleaning
 from experiments.reweighting import Reweighting
 from experiments.weight_decay import WeightDecay
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
-    kind.name: kind for kind in (Reweighting, HyperCleaning, Distillation, WeightDecay)
+    kind.name: kind for kind in (Reweighting, HyperCleaning, Distillation, WeightDecay, GroupLasso)
 }

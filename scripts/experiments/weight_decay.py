@@ -77,27 +77,28 @@ class WeightDecay(Experiment):
 
     def run(self, case: Case, out: Path) -> Row:
         began, found = time.perf_counter(), problems.logistic(case["seed"] + 1, self.test)
-        path: dict[str, list[float]] = {"losses": [], "cosines": [], "ratios": []}
+        row: Row = {"losses": [], "cosines": [], "ratios": []}
         meta = found.meta
-        if case["method"] != "none":
-            with torch.random.fork_rng(), warnings.catch_warnings():
-                torch.manual_seed(case["seed"])  # of Nyström's columns
-                warnings.simplefilter("ignore", RuntimeWarning)  # of large residuals, which `ratios` tell
-                meta = self._tuned(found, case, path)
-        last = hypergradient(found.problem, meta, found.data, inner=found.inner, method="dense")
-        if not math.isfinite(last.outer_loss.item()):
-            raise FloatingPointError(f"{case}: got an outer loss of {last.outer_loss}; leave out this --outer-lrs")
-        x, y = (part[1000:] for part in found.data)
-        scores = x @ last.params["w"]
-        return path | {
-            "losses": [*path["losses"], last.outer_loss.item()],
-            "loss": last.outer_loss.item(),
-            "test_loss": F.binary_cross_entropy_with_logits(scores, y).item(),
-            "test_accuracy": ((scores > 0) == (y > 0)).double().mean().item(),
-            "seconds": time.perf_counter() - began,
-        }
+        try:
+            if case["method"] != "none":
+                with torch.random.fork_rng(), warnings.catch_warnings():
+                    torch.manual_seed(case["seed"])  # of Nyström's columns
+                    warnings.simplefilter("ignore", RuntimeWarning)  # of large residuals, which `ratios` tell
+                    meta = self._tuned(found, case, row)
+            last = hypergradient(found.problem, meta, found.data, inner=found.inner, method="dense")
+            loss = last.outer_loss.item() if math.isfinite(last.outer_loss.item()) else None
+        except FloatingPointError:
+            loss = None
+        row["loss"] = loss  # None, it diverged
+        if loss is not None:
+            x, y = (part[1000:] for part in found.data)
+            scores = x @ last.params["w"]
+            row["losses"].append(loss)
+            row["test_loss"] = F.binary_cross_entropy_with_logits(scores, y).item()
+            row["test_accuracy"] = ((scores > 0) == (y > 0)).double().mean().item()
+        return row | {"seconds": time.perf_counter() - began}
 
-    def _tuned(self, found: problems.Case, case: Case, path: dict[str, list[float]]) -> Params:
+    def _tuned(self, found: problems.Case, case: Case, row: Row) -> Params:
         """The decays after the outer steps; on the way, what each hypergradient is beside the exact one there."""
         method = case["method"]
         tuner = Tuner(
@@ -124,8 +125,10 @@ class WeightDecay(Experiment):
                 found.problem, before, found.data, inner=problems.STAY, method="dense", start=tuner.end
             )
             cosine, ratio = compared_with(exact.grads["decay"], decay.grad)
+            if not math.isfinite(cosine + ratio):
+                raise FloatingPointError(f"{case}: got a cosine of {cosine} and a norm ratio of {ratio}")
             for key, value in {"losses": step.outer_loss, "cosines": cosine, "ratios": ratio}.items():
-                path[key].append(value)
+                row[key].append(value)
         return tuner.meta
 
     def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
@@ -142,6 +145,9 @@ class WeightDecay(Experiment):
         lines = []
         for method, lr in steps.items():
             at = {"method": method, "outer_lr": lr}
+            if lost := select(rows, "loss", **at).count(None):
+                lines.append([f"`{method}`", f"{lr:g}", f"{lost} of {self.seeds} diverged", *["–"] * 4])
+                continue
             means = {key: [statistics.fmean(c) for c in select(rows, key, **at) if c] for key in ("cosines", "ratios")}
             lines.append([
                 f"`{method}`",
@@ -160,7 +166,8 @@ class WeightDecay(Experiment):
         for ax, title in ((left, f"outer step {PAPER_STEP:g}"), (right, "each method's best outer step")):
             for method in self.methods:
                 lr = best_step(rows, method) if ax is right and method != "none" else PAPER_STEP
-                if found := select(rows, "losses", method=method, outer_lr=lr):
+                found = select(rows, "losses", method=method, outer_lr=lr)
+                if found and None not in select(rows, "loss", method=method, outer_lr=lr):
                     mean = [statistics.fmean(losses) for losses in zip(*found, strict=True)]
                     ax.plot(mean, marker="o", markersize=3, label=f"{method}, {lr:g}")
             ax.set(title=title, xlabel="outer steps")
@@ -175,6 +182,11 @@ def compared_with(exact: Tensor, found: Tensor) -> tuple[float, float]:
 
 
 def best_step(rows: Sequence[tuple[Case, Row]], method: str) -> float:
-    """The outer step of the lowest mean validation loss, whatever the test says; the smallest of equals."""
+    """The outer step of the lowest mean validation loss, whatever the test says, at which none diverged."""
+
+    def loss(lr: float) -> float:
+        losses = select(rows, "loss", method=method, outer_lr=lr)
+        return math.inf if None in losses else statistics.fmean(losses)
+
     steps: list[float] = sorted({case["outer_lr"] for case, _ in rows if case["method"] == method})
-    return min(steps, key=lambda lr: statistics.fmean(select(rows, "loss", method=method, outer_lr=lr)))
+    return min(steps, key=loss)
