@@ -22,6 +22,7 @@ SCHEDULES: dict[str, Callable[[int], float]] = {  # k = 1, 2, …; each has a fi
     "quadratic": lambda k: 1 / k**2,
     "cubic": lambda k: 1 / k**3,
 }
+PATIENCE = 2  # steps taken back in turn, before the point they went back to is solved again
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class HOAGStep:
         norm: ‖dg/dφ‖ in the free coordinates.
         tolerance: ε_k.
         lipschitz: L, the steps being 1/L long for each unit of gradient.
-        accepted: whether φ_k lowered g enough; if not, φ went back and L grew.
+        accepted: whether φ_k lowered g enough, or is a point solved again; if not, φ went back and L grew.
         report: of the inner loop and the solve.
     """
 
@@ -50,8 +51,14 @@ class HOAG:
 
     At step k: θ to ‖∂f/∂θ‖ ≤ ε_k and the linear system to ‖Au − v‖ ≤ ε_k‖v‖, both from where the last step left them;
     then φ ← φ − p/L with p the hypergradient. With Σε_k < ∞ φ converges to a stationary point (ibid., theorem 2); with
-    ε_k constant only to within its error. L is found on the way: where g(φ_k) > g(φ_{k−1}) − L/2 ‖Δφ‖² by more than the
-    tolerances explain, the step is taken back and L doubles; otherwise it shrinks.
+    ε_k constant only to within its error.
+
+    L is observed: ‖p_k − p‖/‖φ_k − φ‖ between φ_k and the point φ accepted before it, but no less than makes the next
+    step 4 times as long as this one; the first has length one. Where g(φ_k) > g(φ) − L/4 ‖φ_k − φ‖² by more than the
+    tolerances explain, the step is taken back, and L at least doubles (at most × 8). A second time in turn, φ is solved
+    again to the present ε_k, as what was found there may have been too good, and L is observed between the two.
+    A deviation from ibid., §4, where L is not measured, but found by doubling and shrinking alone; and 1/4 for 1/2, as
+    on a quadratic, whose L this finds, a step of 1/L lowers g by L/2 ‖φ_k − φ‖² to the last bit.
 
     Args:
         problem: its inner loss is given `train`, its outer loss `validation`.
@@ -93,7 +100,8 @@ class HOAG:
         self.state: State = {}
         self.lipschitz = math.nan  # until the first gradient
         self.steps = 0
-        self._last: tuple[Params, Params, float, float] | None = None  # the φ accepted last, its p, g and ε
+        self._last: _Point | None = None  # accepted
+        self._rejected: list[_Point] = []  # since then
 
     @property
     def meta(self) -> Params:
@@ -134,26 +142,59 @@ class HOAG:
                 "nothing was changed"
             )
         self.end, self.state = found.end, found.report.state
-        accepted = self._sufficient(g, epsilon)
+        here = _Point({n: x.detach().clone() for n, x in self.free.tensors.items()}, slope, g, epsilon)
+        accepted, self.lipschitz = self._judge(here)
         if accepted:
-            # the first step has length one; later ones grow where the model of g allowed it
-            self.lipschitz = max(length, 1e-12) if self._last is None else 0.7 * self.lipschitz
-            self._last = ({n: x.detach().clone() for n, x in self.free.tensors.items()}, slope, g, epsilon)
+            self._rejected, self._last = [], here
         else:
-            self.lipschitz *= 2
-        assert self._last is not None
-        point, direction, _, _ = self._last
-        with torch.no_grad():
-            for name, x in self.free.tensors.items():
-                x.copy_(point[name] - direction[name] / self.lipschitz)
-        self.free.project()
+            self._rejected.append(here)
         self.steps += 1
+        self._move()
         return HOAGStep(g, length, epsilon, self.lipschitz, accepted, found.report)
 
-    def _sufficient(self, g: float, epsilon: float) -> bool:
-        if self._last is None:
-            return True
-        point, _, before, last = self._last
-        moved = norm({n: x.detach() - point[n] for n, x in self.free.tensors.items()})
-        slack = epsilon / 4 + last * (1 / 4 + self.lipschitz) * moved  # ibid., §4: what inexact solves may add
-        return g <= before + slack - self.lipschitz / 2 * moved**2
+    def _judge(self, here: _Point) -> tuple[bool, float]:
+        """Whether to stay here, and the next L."""
+        last = self._last
+        if last is None:
+            return True, max(norm(here.slope), 1e-12)
+        if len(self._rejected) == PATIENCE:  # this is `last` again, solved better
+            return True, _observed(here, self._rejected[-1])
+        seen = _observed(here, last)
+        if self._sufficient(last, here):
+            return True, seen
+        return False, min(max(seen, 2 * self.lipschitz), 8 * self.lipschitz)
+
+    def _move(self) -> None:
+        """φ to where the next inner problem is solved."""
+        assert self._last is not None
+        length = 0.0 if len(self._rejected) == PATIENCE else 1 / self.lipschitz
+        with torch.no_grad():
+            for name, x in self.free.tensors.items():
+                x.copy_(self._last.at[name] - length * self._last.slope[name])
+        self.free.project()
+
+    def _sufficient(self, last: _Point, here: _Point) -> bool:
+        moved = norm(_minus(here.at, last.at))
+        # ibid., §4: what inexact solves may add
+        slack = here.tolerance / 4 + last.tolerance * (1 / 4 + self.lipschitz) * moved
+        return here.loss <= last.loss + slack - self.lipschitz / 4 * moved**2
+
+
+@dataclass(frozen=True)
+class _Point:
+    """φ in free coordinates, and p, g and ε there."""
+
+    at: Params
+    slope: Params
+    loss: float
+    tolerance: float
+
+
+def _observed(here: _Point, other: _Point) -> float:
+    """L between two points, but no less than makes a step from here 4 times as long as their distance."""
+    moved = max(norm(_minus(here.at, other.at)), 1e-12)
+    return max(norm(_minus(here.slope, other.slope)), norm(here.slope) / 4, 1e-12) / moved
+
+
+def _minus(a: Params, b: Params) -> Params:
+    return {name: x - b[name] for name, x in a.items()}
