@@ -1,5 +1,7 @@
 """Hyper-cleaning and distillation on made-up images: what is found, who is trained on what, gradients in the pixels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from experiments.base import execute
@@ -56,7 +58,7 @@ def test_corrupted_labels_are_those_that_differ():
 
 @pytest.mark.parametrize("method", ["cg", "truncated"])
 def test_wrong_labels_lose_weight(tmp_path, method):
-    """The blobs are separable: every label is judged rightly, whichever way the hypergradient is taken."""
+    """The blobs are separable, the decay large: every label is judged rightly, whichever way the gradient is taken."""
     cleaning = HyperCleaning(training=12, validation=8, steps=6, inner_steps=20, decay=1.0, outer_lr=0.5, device="cpu")
     row = cleaning.run({"method": method, "seed": 0}, tmp_path)
     assert row["f1"] == row["precision"] == row["recall"] == 1
@@ -72,7 +74,7 @@ def test_distillation_gradient_reaches_the_pixels():
     images, labels = distillation.real(whole, 0)
     problem = distillation.problem(images, labels, 0).problem
     batch = tasks.Batches(whole, 20, 0)(0)
-    data = Stream(lambda t: distillation.starts(0)(0) if t < 3 else batch)
+    data = Stream(lambda t: distillation.starts(images, labels, 0)(0) if t < 3 else batch)
 
     def at(synthetic):
         inner = GradientDescent(steps=3, lr=distillation.lr, momentum=0.9)
@@ -90,7 +92,7 @@ def test_distillation_starts_anew_from_an_initialisation_of_its_own():
     drawn, fixed = (Distillation(start=start, inner_steps=3) for start in ("drawn", "fixed"))
     images, labels = drawn.real(drawn.data()[0], 0)
     for kind, same in ((drawn, False), (fixed, True)):
-        problem, starts = kind.problem(images, labels, 2).problem, kind.starts(2)
+        problem, starts = kind.problem(images, labels, 2).problem, kind.starts(images, labels, 2)
         first, still, second = (problem.init({}, starts(i))["1.weight"] for i in (0, 3, 4))
         assert torch.equal(first, still)  # the four batches of one outer step
         assert torch.equal(first, second) == same
@@ -113,17 +115,18 @@ def test_real_images_class_by_class():
 
 @pytest.mark.parametrize(
     "experiment",
-    [HyperCleaning, Distillation],
+    [HyperCleaning(quick=True, device="cpu"), Distillation(quick=True, device="cpu", network="lenet", images=2)],
+    ids=lambda experiment: experiment.name,
 )
 @pytest.mark.filterwarnings("ignore:Nystrom ended with:RuntimeWarning")  # at three columns
 def test_a_rehearsal_leaves_rows_and_plots(tmp_path, experiment):
-    options = {"quick": True, "out": tmp_path, "device": "cpu"}
-    table = execute(experiment(**options))
+    experiment = replace(experiment, out=tmp_path)
+    table = execute(experiment)
     assert (tmp_path / "plot.png").stat().st_size > 0
     assert (tmp_path / "table.md").read_text() == f"{table}\n"
-    methods = experiment(**options).quickened().methods
+    methods = experiment.quickened().methods
     assert len(table.splitlines()) == 2 + len(methods)
     for method in methods:
         assert (tmp_path / f"{method}-0" / "summary.json").exists()
-        assert (tmp_path / f"{method}-0" / "images.png").exists() == (experiment is Distillation)
-    assert execute(experiment(**options)) == table  # from the rows that are there
+        assert (tmp_path / f"{method}-0" / "images.png").exists() == isinstance(experiment, Distillation)
+    assert execute(experiment) == table  # from the rows that are there

@@ -30,7 +30,7 @@ FRESH = 10**9  # first of the seeds of initialisations that no outer step has se
 
 @dataclass(frozen=True)
 class Distillation(Experiment):
-    """Test accuracy of a network trained on distilled images of MNIST alone (Wang et al. 2018).
+    """Balanced test accuracy of a network trained on distilled images of MNIST alone (Wang et al. 2018).
 
     φ are the images, from real ones on; f is the cross-entropy on them plus decay, minimised anew from an
     initialisation for every hypergradient; g is the cross-entropy on a batch of the training set. Tested by the same
@@ -92,7 +92,8 @@ class Distillation(Experiment):
                 losses.append([tuner.steps, step.outer_loss, step.report.inner_gradient_norm.mean().item()])
 
             judge = tasks.Batches(whole, min(self.batch, len(whole)), seed)
-            fit_tuner(tuner, self.starts(seed), judge, out=out, steps=self.steps, callback=watch, resume=True)
+            starts = self.starts(images, labels, seed)
+            fit_tuner(tuner, starts, judge, out=out, steps=self.steps, callback=watch, resume=True)
             images, row = tuner.meta["synthetic"], {"curve": losses}
         accuracies = [
             statistics.fmean(class_accuracies(self._trained(images, labels, start), test))
@@ -137,9 +138,10 @@ class Distillation(Experiment):
 
         return found._replace(problem=replace(found.problem, init=init))
 
-    def starts(self, seed: int) -> Callable[[int], dict[str, Any]]:
-        """Training batches, of which the synthetic images need nothing but the initialisation of their outer step."""
-        return lambda i: {"start": self._start(seed, i // (self.inner_steps + 1))}
+    def starts(self, images: Tensor, labels: Tensor, seed: int) -> Callable[[int], dict[str, Any]]:
+        """Training batches: φ takes the place of the images; `start` is the initialisation of the outer step."""
+        batch = {"inputs": images, "targets": labels}
+        return lambda i: batch | {"start": self._start(seed, i // (self.inner_steps + 1))}
 
     def _start(self, seed: int, step: int) -> int:
         return 1000 * seed + (step if self.start == "drawn" else 0)
@@ -192,21 +194,23 @@ class Distillation(Experiment):
                 spread([100 * x for x in first]),
                 f"{statistics.median(seconds):.0f}",
             ])  # fmt: skip
-        return markdown(["method", "test accuracy, %", "from the first initialisation, %", "s"], lines)
+        return markdown(["method", "balanced test accuracy, %", "from the first initialisation, %", "s"], lines)
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+        shown = [case for case, _ in rows if case["seed"] == 0]
+        grid = figure.add_gridspec(len(shown), 2)
+        left = figure.add_subplot(grid[:, 0])
         for case, row in rows:
             if "curve" in row and case["seed"] == 0:
                 left.plot(*list(zip(*row["curve"], strict=True))[:2], label=case["method"], linewidth=0.8)
         if left.lines:
             left.legend(fontsize=7)
         left.set(xlabel="outer step", ylabel="cross-entropy of real images", yscale="log")
-        shown = next((case for case, _ in rows if case["method"] not in self.baselines), rows[0][0])
-        folder = self.folder / "-".join(str(part) for part in shown.values())
-        right.imshow(imread(folder / "images.png"))
-        right.set(title=f"images, {shown['method']}")
-        right.axis("off")
+        for place, case in enumerate(shown):
+            ax = figure.add_subplot(grid[place, 1])
+            ax.imshow(imread(self.folder / "-".join(str(part) for part in case.values()) / "images.png"))
+            ax.set_title(case["method"], fontsize=7)
+            ax.axis("off")
 
 
 def draw(figure: Figure, images: Tensor) -> None:

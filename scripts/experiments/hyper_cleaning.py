@@ -28,7 +28,7 @@ THRESHOLD = START / 2  # an example whose weight ends below is called mislabelle
 
 @dataclass(frozen=True)
 class HyperCleaning(Experiment):
-    """Mislabelled examples of MNIST found, and softmax regression's test accuracy (Franceschi et al. 2017, §5.1).
+    """Mislabelled examples of MNIST found, and a network's balanced test accuracy (Franceschi et al. 2017, §5.1).
 
     f is the weighted cross-entropy of the training set plus decay, g the cross-entropy of the validation set. A weight
     in (0, 1) for each training example starts at 0.5; one that ends below 0.25 marks its label as wrong. `retrained` is
@@ -161,7 +161,9 @@ class HyperCleaning(Experiment):
                 )
             ]  # fmt: skip
             lines.append([f"`{method}`", *cells, f"{statistics.median(select(of_method, 'seconds')):.0f}"])
-        return markdown(["method", "F1", "precision", "recall", "test accuracy, %", "retrained, %", "s"], lines)
+        return markdown(
+            ["method", "F1", "precision", "recall", "balanced test accuracy, %", "retrained, %", "s"], lines
+        )
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
