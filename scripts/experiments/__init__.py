@@ -6,9 +6,12 @@ from experiments.base import Experiment
 from experiments.distillation import Distillation
 from experiments.group_lasso import GroupLasso
 from experiments.hyper_cleaning import HyperCleaning
+from experiments.regularization import Regularization
 from experiments.reweighting import Reweighting
+from experiments.step_size import StepSize
 from experiments.weight_decay import WeightDecay
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
-    kind.name: kind for kind in (Reweighting, HyperCleaning, Distillation, WeightDecay, GroupLasso)
+    kind.name: kind
+    for kind in (Reweighting, HyperCleaning, Distillation, Regularization, StepSize, WeightDecay, GroupLasso)
 }
