@@ -39,7 +39,7 @@ class GroupLasso(Experiment):
     """P."""
     groups: int = 5
     """L, planted, and learnt."""
-    regressions: int = 100
+    regressions: int = 250
     """T."""
     points: int = 20
     """N, of each regression."""
@@ -61,7 +61,7 @@ class GroupLasso(Experiment):
     """Gradient steps for each hypergradient, from where the last ended."""
     inner_lr: float = 0.1
     """Their size, with momentum 0.9."""
-    outer_steps: int = 120
+    outer_steps: int = 80
     """Steps of Adam on the logits of the memberships."""
     outer_lr: float = 0.1
     """Their size."""
