@@ -158,11 +158,18 @@ class HOAG:
         if last is None:
             return True, max(norm(here.slope), 1e-12)
         if len(self._rejected) == PATIENCE:  # this is `last` again, solved better
-            return True, _observed(here, self._rejected[-1])
-        seen = _observed(here, last)
+            return True, self._observed(here, self._rejected[-1])
+        seen = self._observed(here, last)
         if self._sufficient(last, here):
             return True, seen
         return False, min(max(seen, 2 * self.lipschitz), 8 * self.lipschitz)
+
+    def _observed(self, here: _Point, other: _Point) -> float:
+        """L between two points, but no less than makes a step from here 4 times as long as their distance."""
+        moved = norm(_minus(here.at, other.at))
+        if moved == 0:  # projected back to where it was
+            return self.lipschitz
+        return max(norm(_minus(here.slope, other.slope)), norm(here.slope) / 4, 1e-12) / moved
 
     def _move(self) -> None:
         """φ to where the next inner problem is solved."""
@@ -175,6 +182,8 @@ class HOAG:
 
     def _sufficient(self, last: _Point, here: _Point) -> bool:
         moved = norm(_minus(here.at, last.at))
+        if moved == 0:
+            return True
         # ibid., §4: what inexact solves may add
         slack = here.tolerance / 4 + last.tolerance * (1 / 4 + self.lipschitz) * moved
         return here.loss <= last.loss + slack - self.lipschitz / 4 * moved**2
@@ -188,12 +197,6 @@ class _Point:
     slope: Params
     loss: float
     tolerance: float
-
-
-def _observed(here: _Point, other: _Point) -> float:
-    """L between two points, but no less than makes a step from here 4 times as long as their distance."""
-    moved = max(norm(_minus(here.at, other.at)), 1e-12)
-    return max(norm(_minus(here.slope, other.slope)), norm(here.slope) / 4, 1e-12) / moved
 
 
 def _minus(a: Params, b: Params) -> Params:
