@@ -1,7 +1,12 @@
-"""Every test draws from the same random state, whatever ran before it."""
+"""Every test draws from the same random state, whatever ran before it; workers side by side have a thread each."""
+
+import os
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -287,7 +287,7 @@ class SyntheticData(Variable):
 
     Args:
         data: inputs to start from, `[n, *shape]`; whatever the training batch holds is not looked at.
-        labels: theirs, `[n]`, which stay.
+        labels: theirs, `[n]`, on the model's device, which stay.
     """
 
     data: Tensor
@@ -298,13 +298,16 @@ class SyntheticData(Variable):
             raise ValueError(f"SyntheticData labels: got {len(self.labels)}, expected {len(self.data)}, one an input")
 
     def meta(self, params: Params) -> Params:
-        return {"synthetic": self.data.to(_like(params))}
+        like = _like(params)
+        if self.labels.device != like.device:
+            raise ValueError(f"SyntheticData labels: got them on {self.labels.device}, expected on {like.device}")
+        return {"synthetic": self.data.to(like)}
 
     def inputs(self, meta: Params, batch: Batch) -> Tensor:
         return meta["synthetic"]
 
     def targets(self, batch: Batch) -> Tensor:
-        return self.labels.to(batch["inputs"].device)
+        return self.labels
 
 
 class TuningProblem(NamedTuple):
