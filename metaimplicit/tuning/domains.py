@@ -141,7 +141,7 @@ class FreeMeta:
 
     def values(self) -> Params:
         """φ, detached."""
-        return {name: m.detach() for name, m in self.meta().items()}
+        return {name: m.detach().clone() for name, m in self.meta().items()}
 
     def pull(self, gradients: Params) -> Params:
         """dg/dφ in the coordinates, by the chain rule."""

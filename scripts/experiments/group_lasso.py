@@ -65,7 +65,7 @@ class GroupLasso(Experiment):
     """Steps of Adam on the logits of the memberships."""
     outer_lr: float = 0.1
     """Their size."""
-    starts: int = 3
+    starts: int = 5
     """Random memberships to start from, of which the one that validates best counts."""
     solver_steps: int = 10
     """Products of CG and its like, terms of Neumann."""
