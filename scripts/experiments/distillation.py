@@ -21,8 +21,8 @@ from experiments.base import Case, Experiment, Row, markdown, select, spread
 from experiments.networks import class_accuracies, train
 from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.params import Params
-from metaimplicit.training import fit_tuner, write_atomically
-from metaimplicit.tuning import SyntheticData, TunerStep, TuningProblem
+from metaimplicit.training import fit_tuner, read_metrics, write_atomically
+from metaimplicit.tuning import SyntheticData, TuningProblem
 
 CLASSES = 10
 FRESH = 10**9  # first of the seeds of initialisations that no outer step has seen
@@ -85,15 +85,11 @@ class Distillation(Experiment):
         images, labels = self.real(whole, seed, mean=method == "mean")
         row: Row = {}
         if method not in self.baselines:
-            problem, losses = self.problem(images, labels, seed), []
-            tuner = self._tuner(problem, method)
-
-            def watch(step: TunerStep) -> None:
-                losses.append([tuner.steps, step.outer_loss, step.report.inner_gradient_norm.mean().item()])
-
+            tuner = self._tuner(self.problem(images, labels, seed), method)
             judge = tasks.Batches(whole, min(self.batch, len(whole)), seed)
             starts = self.starts(images, labels, seed)
-            fit_tuner(tuner, starts, judge, out=out, steps=self.steps, callback=watch, resume=True)
+            fit_tuner(tuner, starts, judge, out=out, steps=self.steps, resume=True)
+            losses = [[line[key] for key in ("step", "loss", "inner_gradient_norm")] for line in read_metrics(out)]
             images, row = tuner.meta["synthetic"], {"curve": losses}
         accuracies = [
             statistics.fmean(class_accuracies(self._trained(images, labels, start), test))

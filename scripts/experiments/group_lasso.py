@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experiments.base import Case, Experiment, Row, markdown, select, spread
 from metaimplicit import LBFGS, GradientDescent, MethodOptions, Proximal, Tuner, argmin, tuning_problem
-from metaimplicit.training import fit_tuner
+from metaimplicit.training import fit_tuner, read_metrics
 from metaimplicit.tuning import GroupStructure, TuningProblem
 
 Points = tuple[Tensor, Tensor]  # X [regressions, points, features] and y [regressions, points]
@@ -140,12 +140,9 @@ class GroupLasso(Experiment):
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
             domains=problem.domains,
         )
-        losses: list[float] = []
-        fit_tuner(
-            tuner, lambda i: data.train, lambda i: data.validation, out=out, steps=self.outer_steps,
-            callback=lambda step: losses.append(step.outer_loss / self.regressions), resume=True,
-        )  # fmt: skip
-        return tuner.meta["groups"], losses
+        parts = (lambda i: data.train), (lambda i: data.validation)
+        fit_tuner(tuner, *parts, out=out, steps=self.outer_steps, resume=True)
+        return tuner.meta["groups"], [line["loss"] / self.regressions for line in read_metrics(out)]
 
     def _fitted(self, memberships: Tensor, strength: float, data: Planted) -> tuple[float, float, float]:
         """Mean squared errors on validation and test points of the argmin under this structure, and the strength."""

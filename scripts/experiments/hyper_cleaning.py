@@ -19,8 +19,9 @@ import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
 from experiments.networks import class_accuracies, train
 from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
-from metaimplicit.training import fit_tuner
-from metaimplicit.tuning import ExampleWeights, Interval, TunerStep
+from metaimplicit.params import Params
+from metaimplicit.training import fit_tuner, read_metrics
+from metaimplicit.tuning import ExampleWeights, Interval
 
 START = 0.5  # of every weight
 THRESHOLD = START / 2  # an example whose weight ends below is called mislabelled
@@ -85,20 +86,20 @@ class HyperCleaning(Experiment):
             kept = train_set.take(~wrong) if method.startswith("clean") else train_set
             row = self._trained(model, joined(kept, validation) if "+" in method else kept, test)
         else:
-            tuner, curve = self._tuner(model, len(train_set), method), []
+            tuner = self._tuner(model, len(train_set), method)
 
-            def measure(step: TunerStep) -> None:
-                found = detection(tuner.meta["example_weights"] < THRESHOLD, wrong)
-                curve.append([tuner.steps, found["f1"]])
+            def missed(params: Params, meta: Params) -> float:
+                return 1 - detection(meta["example_weights"] < THRESHOLD, wrong)["f1"]
 
             whole = tasks.Batches(train_set, None, seed), tasks.Batches(validation, None, seed)
-            fit_tuner(tuner, *whole, out=out, steps=self.steps, callback=measure, resume=True)
+            fit_tuner(tuner, *whole, out=out, steps=self.steps, metric=missed, resume=True)
+            measured = [line for line in read_metrics(out) if line["split"] == "validation"]
             weights = tuner.meta["example_weights"]
             retrained = joined(train_set.take(weights >= THRESHOLD), validation)
             row = detection(weights < THRESHOLD, wrong) | {
                 "accuracy": statistics.fmean(class_accuracies(model, test, tuner.params)),
                 "retrained": self._trained(self._network(seed), retrained, test)["accuracy"],
-                "curve": curve,
+                "curve": [[line["step"], 1 - line["metric"]] for line in measured],
                 "histogram": {
                     name: torch.histc(weights[mask].cpu().float(), 20, 0, 1).tolist()
                     for name, mask in (("right", ~wrong), ("wrong", wrong))
