@@ -177,13 +177,13 @@ class Reweighting(Experiment):
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
         imbalance = self.imbalance[0]
         left, right = figure.subplots(1, 2)
-        for method in self.methods:
+        for i, method in enumerate(self.methods):
             at = {"method": method, "imbalance": imbalance}
             for ax, key in ((left, "classes"), (right, "weights")):
                 found = [row[key] for case, row in rows if key in row and at.items() <= case.items()]
                 if found:
                     mean = [statistics.fmean(values) for values in zip(*found, strict=True)]
-                    ax.plot(range(10), mean, marker="o", markersize=3, label=method)
+                    ax.plot(range(10), mean, marker="o", markersize=3, color=f"C{i}", label=method)
         left.set(title=f"imbalance {imbalance:g}", xlabel="class, from frequent to rare", ylabel="test accuracy")
         right.set(title="learnt weights", xlabel="class, from frequent to rare", ylabel="mean weight")
         left.legend(fontsize=7)
