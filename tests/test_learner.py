@@ -143,7 +143,11 @@ def test_an_inner_optimiser_can_have_its_step_size_learnt():
 
 
 @pytest.mark.parametrize("method", ["unrolled", "cg", "first-order"])
-@pytest.mark.parametrize("adapt", ["2.*", ["2.weight", "2.bias"], lambda name: name.startswith("2.")], ids=str)
+@pytest.mark.parametrize(
+    "adapt",
+    ["2.*", ["2.weight", "2.bias"], lambda name: name.startswith("2.")],
+    ids=["pattern", "names", "predicate"],
+)
 def test_only_what_is_chosen_adapts(adapt, method):
     learn = learner(method=method, adapt=adapt)
     data = episodes()
