@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,28 @@ def test_step_size_rehearses(noise, tmp_path):
         StepSize(**{**vars(noise), "period": 3}).cases()
     with pytest.raises(ValueError, match="--method: got cg, expected some of none, unrolled"):
         StepSize(method=("cg",)).cases()
+
+
+def test_a_point_that_hoag_takes_back_is_none_of_its_trials(monkeypatch):
+    looked, kept = iter([0.0, -1.0, -2.0]), iter([True, False, True])
+
+    class Scripted:
+        def __init__(self, *_, **__):
+            pass
+
+        @property
+        def meta(self):
+            return {"log_decay": torch.tensor(next(looked))}
+
+        def step(self):
+            return SimpleNamespace(
+                accepted=next(kept), report=SimpleNamespace(inner_steps=torch.tensor([2]), products=3)
+            )
+
+    monkeypatch.setattr("experiments.regularization.HOAG", Scripted)
+    small = Regularization(data=("breast-cancer",), solves=3, device="cpu")
+    judge = Judge(*small._data("breast-cancer", 0)[:2], classes=2, low=1e-2, high=1e2, tol=1e-3)
+    assert list(small._hoag(judge, 1.0)) == [(0.0, 2, 3), (0.0, 2, 3), (-2.0, 2, 3)]
 
 
 def test_searches_count_their_solves_and_find_the_same(tmp_path):
