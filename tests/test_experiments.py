@@ -30,7 +30,7 @@ class Sums(Experiment):
 
     def run(self, case, out):
         self.ran.append(case)
-        return {"sum": self.number + case["seed"]}
+        return {"sum": self.number + case["seed"], "draw": torch.rand(()).item()}
 
     def table(self, rows):
         return markdown(["method", "sum"], [[m, spread(select(rows, "sum", method=m))] for m in self.methods])
@@ -54,12 +54,21 @@ def test_runs_are_kept_and_not_repeated(tmp_path, ran):
     assert ran[4:] == [{"method": "cg", "seed": 1}]
     execute(Sums(out=tmp_path, seeds=3, method=("cg",)))
     assert ran[5:] == [{"method": "cg", "seed": 2}]
-    assert json.loads((tmp_path / "rows.json").read_text())[0] == {
-        "case": {"method": "cg", "seed": 0},
-        "row": {"sum": 10},
-    }
+    first = json.loads((tmp_path / "rows.json").read_text())[0]
+    assert (first["case"], first["row"]["sum"]) == ({"method": "cg", "seed": 0}, 10)
     assert (tmp_path / "table.md").read_text().startswith("| method")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_draws_depend_on_the_seed_alone(tmp_path, ran):
+    """And not on the runs before, as when a killed experiment goes on."""
+    execute(Sums(out=tmp_path / "a", seeds=2))
+    execute(Sums(out=tmp_path / "b", seeds=2, method=("cg",)))
+    found = [
+        json.loads((tmp_path / out / f"{case}/summary.json").read_text())["draw"]
+        for out, case in (("a", "cg-0"), ("b", "cg-0"), ("a", "cg-1"), ("b", "cg-1"))
+    ]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 def test_other_options_need_another_folder(tmp_path, ran):
@@ -74,6 +83,12 @@ def test_bad_options_are_refused_before_any_run(tmp_path, ran):
         execute(Sums(out=tmp_path, method=("cg", "steepest")))
     with pytest.raises(ValueError, match="--seeds: got 0"):
         execute(Sums(out=tmp_path, seeds=0))
+    with pytest.raises(ValueError, match="--device: got 'gpu', expected auto, cpu or a CUDA device"):
+        execute(Sums(out=tmp_path, device="gpu"))
+    with pytest.raises(ValueError, match=r"imbalance: got 0.5, expected a finite n_0 / n_last ≥ 1"):
+        EXPERIMENTS["reweighting"](imbalance=(100.0, 0.5)).cases()
+    with pytest.raises(ValueError, match="--inner-steps: got 0"):
+        EXPERIMENTS["reweighting"](inner_steps=0).cases()
     assert not ran
 
 

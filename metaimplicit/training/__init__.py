@@ -13,7 +13,7 @@ from metaimplicit.training.files import read_json, write_atomically, write_json
 from metaimplicit.training.log import read_metrics
 from metaimplicit.training.loop import CHECKPOINT, CONFIG, Budget, NonFiniteError, check_free, constant, cosine, fit
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
-from metaimplicit.training.options import Options
+from metaimplicit.training.options import Options, find_device
 from metaimplicit.training.report import Fits, fit_curves, plot_adaptation, plot_curves
 from metaimplicit.training.tune import fit_tuner
 
@@ -33,6 +33,7 @@ __all__ = [
     "cosine",
     "describe",
     "evaluate",
+    "find_device",
     "fit",
     "fit_curves",
     "fit_tuner",

@@ -158,17 +158,7 @@ class Options:
 
     def torch_device(self) -> torch.device:
         """The device meant; ValueError if there is no such."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.zeros((), device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--device: got {self.device!r}, expected auto, cpu or a CUDA device here ({reason})"
-            ) from error
-        return device
+        return find_device(self.device)
 
     @property
     def test_seed(self) -> int:
@@ -193,6 +183,23 @@ class Options:
             except (ValueError, SyntaxError):
                 found[name] = text
         return found
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a --device: "auto" takes CUDA where there is any.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: got {name!r}, expected auto, cpu or a CUDA device here ({reason})") from error
+    return device
 
 
 _FREE = (

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from metaimplicit.metagrad import METHODS
-from metaimplicit.training import CONFIG, read_json, write_atomically, write_json
+from metaimplicit.training import CONFIG, find_device, read_json, write_atomically, write_json
 
 Case = dict[str, Any]  # what tells one run from another: {"method": "cg", "seed": 0}
 Row = dict[str, Any]  # what a run found, for JSON
@@ -77,9 +77,7 @@ class Experiment(ABC):
 
     @property
     def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return find_device(self.device)
 
 
 def execute(experiment: Experiment) -> str:
@@ -99,6 +97,7 @@ def execute(experiment: Experiment) -> str:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment).items() if k not in free}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     cases, rows = experiment.cases(), []
+    find_device(experiment.device)
     for case in cases:
         out = experiment.folder / "-".join(str(part) for part in case.values())
         config, summary = {"experiment": experiment.name, "options": options, "case": case}, out / "summary.json"
@@ -108,6 +107,7 @@ def execute(experiment: Experiment) -> str:
             )
         if not summary.exists():
             write_json(out / CONFIG, config)
+            torch.manual_seed(case["seed"])  # of sketches, whatever ran before
             write_json(summary, experiment.run(case, out))
             print(f"{experiment.name} {case}: {summary}", flush=True)
         rows.append((case, read_json(summary)))

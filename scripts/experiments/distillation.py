@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from experiments.networks import class_accuracies, train
+from experiments.networks import class_accuracies, seeded, train
 from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.params import Params
 from metaimplicit.training import fit_tuner, read_metrics, write_atomically
@@ -143,8 +143,7 @@ class Distillation(Experiment):
         return 1000 * seed + (step if self.start == "drawn" else 0)
 
     def _network(self, seed: int) -> nn.Sequential:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             if self.network == "linear":
                 return nn.Sequential(nn.Flatten(), nn.Linear(784, CLASSES))
             if self.network == "mlp":

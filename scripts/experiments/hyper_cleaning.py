@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from experiments.networks import class_accuracies, train
+from experiments.networks import class_accuracies, joined, seeded, train
 from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.params import Params
 from metaimplicit.training import fit_tuner, read_metrics
@@ -119,8 +119,7 @@ class HyperCleaning(Experiment):
         return a, wrong.to(self.torch_device), b, c
 
     def _network(self, seed: int) -> nn.Sequential:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             hidden = [nn.Linear(784, self.hidden), nn.Tanh()] if self.hidden else []
             return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(self.hidden or 784, 10)).to(self.torch_device)
 
@@ -186,8 +185,3 @@ def detection(found: Tensor, wrong: Tensor) -> dict[str, float]:
     hits = int((found & wrong).sum())
     precision, recall = hits / max(int(found.sum()), 1), hits / max(int(wrong.sum()), 1)
     return {"f1": 2 * hits / max(int(found.sum() + wrong.sum()), 1), "precision": precision, "recall": recall}
-
-
-def joined(a: tasks.Examples, b: tasks.Examples) -> tasks.Examples:
-    """One set after the other."""
-    return tasks.Examples(torch.cat([a.inputs, b.inputs]), torch.cat([a.targets, b.targets]))

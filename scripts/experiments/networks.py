@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,23 @@ import tasks
 from metaimplicit.params import Params
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialisations inside depend on `seed` alone, and leave the random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def joined(a: tasks.Examples, b: tasks.Examples) -> tasks.Examples:
+    """One set after the other."""
+    return tasks.Examples(torch.cat([a.inputs, b.inputs]), torch.cat([a.targets, b.targets]))
+
+
 def conv_net(channels: int, classes: int, filters: Sequence[int], seed: int) -> nn.Sequential:
     """Blocks of 3×3 convolution, group norm, ReLU and 2×2 max-pooling, the mean over space, a linear layer."""
     layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for width in filters:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(width // 4, width), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from experiments.networks import class_accuracies, conv_net, train
+from experiments.networks import class_accuracies, conv_net, joined, train
 from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.training import fit_tuner
 from metaimplicit.tuning import ClassWeights, ExampleWeights, TuningProblem, Variable, WeightNetwork
@@ -73,6 +73,7 @@ class Reweighting(Experiment):
     name: ClassVar[str] = "reweighting"
     baselines: ClassVar[tuple[str, ...]] = ("none", "none+validation")
     compared: ClassVar[tuple[str, ...]] = ("none", "none+validation", "cg", "neumann", "nystrom", "nystrom-cg")
+    listed: ClassVar[tuple[str, ...]] = ("imbalance",)
 
     def quickened(self) -> Reweighting:
         return replace(
@@ -81,6 +82,10 @@ class Reweighting(Experiment):
         )  # fmt: skip
 
     def cases(self) -> list[Case]:
+        if not 1 <= self.inner_steps <= self.steps:
+            raise ValueError(f"--inner-steps: got {self.inner_steps}, expected from 1 to {self.steps}, --steps")
+        for imbalance in self.imbalance:
+            tasks.long_tailed_counts(self.largest, 10, imbalance)
         plain = super().cases()
         return [case | {"imbalance": imbalance} for imbalance in self.imbalance for case in plain]
 
@@ -88,9 +93,7 @@ class Reweighting(Experiment):
         began, method, seed = time.perf_counter(), case["method"], case["seed"]
         train_set, validation, test = self._data(seed, case["imbalance"])
         if method == "none+validation":
-            train_set = tasks.Examples(
-                torch.cat([train_set.inputs, validation.inputs]), torch.cat([train_set.targets, validation.targets])
-            )
+            train_set = joined(train_set, validation)
         model = conv_net(3, 10, self.filters, seed).to(self.torch_device)
         batches = tasks.Batches(train_set, min(self.batch, len(train_set)), seed)
         row: Row = {"examples": len(train_set), "parameters": sum(p.numel() for p in model.parameters())}

@@ -18,7 +18,7 @@ from torch import nn
 
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from experiments.networks import class_accuracies, train
+from experiments.networks import class_accuracies, seeded, train
 from metaimplicit import FromMeta, GradientDescent, Interval, Positive, Tuner, hypergradient, tuning_problem
 from metaimplicit.memory import LiveBytes
 from metaimplicit.params import Params
@@ -111,8 +111,7 @@ class StepSize(Experiment):
         return tuple(tasks.standardise(part, like=train_set).to(self.torch_device) for part in parts)
 
     def _network(self, seed: int) -> nn.Sequential:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             layers = nn.Flatten(), nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)
         return nn.Sequential(*layers).to(self.torch_device)
 
