@@ -9,7 +9,8 @@ import pytest
 import torch
 from experiments import EXPERIMENTS
 from experiments.base import execute
-from experiments.regularization import Judge, Regularization
+from experiments.logistic import Judge
+from experiments.regularization import Regularization
 from experiments.step_size import StepSize
 from experiments.tables import newsgroups, split, svmlight
 

@@ -1,5 +1,6 @@
 """Tuning: hyperparameters as outer variables of a bilevel problem, moved while the model trains."""
 
+from metaimplicit.tuning.build import TuningProblem, tuning_problem
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive, Real, Simplex
 from metaimplicit.tuning.hoag import HOAG, HOAGStep
 from metaimplicit.tuning.tuner import Tuner, TunerStep
@@ -10,11 +11,9 @@ from metaimplicit.tuning.variables import (
     GroupStructure,
     Scalar,
     SyntheticData,
-    TuningProblem,
     Variable,
     WeightDecay,
     WeightNetwork,
-    tuning_problem,
 )
 
 __all__ = [
