@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,6 +126,21 @@ def run_inner(
     start = {name: p.detach() for name, p in initial.items()} if detach else initial
     state = None if problem.start is None else problem.start.state
     return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
+
+
+def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
+    """The data that derivatives at θ* see: the problem's own, or beside a `Stream` the `batch` that a method names.
+
+    Raises:
+        ValueError: a `Stream` and no batch, or a batch and no `Stream`.
+    """
+    if not isinstance(problem.data, Stream):
+        if batch is not None:
+            raise ValueError(f"{name} batch: got one with data that is not a Stream, expected None: it sees the data")
+        return problem.data
+    if batch is None:
+        raise ValueError(f"{name} batch: got None with a Stream, expected the data that derivatives at θ* are taken on")
+    return batch
 
 
 def pull_graph(outputs: Params, meta: Params, vectors: Params, retain_graph: bool) -> Gradients:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, held_data, pull_graph, run_inner
 from metaimplicit.operators import (
     KFAC,
     Diagonal,
@@ -26,7 +26,7 @@ from metaimplicit.operators import (
     central_difference,
 )
 from metaimplicit.params import Params, flatten, unflatten
-from metaimplicit.problem import Composite, Iterate, LiftedProblem, Proximal, Stream, resolve
+from metaimplicit.problem import Composite, Iterate, LiftedProblem, Proximal, resolve
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
 Curvature = (
@@ -93,10 +93,7 @@ class Implicit(Method):
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        if isinstance(problem.data, Stream) and self.batch is None:
-            raise ValueError("Implicit batch: got None with a Stream, expected the data that the curvature is taken on")
-        if self.batch is not None and not isinstance(problem.data, Stream):
-            raise ValueError("Implicit batch: got one with data that is not a Stream, expected None: A sees the data")
+        held_data(problem, self.batch, "Implicit")
         if self._generalised and not isinstance(problem.problem.inner_loss, Composite):
             raise ValueError(
                 f"curvature={self.name!r}: got an inner_loss that is a plain function, expected a Composite, whose "
@@ -127,7 +124,7 @@ class Implicit(Method):
         return self.curvature not in (None, "hessian")
 
     def _kronecker(self, make: Any, problem: LiftedProblem, meta: Params, params: Params) -> KFAC:
-        data, f = self._data(problem), problem.problem.inner_loss
+        data, f = held_data(problem, self.batch, "Implicit"), problem.problem.inner_loss
         if not isinstance(f, Composite) or f.module is None:
             raise ValueError("K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)")
         if f.weights is not None:
@@ -139,9 +136,6 @@ class Implicit(Method):
             params,
         )
         return factors
-
-    def _data(self, problem: LiftedProblem) -> Any:
-        return self.batch if isinstance(problem.data, Stream) else problem.data
 
     def _pull(
         self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report, state: State
@@ -171,7 +165,7 @@ class Implicit(Method):
             squared.check_convex()
         self._judge(solution)
         if self.products == "finite-differences":
-            data = self._data(problem)
+            data = held_data(problem, self.batch, "Implicit")
             slope = central_difference(lambda p: problem.inner(p, meta, data), params, solution.value)
             mixed = pull_graph({"slope": slope}, meta, {"slope": -torch.ones_like(slope)}, retain_graph=False)
         else:
@@ -196,7 +190,7 @@ class Implicit(Method):
         self, problem: LiftedProblem, meta: Params, params: Params
     ) -> tuple[LinearOperator, Params, float, bool]:
         """The core of A at θ, ∂f/∂θ with its graph to `meta`, σ of the penalty, and whether the core is PSD."""
-        data, f = self._data(problem), problem.problem.inner_loss
+        data, f = held_data(problem, self.batch, "Implicit"), problem.problem.inner_loss
         if not isinstance(f, Composite):
             whole = Hessian(_steady(lambda p: problem.inner(p, meta, data)), params, self.products)
             return whole, whole.gradient, 0.0, False

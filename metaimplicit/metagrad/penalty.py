@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, run_inner
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, held_data, run_inner
 from metaimplicit.params import Params, leaves
-from metaimplicit.problem import LiftedProblem, Stream
+from metaimplicit.problem import LiftedProblem
 from metaimplicit.solvers import State
 
 
@@ -37,9 +37,7 @@ class ValueFunction(Method):
             raise ValueError(f"ValueFunction strength: got {self.strength}, expected a number > 0")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        if isinstance(problem.data, Stream) and self.batch is None:
-            raise ValueError("ValueFunction batch: got None with a Stream, expected the data of ∂f/∂φ")
-        data = self.batch if isinstance(problem.data, Stream) else problem.data
+        data = held_data(problem, self.batch, "ValueFunction")
         outer = problem.at(inner.steps)
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         fixed = {name: m.detach() for name, m in meta.items()}

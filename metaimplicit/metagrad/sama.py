@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, held_data, pull_graph, run_inner
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import LiftedProblem, Stream
+from metaimplicit.problem import LiftedProblem
 from metaimplicit.solvers import State
 
 
@@ -32,9 +32,7 @@ class SAMA(Method):
     remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        if isinstance(problem.data, Stream) and self.batch is None:
-            raise ValueError("SAMA batch: got None with a Stream, expected the data of the mixed derivative")
-        data = self.batch if isinstance(problem.data, Stream) else problem.data
+        data = held_data(problem, self.batch, "SAMA")
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         end = trajectory.end
         fixed, theta = {name: m.detach() for name, m in meta.items()}, leaves(end.params)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from metaimplicit.models import check_norms
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal
+from metaimplicit.problem import BilevelProblem, Composite, Proximal
 from metaimplicit.tuning.domains import Domain
-from metaimplicit.tuning.variables import Batch, Variable, WeightDecay
+from metaimplicit.tuning.variables import Batch, Variable
 
 
 class TuningProblem(NamedTuple):
@@ -93,8 +93,8 @@ def tuning_problem(
     weighing = [v for v in variables if type(v).weights is not Variable.weights]
     parts = [v for v in variables if type(v).penalty is not Variable.penalty]
     known = penalty
-    if penalty is None and len(parts) == 1 and isinstance(parts[0], WeightDecay) and parts[0].isotropic:
-        known, parts = Proximal(FromMeta("weight_decay"), center="zero"), []
+    if penalty is None and len(parts) == 1 and parts[0].proximal is not None:
+        known, parts = parts[0].proximal, []
 
     def penalties(params: Params, meta: Params) -> Tensor:
         found = [part.penalty(params, start, meta) for part in parts] + ([] if known is None else [known(params, meta)])

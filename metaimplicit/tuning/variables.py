@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.params import Params
-from metaimplicit.problem import FromMeta
+from metaimplicit.problem import FromMeta, Proximal
 from metaimplicit.tuning.domains import Box, Domain, Positive, Simplex
 
 Batch = dict[str, Tensor]
@@ -47,6 +47,11 @@ class Variable(ABC):
 
     def penalty(self, params: Params, start: Params, meta: Params) -> Tensor | None:
         """What it adds, a scalar, where the model's parameters were `start`; None, nothing."""
+        return None
+
+    @property
+    def proximal(self) -> Proximal | None:
+        """The same penalty as a multiple of the identity that solvers know, where it is one."""
         return None
 
 
@@ -181,9 +186,8 @@ class WeightDecay(Variable):
         return dict.fromkeys(names, self.domain)
 
     @property
-    def isotropic(self) -> bool:
-        """Whether its Hessian is a multiple of the identity, of the form that `Proximal` knows."""
-        return self.scope == "scalar" and self.center == "zero"
+    def proximal(self) -> Proximal | None:
+        return Proximal(FromMeta("weight_decay"), "zero") if (self.scope, self.center) == ("scalar", "zero") else None
 
     def penalty(self, params: Params, start: Params, meta: Params) -> Tensor:
         strength, parts = FromMeta("weight_decay"), []
