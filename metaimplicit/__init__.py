@@ -2,7 +2,7 @@
 
 from metaimplicit.check import Check, check_hypergradient
 from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
-from metaimplicit.inner import LBFGS, GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit.inner import LBFGS, GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner, Step
 from metaimplicit.metagrad import (
     METHODS,
@@ -35,7 +35,7 @@ from metaimplicit.solvers import (
     Solver,
     Status,
 )
-from metaimplicit.tuning import HOAG, Box, Domain, Interval, Positive, Simplex, Tuner, tuning_problem
+from metaimplicit.tuning import HOAG, Box, Domain, Hyperoptimizer, Interval, Positive, Simplex, Tuner, tuning_problem
 
 __all__ = [
     "CG",
@@ -63,6 +63,7 @@ __all__ = [
     "GradientDescent",
     "Hessian",
     "Hypergradient",
+    "Hyperoptimizer",
     "Identity",
     "Implicit",
     "InnerLoop",
@@ -74,6 +75,7 @@ __all__ = [
     "Method",
     "MethodOptions",
     "Neumann",
+    "NewtonCG",
     "Nystrom",
     "NystromCG",
     "Positive",

@@ -3,6 +3,7 @@
 from metaimplicit.tuning.build import TuningProblem, tuning_problem
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive, Real, Simplex
 from metaimplicit.tuning.hoag import HOAG, HOAGStep
+from metaimplicit.tuning.hyperoptimizers import Hyperoptimizer
 from metaimplicit.tuning.tuner import Tuner, TunerStep
 from metaimplicit.tuning.variables import (
     Augmentation,
@@ -25,6 +26,7 @@ __all__ = [
     "ExampleWeights",
     "GroupStructure",
     "HOAGStep",
+    "Hyperoptimizer",
     "Interval",
     "Positive",
     "Real",

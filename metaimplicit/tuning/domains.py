@@ -32,6 +32,12 @@ class Domain(ABC):
         """The nearest coordinates that are allowed, after a step."""
         return free
 
+    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """(∂value/∂free)ᵀ gradient; `value` is that of `free`."""
+        with torch.enable_grad():
+            at = free.detach().requires_grad_()
+            return torch.autograd.grad(self.value(at), at, gradient)[0]
+
 
 @dataclass(frozen=True)
 class Real(Domain):
@@ -42,6 +48,9 @@ class Real(Domain):
 
     def free(self, value: Tensor) -> Tensor:
         return value
+
+    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,9 @@ class Positive(Domain):
     def free(self, value: Tensor) -> Tensor:
         _check(value > 0, value, "numbers > 0")
         return value.log()
+
+    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return gradient * value
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,14 @@ class Interval(Domain):
         _check((value > self.low) & (value < self.high), value, f"numbers between {self.low} and {self.high}")
         return ((value - self.low) / (self.high - self.low)).logit()
 
+    def project(self, free: Tensor) -> Tensor:
+        """Where the value is still told from the bounds: |free| ≤ −log ε, ε the unit round-off."""
+        bound = -math.log(torch.finfo(free.dtype).eps)
+        return free.clamp(-bound, bound)
+
+    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return gradient * (value - self.low) * free.neg().sigmoid()
+
 
 @dataclass(frozen=True)
 class Box(Domain):
@@ -95,6 +115,9 @@ class Box(Domain):
 
     def project(self, free: Tensor) -> Tensor:
         return free.clamp(self.low, self.high)
+
+    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -139,22 +162,26 @@ class FreeMeta:
         """φ, with its graph to the coordinates."""
         return {**self._fixed, **{name: self._domains[name].value(free) for name, free in self.tensors.items()}}
 
+    @torch.no_grad()
     def values(self) -> Params:
         """φ, detached."""
-        return {name: m.detach().clone() for name, m in self.meta().items()}
+        return {name: m.clone() for name, m in self.meta().items()}
 
+    @torch.no_grad()
     def pull(self, gradients: Params) -> Params:
         """dg/dφ in the coordinates, by the chain rule."""
-        with torch.enable_grad():
-            values = self.meta()
-        outputs, along = [values[n] for n in self.tensors], [gradients[n] for n in self.tensors]
-        return dict(zip(self.tensors, torch.autograd.grad(outputs, list(self.tensors.values()), along), strict=True))
+        domains, free = self._domains, self.tensors
+        return {n: domains[n].pull(x, domains[n].value(x), gradients[n]) for n, x in free.items()}
 
-    def load(self, tensors: Params) -> None:
-        """Take other coordinates; ValueError for another φ's."""
+    def check(self, tensors: Params) -> None:
+        """ValueError for the coordinates of another φ."""
         shapes, got = ({n: tuple(x.shape) for n, x in each.items()} for each in (self.tensors, tensors))
         if got != shapes:
             raise ValueError(f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did")
+
+    def load(self, tensors: Params) -> None:
+        """Take other coordinates; ValueError for another φ's."""
+        self.check(tensors)
         with torch.no_grad():
             for name, free in self.tensors.items():
                 free.copy_(tensors[name])
@@ -163,7 +190,8 @@ class FreeMeta:
         """Bring the coordinates back to where they are allowed, after a step."""
         with torch.no_grad():
             for name, free in self.tensors.items():
-                free.copy_(self._domains[name].project(free))
+                if (projected := self._domains[name].project(free)) is not free:
+                    free.copy_(projected)
 
 
 def norm(gradients: Params) -> float:

@@ -66,7 +66,7 @@ class HOAG:
         train, validation: the data.
         inner: solves to a tolerance, which is set here.
         schedule: ε_k over `tolerance`, "exponential" 0.9ᵏ, "quadratic" 1/k², "cubic" 1/k³, or a function of k ≥ 1; ε_k
-            stays above the square root of the working precision.
+            stays above four times the square root of the working precision.
         tolerance: what the schedule multiplies, > 0.
         solver: CG's cap on its steps; its tolerance is set here.
         domains: of the hyperparameters, as for `Tuner`.
@@ -121,8 +121,8 @@ class HOAG:
         Raises:
             FloatingPointError: a hypergradient with a NaN or an Inf; nothing was changed.
         """
-        # the line search cannot tell losses apart below the square root of the working precision
-        floor = torch.finfo(next(iter(self.free.tensors.values())).dtype).eps ** 0.5
+        # near the square root of the working precision the line search cannot tell losses apart
+        floor = 4 * torch.finfo(next(iter(self.free.tensors.values())).dtype).eps ** 0.5
         epsilon = max(self.tolerance * self.schedule(self.steps + 1), floor)
         inner = self.inner.updated(tol=epsilon)
         found = hypergradient(
