@@ -12,7 +12,6 @@ from gradient_descent_the_ultimate_optimizer import gdtuo
 from torch import Tensor, nn
 
 from metaimplicit import Domain, Hyperoptimizer
-from metaimplicit.tuning import Real
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam
 
 
@@ -27,12 +26,11 @@ class Tanh(Domain):
         return value.logit() / 2
 
 
-RAW = {"lr": Real()}  # the package moves step sizes as they are
-BETAS = RAW | {"beta1": Tanh(), "beta2": Tanh()}
+BETAS = {"beta1": Tanh(), "beta2": Tanh()}
 PAIRS = {
-    "SGD/SGD": (SGD(0.1, optimizer=SGD(0.01), domains=RAW), lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01))),
+    "SGD/SGD": (SGD(0.1, optimizer=SGD(0.01)), lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01))),
     "SGD/SGD/SGD": (
-        SGD(0.1, optimizer=SGD(0.01, optimizer=SGD(0.01), domains=RAW), domains=RAW),
+        SGD(0.1, optimizer=SGD(0.01, optimizer=SGD(0.01))),
         lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01, optimizer=gdtuo.SGD(0.01))),
     ),
     "Adam/SGD": (Adam(1e-3, optimizer=SGD(1e-4), domains=BETAS), lambda: gdtuo.Adam(optimizer=gdtuo.SGD(1e-4))),

@@ -29,7 +29,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
     clipped, or averaged over processes, before the step.
 
     ```python
-    optimizer = Hyperoptimizer(model.parameters(), Adam(optimizer=SGD(1e-3)))           # Adam's lr, β₁, β₂ by SGD
+    optimizer = Hyperoptimizer(model.parameters(), Adam(optimizer=SGD(1e-5)))           # Adam's lr, β₁, β₂ by SGD
     optimizer = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(optimizer=SGD())))
     ```
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metaimplicit.tuning.domains import Domain, Interval, Positive
+from metaimplicit.tuning.domains import Box, Domain, Interval, Positive
 
 Size = Literal["scalar", "per-tensor", "per-element"]
 Numbers = dict[str, Tensor]  # h: 0-dim, but for lr, which may have an entry for each tensor or element of θ
@@ -33,9 +33,10 @@ class Level(ABC):
         learn: the hyperparameters that `optimizer` moves; by default all but `eps` and `weight_decay` (the training
             loss would take the latter to 0) and those that are 0. A mapping says of what size, `{"lr": "per-tensor"}`
             or `"per-element"`; only lr may be other than a scalar.
-        domains: where they may lie, in whose free coordinates `optimizer` moves them: by default `Positive()` (log lr)
-            and, of what decays by it, `Interval(0, 1)` (its logit). `{"lr": Real()}` moves lr itself, as the paper
-            does; then it may turn negative, which is an error.
+        domains: where they may lie, in whose free coordinates `optimizer` moves them. By default lr itself is moved,
+            as in the paper, and stopped at 0 (`Box(0)`); numbers in [0, 1) move by their logit (`Interval(0, 1)`),
+            `eps` and `weight_decay` by their logarithm. `{"lr": Positive()}` moves log lr: it crosses orders of magnitude
+            fast under Adam. `{"lr": Real()}` lets it turn negative, which is an error.
 
     Raises:
         ValueError: a number out of range; `learn` or `domains` of something else; a level that learns nothing.
@@ -89,7 +90,8 @@ class Level(ABC):
         return dict.fromkeys(chosen if self.optimizer is not None else [], "scalar")
 
     def domain(self, name: str) -> Domain:
-        return self.domains.get(name, Interval(0, 1) if name in self.decays else Positive())
+        usual = Box(0.0) if name == "lr" else Interval(0, 1) if name in self.decays else Positive()
+        return self.domains.get(name, usual)
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError for a hyperparameter out of range."""
