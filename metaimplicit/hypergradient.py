@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import reached
-from metaimplicit.inner import InnerLoop
+from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.metagrad import (
     Adaptation,
     Gradients,
@@ -57,7 +57,7 @@ def hypergradient(
     meta: Params,
     data: Any,
     *,
-    inner: InnerLoop,
+    inner: str | InnerLoop,
     method: str | Method,
     options: MethodOptions | None = None,
     batched: bool = False,
@@ -72,7 +72,7 @@ def hypergradient(
         problem: init, inner and outer loss, each written for one problem.
         meta: φ, `{name: tensor}`; not changed, and no graph of theirs is touched.
         data: any pytree of tensors, or a `Stream` of them; with `batched` each carries the task axis first.
-        inner: the inner loop that approximates θ*.
+        inner: the inner loop that approximates θ*, or its flag with all defaults.
         method: how the derivative is taken, a `Method` or its flag (with `options`).
         batched: whether `data` is a batch of tasks.
         vectorize: `"vmap"` over tasks, or a `"loop"` under one graph.
@@ -87,7 +87,7 @@ def hypergradient(
             grad and reaches a loss otherwise than through `meta`; any option out of its range.
         FloatingPointError: from a strict implicit method.
     """
-    method = make_method(method, options)
+    inner, method = make_inner(inner), make_method(method, options)
     lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start)
     with torch.enable_grad():
         phi = _meta_leaves(meta)
@@ -129,7 +129,7 @@ def argmin(
     meta: Params,
     data: Any,
     *,
-    inner: InnerLoop,
+    inner: str | InnerLoop,
     method: str | Method,
     options: MethodOptions | None = None,
     batched: bool = False,
@@ -148,7 +148,7 @@ def argmin(
         ValueError: as `hypergradient`, or method "reptile", which is no derivative.
         RuntimeError: on a second backward through an implicit method.
     """
-    method = make_method(method, options)
+    inner, method = make_inner(inner), make_method(method, options)
     if isinstance(method, (Reptile, ValueFunction)):
         what = "no derivative" if isinstance(method, Reptile) else "no derivative without its outer loss"
         raise ValueError(f"argmin method: got {method.flag!r}, which is {what}; use 'unrolled' or an implicit method")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.hypergradient import Hypergradient, hypergradient
-from metaimplicit.inner import InnerLoop
+from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
 from metaimplicit.models import check_norms
 from metaimplicit.params import Adapt, Params, select
@@ -51,7 +51,7 @@ class MetaLearner(nn.Module):
         model: any module whose call on inputs `[m, ...]` gives outputs `[m, ...]`. Batch-norm normalises over each
             set it is given (transductive on the query), and must not track running statistics.
         loss: `(outputs, targets) -> scalar`, e.g. `F.cross_entropy`.
-        inner: the inner loop.
+        inner: the inner loop, or its flag, e.g. "newton-cg".
         method: a flag or a `Method`; an implicit one takes Gauss–Newton curvature unless told otherwise.
         proximal: λ ≥ 0.
         learn: inner numbers to learn beside φ, kept positive by learning their logarithm: "lr" (a scalar; with a
@@ -67,7 +67,7 @@ class MetaLearner(nn.Module):
         model: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
-        inner: InnerLoop,
+        inner: str | InnerLoop,
         method: str | Method = "cg",
         proximal: float = 0.0,
         learn: Iterable[str] | Mapping[str, Granularity] = (),
@@ -85,7 +85,7 @@ class MetaLearner(nn.Module):
             raise ValueError("model: got no parameter that requires grad, expected some; call model.requires_grad_()")
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
-        self.model, self.loss, self.method, self.inner = model, loss, method, inner
+        self.model, self.loss, self.method, self.inner = model, loss, method, make_inner(inner)
         self.adapted = select(trainable, adapt)
         self.vectorize, self.chunk_size = vectorize, chunk_size
         self._outputs: int | None = None  # the width of the model's output, for the range of labels

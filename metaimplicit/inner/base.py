@@ -107,3 +107,11 @@ class InnerLoop(ABC):
             for name, parts in value.items() if isinstance(value, dict) else [(f.name, value)]:
                 for part in parts if isinstance(parts, tuple) else (parts,):
                     yield name, part
+
+
+def straight_through(params: Params, start: Params) -> Params:
+    """θ with the gradient of θ₀: the steps between them pulled back as the identity."""
+    return {
+        name: p.detach() + (start[name] - start[name].detach()) if start[name].requires_grad else p.detach()
+        for name, p in params.items()
+    }

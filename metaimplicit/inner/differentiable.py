@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.graph import check_differentiable
-from metaimplicit.inner.base import StepLoss, Trajectory
+from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
 from metaimplicit.inner.rules import RULES
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import FromMeta, OptimizerState, resolve
@@ -143,7 +143,7 @@ def run(
 
     for t in range(steps):
         if t == free and free > 0:
-            params = _straight_through(params, start)
+            params = straight_through(params, start)
             params = {name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()}
             stepper = _build(optimizer, options, meta, names, _state(stepper, names), track=True)
         losses = loss(params, t)
@@ -161,20 +161,12 @@ def run(
         if tol is not None and (t + 1) % check_every == 0 and not active.any():
             break
     if track == 0:
-        params = _straight_through(params, start)
+        params = straight_through(params, start)
     return Trajectory(params, taken, norm, tuple(iterates), _state(stepper, names))
 
 
 def _state(stepper: Any, names: list[str]) -> OptimizerState:
     return {name: dict(slots[0]) for name, slots in zip(names, stepper.state, strict=True)}
-
-
-def _straight_through(params: Params, start: Params) -> Params:
-    """θ with the gradient of θ₀: the steps between them pulled back as the identity."""
-    return {
-        name: p.detach() + (start[name] - start[name].detach()) if start[name].requires_grad else p.detach()
-        for name, p in params.items()
-    }
 
 
 def _where(active: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaimplicit.inner import GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit.inner import GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
 from metaimplicit.learner import MetaLearner
 from metaimplicit.metagrad import Implicit, MethodOptions, Report, make_method
 from metaimplicit.models import MLP, ConvNet
@@ -58,6 +58,8 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
     inner: InnerLoop
     if options.inner_optimizer == "sgd":
         inner = GradientDescent(steps=options.inner_steps, lr=options.inner_lr)
+    elif options.inner_optimizer == "newton-cg":
+        inner = NewtonCG(steps=options.inner_steps, cg_steps=options.inner_cg_steps)
     else:
         extra = {"momentum": 0.9} if options.inner_optimizer == "momentum" else {}
         inner = TorchOptimizer(INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra)

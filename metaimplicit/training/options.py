@@ -49,8 +49,11 @@ class Options:
     """Inner step size (sinusoid: 0.01; implicit methods: omniglot 0.3, sinusoid 0.02)."""
     proximal: float = 0.1
     """λ of λ/2 ‖θ − φ‖² in the inner loss (omniglot, sinusoid: 0.5; 0 with a method that is not implicit)."""
-    inner_optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
-    """The inner loop's optimiser; momentum is SGD with 0.9 (sinusoid with an implicit method: adam)."""
+    inner_optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "newton-cg"] = "sgd"
+    """The inner loop's optimiser; momentum is SGD with 0.9 (sinusoid with an implicit method: adam). newton-cg, for
+    implicit methods, takes no --inner-lr."""
+    inner_cg_steps: int = 3
+    """Products with the Hessian in a step of newton-cg, at most."""
     outer_lr: float = 4e-3
     """Adam's step size on the meta-parameters at the start (sinusoid: 0.001, implicit methods 0.002)."""
     meta_batch: int = 8

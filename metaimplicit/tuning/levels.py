@@ -35,8 +35,8 @@ class Level(ABC):
             or `"per-element"`; only lr may be other than a scalar.
         domains: where they may lie, in whose free coordinates `optimizer` moves them. By default lr itself is moved,
             as in the paper, and stopped at 0 (`Box(0)`); numbers in [0, 1) move by their logit (`Interval(0, 1)`),
-            `eps` and `weight_decay` by their logarithm. `{"lr": Positive()}` moves log lr: it crosses orders of magnitude
-            fast under Adam. `{"lr": Real()}` lets it turn negative, which is an error.
+            `eps` and `weight_decay` by their logarithm. `{"lr": Positive()}` moves log lr, which under Adam crosses
+            orders of magnitude fast. `{"lr": Real()}` lets it turn negative, which is an error.
 
     Raises:
         ValueError: a number out of range; `learn` or `domains` of something else; a level that learns nothing.
