@@ -16,7 +16,7 @@ LAYERS = (
     ("inner",),
     ("metagrad",),
     ("hypergradient",),
-    ("learner", "check", "compare", "tuning"),
+    ("learner", "check", "compare", "tuning", "optim"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from metaimplicit.params import Params, flatten, unflatten
 
 Call = Callable[[Params], Tensor]  # one task's outputs of the model
 Lift = Callable[[Callable[[Call, Params], Any], Params], Any]  # a function of one task, over the task axis
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,19 @@ class KFAC(Invertible):
         layers = _layers(module, self.params, others)
 
         def sizes(call: Call, own: Params) -> Params:
-            return _watch(layers, lambda: call(own), {})[2]
+            found: Params = {}
+            watch(layers, lambda: call(own), lambda name, _, output: found.update({name: output}), _ADVICE)
+            return found
 
         def probed(call: Call, both: Params) -> tuple[Tensor, Params]:
-            probes = {name: both[f"probe {name}"] for name in layers}
-            return _watch(layers, lambda: call({name: both[name] for name in self.params}), probes)[:2]
+            found: Params = {}
+
+            def record(name: str, given: Tensor, output: Tensor) -> Tensor:
+                found[name] = given
+                return output + both[f"probe {name}"]
+
+            own = {name: both[name] for name in self.params}
+            return watch(layers, lambda: call(own), record, _ADVICE), found
 
         with torch.no_grad():
             probes = {name: torch.zeros_like(out).requires_grad_() for name, out in lift(sizes, self.params).items()}
@@ -133,9 +142,10 @@ def _layers(module: nn.Module, params: Params, others: str) -> dict[str, nn.Line
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and f"{prefix}weight" in params:
             found[name] = layer
             covered |= {f"{prefix}weight", f"{prefix}bias"}
-            if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+            if not plain(layer):
                 raise ValueError(
-                    f"KFAC: layer {name!r} is grouped or not padded by zeros; use curvature='gauss-newton'"
+                    f"KFAC: layer {name!r} is grouped, or its padding is not a number of zeros; use "
+                    "curvature='gauss-newton'"
                 )
     if others == "raise" and (unknown := sorted(set(params) - covered)):
         raise ValueError(
@@ -145,21 +155,30 @@ def _layers(module: nn.Module, params: Params, others: str) -> dict[str, nn.Line
     return found
 
 
-def _watch(
-    layers: Mapping[str, nn.Module], function: Callable[[], Tensor], probes: Params
-) -> tuple[Tensor, Params, Params]:
-    """(result, inputs, outputs) of the layers while `function` runs, each probe added to its layer's output."""
-    inputs: Params = {}
-    outputs: Params = {}
+_ADVICE = "leave it out by adapt=, or use curvature='gauss-newton'"
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def record(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name in inputs:
-                raise ValueError(f"KFAC: layer {name!r} is called twice, expected once; use curvature='gauss-newton'")
-            inputs[name], outputs[name] = given[0], output
-            return output + probes[name] if name in probes else output
 
-        return record
+def watch(
+    layers: Mapping[str, nn.Module],
+    function: Callable[[], Result],
+    record: Callable[[str, Tensor, Tensor], Tensor | None],
+    advice: str,
+) -> Result:
+    """The result of `function`, each layer's input and output shown to `record`, which may replace the output.
+
+    Raises:
+        ValueError: a layer is called twice, or not at all; `advice` says what to do.
+    """
+    called: set[str] = set()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def look(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if name in called:
+                raise ValueError(f"KFAC: layer {name!r} is called twice, expected once; {advice}")
+            called.add(name)
+            return record(name, given[0], output)
+
+        return look
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
@@ -167,17 +186,27 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    if missing := sorted(set(layers) - set(inputs)):
-        raise ValueError(f"KFAC: layer {missing[0]!r} adapts but is not called; leave it out by adapt=")
-    return result, inputs, outputs
+    if missing := sorted(set(layers) - called):
+        raise ValueError(f"KFAC: layer {missing[0]!r} adapts but is not called; {advice}")
+    return result
 
 
-def _block(
-    name: str, layer: nn.Linear | nn.Conv2d, params: Params, inputs: Tensor, gradients: Tensor, corrected: bool
-) -> _Block:
-    """From inputs `[tasks, m, …]` and gradients `[count, tasks, m, …]` of a layer's outputs."""
-    prefix = f"{name}." if name else ""
-    bias = f"{prefix}bias" if f"{prefix}bias" in params else None
+def plain(layer: nn.Module) -> bool:
+    """Whether every output of a convolution sees a patch of all channels, padded by zeros; true of a linear layer."""
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def positions(layer: nn.Linear | nn.Conv2d, inputs: Tensor, gradients: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """ā `[tasks, m, R, in (+ 1)]` and g `[count, tasks, m, R, out]` of a layer's R positions for each example.
+
+    Args:
+        layer: linear, or a convolution that is `plain`.
+        inputs: of the layer, `[tasks, m, …]`.
+        gradients: in its outputs, `[count, tasks, m, …]`.
+        bias: whether ā ends with a 1.
+    """
     tasks, m = inputs.shape[:2]
     if isinstance(layer, nn.Conv2d):
         padding: Any = layer.padding
@@ -188,10 +217,25 @@ def _block(
             inputs.reshape(tasks, m, -1, inputs.shape[-1]),
             gradients.reshape(*gradients.shape[:3], -1, layer.out_features),
         )
-    if bias is not None:
+    if bias:
         a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-    second = torch.einsum("tmri,tmrj->tij", a, a) / (m * a.shape[2])
-    scatter = torch.einsum("ctmro,ctmrp->top", g, g) / m
+    return a, g
+
+
+def moments(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """A = E[ā āᵀ] over positions, `[tasks, in (+ 1), in (+ 1)]`, and G = Σ g gᵀ/examples, `[tasks, out, out]`."""
+    rows, slopes = a.flatten(1, 2), g.transpose(0, 1).flatten(1, 3)
+    return rows.mT @ rows / rows.shape[1], slopes.mT @ slopes / examples
+
+
+def _block(
+    name: str, layer: nn.Linear | nn.Conv2d, params: Params, inputs: Tensor, gradients: Tensor, corrected: bool
+) -> _Block:
+    """From inputs `[tasks, m, …]` and gradients `[count, tasks, m, …]` of a layer's outputs."""
+    prefix, m = f"{name}." if name else "", inputs.shape[1]
+    bias = f"{prefix}bias" if f"{prefix}bias" in params else None
+    a, g = positions(layer, inputs, gradients, bias is not None)
+    second, scatter = moments(a, g, m)
     (along_a, right), (along_g, left) = torch.linalg.eigh(second), torch.linalg.eigh(scatter)
     values = along_g.clamp(min=0).unsqueeze(-1) * along_a.clamp(min=0).unsqueeze(-2)
     if corrected:
