@@ -1,6 +1,7 @@
 """Time and memory of one meta-step against the number of inner steps, each measurement in a fresh process.
 
 python scripts/benchmark.py --methods cg unrolled --inner-steps 4 16 64
+python scripts/benchmark.py --towers                         # a level of a tower of optimisers, instead
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tower_benchmark
 import tyro
 
 from metaimplicit import GradientDescent, MetaLearner, MethodOptions
@@ -41,6 +43,8 @@ class Benchmark:
     """cpu or cuda."""
     out: Path | None = None
     """JSON file for the numbers."""
+    towers: bool = False
+    """Time training steps by towers of optimisers instead, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ def _resident(device: torch.device) -> float:
 
 def main(settings: Benchmark) -> list[dict[str, object]]:
     """Measure everything, each in a process of its own."""
+    if settings.towers:
+        torch.set_num_threads(settings.threads)
+        print(tower_benchmark.perceptron(), tower_benchmark.residual_network(), sep="\n\n")
+        return []
     # glibc: hand freed blocks back at once, so that the resident size is what lives and not what once did
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     rows: list[dict[str, object]] = []
@@ -112,4 +120,4 @@ def main(settings: Benchmark) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark))
+    main(tyro.cli(Benchmark, config=(tyro.conf.FlagCreatePairsOff,)))

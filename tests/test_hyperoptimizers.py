@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from metaimplicit.tuning.hyperoptimizers import SGD, AdaGrad, Adam, AdamW, RMSPr
 EVERYTHING = {  # level, and the torch optimiser whose rule it is
     "SGD": (SGD(0.05, momentum=0.8, weight_decay=0.03), torch.optim.SGD),
     "plain SGD": (SGD(0.05), torch.optim.SGD),
-    "AdaGrad": (AdaGrad(0.05, eps=0.02), torch.optim.Adagrad),
+    "AdaGrad": (AdaGrad(0.05, eps=0.02, initial=0.1), torch.optim.Adagrad),
+    "AdaGrad from 0": (AdaGrad(0.05, eps=0.02), torch.optim.Adagrad),
     "RMSProp": (RMSProp(0.01, alpha=0.9, eps=0.02), torch.optim.RMSprop),
     "Adam": (Adam(0.01, beta1=0.8, beta2=0.95, eps=0.02), torch.optim.Adam),
     "AdamW": (AdamW(0.01, beta1=0.8, beta2=0.95, eps=0.02, weight_decay=0.03), torch.optim.AdamW),
 }
-SMOOTH = {name: kind for name, kind in EVERYTHING.items() if name != "SGD"}
 
 
 def network(dtype=torch.float64):
@@ -51,6 +52,8 @@ def train(model, optimizer, steps, first=0):
 def options(level, numbers):
     """The keyword arguments of torch's optimiser for the numbers of ours."""
     found = dict(numbers)
+    if isinstance(level, AdaGrad):
+        found["initial_accumulator_value"] = level.initial
     if "beta1" in found:
         found["betas"] = (found.pop("beta1"), found.pop("beta2"))
     return found
@@ -86,7 +89,7 @@ def test_hypergradients_are_those_of_autograd(name):
     """Every hyperparameter at once, ten steps, to round-off."""
     plain, kind = EVERYTHING[name]
     numbers = {n: x for n, x in plain.numbers.items() if x != 0}
-    level = type(plain)(**plain.numbers, optimizer=SGD(0.02), learn=tuple(numbers))
+    level = replace(plain, optimizer=SGD(0.02), learn=tuple(numbers))
     model = network()
     optimizer = Hyperoptimizer(model.parameters(), level)
     for step, expected in enumerate(autograd_trajectory(level, kind, 10, 0.02)):
@@ -399,6 +402,8 @@ def test_bad_towers_are_refused():
         SGD(-0.1)
     with pytest.raises(ValueError, match=r"Adam beta1: got 1.0, expected a number in \[0, 1\)"):
         Adam(beta1=1.0)
+    with pytest.raises(ValueError, match=r"AdaGrad initial: got -1, expected a finite number ≥ 0"):
+        AdaGrad(initial=-1)
     with pytest.raises(ValueError, match=r"SGD learn: got \['rate'\], expected some of \['lr', 'momentum'"):
         SGD(optimizer=SGD(), learn=("rate",))
     with pytest.raises(ValueError, match=r"SGD learn: got \('lr',\) and no optimizer"):

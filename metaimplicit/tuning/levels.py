@@ -109,7 +109,7 @@ class Level(ABC):
         """∂(uᵀa)/∂h at the last step for the h in `names`, lr not among them, and maybe others."""
 
 
-_OWN = ("optimizer", "learn", "domains")
+_OWN = ("optimizer", "learn", "domains", "initial")
 _SIZES = ("scalar", "per-tensor", "per-element")
 
 
@@ -140,12 +140,21 @@ class SGD(Level):
 
 @dataclass(frozen=True)
 class AdaGrad(Level):
-    """u = g/(√s + ε), s = s₋ + g² (Duchi, Hazan & Singer 2011)."""
+    """u = g/(√s + ε), s = s₋ + g² from `initial` ≥ 0 on, a constant (Duchi, Hazan & Singer 2011).
+
+    From 0 the first steps are sign(g), and so long that the level above sees little else: the paper starts at 0.1.
+    """
 
     eps: float = field(default=1e-10, kw_only=True)
+    initial: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("initial", self.initial)
 
     def direction(self, h: Numbers, slots: Slots, g: Tensor, point: Tensor | None) -> Tensor:
-        total = _slot(slots, "sum", g).addcmul_(g, g)
+        slots["sum"] = slots["sum"] if "sum" in slots else torch.full_like(g, self.initial)
+        total = slots["sum"].addcmul_(g, g)
         below = torch.sqrt(total, out=_slot(slots, "below", g)).add_(h["eps"])
         return torch.div(g, below, out=_slot(slots, "ratio", g))
 

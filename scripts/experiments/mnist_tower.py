@@ -1,0 +1,227 @@
+"""Towers of optimisers on MNIST: each against its plain optimiser, and towers of SGD from good and bad step sizes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+import tasks
+from experiments.base import Case, Experiment, Row, markdown, spread
+from experiments.networks import seeded
+from metaimplicit import Hyperoptimizer, Positive
+from metaimplicit.tuning.hyperoptimizers import SGD, AdaGrad, Adam, AdamW, Level, RMSProp
+
+LOG = {"lr": Positive()}  # log lr moves, not lr
+TOWERS: dict[str, Level] = {  # "a-by-b": a's hyperparameters by b; it is compared with "a"
+    "sgd": SGD(0.01),
+    "sgd-by-sgd": SGD(0.01, optimizer=SGD(0.01)),
+    "sgd-by-adagrad": SGD(0.01, optimizer=AdaGrad(0.01)),
+    "sgd-by-rmsprop": SGD(0.01, optimizer=RMSProp(0.1)),
+    "sgd-by-adam": SGD(0.01, optimizer=Adam(1e-3)),
+    "sgd-log-by-adam": SGD(0.01, optimizer=Adam(0.1), domains=LOG),
+    "sgd-per-tensor-by-sgd": SGD(0.01, optimizer=SGD(0.01), learn={"lr": "per-tensor"}),
+    "momentum": SGD(0.01, momentum=0.9),
+    "momentum-by-sgd": SGD(0.01, momentum=0.9, optimizer=SGD(0.01)),
+    "adagrad": AdaGrad(0.01, initial=0.1),
+    "adagrad-by-sgd": AdaGrad(0.01, initial=0.1, optimizer=SGD(1e-3)),
+    "adagrad-by-adagrad": AdaGrad(0.01, initial=0.1, optimizer=AdaGrad(0.01)),
+    "rmsprop": RMSProp(0.01),
+    "rmsprop-by-sgd": RMSProp(0.01, optimizer=SGD(1e-6)),
+    "rmsprop-by-rmsprop": RMSProp(0.01, optimizer=RMSProp(1e-5)),
+    "adam": Adam(1e-3),
+    "adam-by-sgd": Adam(1e-3, optimizer=SGD(1e-5)),
+    "adam-lr-by-sgd": Adam(1e-3, optimizer=SGD(1e-5), learn=("lr",)),
+    "adam-log-by-sgd": Adam(1e-3, optimizer=SGD(1.0), domains=LOG),
+    "adam-by-adam": Adam(1e-3, optimizer=Adam(1e-4)),
+    "adamw": AdamW(1e-3),
+    "adamw-by-sgd": AdamW(1e-3, optimizer=SGD(1e-5)),
+}
+
+
+@dataclass(frozen=True)
+class MnistTower(Experiment):
+    """Test error of 784-128-10 (tanh) after training by towers of optimisers, as in Chandra et al. (2022).
+
+    Methods are A-by-B, A's hyperparameters moved by B, beside A with the values it starts from, and A with the values
+    the tower ended on, fixed from a fresh start ("re-used"). `height-N` are N + 1 levels of SGD, every one from the
+    same step size, the top one's fixed: `starts` are tried for each, by seed 0.
+    """
+
+    epochs: int = 30
+    """Over the 60,000 training images."""
+    batch: int = 256
+    """Images in a training batch."""
+    hidden: int = 128
+    """Units of the hidden layer."""
+    heights: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    """Levels above the SGD of the weights."""
+    starts: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    """Step sizes that every level starts from."""
+    height_epochs: int = 5
+    """Epochs of `height-N`."""
+    training: int | None = None
+    """Training images of each class; by default all."""
+
+    name: ClassVar[str] = "mnist-tower"
+    listed: ClassVar[tuple[str, ...]] = ("heights", "starts")
+    compared: ClassVar[tuple[str, ...]] = tuple(TOWERS)
+    baselines: ClassVar[tuple[str, ...]] = tuple(TOWERS)
+
+    def quickened(self) -> MnistTower:
+        return replace(
+            self,
+            seeds=1,
+            epochs=1,
+            hidden=4,
+            training=20,
+            batch=50,
+            heights=(0, 2),
+            starts=(0.01, 1.0),
+            height_epochs=1,
+        )
+
+    def cases(self) -> list[Case]:
+        for name, number in {"--epochs": self.epochs, "--height-epochs": self.height_epochs}.items():
+            if number < 1:
+                raise ValueError(f"{name}: got {number}, expected at least 1")
+        if unknown := [m for m in self.methods if m not in TOWERS]:
+            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(TOWERS)}")
+        if min(self.heights, default=0) < 0 or not min(self.starts, default=1.0) > 0:
+            raise ValueError(f"--heights, --starts: got {self.heights} and {self.starts}, expected ≥ 0 and > 0")
+        sensitivity = [
+            {"method": f"height-{height}", "start": start, "seed": 0}
+            for height in self.heights
+            for start in self.starts
+        ]
+        return super().cases() + sensitivity
+
+    def run(self, case: Case, out: Path) -> Row:
+        if "start" in case:
+            levels = SGD(case["start"])
+            for _ in range(int(case["method"].removeprefix("height-"))):
+                levels = SGD(case["start"], optimizer=levels)
+            return self._trained(levels, case["seed"], self.height_epochs)
+        tower = TOWERS[case["method"]]
+        row = self._trained(tower, case["seed"], self.epochs)
+        learnt = row["learnt"]
+        if tower.optimizer is not None and learnt and all(isinstance(x, float) for x in learnt.values()):
+            fixed = replace(tower, optimizer=None, learn=None, domains={}, **learnt)
+            row["reused_error"] = self._trained(fixed, case["seed"], self.epochs)["error"]
+        return row
+
+    def _data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
+        whole, test = tasks.mnist(self.data_root)
+        if self.training is not None:
+            whole, _ = tasks.per_class(whole, self.training, seed)
+        pair = (tasks.Examples(part.inputs.flatten(1).float() / 255, part.targets) for part in (whole, test))
+        train, test = (part.to(self.torch_device) for part in pair)
+        return train, test
+
+    def _trained(self, tower: Level, seed: int, epochs: int) -> Row:
+        """What a run comes to: error in %, None where it diverged; the last epoch's mean loss; the values learnt."""
+        train, test = self._data(seed)
+        batches, steps = tasks.Batches(train, self.batch, seed), epochs * (len(train) // self.batch)
+        with seeded(seed):
+            model = nn.Sequential(nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)).to(train.inputs)
+        optimizer = Hyperoptimizer(model.parameters(), tower)
+        total, schedule = torch.zeros((), device=train.inputs.device), []
+        began = time.perf_counter()
+        try:
+            for step in range(steps):
+                batch = batches(step)
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(batch["inputs"]), batch["targets"])
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() if step >= steps - steps // epochs else 0
+                if step % 20 == 0:
+                    schedule.append([step, torch.as_tensor(optimizer.param_groups[0]["lr"]).mean().item()])
+        except FloatingPointError as error:
+            return {"error": None, "loss": None, "learnt": {}, "diverged": str(error), "schedule": schedule}
+        learnt = {name: x.tolist() for name, x in optimizer.hyperparameters[0][0].items()}
+        row: Row = {"learnt": learnt, "schedule": schedule, "seconds": time.perf_counter() - began, "steps": steps}
+        loss_value = total.item() / (steps // epochs)
+        finite = all(bool(p.isfinite().all()) for p in model.parameters())
+        return row | {"error": _error(model, test) if finite else None, "loss": loss_value if finite else None}
+
+    def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
+        lines = []
+        for method in self.methods:
+            found = [row for case, row in rows if case["method"] == method]
+            plain = [row for case, row in rows if case["method"] == method.split("-")[0]]
+            if not found:
+                continue
+            start = {name: x for name, x in TOWERS[method].numbers.items() if name in _SHOWN and x != 0}
+            ms = [1000 * row["seconds"] / row["steps"] for row in found if "seconds" in row]
+            lines.append([
+                f"`{method}`",
+                _numbers(start),
+                _spread(found, "error"),
+                _spread(plain, "error") if "-by-" in method else "",
+                _spread(found, "loss", 4),
+                _numbers(found[0]["learnt"]) if found[0]["learnt"] else "",
+                _spread(found, "reused_error") if "reused_error" in found[0] else "",
+                f"{statistics.median(ms):.2f}" if ms else "–",
+            ])  # fmt: skip
+        header = [
+            "method", "starts at", "test error, %", "plain, %", "training loss, last epoch", "learnt (seed 0)",
+            "re-used, fixed, %", "ms a step",
+        ]  # fmt: skip
+        heights = sorted({case["method"] for case, _ in rows if "start" in case})
+        table = markdown(header, lines)
+        if not heights:
+            return table
+        starts = sorted({case["start"] for case, _ in rows if "start" in case})
+        grid = [
+            [f"`{height}`", *(_spread([r for c, r in rows if c.get("start") == x and c["method"] == height], "error")
+                              for x in starts)]
+            for height in heights
+        ]  # fmt: skip
+        return f"{table}\n\n{markdown(['test error, %, from', *(f'{x:g}' for x in starts)], grid)}"
+
+    def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        for case, row in rows:
+            if case["seed"] == 0 and "-by-" in case["method"] and row["schedule"]:
+                left.plot(*zip(*row["schedule"], strict=True), label=case["method"], linewidth=0.9)
+        left.set(title="step size", xlabel="training steps")
+        left.set_yscale("symlog", linthresh=1e-4)
+        for height in sorted({case["method"] for case, _ in rows if "start" in case}):
+            found = [(case["start"], row["error"]) for case, row in rows if case["method"] == height]
+            points = sorted(point for point in found if point[1] is not None)
+            right.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=height)
+        right.set(title="test error, %, of towers of SGD", xlabel="step size every level starts from", xscale="log")
+        for ax in (left, right):
+            if ax.get_lines():
+                ax.legend(fontsize=6)
+
+
+_SHOWN = ("lr", "momentum", "alpha", "beta1", "beta2")
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    """Of a step size for each tensor, the smallest and the largest."""
+    shown = {n: f"{x:.4g}" if isinstance(x, float) else f"{min(x):.2g} … {max(x):.2g}" for n, x in values.items()}
+    return ", ".join(f"{name} {text}" for name, text in shown.items())
+
+
+def _spread(rows: Sequence[Row], key: str, digits: int = 2) -> str:
+    """Over the runs; how many diverged, if any did."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    lost = len(rows) - len(values)
+    return "; ".join([*([spread(values, digits)] if values else []), *([f"{lost} diverged"] if lost else [])])
+
+
+@torch.no_grad()
+def _error(model: nn.Module, test: tasks.Examples) -> float:
+    wrong = model(test.inputs).argmax(1) != test.targets
+    return 100 * float(wrong.double().mean())

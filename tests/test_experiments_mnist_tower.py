@@ -1,0 +1,80 @@
+"""The towers on MNIST: what is compared with what, and what a diverged run leaves."""
+
+import pytest
+import torch
+from experiments.base import execute
+from experiments.mnist_tower import TOWERS, MnistTower
+
+import tasks
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    """40 images of each class that a linear network tells apart, in MNIST's shape."""
+    draws = torch.Generator().manual_seed(0)
+    targets = torch.arange(10).repeat(40)
+    inputs = torch.randint(40, (400, 1, 28, 28), generator=draws, dtype=torch.uint8)
+    inputs[torch.arange(400), 0, targets, :10] = 255
+    monkeypatch.setattr(tasks, "mnist", lambda root: (tasks.Examples(inputs, targets), tasks.Examples(inputs, targets)))
+
+
+def test_every_tower_is_compared_with_a_plain_optimiser_that_starts_alike():
+    for name, tower in TOWERS.items():
+        plain = TOWERS[name.split("-")[0]]
+        assert plain.optimizer is None
+        assert type(plain) is type(tower)
+        assert plain.numbers == tower.numbers, name
+        assert (tower.optimizer is not None) == ("-by-" in name)
+
+
+def test_a_run_leaves_what_the_table_says(tmp_path, digits):
+    experiment = MnistTower(
+        out=tmp_path, seeds=1, epochs=2, batch=50, hidden=4, heights=(0, 1), starts=(0.01,), height_epochs=1,
+        method=("sgd", "sgd-by-sgd", "sgd-per-tensor-by-sgd", "adam-by-sgd"), threads=1,
+    )  # fmt: skip
+    table = execute(experiment).split("\n\n")
+    assert [line.split("|")[1].strip() for line in table[0].splitlines()[2:]] == [
+        "`sgd`", "`sgd-by-sgd`", "`sgd-per-tensor-by-sgd`", "`adam-by-sgd`",
+    ]  # fmt: skip
+    assert table[1].splitlines()[0] == "| test error, %, from | 0.01 |"
+    rows = {case["method"]: row for case, row in rows_of(tmp_path)}
+    assert rows["sgd"]["steps"] == 2 * 400 // 50
+    assert rows["sgd"]["learnt"] == {}
+    assert set(rows["adam-by-sgd"]["learnt"]) == {"lr", "beta1", "beta2"}
+    assert len(rows["sgd-per-tensor-by-sgd"]["learnt"]["lr"]) == 4
+    assert "reused_error" in rows["sgd-by-sgd"]
+    assert "reused_error" not in rows["sgd-per-tensor-by-sgd"]  # no plain optimiser has such
+    # one epoch of a plain SGD at 0.01 is height 0
+    again = MnistTower(out=tmp_path / "again", seeds=1, epochs=1, batch=50, hidden=4, heights=(), method=("sgd",))
+    execute(again)
+    ((_, plain),) = rows_of(tmp_path / "again")
+    assert plain["error"] == rows["height-0"]["error"]
+    assert plain["loss"] == rows["height-0"]["loss"]
+
+
+def test_a_diverged_run_says_so(tmp_path, digits):
+    experiment = MnistTower(
+        out=tmp_path, seeds=1, epochs=1, batch=50, hidden=4, heights=(3,), starts=(1e30,), height_epochs=1,
+        method=("sgd",), threads=1,
+    )  # fmt: skip
+    assert "1 diverged" in execute(experiment)
+    row = next(row for case, row in rows_of(tmp_path) if case["method"] == "height-3")
+    assert row["error"] is None
+    assert "turned" in row["diverged"]
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match=r"--method: got sgd-by-none, expected some of"):
+        MnistTower(method=("sgd-by-none",)).cases()
+    with pytest.raises(ValueError, match=r"--method: got cg, expected some of sgd, sgd-by-sgd"):
+        MnistTower(method=("cg",)).cases()
+    with pytest.raises(ValueError, match="--height-epochs: got 0"):
+        MnistTower(height_epochs=0).cases()
+    with pytest.raises(ValueError, match=r"--heights, --starts: got \(-1,\)"):
+        MnistTower(heights=(-1,)).cases()
+
+
+def rows_of(folder):
+    import json
+
+    return [(found["case"], found["row"]) for found in json.loads((folder / "rows.json").read_text())]
