@@ -6,6 +6,7 @@ from experiments.base import execute
 from experiments.mnist_tower import TOWERS, MnistTower
 
 import tasks
+from metaimplicit import Hyperoptimizer
 
 
 @pytest.fixture
@@ -52,15 +53,26 @@ def test_a_run_leaves_what_the_table_says(tmp_path, digits):
     assert plain["loss"] == rows["height-0"]["loss"]
 
 
-def test_a_diverged_run_says_so(tmp_path, digits):
+def test_a_diverged_run_says_so(tmp_path, digits, monkeypatch):
+    whole = Hyperoptimizer.step
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"] if self.tower.optimizer is not None else ():
+            p.grad.fill_(torch.nan)
+        return whole(self, closure)
+
+    monkeypatch.setattr(Hyperoptimizer, "step", step)
     experiment = MnistTower(
-        out=tmp_path, seeds=1, epochs=1, batch=50, hidden=4, heights=(3,), starts=(1e30,), height_epochs=1,
-        method=("sgd",), threads=1,
+        out=tmp_path, seeds=1, epochs=1, batch=50, hidden=4, heights=(3,), starts=(0.01,), height_epochs=1,
+        method=("sgd", "adam-by-sgd"), threads=1,
     )  # fmt: skip
-    assert "1 diverged" in execute(experiment)
-    row = next(row for case, row in rows_of(tmp_path) if case["method"] == "height-3")
-    assert row["error"] is None
-    assert "turned" in row["diverged"]
+    table = execute(experiment)
+    assert table.count("1 diverged") == 2
+    rows = {case["method"]: row for case, row in rows_of(tmp_path)}
+    for method in ("adam-by-sgd", "height-3"):
+        assert rows[method]["error"] is None
+        assert "turned nan after 1 steps" in rows[method]["diverged"]
+    assert rows["sgd"]["error"] is not None
 
 
 def test_bad_options_are_refused():
