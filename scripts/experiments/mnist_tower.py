@@ -169,7 +169,7 @@ class MnistTower(Experiment):
                 _spread(plain, "error") if "-by-" in method else "",
                 _spread(found, "loss", 4),
                 _numbers(found[0]["learnt"]) if found[0]["learnt"] else "",
-                _spread(found, "reused_error") if "reused_error" in found[0] else "",
+                _spread([row for row in found if "reused_error" in row], "reused_error"),
                 f"{statistics.median(ms):.2f}" if ms else "–",
             ])  # fmt: skip
         header = [
