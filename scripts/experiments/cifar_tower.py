@@ -18,7 +18,7 @@ import tasks
 from experiments.base import Case, Row
 from experiments.networks import class_accuracies, seeded
 from experiments.towers import Towers, descend, step_decay
-from metaimplicit import Hyperoptimizer
+from metaimplicit import Hyperoptimizer, Positive
 from metaimplicit.tuning.hyperoptimizers import SGD
 
 
@@ -27,8 +27,8 @@ class CifarTower(Towers):
     """SGD with momentum on a ResNet-20 from the three starts of Chandra et al. 2022.
 
     `plain`: lr and momentum as they start; `step-decay`: lr × 0.1 after 1/2 and 3/4 of the run (He et al. 2016);
-    `tower`, `tower-adam`: both learnt, under SGD or Adam. No augmentation. He et al.'s size: --images 5000 --side 32
-    --epochs 164.
+    `tower`, `tower-adam`: both learnt, under SGD, or under Adam on log lr. No augmentation. He et al.'s size: --images
+    5000 --side 32 --epochs 164.
     """
 
     start: tuple[tuple[float, float], ...] = ((0.01, 0.09), (0.1, 0.9), (1.0, 0.99))
@@ -45,10 +45,12 @@ class CifarTower(Towers):
     """Passes through the training set."""
     decay: float = 1e-4
     """½ decay ‖θ‖² is part of what is descended on, not of the losses told."""
-    outer_sgd: float = 0.01
-    """Step size of the SGD above, on lr itself and the logit of momentum, of `tower`."""
-    outer_adam: float = 0.01
-    """The same of the Adam above, of `tower-adam`."""
+    outer_sgd: float = 1e-3
+    """Step size of the SGD above, on lr itself and the logit of momentum, of `tower`: the best of 1e-4, 1e-3 and 1e-2
+    by the training losses from all three starts."""
+    outer_adam: float = 0.03
+    """That of the Adam above, on log lr and the logit, of `tower-adam`: the best of 0.03 and 0.1, and better than 1e-3
+    or 1e-2 on lr itself."""
 
     name: ClassVar[str] = "cifar-tower"
     listed: ClassVar[tuple[str, ...]] = ("start",)
@@ -91,7 +93,10 @@ class CifarTower(Towers):
         lr, momentum = case["lr"], case["momentum"]
         if (above := self.above(case["method"])) is None:
             return torch.optim.SGD(params, lr, momentum, weight_decay=self.decay)
-        return Hyperoptimizer(params, SGD(lr, momentum=momentum, weight_decay=self.decay, optimizer=above))
+        domains = {"lr": Positive()} if case["method"] == "tower-adam" else {}
+        return Hyperoptimizer(
+            params, SGD(lr, momentum=momentum, weight_decay=self.decay, optimizer=above, domains=domains)
+        )
 
     def data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
         """Training and test images `[n, 3, side, side]`, standardised."""
