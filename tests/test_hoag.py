@@ -147,3 +147,14 @@ def test_bad_input_is_refused():
     ):
         made.step()
     assert torch.equal(made.meta["decay"], before)
+
+
+@pytest.mark.parametrize(("seen", "grown"), [(0.1, 2.0), (5.0, 5.0), (100.0, 8.0)])
+def test_a_rejection_raises_the_lipschitz_constant_twofold_to_eightfold(monkeypatch, seen, grown):
+    made, _ = hoag(1)
+    before = made.lipschitz
+    monkeypatch.setattr(made, "_sufficient", lambda *_: False)
+    monkeypatch.setattr(made, "_observed", lambda *_: seen * before)
+    step = made.step()
+    assert not step.accepted
+    assert step.lipschitz == pytest.approx(grown * before)
