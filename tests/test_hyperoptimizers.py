@@ -297,16 +297,28 @@ def test_clipped_gradients_are_what_it_learns_from():
     )
 
 
-def test_gradients_of_none_count_as_zero():
-    model, spare = network(), nn.Parameter(torch.ones(3, dtype=torch.float64))
-    other = network()
-    optimizer = Hyperoptimizer([*model.parameters(), spare], Adam(optimizer=SGD(0.1)))
-    without = Hyperoptimizer(other.parameters(), Adam(optimizer=SGD(0.1)))
+def test_parameters_without_a_gradient_stay():
+    """Frozen, or no part of the loss: they change nothing for the others, and weight decay does not move them."""
+    level = AdamW(0.01, optimizer=SGD(0.1))
+    model, other, spare = network(), network(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model[0].weight.requires_grad_(False)
+    optimizer = Hyperoptimizer([*model.parameters(), spare], level)
+    without = Hyperoptimizer([p for name, p in other.named_parameters() if name != "0.weight"], level)
     train(model, optimizer, 4)
     train(other, without, 4)
     assert (spare == 1).all()
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert torch.equal(model[0].weight, network()[0].weight)
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, network()[0].weight if name == "0.weight" else b, rtol=1e-12, atol=1e-13)
+
+
+def test_a_group_that_is_refused_is_not_there():
+    optimizer = Hyperoptimizer(network().parameters(), SGD(0.1, optimizer=SGD(0.1)))
+    with pytest.raises(ValueError, match="param group 1: got no parameter that requires grad"):
+        optimizer.add_param_group({"params": [torch.zeros(2)]})
+    assert len(optimizer.param_groups) == len(optimizer.hyperparameters) == 1
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": 0.5})
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1, 0.5])
 
 
 TOWERS = {

@@ -52,12 +52,13 @@ class Hyperoptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group, where = self.param_groups[-1], f"param group {len(self.param_groups) - 1}"
+        group, where = self.param_groups.pop(), f"param group {len(self.param_groups)}"
         if not any(p.requires_grad for p in group["params"]):
             raise ValueError(f"{where}: got no parameter that requires grad, expected one or more")
         if len(kinds := {f"{p.dtype} on {p.device}" for p in group["params"]}) > 1:
             raise ValueError(f"{where}: got parameters of {', '.join(sorted(kinds))}; give each its own group")
         tower = _Running(self.tower, group["params"], {name: float(group[name]) for name in self.tower.numbers})
+        self.param_groups.append(group)
         self._towers.append(tower)
         tower.tell(group)
 
@@ -74,7 +75,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
             closure: evaluates the loss anew and calls `backward()`, as of any optimiser of torch.
 
         Raises:
-            ValueError: no parameter has a gradient. (A group without any stays; in the others None counts as zero.)
+            ValueError: no parameter has a gradient. (One without stays, and counts as zero in the averages.)
             FloatingPointError: a hyperparameter turned non-finite or negative; no parameter was moved (on CUDA looked
                 at every 8 steps).
         """
@@ -90,7 +91,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
             tower.hear(group)
             tower.learn([torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]])
         for group, tower in moved:
-            tower.move(group["params"])
+            tower.move(group["params"], [p.grad is not None for p in group["params"]])
             tower.tell(group)
         return loss
 
@@ -192,14 +193,16 @@ class _Running:
         if self.steps % (1 if g.device.type == "cpu" else 8) == 0:
             self._look(self.above.level)
 
-    def move(self, variables: Sequence[Tensor]) -> None:
-        """θ ← θ − lr ∘ u, of the gradient last learnt from."""
+    def move(self, variables: Sequence[Tensor], moving: Sequence[bool] | None = None) -> None:
+        """θ ← θ − lr ∘ u, of the gradient last learnt from, where `moving` (None: everywhere)."""
         h = self._h = self._numbers()
         point = _flat(variables).to(self._like.dtype) if "weight_decay" in h else None
         self._slots["direction"] = u = self.level.direction(h, self._slots, self._gradient, point)
         lr = -h["lr"]
         factors = [lr] * len(variables) if lr.dim() == 0 else self._cut(self._spread(lr), variables)
-        torch._foreach_addcmul_(list(variables), self._cut(u, variables), factors)
+        parts = zip(variables, self._cut(u, variables), factors, moving or [True] * len(variables), strict=True)
+        moved = [part[:3] for part in parts if part[3]]
+        torch._foreach_addcmul_(*map(list, zip(*moved, strict=True)))
         self.steps += 1
 
     def state(self) -> dict[str, Any]:
