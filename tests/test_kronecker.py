@@ -237,6 +237,9 @@ def test_what_it_does_not_know_is_named():
     grouped = nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(96, CLASSES)).double()
     with pytest.raises(ValueError, match="KFAC: layer '0' is grouped"):
         kfac(grouped, IMAGES, params_of(grouped))
+    rows = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Linear(5, CLASSES)).double()  # a sequence of outputs for each
+    with pytest.raises(ValueError, match=r"KFAC: got outputs of shape \(\d+, \d+, 1, \d+\), expected \[tasks, m, d\]"):
+        kfac(rows, X, params_of(rows))
     with pytest.raises(ValueError, match="KFAC others: got 'skip'"):
         kfac(others="skip")
     plain = kfac()

@@ -63,7 +63,7 @@ class KFAC(Invertible):
 
     Raises:
         ValueError: an adapted parameter of another kind of layer; a layer that is called twice, or not at all, is
-            grouped, or padded otherwise than by zeros.
+            grouped, or padded otherwise than by zeros; outputs of more axes.
     """
 
     def __init__(
@@ -108,6 +108,11 @@ class KFAC(Invertible):
         with torch.enable_grad():
             both = self.params | {f"probe {name}": probe for name, probe in probes.items()}
             outputs, inputs = lift(probed, both)
+            if outputs.dim() != 3:
+                raise ValueError(
+                    f"KFAC: got outputs of shape {tuple(outputs.shape)}, expected [tasks, m, d], a row for each "
+                    "example; use curvature='gauss-newton'"
+                )
             z = outputs.detach().requires_grad_()
             (slope,) = torch.autograd.grad(loss(z).sum(), z)
         scores = output_scores(z.detach(), slope, likelihood, expectation, samples, generator)
