@@ -15,7 +15,7 @@ from torch import nn
 
 import tasks
 from metaimplicit import Hyperoptimizer
-from metaimplicit.tuning import Real
+from metaimplicit.tuning import Box, Positive, Real
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam
 
 CIFAR = CifarTower(quick=True, device="cpu")
@@ -72,9 +72,9 @@ def test_shortcuts_take_every_other_pixel_and_pad_with_zeros(width):
 
 
 def test_squares_are_averaged():
-    image = torch.tensor([[0, 10, 1, 1], [20, 30, 1, 2], [9, 9, 255, 255], [9, 9, 255, 255]], dtype=torch.uint8)
+    image = torch.tensor([[0, 10, 1, 1], [20, 30, 2, 3], [9, 9, 255, 255], [9, 9, 255, 255]], dtype=torch.uint8)
     found = shrunk(tasks.Examples(image.expand(1, 3, 4, 4), torch.zeros(1)), 2)
-    assert found.inputs.tolist() == [[[[15, 1], [9, 255]]] * 3]
+    assert found.inputs.tolist() == [[[[15, 2], [9, 255]]] * 3]  # 7/4 is nearer to 2
 
 
 def test_step_decay_at_half_and_three_quarters():
@@ -152,6 +152,7 @@ def test_towers_of_the_methods():
     assert found["tower"].tower == SGD(0.1, momentum=0.9, weight_decay=1e-4, optimizer=SGD(CIFAR.outer_sgd))
     assert found["tower-adam"].tower.optimizer == Adam(CIFAR.outer_adam)
     assert set(found["tower"].tower.sizes) == {"lr", "momentum"}
+    assert (found["tower"].tower.domain("lr"), found["tower-adam"].tower.domain("lr")) == (Box(0), Positive())
     assert CHAR.optimizer(START | {"method": "tower"}, p).tower == Adam(0.1, optimizer=SGD(CHAR.outer_sgd))
 
 
@@ -179,7 +180,10 @@ def test_bits_of_a_text():
     text = torch.randint(8, (3, 21))
     bits = model.bits(text, 20)
     assert [model.bits(text, window) for window in (1, 6, 50)] == pytest.approx([bits] * 3, rel=1e-12)
-    _, state = model.loss(text, 0, 6, None)
+    loss, state = model.loss(text, 0, 6, None)
+    scores = model.scores(model.lstm(model.embedding(text[:, :6]))[0]).log_softmax(-1)
+    following = [scores[stream, t, text[stream, t + 1]] for stream in range(3) for t in range(6)]
+    torch.testing.assert_close(loss, -sum(following) / 18, rtol=1e-12, atol=0)
     assert not any(part.requires_grad for part in state)
     model.scores.weight.data.zero_()
     model.scores.bias.data.zero_()

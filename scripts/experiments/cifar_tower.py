@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -63,7 +63,7 @@ class CifarTower(Towers):
         return [{"lr": lr, "momentum": momentum} for lr, momentum in self.start]
 
     def quickened(self) -> CifarTower:
-        return replace(self, start=self.start[:2], seeds=1, images=8, test=10, side=8, batch=16, epochs=1)
+        return replace(self, start=self.start[:1], seeds=1, images=8, test=10, side=8, batch=16, epochs=5)
 
     def cases(self) -> list[Case]:
         if self.side < 4 or 32 % self.side:
@@ -100,13 +100,17 @@ class CifarTower(Towers):
 
     def data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
         """Training and test images `[n, 3, side, side]`, standardised."""
-        train_set, test = tasks.cifar10(self.data_root)
+        train_set, test = self._whole
         if self.images < 5000:
             train_set, _ = tasks.per_class(train_set, self.images, seed)
         if self.test < 1000:
             test, _ = tasks.per_class(test, self.test, 0)
         a, b = (shrunk(part, 32 // self.side) for part in (train_set, test))
         return tasks.standardise(a).to(self.torch_device), tasks.standardise(b, like=a).to(self.torch_device)
+
+    @cached_property  # of all runs
+    def _whole(self) -> tuple[tasks.Examples, tasks.Examples]:
+        return tasks.cifar10(self.data_root)
 
 
 class Block(nn.Module):
