@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -190,10 +191,12 @@ class MnistTower(Experiment):
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
+        left.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
         for case, row in rows:
             if case["seed"] == 0 and "-by-" in case["method"] and row["schedule"]:
-                left.plot(*zip(*row["schedule"], strict=True), label=case["method"], linewidth=0.9)
-        left.set(title="step size", xlabel="training steps")
+                points = torch.tensor(row["schedule"], dtype=torch.float64).split(10)
+                left.plot(*torch.stack([part.mean(0) for part in points]).T, label=case["method"], linewidth=0.9)
+        left.set(title="step size, means over 200 steps", xlabel="training steps")
         left.set_yscale("symlog", linthresh=1e-4)
         for height in sorted({case["method"] for case, _ in rows if "start" in case}):
             found = [(case["start"], row["error"]) for case, row in rows if case["method"] == height]
@@ -202,7 +205,7 @@ class MnistTower(Experiment):
         right.set(title="test error, %, of towers of SGD", xlabel="step size every level starts from", xscale="log")
         for ax in (left, right):
             if ax.get_lines():
-                ax.legend(fontsize=6)
+                ax.legend(fontsize=5, loc="lower left" if ax is left else "best")
 
 
 _SHOWN = ("lr", "momentum", "alpha", "beta1", "beta2")
