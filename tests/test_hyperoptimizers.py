@@ -216,6 +216,11 @@ def test_the_domains_hold():
     assert h["lr"] >= 0
     assert 0 < h["beta1"] < 1
     assert 0 < h["beta2"] < 1
+    for beta in (optimizer.tower.domain("beta2"), optimizer.tower.domain("beta1")):
+        for dtype in (torch.float32, torch.float64):
+            far = beta.project(torch.tensor([-1e3, 1e3], dtype=dtype))
+            assert beta.value(far).tolist() == pytest.approx([0, 1], abs=2e-7)
+            assert ((beta.value(far) > 0) & (beta.value(far) < 1)).all()
     w = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer, seen = Hyperoptimizer([w], SGD(1.5, optimizer=SGD(1.0))), []
     for g in (1.0, -2.0, -0.5, -0.25):  # dℓ/dlr = −g g₋ = 2, −1, −1/8
@@ -281,6 +286,18 @@ def test_what_is_written_into_a_group_is_taken_up():
         optimizer.param_groups[0]["lr"] = 0.0625
         train(model, optimizer, 1)
         assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.0625, rel=1e-7)
+
+
+def test_what_is_written_counts_from_the_first_step_and_where_there_was_a_zero():
+    model, other = network(), network()
+    optimizer = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(1e-9)))
+    optimizer.param_groups[0].update(lr=0.05, momentum=0.5, weight_decay=0.2)
+    plain = torch.optim.SGD(other.parameters(), 0.05, momentum=0.5, weight_decay=0.2)
+    for step in range(3):
+        train(model, optimizer, 1, step)
+        train(other, plain, 1, step)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 def test_clipped_gradients_are_what_it_learns_from():
@@ -353,7 +370,23 @@ def test_a_stopped_tower_goes_on_to_the_same_bits(name):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_no_graph_is_kept(monkeypatch):
+def test_a_state_in_memory_may_serve_two():
+    """What is loaded is a copy: the first to go on does not move the other."""
+    model, copies = network(), (network(), network())
+    whole = Hyperoptimizer(model.parameters(), TOWERS["Adam/SGD"])
+    train(model, whole, 3)
+    state = whole.state_dict()
+    resumed = [Hyperoptimizer(copy.parameters(), TOWERS["Adam/SGD"]) for copy in copies]
+    for copy, optimizer in zip(copies, resumed, strict=True):
+        copy.load_state_dict(model.state_dict())
+        optimizer.load_state_dict(state)
+    for copy, optimizer in zip(copies, resumed, strict=True):
+        train(copy, optimizer, 3, first=3)
+    for a, b in zip(*(copy.parameters() for copy in copies), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_graph_is_kept():
     """Memory does not grow, and what a tower holds requires no gradient but its leaves."""
     model = network()
     optimizer = Hyperoptimizer(model.parameters(), Adam(optimizer=SGD(0.1, optimizer=SGD(0.1))))
