@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from metaimplicit.models import MLP, BatchNorm, ConvNet, is_transductive
@@ -35,6 +36,19 @@ def test_conv_net_halves_four_times_and_is_transductive(shape, strided, width):
     assert not list(net.buffers())
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("relu", torch.relu), ("gelu", F.gelu), ("softplus", lambda x: torch.logaddexp(20 * x, torch.zeros_like(x)) / 20)],
+)
+def test_the_conv_nets_activation_is_the_one_named(name, function):
+    torch.manual_seed(0)
+    net = ConvNet((1, 4, 4), 2, filters=3, blocks=1, activation=name).double()
+    convolution, norm = net.features[0], net.features[1]
+    x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    expected = net.head(function(norm(convolution(x))).flatten(1))
+    assert (net(x) - expected).norm() <= 1e-8 * expected.norm()  # softplus turns to x itself at 20x > 20
+
+
 def test_conv_net_says_which_number_is_wrong():
     with pytest.raises(ValueError, match=r"input_shape: got \(1, 8, 8\), which 4 poolings leave nothing of"):
         ConvNet((1, 8, 8), 5, strided=False)
@@ -42,6 +56,8 @@ def test_conv_net_says_which_number_is_wrong():
         ConvNet((784,), 5)
     with pytest.raises(ValueError, match="filters: got 0"):
         ConvNet((1, 28, 28), 5, filters=0)
+    with pytest.raises(ValueError, match="activation: got 'tanh', expected one of relu, softplus, gelu"):
+        ConvNet((1, 28, 28), 5, activation="tanh")
 
 
 def test_mlp_has_mamls_parameters_and_is_inductive():

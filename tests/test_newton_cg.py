@@ -1,5 +1,6 @@
 """Newton's steps by truncated conjugate gradients against dense algebra and a loop written out for one task."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -346,6 +347,9 @@ def test_the_command_line_builds_it():
     options = Options(inner_optimizer="newton-cg", inner_steps=3, inner_cg_steps=7, device="cpu")
     inner = build_learner(options, family).inner
     assert inner == NewtonCG(steps=3, cg_steps=7)
+    images = SimpleNamespace(kind="classification", input_shape=(1, 16, 16), outputs=2)
+    features = build_learner(replace(options, activation="gelu"), images).model.features
+    assert sum(isinstance(layer, nn.GELU) for layer in features) == 4
 
 
 def test_what_it_cannot_do_is_refused():

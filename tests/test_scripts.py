@@ -171,5 +171,7 @@ def test_defaults_are_the_tasks_and_the_methods():
     assert Options(steps=5).resolved().minutes is None
     stored = json.loads(json.dumps(Options(out=Path("x"), learn=("lr",)).dump()))
     assert Options.load(stored) == Options(out=Path("x"), learn=("lr",))
+    del stored["activation"]  # a run of before there was a choice
+    assert Options.load(stored).activation == "relu"
     with pytest.raises(ValueError, match="options: got colour, which this version does not know"):
         Options.load({"colour": 1})

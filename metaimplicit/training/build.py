@@ -50,7 +50,13 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
     device = options.torch_device()
     model: nn.Module
     if len(family.input_shape) == 3:
-        model = ConvNet(family.input_shape, family.outputs, filters=options.filters, strided=not options.pool)
+        model = ConvNet(
+            family.input_shape,
+            family.outputs,
+            filters=options.filters,
+            strided=not options.pool,
+            activation=options.activation,
+        )
     elif len(family.input_shape) == 1:
         model = MLP(family.input_shape[0], family.outputs, hidden=options.hidden)
     else:

@@ -78,6 +78,8 @@ class Options:
     """Further options of the task, such as split=vinyals (omniglot), size=32 color=false (folder)."""
     filters: int = 32
     """Channels of each of the four convolutions."""
+    activation: Literal["relu", "softplus", "gelu"] = "relu"
+    """Of the convolutions; a smooth one brings newton-cg to the argmin, where relu leaves it beside a kink."""
     pool: bool = False
     """Halve images by max-pooling, not by strided convolutions: slower."""
     hidden: tuple[int, ...] = (40, 40)
