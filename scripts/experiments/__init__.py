@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from experiments.base import Experiment
 from experiments.char_tower import CharTower
+from experiments.cifar_kfac import CifarKFAC
 from experiments.cifar_tower import CifarTower
+from experiments.digits_autoencoder import DigitsAutoencoder
 from experiments.distillation import Distillation
 from experiments.group_lasso import GroupLasso
 from experiments.hyper_cleaning import HyperCleaning
@@ -27,5 +29,7 @@ EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
         MnistTower,
         CifarTower,
         CharTower,
+        DigitsAutoencoder,
+        CifarKFAC,
     )
 }
