@@ -1,7 +1,9 @@
 """Towers against autograd through the update rules, difference quotients, plain optimisers, and themselves."""
 
+import copy
 import io
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -376,14 +378,27 @@ def test_a_state_in_memory_may_serve_two():
     whole = Hyperoptimizer(model.parameters(), TOWERS["Adam/SGD"])
     train(model, whole, 3)
     state = whole.state_dict()
-    resumed = [Hyperoptimizer(copy.parameters(), TOWERS["Adam/SGD"]) for copy in copies]
-    for copy, optimizer in zip(copies, resumed, strict=True):
-        copy.load_state_dict(model.state_dict())
+    resumed = [Hyperoptimizer(each.parameters(), TOWERS["Adam/SGD"]) for each in copies]
+    for each, optimizer in zip(copies, resumed, strict=True):
+        each.load_state_dict(model.state_dict())
         optimizer.load_state_dict(state)
-    for copy, optimizer in zip(copies, resumed, strict=True):
-        train(copy, optimizer, 3, first=3)
-    for a, b in zip(*(copy.parameters() for copy in copies), strict=True):
+    for each, optimizer in zip(copies, resumed, strict=True):
+        train(each, optimizer, 3, first=3)
+    for a, b in zip(*(each.parameters() for each in copies), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_goes_on_by_itself(copied):
+    model = network()
+    optimizer = Hyperoptimizer(model.parameters(), TOWERS["Adam/SGD"])
+    train(model, optimizer, 3)
+    other, its = copied((model, optimizer))
+    train(model, optimizer, 3, first=3)
+    train(other, its, 3, first=3)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(optimizer.hyperparameters[0][0]["lr"], its.hyperparameters[0][0]["lr"])
 
 
 def test_no_graph_is_kept():

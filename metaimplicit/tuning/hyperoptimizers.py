@@ -62,6 +62,16 @@ class Hyperoptimizer(torch.optim.Optimizer):
         self._towers.append(tower)
         tower.tell(group)
 
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
+        for group, tower in zip(self.param_groups, self._towers, strict=True):
+            tower.hear(group)
+        return {**super().__getstate__(), "tower": self.tower, "_towers": self._towers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group, tower in zip(self.param_groups, state.get("_towers", ()), strict=False):
+            tower.tell(group)  # whose copies look as if they had been written
+
     @property
     def hyperparameters(self) -> list[list[Numbers]]:
         """What is learnt, its present values: for each group, for each level from the parameters' up, by name."""
