@@ -111,3 +111,12 @@ def test_neumann_keeps_what_it_had_before_it_grew():
     residuals = [float(Neumann(terms=k, scale=0.3).solve(operator, b).residual) for k in (1, 10, 100, 1000)]
     assert residuals == sorted(residuals, reverse=True)
     assert Neumann(terms=1000, scale=0.3).solve(operator, b).status.tolist() == [Status.NEGATIVE_CURVATURE]
+
+
+def test_a_factor_that_round_off_let_through_is_not_believed():
+    """A = diag(1, ε²): Cholesky succeeds, and x would be 1/ε² long along what is zero to working precision."""
+    matrix = torch.diag(torch.tensor([1.0, torch.finfo(torch.float64).eps ** 2], dtype=torch.float64))[None]
+    assert int(torch.linalg.cholesky_ex(matrix)[1]) == 0
+    solution = Dense().solve(Matrix(matrix), torch.ones(1, 2, dtype=torch.float64))
+    assert Status(int(solution.status)) is BROKEN
+    torch.testing.assert_close(solution.value, torch.tensor([[1.0, 0.0]], dtype=torch.float64), rtol=0, atol=1e-15)

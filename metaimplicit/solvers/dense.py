@@ -36,13 +36,15 @@ class Dense(Solver):
         eye = torch.eye(n, dtype=b.dtype, device=b.device)
         finite = matrix.isfinite().all(-1).all(-1)
         matrix = torch.where(finite[:, None, None], matrix, eye)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        pivots = factor.diagonal(dim1=1, dim2=2).square()  # the least is ≥ λ_min, the largest ≤ λ_max
+        failed = (info > 0) | (pivots.amin(-1) <= n * torch.finfo(b.dtype).eps * pivots.amax(-1))
         x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
         smallest, singular = None, torch.zeros_like(finite)
         if bool(failed.any()):
             by_values, values, kept = by_eigenvalues(matrix, b)
-            x = torch.where((failed > 0).unsqueeze(-1), by_values, x)
-            smallest, singular = values[:, 0], ~kept.all(-1) & (failed > 0)
+            x = torch.where(failed.unsqueeze(-1), by_values, x)
+            smallest, singular = values[:, 0], ~kept.all(-1) & failed
         solution = direct(operator, b, x, products=n, rayleigh=smallest)
         status = torch.where(singular | skewed, int(Status.BREAKDOWN), solution.status)
         residual = torch.where(finite, solution.residual, torch.nan)
