@@ -1,5 +1,7 @@
 """The towers on MNIST: what is compared with what, and what a diverged run leaves."""
 
+import math
+
 import pytest
 import torch
 from experiments.base import execute
@@ -39,10 +41,12 @@ def test_a_run_leaves_what_the_table_says(tmp_path, digits):
     ]  # fmt: skip
     assert table[1].splitlines()[0] == "| test error, %, from | 0.01 |"
     rows = {case["method"]: row for case, row in rows_of(tmp_path)}
-    assert rows["sgd"]["steps"] == 2 * 400 // 50
-    assert rows["sgd"]["learnt"] == {}
-    assert set(rows["adam-by-sgd"]["learnt"]) == {"lr", "beta1", "beta2"}
-    assert len(rows["sgd-per-tensor-by-sgd"]["learnt"]["lr"]) == 4
+    assert rows["sgd"]["curve"]["step"][-1] == 2 * 400 // 50
+    assert rows["sgd"]["levels"] == [{}]
+    assert set(rows["adam-by-sgd"]["levels"][0]) == {"lr", "beta1", "beta2"}
+    per_tensor = rows["sgd-per-tensor-by-sgd"]
+    assert len(per_tensor["levels"][0]["lr"]) == 4
+    assert per_tensor["learnt"]["lr"] == pytest.approx(sum(per_tensor["levels"][0]["lr"]) / 4)
     assert "reused_error" in rows["sgd-by-sgd"]
     assert "reused_error" not in rows["sgd-per-tensor-by-sgd"]  # no plain optimiser has such
     # one epoch of a plain SGD at 0.01 is height 0
@@ -71,8 +75,19 @@ def test_a_diverged_run_says_so(tmp_path, digits, monkeypatch):
     rows = {case["method"]: row for case, row in rows_of(tmp_path)}
     for method in ("adam-by-sgd", "height-3"):
         assert rows[method]["error"] is None
-        assert "turned nan after 1 steps" in rows[method]["diverged"]
+        assert "turned nan after 1 steps" in rows[method]["reason"]
     assert rows["sgd"]["error"] is not None
+
+
+def test_the_output_is_squashed_or_not(tmp_path, digits):
+    """Logits within ±1 leave each image a loss of at least log(1 + 9 e⁻²)."""
+    loss = {}
+    for logits in ("tanh", "linear"):
+        out = tmp_path / logits
+        execute(MnistTower(out=out, seeds=1, epochs=40, batch=50, heights=(), method=("adam",), logits=logits))
+        ((_, row),) = rows_of(out)
+        loss[logits] = row["loss"]
+    assert loss["linear"] < 0.1 < math.log1p(9 * math.exp(-2)) < loss["tanh"]
 
 
 def test_bad_options_are_refused():

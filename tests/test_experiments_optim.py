@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from experiments.base import execute
-from experiments.cifar_kfac import CifarKFAC, _data, accuracy, network
+from experiments.cifar_kfac import CifarKFAC, accuracy, network
 from experiments.digits_autoencoder import LAYERS, DigitsAutoencoder, autoencoder, half_squares
 from experiments.races import Setting, before, descend, reach
 from torch import nn
@@ -31,9 +31,6 @@ def images(monkeypatch):
 
     both = draw(20), draw(11)
     monkeypatch.setattr(tasks, "cifar10", lambda data_root=None: both)
-    _data.cache_clear()
-    yield
-    _data.cache_clear()
 
 
 def test_the_autoencoder_has_the_layers_it_says():

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from experiments.base import execute
 from experiments.char_tower import CharLSTM, CharTower, side_by_side
-from experiments.cifar_tower import Block, CifarTower, resnet20, shrunk
+from experiments.cifar_tower import Block, CifarTower, resnet20
+from experiments.small_cifar import shrunk
 from experiments.towers import EVERY, descend, step_decay
 from torch import nn
 
@@ -209,7 +210,7 @@ def test_bad_options_are_refused_before_any_run(tmp_path, text):
     for options, message in [
         ({"method": ("cg",)}, "--method: got cg, expected some of plain, step-decay, tower, tower-adam"),
         ({"epochs": 0}, "--epochs: got 0, expected at least 1"),
-        ({"side": 12}, "--side: got 12, expected 4, 8, 16 or 32"),
+        ({"side": 12}, "--side: got 12, expected one of 4, 8, 16, 32"),
         ({"batch": 5001}, "--batch: got 5001, expected from 1 to 5000"),
         ({"images": 0}, "--images: got 0"),
         ({"start": ((0.1, 1.0),)}, "--start: got momentum 1.0, expected a positive number, below 1"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -12,28 +11,20 @@ from torch import Tensor, nn
 
 import tasks
 from experiments.base import Case
-from experiments.cifar_tower import shrunk
 from experiments.networks import seeded
 from experiments.races import Pair, Race, Setting
+from experiments.small_cifar import SmallCifar
 from metaimplicit.optim import KFAC
 
 
 @dataclass(frozen=True)
-class CifarKFAC(Race):
+class CifarKFAC(SmallCifar, Race):
     """Training loss of three 3×3 convolutions (16, 32, 32 channels; ReLU, 2×2 max-pooling) and a linear layer.
 
     Cross-entropy, no augmentation, no weight decay, constant step sizes. Every method has the same steps, on the same
     batches; the training loss is that of all the training images, after every half epoch.
     """
 
-    images: int = 500
-    """Training images of each class."""
-    test: int = 1000
-    """Test images of each class."""
-    side: int = 16
-    """Pixels, 8, 16 or 32: means of squares."""
-    batch: int = 128
-    """Images in a batch."""
     epochs: int = 10
     """Passes through the training set."""
     momentum: tuple[float, ...] = (0.01, 0.03, 0.1)
@@ -65,13 +56,8 @@ class CifarKFAC(Race):
         return self.epochs * 10 * self.images // self.batch
 
     def cases(self) -> list[Case]:
-        if self.side not in (8, 16, 32):
-            raise ValueError(f"--side: got {self.side}, expected 8, 16 or 32")
         if self.epochs < 1:
             raise ValueError(f"--epochs: got {self.epochs}, expected at least 1")
-        for option, most in (("images", 5000), ("test", 1000), ("batch", 10 * self.images)):
-            if not 1 <= (got := getattr(self, option)) <= most:
-                raise ValueError(f"--{option}: got {got}, expected from 1 to {most}")
         return super().cases()
 
     def ended(self, case: Case, steps: int, seconds: float) -> bool:
@@ -81,7 +67,7 @@ class CifarKFAC(Race):
         return steps + max(10 * self.images // (2 * self.batch), 1)
 
     def setting(self, seed: int) -> Setting:
-        train, test = (part.to(self.torch_device) for part in _data(self, seed))
+        train, test = self.data(seed)
         batches = tasks.Batches(train, self.batch, seed)
 
         def batch(step: int) -> Pair:
@@ -100,18 +86,6 @@ class CifarKFAC(Race):
             case "adam":
                 return torch.optim.Adam(model.parameters(), lr)
         return KFAC(model, setting.loss, lr=lr, damping=self.damping, kl_clip=self.kl_clip, seed=case["seed"])
-
-
-@lru_cache(maxsize=1)  # the runs of one seed come one after the other
-def _data(options: CifarKFAC, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
-    """Training and test images `[n, 3, side, side]`, standardised."""
-    train, test = tasks.cifar10(options.data_root)
-    if options.images < 5000:
-        train, _ = tasks.per_class(train, options.images, seed)
-    if options.test < 1000:
-        test, _ = tasks.per_class(test, options.test, 0)
-    a, b = (shrunk(part, 32 // options.side) for part in (train, test))
-    return tasks.standardise(a), tasks.standardise(b, like=a)
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 import tasks
 from experiments.base import Case, Row
 from experiments.networks import class_accuracies, seeded
+from experiments.small_cifar import SmallCifar
 from experiments.towers import Towers, descend, step_decay
 from metaimplicit import Hyperoptimizer, Positive
 from metaimplicit.tuning.hyperoptimizers import SGD
 
 
 @dataclass(frozen=True)
-class CifarTower(Towers):
+class CifarTower(SmallCifar, Towers):
     """SGD with momentum on a ResNet-20 from the three starts of Chandra et al. 2022.
 
     `plain`: lr and momentum as they start; `step-decay`: lr × 0.1 after 1/2 and 3/4 of the run (He et al. 2016);
@@ -33,14 +34,6 @@ class CifarTower(Towers):
 
     start: tuple[tuple[float, float], ...] = ((0.01, 0.09), (0.1, 0.9), (1.0, 0.99))
     """lr and momentum, in pairs, to start from."""
-    images: int = 500
-    """Training images of each class."""
-    test: int = 1000
-    """Test images of each class."""
-    side: int = 16
-    """Pixels, 32 or a divisor of it: means of squares."""
-    batch: int = 128
-    """Images in a batch."""
     epochs: int = 12
     """Passes through the training set."""
     decay: float = 1e-4
@@ -53,6 +46,7 @@ class CifarTower(Towers):
     or 1e-2 on lr itself."""
 
     name: ClassVar[str] = "cifar-tower"
+    sides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
     listed: ClassVar[tuple[str, ...]] = ("start",)
     shown: ClassVar[dict[str, tuple[str, int]]] = {
         "accuracy": ("test accuracy", 3), "loss": ("training loss", 3),
@@ -66,11 +60,6 @@ class CifarTower(Towers):
         return replace(self, start=self.start[:1], seeds=1, images=8, test=10, side=8, batch=16, epochs=5)
 
     def cases(self) -> list[Case]:
-        if self.side < 4 or 32 % self.side:
-            raise ValueError(f"--side: got {self.side}, expected 4, 8, 16 or 32")
-        for option, most in (("images", 5000), ("test", 1000), ("batch", 10 * self.images)):
-            if not 1 <= (got := getattr(self, option)) <= most:
-                raise ValueError(f"--{option}: got {got}, expected from 1 to {most}")
         return super().cases()
 
     def run(self, case: Case, out: Path) -> Row:
@@ -97,20 +86,6 @@ class CifarTower(Towers):
         return Hyperoptimizer(
             params, SGD(lr, momentum=momentum, weight_decay=self.decay, optimizer=above, domains=domains)
         )
-
-    def data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
-        """Training and test images `[n, 3, side, side]`, standardised."""
-        train_set, test = self._whole
-        if self.images < 5000:
-            train_set, _ = tasks.per_class(train_set, self.images, seed)
-        if self.test < 1000:
-            test, _ = tasks.per_class(test, self.test, 0)
-        a, b = (shrunk(part, 32 // self.side) for part in (train_set, test))
-        return tasks.standardise(a).to(self.torch_device), tasks.standardise(b, like=a).to(self.torch_device)
-
-    @cached_property  # of all runs
-    def _whole(self) -> tuple[tasks.Examples, tasks.Examples]:
-        return tasks.cifar10(self.data_root)
 
 
 class Block(nn.Module):
@@ -142,9 +117,3 @@ def resnet20(seed: int, classes: int = 10) -> nn.Sequential:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
-
-
-def shrunk(examples: tasks.Examples, factor: int) -> tasks.Examples:
-    """Images uint8 `[n, c, h, w]`, each `factor` × `factor` square the mean of its pixels, rounded."""
-    means = F.avg_pool2d(examples.inputs.float(), factor)
-    return tasks.Examples(means.round().to(torch.uint8), examples.targets)

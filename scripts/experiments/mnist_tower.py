@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, spread
 from experiments.networks import seeded
+from experiments.towers import descend
 from metaimplicit import Hyperoptimizer, Positive
 from metaimplicit.tuning.hyperoptimizers import SGD, AdaGrad, Adam, AdamW, Level, RMSProp
 
@@ -29,22 +30,24 @@ TOWERS: dict[str, Level] = {  # "a-by-b": a's hyperparameters by b; it is compar
     "sgd-by-rmsprop": SGD(0.01, optimizer=RMSProp(0.1)),
     "sgd-by-adam": SGD(0.01, optimizer=Adam(1e-3)),
     "sgd-log-by-adam": SGD(0.01, optimizer=Adam(0.1), domains=LOG),
-    "sgd-per-tensor-by-sgd": SGD(0.01, optimizer=SGD(0.01), learn={"lr": "per-tensor"}),
+    "sgd-per-tensor-by-sgd": SGD(0.01, optimizer=SGD(0.1), learn={"lr": "per-tensor"}),
     "momentum": SGD(0.01, momentum=0.9),
-    "momentum-by-sgd": SGD(0.01, momentum=0.9, optimizer=SGD(0.01)),
+    "momentum-by-sgd": SGD(0.01, momentum=0.9, optimizer=SGD(0.1)),
     "adagrad": AdaGrad(0.01, initial=0.1),
     "adagrad-by-sgd": AdaGrad(0.01, initial=0.1, optimizer=SGD(1e-3)),
     "adagrad-by-adagrad": AdaGrad(0.01, initial=0.1, optimizer=AdaGrad(0.01)),
     "rmsprop": RMSProp(0.01),
     "rmsprop-by-sgd": RMSProp(0.01, optimizer=SGD(1e-6)),
     "rmsprop-by-rmsprop": RMSProp(0.01, optimizer=RMSProp(1e-5)),
-    "adam": Adam(1e-3),
-    "adam-by-sgd": Adam(1e-3, optimizer=SGD(1e-5)),
-    "adam-lr-by-sgd": Adam(1e-3, optimizer=SGD(1e-5), learn=("lr",)),
-    "adam-log-by-sgd": Adam(1e-3, optimizer=SGD(1.0), domains=LOG),
-    "adam-by-adam": Adam(1e-3, optimizer=Adam(1e-4)),
-    "adamw": AdamW(1e-3),
-    "adamw-by-sgd": AdamW(1e-3, optimizer=SGD(1e-5)),
+    "adam": Adam(0.01),
+    "adam-by-sgd": Adam(0.01, optimizer=SGD(1e-4)),
+    "adam-lr-by-sgd": Adam(0.01, optimizer=SGD(1e-4), learn=("lr",)),
+    "adam-log-by-sgd": Adam(0.01, optimizer=SGD(1.0), domains=LOG),
+    "adam-by-adam": Adam(0.01, optimizer=Adam(1e-4)),
+    "adamw": AdamW(0.01),
+    "adamw-by-sgd": AdamW(0.01, optimizer=SGD(1e-4)),
+    "adam001": Adam(0.001),
+    "adam001-by-sgd": Adam(0.001, optimizer=SGD(1e-5)),  # the published package's example
 }
 
 
@@ -63,6 +66,8 @@ class MnistTower(Experiment):
     """Images in a training batch."""
     hidden: int = 128
     """Units of the hidden layer."""
+    logits: Literal["tanh", "linear"] = "tanh"
+    """Whether the output is squashed, as in the published example of the paper's package."""
     heights: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """Levels above the SGD of the weights."""
     starts: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -113,46 +118,36 @@ class MnistTower(Experiment):
             return self._trained(levels, case["seed"], self.height_epochs)
         tower = TOWERS[case["method"]]
         row = self._trained(tower, case["seed"], self.epochs)
-        learnt = row["learnt"]
-        if tower.optimizer is not None and learnt and all(isinstance(x, float) for x in learnt.values()):
+        learnt = row["levels"][0] if row["diverged"] is None else {}
+        if learnt and all(isinstance(x, float) for x in learnt.values()):
             fixed = replace(tower, optimizer=None, learn=None, domains={}, **learnt)
             row["reused_error"] = self._trained(fixed, case["seed"], self.epochs)["error"]
         return row
 
-    def _data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
-        whole, test = tasks.mnist(self.data_root)
-        if self.training is not None:
-            whole, _ = tasks.per_class(whole, self.training, seed)
-        pair = (tasks.Examples(part.inputs.flatten(1).float() / 255, part.targets) for part in (whole, test))
+    @cached_property
+    def _data(self) -> tuple[tasks.Examples, tasks.Examples]:
+        pair = [tasks.Examples(x.inputs.flatten(1).float() / 255, x.targets) for x in tasks.mnist(self.data_root)]
         train, test = (part.to(self.torch_device) for part in pair)
         return train, test
 
     def _trained(self, tower: Level, seed: int, epochs: int) -> Row:
         """What a run comes to: error in %, None where it diverged; the last epoch's mean loss; the values learnt."""
-        train, test = self._data(seed)
-        batches, steps = tasks.Batches(train, self.batch, seed), epochs * (len(train) // self.batch)
+        train, test = self._data
+        if self.training is not None:
+            train, _ = tasks.per_class(train, self.training, seed)
+        batches, last = tasks.Batches(train, self.batch, seed), len(train) // self.batch
         with seeded(seed):
-            model = nn.Sequential(nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)).to(train.inputs)
-        optimizer = Hyperoptimizer(model.parameters(), tower)
-        total, schedule = torch.zeros((), device=train.inputs.device), []
-        began = time.perf_counter()
-        try:
-            for step in range(steps):
-                batch = batches(step)
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(batch["inputs"]), batch["targets"])
-                loss.backward()
-                optimizer.step()
-                total += loss.detach() if step >= steps - steps // epochs else 0
-                if step % 20 == 0:
-                    schedule.append([step, torch.as_tensor(optimizer.param_groups[0]["lr"]).mean().item()])
-        except FloatingPointError as error:
-            return {"error": None, "loss": None, "learnt": {}, "diverged": str(error), "schedule": schedule}
-        learnt = {name: x.tolist() for name, x in optimizer.hyperparameters[0][0].items()}
-        row: Row = {"learnt": learnt, "schedule": schedule, "seconds": time.perf_counter() - began, "steps": steps}
-        loss_value = total.item() / (steps // epochs)
-        finite = all(bool(p.isfinite().all()) for p in model.parameters())
-        return row | {"error": _error(model, test) if finite else None, "loss": loss_value if finite else None}
+            model = nn.Sequential(nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10))
+        if self.logits == "tanh":
+            model.append(nn.Tanh())
+        model.to(train.inputs)
+
+        def loss(step: int) -> Tensor:
+            batch = batches(step)
+            return F.cross_entropy(model(batch["inputs"]), batch["targets"])
+
+        row = descend(Hyperoptimizer(model.parameters(), tower), loss, epochs * last, last)
+        return row | {"error": _error(model, test) if row["diverged"] is None else None}
 
     def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
         lines = []
@@ -162,16 +157,16 @@ class MnistTower(Experiment):
             if not found:
                 continue
             start = {name: x for name, x in TOWERS[method].numbers.items() if name in _SHOWN and x != 0}
-            ms = [1000 * row["seconds"] / row["steps"] for row in found if "seconds" in row]
+            levels = found[0].get("levels", [])
             lines.append([
                 f"`{method}`",
                 _numbers(start),
                 _spread(found, "error"),
                 _spread(plain, "error") if "-by-" in method else "",
                 _spread(found, "loss", 4),
-                _numbers(found[0]["learnt"]) if found[0]["learnt"] else "",
+                _numbers(levels[0]) if levels else "",
                 _spread([row for row in found if "reused_error" in row], "reused_error"),
-                f"{statistics.median(ms):.2f}" if ms else "–",
+                f"{statistics.median(row['ms'] for row in found):.2f}",
             ])  # fmt: skip
         header = [
             "method", "starts at", "test error, %", "plain, %", "training loss, last epoch", "learnt (seed 0)",
@@ -193,9 +188,9 @@ class MnistTower(Experiment):
         left, right = figure.subplots(1, 2)
         left.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
         for case, row in rows:
-            if case["seed"] == 0 and "-by-" in case["method"] and row["schedule"]:
-                points = torch.tensor(row["schedule"], dtype=torch.float64).split(10)
-                left.plot(*torch.stack([part.mean(0) for part in points]).T, label=case["method"], linewidth=0.9)
+            if case["seed"] == 0 and "-by-" in case["method"] and row["curve"]["step"]:
+                points = torch.tensor([row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64).split(20, 1)
+                left.plot(*torch.stack([part.mean(1) for part in points]).T, label=case["method"], linewidth=0.9)
         left.set(title="step size, means over 200 steps", xlabel="training steps")
         left.set_yscale("symlog", linthresh=1e-4)
         for height in sorted({case["method"] for case, _ in rows if "start" in case}):

@@ -121,14 +121,14 @@ def descend(
 
     Returns:
         `diverged`, the step that failed, from 0 on, or None, and `reason`; `loss`, None if diverged; `curve`, by name
-        the mean losses of `EVERY` steps each, and the hyperparameters after them; `learnt`, the last of these; and
-        `levels`, a tower's by level, from the parameters' up; `ms` a step.
+        the mean losses of `EVERY` steps each, and the hyperparameters after them, of many the mean; `learnt`, the last
+        of these; and `levels`, a tower's by level, from the parameters' up; `ms` a step.
     """
     group = optimizer.param_groups[0]
     start, names = group["lr"], [name for name in ("lr", "momentum", "beta1", "beta2") if name in group]
     losses = torch.zeros(steps, device=group["params"][0].device)
     curve: dict[str, list[float]] = {name: [] for name in ("step", "loss", *names)}
-    learnt = {name: float(group[name]) for name in names}
+    learnt = {name: _mean(group[name]) for name in names}
     diverged, reason, done, began = None, "", 0, time.perf_counter()
     for step in range(steps):
         if schedule is not None:
@@ -143,7 +143,7 @@ def descend(
             diverged, reason = step, str(error)
             break
         if (step + 1) % EVERY == 0 or step + 1 == steps:
-            values = {name: float(group[name]) for name in names}
+            values = {name: _mean(group[name]) for name in names}
             if not (finite := losses[done : step + 1].isfinite()).all():
                 diverged, reason = done + int((~finite).nonzero()[0]), "the loss is not finite"
                 break
@@ -160,8 +160,12 @@ def descend(
     row |= {"ms": 1000 * (time.perf_counter() - began) / made}
     if diverged is None and isinstance(optimizer, Hyperoptimizer):
         levels = optimizer.hyperparameters[0]
-        row["levels"] = [{name: value.item() for name, value in level.items()} for level in levels]
+        row["levels"] = [{name: value.tolist() for name, value in level.items()} for level in levels]
     return row | {"loss": losses[-last:].mean().item() if diverged is None else None}
+
+
+def _mean(number: float | Tensor) -> float:
+    return number.mean().item() if isinstance(number, Tensor) else number
 
 
 def _cell(rows: Sequence[Row], key: str, digits: int) -> str:
