@@ -12,6 +12,7 @@ from test_forward import META, POINT, PROBLEM
 from metaimplicit import (
     BilevelProblem,
     Box,
+    Domain,
     FromMeta,
     GradientDescent,
     Interval,
@@ -181,8 +182,11 @@ def test_domains(domain, inside, outside, message):
     assert relative_error(domain.value(free), value) < 1e-14
     far = domain.project(free + torch.tensor([40.0, -40.0], dtype=torch.float64))
     assert domain.value(far).isfinite().all()
-    if not isinstance(domain, (Interval, Simplex)):  # there float rounds to the bound itself
+    if not isinstance(domain, Simplex):  # there float rounds to the bound itself
         domain.free(domain.value(far))
+    gradient = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    by_autograd = Domain.pull(domain, free, value, gradient)
+    assert relative_error(domain.pull(free, domain.value(free), gradient), by_autograd) < 1e-14
     with pytest.raises(ValueError, match=message):
         domain.free(torch.tensor(outside))
 

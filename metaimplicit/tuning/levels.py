@@ -180,7 +180,8 @@ class RMSProp(Level):
         if not names:
             return {}
         y = (a / slots["below"]).mul_(slots["ratio"])  # −∂(uᵀa)/∂√v
-        return {"eps": -y.sum(), "alpha": -0.5 * y.div_(slots["root"]).dot(slots["square change"])}
+        found = {"eps": -y.sum()} if "eps" in names else {}
+        return found | {"alpha": -0.5 * y.div_(slots["root"]).dot(slots["square change"])}
 
 
 @dataclass(frozen=True)
