@@ -493,7 +493,7 @@ def test_bad_loops_are_refused():
         Hyperoptimizer([{"params": mixed[:1], "lr": -1.0}], SGD())
     optimizer.param_groups[0]["lr"] = math.nan
     loss(model, 0).backward()
-    with pytest.raises(ValueError, match="param group: got lr nan, expected finite numbers ≥ 0"):
+    with pytest.raises(ValueError, match="SGD lr: got nan, expected a finite number ≥ 0"):
         optimizer.step()
 
 
@@ -525,8 +525,14 @@ def test_states_of_other_towers_are_refused():
         return optimizer
 
     state = built(Adam(optimizer=SGD())).state_dict()
+    for other in (SGD(optimizer=SGD()), AdamW(optimizer=SGD()), Adam(optimizer=RMSProp())):
+        optimizer = built(other)
+        before = dict(optimizer.param_groups[0])
+        with pytest.raises(ValueError, match=r"got a level (Adam, expected (SGD|AdamW)|SGD, expected RMSProp)"):
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0] == before
     with pytest.raises(ValueError, match="got hyperparameters"):
-        built(SGD(optimizer=SGD())).load_state_dict(state)
+        built(Adam(optimizer=SGD(), learn=("lr",))).load_state_dict(state)
     with pytest.raises(ValueError, match=r"got states of \[3\] numbers, expected 4"):
         built(Adam(optimizer=SGD()), size=4).load_state_dict(state)
     with pytest.raises(ValueError, match="a tower of another height"):

@@ -14,7 +14,7 @@ from metaimplicit.params import Params
 
 
 class Domain(ABC):
-    """A set of values. The optimiser moves free coordinates; `value(free)` is always inside."""
+    """A set of values. The optimiser moves free coordinates; `value(free)` is inside, but for round-off."""
 
     @abstractmethod
     def value(self, free: Tensor) -> Tensor:

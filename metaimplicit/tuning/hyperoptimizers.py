@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,10 @@ class Hyperoptimizer(torch.optim.Optimizer):
         group, where = self.param_groups.pop(), f"param group {len(self.param_groups)}"
         if not any(p.requires_grad for p in group["params"]):
             raise ValueError(f"{where}: got no parameter that requires grad, expected one or more")
+        if not all(p.is_floating_point() for p in group["params"]):
+            raise ValueError(f"{where}: got parameters that are no real floating-point numbers; use torch.view_as_real")
+        if foreign := sorted(_FOREIGN & set(group) - set(self.tower.numbers)):
+            raise ValueError(f"{where}: got {foreign}, expected some of the tower's own {sorted(self.tower.numbers)}")
         if len(kinds := {f"{p.dtype} on {p.device}" for p in group["params"]}) > 1:
             raise ValueError(f"{where}: got parameters of {', '.join(sorted(kinds))}; give each its own group")
         tower = _Running(self.tower, group["params"], {name: float(group[name]) for name in self.tower.numbers})
@@ -63,8 +67,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
         tower.tell(group)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
-        for group, tower in zip(self.param_groups, self._towers, strict=True):
-            tower.hear(group)
+        self._hear()
         return {**super().__getstate__(), "tower": self.tower, "_towers": self._towers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -75,6 +78,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
     @property
     def hyperparameters(self) -> list[list[Numbers]]:
         """What is learnt, its present values: for each group, for each level from the parameters' up, by name."""
+        self._hear()
         return [[level.values for level in tower.upwards()] for tower in self._towers]
 
     @torch.no_grad()
@@ -85,9 +89,10 @@ class Hyperoptimizer(torch.optim.Optimizer):
             closure: evaluates the loss anew and calls `backward()`, as of any optimiser of torch.
 
         Raises:
-            ValueError: no parameter has a gradient. (One without stays, and counts as zero in the averages.)
-            FloatingPointError: a hyperparameter turned non-finite or negative; no parameter was moved (on CUDA looked
-                at every 8 steps).
+            ValueError: no parameter has a gradient (one without stays, and counts as zero in the averages), or one has
+                a sparse one.
+            FloatingPointError: a hyperparameter turned non-finite, negative, or a β 1; no parameter was moved. On CUDA
+                it is looked at every 8 steps, and up to 8 were made with it.
         """
         loss = None
         if closure is not None:
@@ -97,8 +102,10 @@ class Hyperoptimizer(torch.optim.Optimizer):
         moved = [(group, tower) for group, tower in pairs if any(p.grad is not None for p in group["params"])]
         if not moved:
             raise ValueError("step: got no gradient in any parameter, expected loss.backward() before step()")
+        if any(p.grad is not None and p.grad.layout != torch.strided for group, _ in moved for p in group["params"]):
+            raise ValueError("step: got a sparse gradient, expected dense ones; build the embedding with sparse=False")
+        self._hear()
         for group, tower in moved:  # all the hyperparameters first: where one fails, no parameter has moved
-            tower.hear(group)
             tower.learn([torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]])
         for group, tower in moved:
             tower.move(group["params"], [p.grad is not None for p in group["params"]])
@@ -107,6 +114,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The whole tower: groups, values, states, and what the next derivative needs of the last step."""
+        self._hear()
         return {**super().state_dict(), "towers": [tower.state() for tower in self._towers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,9 +130,13 @@ class Hyperoptimizer(torch.optim.Optimizer):
             tower.check(state)
         super().load_state_dict({name: part for name, part in state_dict.items() if name != "towers"})
         for group, tower, state in zip(self.param_groups, self._towers, towers, strict=True):
-            tower.hear(group)
+            tower.hear(group, tower.fixed)
             tower.load(state)
             tower.tell(group)
+
+    def _hear(self) -> None:
+        for group, tower in zip(self.param_groups, self._towers, strict=True):
+            tower.hear(group)
 
 
 class _Running:
@@ -135,13 +147,14 @@ class _Running:
         self._slots: dict[str, Any] = {}
         self._told: dict[str, tuple[Any, int]] = {}
         self._h: Numbers = {}  # of the last step
+        self._moved = [True] * len(variables)  # in it
         self._counts = [p.numel() for p in variables]
         self._like = variables[0].new_zeros((), dtype=torch.promote_types(variables[0].dtype, torch.float32))
         self._gradient = self._like
         for name, number in numbers.items():
             level.check(name, number)
-        self._fixed = {n: torch.full_like(self._like, x) for n, x in numbers.items() if n not in level.sizes}
-        self._absent = {n for n, x in numbers.items() if x == 0 and n in level.optional}
+        self.fixed = {n: torch.full_like(self._like, x) for n, x in numbers.items() if n not in level.sizes}
+        self._absent = {n for n, x in self.fixed.items() if numbers[n] == 0 and n in level.optional}
         shapes: dict[Size, tuple[int, ...]] = {
             "scalar": (), "per-tensor": (len(variables),), "per-element": (sum(self._counts),),
         }  # fmt: skip
@@ -166,16 +179,17 @@ class _Running:
         group.update({name: value.clone() for name, value in self.values.items()})
         self._told = {name: (group[name], _version(group[name])) for name in self.level.numbers}
 
-    def hear(self, group: dict[str, Any]) -> None:
-        """Take up the values written into the group since it was told."""
-        for name, (told, version) in self._told.items():
+    def hear(self, group: dict[str, Any], names: Collection[str] | None = None) -> None:
+        """Take up the values, those of `names` or all, written into the group since it was told."""
+        for name in self.level.numbers if names is None else tuple(names):
+            told, version = self._told[name]
             if group[name] is told and _version(told) == version:
                 continue
             value = torch.as_tensor(group[name], dtype=self._like.dtype, device=self._like.device).detach()
-            if not bool((value.isfinite() & (value >= 0)).all()):
-                raise ValueError(f"param group: got {name} {group[name]}, expected finite numbers ≥ 0")
-            if name in self._fixed:
-                self._fixed[name] = value.clone()
+            for bound in value.aminmax():
+                self.level.check(name, bound.item())
+            if name in self.fixed:
+                self.fixed[name] = value.clone()
                 self._absent -= {name}
             else:
                 free = self._free.tensors[name]
@@ -187,6 +201,8 @@ class _Running:
         self._gradient = g = _flat(gradients).to(self._like.dtype)
         if self.above is None or self.steps == 0:
             return
+        if not all(self._moved):  # those that stayed depend on nothing of the last step
+            g = torch.cat([part * on for part, on in zip(g.split(self._counts), self._moved, strict=True)])
         lr, names = self._h["lr"], [name for name in self.values if name != "lr"]
         slopes = {}
         if names:
@@ -210,7 +226,8 @@ class _Running:
         self._slots["direction"] = u = self.level.direction(h, self._slots, self._gradient, point)
         lr = -h["lr"]
         factors = [lr] * len(variables) if lr.dim() == 0 else self._cut(self._spread(lr), variables)
-        parts = zip(variables, self._cut(u, variables), factors, moving or [True] * len(variables), strict=True)
+        self._moved = list(moving or [True] * len(variables))
+        parts = zip(variables, self._cut(u, variables), factors, self._moved, strict=True)
         moved = [part[:3] for part in parts if part[3]]
         torch._foreach_addcmul_(*map(list, zip(*moved, strict=True)))
         self.steps += 1
@@ -218,10 +235,15 @@ class _Running:
     def state(self) -> dict[str, Any]:
         """All that the next step reads, tensors and numbers."""
         above = None if self.above is None else self.above.state()
-        return {"free": self._free.tensors, "slots": self._slots, "steps": self.steps, "above": above}
+        return {
+            "level": self.level.name, "free": self._free.tensors, "h": self._h, "slots": self._slots,
+            "moved": self._moved, "steps": self.steps, "above": above,
+        }  # fmt: skip
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise ValueError for a state that is not of such a tower."""
+        if (found := state.get("level")) != self.level.name:
+            raise ValueError(f"state_dict: got a level {found}, expected {self.level.name}; build it as the run did")
         if (self.above is None) != (state["above"] is None):
             raise ValueError("state_dict: got a tower of another height, expected this one's; build it as the run did")
         self._free.check(state["free"])
@@ -234,11 +256,11 @@ class _Running:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state that was checked."""
         self._free.load(state["free"])
-        self.values, self.steps = self._free.values(), state["steps"]
-        self._h = self._numbers()
-        self._slots = {
-            n: x.to(self._like, copy=True) if isinstance(x, Tensor) else x for n, x in state["slots"].items()
-        }
+        self.values, self.steps, self._moved = self._free.values(), state["steps"], list(state["moved"])
+        self._h, self._slots = (
+            {n: x.to(self._like, copy=True) if isinstance(x, Tensor) else x for n, x in state[part].items()}
+            for part in ("h", "slots")
+        )
         if self.above is not None:
             self.above.load(state["above"])
 
@@ -246,7 +268,7 @@ class _Running:
         return [part.view_as(p) for part, p in zip(flat.split(self._counts), variables, strict=True)]
 
     def _numbers(self) -> Numbers:
-        return {n: x for n, x in (self._fixed | self.values).items() if n not in self._absent}
+        return {n: x for n, x in (self.fixed | self.values).items() if n not in self._absent}
 
     def _spread(self, lr: Tensor) -> Tensor:
         """lr as it multiplies the flat direction."""
@@ -266,13 +288,22 @@ class _Running:
     def _look(self, above: Level) -> None:
         """Raise FloatingPointError for a value that no step can be made with."""
         for name, value in self.values.items():
-            least, most = value.aminmax() if value.dim() else (value, value)
-            if not (least.item() >= 0 and most.item() < math.inf):
+            least, most = (x.item() for x in (value.aminmax() if value.dim() else (value, value)))
+            limit = 1.0 if name in self.level.decays else math.inf
+            if not (least >= 0 and most < limit):
+                late = "" if value.device.type == "cpu" else " by this step, but it may have been by the last 7"
                 raise FloatingPointError(
-                    f"{self.level.name} {name}: turned {value.tolist()} after {self.steps} steps, expected a finite "
-                    f"number ≥ 0; the loss is not finite, or the step size of the {above.name} above it too large: "
-                    "lower it, or give that an optimizer. No parameter was moved"
+                    f"{self.level.name} {name}: turned {most if least >= 0 else least} after {self.steps} steps, "
+                    f"expected a number in [0, {limit:g}); the loss is not finite, or the step size of the "
+                    f"{above.name} above it too large: lower it, or give that an optimizer. No parameter was "
+                    f"moved{late}"
                 )
+
+
+_FOREIGN = {  # options of torch's optimisers that no tower reads
+    "amsgrad", "betas", "centered", "dampening", "decoupled_weight_decay", "initial_accumulator_value", "lr_decay",
+    "maximize", "momentum", "nesterov", "weight_decay", "alpha",
+}  # fmt: skip
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -252,9 +252,9 @@ def _average(slots: Slots, name: str, new: Tensor, decay: Tensor) -> Tensor:
     """a = β a₋ + (1 − β) new, and beside it "… change" = ∂a/∂β = a₋ − new."""
     average = _slot(slots, name, new)
     change = torch.sub(average, new, out=_slot(slots, f"{name} change", new))
-    return torch.addcmul(new, change, decay, out=average)
+    return average.addcmul_(change, decay - 1)  # new + β change would lose the digits of 1 − β
 
 
 def _square(g: Tensor) -> Tensor:
     """g² + 1e-32, so that an average of it has a root with a derivative; the root, 1e-16 at most, is lost beside ε."""
-    return torch.addcmul(g.new_tensor(1e-32), g, g)
+    return torch.addcmul(g.new_full((), 1e-32), g, g)
