@@ -162,10 +162,14 @@ class GaussNewton(_Curvature):
         return _pull({"outputs": self._outputs}, self.params, {"outputs": self._bend(tangent, batched)}, batched)
 
     def check_convex(self, steps: int = 20) -> None:
-        """ValueError if power iterations in float64 find negative curvature of the loss in the outputs."""
-        z = self._outputs.detach().double().requires_grad_()
+        """ValueError if power iterations, in float64 if the loss can, find negative curvature of it in the outputs."""
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
+            try:
+                z = self._outputs.detach().double().requires_grad_()
+                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
+            except RuntimeError:  # as where it holds tensors of its own
+                z = self._outputs.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
         if not slope.requires_grad:  # linear
             return
 

@@ -149,8 +149,8 @@ def _layers(module: nn.Module, params: Params, others: str) -> dict[str, nn.Line
             covered |= {f"{prefix}weight", f"{prefix}bias"}
             if not plain(layer):
                 raise ValueError(
-                    f"KFAC: layer {name!r} is grouped, or its padding is not a number of zeros; use "
-                    "curvature='gauss-newton'"
+                    f"KFAC: layer {name!r} is grouped, or its padding is not a number of zeros, or its forward is its "
+                    "own; use curvature='gauss-newton'"
                 )
     if others == "raise" and (unknown := sorted(set(params) - covered)):
         raise ValueError(
@@ -176,16 +176,16 @@ def watch(
     """
     called: set[str] = set()
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def look(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None]:
+        def look(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
             if name in called:
                 raise ValueError(f"KFAC: layer {name!r} is called twice, expected once; {advice}")
             called.add(name)
-            return record(name, given[0], output)
+            return record(name, (*given, *named.values())[0], output)
 
         return look
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         result = function()
     finally:
@@ -197,7 +197,9 @@ def watch(
 
 
 def plain(layer: nn.Module) -> bool:
-    """Whether every output of a convolution sees a patch of all channels, padded by zeros; true of a linear layer."""
+    """Whether a layer is torch's own, and every output of a convolution sees a patch of all channels, zeros around."""
+    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        return False
     if not isinstance(layer, nn.Conv2d):
         return True
     return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

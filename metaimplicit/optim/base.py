@@ -28,6 +28,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     wants = "closure() -> (outputs, targets), as in step(lambda: (model(x), y))"
     axes = 0  # of the outputs, at least
+    likelihood: Likelihood = "gaussian"  # whose −log the loss has to be; of "gaussian" it cannot be seen
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], seed: int | None = None) -> None:
         owner = type(self).__name__
@@ -40,10 +41,10 @@ class SecondOrder(torch.optim.Optimizer):
         first = next(iter(self._own.values()))
         self._dtype, self._device = first.dtype, first.device
         for name, p in self._own.items():
-            if (p.dtype, p.device) != (first.dtype, first.device) or not p.is_floating_point():
+            if (p.dtype, p.device) != (first.dtype, first.device) or p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"{owner} model: got {name!r} as {p.dtype} on {p.device}, expected {first.dtype} on {first.device} "
-                    "of every parameter, and floating-point; convert the model first"
+                    "of every parameter, in single or double precision; convert the model first"
                 )
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self.ratio: float | None = None
@@ -53,6 +54,9 @@ class SecondOrder(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError(f"{type(self).__name__}: got another parameter group, expected one; build it on one model")
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles: torch's own leaves out what is not its own
+        return self.__dict__.copy()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on to the same bits; `torch.load(weights_only=True)` reads it."""
@@ -74,6 +78,8 @@ class SecondOrder(torch.optim.Optimizer):
     def _closure(self, closure: Closure | None) -> Closure:
         if not callable(closure):
             raise ValueError(f"step: got {closure!r}, expected {self.wants}")
+        if frozen := [name for name, p in self._own.items() if not p.requires_grad]:
+            raise ValueError(f"step: {frozen[0]!r} was frozen after the optimiser was built; build it anew")
         return closure
 
     def _pair(self, found: Any) -> tuple[Tensor, Any]:
@@ -85,6 +91,18 @@ class SecondOrder(torch.optim.Optimizer):
                 f"closure: returned outputs of shape {tuple(found[0].shape)}, expected [examples, …, d]; unsqueeze(-1)"
             )
         return found[0], found[1]
+
+    def _check_softmax(self, loss: Tensor, outputs: Tensor) -> None:
+        """ValueError for a loss that is seen to be no −log softmax(z): its gradients sum to zero over the classes."""
+        if self.likelihood == "softmax" and loss.requires_grad:
+            (slope,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+            refuse(
+                slope.sum(-1).abs().sum() > 0.01 * slope.abs().sum() + 10 * torch.finfo(slope.dtype).eps,
+                f"{type(self).__name__} loss: got one whose gradient does not sum to zero over the last axis of the "
+                "outputs, expected cross-entropy over that axis; move the classes there, set likelihood='gaussian' for "
+                "½ Σ (z − y)², or use GaussNewton",
+                ValueError,
+            )
 
     def _scalar(self, value: Any, source: str) -> Tensor:
         if not isinstance(value, Tensor) or value.dim() > 0:
@@ -129,6 +147,7 @@ class SecondOrder(torch.optim.Optimizer):
             value = self._scalar(loss(z.squeeze(0), seen["targets"]), "loss")
             if "loss" not in seen:
                 self._finite(value, z)
+                self._check_softmax(value, z)
                 seen["loss"] = self._differentiable(value, "loss").detach()
             return value.unsqueeze(0)
 
@@ -201,10 +220,10 @@ def check_numbers(owner: str, *, above: float, **numbers: float) -> None:
             raise ValueError(f"{owner} {name}: got {value!r}, expected a finite number {bound}")
 
 
-def refuse(bad: Tensor, message: str) -> None:
-    """FloatingPointError if any of `bad` is true."""
+def refuse(bad: Tensor, message: str, kind: type[Exception] = FloatingPointError) -> None:
+    """An exception if any of `bad` is true."""
     if bool(bad.any()):
-        raise FloatingPointError(message)
+        raise kind(message)
 
 
 def ratio(numbers: Tensor, eps: float) -> float:
@@ -253,5 +272,5 @@ def check_likelihood(owner: str, loss: Any, likelihood: str, expectation: str) -
     if _LIKELIHOODS.get(called, likelihood) != likelihood:
         raise ValueError(
             f"{owner} likelihood: got {likelihood!r} for {called}, expected {_LIKELIHOODS[called]!r}, whose −log p "
-            "it is"
+            "it is, but for a factor"
         )

@@ -67,7 +67,12 @@ class Damped(SecondOrder):
         """
         group, evaluate = self.param_groups[0], Evaluations(self._model, self._closure(closure), self._device)
         with torch.enable_grad():
-            operator, loss = self._linearise(evaluate)
+            try:
+                operator, loss = self._linearise(evaluate)
+            except RuntimeError as error:
+                if "second time" not in str(error):
+                    raise
+                raise ValueError("closure: it has used its graph up; call no backward() there, step does") from error
         g = flatten(operator.gradient).detach()
         refuse(~g.isfinite(), f"{type(self).__name__}: the gradient is not finite; nothing was moved")
         for name, p in self._own.items():
@@ -82,10 +87,13 @@ class Damped(SecondOrder):
         del operator  # and its graph
         kept = {name: p.clone() for name, p in self._own.items()}
         self._move(parts)
-        self.ratio = ratio(torch.stack([loss, self._value(evaluate()), predicted]), torch.finfo(self._dtype).eps)
-        if not self.ratio > 0:
-            for name, p in self._own.items():
-                p.copy_(kept[name])
+        self.ratio = None
+        try:
+            self.ratio = ratio(torch.stack([loss, self._value(evaluate()), predicted]), torch.finfo(self._dtype).eps)
+        finally:  # a closure may refuse the trial point
+            if self.ratio is None or not self.ratio > 0:
+                for name, p in self._own.items():
+                    p.copy_(kept[name])
         floor = torch.finfo(self._dtype).eps * self.defaults["damping"]
         group["damping"] = levenberg_marquardt(group["damping"], self.ratio, easier=0.5, harder=4.0, floor=floor)
         return loss

@@ -34,8 +34,8 @@ class KFAC(SecondOrder):
 
     A = E[ā āᵀ] of a layer's inputs and G = E[g gᵀ] of the gradients of −log p(y|z) in its outputs, of a convolution
     over its patches (Grosse & Martens 2016), are running averages, the k-th of decay min(1 − 1/k, `decay`);
-    π² = (tr A/dim A)/(tr G/dim G) shares λ out (§6.3). ν = min(1, √(κ/(lr² uᵀ∇L))) bounds the step in the Fisher norm,
-    which is the KL divergence to second order (Ba et al. 2017).
+    π² = (tr A/dim A)/(tr G/dim G) shares λ out (§6.3). ν = min(1, √(κ/(lr² uᵀ∇L))) keeps the square of the step, before
+    momentum, at κ at most in the norm of the damped F̂, to second order twice the KL divergence (Ba et al. 2017).
 
     One forward pass, one backward pass for ∇L, and where factors are renewed one more, through the layers' outputs
     alone, of targets drawn from the model itself. Buffers (batch-norm's statistics) and dropout see one forward pass,
@@ -58,7 +58,8 @@ class KFAC(SecondOrder):
             None: λ is fixed.
         likelihood: p(y|z), `"softmax"`, or `"gaussian"` of unit variance.
         expectation: over y in G, `"monte-carlo"`, of one draw for each example; `"exact"`, as many backward passes as
-            outputs; or `"empirical"`, the targets.
+            outputs, for models that take examples one by one (batch-norm in training does not, and only the draws of
+            `"monte-carlo"` are independent there); or `"empirical"`, the targets.
         others: of parameters of any other layer: `"raise"`, or `"gradient"`, the identity as their block, so u = ∇L.
         seed: of the draws.
 
@@ -110,6 +111,8 @@ class KFAC(SecondOrder):
         super().__init__(model, defaults, seed)
         self.loss, self.likelihood, self.expectation = loss, likelihood, expectation
         self._layers = _layers(model, self._own, others)
+        if not self._layers:
+            raise ValueError(f"KFAC model: got no linear or 2-d convolutional layer that requires grad; {_ADVICE}")
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -147,6 +150,8 @@ class KFAC(SecondOrder):
             )
         if update:
             self._finite(loss.detach(), outputs.detach())
+        if step == 0:
+            self._check_softmax(loss, outputs)
         slopes = self._slopes(outputs, loss, edges) if update else {}
         own = list(self._own.values())
         gradients = dict(zip(self._own, torch.autograd.grad(loss, own, allow_unused=True), strict=True))
@@ -198,7 +203,8 @@ class KFAC(SecondOrder):
         decay = min(1 - 1 / group["updates"], group["decay"])
         for name, layer in self._layers.items():
             weight, bias = self._names(name)
-            a, g = positions(layer, inputs[name].unsqueeze(0), slopes[name].unsqueeze(1), bias is not None)
+            given, slope = (x.to(self._dtype) for x in (inputs[name].unsqueeze(0), slopes[name].unsqueeze(1)))
+            a, g = positions(layer, given, slope, bias is not None)
             state = self.state[self._own[weight]]
             for key, new in zip(("A", "G"), moments(a, g, examples), strict=True):
                 state[key] = state[key].lerp_(new[0], 1 - decay) if key in state else new[0]
@@ -209,7 +215,7 @@ class KFAC(SecondOrder):
         for name in self._layers:
             state = self.state[self._own[self._names(name)[0]]]
             mean_a, mean_g = state["A"].diagonal().mean(), state["G"].diagonal().mean()
-            pi = torch.where((mean_a > 0) & (mean_g > 0), (mean_a / mean_g).sqrt(), 1.0)
+            pi = torch.where((mean_a > 0) & (mean_g > 0), mean_a.sqrt() / mean_g.sqrt(), 1.0)
             for key, shift in (("A", pi * math.sqrt(damping)), ("G", math.sqrt(damping) / pi)):
                 damped = state[key].clone()
                 damped.diagonal().add_(shift)
@@ -242,7 +248,7 @@ class KFAC(SecondOrder):
             for name, u in directions.items():
                 state = self.state[self._own[name]]
                 past = state.get("momentum")
-                directions[name] = state["momentum"] = u if past is None else group["momentum"] * past + u
+                directions[name] = state["momentum"] = u.clone() if past is None else group["momentum"] * past + u
         return {name: -group["lr"] * v for name, v in directions.items()}, nu
 
     def _predicted(self, evaluate: Evaluations, gradients: Params, delta: Params) -> Tensor:
@@ -296,7 +302,9 @@ def _objection(layer: nn.Module, keys: list[str]) -> str:
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return "only linear and 2-d convolutional layers have a block G ⊗ A here"
     if not plain(layer):
-        return "it is grouped, or its padding is not a number of zeros"
+        return "it is grouped, or its padding is not a number of zeros, or its forward is its own"
+    if foreign := sorted(set(keys) - {"weight", "bias"}):
+        return f"{foreign[0]!r} is no weight or bias of such a layer"
     if "weight" not in keys:
         return f"{keys[0]!r} requires grad without a weight that does"
     return ""

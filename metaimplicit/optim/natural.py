@@ -129,7 +129,7 @@ class NaturalGradient(_Generalised):
     ) -> None:
         check_likelihood("NaturalGradient", loss, likelihood, expectation)
         super().__init__(model, loss, lr=lr, damping=damping, adapt=adapt, solver=solver, seed=seed)
-        self.likelihood: Likelihood = likelihood
+        self.likelihood = likelihood
         self.expectation: Expectation = expectation
 
     def _curvature(self, outputs: Any, loss: Any) -> Fisher:
