@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.hypergradient import hypergradient
-from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad import Implicit, Method, MethodOptions, Truncated, make_method
+from metaimplicit.inner import InnerLoop, make_inner
+from metaimplicit.metagrad import FirstOrder, Implicit, Method, MethodOptions, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, LiftedProblem
 from metaimplicit.solvers import Dense, Status
@@ -61,7 +61,7 @@ def check_hypergradient(
     meta: Params,
     data: Any,
     *,
-    inner: InnerLoop,
+    inner: str | InnerLoop,
     method: str | Method,
     options: MethodOptions | None = None,
     batched: bool = False,
@@ -87,15 +87,15 @@ def check_hypergradient(
     """
     if directions < 1:
         raise ValueError(f"directions: got {directions}, expected at least 1")
-    method = make_method(method, options)
+    method, loop = make_method(method, options), make_inner(inner)
 
     lifted = LiftedProblem(problem, data, batched=batched)
 
     def outer_loss(phi: Params) -> Tensor:
-        params = Truncated(0).adapt(lifted, inner, phi).params
-        return lifted.outer(params, phi, lifted.at(inner.steps))[0].mean().detach()
+        params = FirstOrder().adapt(lifted, loop, phi).params
+        return lifted.outer(params, phi, lifted.at(loop.steps))[0].mean().detach()
 
-    result = hypergradient(problem, meta, data, inner=inner, method=method, batched=batched)
+    result = hypergradient(problem, meta, data, inner=loop, method=method, batched=batched)
     values = {name: m.detach() for name, m in meta.items()}
     theta = {name: p if batched else p.unsqueeze(0) for name, p in result.params.items()}
     if not torch.equal(*(lifted.inner(theta, values, lifted.at(0)).detach() for _ in range(2))):
@@ -127,7 +127,7 @@ def check_hypergradient(
     report = result.report
     if isinstance(method, Implicit) and sum(p[0].numel() for p in _stacked(result.params, batched)) <= Dense().max_size:
         dense = replace(method, solver=Dense())
-        exact = hypergradient(problem, meta, data, inner=inner, method=dense, batched=batched)
+        exact = hypergradient(problem, meta, data, inner=loop, method=dense, batched=batched)
         got, want = (torch.cat([r.grads[name].flatten() for name in entries]) for r in (result, exact))
         dense_error, cosine = _relative(got, want), float(torch.nn.functional.cosine_similarity(got, want, dim=0))
     residual = None if report.residual is None else float(report.residual.max())

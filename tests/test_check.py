@@ -8,7 +8,7 @@ import torch
 from oracles import quadratic, randn
 from tanh_network import DATA, INITIAL, network
 
-from metaimplicit import CG, BilevelProblem, GradientDescent, Implicit, Neumann, Proximal, check_hypergradient
+from metaimplicit import CG, LBFGS, BilevelProblem, GradientDescent, Implicit, Neumann, Proximal, check_hypergradient
 
 SOLVED, SHORT = GradientDescent(steps=150, lr=0.2), GradientDescent(steps=3, lr=0.1)
 PROBLEM = network(Proximal(1.0))
@@ -29,6 +29,8 @@ def test_unrolled_is_right(inner):
     ("method", "inner", "verdict"),
     [
         ("dense", SOLVED, "Right"),
+        ("dense", "newton-cg", "Right"),
+        ("dense", LBFGS(steps=100), "Right"),
         (Implicit(CG(60)), SOLVED, "Right"),
         (Implicit(CG(1)), SOLVED, "Wrong: the linear system is not solved"),
         (Implicit(Neumann(terms=1)), SOLVED, "Wrong: the linear system is not solved"),

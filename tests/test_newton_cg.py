@@ -15,6 +15,7 @@ from metaimplicit import (
     GradientDescent,
     MetaLearner,
     NewtonCG,
+    Unrolled,
     argmin,
     hypergradient,
 )
@@ -297,6 +298,73 @@ def test_a_loss_that_is_not_finite_at_the_trial_refuses_it():
     assert relative_error(end.params["x"][:, 0], torch.full((2,), 0.2, dtype=DOUBLE)) < 1e-7
 
 
+def point(*rows):
+    return {"x": torch.tensor(rows, dtype=DOUBLE)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("radius", [torch.inf, 1e300, 1e20])
+def test_a_radius_without_bound_bounds_nothing(radius, dtype):
+    start = {"x": torch.tensor([[3.0, 4.0]], dtype=dtype)}
+    end = NewtonCG(steps=10, radius=radius).run(lambda p, _: (p["x"] - 1).square().sum(1), start, {}, track=0)
+    assert end.params["x"].tolist() == [[1.0, 1.0]]
+
+
+def test_where_there_is_no_second_derivative_the_model_is_linear():
+    """‖x‖ has a gradient at 0 by convention, and a Hessian of NaN: the first step is Δ along −g."""
+    loop = NewtonCG(steps=1, radius=0.5)
+    first = loop.run(
+        lambda p, _: (p["x"] - 1).square().sum(1) + 0.1 * p["x"].norm(dim=1), point([0.0, 0.0]), {}, track=0
+    )
+    assert torch.allclose(first.params["x"], torch.full((1, 2), 0.5 / 2**0.5, dtype=DOUBLE), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"),
+    [
+        (lambda p, _: p["x"].abs().sqrt().sum(1), [1.0]),  # at 0 finite, but not its derivative
+        (lambda p, _: p["x"].square().sum(1).log(), [1.0, 0.0]),  # at 0 it is −∞
+    ],
+)
+def test_a_point_from_which_there_is_no_way_on_is_refused(loss, start):
+    end = NewtonCG(steps=3, radius=1.0).run(loss, point(start), {}, track=0)
+    assert end.gradient_norm.isfinite().all()
+    assert end.steps.tolist() == [3]
+    assert end.params["x"].abs().sum() > 0
+
+
+def test_the_ratio_is_blurred_by_ten_units_of_the_loss_and_no_more():
+    """f = 10⁸ − c sin(πx)/π with c = 10ε 10⁸: from 0 the step is to 1, where f falls by nothing; from there back."""
+    c = 10 * torch.finfo(DOUBLE).eps * 1e8
+    loop = NewtonCG(steps=2, radius=1.0, tol=1e-12)
+    end = loop.run(
+        lambda p, _: 1e8 - c * (torch.pi * p["x"]).sin().sum(1) / torch.pi, point([0.0]), {}, track=0, keep=True
+    )
+    assert [round(at["x"].item(), 12) for at in end.iterates] == [0.0, 1.0, 0.0]
+
+
+def test_without_a_tolerance_it_goes_on_to_round_off():
+    b = torch.tensor([0.3, 0.7], dtype=DOUBLE)
+    loop = NewtonCG(steps=30, tol=None)
+    with torch.no_grad():  # of the caller
+        end = loop.run(lambda p, _: (p["x"].cosh() - b * p["x"]).sum(1), point([3.0, 4.0]), {}, track=0)
+    assert end.gradient_norm.item() < 1e-12
+    assert relative_error(end.params["x"][0], b.asinh()) < 1e-14
+
+
+def test_at_its_tolerance_a_task_is_done():
+    """‖∂f/∂θ‖ = 5 ≤ 5."""
+    end = NewtonCG(tol=5.0).run(lambda p, _: 0.5 * p["x"].square().sum(1), point([3.0, 4.0]), {}, track=0)
+    assert end.steps.tolist() == [0]
+
+
+def test_a_step_that_all_refuse_is_an_iterate_too():
+    loop = NewtonCG(steps=2, radius=100.0)
+    end = loop.run(lambda p, _: (1 + p["x"].square()).sqrt().sum(1), point([2.0]), {}, track=0, keep=True)
+    assert [at["x"].item() for at in end.iterates[:2]] == [2.0, 2.0]
+    assert len(end.iterates) == 3
+
+
 # where it is used
 
 
@@ -356,10 +424,17 @@ def test_what_it_cannot_do_is_refused():
     oracle = ridge()
     for method, message in (
         ("unrolled", r"inner: got NewtonCG with a method that differentiates steps, expected an implicit method"),
+        ("truncated", r"inner: got NewtonCG with a method that differentiates steps, expected an implicit method"),
+        (Unrolled(iterates=True), r"inner: got NewtonCG with a method that differentiates steps"),
         ("forward", r"inner: got NewtonCG, whose steps are not differentiable"),
     ):
         with pytest.raises(ValueError, match=message):
             hypergradient(oracle.problem, oracle.meta, oracle.data, inner="newton-cg", method=method, batched=True)
+    mixed = {"w": torch.zeros(1, 2), "v": torch.zeros(1, 2, dtype=DOUBLE)}
+    with pytest.raises(
+        ValueError, match=r"NewtonCG: got parameters of \['torch.float32', 'torch.float64'\], expected one"
+    ):
+        NewtonCG().run(lambda p, _: p["w"].sum(1) + p["v"].sum(1), mixed, {}, track=0)
     problem = BilevelProblem(
         init=lambda meta, data: {"w": torch.zeros(2)},
         inner_loss=lambda params, meta, data: (params["w"] - meta["c"]).square().sum(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -44,6 +44,7 @@ class InnerLoop(ABC):
 
     steps: int
     tol: float | None = None
+    differentiable: ClassVar[bool] = True  # its steps; else it is for implicit methods
 
     @abstractmethod
     def run(

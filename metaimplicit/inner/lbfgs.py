@@ -30,6 +30,8 @@ class LBFGS(InnerLoop):
     tol: float | None = 1e-6
     history: int = 10
 
+    differentiable = False
+
     def __post_init__(self) -> None:
         self.check()
         if self.history < 1:

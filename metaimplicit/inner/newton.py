@@ -22,14 +22,16 @@ class NewtonCG(InnerLoop):
     second-order inner loop of Hessian-free iMAML (Rajeswaran et al. 2019).
 
     s comes from truncated conjugate gradients (Steihaug 1983; Nocedal & Wright 2006, Alg. 7.2), which end at
-    ‖g + Hs‖ ≤ η‖g‖, at the boundary, or at negative curvature, along which they go to the boundary. Every task has its
-    own radius Δ: with ρ = (f(θ) − f(θ + s))/(m(0) − m(s)), a step is taken if ρ > 10⁻⁴; Δ ← ‖s‖/4 if ρ < ¼, and
-    Δ ← 2Δ if ρ > ¾ at the boundary (ibid., Alg. 4.1). The tasks share every product and no number.
+    ‖g + Hs‖ ≤ max(η, 10ε)‖g‖, ε the unit round-off, at the boundary, or at negative curvature, along which they go to
+    the boundary. Every task has its own radius Δ: with ρ = (f(θ) − f(θ + s) + c)/(m(0) − m(s) + c), c = 10ε|f(θ)| the
+    round-off of f, a step is taken if ρ > 10⁻⁴; Δ ← ‖s‖/4 if ρ < ¼, and Δ ← 2Δ if ρ > ¾ at the boundary (ibid.,
+    Alg. 4.1). The tasks share every product and no number.
 
-    Its steps are not differentiable: for implicit methods. It compares losses at different points, so with a `Stream`
-    all steps see the data of step 0. Convergence is superlinear where f is smooth at θ*; a network of ReLUs has its
-    minima on kinks, beside which the gradient stays away from zero, however many the steps. A step costs a gradient
-    and its products, and another gradient if any task refuses it.
+    Its steps are not differentiable: for implicit methods. It takes second derivatives of f, however the method takes
+    its products; where one is not finite, m is linear. It compares losses at different points, so with a `Stream` all
+    steps see the data of step 0. Convergence is superlinear where f is smooth at θ*, η goes to 0 and `cg_steps`
+    suffice for it; a network of ReLUs has its minima on kinks, beside which the gradient stays away from zero, however
+    many the steps. A step costs a gradient and its products, and another gradient if any task refuses it.
 
     Args:
         steps: steps at most, ≥ 1, refused ones included.
@@ -44,6 +46,8 @@ class NewtonCG(InnerLoop):
     radius: float = 1.0
     forcing: float | None = None
     tol: float | None = 1e-6
+
+    differentiable = False
 
     def __post_init__(self) -> None:
         self.check()
@@ -66,8 +70,10 @@ class NewtonCG(InnerLoop):
     ) -> Trajectory:
         if track:
             raise ValueError("inner: got NewtonCG with a method that differentiates steps, expected an implicit method")
+        if len(kinds := {p.dtype for p in start.values()}) > 1:
+            raise ValueError(f"NewtonCG: got parameters of {sorted(map(str, kinds))}, expected one type; convert them")
         theta = flatten({name: p.detach() for name, p in start.items()})
-        radius = torch.full_like(theta[:, :1], self.radius)
+        radius = torch.full_like(theta[:, :1], min(self.radius, torch.finfo(theta.dtype).max ** 0.25))
         taken = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
         iterates = [unflatten(theta, start)]
         check_every = 8 if theta.is_cuda else 1
@@ -82,6 +88,8 @@ class NewtonCG(InnerLoop):
             step, decrease, bound = steihaug(hessian, gradient, radius, eta * norm, active, self.cg_steps)
             del hessian  # its graph, before the next one is made
             hessian, lower, slope = _expand(loss, unflatten(theta + step, start))
+            finite = lower.isfinite() & slope.isfinite().all(dim=-1, keepdim=True)
+            lower = torch.where(finite, lower, torch.nan)  # refused: from there is no way on
             # of losses that differ by their round-off alone the ratio says nothing (Conn, Gould & Toint 2000, §17.4.2)
             blur = 10 * torch.finfo(theta.dtype).eps * value.abs()
             ratio = (value - lower + blur) / (decrease + blur)
@@ -124,7 +132,7 @@ def steihaug(
     for j in range(steps):
         if j > 0 and j % check_every == 0 and not active.any():
             break
-        hd = operator.matvec(d)
+        hd = operator.matvec(d).nan_to_num(0.0, 0.0, 0.0)
         curvature, dd, sd = dot(d, hd), dot(d, d), dot(s, d)
         # ‖s + τd‖ = Δ at the τ ≥ 0 of dᵀd τ² + 2sᵀd τ = Δ² − sᵀs, written without the difference of its roots
         room = (radius.square() - dot(s, s)).clamp(min=0.0)

@@ -26,7 +26,7 @@ class Unrolled(Method):
     flag = "unrolled"
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        if self.iterates and inner.tol is not None:
+        if self.iterates and inner.tol is not None and inner.differentiable:
             raise ValueError(
                 f"Unrolled iterates: got an inner loop with tol={inner.tol}, expected a fixed T; use tol=None"
             )
@@ -54,7 +54,7 @@ class Truncated(Method):
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         if self.steps > inner.steps:
             raise ValueError(f"Truncated steps: got {self.steps}, expected at most the inner loop's {inner.steps}")
-        if inner.tol is not None:
+        if inner.tol is not None and inner.differentiable:
             raise ValueError(
                 f"Truncated: got an inner loop with tol={inner.tol}, which hides its last step; use tol=None"
             )
