@@ -565,9 +565,10 @@ def test_numbers_and_models_out_of_range_are_named():
         NaturalGradient(model, F.cross_entropy, likelihood="poisson")
     with pytest.raises(ValueError, match="expectation: got 'mean', expected one of exact"):
         NaturalGradient(model, F.cross_entropy, expectation="mean")
-    concave = GaussNewton(model, lambda z, y: -F.mse_loss(z, y), damping=1e-3)
-    with pytest.raises(ValueError, match="GaussNewton loss: got one not convex in the outputs; use Newton"):
-        concave.step(lambda: (model(X), TARGETS))
+    for damping in (1e-3, 2.0):  # that outweighs the curvature or not
+        concave = GaussNewton(model, lambda z, y: -F.mse_loss(z, y), damping=damping)
+        with pytest.raises(ValueError, match="GaussNewton loss: got one not convex in the outputs; use Newton"):
+            concave.step(lambda: (model(X), TARGETS))
 
 
 def test_a_step_that_is_not_finite_moves_nothing():
