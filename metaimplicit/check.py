@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.metagrad import FirstOrder, Implicit, Method, MethodOptions, make_method
+from metaimplicit.metagrad import FirstOrder, Implicit, Method, MethodOptions, Unrolled, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, LiftedProblem
 from metaimplicit.solvers import Dense, Status
@@ -87,6 +87,8 @@ def check_hypergradient(
     """
     if directions < 1:
         raise ValueError(f"directions: got {directions}, expected at least 1")
+    if isinstance(method, Unrolled) and method.iterates:
+        raise ValueError("method: got Unrolled(iterates=True), whose outer loss has no θ_T to be compared at")
     method, loop = make_method(method, options), make_inner(inner)
 
     lifted = LiftedProblem(problem, data, batched=batched)

@@ -16,7 +16,6 @@ from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.metagrad import (
     Adaptation,
     Gradients,
-    Implicit,
     Method,
     MethodOptions,
     Report,
@@ -96,7 +95,12 @@ def hypergradient(
         indirect, report = adaptation.pull(of_theta, phi, state)
     total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
-        if m.requires_grad and indirect[name] is None and (direct.get(name) is None or inner.reads(name)):
+        # first-order alone is content with the direct gradient of what its losses share
+        if (
+            m.requires_grad
+            and indirect[name] is None
+            and not (direct.get(name) is not None and "loss" not in method.reach and not inner.reads(name))
+        ):
             _check_reachable(name, method, inner, adaptation)
     return Hypergradient(
         outer_loss=losses.mean(),
@@ -154,11 +158,10 @@ def argmin(
         raise ValueError(f"argmin method: got {method.flag!r}, which is {what}; use 'unrolled' or an implicit method")
     problem = BilevelProblem(init, inner_loss, lambda *_: None)
     lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
-    phi = _meta_leaves(meta)
+    phi = {name: m.requires_grad_(meta[name].requires_grad) for name, m in _meta_leaves(meta).items()}
     # a pullback differentiates leaves of its own: entries of `meta` may depend on one another
-    own = isinstance(method, Implicit)
     with torch.enable_grad():
-        adaptation = method.adapt(lifted, inner, phi if own else meta)
+        adaptation = method.adapt(lifted, inner, meta if method.graph else phi)
     params = adaptation.params
     if adaptation.pullback is not None:
         names = [name for name, m in meta.items() if m.requires_grad]
@@ -186,7 +189,7 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> Any:
-        twice = torch.is_grad_enabled()
+        meta, twice = ctx.saved_tensors, torch.is_grad_enabled()  # an error where one was changed in place
         with torch.enable_grad():
             v = dict(zip(ctx.adaptation.params, (vector.detach() for vector in vectors), strict=True))
             gradients, _ = ctx.adaptation.pull(v, {})
@@ -195,7 +198,7 @@ class _Pullback(torch.autograd.Function):
                 _check_reachable(name, ctx.method, ctx.inner, ctx.adaptation)
         found = [gradients[name] for name in ctx.names]
         if twice:
-            found = [None if g is None else _Once.apply(g, *ctx.saved_tensors, *vectors) for g in found]
+            found = [None if g is None else _Once.apply(g, *meta, *vectors) for g in found]
         return None, None, None, None, *found
 
 
@@ -214,12 +217,16 @@ class _Once(torch.autograd.Function):
 def _meta_leaves(meta: Params) -> Params:
     if not meta or not all(isinstance(m, Tensor) for m in meta.values()):
         raise ValueError(f"meta: got {type(meta).__name__} {list(meta)}, expected a non-empty dict of tensors")
+    if wrong := [name for name, m in meta.items() if m.is_complex()]:
+        raise ValueError(
+            f"meta[{wrong[0]!r}]: got {meta[wrong[0]].dtype}, expected real numbers; use torch.view_as_real"
+        )
     return {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
 
 
 def _check_reachable(name: str, method: Method, inner: InnerLoop, adaptation: Adaptation) -> None:
-    """A gradient of None is zero only if nothing depends on the entry; else the method just cannot give it."""
-    if name in adaptation.reads or inner.reads(name):
+    """A gradient of None is zero if nothing depends on the entry, or the method can give all; else it just cannot."""
+    if method.remedy and (name in adaptation.reads or inner.reads(name)):
         raise ValueError(f"{method.flag} cannot give the gradient of meta[{name!r}]: {method.remedy}")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -72,6 +73,8 @@ class Proximal:
             raise ValueError(f"Proximal strength: got {self.strength}, expected a number ≥ 0")
 
     def __call__(self, params: Params, meta: Params) -> Tensor:
+        if self.center == "meta" and (missing := sorted(set(params) - set(meta))):
+            raise ValueError(f"Proximal center: meta has no entry {missing[0]!r}, expected one for each parameter")
         squares = [((p - meta[name]) if self.center == "meta" else p).square().sum() for name, p in params.items()]
         value: Tensor = 0.5 * resolve(self.strength, meta) * torch.stack(squares).sum()
         return value
@@ -188,10 +191,16 @@ class LiftedProblem:
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
         self.problem, self.data, self.batched = problem, data, batched
         self.vectorize, self.chunk_size = vectorize, chunk_size
-        self.tasks = _count(self.at(0)) if batched else 1
+        self.tasks, self._alone = _count(self.at(0)) if batched else 1, not batched
         self.start = start
         if start is not None and (got := {len(p) for p in start.params.values()}) != {self.tasks}:
             raise ValueError(f"start: got leading sizes {sorted(got)}, expected {self.tasks}, the tasks of the data")
+
+    def vmapped(self) -> LiftedProblem:
+        """The same, vmapped over its tasks even where there is one, or a loop was asked for."""
+        other = copy(self)
+        other.vectorize, other._alone = "vmap", False
+        return other
 
     def at(self, step: int) -> Any:
         """The data that inner step `step` sees."""
@@ -205,7 +214,7 @@ class LiftedProblem:
         params: Params = self._lift(lambda _, d: self.problem.init(meta, d), {}, data)
         if not params or not all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values()):
             raise ValueError(f"init: got {params!r}, expected a non-empty dict of floating-point tensors")
-        return params
+        return {name: p.clone() for name, p in params.items()}  # no two of them one tensor, none of them the caller's
 
     def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
         return self._scalars("inner_loss", lambda p, d: self.problem.inner_loss(p, meta, d), params, data)[0]
@@ -215,7 +224,9 @@ class LiftedProblem:
         return self._scalars("outer_loss", lambda p, d: self.problem.outer_loss(p, meta, d), params, data)
 
     def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
-        out: Tensor = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
+        out = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
+        if not isinstance(out, Tensor):
+            raise ValueError(f"outputs: got {type(out).__name__}, expected one tensor; leave the others to the loss")
         return out
 
     def output_loss(self, composite: Composite, outputs: Tensor, meta: Params, data: Any) -> Tensor:
@@ -239,7 +250,9 @@ class LiftedProblem:
         return loss, aux
 
     def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
-        if not self.batched:
+        if not self.batched and not self._alone and params:
+            data = tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, data)
+        elif not self.batched:
             out = function({name: p.squeeze(0) for name, p in params.items()}, data)
             return tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, out)
         if self.vectorize == "loop":
@@ -257,9 +270,15 @@ def _index(tree: Any, i: int) -> Any:
     return tree_map(lambda x: x[i] if isinstance(x, Tensor) else x, tree)
 
 
+_WHOLE = (Tensor, numbers.Number, str, bytes, type(None), torch.dtype, torch.device)  # in data, at its leaves
+
+
 def _count(data: Any) -> int:
-    if any(isinstance(x, np.ndarray) for x in tree_leaves(data)):
-        raise ValueError("data: got a numpy array, expected tensors, which are told apart by task; use torch.as_tensor")
+    if foreign := [x for x in tree_leaves(data) if not isinstance(x, _WHOLE) and not callable(x)]:
+        raise ValueError(
+            f"data: got {type(foreign[0]).__name__}, which is not told apart by task, expected tensors, in dicts, "
+            "lists, tuples or classes that torch.utils._pytree knows; use torch.as_tensor for arrays"
+        )
     sizes = {x.shape[0] if x.dim() else None for x in tree_leaves(data) if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(

@@ -129,7 +129,7 @@ def test_streams_show_each_step_its_own_data():
         lambda w: run(INITIAL | {"0.weight": w}, stream, method="unrolled").outer_loss, INITIAL["0.weight"], direction
     )
     assert float((grads * direction).sum()) == pytest.approx(float(expected), rel=1e-7)
-    with pytest.raises(ValueError, match="Implicit batch: got None with a Stream"):
+    with pytest.raises(ValueError, match="Implicit batch: got none with a Stream"):
         run(INITIAL, stream, method="cg")
     fixed = run(INITIAL, stream, method=Implicit(Dense(), batch=DATA))
     assert fixed.grads["0.weight"].isfinite().all()

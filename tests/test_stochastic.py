@@ -214,7 +214,7 @@ def test_bad_arguments_are_refused(make, message):
 
 @pytest.mark.parametrize("method", [SAMA(), ValueFunction()], ids=["sama", "f2sa"])
 def test_what_they_cannot_do_is_refused(method):
-    with pytest.raises(ValueError, match="batch: got None with a Stream"):
+    with pytest.raises(ValueError, match="batch: got none with a Stream"):
         hypergradient(
             ORACLE.problem, ORACLE.meta, Stream(lambda t: ORACLE.data), inner=LOOP, method=method, batched=True
         )

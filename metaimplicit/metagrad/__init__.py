@@ -68,7 +68,7 @@ METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "lanczos": _implicit(lambda o: Lanczos(max_steps=o.solver_steps)),
     "minres": _implicit(lambda o: MINRES(max_steps=o.solver_steps)),
     "auto": _implicit(lambda o: Auto(max_steps=o.solver_steps)),
-    "t1-t2": _implicit(lambda o: Richardson(scale=o.scale or 1.0, warm=False)),
+    "t1-t2": _implicit(lambda o: Richardson(scale=1.0 if o.scale is None else o.scale, warm=False)),
     "soba": _implicit(lambda o: Richardson(scale=o.scale)),
     "amigo": _implicit(lambda o: Richardson(steps=o.solver_steps, scale=o.scale)),
     "sama": lambda o: SAMA(),
@@ -84,9 +84,11 @@ def make_method(flag: str | Method, options: MethodOptions | None = None) -> Met
     """The method a flag names; a `Method` is handed back as it is.
 
     Raises:
-        ValueError: an unknown flag; the known ones are listed.
+        ValueError: an unknown flag; the known ones are listed. Options beside a `Method`, which has its own.
     """
     if isinstance(flag, Method):
+        if options is not None:
+            raise ValueError(f"options: got {options} beside a {type(flag).__name__}, which they would not change")
         return flag
     if flag not in METHODS:
         raise ValueError(f"method: got {flag!r}, expected one of {', '.join(METHODS)}, or a Method")

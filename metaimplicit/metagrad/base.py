@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from metaimplicit.params import Params
 from metaimplicit.problem import Iterate, LiftedProblem, Stream
 from metaimplicit.solvers import State, Status
 
+Result = TypeVar("Result")
+UNSET: Any = ...  # of a batch, which may be None
 Gradients = dict[str, Tensor | None]  # None: nothing connects this meta-parameter
 
 
@@ -94,12 +96,14 @@ class Method(ABC):
         flag: its name on command lines.
         reach: what it differentiates with respect to: the "start" of the inner loop, what the inner "loss" reads, the
             numbers of the "loop" itself.
-        remedy: what to do about a gradient that it cannot give.
+        remedy: what to do about a gradient that it cannot give; empty if there is none.
+        graph: whether θ* carries its graph to φ, and no pullback.
     """
 
     flag: str
     reach: frozenset[str] = frozenset({"start", "loss", "loop"})
     remedy: str = ""
+    graph: bool = False
 
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
@@ -128,6 +132,19 @@ def run_inner(
     return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
 
 
+def despite_zero_tensors(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
+    """`function(problem)`; once more under vmap where torch finds the forward derivative of a gradient there alone.
+
+    So it is with `F.mse_loss`: "ZeroTensors are immutable", says torch 2.14 without.
+    """
+    try:
+        return function(problem)
+    except RuntimeError as error:
+        if "ZeroTensor" not in str(error):
+            raise
+        return function(problem.vmapped())
+
+
 def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
     """The data that derivatives at θ* see: the problem's own, or beside a `Stream` the `batch` that a method names.
 
@@ -135,11 +152,11 @@ def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
         ValueError: a `Stream` and no batch, or a batch and no `Stream`.
     """
     if not isinstance(problem.data, Stream):
-        if batch is not None:
-            raise ValueError(f"{name} batch: got one with data that is not a Stream, expected None: it sees the data")
+        if batch is not UNSET:
+            raise ValueError(f"{name} batch: got one with data that is not a Stream, expected none: it sees the data")
         return problem.data
-    if batch is None:
-        raise ValueError(f"{name} batch: got None with a Stream, expected the data that derivatives at θ* are taken on")
+    if batch is UNSET:
+        raise ValueError(f"{name} batch: got none with a Stream, expected the data that derivatives at θ* are taken on")
     return batch
 
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report
-from metaimplicit.params import Params, flatten
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, despite_zero_tensors
+from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import Iterate, LiftedProblem, OptimizerState, Stream
 from metaimplicit.solvers import State
 
@@ -50,8 +50,11 @@ class Forward(Method):
             raise ValueError(f"Forward chunk: got {self.chunk}, expected at least 1 tangent, or None")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        return despite_zero_tensors(partial(self._adapt, inner=inner, meta=meta), problem)
+
+    def _adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         inner.check_captured()
-        params, reads, unused = _look(problem, meta)
+        params, reads = self._start(problem, meta)
         # what only the outer loss reads needs no tangents; a stream may read more later than at its first step
         known = {name for name in meta if isinstance(problem.data, Stream) or name in reads or inner.reads(name)}
         phi = {name: m.detach() for name, m in meta.items() if m.requires_grad and name in known}
@@ -62,7 +65,11 @@ class Forward(Method):
         z = self._begin(problem, phi, fixed, basis)
         active = torch.ones(problem.tasks, dtype=torch.bool, device=next(iter(params.values())).device)
         taken, norm = torch.zeros_like(active, dtype=torch.int64), torch.zeros_like(active, dtype=torch.float32)
+        unused: set[str] = set()
         for t in range(inner.steps):
+            if t == 0 or isinstance(problem.data, Stream):
+                seen, unused = _look(problem, params, meta, t)
+                reads |= seen
             step = _Step(problem, inner, fixed, unused, _split(state)[1], active, problem.at(t))
             (params, slots, norm), (z_params, z_slots, _) = self._vmap(
                 partial(_jvp, step, (params, _split(state)[0], phi)), (*z, basis)
@@ -70,7 +77,7 @@ class Forward(Method):
             z = z_params, z_slots
             state = {name: {**step.after[name], **slots[name]} for name in step.after}
             if inner.tol is not None:
-                active = active & (norm > inner.tol)
+                active = active & ~(norm <= inner.tol)  # a NaN goes on
             taken += active
             if not active.any():
                 break
@@ -81,10 +88,17 @@ class Forward(Method):
             if phi:
                 along = torch.stack([z[0][name].flatten(1) @ v.flatten() for name, v in vectors.items()]).sum(0)
                 parts = torch.split(along, [m.numel() for m in phi.values()])
-                found |= {name: part.reshape(m.shape) for (name, m), part in zip(phi.items(), parts, strict=True)}
+                found |= {name: part.reshape(m.shape).to(m) for (name, m), part in zip(phi.items(), parts, strict=True)}
             return found, report
 
         return Adaptation(params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback)
+
+    @staticmethod
+    def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, set[str]]:
+        """θ₀, and the meta-parameters that it or the loss depend on."""
+        initial = problem.init(meta)
+        reads = reached(initial.values(), meta, [], [problem.problem.init]) | _look(problem, initial, meta, 0)[0]
+        return {name: p.detach().contiguous() for name, p in initial.items()}, reads
 
     def _check_size(self, params: Params, phi: Params) -> None:
         count, n = _count(phi), sum(p.numel() for p in params.values())
@@ -101,6 +115,8 @@ class Forward(Method):
         if start is None:
             return self._vmap(partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,)), (basis,))[1], {}
         if self.carry and start.carried is not None:
+            if not isinstance(start.carried, dict):
+                raise ValueError("start: got the end of another method, expected that of 'forward' or 'real-time'")
             if start.carried["meta"] != list(phi):
                 raise ValueError(f"start: got the derivative of {start.carried['meta']}, expected that of {list(phi)}")
             carried: Tangents = start.carried["z"]
@@ -141,7 +157,7 @@ class _Step:
         stepped, after = self.inner.update(params, used, state, meta)
         norm = flatten(gradients).norm(dim=-1)
         if (tol := self.inner.tol) is not None:
-            go = self.active & (norm.detach() > tol)
+            go = self.active & ~(norm.detach() <= tol)
             stepped = {n: torch.where(go.reshape(-1, *[1] * (p.dim() - 1)), p, params[n]) for n, p in stepped.items()}
         tensors, numbers = _split(after)
         self.after.update(numbers)
@@ -149,19 +165,17 @@ class _Step:
 
 
 def _jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    return torch.func.jvp(function, primals, tangents)
+    found: Any = torch.func.jvp(function, primals, tangents)
+    value, tangent = found
+    return value, tree_map(lambda t, v: t.to(v.dtype), tangent, value)  # 0.5 * x of a scalar makes it double
 
 
-def _look(problem: LiftedProblem, meta: Params) -> tuple[Params, set[str], set[str]]:
-    """θ₀; the meta-parameters that it or the loss depend on; the parameters that the loss does not."""
-    initial = problem.init(meta)
-    reads = reached(initial.values(), meta, [], [problem.problem.init])
-    leaves = {name: p.detach().requires_grad_() for name, p in initial.items()}
-    losses = problem.inner(leaves, meta, problem.at(0))
-    reads |= reached([losses], meta, leaves.values(), [problem.problem.inner_loss])
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-    unused = {name for name, g in zip(leaves, gradients, strict=True) if g is None}
-    return {name: p.detach().contiguous() for name, p in initial.items()}, reads, unused
+def _look(problem: LiftedProblem, params: Params, meta: Params, step: int) -> tuple[set[str], set[str]]:
+    """The meta-parameters that the loss of a step depends on; the parameters that it does not."""
+    variables = leaves(params)
+    losses = [problem.inner(variables, meta, problem.at(step))]
+    reads = reached(losses, meta, variables.values(), [problem.problem.inner_loss])
+    return reads, set(variables) - reached(losses, variables, meta.values(), None)
 
 
 def _basis(phi: Params) -> Params:

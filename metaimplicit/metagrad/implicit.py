@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, held_data, pull_graph, run_inner
+from metaimplicit.metagrad.base import (
+    UNSET,
+    Adaptation,
+    Gradients,
+    Method,
+    Report,
+    despite_zero_tensors,
+    held_data,
+    pull_graph,
+    run_inner,
+)
 from metaimplicit.operators import (
     KFAC,
     Diagonal,
@@ -69,7 +79,7 @@ class Implicit(Method):
     damping: float = 0.0
     preconditioner: Literal["kfac", "ekfac", "diagonal"] | Callable[..., KFAC] | None = None
     products: Products = "double-backward"
-    batch: Any = field(default=None, repr=False)
+    batch: Any = field(default=UNSET, repr=False)
     strict: bool = False
     flag = "implicit"
     reach = frozenset({"loss"})
@@ -108,7 +118,7 @@ class Implicit(Method):
         params = end.params
 
         def pullback(vectors: Params, state: State) -> tuple[Gradients, Report]:
-            return self._pull(problem, meta, params, vectors, report, state)
+            return despite_zero_tensors(lambda p: self._pull(p, meta, params, vectors, report, state), problem)
 
         return Adaptation(params, report, reads, end, pullback)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, held_data, run_inner
+from metaimplicit.metagrad.base import UNSET, Adaptation, Gradients, Method, Report, held_data, run_inner
 from metaimplicit.params import Params, leaves
-from metaimplicit.problem import LiftedProblem
+from metaimplicit.problem import Iterate, LiftedProblem
 from metaimplicit.solvers import State
 
 
@@ -27,7 +28,7 @@ class ValueFunction(Method):
     """
 
     strength: float = 10.0
-    batch: Any = field(default=None, repr=False)
+    batch: Any = field(default=UNSET, repr=False)
     flag = "f2sa"
     reach = frozenset({"loss"})
     remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
@@ -47,6 +48,8 @@ class ValueFunction(Method):
             g, _ = problem.outer(params, fixed, outer)
             return problem.inner(params, fixed, problem.at(t)) + g / self.strength
 
+        if y is not None and not isinstance(y, Iterate):
+            raise ValueError("start: got the end of another method, expected that of 'f2sa'")
         y = replace(z, state={}) if y is None else y
         y = inner.run(penalised, y.params, fixed, track=0, state=y.state).end
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
@@ -58,7 +61,8 @@ class ValueFunction(Method):
             outward = problem.outer(at_y, meta, outer)[0] - problem.outer(at_z, meta, outer)[0]
             inward = problem.inner(at_y, meta, data) - problem.inner(at_z, meta, data)
             value = outward.mean() + self.strength * inward.mean()
+            lost = reads - reached([inward], meta, [*at_y.values(), *at_z.values()], None)  # read by init alone
             found = torch.autograd.grad(value, [meta[name] for name in names], allow_unused=True)
-            return dict.fromkeys(meta) | dict(zip(names, found, strict=True)), report
+            return dict.fromkeys(meta) | dict(zip(names, found, strict=True)) | dict.fromkeys(lost), report
 
         return Adaptation(z.params, report, reads, replace(z, carried=y), pullback)

@@ -24,6 +24,7 @@ class Unrolled(Method):
 
     iterates: bool = False
     flag = "unrolled"
+    graph = True
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         if self.iterates and inner.tol is not None and inner.differentiable:
@@ -45,6 +46,7 @@ class Truncated(Method):
 
     steps: int = 1
     flag = "truncated"
+    graph = True
     remedy = "with steps=0 it reaches the initialisation alone; give it more steps or use 'unrolled'"
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class FirstOrder(Method):
     """
 
     flag = "first-order"
+    graph = True
     reach = frozenset({"start"})
     remedy = (
         "it reaches the initialisation alone, not a step size or a regulariser; use 'unrolled', or for what the inner "

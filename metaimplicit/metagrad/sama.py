@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, held_data, pull_graph, run_inner
+from metaimplicit.metagrad.base import UNSET, Adaptation, Gradients, Method, Report, held_data, pull_graph, run_inner
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import LiftedProblem
@@ -26,7 +26,7 @@ class SAMA(Method):
         batch: with a `Stream`, the data of g and of the mixed derivative.
     """
 
-    batch: Any = field(default=None, repr=False)
+    batch: Any = field(default=UNSET, repr=False)
     flag = "sama"
     reach = frozenset({"loss"})
     remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"

@@ -73,13 +73,16 @@ class Neumann(Solver):
         return 1 / torch.where(norm > 0, norm, 1.0), self.power_steps
 
 
-def power_iteration(operator: LinearOperator, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """λ̂ = ‖Av‖ ≤ λ_max, `[tasks, 1]`, and v after `steps` products."""
-    # v alone may be blind to the largest eigenvalue: a fixed random vector is not
+def power_iteration(operator: LinearOperator, v: Tensor, steps: int, fresh: float = 1.0) -> tuple[Tensor, Tensor]:
+    """λ̂ = ‖Av‖ ≤ λ_max, `[tasks, 1]`, and v after `steps` products; v is of norm one, or zero.
+
+    v alone may be blind to the largest eigenvalue: `fresh` times a fixed random vector is added, with v's own sign.
+    """
     start = torch.randn(v.shape[1], generator=torch.Generator().manual_seed(0)).to(v)
-    v, norm = v + start / start.norm(), torch.ones_like(v[:, :1])
+    v = v + torch.where(v @ start < 0, -fresh, fresh).unsqueeze(-1) * start / start.norm()
+    v, norm = v / v.norm(dim=-1, keepdim=True), torch.ones_like(v[:, :1])
     for _ in range(steps):
-        v = operator.matvec(v)
+        v = operator.matvec(v).nan_to_num(0.0, 0.0, 0.0)  # or no later call, going on from here, would recover
         norm = v.norm(dim=-1, keepdim=True)
         v = v / torch.where(norm > 0, norm, 1.0)
     return norm, v

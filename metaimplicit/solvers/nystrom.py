@@ -72,7 +72,8 @@ class _Sketching(Solver):
             images = torch.cat([images, draw.images(core, rank, more)], dim=1)
             taken, rank = taken + more - rank, more
             low_rank = LowRank.from_products(rows, images)
-        return low_rank, taken, {**low_rank.state, "age": torch.ones((), dtype=torch.int64)}
+        age = torch.where(images.isfinite().all(), 1, self.refresh)  # one of NaNs serves no other solve
+        return low_rank, taken, {**low_rank.state, "age": age}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Richardson(Solver):
     def _scale(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[float | Tensor, int, State]:
         if self.scale is not None:
             return self.scale, 0, {}
-        steps = 1 if "direction" in state else 5
-        norm, direction = power_iteration(operator, state["direction"].to(b) if "direction" in state else b, steps)
+        warm = "direction" in state
+        v, steps, fresh = (state["direction"].to(b), 1, 0.1) if warm else (b, 5, 1.0)
+        norm, direction = power_iteration(operator, v, steps, fresh)
         return 1 / torch.where(norm > 0, norm, 1.0), steps, {"direction": direction}

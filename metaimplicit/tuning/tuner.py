@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.metagrad.base import UNSET
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Iterate, Stream
 from metaimplicit.solvers import State
@@ -186,23 +187,24 @@ class Tuner:
         while self.steps < steps and not (patience is not None and self._waited >= patience):
             result = self.step([next(draw) for _ in range(k + 1)], next(judge))
             if metric is not None and self.steps % every == 0 and self.end is not None:
-                result = replace(result, metric=self._measure(metric, patience is not None))
+                result = replace(result, metric=self._measure(metric))
             if callback is not None:
                 callback(result)
         if patience is not None and self._kept:
             self._load(self._kept)
         return None if metric is None else self._best
 
-    def _measure(self, metric: Callable[[Params, Params], float], keep: bool) -> float:
+    def _measure(self, metric: Callable[[Params, Params], float]) -> float:
         value = metric(self.params, self.meta)
         self._waited += 1
         if value < self._best:
-            self._best, self._waited = value, 0
-            self._kept = self._dump() if keep else {}
+            self._best, self._waited, self._kept = value, 0, self._dump()
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on to the same bits, but the batches: φ, θ, both optimisers and the solver."""
+        """φ, θ, both optimisers and the solver: all that a run needs to go on to the same bits, but the batches, and
+        torch's random state, from which a sketch without a `generator` is drawn.
+        """
         stopping = {"best": self._best, "waited": self._waited, "kept": self._kept}
         return self._dump() | {"steps": self.steps, "stopping": stopping}
 
@@ -240,7 +242,7 @@ def _on_network(method: Method, problem: BilevelProblem) -> Method:
 def _on(method: Method, batch: Any) -> Method:
     """The method with its curvature on a training batch, where it has one and none was named."""
     takes = any(f.name == "batch" for f in fields(method))  # type: ignore[arg-type]
-    return replace(method, batch=batch) if takes and method.batch is None else method  # type: ignore[attr-defined,type-var]
+    return replace(method, batch=batch) if takes and method.batch is UNSET else method  # type: ignore[attr-defined,type-var]
 
 
 def _reader(source: Source, first: int) -> Iterator[Any]:

@@ -97,7 +97,8 @@ class ExampleWeights(Variable):
         return {"example_weights": self.domain}
 
     def weights(self, meta: Params, losses: Tensor, batch: Batch) -> Tensor:
-        return meta["example_weights"][_index(self, batch)]
+        index = _index(self, batch)
+        return meta["example_weights"][torch.where(index < 0, self.count, index)]  # −1 is no last one, but an error
 
 
 @dataclass(frozen=True)
