@@ -86,7 +86,7 @@ class MetaLearner(nn.Module):
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
         self.model, self.loss, self.method, self.inner = model, loss, method, make_inner(inner)
-        self.adapted = select(trainable, adapt)
+        self.adapted, self._trainable = select(trainable, adapt), set(trainable)
         self.vectorize, self.chunk_size = vectorize, chunk_size
         self._outputs: int | None = None  # the width of the model's output, for the range of labels
         self.learnt = nn.ParameterDict()
@@ -114,10 +114,15 @@ class MetaLearner(nn.Module):
             ValueError: labels out of range or a class without support; an input with no gradient the method can give.
         """
         self._check(episodes)
-        data = (episodes.support, episodes.query)
+        data, buffers = (episodes.support, episodes.query), self._written()
         if self.vectorize == "auto":
             self.vectorize = self._faster(data)
         result = self._hypergradient(data, self.vectorize)
+        if moved := [name for name, seen in self._written().items() if buffers.get(name) != seen]:
+            raise ValueError(
+                f"model: a forward pass changed buffer {moved[0]!r}, so each task would see the ones before it; switch "
+                "the module that does to evaluation mode"
+            )
         for name, p in self._meta().items():
             if p.requires_grad:
                 gradient = result.grads[name]
@@ -154,8 +159,11 @@ class MetaLearner(nn.Module):
 
     def adapt(self, support: Pair, *, steps: int | None = None, batched: bool = False) -> AdaptedModel:
         """The model adapted to a support set (inputs and targets `[m, ...]`), or to one for each task if `batched`."""
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         if not batched:
             support = (support[0].unsqueeze(0), support[1].unsqueeze(0))
+        self._check_pair("support", support)
         params = {name: p.detach() for name, p in self._trajectory(support, steps)[-1].items()}
         return AdaptedModel(self, params if batched else {name: p.squeeze(0) for name, p in params.items()}, batched)
 
@@ -213,9 +221,19 @@ class MetaLearner(nn.Module):
         key = name.replace(".", "/")  # a parameter's own name may not hold a dot
         self.learnt[key], self._keys[name] = nn.Parameter(value), key
 
+    def _written(self) -> dict[str, tuple[int, int]]:
+        """Which tensor each buffer of the model is, and how often it was written."""
+        return {name: (id(buffer), buffer._version) for name, buffer in self.model.named_buffers()}
+
     def _meta(self) -> Params:
         """φ: the model's trainable parameters and the learnt numbers, by name."""
         params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if params.keys() != self._trainable:
+            changed = sorted(params.keys() ^ self._trainable)
+            raise ValueError(
+                f"model: {changed[0]!r} was frozen or unfrozen after the learner was built, expected the parameters as "
+                "they were; build it anew"
+            )
         return params | {name: self.learnt[key] for name, key in self._keys.items()}
 
     def _frozen(self) -> Params:
@@ -250,6 +268,15 @@ class MetaLearner(nn.Module):
         """The iterates θ_0 … θ_steps, the last one repeated where the loop stopped before."""
         check_norms(self.model)
         steps = self.inner.steps if steps is None else steps
+        try:
+            return self._iterates(support, steps)
+        except RuntimeError:
+            if self.vectorize != "auto":
+                raise
+        self.vectorize = "loop"  # nothing was timed yet, and this model cannot be vmapped
+        return self._iterates(support, steps)
+
+    def _iterates(self, support: Pair, steps: int) -> tuple[Params, ...]:
         lifted, meta = self._lift((support, support), batched=True), self._frozen()
         with torch.enable_grad():
             path = (
@@ -288,17 +315,22 @@ class MetaLearner(nn.Module):
 
     def _check(self, episodes: EpisodeBatch) -> None:
         check_norms(self.model)
-        for name, (inputs, targets) in {"support": episodes.support, "query": episodes.query}.items():
-            if inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2] or 0 in inputs.shape[:2]:
-                raise ValueError(
-                    f"episodes.{name}: got inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}, expected "
-                    "both to begin with [tasks, examples], neither empty"
-                )
+        for name, pair in {"episodes.support": episodes.support, "episodes.query": episodes.query}.items():
+            self._check_pair(name, pair)
         if not episodes.support[1].is_floating_point():
             if self._outputs is None:
                 with torch.no_grad():
                     self._outputs = self._call({}, self._frozen(), episodes.support[0][0]).shape[1]
             _check_classes(episodes.support[1], episodes.query[1], self._outputs)
+
+    @staticmethod
+    def _check_pair(name: str, pair: Pair) -> None:
+        inputs, targets = pair
+        if inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2] or 0 in inputs.shape[:2]:
+            raise ValueError(
+                f"{name}: got inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}, expected both to begin "
+                "with [tasks, examples], neither empty"
+            )
 
 
 class AdaptedModel:
@@ -344,7 +376,7 @@ def _check_classes(support: Tensor, query: Tensor, classes: int) -> None:
         if low < 0 or high >= classes:
             raise ValueError(
                 f"episodes.{name} labels: got {low if low < 0 else high}, expected class indices from 0 to "
-                f"{classes - 1}, one for each output of the model"
+                f"{classes - 1}, one for each output of the model; make targets that are no classes float"
             )
     present = torch.zeros(len(support), classes, dtype=torch.bool, device=support.device)
     missing = ~present.scatter(1, support.flatten(1), True).gather(1, query.flatten(1))

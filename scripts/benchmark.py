@@ -93,9 +93,15 @@ def _resident(device: torch.device) -> float:
 
 def main(settings: Benchmark) -> list[dict[str, object]]:
     """Measure everything, each in a process of its own."""
+    for name, least in {"threads": 1, "filters": 1, "tasks": 1, "repeats": 0}.items():
+        if (value := getattr(settings, name)) < least:
+            raise SystemExit(f"error: --{name}: got {value}, expected at least {least}")
     if settings.towers:
         torch.set_num_threads(settings.threads)
-        print(tower_benchmark.perceptron(), tower_benchmark.residual_network(), sep="\n\n")
+        tables = [tower_benchmark.perceptron(), tower_benchmark.residual_network()]
+        print(*tables, sep="\n\n")
+        if settings.out is not None:
+            write_json(settings.out, tables)
         return []
     # glibc: hand freed blocks back at once, so that the resident size is what lives and not what once did
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

@@ -176,6 +176,8 @@ def _plot(path: Path, panels: dict[str, Lines], x: str, y: str) -> None:
 def main(settings: Settings) -> None:
     """The study asked for."""
     if settings.threads is not None:
+        if settings.threads < 1:
+            raise ValueError(f"--threads: got {settings.threads}, expected at least 1")
         torch.set_num_threads(settings.threads)
     settings.out.mkdir(parents=True, exist_ok=True)
     if settings.peers:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import tyro
 from tqdm import tqdm
+from train import check_classes
 
 import tasks
 from metaimplicit.models import is_transductive
@@ -57,7 +58,13 @@ def main(args: list[str]) -> None:
     try:
         if not (chosen.run / CONFIG).exists():
             raise FileNotFoundError(f"run: found no {CONFIG} in {chosen.run}; give a folder that scripts/train.py left")
-        options = Options.load(read_json(chosen.run / CONFIG)["options"])
+        for name, least in {"episodes": 2, "steps": 0}.items():
+            if (value := getattr(chosen, name)) is not None and value < least:
+                raise ValueError(f"--{name}: got {value}, expected at least {least}")
+        config = read_json(chosen.run / CONFIG)
+        if "options" not in config or "task" not in config["options"]:
+            raise ValueError(f"run: {chosen.run} is no run of scripts/train.py; give a folder that this left")
+        options = Options.load(config["options"])
         options = replace(
             options,
             device=chosen.device,
@@ -69,6 +76,7 @@ def main(args: list[str]) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         splits = tasks.load(**options.task_arguments())
+        check_classes(chosen.run, splits)
         family = splits.test if chosen.split == "test" else splits.validation
         learner = build_learner(options, family)
         progress = load_learner(chosen.run / CHECKPOINT, learner)

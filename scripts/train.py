@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import tyro
@@ -62,6 +63,16 @@ def parse(args: list[str]) -> Options:
     return options
 
 
+def check_classes(run: Path, splits: tasks.Splits) -> None:
+    """Refuse splits whose classes are not those that the run was started with (ValueError)."""
+    before = read_json(run / CONFIG).get("classes", splits.digests)
+    if changed := [part for part, digest in splits.digests.items() if before[part] != digest]:
+        raise ValueError(
+            f"task: the {changed[0]} classes are not those that {run} was started with, so it may have been trained on "
+            "what it would be tested on; give it the data as it was"
+        )
+
+
 def main(args: list[str]) -> None:
     # Set-up: whatever can be wrong with the options shows here, before any work.
     try:
@@ -70,6 +81,8 @@ def main(args: list[str]) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         splits = tasks.load(**options.task_arguments())
+        if options.resume:
+            check_classes(options.folder, splits)
         torch.manual_seed(options.seed)
         learner = build_learner(options, splits.train)
         optimizer = torch.optim.Adam(learner.parameters(), lr=options.outer_lr)
@@ -77,12 +90,21 @@ def main(args: list[str]) -> None:
         budget = Budget(steps=options.steps, minutes=options.minutes)
         device = next(learner.parameters()).device
         if options.resume and (out / CHECKPOINT).exists():
-            load_learner(out / CHECKPOINT, learner)
+            made = load_learner(out / CHECKPOINT, learner)
+            if budget.spent(made) >= 1:
+                sys.stderr.write(
+                    f"--resume: {made.step} meta-steps in {made.seconds / 60:.1f} minutes have spent the run's budget "
+                    f"(steps {options.steps}, minutes {options.minutes}): it is only tested; raise them to go on\n"
+                )
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # a rehearsal, which also times vmap against the loop
             rehearsal = learner.backward(sampler[0].to(device))
             optimizer.zero_grad()
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out: {out} cannot be made a folder ({error})") from error
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
@@ -95,7 +117,7 @@ def main(args: list[str]) -> None:
             sampler,
             out=out,
             budget=budget,
-            config=describe(options, learner, rehearsal.report),
+            config=describe(options, learner, rehearsal.report) | {"classes": splits.digests},
             validation=lambda: (validation[i] for i in range(batches)),
             validate_every=options.validate_every,
             checkpoint_every=options.checkpoint_every,

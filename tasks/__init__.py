@@ -85,5 +85,9 @@ def load(
     known = set(inspect.signature(family_load).parameters) - {"ways", "shots", "queries"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{name}: got option {', '.join(unknown)}, expected {', '.join(sorted(known)) or 'none'}")
+    for option, value in options.items():
+        usual = inspect.signature(family_load).parameters[option].default
+        if isinstance(usual, (bool, int, float)) and type(value) is not type(usual):
+            raise ValueError(f"{name} {option}: got {value!r}, expected {type(usual).__name__}, such as {usual}")
     splits: Splits = family_load(ways=ways, shots=shots, queries=queries, **options)
     return splits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -93,6 +94,13 @@ class Splits:
                     f"splits: {one.name} and {other.name} share {len(shared)} classes, such as {min(shared)!r}; "
                     "few-shot splits hold whole classes apart, so give every class to one of them"
                 )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of each split's classes, by their names: whether a model has been trained on them, or only on others."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        names = {part: "\n".join(map(str, getattr(family, "classes", ()))) for part, family in parts.items()}
+        return {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in names.items()}
 
 
 class EpisodeSampler(Dataset[Episodes]):

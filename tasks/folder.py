@@ -93,14 +93,17 @@ def _by_folder(images: list[str]) -> list[Classes]:
         raise ValueError(f"data_root: {loose[0]} is in no class folder; {LAYOUT}")
 
     tops = {path[0] for path in paths}
-    split = tops <= set(SPLITS) and len(tops) > 1
-    if split and {SPLITS[top] for top in tops} != {0, 1, 2}:
-        raise ValueError(f"data_root: got only the split folders {sorted(tops)}; {LAYOUT}")
+    known = {top for top in tops if top.lower() in SPLITS}
+    split = len({SPLITS[top.lower()] for top in known}) > 1  # one alone may be a class
+    if split and len({SPLITS[top.lower()] for top in known}) < 3:
+        raise ValueError(f"data_root: got only the split folders {sorted(known)}; {LAYOUT}")
+    if split and (beside := sorted(tops - known)):
+        raise ValueError(f"data_root: got {beside[0]!r} beside the split folders {sorted(known)}; move it; {LAYOUT}")
     parts: list[Classes] = [defaultdict(list) for _ in range(3 if split else 1)]
     for image, path in zip(images, paths, strict=True):
         if split and len(path) < 3:
             raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
-        parts[SPLITS[path[0]] if split else 0]["/".join(path[split:-1])].append(image)
+        parts[SPLITS[path[0].lower()] if split else 0]["/".join(path[split:-1])].append(image)
     return parts
 
 
@@ -108,7 +111,7 @@ def _listed(files: Files, images: list[str], split_lists: Path | None) -> list[C
     """Classes by the three CSV lists, or None where there are none."""
     source = files if split_lists is None else Files(split_lists)
     wanted = ("train.csv", "val.csv", "test.csv")
-    lists = {path.rsplit("/", 1)[-1]: path for path in source.paths if path.endswith(wanted)}
+    lists = {name: path for path in source.paths if (name := path.rsplit("/", 1)[-1]) in wanted}
     if not lists and split_lists is None:
         return None
     if missing := [name for name in wanted if name not in lists]:

@@ -11,7 +11,7 @@ import torch
 
 from tasks.cache import Arrays, cache_dir, cached
 from tasks.episodes import Splits
-from tasks.files import Files
+from tasks.files import Files, digest
 from tasks.pool import ImagePool, few_shot_splits
 
 SIZE = 28
@@ -48,8 +48,8 @@ def load(
     """
     if split not in ("standard", "vinyals"):
         raise ValueError(f"split: got {split!r}, expected 'standard' or 'vinyals'")
-    found = None if data_root is None else _find(Path(data_root))
-    arrays = cached("omniglot-1", lambda: _read(found or _download()))
+    found = _download() if data_root is None else _find(Path(data_root))
+    arrays = cached("-".join(["omniglot-1", *map(digest, found.values())]), lambda: _read(found))
     images, names = torch.from_numpy(arrays["images"]), arrays["names"].tolist()
     train, validation, test = standard_split() if split == "standard" else vinyals_split(names)
     if rotations:

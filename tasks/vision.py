@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 import zlib
 from collections import Counter
@@ -15,7 +14,7 @@ import torch
 
 from tasks.cache import Arrays, cache_dir, cached
 from tasks.examples import Examples
-from tasks.files import Files
+from tasks.files import Files, digest
 from tasks.folder import SUFFIXES
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -195,7 +194,7 @@ def _from_images(*roots: Path) -> list[Examples]:
 
 
 def _load_images(files: Files, labels: list[str], paths: list[str]) -> Examples:
-    arrays = cached(f"cifar10-images-1-{_digest(files, paths)}", lambda: _decode(files, paths))
+    arrays = cached(f"cifar10-images-1-{digest(files.root)}", lambda: _decode(files, paths))
     targets = torch.tensor([CIFAR10_CLASSES.index(label) for label in labels])
     return Examples(torch.from_numpy(arrays["images"]), targets)
 
@@ -210,17 +209,6 @@ def _check_classes(root: Path, labels: list[str], each: int) -> None:
                 f"{root}: got {counts[label]} images of {label!r}, expected {expected}: {each} each of "
                 f"{', '.join(CIFAR10_CLASSES)}; download or extract CIFAR-10 again"
             )
-
-
-def _digest(files: Files, paths: list[str]) -> str:
-    """Of the bytes that will be decoded: another copy, in another format or quality, is another entry in the cache."""
-    digest = hashlib.sha256()
-    if files.root.is_file():
-        digest.update(files.root.read_bytes())
-    else:
-        for path in paths:
-            digest.update(path.encode() + files.read(path))
-    return digest.hexdigest()[:16]
 
 
 def _decode(files: Files, paths: list[str]) -> Arrays:

@@ -436,3 +436,61 @@ def test_dense_predictions_have_classes_on_the_second_axis():
     outputs = learn.adapt(data.support, batched=True)(data.query[0])
     expected = (outputs.argmax(2) == data.query[1]).double().mean()
     assert learn.backward(data).accuracy == expected
+
+
+class Counting(nn.Module):
+    """Keeps a mean of what passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, WAYS).double()
+        self.register_buffer("mean", torch.zeros(INPUTS, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.layer(x - self.mean)
+
+
+def test_a_buffer_that_a_forward_pass_changes_is_named():
+    with pytest.raises(ValueError, match="model: a forward pass changed buffer 'mean', so each task would see"):
+        learner(Counting(), vectorize="loop").backward(episodes())
+
+
+class Unbatchable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, WAYS).double()
+
+    def forward(self, x):
+        return self.layer(x) * (1.0 if x.sum().item() > -1e9 else 0.0)
+
+
+def test_a_model_that_cannot_be_vmapped_adapts_before_it_has_been_trained():
+    learn, seen = learner(Unbatchable(), vectorize="auto"), episodes()
+    adapted = learn.adapt(seen.support, batched=True)
+    expected = learner(Unbatchable(), vectorize="loop")
+    expected.model.load_state_dict(learn.model.state_dict())
+    assert torch.equal(adapted(seen.query[0]), expected.adapt(seen.support, batched=True)(seen.query[0]))
+    assert learn.vectorize == "loop"
+
+
+def test_parameters_frozen_or_unfrozen_since_are_named():
+    for name, grad in (("0.weight", False), ("2.bias", True)):
+        model = network()
+        model[2].bias.requires_grad_(not grad if name == "2.bias" else True)
+        learn = learner(model)
+        dict(model.named_parameters())[name].requires_grad_(grad)
+        with pytest.raises(ValueError, match=rf"model: '{name}' was frozen or unfrozen after the learner was built"):
+            learn.backward(episodes())
+
+
+def test_adapt_checks_what_it_is_given():
+    learn, seen = learner(), episodes()
+    with pytest.raises(ValueError, match="steps: got -1, expected at least 0 inner steps"):
+        learn.adapt(seen.support, steps=-1, batched=True)
+    with pytest.raises(
+        ValueError, match=r"support: got inputs \(1, 4, 6\) and targets \(1, 3\), expected both to begin"
+    ):
+        learn.adapt((seen.support[0][0], seen.support[1][0][:3]))
+    with pytest.raises(ValueError, match="make targets that are no classes float"):
+        learn.backward(SimpleNamespace(support=(seen.support[0], seen.support[1] + 9), query=seen.query))

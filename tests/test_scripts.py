@@ -175,3 +175,53 @@ def test_defaults_are_the_tasks_and_the_methods():
     assert Options.load(stored).activation == "relu"
     with pytest.raises(ValueError, match="options: got colour, which this version does not know"):
         Options.load({"colour": 1})
+
+
+def images(root, classes):
+    from PIL import Image
+
+    for c in range(classes):
+        (root / f"c{c:02d}").mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (10 * c, i, 0)).save(root / f"c{c:02d}" / f"{i}.png")
+    return root
+
+
+def test_a_run_is_neither_resumed_nor_tested_on_other_classes(tmp_path, capsys):
+    """One class more shuffles all of them."""
+    data = images(tmp_path / "data", 20)
+    args = ["--task=folder", f"--data-root={data}", "--ways=2", "--queries=2", "--filters=4", "--steps=1",
+            "--test-episodes=2", "--validation-episodes=2", "--task-options", "size=8", "--out", tmp_path / "run",
+    ]  # fmt: skip
+    train([str(a) for a in args])
+    evaluate([str(tmp_path / "run"), "--episodes", "2"])
+    capsys.readouterr()
+    images(data, 21)
+    message = (
+        r"error: task: the train classes are not those that .*run was started with, so it may have been trained on"
+    )
+    assert re.match(message, refused(evaluate, [tmp_path / "run"], capsys))
+    assert re.match(message, refused(train, [*args, "--resume", "--steps=2"], capsys))
+
+
+def test_what_is_out_of_range_or_no_run_is_one_line(tmp_path, run, capsys):
+    assert refused(evaluate, [run, "--episodes=1"], capsys) == "error: --episodes: got 1, expected at least 2"
+    assert refused(evaluate, [run, "--steps=-1"], capsys) == "error: --steps: got -1, expected at least 0"
+    (tmp_path / "config.json").write_text('{"experiment": "reweighting"}')
+    assert "is no run of scripts/train.py" in refused(evaluate, [tmp_path], capsys)
+    (tmp_path / "file").write_text("")
+    assert "cannot be made a folder" in refused(train, [*SMALL, f"--out={tmp_path / 'file' / 'run'}"], capsys)
+    for option in ("--minutes", "--proximal", "--inner-lr"):
+        for value in ("inf", "nan"):
+            line = refused(train, [*SMALL, f"{option}={value}", f"--out={tmp_path / 'new'}"], capsys)
+            assert line == f"error: {option}: got {value}, expected a finite number"
+    line = refused(train, [*SMALL, "--task-options", "name=glyphs", f"--out={tmp_path / 'new'}"], capsys)
+    assert line.endswith("expected an option of its own; use --task")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_whose_budget_is_spent_says_so(tmp_path, capsys):
+    train([*SMALL, "--minutes=10", "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    train(["--task=sinusoid", "--resume", "--out", str(tmp_path / "run")])
+    assert "have spent the run's budget (steps 3, minutes 10.0): it is only tested" in capsys.readouterr().err

@@ -171,3 +171,72 @@ def test_a_missing_root_and_a_senseless_size_are_refused(tmp_path):
         load(None)
     with pytest.raises(ValueError, match="size: got 0, expected at least 1 pixel"):
         load(write(tmp_path, by_class()), size=0)
+
+
+def test_split_folders_may_be_written_as_one_likes_but_nothing_lies_beside(tmp_path):
+    for split, name in zip(SPLITS, ("Train", "VAL", "Test"), strict=True):
+        write(tmp_path / "cased", {p.replace(f"{split}/", f"{name}/"): d for p, d in by_split().items() if split in p})
+    assert classes(load(tmp_path / "cased")) == [["c0", "c1"], ["c2", "c3"], ["c4", "c5"]]
+    write(tmp_path / "beside", by_split() | {"extra/1.png": png((0, 0, 0))})
+    with pytest.raises(ValueError, match=r"got 'extra' beside the split folders \['test', 'train', 'val'\]; move it"):
+        load(tmp_path / "beside")
+    write(tmp_path / "trains", by_class() | {f"train/{i}.png": png((0, 0, i)) for i in range(3)})  # a class
+    assert "train" in [name for part in classes(load(tmp_path / "trains")) for name in part]
+
+
+def test_linked_folders_are_followed_but_not_round_and_round(tmp_path):
+    write(tmp_path / "elsewhere", by_class(classes=4))
+    write(tmp_path / "data", {p: d for p, d in by_class().items() if p >= "c04"})
+    for c in range(4):
+        (tmp_path / "data" / f"c{c:02d}").symlink_to(tmp_path / "elsewhere" / f"c{c:02d}")
+    (tmp_path / "data" / "c05" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "c05" / "gone.png").symlink_to(tmp_path / "nowhere")
+    write(tmp_path / "plain", by_class())
+    assert classes(load(tmp_path / "data")) == classes(load(tmp_path / "plain"))
+
+
+def test_a_list_of_another_name_is_no_split(tmp_path):
+    write(tmp_path, by_class() | {"my_train.csv": "epoch,loss\n1,2\n"})
+    assert sum(map(len, classes(load(tmp_path)))) == 12
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_images_of_other_kinds_keep_what_is_on_them(tmp_path, mode):
+    """Black on nothing is black on white; greys of 16 bits are those of 8."""
+    from PIL import Image
+
+    left = np.arange(8) < 4
+    if mode == "I;16":
+        image, expected = (
+            Image.fromarray(np.where(left, 51 * 257, 204 * 257).astype(np.uint16)[None].repeat(8, 0)),
+            (51, 204),
+        )
+    else:
+        alpha = Image.fromarray(np.where(left, 255, 0).astype(np.uint8)[None].repeat(8, 0))
+        image = Image.merge("LA", (Image.new("L", (8, 8), 0), alpha))
+        image, expected = image.convert("RGBA" if mode == "P" else mode), (0, 255)
+        image = image.quantize(4) if mode == "P" else image
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    write(tmp_path, {f"c{c:02d}/{i}.png": file.getvalue() for c in range(12) for i in range(3)})
+    found = load(tmp_path, color=False).train.pool.images[0, 0, 0]
+    assert (found[0].item(), found[7].item()) == expected
+
+
+def test_options_of_another_type_are_refused(tmp_path):
+    write(tmp_path, by_class())
+    for option, value, expected in (
+        ("color", "no", "bool, such as True"),
+        ("size", "abc", "int, such as 84"),
+        ("size", True, "int"),
+    ):
+        with pytest.raises(ValueError, match=rf"folder {option}: got {value!r}, expected {expected}"):
+            load(tmp_path, **{option: value})
+
+
+def test_digests_tell_other_classes(tmp_path):
+    before = load(write(tmp_path, by_class())).digests
+    assert len(set(before.values())) == 3
+    assert load(tmp_path, ways=1, shots=2, queries=1, size=4).digests == before
+    after = load(write(tmp_path, by_class(classes=13))).digests
+    assert after["test"] != before["test"]

@@ -191,3 +191,16 @@ def test_the_standard_split_is_fixed():
         [1590, 1386, 472],
         [0, 1595, 65],
     )
+
+
+def test_another_source_is_another_entry_of_the_cache(tmp_path, empty_cache, monkeypatch):
+    """Two trees of the right counts, blank and inked."""
+    monkeypatch.setattr(omniglot, "standard_split", lambda: tuple(np.split(np.arange(4), [2, 3])))
+    seen = []
+    for name, value in (("blank", 1), ("inked", 0), ("blank", 1)):
+        if not (tmp_path / name).exists():
+            small_omniglot(tmp_path / name, monkeypatch, image=png(value))
+        splits = tasks.load("omniglot", ways=1, queries=5, data_root=tmp_path / name, rotations=False)
+        seen.append(int(splits.train.pool.images.max()))
+    assert seen == [0, 255, 0]
+    assert len(list(empty_cache.glob("omniglot-1-*.npz"))) == 2

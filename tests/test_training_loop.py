@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tasks
-from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit import GradientDescent, Implicit, MetaLearner, Nystrom
 from metaimplicit.models import MLP
 from metaimplicit.training import (
     Budget,
@@ -253,3 +253,30 @@ def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
     save_checkpoint(path, *parts, Progress())
     with pytest.raises(ValueError, match="does not fit the learner"):
         load_learner(path, setup(learn=())[0])
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_begun_again(tmp_path):
+    train(tmp_path, setup(), steps=2)
+    (tmp_path / "checkpoint.pt").unlink()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is gone, but metrics\.jsonl holds steps made; restore it"):
+        train(tmp_path, setup(), steps=4, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_generator_of_the_solver_goes_on_where_it_was(tmp_path):
+    def parts():
+        method = Implicit(Nystrom(rank=10, rho=2.0, generator=torch.Generator().manual_seed(5)))
+        return setup(noisy=False, method=method, learn=(), proximal=1.0)
+
+    whole, stopped, resumed = parts(), parts(), parts()
+    train(tmp_path / "whole", whole, steps=6, schedule=lambda _: 1.0)
+    train(tmp_path / "stopped", stopped, steps=3, schedule=lambda _: 1.0)
+    train(tmp_path / "stopped", resumed, steps=6, schedule=lambda _: 1.0, resume=True)
+    assert all(torch.equal(p, weights(resumed)[name]) for name, p in weights(whole).items())
+
+
+def test_a_checkpoint_of_a_tuner_is_no_learners(tmp_path):
+    torch.save({"format": 1, "tuner": {}, "progress": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="holds no learner, but a tuner; use load_tuner"):
+        load_learner(tmp_path / "checkpoint.pt", setup()[0])

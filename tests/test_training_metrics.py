@@ -43,3 +43,16 @@ def test_evaluation_is_the_learners_trimmed_to_the_tasks_asked_for_and_leaves_it
         evaluate(learner, [])
     with pytest.raises(ValueError, match="steps: got -1"):
         evaluate(learner, [sampler[0]], steps=-1)
+
+
+def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_every_module_as_it_was():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(MLP(1, 8), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    learner = MetaLearner(model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
+    model[1].eval()
+    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
+    result = evaluate(learner, [sampler[0]], steps=[0, 3, 7])
+    assert result.steps == (0, 3, 7)
+    assert [row["steps"] for row in result.summary()["after_steps"]] == [0, 3, 7]
+    assert result.summary()["inner_steps"] == 7
+    assert (model.training, model[1].training, model[2].training) == (True, False, True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from metaimplicit.learner import MetaLearner
+from metaimplicit.metagrad import Method
 from metaimplicit.training.files import write_atomically
 from metaimplicit.tuning import Tuner
 
@@ -44,14 +45,15 @@ def save_checkpoint(
         "vectorize": learner.vectorize,
         "optimizer": optimizer.state_dict(),
         "sampler": sampler.state_dict(),
-        "rng": _rng(),
+        "rng": _rng(learner.method),
     }
     write_atomically(path, lambda file: torch.save(state, file))
 
 
 def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
     """Write a tuner and the random states atomically."""
-    state = {"format": FORMAT, "progress": asdict(progress), "tuner": tuner.state_dict(), "rng": _rng()}
+    rng = _rng(tuner.method)
+    state = {"format": FORMAT, "progress": asdict(progress), "tuner": tuner.state_dict(), "rng": rng}
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -66,7 +68,7 @@ def load_tuner(path: Path, tuner: Tuner) -> Progress:
     if "tuner" not in state:
         raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
     tuner.load_state_dict(state["tuner"])
-    _set_rng(state["rng"])
+    _set_rng(state["rng"], tuner.method)
     return Progress(**state["progress"])
 
 
@@ -86,7 +88,7 @@ def load_checkpoint(path: Path, learner: MetaLearner, optimizer: torch.optim.Opt
     progress = _restore(state, path, learner)
     optimizer.load_state_dict(state["optimizer"])
     sampler.load_state_dict(state["sampler"])
-    _set_rng(state["rng"])
+    _set_rng(state["rng"], learner.method)
     return progress
 
 
@@ -104,6 +106,8 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _restore(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progress:
+    if "learner" not in state:
+        raise ValueError(f"checkpoint: {path} holds no learner, but a tuner; use load_tuner")
     try:
         learner.load_state_dict(state["learner"])
     except RuntimeError as error:
@@ -116,12 +120,25 @@ def _device(learner: MetaLearner) -> torch.device:
     return next(learner.parameters()).device
 
 
-def _rng() -> dict[str, Any]:
+def _own_generator(method: Method) -> torch.Generator | None:
+    """The generator that a solver draws its sketches from, if it has one of its own."""
+    own: torch.Generator | None = getattr(getattr(method, "solver", None), "generator", None)
+    return own
+
+
+def _rng(method: Method) -> dict[str, Any]:
+    own = _own_generator(method)
     used = torch.cuda.is_available() and torch.cuda.is_initialized()  # asking would start it
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if used else []}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if used else [],
+        "solver": None if own is None else own.get_state(),
+    }
 
 
-def _set_rng(state: dict[str, Any]) -> None:
+def _set_rng(state: dict[str, Any], method: Method) -> None:
     torch.set_rng_state(state["torch"].cpu())
+    if (own := _own_generator(method)) is not None and state.get("solver") is not None:
+        own.set_state(state["solver"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda"]])

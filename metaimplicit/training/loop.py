@@ -16,7 +16,7 @@ from metaimplicit.learner import EpisodeBatch, MetaLearner, Step
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import Progress, Resumable, load_checkpoint, save_checkpoint
 from metaimplicit.training.files import write_json
-from metaimplicit.training.log import RunLog, Values
+from metaimplicit.training.log import METRICS, RunLog, Values, read_metrics
 from metaimplicit.training.metrics import evaluate, to_device
 
 CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
@@ -129,6 +129,10 @@ def fit(
         group.setdefault("initial_lr", group["lr"])
     if resume and checkpoint.exists():
         progress = load_checkpoint(checkpoint, learner, optimizer, sampler)
+    elif (out / METRICS).exists() and any(line["step"] > 0 for line in read_metrics(out)):
+        raise ValueError(
+            f"out: {checkpoint} is gone, but {METRICS} holds steps made; restore it, or name another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if config is not None:
         write_json(out / CONFIG, config)

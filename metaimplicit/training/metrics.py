@@ -44,15 +44,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Query loss and accuracy of each task after 0, 1, … inner steps.
+    """Query loss and accuracy of each task after several numbers of inner steps.
 
     Attributes:
         losses: `[counts, tasks]`.
         accuracies: `[counts, tasks]`, or None for regression.
+        steps: the numbers of inner steps, `counts` of them.
     """
 
     losses: Tensor
     accuracies: Tensor | None
+    steps: tuple[int, ...]
 
     @property
     def metric(self) -> str:
@@ -66,13 +68,14 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """For JSON: the metric after the last step and after each."""
         curve = self.curve()
+        pairs = zip(self.steps, curve, strict=True)
         return {
             "metric": self.metric,
             "mean": curve[-1].mean,
             "interval_95": curve[-1].interval,
-            "inner_steps": len(curve) - 1,
+            "inner_steps": self.steps[-1],
             "episodes": curve[-1].tasks,
-            "after_steps": [{"steps": k, "mean": e.mean, "interval_95": e.interval} for k, e in enumerate(curve)],
+            "after_steps": [{"steps": k, "mean": e.mean, "interval_95": e.interval} for k, e in pairs],
         }
 
 
@@ -93,18 +96,21 @@ def evaluate(
         ValueError: no batches; a negative number of steps.
     """
     device = next(learner.parameters()).device
-    training = learner.training
+    last = learner.inner.steps if steps is None else steps
+    counts = tuple(last) if isinstance(last, Sequence) else tuple(range(last + 1))
+    modes = {module: module.training for module in learner.modules()}
     learner.eval()
     try:
         parts = [learner.evaluate(to_device(batch, device), steps) for batch in batches]
     finally:
-        learner.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     if not parts:
         raise ValueError("batches: got none, expected at least one batch of episodes")
     losses = torch.cat([loss.cpu() for loss, _ in parts], dim=1)[:, :tasks]
     if any(accuracy is None for _, accuracy in parts):
-        return Evaluation(losses, None)
-    return Evaluation(losses, torch.cat([a.cpu() for _, a in parts if a is not None], dim=1)[:, :tasks])
+        return Evaluation(losses, None, counts)
+    return Evaluation(losses, torch.cat([a.cpu() for _, a in parts if a is not None], dim=1)[:, :tasks], counts)
 
 
 @dataclass(frozen=True)

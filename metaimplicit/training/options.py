@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ class Options:
     validate_every: int = 200
     """Meta-steps between validations (sinusoid: 1000)."""
     validation_episodes: int = 100
-    """Validation tasks, the same each time."""
+    """Validation tasks, the same each time; whole meta-batches of them."""
     checkpoint_every: int = 100
     """Meta-steps between checkpoints (sinusoid: 1000)."""
     test_episodes: int = 600
@@ -152,6 +153,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected a finite number")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"--clip: got {self.clip}, expected a norm > 0")
         minutes = 3.5 if self.steps is None and self.minutes is None else self.minutes
@@ -183,6 +187,8 @@ class Options:
             name, equals, text = item.partition("=")
             if not (name and equals):
                 raise ValueError(f"--task-options: got {item!r}, expected name=value")
+            if name in _FLAGS:
+                raise ValueError(f"--task-options: got {item!r}, expected an option of its own; use --{_FLAGS[name]}")
             try:
                 found[name] = ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
             except (ValueError, SyntaxError):
@@ -207,6 +213,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+_FLAGS = {"name": "task", "ways": "ways", "shots": "shots", "queries": "queries", "data_root": "data-root"}
 _FREE = (
     "steps",
     "minutes",

@@ -87,7 +87,7 @@ def plot_adaptation(out: Path, evaluation: Evaluation, *, title: str = "", fits:
     panels = 1 if fits is None else 1 + len(fits.before)
     figure = Figure(figsize=(max(3.2 * panels, 5), 3.6), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    steps, mean = range(len(curve)), torch.tensor([e.mean for e in curve])
+    steps, mean = evaluation.steps, torch.tensor([e.mean for e in curve])
     interval = torch.tensor([e.interval for e in curve])
     axes[0].plot(steps, mean, "o-", markersize=3)
     axes[0].fill_between(steps, mean - interval, mean + interval, alpha=0.3)

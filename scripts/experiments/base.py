@@ -92,6 +92,8 @@ def execute(experiment: Experiment) -> str:
     if experiment.quick:
         experiment = experiment.quickened()
     if experiment.threads is not None:
+        if experiment.threads < 1:
+            raise ValueError(f"--threads: got {experiment.threads}, expected at least 1")
         torch.set_num_threads(experiment.threads)
     free = (*_FREE, *experiment.listed)
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment).items() if k not in free}
