@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.episodes import EpisodeBatch, Pair, accuracy, check_classes, check_pair
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
@@ -17,19 +18,8 @@ from metaimplicit.models import check_norms
 from metaimplicit.params import Adapt, Params, select
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, LiftedProblem, Proximal, Vectorize
 
-Pair = tuple[Tensor, Tensor]
 Granularity = Literal["scalar", "per-tensor", "per-element"]
 _LEARNABLE = {"lr": "loop", "proximal": "loss"}  # what a method must reach to learn it
-
-
-class EpisodeBatch(Protocol):
-    """What the learner takes: (inputs, targets) pairs with the task axis first, `[tasks, m, ...]`."""
-
-    @property
-    def support(self) -> Pair: ...
-
-    @property
-    def query(self) -> Pair: ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ class MetaLearner(nn.Module):
             if p.requires_grad:
                 gradient = result.grads[name]
                 p.grad = gradient if p.grad is None else p.grad + gradient
-        return Step(result.outer_loss, _accuracy(result.aux, episodes.query[1]), result.report)
+        return Step(result.outer_loss, accuracy(result.aux, episodes.query[1]), result.report)
 
     def evaluate(
         self, episodes: EpisodeBatch, steps: int | Sequence[int] | None = None
@@ -154,7 +144,7 @@ class MetaLearner(nn.Module):
             for count in counts:
                 loss, outputs = lifted.outer(path[count], meta, lifted.data)
                 losses.append(loss)
-                accuracies.append(_accuracy(outputs, episodes.query[1], mean=False))
+                accuracies.append(accuracy(outputs, episodes.query[1], mean=False))
         return torch.stack(losses), None if accuracies[0] is None else torch.stack(accuracies)  # type: ignore[arg-type]
 
     def adapt(self, support: Pair, *, steps: int | None = None, batched: bool = False) -> AdaptedModel:
@@ -163,7 +153,7 @@ class MetaLearner(nn.Module):
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         if not batched:
             support = (support[0].unsqueeze(0), support[1].unsqueeze(0))
-        self._check_pair("support", support)
+        check_pair("support", support)
         params = {name: p.detach() for name, p in self._trajectory(support, steps)[-1].items()}
         return AdaptedModel(self, params if batched else {name: p.squeeze(0) for name, p in params.items()}, batched)
 
@@ -316,21 +306,12 @@ class MetaLearner(nn.Module):
     def _check(self, episodes: EpisodeBatch) -> None:
         check_norms(self.model)
         for name, pair in {"episodes.support": episodes.support, "episodes.query": episodes.query}.items():
-            self._check_pair(name, pair)
+            check_pair(name, pair)
         if not episodes.support[1].is_floating_point():
             if self._outputs is None:
                 with torch.no_grad():
                     self._outputs = self._call({}, self._frozen(), episodes.support[0][0]).shape[1]
-            _check_classes(episodes.support[1], episodes.query[1], self._outputs)
-
-    @staticmethod
-    def _check_pair(name: str, pair: Pair) -> None:
-        inputs, targets = pair
-        if inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2] or 0 in inputs.shape[:2]:
-            raise ValueError(
-                f"{name}: got inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}, expected both to begin "
-                "with [tasks, examples], neither empty"
-            )
+            check_classes(episodes.support[1], episodes.query[1], self._outputs)
 
 
 class AdaptedModel:
@@ -360,29 +341,3 @@ class AdaptedModel:
         if not self._batched:
             raise TypeError("this model holds one task; adapt with batched=True for several")
         return AdaptedModel(self._learner, {name: p[task] for name, p in self.params.items()}, batched=False)
-
-
-def _accuracy(outputs: Tensor, targets: Tensor, mean: bool = True) -> Tensor | None:
-    """The share of right classes (axis 2, as cross-entropy has it), `[tasks]` or its mean; None without classes."""
-    if targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
-        return None
-    right = (outputs.argmax(2) == targets).double().flatten(1).mean(1)
-    return right.mean() if mean else right
-
-
-def _check_classes(support: Tensor, query: Tensor, classes: int) -> None:
-    for name, labels in {"support": support, "query": query}.items():
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"episodes.{name} labels: got {low if low < 0 else high}, expected class indices from 0 to "
-                f"{classes - 1}, one for each output of the model; make targets that are no classes float"
-            )
-    present = torch.zeros(len(support), classes, dtype=torch.bool, device=support.device)
-    missing = ~present.scatter(1, support.flatten(1), True).gather(1, query.flatten(1))
-    if bool(missing.any()):
-        task, position = missing.nonzero()[0].tolist()
-        raise ValueError(
-            f"episodes: task {task} asks for class {int(query.flatten(1)[task, position])} in its query, but its "
-            "support set has no example of it"
-        )

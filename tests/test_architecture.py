@@ -9,7 +9,7 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "memory", "models"),
+    ("params", "graph", "memory", "models", "episodes"),
     ("problem",),
     ("operators",),
     ("solvers",),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.learner import EpisodeBatch, MetaLearner
+from metaimplicit.episodes import EpisodeBatch
+from metaimplicit.learner import MetaLearner
 
 
 @dataclass(frozen=True)
