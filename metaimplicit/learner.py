@@ -231,7 +231,9 @@ class MetaLearner(nn.Module):
 
     def _call(self, params: Params, meta: Params, inputs: Tensor) -> Tensor:
         merged = {name: m for name, m in meta.items() if name not in self._keys} | params
-        outputs: Tensor = torch.func.functional_call(self.model, merged, (inputs,))
+        outputs = torch.func.functional_call(self.model, merged, (inputs,))
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"model: got a call that returns {type(outputs).__name__}, expected one tensor; wrap it")
         return outputs
 
     def _outer(self, params: Params, meta: Params, data: tuple[Pair, Pair]) -> tuple[Tensor, Tensor]:

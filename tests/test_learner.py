@@ -494,3 +494,18 @@ def test_adapt_checks_what_it_is_given():
         learn.adapt((seen.support[0][0], seen.support[1][0][:3]))
     with pytest.raises(ValueError, match="make targets that are no classes float"):
         learn.backward(SimpleNamespace(support=(seen.support[0], seen.support[1] + 9), query=seen.query))
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, WAYS).double()
+
+    def forward(self, x):
+        return self.layer(x), x
+
+
+@pytest.mark.parametrize("method", ["cg", "unrolled"])
+def test_a_model_of_several_outputs_is_named(method):
+    with pytest.raises(ValueError, match="model: got a call that returns tuple, expected one tensor; wrap it"):
+        learner(Pairs(), method=method).backward(episodes())
