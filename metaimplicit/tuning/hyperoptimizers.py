@@ -143,7 +143,7 @@ class _Running:
     """A level at work on some tensors, its variables."""
 
     def __init__(self, level: Level, variables: Sequence[Tensor], numbers: dict[str, float]) -> None:
-        self.level, self.steps = level, 0
+        self.level, self.steps, self._names = level, 0, tuple(numbers)
         self._slots: dict[str, Any] = {}
         self._told: dict[str, tuple[Any, int]] = {}
         self._h: Numbers = {}  # of the last step
@@ -177,11 +177,11 @@ class _Running:
     def tell(self, group: dict[str, Any]) -> None:
         """Write the present values of what is learnt into the group."""
         group.update({name: value.clone() for name, value in self.values.items()})
-        self._told = {name: (group[name], _version(group[name])) for name in self.level.numbers}
+        self._told = {name: (group[name], _version(group[name])) for name in self._names}
 
     def hear(self, group: dict[str, Any], names: Collection[str] | None = None) -> None:
         """Take up the values, those of `names` or all, written into the group since it was told."""
-        for name in self.level.numbers if names is None else tuple(names):
+        for name in self._names if names is None else tuple(names):
             told, version = self._told[name]
             if group[name] is told and _version(told) == version:
                 continue
