@@ -119,7 +119,7 @@ def residual_network(rounds: int = 25, batch_size: int = 128) -> str:
     for height in range(4):
         above = None
         for _ in range(height):
-            above = SGD(1e-6, optimizer=above)
+            above = SGD(1e-12, optimizer=above)  # towers multiply products of gradients, large ones here
         model = resnet20(0)
         tower = SGD(0.01, momentum=0.9, weight_decay=1e-4, optimizer=above)
         candidates[f"height {height}"] = stepping(model, batch, Hyperoptimizer(model.parameters(), tower))
