@@ -123,6 +123,18 @@ def test_a_scheduled_tower_goes_on_to_the_same_bits(tower):
         assert torch.equal(*(torch.as_tensor(o.param_groups[0]["lr"]) for o in (optimizer, resumed)))
 
 
+@pytest.mark.parametrize("size", ["scalar", "per-tensor", "per-element"])
+def test_a_single_tensor_has_step_sizes_of_each_size(size):
+    """g = (1, 2) twice, so dℓ/dlr = −1, −4, or −5 in all; lr = 0.1 + κ times that."""
+    p = tensor(1.0, 1.0)
+    optimizer = Hyperoptimizer([p], SGD(0.1, optimizer=SGD(0.01), learn={"lr": size}, domains=LR))
+    for _ in range(2):
+        p.grad = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        optimizer.step()
+    lr = torch.tensor([0.11, 0.14] if size == "per-element" else [0.15, 0.15], dtype=torch.float64)
+    torch.testing.assert_close(p.detach(), 1 - (0.1 + lr) * torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+
 def test_what_is_written_is_what_is_told():
     optimizer = Hyperoptimizer([tensor(1.0), tensor(1.0)], SGD(0.1, optimizer=SGD(0.1), learn={"lr": "per-tensor"}))
     optimizer.param_groups[0]["lr"] = 0.05

@@ -29,7 +29,7 @@ class Domain(ABC):
         """
 
     def project(self, free: Tensor) -> Tensor:
-        """The nearest coordinates that are allowed, after a step."""
+        """Move coordinates, after a step, to the nearest that are allowed; in place."""
         return free
 
     def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -81,7 +81,8 @@ class Interval(Domain):
             raise ValueError(f"Interval: got ({self.low}, {self.high}), expected finite bounds; use Positive or Box")
 
     def value(self, free: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * free.sigmoid()
+        share = free.sigmoid()
+        return share if (self.low, self.high) == (0, 1) else self.low + (self.high - self.low) * share
 
     def free(self, value: Tensor) -> Tensor:
         _check((value > self.low) & (value < self.high), value, f"numbers between {self.low} and {self.high}")
@@ -90,7 +91,7 @@ class Interval(Domain):
     def project(self, free: Tensor) -> Tensor:
         """Where the value is still told from the bounds: |free| ≤ −log ε, ε the unit round-off."""
         bound = -math.log(torch.finfo(free.dtype).eps)
-        return free.clamp(-bound, bound)
+        return free.clamp_(-bound, bound)
 
     def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient * (value - self.low) * free.neg().sigmoid()
@@ -114,7 +115,7 @@ class Box(Domain):
         return value
 
     def project(self, free: Tensor) -> Tensor:
-        return free.clamp(self.low, self.high)
+        return free.clamp_(self.low, self.high)
 
     def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient
@@ -165,13 +166,14 @@ class FreeMeta:
     @torch.no_grad()
     def values(self) -> Params:
         """φ, detached."""
-        return {name: m.clone() for name, m in self.meta().items()}
+        own = self._fixed | self.tensors
+        return {name: m.clone() if m is own[name] else m for name, m in self.meta().items()}
 
     @torch.no_grad()
-    def pull(self, gradients: Params) -> Params:
-        """dg/dφ in the coordinates, by the chain rule."""
-        domains, free = self._domains, self.tensors
-        return {n: domains[n].pull(x, domains[n].value(x), gradients[n]) for n, x in free.items()}
+    def pull(self, gradients: Params, values: Params | None = None) -> Params:
+        """dg/dφ in the coordinates, by the chain rule; `values` are φ there, if they are known."""
+        values = self.values() if values is None else values
+        return {n: self._domains[n].pull(x, values[n], gradients[n]) for n, x in self.tensors.items()}
 
     def check(self, tensors: Params) -> None:
         """ValueError for the coordinates of another φ."""
@@ -190,8 +192,7 @@ class FreeMeta:
         """Bring the coordinates back to where they are allowed, after a step."""
         with torch.no_grad():
             for name, free in self.tensors.items():
-                if (projected := self._domains[name].project(free)) is not free:
-                    free.copy_(projected)
+                self._domains[name].project(free)
 
 
 def norm(gradients: Params) -> float:

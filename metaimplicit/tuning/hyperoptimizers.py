@@ -151,6 +151,7 @@ class _Running:
         self._counts = [p.numel() for p in variables]
         self._like = variables[0].new_zeros((), dtype=torch.promote_types(variables[0].dtype, torch.float32))
         self._gradient = self._like
+        self._buffers = [self._like.new_zeros(sum(self._counts)) for _ in range(2)]  # of gradients, now and before
         for name, number in numbers.items():
             level.check(name, number)
         self.fixed = {n: torch.full_like(self._like, x) for n, x in numbers.items() if n not in level.sizes}
@@ -198,7 +199,11 @@ class _Running:
 
     def learn(self, gradients: Sequence[Tensor]) -> None:
         """Have the level above step the hyperparameters of the last step along the derivative of the loss in them."""
-        self._gradient = g = _flat(gradients).to(self._like.dtype)
+        self._gradient = g = self._buffers[self.steps % 2]
+        if len(gradients) == 1:
+            g.copy_(gradients[0].reshape(-1))
+        else:
+            torch.cat([x.reshape(-1) for x in gradients], out=g)
         if self.above is None or self.steps == 0:
             return
         if not all(self._moved):  # those that stayed depend on nothing of the last step
@@ -211,7 +216,7 @@ class _Running:
             slopes = {name: factor * found[name] for name in names}
         if "lr" in self.values:
             slopes["lr"] = -self._summed(g, self._slots["direction"])
-        pulled = self._free.pull(slopes)
+        pulled = self._free.pull(slopes, self.values)
         self.above.learn(list(pulled.values()))
         self.above.move(list(self._free.tensors.values()))
         self._free.project()
@@ -222,15 +227,16 @@ class _Running:
     def move(self, variables: Sequence[Tensor], moving: Sequence[bool] | None = None) -> None:
         """θ ← θ − lr ∘ u, of the gradient last learnt from, where `moving` (None: everywhere)."""
         h = self._h = self._numbers()
-        point = _flat(variables).to(self._like.dtype) if "weight_decay" in h else None
+        point = torch.cat([x.reshape(-1) for x in variables]).to(self._like.dtype) if "weight_decay" in h else None
         self._slots["direction"] = u = self.level.direction(h, self._slots, self._gradient, point)
-        lr = -h["lr"]
+        lr, self.steps, self._moved = h["lr"], self.steps + 1, list(moving or [True] * len(variables))
         factors = [lr] * len(variables) if lr.dim() == 0 else self._cut(self._spread(lr), variables)
-        self._moved = list(moving or [True] * len(variables))
+        if len(variables) == 1:  # a hyperparameter, as a rule
+            variables[0].addcmul_(u.view_as(variables[0]), factors[0], value=-1)
+            return
         parts = zip(variables, self._cut(u, variables), factors, self._moved, strict=True)
-        moved = [part[:3] for part in parts if part[3]]
-        torch._foreach_addcmul_(*map(list, zip(*moved, strict=True)))
-        self.steps += 1
+        points, along, by = map(list, zip(*(part[:3] for part in parts if part[3]), strict=True))
+        torch._foreach_addcmul_(points, along, by, value=-1)
 
     def state(self) -> dict[str, Any]:
         """All that the next step reads, tensors and numbers."""
@@ -288,7 +294,7 @@ class _Running:
     def _look(self, above: Level) -> None:
         """Raise FloatingPointError for a value that no step can be made with."""
         for name, value in self.values.items():
-            least, most = (x.item() for x in (value.aminmax() if value.dim() else (value, value)))
+            least, most = (x.item() for x in value.aminmax()) if value.dim() else (value.item(),) * 2
             limit = 1.0 if name in self.level.decays else math.inf
             if not (least >= 0 and most < limit):
                 late = "" if value.device.type == "cpu" else " by this step, but it may have been by the last 7"
@@ -304,10 +310,6 @@ _FOREIGN = {  # options of torch's optimisers that no tower reads
     "amsgrad", "betas", "centered", "dampening", "decoupled_weight_decay", "initial_accumulator_value", "lr_decay",
     "maximize", "momentum", "nesterov", "weight_decay", "alpha",
 }  # fmt: skip
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def _version(value: Any) -> int:
