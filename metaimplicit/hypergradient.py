@@ -95,13 +95,8 @@ def hypergradient(
         indirect, report = adaptation.pull(of_theta, phi, state)
     total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
-        # first-order alone is content with the direct gradient of what its losses share
-        if (
-            m.requires_grad
-            and indirect[name] is None
-            and not (direct.get(name) is not None and "loss" not in method.reach and not inner.reads(name))
-        ):
-            _check_reachable(name, method, inner, adaptation)
+        if m.requires_grad and indirect[name] is None:
+            _check_reachable(name, method, inner, adaptation, direct=direct.get(name) is not None)
     return Hypergradient(
         outer_loss=losses.mean(),
         losses=losses,
@@ -224,9 +219,17 @@ def _meta_leaves(meta: Params) -> Params:
     return {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
 
 
-def _check_reachable(name: str, method: Method, inner: InnerLoop, adaptation: Adaptation) -> None:
-    """A gradient of None is zero if nothing depends on the entry, or the method can give all; else it just cannot."""
-    if method.remedy and (name in adaptation.reads or inner.reads(name)):
+def _check_reachable(name: str, method: Method, inner: InnerLoop, adaptation: Adaptation, direct: bool = False) -> None:
+    """A gradient of None is zero where the method reaches all that reads the entry; else it just cannot give it.
+
+    First-order is content with the `direct` gradient of what its two losses share.
+    """
+    reads, reach = adaptation.reads, method.reach
+    if (
+        (name in reads.start and "start" not in reach)
+        or (inner.reads(name) and "loop" not in reach)
+        or (name in reads.loss and "loss" not in reach and not direct)
+    ):
         raise ValueError(f"{method.flag} cannot give the gradient of meta[{name!r}]: {method.remedy}")
 
 

@@ -108,7 +108,7 @@ class MetaLearner(nn.Module):
         if self.vectorize == "auto":
             self.vectorize = self._faster(data)
         result = self._hypergradient(data, self.vectorize)
-        if moved := [name for name, seen in self._written().items() if buffers.get(name) != seen]:
+        if moved := [name for name, seen in self._written().items() if buffers.get(name, seen) != seen]:
             raise ValueError(
                 f"model: a forward pass changed buffer {moved[0]!r}, so each task would see the ones before it; switch "
                 "the module that does to evaluation mode"
@@ -265,8 +265,12 @@ class MetaLearner(nn.Module):
         except RuntimeError:
             if self.vectorize != "auto":
                 raise
-        self.vectorize = "loop"  # nothing was timed yet, and this model cannot be vmapped
-        return self._iterates(support, steps)
+            self.vectorize = "loop"  # nothing was timed yet, and this model cannot be vmapped, it seems
+            try:
+                return self._iterates(support, steps)
+            except RuntimeError:
+                self.vectorize = "auto"
+                raise
 
     def _iterates(self, support: Pair, steps: int) -> tuple[Params, ...]:
         lifted, meta = self._lift((support, support), batched=True), self._frozen()

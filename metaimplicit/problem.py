@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -270,11 +270,8 @@ def _index(tree: Any, i: int) -> Any:
     return tree_map(lambda x: x[i] if isinstance(x, Tensor) else x, tree)
 
 
-_WHOLE = (Tensor, numbers.Number, str, bytes, type(None), torch.dtype, torch.device)  # in data, at its leaves
-
-
 def _count(data: Any) -> int:
-    if foreign := [x for x in tree_leaves(data) if not isinstance(x, _WHOLE) and not callable(x)]:
+    if foreign := [x for x in tree_leaves(data) if _holds_tensors(x)]:
         raise ValueError(
             f"data: got {type(foreign[0]).__name__}, which is not told apart by task, expected tensors, in dicts, "
             "lists, tuples or classes that torch.utils._pytree knows; use torch.as_tensor for arrays"
@@ -286,3 +283,10 @@ def _count(data: Any) -> int:
             "same size ≥ 1 first; without a task axis, pass batched=False"
         )
     return int(sizes.pop() or 0)
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return False
+    parts = [*getattr(leaf, "__dict__", {}).values(), *(leaf.values() if isinstance(leaf, Mapping) else ())]
+    return isinstance(leaf, np.ndarray) or any(isinstance(part, (Tensor, np.ndarray)) for part in parts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def load(
         raise ValueError(f"{name}: got option {', '.join(unknown)}, expected {', '.join(sorted(known)) or 'none'}")
     for option, value in options.items():
         usual = inspect.signature(family_load).parameters[option].default
-        if isinstance(usual, (bool, int, float)) and type(value) is not type(usual):
+        kinds = {bool: bool, int: Integral, float: Real}.get(type(usual))
+        if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(usual, bool)):
             raise ValueError(f"{name} {option}: got {value!r}, expected {type(usual).__name__}, such as {usual}")
     splits: Splits = family_load(ways=ways, shots=shots, queries=queries, **options)
     return splits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Protocol
@@ -99,8 +99,11 @@ class Splits:
     def digests(self) -> dict[str, str]:
         """Of each split's classes, by their names: whether a model has been trained on them, or only on others."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        names = {part: "\n".join(map(str, getattr(family, "classes", ()))) for part, family in parts.items()}
-        return {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in names.items()}
+        found = {}
+        for part, family in parts.items():
+            names: Iterable[object] = getattr(family, "class_names", getattr(family, "classes", ()))
+            found[part] = hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
+        return found
 
 
 class EpisodeSampler(Dataset[Episodes]):

@@ -91,6 +91,11 @@ class LearnToLearn:
             root = root.dataset
         return tuple(f"{type(root).__name__}-{id(root):x}/{label}" for label in known)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The same, alike in every process."""
+        return tuple(name.partition("/")[2] for name in self.classes)
+
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
         """Draw `tasks` tasks, with `rng` alone."""
         drawn = [self._task(rng) for _ in range(tasks)]

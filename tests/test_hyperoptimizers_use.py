@@ -224,7 +224,7 @@ def test_what_it_cannot_do_is_refused():
     ):
         optimizer.add_param_group({"params": [tensor(1.0)], "betas": (0.5, 0.6), "maximize": True})
     assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group({"params": [tensor(1.0)], "momentum": 0.5, "name": "head"})
+    optimizer.add_param_group({"params": [tensor(1.0)], "momentum": 0.5, "name": "head", "maximize": False})
     with pytest.raises(ValueError, match="param group 0: got parameters that are no real floating-point numbers"):
         Hyperoptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], SGD(0.1))
     embedding = nn.Embedding(5, 3, sparse=True)

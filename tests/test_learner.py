@@ -472,6 +472,10 @@ def test_a_model_that_cannot_be_vmapped_adapts_before_it_has_been_trained():
     expected.model.load_state_dict(learn.model.state_dict())
     assert torch.equal(adapted(seen.query[0]), expected.adapt(seen.support, batched=True)(seen.query[0]))
     assert learn.vectorize == "loop"
+    learn = learner(vectorize="auto")
+    with pytest.raises(RuntimeError):
+        learn.adapt((seen.support[0][..., :3], seen.support[1]), batched=True)
+    assert learn.vectorize == "auto"
 
 
 def test_parameters_frozen_or_unfrozen_since_are_named():

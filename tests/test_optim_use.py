@@ -53,6 +53,20 @@ def test_a_copy_goes_on_by_itself(name, copied):
     assert torch.equal(vector(model), before)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_copy_of_one_that_a_scheduler_holds_steps_by_itself(name, copied):
+    model = network(nn.Tanh())
+    optimizer = MAKERS[name](model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    other, its = copied((model, optimizer))
+    before = vector(model)
+    for _ in range(5):  # the first of them may be taken back
+        its.step(closure(name, other))
+    assert torch.equal(vector(model), before)
+    assert not torch.equal(vector(other), before)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_parameter_frozen_since_is_named(name):
     model = network(nn.Tanh())
@@ -109,6 +123,13 @@ def test_a_loss_that_is_no_cross_entropy_of_the_last_axis_is_refused(make):
             make(model, loss).step(lambda model=model, targets=targets: (model(X), targets))
     smooth = network()
     make(smooth, nn.CrossEntropyLoss(label_smoothing=0.1)).step(lambda: (smooth(X), LABELS))
+    ends = []
+    for layers, loss in (((), F.cross_entropy), ((nn.LogSoftmax(1),), F.nll_loss)):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), *layers).double()
+        make(model, loss, expectation="exact").step(lambda model=model: (model(X), LABELS))
+        ends.append(vector(model))
+    assert relative_error(*ends) < 1e-12
     masked = network()
     without = torch.tensor([False, False, False, True])
     make(masked, F.cross_entropy).step(lambda: (masked(X).masked_fill(without, -torch.inf), LABELS.remainder(3)))

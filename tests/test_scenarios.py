@@ -1,8 +1,11 @@
 """What a careful user may do that no plain test does: shared tensors, broken tasks, other data, other orders."""
 
 from collections import UserDict
+from enum import Enum
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from metaimplicit import (
     SAMA,
     BilevelProblem,
     Composite,
+    FirstOrder,
     Forward,
     FromMeta,
     GradientDescent,
@@ -21,6 +25,7 @@ from metaimplicit import (
     Proximal,
     Stream,
     TorchOptimizer,
+    Truncated,
     Tuner,
     Unrolled,
     ValueFunction,
@@ -180,6 +185,28 @@ def test_a_direct_gradient_does_not_hide_one_that_is_missing():
         assert grads["a"].item() == pytest.approx(0.8**3 + (0.4 if outer(0.0, {"a": number(1.0)}) else 0.0), rel=1e-12)
 
 
+@pytest.mark.parametrize("method", ["cg", "sama", "f2sa", "unrolled", "forward", "t1-t2"])
+def test_what_the_inner_loss_adds_without_the_parameters_moves_nothing(method):
+    """f = (w − a)² + b²: b has no part in θ*, and its direct gradient is all, whether there is one or not."""
+    for outer, expected in ((lambda w, m: w.square() + m["b"].square(), 4.0), (lambda w, m: w.square(), 0.0)):
+        problem = scalar(lambda w, m: (w - m["a"]).square() + m["b"].square(), outer)
+        meta = {"a": number(1.0), "b": number(2.0)}
+        found = hypergradient(problem, meta, None, inner=GradientDescent(steps=50, lr=0.3), method=method)
+        assert found.grads["b"].item() == expected
+
+
+@pytest.mark.parametrize("method", [Truncated(0), FirstOrder()], ids=lambda m: m.flag)
+def test_no_step_tracked_is_first_order(method):
+    """What both losses share keeps its direct gradient; what the inner one alone reads has none to give."""
+    shared = scalar(lambda w, m: (w - m["c"]).square(), lambda w, m: (w - m["c"]).square(), lambda m, d: {"w": m["a"]})
+    meta = {"a": number(1.0), "c": number(3.0)}
+    found = hypergradient(shared, meta, None, inner=GradientDescent(steps=1, lr=0.1), method=method)
+    assert {name: g.item() for name, g in found.grads.items()} == pytest.approx({"a": -3.2, "c": 3.2})
+    alone = scalar(lambda w, m: (w - m["c"]).square(), lambda w, m: w.square(), lambda m, d: {"w": m["a"]})
+    with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['c'\]"):
+        hypergradient(alone, meta, None, inner=SHORT, method=method)
+
+
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 def test_a_step_size_of_what_does_not_move_has_a_gradient_of_zero(method):
     problem = BilevelProblem(
@@ -253,6 +280,24 @@ def test_tensors_that_would_not_be_told_apart_are_refused():
     data = UserDict(x=randn(3, 2, seed=1))
     with pytest.raises(ValueError, match="data: got UserDict, which is not told apart by task"):
         hypergradient(problem, {"a": number(1.0)}, (torch.ones(3), data), inner=SHORT, method="cg", batched=True)
+
+
+class Colour(Enum):
+    RED = 1
+
+
+def test_what_holds_no_tensors_may_lie_among_the_data():
+    problem = BilevelProblem(
+        lambda m, d: {"w": torch.zeros((), dtype=DOUBLE)},
+        lambda p, m, d: (p["w"] - m["a"] * d["x"].sum()).square(),
+        lambda p, m, d: p["w"],
+    )
+    data = {
+        "x": randn(3, 2, seed=1),
+        "more": [Path("."), Colour.RED, slice(2), range(3), np.bool_(True), nn.Linear(1, 1)],
+    }
+    run = partial(hypergradient, problem, {"a": number(1.0)}, inner=SHORT, method=Implicit(batch=None), batched=True)
+    assert run(data).grads["a"] == run({"x": data["x"]}).grads["a"]
 
 
 def test_data_may_be_none_where_a_loss_holds_its_own():

@@ -56,3 +56,32 @@ def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_eve
     assert [row["steps"] for row in result.summary()["after_steps"]] == [0, 3, 7]
     assert result.summary()["inner_steps"] == 7
     assert (model.training, model[1].training, model[2].training) == (True, False, True)
+
+
+class Merging(torch.nn.Module):
+    """Adds a part to its weight in evaluation mode, and takes it away for training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.merged = MLP(1, 1), False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            with torch.no_grad():
+                for p in self.layer.parameters():
+                    p.add_(-1.0 if mode else 1.0)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_an_evaluation_ends_as_a_module_would_have_it():
+    model = Merging()
+    before = [p.detach().clone() for p in model.parameters()]
+    learner = MetaLearner(model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
+    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
+    evaluate(learner, [sampler[0]])
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old, rtol=0, atol=1e-6)

@@ -23,6 +23,8 @@ from metaimplicit import (
     Tuner,
     hypergradient,
 )
+from metaimplicit.tuning import Real
+from metaimplicit.tuning.domains import FreeMeta
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
 H, B, T = (x[0] for x in ORACLE.data)
@@ -254,3 +256,18 @@ def test_bad_calls_are_refused():
         Interval(1, 0)
     with pytest.raises(ValueError, match="expected finite bounds; use Positive or Box"):
         Interval(0, math.inf)
+
+
+class Capped(Real):
+    """A domain of a user's own, which hands another tensor back."""
+
+    def project(self, free):
+        return free.clamp(max=0.5)
+
+
+def test_a_domain_may_project_by_a_tensor_of_its_own():
+    free = FreeMeta({"a": torch.tensor(0.2)}, {"a": Capped()})
+    with torch.no_grad():
+        free.tensors["a"].add_(3)
+    free.project()
+    assert free.values()["a"] == 0.5

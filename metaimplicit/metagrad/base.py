@@ -63,20 +63,28 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """The names of the meta-parameters that the inner problem depends on: through θ₀, and through its loss."""
+
+    start: set[str] = field(default_factory=set)
+    loss: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """θ* and the way back from it.
 
     Attributes:
         params: `{name: [tasks, *shape]}`; without a `pullback` they carry their graph to `meta`.
         report: of the inner loop.
-        reads: the names of the meta-parameters that the inner problem depends on.
+        reads: what the inner problem depends on.
         end: where the inner loop ended, for another one to go on from.
         pullback: (v, state) ↦ (dθ*/dφ)ᵀ v and the report completed by its solve.
     """
 
     params: Params
     report: Report
-    reads: set[str]
+    reads: Reads
     end: Iterate
     pullback: Callable[[Params, State], tuple[Gradients, Report]] | None = None
 
@@ -96,7 +104,7 @@ class Method(ABC):
         flag: its name on command lines.
         reach: what it differentiates with respect to: the "start" of the inner loop, what the inner "loss" reads, the
             numbers of the "loop" itself.
-        remedy: what to do about a gradient that it cannot give; empty if there is none.
+        remedy: what to do about a gradient that it cannot give.
         graph: whether θ* carries its graph to φ, and no pullback.
     """
 
@@ -112,21 +120,21 @@ class Method(ABC):
 
 def run_inner(
     problem: LiftedProblem, inner: InnerLoop, meta: Params, *, track: int, keep: bool = False, detach: bool = False
-) -> tuple[Params, Trajectory, set[str]]:
+) -> tuple[Params, Trajectory, Reads]:
     """Run the inner loop on the problem's inner loss from θ₀ = init(meta), cut off from `meta` if `detach`.
 
-    Returns θ₀ with its graph, the trajectory, and the names of the meta-parameters that θ₀ or the loss depend on.
+    Returns θ₀ with its graph, the trajectory, and what θ₀ and the loss depend on.
     """
-    initial, reads = problem.init(meta), set[str]()
+    initial = problem.init(meta)
+    reads = Reads(reached(initial.values(), meta, [], [problem.problem.init]))
 
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
         if t == 0 or isinstance(problem.data, Stream):
-            reads.update(reached([losses], meta, params.values(), [problem.problem.inner_loss]))
+            reads.loss.update(reached([losses], meta, params.values(), [problem.problem.inner_loss]))
         return losses
 
     inner.check_captured()
-    reads |= reached(initial.values(), meta, [], [problem.problem.init])
     start = {name: p.detach() for name, p in initial.items()} if detach else initial
     state = None if problem.start is None else problem.start.state
     return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
@@ -152,7 +160,7 @@ def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
         ValueError: a `Stream` and no batch, or a batch and no `Stream`.
     """
     if not isinstance(problem.data, Stream):
-        if batch is not UNSET:
+        if batch is not UNSET and batch is not None:
             raise ValueError(f"{name} batch: got one with data that is not a Stream, expected none: it sees the data")
         return problem.data
     if batch is UNSET:

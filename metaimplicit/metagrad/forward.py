@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, despite_zero_tensors
+from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Reads, Report, despite_zero_tensors
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import Iterate, LiftedProblem, OptimizerState, Stream
 from metaimplicit.solvers import State
@@ -56,7 +56,8 @@ class Forward(Method):
         inner.check_captured()
         params, reads = self._start(problem, meta)
         # what only the outer loss reads needs no tangents; a stream may read more later than at its first step
-        known = {name for name in meta if isinstance(problem.data, Stream) or name in reads or inner.reads(name)}
+        read = reads.start | reads.loss
+        known = {name for name in meta if isinstance(problem.data, Stream) or name in read or inner.reads(name)}
         phi = {name: m.detach() for name, m in meta.items() if m.requires_grad and name in known}
         fixed = {name: m.detach() for name, m in meta.items() if name not in phi}
         state: OptimizerState = {} if problem.start is None else problem.start.state
@@ -69,7 +70,7 @@ class Forward(Method):
         for t in range(inner.steps):
             if t == 0 or isinstance(problem.data, Stream):
                 seen, unused = _look(problem, params, meta, t)
-                reads |= seen
+                reads.loss.update(seen)
             step = _Step(problem, inner, fixed, unused, _split(state)[1], active, problem.at(t))
             (params, slots, norm), (z_params, z_slots, _) = self._vmap(
                 partial(_jvp, step, (params, _split(state)[0], phi)), (*z, basis)
@@ -94,10 +95,10 @@ class Forward(Method):
         return Adaptation(params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback)
 
     @staticmethod
-    def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, set[str]]:
-        """θ₀, and the meta-parameters that it or the loss depend on."""
+    def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, Reads]:
+        """θ₀, and the meta-parameters that it and the loss depend on."""
         initial = problem.init(meta)
-        reads = reached(initial.values(), meta, [], [problem.problem.init]) | _look(problem, initial, meta, 0)[0]
+        reads = Reads(reached(initial.values(), meta, [], [problem.problem.init]), _look(problem, initial, meta, 0)[0])
         return {name: p.detach().contiguous() for name, p in initial.items()}, reads
 
     def _check_size(self, params: Params, phi: Params) -> None:

@@ -17,6 +17,7 @@ from metaimplicit.metagrad.base import (
     Adaptation,
     Gradients,
     Method,
+    Reads,
     Report,
     despite_zero_tensors,
     held_data,
@@ -113,7 +114,7 @@ class Implicit(Method):
         report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
         return self.at(trajectory.end, problem, meta, report, reads)
 
-    def at(self, end: Iterate, problem: LiftedProblem, meta: Params, report: Report, reads: set[str]) -> Adaptation:
+    def at(self, end: Iterate, problem: LiftedProblem, meta: Params, report: Report, reads: Reads) -> Adaptation:
         """The way back from θ* = `end.params`, however they were found."""
         params = end.params
 

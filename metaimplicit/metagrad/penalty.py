@@ -61,7 +61,7 @@ class ValueFunction(Method):
             outward = problem.outer(at_y, meta, outer)[0] - problem.outer(at_z, meta, outer)[0]
             inward = problem.inner(at_y, meta, data) - problem.inner(at_z, meta, data)
             value = outward.mean() + self.strength * inward.mean()
-            lost = reads - reached([inward], meta, [*at_y.values(), *at_z.values()], None)  # read by init alone
+            lost = reads.start - reached([inward], meta, [*at_y.values(), *at_z.values()], None)  # read by init alone
             found = torch.autograd.grad(value, [meta[name] for name in names], allow_unused=True)
             return dict.fromkeys(meta) | dict(zip(names, found, strict=True)) | dict.fromkeys(lost), report
 

@@ -53,6 +53,10 @@ class Truncated(Method):
         if self.steps < 0:
             raise ValueError(f"Truncated steps: got {self.steps}, expected at least 0")
 
+    @property
+    def reach(self) -> frozenset[str]:  # type: ignore[override]
+        return Method.reach if self.steps else FirstOrder.reach
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         if self.steps > inner.steps:
             raise ValueError(f"Truncated steps: got {self.steps}, expected at most the inner loop's {inner.steps}")

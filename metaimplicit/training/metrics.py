@@ -104,6 +104,7 @@ def evaluate(
     try:
         parts = [learner.evaluate(to_device(batch, device), steps) for batch in batches]
     finally:
+        learner.train(modes[learner])  # as its modules may have it; then each as it was
         for module, mode in modes.items():
             module.training = mode
     if not parts:

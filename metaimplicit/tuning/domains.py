@@ -29,7 +29,7 @@ class Domain(ABC):
         """
 
     def project(self, free: Tensor) -> Tensor:
-        """Move coordinates, after a step, to the nearest that are allowed; in place."""
+        """The nearest coordinates that are allowed, after a step; in place, if it likes."""
         return free
 
     def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -192,7 +192,8 @@ class FreeMeta:
         """Bring the coordinates back to where they are allowed, after a step."""
         with torch.no_grad():
             for name, free in self.tensors.items():
-                self._domains[name].project(free)
+                if (projected := self._domains[name].project(free)) is not free:
+                    free.copy_(projected)
 
 
 def norm(gradients: Params) -> float:

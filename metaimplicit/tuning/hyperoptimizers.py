@@ -57,7 +57,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where}: got no parameter that requires grad, expected one or more")
         if not all(p.is_floating_point() for p in group["params"]):
             raise ValueError(f"{where}: got parameters that are no real floating-point numbers; use torch.view_as_real")
-        if foreign := sorted(_FOREIGN & set(group) - set(self.tower.numbers)):
+        if foreign := sorted(name for name in _FOREIGN & set(group) - set(self.tower.numbers) if group[name]):
             raise ValueError(f"{where}: got {foreign}, expected some of the tower's own {sorted(self.tower.numbers)}")
         if len(kinds := {f"{p.dtype} on {p.device}" for p in group["params"]}) > 1:
             raise ValueError(f"{where}: got parameters of {', '.join(sorted(kinds))}; give each its own group")
