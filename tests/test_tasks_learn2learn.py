@@ -259,7 +259,12 @@ def test_splits_that_share_a_class_are_found(l2l: Any) -> None:
 
     train, validation, test = part([0, 1, 2, 3]), part([4, 5, 6, 7]), part([8, 9, 10, 11])
     assert len(train.classes) == 4
-    Splits(train, validation, test)
+    assert train.class_names == ("0", "1", "2", "3")
+    digests = Splits(train, validation, test).digests
+    again = l2l.data.MetaDataset(Codes())  # another object, as in another process
+    assert whole is not again
+    whole = again
+    assert Splits(part([0, 1, 2, 3]), part([4, 5, 6, 7]), part([8, 9, 10, 11])).digests == digests
     with pytest.raises(ValueError, match=r"share 1 classes, such as 'Codes-.*/3'"):
         Splits(train, part([3, 4, 5, 6]), test)
 
