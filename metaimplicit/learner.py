@@ -137,7 +137,7 @@ class MetaLearner(nn.Module):
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         self._check(episodes)
         path = self._trajectory(episodes.support, max(counts))
-        lifted = self._lift((episodes.support, episodes.query), batched=True)
+        lifted = self._lift((episodes.support, episodes.query))
         meta = self._frozen()
         losses, accuracies = [], []
         with torch.no_grad():
@@ -252,28 +252,25 @@ class MetaLearner(nn.Module):
             chunk_size=self.chunk_size,
         )
 
-    def _lift(self, data: object, batched: bool) -> LiftedProblem:
-        how: Vectorize = "loop" if self.vectorize == "loop" else "vmap"
-        return LiftedProblem(self.problem, data, batched=batched, vectorize=how, chunk_size=self.chunk_size)
+    def _lift(self, data: object, vectorize: Vectorize | None = None) -> LiftedProblem:
+        how: Vectorize = vectorize or ("loop" if self.vectorize == "loop" else "vmap")
+        return LiftedProblem(self.problem, data, batched=True, vectorize=how, chunk_size=self.chunk_size)
 
     def _trajectory(self, support: Pair, steps: int | None) -> tuple[Params, ...]:
         """The iterates θ_0 … θ_steps, the last one repeated where the loop stopped before."""
         check_norms(self.model)
         steps = self.inner.steps if steps is None else steps
         try:
-            return self._iterates(support, steps)
+            return self._iterates(self._lift((support, support)), steps)
         except RuntimeError:
             if self.vectorize != "auto":
                 raise
-            self.vectorize = "loop"  # nothing was timed yet, and this model cannot be vmapped, it seems
-            try:
-                return self._iterates(support, steps)
-            except RuntimeError:
-                self.vectorize = "auto"
-                raise
+        path = self._iterates(self._lift((support, support), "loop"), steps)
+        self.vectorize = "loop"  # nothing was timed yet, and this model cannot be vmapped
+        return path
 
-    def _iterates(self, support: Pair, steps: int) -> tuple[Params, ...]:
-        lifted, meta = self._lift((support, support), batched=True), self._frozen()
+    def _iterates(self, lifted: LiftedProblem, steps: int) -> tuple[Params, ...]:
+        meta = self._frozen()
         with torch.enable_grad():
             path = (
                 self.inner.updated(steps=max(steps, 1))
@@ -334,7 +331,7 @@ class AdaptedModel:
         meta = self._learner._frozen()
         if not self._batched:
             return self._learner._call(self.params, meta, inputs)
-        outputs: Tensor = self._learner._lift(inputs, batched=True).apply(
+        outputs: Tensor = self._learner._lift(inputs).apply(
             lambda params, x: self._learner._call(params, meta, x), self.params
         )
         return outputs

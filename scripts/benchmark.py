@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def main(settings: Benchmark) -> list[dict[str, object]]:
     """Measure everything, each in a process of its own."""
     for name, least in {"threads": 1, "filters": 1, "tasks": 1, "repeats": 0}.items():
         if (value := getattr(settings, name)) < least:
-            raise SystemExit(f"error: --{name}: got {value}, expected at least {least}")
+            raise ValueError(f"--{name}: got {value}, expected at least {least}")
     if settings.towers:
         torch.set_num_threads(settings.threads)
         tables = [tower_benchmark.perceptron(), tower_benchmark.residual_network()]
@@ -126,4 +127,8 @@ def main(settings: Benchmark) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark, config=(tyro.conf.FlagCreatePairsOff,)))
+    try:
+        main(tyro.cli(Benchmark, config=(tyro.conf.FlagCreatePairsOff,)))
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -19,22 +19,18 @@ from metaimplicit.tuning.hyperoptimizers import SGD, Adam, Hyperoptimizer, Level
 Step = Callable[[], float]  # takes a training step; returns the seconds that its optimiser took
 
 
-def in_turn(candidates: dict[str, Step], rounds: int, steps: int = 1) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every step, `whole` and `optimizer`; each candidate takes so many a round, and two before them.
-
-    The two fill the caches with what is the candidate's own, as in a training run.
-    """
+def in_turn(candidates: dict[str, Step], rounds: int, warm: int = 3) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every step, `whole` and `optimizer`, one of each candidate a round."""
     found: dict[str, dict[str, list[float]]] = {name: {"whole": [], "optimizer": []} for name in candidates}
     gc.collect()
-    for _ in range(rounds):
+    for i in range(warm + rounds):
         for name, step in candidates.items():
-            for i in range(-2, steps):
-                began = time.perf_counter()
-                optimizer = step()
-                whole = time.perf_counter() - began
-                if i >= 0:
-                    found[name]["whole"].append(whole)
-                    found[name]["optimizer"].append(optimizer)
+            began = time.perf_counter()
+            optimizer = step()
+            whole = time.perf_counter() - began
+            if i >= warm:
+                found[name]["whole"].append(whole)
+                found[name]["optimizer"].append(optimizer)
     return found
 
 
@@ -71,7 +67,7 @@ def published(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: Any) ->
     return step
 
 
-def perceptron(rounds: int = 40) -> str:
+def perceptron(rounds: int = 600) -> str:
     """784-128-10 on batches of 256: the optimiser's part, forward and backward taken off, beside the package's."""
     from gradient_descent_the_ultimate_optimizer import gdtuo
 
@@ -103,7 +99,6 @@ def perceptron(rounds: int = 40) -> str:
             "Adam/SGD, published": published(model(), batch, gdtuo.Adam(optimizer=gdtuo.SGD(1e-5))),
         },
         rounds,
-        steps=20,
     )
     base = found["forward and backward"]["whole"]
     lines = [f"{'784-128-10, batch 256':<22} {'ms a step':>9} {'optimiser, ms':>13}"]
@@ -116,7 +111,7 @@ def perceptron(rounds: int = 40) -> str:
     return "\n".join(lines)
 
 
-def residual_network(rounds: int = 15, batch_size: int = 128) -> str:
+def residual_network(rounds: int = 25, batch_size: int = 128) -> str:
     """ResNet-20 on 32×32 images: a whole training step by towers of SGD with momentum, over that of no tower."""
     with seeded(0):
         batch = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
@@ -130,7 +125,7 @@ def residual_network(rounds: int = 15, batch_size: int = 128) -> str:
         candidates[f"height {height}"] = stepping(model, batch, Hyperoptimizer(model.parameters(), tower))
     model = resnet20(0)
     plain = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-    found = in_turn({"torch SGD": stepping(model, batch, plain), **candidates}, rounds)
+    found = in_turn({"torch SGD": stepping(model, batch, plain), **candidates}, rounds, warm=2)
     base = found["height 0"]
     lines = [f"{f'ResNet-20, batch {batch_size}':<22} {'ms a step':>9} {'optimiser, ms':>13} {'over height 0, %':>17}"]
     for name, times in found.items():

@@ -39,7 +39,7 @@ def test_memory_is_flat_for_implicit_methods_and_linear_for_unrolling(tmp_path):
 
 
 def test_towers_are_timed_in_turn():
-    """Two steps of each candidate and then those that count, a round; and every one trains."""
+    """One step of each candidate a round, and every one trains."""
     model = nn.Linear(3, 2)
     batch, before = (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), model.weight.detach().clone()
     calls = []
@@ -50,13 +50,12 @@ def test_towers_are_timed_in_turn():
 
     optimizer = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(0.1)))
     found = tower_benchmark.in_turn(
-        {"tower": tower_benchmark.stepping(model, batch, optimizer), "other": other}, rounds=3
+        {"tower": tower_benchmark.stepping(model, batch, optimizer), "other": other}, rounds=3, warm=2
     )
     assert {name: len(times["whole"]) for name, times in found.items()} == {"tower": 3, "other": 3}
     assert found["other"]["optimizer"] == [0.25] * 3
     assert all(0 < o < w for o, w in zip(found["tower"]["optimizer"], found["tower"]["whole"], strict=True))
-    assert all(not torch.equal(a, b) for a, b in pairwise([before, *calls[::3]]))
-    assert [torch.equal(a, b) for a, b in pairwise(calls)] == [True, True, False, True, True, False, True, True]
+    assert all(not torch.equal(a, b) for a, b in pairwise([before, *calls]))
 
 
 def test_towers_tables():

@@ -56,8 +56,8 @@ class SecondOrder(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles: torch's own leaves out what is not its own
-        own = {"step"}  # as a scheduler wraps it, around this optimiser
-        return {k: v for k, v in self.__dict__.items() if k not in own and not k.startswith("_optimizer_")}
+        # nor hooks, nor the `step` that a scheduler wraps around this very optimiser
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on to the same bits; `torch.load(weights_only=True)` reads it."""
