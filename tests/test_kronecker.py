@@ -214,6 +214,11 @@ class Shared(nn.Module):
         return self.layer(self.layer(x))[:, :CLASSES]
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def params_of(model):
     return {n: p.detach().expand(TASKS, *p.shape) for n, p in model.named_parameters()}
 
@@ -237,6 +242,9 @@ def test_what_it_does_not_know_is_named():
     grouped = nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(96, CLASSES)).double()
     with pytest.raises(ValueError, match="KFAC: layer '0' is grouped"):
         kfac(grouped, IMAGES, params_of(grouped))
+    doubled = nn.Sequential(Doubled(5, CLASSES)).double()
+    with pytest.raises(ValueError, match=r"KFAC: layer '0' .* or its forward is its own"):
+        kfac(doubled, X, params_of(doubled))
     rows = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Linear(5, CLASSES)).double()  # a sequence of outputs for each
     with pytest.raises(ValueError, match=r"KFAC: got outputs of shape \(\d+, \d+, 1, \d+\), expected \[tasks, m, d\]"):
         kfac(rows, X, params_of(rows))

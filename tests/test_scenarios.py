@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import Matrix, randn
+from oracles import Matrix, randn, symmetric
 from torch import nn
 
 from metaimplicit import (
@@ -35,6 +35,7 @@ from metaimplicit import (
     tuning_problem,
 )
 from metaimplicit.solvers import Neumann, Nystrom, Richardson, Status
+from metaimplicit.solvers.neumann import power_iteration
 from metaimplicit.tuning import HOAG, ExampleWeights, WeightDecay
 
 DOUBLE = torch.float64
@@ -158,6 +159,21 @@ def test_meta_changed_in_place_before_the_backward_is_an_error(method):
         params["w"].backward()
 
 
+def test_entries_that_want_no_gradient_cost_no_tangents():
+    """A start of 10,000 numbers is no hyperparameter: its tangents alone would be past the limit."""
+    a, start = number(0.5).requires_grad_(), torch.zeros(10_000, dtype=DOUBLE)
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["w"] - m["a"]).square().sum(),
+        lambda m, d: {"w": m["start"]},
+        {"a": a, "start": start},
+        None,
+        inner=GradientDescent(steps=1, lr=1.0),
+        method=Forward(memory=2**20),
+    )
+    params["w"].sum().backward()
+    assert a.grad.item() == 10_000
+
+
 def test_complex_numbers_are_refused():
     with pytest.raises(ValueError, match=r"meta\['a'\]: got torch.complex64, expected real numbers"):
         argmin(
@@ -242,6 +258,8 @@ def test_a_task_that_is_not_finite_is_not_solved():
             problem, {"a": number(1.0)}, data, inner=GradientDescent(steps=3, tol=1e-3), method=method, batched=True
         )
         assert found.grads["a"].isnan()
+        if method == "forward":
+            assert found.report.inner_steps.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("curvature", [1.0, 10.0])
@@ -252,6 +270,19 @@ def test_of_one_parameter_the_power_iteration_does_not_cancel(curvature):
         found = solver.solve(A, b)
         assert found.value.item() == pytest.approx(-6.0 / curvature, rel=1e-12)
         assert found.status.tolist() == [int(Status.CONVERGED)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_power_iteration_stays_below_the_largest_eigenvalue(steps):
+    """Whatever the length of the vector it goes on from; of cI it is c."""
+    h = symmetric([[0.1, 1.0, 2.0, 5.0], [1.0, 1.0, 1.0, 7.0]])
+    for scale in (1e-3, 1.0, 30.0):
+        v = scale * randn(2, 4, seed=1)
+        found = power_iteration(Matrix(h), v, steps)[0].squeeze(1)
+        assert (found <= torch.tensor([5.0, 7.0], dtype=DOUBLE) * (1 + 1e-12)).all()
+        assert (found > 0.1).all()
+        same, _ = power_iteration(Matrix(3 * torch.eye(4, dtype=DOUBLE).expand(2, 4, 4)), v, steps)
+        torch.testing.assert_close(same, torch.full((2, 1), 3.0, dtype=DOUBLE), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("solver", [Richardson(), Richardson(steps=3), Nystrom(rank=3, rho=0.1, refresh=100)])
@@ -349,6 +380,19 @@ def test_forward_mode_in_the_precision_of_each(dtype):
     tuner = Tuner(problem, meta, domains=domains, inner=SHORT, method="forward")
     assert tuner.step(batch, batch).applied
     assert all(m.dtype == dtype for m in tuner.meta.values())
+
+
+@pytest.mark.parametrize("method", ["forward", "unrolled", "cg"])
+def test_a_gradient_has_the_type_of_its_entry(method):
+    """Of single parameters and a double hyperparameter."""
+    problem = BilevelProblem(
+        lambda m, d: {"w": torch.zeros(2)},
+        lambda p, m, d: (p["w"] - m["a"].float()).square().sum(),
+        lambda p, m, d: p["w"].sum(),
+    )
+    found = hypergradient(problem, {"a": number(1.0)}, None, inner=GradientDescent(steps=60, lr=0.2), method=method)
+    assert found.grads["a"].dtype == DOUBLE
+    assert found.grads["a"].item() == pytest.approx(2.0, rel=1e-5)
 
 
 @pytest.mark.parametrize(("method", "other"), [("real-time", "f2sa"), ("f2sa", "real-time")])

@@ -202,13 +202,13 @@ def test_a_list_of_another_name_is_no_split(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
 def test_images_of_other_kinds_keep_what_is_on_them(tmp_path, mode):
-    """Black on nothing is black on white; greys of 16 bits are those of 8."""
+    """Black on nothing is black on white; of greys of 16 bits the upper 8 count."""
     from PIL import Image
 
     left = np.arange(8) < 4
     if mode == "I;16":
         image, expected = (
-            Image.fromarray(np.where(left, 51 * 257, 204 * 257).astype(np.uint16)[None].repeat(8, 0)),
+            Image.fromarray(np.where(left, 0x3310, 0xCC20).astype(np.uint16)[None].repeat(8, 0)),
             (51, 204),
         )
     else:

@@ -6,7 +6,7 @@ import torch
 import tasks
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.models import MLP
-from metaimplicit.training import Estimate, evaluate
+from metaimplicit.training import Estimate, evaluate, plot_adaptation
 
 
 def test_interval_is_196_standard_errors_of_the_sample_deviation():
@@ -45,7 +45,9 @@ def test_evaluation_is_the_learners_trimmed_to_the_tasks_asked_for_and_leaves_it
         evaluate(learner, [sampler[0]], steps=-1)
 
 
-def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_every_module_as_it_was():
+def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_every_module_as_it_was(
+    tmp_path, monkeypatch
+):
     torch.manual_seed(0)
     model = torch.nn.Sequential(MLP(1, 8), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     learner = MetaLearner(model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
@@ -56,6 +58,10 @@ def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_eve
     assert [row["steps"] for row in result.summary()["after_steps"]] == [0, 3, 7]
     assert result.summary()["inner_steps"] == 7
     assert (model.training, model[1].training, model[2].training) == (True, False, True)
+    figures = []
+    monkeypatch.setattr("metaimplicit.training.report._save", lambda figure, path: figures.append(figure))
+    plot_adaptation(tmp_path, result)
+    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0, 3, 7]
 
 
 class Merging(torch.nn.Module):

@@ -265,6 +265,15 @@ class Capped(Real):
         return free.clamp(max=0.5)
 
 
+def test_values_are_copies():
+    """Of what moves as it is, and of what never moves."""
+    start = {"a": torch.tensor(0.2), "b": torch.tensor(3), "c": torch.tensor(0.5)}
+    free = FreeMeta(start, {"c": Interval(0, 1)})
+    for x in free.values().values():
+        x.zero_()
+    assert {name: x.item() for name, x in free.values().items()} == pytest.approx({"a": 0.2, "b": 3, "c": 0.5})
+
+
 def test_a_domain_may_project_by_a_tensor_of_its_own():
     free = FreeMeta({"a": torch.tensor(0.2)}, {"a": Capped()})
     with torch.no_grad():
