@@ -18,7 +18,15 @@ from metaimplicit.metagrad import (
     Unrolled,
     ValueFunction,
 )
-from metaimplicit.operators import KFAC, Diagonal, Fisher, GaussNewton, Hessian, Identity, LinearOperator
+from metaimplicit.operators import (
+    KFAC,
+    Diagonal,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Identity,
+    LinearOperator,
+)
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Iterate, Proximal, Stream
 from metaimplicit.solvers import (
     CG,
@@ -35,7 +43,17 @@ from metaimplicit.solvers import (
     Solver,
     Status,
 )
-from metaimplicit.tuning import HOAG, Box, Domain, Hyperoptimizer, Interval, Positive, Simplex, Tuner, tuning_problem
+from metaimplicit.tuning import (
+    HOAG,
+    Box,
+    Domain,
+    Hyperoptimizer,
+    Interval,
+    Positive,
+    Simplex,
+    Tuner,
+    tuning_problem,
+)
 
 __all__ = [
     "CG",

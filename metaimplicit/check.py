@@ -48,7 +48,9 @@ class Check:
     def __str__(self) -> str:
         lines = [f"against finite differences  {self.error:.1e} (known to {self.noise:.1e})"]
         if self.dense_error is not None:
-            lines.append(f"against the dense solve     {self.dense_error:.1e}, cosine {self.cosine:.6f}")
+            lines.append(
+                f"against the dense solve     {self.dense_error:.1e}, cosine {self.cosine:.6f}"
+            )
         if self.residual is not None:
             lines.append(f"residual of the solve       {self.residual:.1e}")
             lines.append(f"negative curvature          {self.negative_curvature:.0%} of the tasks")
@@ -88,7 +90,9 @@ def check_hypergradient(
     if directions < 1:
         raise ValueError(f"directions: got {directions}, expected at least 1")
     if isinstance(method, Unrolled) and method.iterates:
-        raise ValueError("method: got Unrolled(iterates=True), whose outer loss has no θ_T to be compared at")
+        raise ValueError(
+            "method: got Unrolled(iterates=True), whose outer loss has no θ_T to be compared at"
+        )
     method, loop = make_method(method, options), make_inner(inner)
 
     lifted = LiftedProblem(problem, data, batched=batched)
@@ -101,9 +105,13 @@ def check_hypergradient(
     values = {name: m.detach() for name, m in meta.items()}
     theta = {name: p if batched else p.unsqueeze(0) for name, p in result.params.items()}
     if not torch.equal(*(lifted.inner(theta, values, lifted.at(0)).detach() for _ in range(2))):
-        raise ValueError("inner loss: got two values in two calls, expected one; fix the seed, or switch dropout off")
+        raise ValueError(
+            "inner loss: got two values in two calls, expected one; fix the seed, or switch dropout off"
+        )
     if not torch.equal(outer_loss(values), outer_loss(values)):
-        raise ValueError("outer loss: got two values in two calls, expected one; fix the seed, or switch dropout off")
+        raise ValueError(
+            "outer loss: got two values in two calls, expected one; fix the seed, or switch dropout off"
+        )
     entries = {name: m for name, m in values.items() if m.is_floating_point()}
     draw = torch.Generator().manual_seed(seed)
     size = torch.stack([m.norm() for m in entries.values()]).norm()
@@ -116,10 +124,13 @@ def check_hypergradient(
         d = {name: torch.randn(m.shape, generator=draw).to(m) for name, m in entries.items()}
         norm = torch.stack([part.norm() for part in d.values()]).norm()
         d = {name: part / norm for name, part in d.items()}
-        slopes.append(torch.stack([(result.grads[name] * part).sum() for name, part in d.items()]).sum())
+        slopes.append(
+            torch.stack([(result.grads[name] * part).sum() for name, part in d.items()]).sum()
+        )
         for step, found in ((h, wholes), (h / 2, halves)):
             ahead, behind = (
-                outer_loss(values | {n: m + sign * step * d[n] for n, m in entries.items()}) for sign in (1, -1)
+                outer_loss(values | {n: m + sign * step * d[n] for n, m in entries.items()})
+                for sign in (1, -1)
             )
             found.append((ahead - behind) / (2 * step))
     slope, half, whole = (torch.stack(x) for x in (slopes, halves, wholes))
@@ -127,16 +138,26 @@ def check_hypergradient(
     error, noise = _relative(slope, differences), _relative(half, differences)
     dense_error, cosine = None, None
     report = result.report
-    if isinstance(method, Implicit) and sum(p[0].numel() for p in _stacked(result.params, batched)) <= Dense().max_size:
+    if (
+        isinstance(method, Implicit)
+        and sum(p[0].numel() for p in _stacked(result.params, batched)) <= Dense().max_size
+    ):
         dense = replace(method, solver=Dense())
         exact = hypergradient(problem, meta, data, inner=loop, method=dense, batched=batched)
-        got, want = (torch.cat([r.grads[name].flatten() for name in entries]) for r in (result, exact))
-        dense_error, cosine = _relative(got, want), float(torch.nn.functional.cosine_similarity(got, want, dim=0))
+        got, want = (
+            torch.cat([r.grads[name].flatten() for name in entries]) for r in (result, exact)
+        )
+        dense_error, cosine = (
+            _relative(got, want),
+            float(torch.nn.functional.cosine_similarity(got, want, dim=0)),
+        )
     residual = None if report.residual is None else float(report.residual.max())
     stationarity = float(report.inner_gradient_norm.max())
     bent = report.share(Status.NEGATIVE_CURVATURE)
     words = _verdict(method, error, noise, dense_error, residual, stationarity, bent, tolerance)
-    return Check(slope, differences, error, noise, dense_error, cosine, residual, stationarity, bent, words)
+    return Check(
+        slope, differences, error, noise, dense_error, cosine, residual, stationarity, bent, words
+    )
 
 
 def _verdict(
@@ -157,7 +178,11 @@ def _verdict(
             "where their steps cross no kinks."
         )
     if not isinstance(method, Implicit):
-        cut = "" if "loop" in method.reach and "loss" in method.reach else ", as this method leaves out part of it"
+        cut = (
+            ""
+            if "loop" in method.reach and "loss" in method.reach
+            else ", as this method leaves out part of it"
+        )
         return f"Wrong by {error:.1e}{cut}; 'unrolled' is exact."
     if bent > 0:
         return "Wrong: the curvature is not positive definite; use curvature='gauss-newton', more damping, or MINRES."

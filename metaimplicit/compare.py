@@ -163,7 +163,9 @@ def compare(
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             warnings.simplefilter("ignore", RuntimeWarning)  # statuses are in the rows
-            indirect, report = method.at(found.end, lifted, phi, found.report, found.reads).pull(vectors, phi)
+            indirect, report = method.at(found.end, lifted, phi, found.report, found.reads).pull(
+                vectors, phi
+            )
         return straight + flat(indirect), report
 
     best, report = pull(exact, 0)
@@ -231,7 +233,9 @@ class _Exact(Dense):
 
     values: Tensor
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         matrix = self.matrix(operator)
         x, values, _ = by_eigenvalues(0.5 * (matrix + matrix.mT), b)
         object.__setattr__(self, "values", values)

@@ -11,7 +11,10 @@ from torch.autograd.graph import get_gradient_edge
 
 
 def reached(
-    outputs: Iterable[Tensor], meta: dict[str, Tensor], params: Iterable[Tensor], sources: Iterable[Any] | None
+    outputs: Iterable[Tensor],
+    meta: dict[str, Tensor],
+    params: Iterable[Tensor],
+    sources: Iterable[Any] | None,
 ) -> set[str]:
     """The names of the entries of `meta` that `outputs` depend on.
 
@@ -93,7 +96,11 @@ def _captured(source: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
         if inspect.ismethod(source):
             parts = {"__func__": source.__func__, **vars(source.__self__)}
         elif hasattr(source, "func"):
-            parts = {"func": source.func, **source.keywords, **{str(i): a for i, a in enumerate(source.args)}}
+            parts = {
+                "func": source.func,
+                **source.keywords,
+                **{str(i): a for i, a in enumerate(source.args)},
+            }
     else:
         variables = inspect.getclosurevars(source)
         parts = {**variables.nonlocals, **variables.globals}

@@ -87,11 +87,15 @@ def hypergradient(
         FloatingPointError: from a strict implicit method.
     """
     inner, method = make_inner(inner), make_method(method, options)
-    lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start)
+    lifted = LiftedProblem(
+        problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start
+    )
     with torch.enable_grad():
         phi = _meta_leaves(meta)
         adaptation = method.adapt(lifted, inner, phi)
-        losses, aux, of_theta, direct = outer_gradients(lifted, adaptation.params, phi, lifted.at(inner.steps))
+        losses, aux, of_theta, direct = outer_gradients(
+            lifted, adaptation.params, phi, lifted.at(inner.steps)
+        )
         indirect, report = adaptation.pull(of_theta, phi, state)
     total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
@@ -101,7 +105,10 @@ def hypergradient(
         outer_loss=losses.mean(),
         losses=losses,
         grads=total,
-        params={n: p.detach() if batched else p.detach().squeeze(0) for n, p in adaptation.params.items()},
+        params={
+            n: p.detach() if batched else p.detach().squeeze(0)
+            for n, p in adaptation.params.items()
+        },
         report=report,
         end=adaptation.end,
         aux=_detach(aux, batched),
@@ -117,8 +124,15 @@ def outer_gradients(
     reached([losses], phi, theta.values(), [problem.problem.outer_loss])
     names = [name for name, m in phi.items() if m.requires_grad]
     sources, outer = [*theta.values(), *(phi[name] for name in names)], losses.mean()
-    grads = torch.autograd.grad(outer, sources, allow_unused=True) if outer.requires_grad else [None] * len(sources)
-    of_theta = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(theta.items(), grads, strict=False)}
+    grads = (
+        torch.autograd.grad(outer, sources, allow_unused=True)
+        if outer.requires_grad
+        else [None] * len(sources)
+    )
+    of_theta = {
+        n: torch.zeros_like(p) if g is None else g
+        for (n, p), g in zip(theta.items(), grads, strict=False)
+    }
     return losses.detach(), aux, of_theta, dict(zip(names, grads[len(theta) :], strict=True))
 
 
@@ -149,11 +163,21 @@ def argmin(
     """
     inner, method = make_inner(inner), make_method(method, options)
     if isinstance(method, (Reptile, ValueFunction)):
-        what = "no derivative" if isinstance(method, Reptile) else "no derivative without its outer loss"
-        raise ValueError(f"argmin method: got {method.flag!r}, which is {what}; use 'unrolled' or an implicit method")
+        what = (
+            "no derivative"
+            if isinstance(method, Reptile)
+            else "no derivative without its outer loss"
+        )
+        raise ValueError(
+            f"argmin method: got {method.flag!r}, which is {what}; use 'unrolled' or an implicit method"
+        )
     problem = BilevelProblem(init, inner_loss, lambda *_: None)
-    lifted = LiftedProblem(problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size)
-    phi = {name: m.requires_grad_(meta[name].requires_grad) for name, m in _meta_leaves(meta).items()}
+    lifted = LiftedProblem(
+        problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size
+    )
+    phi = {
+        name: m.requires_grad_(meta[name].requires_grad) for name, m in _meta_leaves(meta).items()
+    }
     # a pullback differentiates leaves of its own: entries of `meta` may depend on one another
     with torch.enable_grad():
         adaptation = method.adapt(lifted, inner, meta if method.graph else phi)
@@ -176,7 +200,12 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, adaptation: Adaptation, method: Method, inner: InnerLoop, names: list[str], *meta: Tensor
+        ctx: Any,
+        adaptation: Adaptation,
+        method: Method,
+        inner: InnerLoop,
+        names: list[str],
+        *meta: Tensor,
     ) -> Any:
         ctx.adaptation, ctx.method, ctx.inner, ctx.names = adaptation, method, inner, names
         ctx.save_for_backward(*meta)
@@ -184,9 +213,14 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> Any:
-        meta, twice = ctx.saved_tensors, torch.is_grad_enabled()  # an error where one was changed in place
+        meta, twice = (
+            ctx.saved_tensors,
+            torch.is_grad_enabled(),
+        )  # an error where one was changed in place
         with torch.enable_grad():
-            v = dict(zip(ctx.adaptation.params, (vector.detach() for vector in vectors), strict=True))
+            v = dict(
+                zip(ctx.adaptation.params, (vector.detach() for vector in vectors), strict=True)
+            )
             gradients, _ = ctx.adaptation.pull(v, {})
         for name in ctx.names:
             if gradients[name] is None:
@@ -206,12 +240,16 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *_: Tensor) -> Any:
-        raise RuntimeError("argmin is differentiable once under an implicit method; for more, use method='unrolled'")
+        raise RuntimeError(
+            "argmin is differentiable once under an implicit method; for more, use method='unrolled'"
+        )
 
 
 def _meta_leaves(meta: Params) -> Params:
     if not meta or not all(isinstance(m, Tensor) for m in meta.values()):
-        raise ValueError(f"meta: got {type(meta).__name__} {list(meta)}, expected a non-empty dict of tensors")
+        raise ValueError(
+            f"meta: got {type(meta).__name__} {list(meta)}, expected a non-empty dict of tensors"
+        )
     if wrong := [name for name, m in meta.items() if m.is_complex()]:
         raise ValueError(
             f"meta[{wrong[0]!r}]: got {meta[wrong[0]].dtype}, expected real numbers; use torch.view_as_real"
@@ -219,7 +257,9 @@ def _meta_leaves(meta: Params) -> Params:
     return {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
 
 
-def _check_reachable(name: str, method: Method, inner: InnerLoop, adaptation: Adaptation, direct: bool = False) -> None:
+def _check_reachable(
+    name: str, method: Method, inner: InnerLoop, adaptation: Adaptation, direct: bool = False
+) -> None:
     """A gradient of None is zero where the method reaches all that reads the entry; else it just cannot give it.
 
     First-order is content with the `direct` gradient of what its two losses share.
@@ -230,7 +270,9 @@ def _check_reachable(name: str, method: Method, inner: InnerLoop, adaptation: Ad
         or (inner.reads(name) and "loop" not in reach)
         or (name in reads.loss and "loss" not in reach and not direct)
     ):
-        raise ValueError(f"{method.flag} cannot give the gradient of meta[{name!r}]: {method.remedy}")
+        raise ValueError(
+            f"{method.flag} cannot give the gradient of meta[{name!r}]: {method.remedy}"
+        )
 
 
 def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
@@ -240,4 +282,6 @@ def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _detach(aux: Any, batched: bool) -> Any:
-    return tree_map(lambda x: (x if batched else x.squeeze(0)).detach() if isinstance(x, Tensor) else x, aux)
+    return tree_map(
+        lambda x: (x if batched else x.squeeze(0)).detach() if isinstance(x, Tensor) else x, aux
+    )

@@ -16,7 +16,14 @@ from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
 from metaimplicit.models import check_norms
 from metaimplicit.params import Adapt, Params, select
-from metaimplicit.problem import BilevelProblem, Composite, FromMeta, LiftedProblem, Proximal, Vectorize
+from metaimplicit.problem import (
+    BilevelProblem,
+    Composite,
+    FromMeta,
+    LiftedProblem,
+    Proximal,
+    Vectorize,
+)
 
 Granularity = Literal["scalar", "per-tensor", "per-element"]
 _LEARNABLE = {"lr": "loop", "proximal": "loss"}  # what a method must reach to learn it
@@ -72,7 +79,9 @@ class MetaLearner(nn.Module):
             method = replace(method, curvature="gauss-newton")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise ValueError("model: got no parameter that requires grad, expected some; call model.requires_grad_()")
+            raise ValueError(
+                "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
+            )
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
         self.model, self.loss, self.method, self.inner = model, loss, method, make_inner(inner)
@@ -108,7 +117,9 @@ class MetaLearner(nn.Module):
         if self.vectorize == "auto":
             self.vectorize = self._faster(data)
         result = self._hypergradient(data, self.vectorize)
-        if moved := [name for name, seen in self._written().items() if buffers.get(name, seen) != seen]:
+        if moved := [
+            name for name, seen in self._written().items() if buffers.get(name, seen) != seen
+        ]:
             raise ValueError(
                 f"model: a forward pass changed buffer {moved[0]!r}, so each task would see the ones before it; switch "
                 "the module that does to evaluation mode"
@@ -132,7 +143,11 @@ class MetaLearner(nn.Module):
         Returns:
             losses, and accuracies (None for regression).
         """
-        counts = range((self.inner.steps if steps is None else steps) + 1) if not isinstance(steps, Sequence) else steps
+        counts = (
+            range((self.inner.steps if steps is None else steps) + 1)
+            if not isinstance(steps, Sequence)
+            else steps
+        )
         if not counts or min(counts) < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         self._check(episodes)
@@ -147,7 +162,9 @@ class MetaLearner(nn.Module):
                 accuracies.append(accuracy(outputs, episodes.query[1], mean=False))
         return torch.stack(losses), None if accuracies[0] is None else torch.stack(accuracies)  # type: ignore[arg-type]
 
-    def adapt(self, support: Pair, *, steps: int | None = None, batched: bool = False) -> AdaptedModel:
+    def adapt(
+        self, support: Pair, *, steps: int | None = None, batched: bool = False
+    ) -> AdaptedModel:
         """The model adapted to a support set (inputs and targets `[m, ...]`), or to one for each task if `batched`."""
         if steps is not None and steps < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
@@ -155,10 +172,15 @@ class MetaLearner(nn.Module):
             support = (support[0].unsqueeze(0), support[1].unsqueeze(0))
         check_pair("support", support)
         params = {name: p.detach() for name, p in self._trajectory(support, steps)[-1].items()}
-        return AdaptedModel(self, params if batched else {name: p.squeeze(0) for name, p in params.items()}, batched)
+        return AdaptedModel(
+            self, params if batched else {name: p.squeeze(0) for name, p in params.items()}, batched
+        )
 
     def _learn(
-        self, learn: Iterable[str] | Mapping[str, Granularity], proximal: float, trainable: Mapping[str, Tensor]
+        self,
+        learn: Iterable[str] | Mapping[str, Granularity],
+        proximal: float,
+        trainable: Mapping[str, Tensor],
     ) -> Proximal | None:
         """Make the learnt numbers parameters, point the inner loop at them, and return the penalty."""
         wanted = dict(learn) if isinstance(learn, Mapping) else dict.fromkeys(learn, "scalar")
@@ -166,7 +188,9 @@ class MetaLearner(nn.Module):
             raise ValueError(f"learn: got {unknown}, expected some of {list(_LEARNABLE)}")
         for name, need in _LEARNABLE.items():
             if name in wanted and need not in self.method.reach:
-                raise ValueError(f"learn {name!r}: {self.method.flag} cannot give its gradient: {self.method.remedy}")
+                raise ValueError(
+                    f"learn {name!r}: {self.method.flag} cannot give its gradient: {self.method.remedy}"
+                )
         if not proximal >= 0:
             raise ValueError(f"proximal: got {proximal}, expected a strength ≥ 0")
         if proximal == 0 and "start" not in self.method.reach:
@@ -188,19 +212,30 @@ class MetaLearner(nn.Module):
             }
             if granularity not in shapes:
                 raise ValueError(f"learn 'lr': got {granularity!r}, expected one of {list(shapes)}")
-            names = ["log_lr"] if granularity == "scalar" else [f"log_lr.{name}" for name in self.adapted]
+            names = (
+                ["log_lr"]
+                if granularity == "scalar"
+                else [f"log_lr.{name}" for name in self.adapted]
+            )
             like = trainable[self.adapted[0]]
             for name, shape in zip(names, shapes[granularity], strict=True):
-                self._add(name, torch.full(shape, float(value), dtype=like.dtype, device=like.device).log())
+                self._add(
+                    name,
+                    torch.full(shape, float(value), dtype=like.dtype, device=like.device).log(),
+                )
             self.inner = self.inner.updated(lr=FromMeta("log_lr", torch.exp))
         if "proximal" not in wanted:
             return Proximal(proximal) if proximal > 0 else None
         if wanted["proximal"] != "scalar":
             raise ValueError(f"learn 'proximal': got {wanted['proximal']!r}, expected 'scalar'")
         if proximal == 0:
-            raise ValueError("learn 'proximal': got proximal=0, expected a strength > 0 to start from")
+            raise ValueError(
+                "learn 'proximal': got proximal=0, expected a strength > 0 to start from"
+            )
         like = next(iter(trainable.values()))
-        self._add("log_proximal", torch.tensor(proximal, dtype=like.dtype, device=like.device).log())
+        self._add(
+            "log_proximal", torch.tensor(proximal, dtype=like.dtype, device=like.device).log()
+        )
         return Proximal(FromMeta("log_proximal", torch.exp))
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -233,10 +268,14 @@ class MetaLearner(nn.Module):
         merged = {name: m for name, m in meta.items() if name not in self._keys} | params
         outputs = torch.func.functional_call(self.model, merged, (inputs,))
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"model: got a call that returns {type(outputs).__name__}, expected one tensor; wrap it")
+            raise ValueError(
+                f"model: got a call that returns {type(outputs).__name__}, expected one tensor; wrap it"
+            )
         return outputs
 
-    def _outer(self, params: Params, meta: Params, data: tuple[Pair, Pair]) -> tuple[Tensor, Tensor]:
+    def _outer(
+        self, params: Params, meta: Params, data: tuple[Pair, Pair]
+    ) -> tuple[Tensor, Tensor]:
         outputs = self._call(params, meta, data[1][0])
         return self.loss(outputs, data[1][1]), outputs
 
@@ -254,7 +293,9 @@ class MetaLearner(nn.Module):
 
     def _lift(self, data: object, vectorize: Vectorize | None = None) -> LiftedProblem:
         how: Vectorize = vectorize or ("loop" if self.vectorize == "loop" else "vmap")
-        return LiftedProblem(self.problem, data, batched=True, vectorize=how, chunk_size=self.chunk_size)
+        return LiftedProblem(
+            self.problem, data, batched=True, vectorize=how, chunk_size=self.chunk_size
+        )
 
     def _trajectory(self, support: Pair, steps: int | None) -> tuple[Params, ...]:
         """The iterates θ_0 … θ_steps, the last one repeated where the loop stopped before."""
@@ -290,7 +331,9 @@ class MetaLearner(nn.Module):
         generator = getattr(getattr(self.method, "solver", None), "generator", None)
         state = None if generator is None else generator.get_state()
         seconds: dict[str, float] = {}
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if data[0][0].is_cuda else []):
+        with torch.random.fork_rng(
+            devices=range(torch.cuda.device_count()) if data[0][0].is_cuda else []
+        ):
             for how in ("loop", "vmap"):
                 try:
                     seconds[how] = min(self._time(data, how) for _ in range(2))
@@ -303,12 +346,17 @@ class MetaLearner(nn.Module):
 
     def _time(self, data: tuple[Pair, Pair], vectorize: Vectorize) -> float:
         start = time.perf_counter()
-        float(self._hypergradient(data, vectorize).outer_loss)  # reading a number waits for the device
+        float(
+            self._hypergradient(data, vectorize).outer_loss
+        )  # reading a number waits for the device
         return time.perf_counter() - start
 
     def _check(self, episodes: EpisodeBatch) -> None:
         check_norms(self.model)
-        for name, pair in {"episodes.support": episodes.support, "episodes.query": episodes.query}.items():
+        for name, pair in {
+            "episodes.support": episodes.support,
+            "episodes.query": episodes.query,
+        }.items():
             check_pair(name, pair)
         if not episodes.support[1].is_floating_point():
             if self._outputs is None:
@@ -343,4 +391,6 @@ class AdaptedModel:
         """The model of one task of a batch."""
         if not self._batched:
             raise TypeError("this model holds one task; adapt with batched=True for several")
-        return AdaptedModel(self._learner, {name: p[task] for name, p in self.params.items()}, batched=False)
+        return AdaptedModel(
+            self._learner, {name: p[task] for name, p in self.params.items()}, batched=False
+        )

@@ -70,12 +70,16 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 3:
-            raise ValueError(f"input_shape: got {tuple(input_shape)}, expected (channels, height, width)")
+            raise ValueError(
+                f"input_shape: got {tuple(input_shape)}, expected (channels, height, width)"
+            )
         for name, number in {"outputs": outputs, "filters": filters, "blocks": blocks}.items():
             if number < 1:
                 raise ValueError(f"{name}: got {number}, expected at least 1")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
+            )
         channels, height, width = input_shape
         layers: list[nn.Module] = []
         for _ in range(blocks):
@@ -86,7 +90,9 @@ class ConvNet(nn.Module):
             ]
             if not strided:
                 layers.append(nn.MaxPool2d(2))
-            height, width = ((height + 1) // 2, (width + 1) // 2) if strided else (height // 2, width // 2)
+            height, width = (
+                ((height + 1) // 2, (width + 1) // 2) if strided else (height // 2, width // 2)
+            )
             channels = filters
         if min(height, width) < 1:
             raise ValueError(
@@ -123,7 +129,8 @@ class MLP(nn.Sequential):
 def is_transductive(model: nn.Module) -> bool:
     """Whether predictions on a set depend on the whole set: batch-norm on the batch's own statistics."""
     return any(
-        isinstance(m, BatchNorm) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats)
+        isinstance(m, BatchNorm)
+        or (isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats)
         for m in model.modules()
     )
 
@@ -131,7 +138,11 @@ def is_transductive(model: nn.Module) -> bool:
 def check_norms(model: nn.Module) -> None:
     """ValueError for a normalisation that updates running statistics in its forward pass."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+        if (
+            isinstance(module, nn.modules.batchnorm._NormBase)
+            and module.training
+            and module.track_running_stats
+        ):
             raise ValueError(
                 f"model: {name!r} ({type(module).__name__}) tracks running statistics, which adaptation would mix "
                 "between tasks and iterates; build it with track_running_stats=False, use GroupNorm, or call "

@@ -17,14 +17,19 @@ def flatten(params: Mapping[str, Tensor], batch: int = 1) -> Tensor:
 
     `batch` leading axes are kept (2 for `[k, tasks, *shape] -> [k, tasks, n]`).
     """
-    return torch.cat([p.flatten(batch) if p.dim() > batch else p.unsqueeze(-1) for p in params.values()], dim=-1)
+    return torch.cat(
+        [p.flatten(batch) if p.dim() > batch else p.unsqueeze(-1) for p in params.values()], dim=-1
+    )
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
     """The inverse of `flatten`: `[..., tasks, n] -> {name: [..., tasks, *shape]}` with the shapes of `like`."""
     batch = vector.shape[:-1]
     parts = torch.split(vector, [p[0].numel() for p in like.values()], dim=-1)
-    return {name: part.reshape(*batch, *p.shape[1:]) for part, (name, p) in zip(parts, like.items(), strict=True)}
+    return {
+        name: part.reshape(*batch, *p.shape[1:])
+        for part, (name, p) in zip(parts, like.items(), strict=True)
+    }
 
 
 def leaves(tensors: Mapping[str, Tensor]) -> Params:
@@ -47,7 +52,13 @@ def select(names: Iterable[str], adapt: Adapt) -> list[str]:
     else:
         patterns = [adapt] if isinstance(adapt, str) else list(adapt)
         chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)] if patterns else ["[]"]
+        unmatched = (
+            [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+            if patterns
+            else ["[]"]
+        )
     if unmatched:
-        raise ValueError(f"adapt: {unmatched[0]!r} matches no parameter that requires grad; there are {names}")
+        raise ValueError(
+            f"adapt: {unmatched[0]!r} matches no parameter that requires grad; there are {names}"
+        )
     return chosen

@@ -33,9 +33,15 @@ class FromMeta:
     transform: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, meta: Params, parameter: str | None = None) -> Tensor:
-        key = f"{self.name}.{parameter}" if parameter is not None and f"{self.name}.{parameter}" in meta else self.name
+        key = (
+            f"{self.name}.{parameter}"
+            if parameter is not None and f"{self.name}.{parameter}" in meta
+            else self.name
+        )
         if key not in meta:
-            raise ValueError(f"FromMeta({self.name!r}): meta has no such entry; it has {sorted(meta)}")
+            raise ValueError(
+                f"FromMeta({self.name!r}): meta has no such entry; it has {sorted(meta)}"
+            )
         return meta[key] if self.transform is None else self.transform(meta[key])
 
     def reads(self, key: str) -> bool:
@@ -74,8 +80,13 @@ class Proximal:
 
     def __call__(self, params: Params, meta: Params) -> Tensor:
         if self.center == "meta" and (missing := sorted(set(params) - set(meta))):
-            raise ValueError(f"Proximal center: meta has no entry {missing[0]!r}, expected one for each parameter")
-        squares = [((p - meta[name]) if self.center == "meta" else p).square().sum() for name, p in params.items()]
+            raise ValueError(
+                f"Proximal center: meta has no entry {missing[0]!r}, expected one for each parameter"
+            )
+        squares = [
+            ((p - meta[name]) if self.center == "meta" else p).square().sum()
+            for name, p in params.items()
+        ]
         value: Tensor = 0.5 * resolve(self.strength, meta) * torch.stack(squares).sum()
         return value
 
@@ -163,7 +174,10 @@ class Iterate:
 
     def detach(self) -> Iterate:
         """The same without a graph."""
-        cut = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (self.params, self.state, self.carried))
+        cut = tree_map(
+            lambda x: x.detach() if isinstance(x, Tensor) else x,
+            (self.params, self.state, self.carried),
+        )
         return Iterate(*cut)
 
 
@@ -194,7 +208,9 @@ class LiftedProblem:
         self.tasks, self._alone = _count(self.at(0)) if batched else 1, not batched
         self.start = start
         if start is not None and (got := {len(p) for p in start.params.values()}) != {self.tasks}:
-            raise ValueError(f"start: got leading sizes {sorted(got)}, expected {self.tasks}, the tasks of the data")
+            raise ValueError(
+                f"start: got leading sizes {sorted(got)}, expected {self.tasks}, the tasks of the data"
+            )
 
     def vmapped(self) -> LiftedProblem:
         """The same, vmapped over its tasks even where there is one, or a loop was asked for."""
@@ -212,41 +228,68 @@ class LiftedProblem:
             return {name: p.detach() for name, p in self.start.params.items()}
         data = self.at(0)
         params: Params = self._lift(lambda _, d: self.problem.init(meta, d), {}, data)
-        if not params or not all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values()):
-            raise ValueError(f"init: got {params!r}, expected a non-empty dict of floating-point tensors")
-        return {name: p.clone() for name, p in params.items()}  # no two of them one tensor, none of them the caller's
+        if not params or not all(
+            isinstance(p, Tensor) and p.is_floating_point() for p in params.values()
+        ):
+            raise ValueError(
+                f"init: got {params!r}, expected a non-empty dict of floating-point tensors"
+            )
+        return {
+            name: p.clone() for name, p in params.items()
+        }  # no two of them one tensor, none of them the caller's
 
     def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
-        return self._scalars("inner_loss", lambda p, d: self.problem.inner_loss(p, meta, d), params, data)[0]
+        return self._scalars(
+            "inner_loss", lambda p, d: self.problem.inner_loss(p, meta, d), params, data
+        )[0]
 
     def outer(self, params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
         """g for each task, and the aux it returned (None without one)."""
-        return self._scalars("outer_loss", lambda p, d: self.problem.outer_loss(p, meta, d), params, data)
+        return self._scalars(
+            "outer_loss", lambda p, d: self.problem.outer_loss(p, meta, d), params, data
+        )
 
     def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
         out = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
         if not isinstance(out, Tensor):
-            raise ValueError(f"outputs: got {type(out).__name__}, expected one tensor; leave the others to the loss")
+            raise ValueError(
+                f"outputs: got {type(out).__name__}, expected one tensor; leave the others to the loss"
+            )
         return out
 
     def output_loss(self, composite: Composite, outputs: Tensor, meta: Params, data: Any) -> Tensor:
         return self._scalars(
-            "loss", lambda z, d: composite.of_outputs(z["outputs"], meta, d), {"outputs": outputs}, data
+            "loss",
+            lambda z, d: composite.of_outputs(z["outputs"], meta, d),
+            {"outputs": outputs},
+            data,
         )[0]
 
-    def penalty(self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params) -> Tensor:
+    def penalty(
+        self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params
+    ) -> Tensor:
         return self._scalars("penalty", lambda p, _: function(p, meta), params, None)[0]
 
-    def apply(self, function: Callable[[Params, Any], Any], params: Params, data: Any = None) -> Any:
+    def apply(
+        self, function: Callable[[Params, Any], Any], params: Params, data: Any = None
+    ) -> Any:
         """`function(params, data)` of one task, lifted over the task axis; on the problem's data unless given."""
         return self._lift(function, params, self.at(0) if data is None else data)
 
-    def _scalars(self, name: str, function: Callable[..., Any], params: Params, data: Any) -> tuple[Tensor, Any]:
+    def _scalars(
+        self, name: str, function: Callable[..., Any], params: Params, data: Any
+    ) -> tuple[Tensor, Any]:
         out = self._lift(function, params, data)
         loss, aux = out if isinstance(out, tuple) else (out, None)
         if not isinstance(loss, Tensor) or loss.shape != (self.tasks,):
-            got = f"shape {tuple(loss.shape[1:])}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"{name}: got {got} per task, expected a scalar tensor; reduce it, e.g. with .mean()")
+            got = (
+                f"shape {tuple(loss.shape[1:])}"
+                if isinstance(loss, Tensor)
+                else type(loss).__name__
+            )
+            raise ValueError(
+                f"{name}: got {got} per task, expected a scalar tensor; reduce it, e.g. with .mean()"
+            )
         return loss, aux
 
     def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
@@ -288,5 +331,10 @@ def _count(data: Any) -> int:
 def _holds_tensors(leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
         return False
-    parts = [*getattr(leaf, "__dict__", {}).values(), *(leaf.values() if isinstance(leaf, Mapping) else ())]
-    return isinstance(leaf, np.ndarray) or any(isinstance(part, (Tensor, np.ndarray)) for part in parts)
+    parts = [
+        *getattr(leaf, "__dict__", {}).values(),
+        *(leaf.values() if isinstance(leaf, Mapping) else ()),
+    ]
+    return isinstance(leaf, np.ndarray) or any(
+        isinstance(part, (Tensor, np.ndarray)) for part in parts
+    )

@@ -122,7 +122,10 @@ def main(settings: Benchmark) -> list[dict[str, object]]:
                 flush=True,
             )
     if settings.out is not None:
-        write_json(settings.out, {"settings": {k: str(v) for k, v in asdict(settings).items()}, "rows": rows})
+        write_json(
+            settings.out,
+            {"settings": {k: str(v) for k, v in asdict(settings).items()}, "rows": rows},
+        )
     return rows
 
 

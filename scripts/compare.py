@@ -67,12 +67,16 @@ def run(case: Case, settings: Settings) -> Comparison:
 def table(name: str, found: Comparison) -> str:
     """Errors of every method at every number of products, and what they cost at the largest."""
     products = sorted({row.products for row in found.rows})
-    best = {row.method: row.error for row in sorted(found.rows, key=lambda row: row.products)}  # at its last number
+    best = {
+        row.method: row.error for row in sorted(found.rows, key=lambda row: row.products)
+    }  # at its last number
     methods = sorted(best, key=lambda m: best[m])
     lines = [
         f"\n{name}: n = {found.size}, {found.tasks} task(s), {found.curvature}, eigenvalues {found.smallest:.1e} … "
         f"{found.largest:.1e}, ‖∂f/∂θ‖ = {found.inner_gradient_norm:.0e}, error without a solve {found.direct:.2g}",
-        f"{'relative error after':<20}" + "".join(f"{p:>9}" for p in products) + "   cosine  residual  seconds     MiB",
+        f"{'relative error after':<20}"
+        + "".join(f"{p:>9}" for p in products)
+        + "   cosine  residual  seconds     MiB",
     ]
     for method in methods:
         own = {row.products: row for row in found.rows if row.method == method}
@@ -83,13 +87,18 @@ def table(name: str, found: Comparison) -> str:
             f"  {last.status.lower()}"
         )
     for p in products:
-        fixed = {row.method: row.error for row in found.rows if row.products == p and row.method != "auto"}
+        fixed = {
+            row.method: row.error
+            for row in found.rows
+            if row.products == p and row.method != "auto"
+        }
         nearest = min(fixed, key=lambda m: fixed[m])
         if "auto" in methods and "cg" in fixed:
             auto = found.error("auto", p)
             lines.append(
                 f"  {p} products: auto / {nearest}, the best, {_ratio(auto, fixed[nearest])}, auto / cg "
-                f"{_ratio(auto, fixed['cg'])}" + ("; nothing is accurate" if fixed[nearest] > 0.1 else "")
+                f"{_ratio(auto, fixed['cg'])}"
+                + ("; nothing is accurate" if fixed[nearest] > 0.1 else "")
             )
     return "\n".join(lines)
 
@@ -103,7 +112,9 @@ def compare_problems(settings: Settings) -> dict[str, Comparison]:
     """Every problem asked for; errors.png has a panel each."""
     makers = problems(settings.data_root)
     if unknown := sorted(set(settings.problems) - set(makers)):
-        raise ValueError(f"--problems: got {', '.join(unknown)}, expected some of {', '.join(makers)}")
+        raise ValueError(
+            f"--problems: got {', '.join(unknown)}, expected some of {', '.join(makers)}"
+        )
     found = {}
     for name in settings.problems:
         found[name] = run(makers[name](), settings)
@@ -115,21 +126,36 @@ def compare_problems(settings: Settings) -> dict[str, Comparison]:
 
 def _lines(found: Comparison) -> Lines:
     rows = sorted(found.rows, key=lambda row: row.products)
-    return {m: [(row.products, row.error) for row in rows if row.method == m] for m in {row.method for row in rows}}
+    return {
+        m: [(row.products, row.error) for row in rows if row.method == m]
+        for m in {row.method for row in rows}
+    }
 
 
 def compare_conditioning(settings: Settings) -> dict[str, Comparison]:
     """Quadratics of 300 dimensions, eigenvalues spaced evenly in the logarithm, of condition 10 … 10⁶."""
-    found = {f"1e{i}": run(quadratic(torch.logspace(-i, 0, 300).double()), settings) for i in range(1, 7)}
+    found = {
+        f"1e{i}": run(quadratic(torch.logspace(-i, 0, 300).double()), settings) for i in range(1, 7)
+    }
     panels: dict[str, Lines] = {}
     for p in settings.products:
         panels[f"{p} products"] = {
-            m: [(float(c), r.error) for c in found for r in found[c].rows if (r.method, r.products) == (m, p)]
+            m: [
+                (float(c), r.error)
+                for c in found
+                for r in found[c].rows
+                if (r.method, r.products) == (m, p)
+            ]
             for m in SOLVERS
         }
     for name, c in found.items():
         print(table(f"condition {name}", c))
-    _plot(settings.out / "conditioning.png", panels, "condition", "relative error of the hypergradient")
+    _plot(
+        settings.out / "conditioning.png",
+        panels,
+        "condition",
+        "relative error of the hypergradient",
+    )
     return found
 
 
@@ -140,10 +166,19 @@ def compare_robustness(settings: Settings) -> list[dict[str, Any]]:
     for key in ("error", "loss"):
         for k in (5, 10, 20):
             at = [row for row in rows if row["k"] == k or row["method"].startswith("exact")]
-            curves = {m: [(r["rho"], r[key]) for r in at if r["method"] == m] for m in ("nystrom", "neumann")}
-            for m in ("cg", "auto", *(("exact ×1", "exact ×10", "exact ×100") if key == "loss" else ())):
+            curves = {
+                m: [(r["rho"], r[key]) for r in at if r["method"] == m]
+                for m in ("nystrom", "neumann")
+            }
+            for m in (
+                "cg",
+                "auto",
+                *(("exact ×1", "exact ×10", "exact ×100") if key == "loss" else ()),
+            ):
                 curves[m] = [(rho, r[key]) for r in at if r["method"] == m for rho in (0.01, 1.0)]
-            panels[f"{'hypergradient error' if key == 'error' else 'validation loss'}, k = {k}"] = curves
+            panels[f"{'hypergradient error' if key == 'error' else 'validation loss'}, k = {k}"] = (
+                curves
+            )
     _plot(settings.out / "robustness.png", panels, "ρ (Nyström), step (Neumann)", "")
     return rows
 
@@ -157,10 +192,14 @@ def _plot(path: Path, panels: dict[str, Lines], x: str, y: str) -> None:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     names = [*sorted({name for lines in panels.values() for name in lines} - {"auto"}), "auto"]
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):
-        lines = {name: [(u, v) for u, v in points if math.isfinite(v)] for name, points in lines.items()}
+        lines = {
+            name: [(u, v) for u, v in points if math.isfinite(v)] for name, points in lines.items()
+        }
         for i, name in enumerate(names):
             if points := lines.get(name):
-                style = {"linestyle": "--", "color": "k"} if name == "auto" else {"color": f"C{i % 10}"}
+                style = (
+                    {"linestyle": "--", "color": "k"} if name == "auto" else {"color": f"C{i % 10}"}
+                )
                 ax.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
         shown = [v for points in lines.values() for _, v in points] or [1.0]
         ax.set(title=title, xlabel=x, ylim=(min(*shown, max(shown) / 3) / 1.5, max(shown) * 1.5))
@@ -190,7 +229,10 @@ def main(settings: Settings) -> None:
     elif settings.robustness:
         found, name = compare_robustness(settings), "robustness"
     elif settings.conditioning:
-        found, name = {k: asdict(c) for k, c in compare_conditioning(settings).items()}, "conditioning"
+        found, name = (
+            {k: asdict(c) for k, c in compare_conditioning(settings).items()},
+            "conditioning",
+        )
     else:
         found, name = {k: asdict(c) for k, c in compare_problems(settings).items()}, "problems"
     shown = {k: str(v) for k, v in asdict(settings).items()}

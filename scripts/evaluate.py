@@ -57,13 +57,17 @@ def main(args: list[str]) -> None:
     chosen = tyro.cli(Evaluate, args=args)
     try:
         if not (chosen.run / CONFIG).exists():
-            raise FileNotFoundError(f"run: found no {CONFIG} in {chosen.run}; give a folder that scripts/train.py left")
+            raise FileNotFoundError(
+                f"run: found no {CONFIG} in {chosen.run}; give a folder that scripts/train.py left"
+            )
         for name, least in {"episodes": 2, "steps": 0}.items():
             if (value := getattr(chosen, name)) is not None and value < least:
                 raise ValueError(f"--{name}: got {value}, expected at least {least}")
         config = read_json(chosen.run / CONFIG)
         if "options" not in config or "task" not in config["options"]:
-            raise ValueError(f"run: {chosen.run} is no run of scripts/train.py; give a folder that this left")
+            raise ValueError(
+                f"run: {chosen.run} is no run of scripts/train.py; give a folder that this left"
+            )
         options = Options.load(config["options"])
         options = replace(
             options,
@@ -86,12 +90,21 @@ def main(args: list[str]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
-    indices = tqdm(range(-(-options.test_episodes // options.meta_batch)), unit="batch", disable=None)
-    result = evaluate(learner, (sampler[i] for i in indices), steps=options.test_steps, tasks=options.test_episodes)
+    indices = tqdm(
+        range(-(-options.test_episodes // options.meta_batch)), unit="batch", disable=None
+    )
+    result = evaluate(
+        learner,
+        (sampler[i] for i in indices),
+        steps=options.test_steps,
+        tasks=options.test_episodes,
+    )
     fits = None
     if family.kind == "regression" and family.input_shape == (1,):
         dense = tasks.load(**options.task_arguments() | {"queries": 200}).test
-        fits = fit_curves(learner, tasks.EpisodeSampler(dense, tasks=3, seed=seed)[0], options.test_steps)
+        fits = fit_curves(
+            learner, tasks.EpisodeSampler(dense, tasks=3, seed=seed)[0], options.test_steps
+        )
 
     about = {
         "split": chosen.split,
@@ -101,7 +114,9 @@ def main(args: list[str]) -> None:
     }
     write_json(chosen.run / "evaluation.json", result.summary() | about)
     plot_adaptation(chosen.run, result, title=f"{options.task}, {options.method}", fits=fits)
-    print(f"{chosen.run}: {chosen.split} {result.metric} of {options.test_episodes} tasks, mean and 95 % interval")
+    print(
+        f"{chosen.run}: {chosen.split} {result.metric} of {options.test_episodes} tasks, mean and 95 % interval"
+    )
     print("inner steps    query " + result.metric)
     for steps, estimate in enumerate(result.curve()):
         print(f"{steps:11d}    {estimate}")

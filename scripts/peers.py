@@ -70,14 +70,20 @@ def ours(method: Method, h: Tensor = H) -> Tensor:
     )
     meta = {"phi": torch.zeros(N, dtype=torch.float64)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # with a dead unit A is singular, and the solve of A + ρI says so
-        return hypergradient(problem, meta, V, inner=GradientDescent(steps=1, lr=0.0), method=method).grads["phi"]
+        warnings.simplefilter(
+            "ignore"
+        )  # with a dead unit A is singular, and the solve of A + ρI says so
+        return hypergradient(
+            problem, meta, V, inner=GradientDescent(steps=1, lr=0.0), method=method
+        ).grads["phi"]
 
 
 def polynomial(terms: int) -> Tensor:
     """Exactly so many terms of Neumann's series: what the others call one iteration less."""
     step = torch.eye(N, dtype=torch.float64) - SCALE * H
-    return SCALE * sum((torch.linalg.matrix_power(step, k) @ V for k in range(terms)), torch.zeros_like(V))
+    return SCALE * sum(
+        (torch.linalg.matrix_power(step, k) @ V for k in range(terms)), torch.zeros_like(V)
+    )
 
 
 def hypergrad(name: str, h: Tensor = H, **options: Any) -> Tensor:
@@ -85,7 +91,11 @@ def hypergrad(name: str, h: Tensor = H, **options: Any) -> Tensor:
     solve = getattr(import_module("hypergrad.approx_hypergrad"), name)
     zero = (torch.zeros(N, dtype=torch.float64),)
     found: Tensor = solve(
-        lambda i, o: inner(i[0], o[0], h), lambda i, o: V @ i[0] + 0 * o[0].sum(), zero, zero, **options
+        lambda i, o: inner(i[0], o[0], h),
+        lambda i, o: V @ i[0] + 0 * o[0].sum(),
+        zero,
+        zero,
+        **options,
     )[0]
     return found
 
@@ -126,7 +136,10 @@ def adam(beta: Tensor) -> Tensor:
 def higher_adam(beta: Tensor) -> Tensor:
     """Its derivative with respect to β₂ by higher alone."""
     module = import_module("higher")
-    theta, beta = torch.ones(N, dtype=torch.float64, requires_grad=True), beta.clone().requires_grad_()
+    theta, beta = (
+        torch.ones(N, dtype=torch.float64, requires_grad=True),
+        beta.clone().requires_grad_(),
+    )
     optimizer = torch.optim.Adam([theta], lr=0.1)
     steps = module.get_diff_optim(optimizer, [theta], override={"betas": [(0.9, beta)]})
     at = theta
@@ -200,7 +213,9 @@ def race(repeats: int = 9) -> dict[str, float] | None:
 
     def own() -> None:
         method = Implicit(Nystrom(rank=10, rho=1.0))
-        hypergradient(problem, {"weights": weights}, images, inner=GradientDescent(1, lr=0.0), method=method)
+        hypergradient(
+            problem, {"weights": weights}, images, inner=GradientDescent(1, lr=0.0), method=method
+        )
 
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     with warnings.catch_warnings():
@@ -221,8 +236,13 @@ def race(repeats: int = 9) -> dict[str, float] | None:
 def main() -> list[dict[str, Any]]:
     """Run every comparison whose library is installed, and print the table."""
     eye, beta = torch.eye(N, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
-    slope = (4 * (adam(beta + 5e-5) - adam(beta - 5e-5)) / 1e-4 - (adam(beta + 1e-4) - adam(beta - 1e-4)) / 2e-4) / 3
-    groups: list[tuple[str, Tensor, Tensor, dict[str, Callable[[], Tensor]]]] = [  # what, exact, ours, theirs
+    slope = (
+        4 * (adam(beta + 5e-5) - adam(beta - 5e-5)) / 1e-4
+        - (adam(beta + 1e-4) - adam(beta - 1e-4)) / 2e-4
+    ) / 3
+    groups: list[
+        tuple[str, Tensor, Tensor, dict[str, Callable[[], Tensor]]]
+    ] = [  # what, exact, ours, theirs
         (
             f"CG, {STEPS} steps, {N}×{N}",
             torch.linalg.solve(H, V),
@@ -255,7 +275,12 @@ def main() -> list[dict[str, Any]]:
             ours(Implicit(Nystrom(N, RHO)), DEAD),
             {"hypergrad": lambda: hypergrad("nystrom", DEAD, rank=N, rho=RHO)},
         ),
-        ("Adam's derivative in β₂, 5 steps", slope, our_adam(beta), {"higher": lambda: higher_adam(beta)}),
+        (
+            "Adam's derivative in β₂, 5 steps",
+            slope,
+            our_adam(beta),
+            {"higher": lambda: higher_adam(beta)},
+        ),
     ]
     rows = []
     print(f"{'relative error of':<42}{'library':<18}{'theirs':>9}{'ours':>9}")
@@ -277,5 +302,7 @@ def _row(what: str, library: str, exact: Tensor, mine: float, call: Callable[[],
     except PackageNotFoundError:
         return Row(what, library, None, mine, "not installed")
     except (RuntimeError, AttributeError, TypeError, ImportError) as problem:
-        return Row(what, library, None, mine, f"{type(problem).__name__}: {str(problem).splitlines()[0]}")
+        return Row(
+            what, library, None, mine, f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+        )
     return Row(what, library, error(got, exact) if got.isfinite().all() else None, mine)

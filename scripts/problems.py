@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metaimplicit import BilevelProblem, Composite, GradientDescent, InnerLoop, MetaLearner, Proximal
+from metaimplicit import (
+    BilevelProblem,
+    Composite,
+    GradientDescent,
+    InnerLoop,
+    MetaLearner,
+    Proximal,
+)
 from metaimplicit.metagrad import Curvature
 from metaimplicit.models import ConvNet
 from tasks import EpisodeSampler, load
@@ -56,15 +63,22 @@ def quadratic(spectrum: Tensor, damping: float = 0.0, seed: int = 0) -> Case:
 def drifting(drift: float, count: int = 50, n: int = 200) -> Iterator[Case]:
     """f = ½θᵀAθ − φᵀθ, g = bᵀθ: A of condition 1000, and A and b moved by `drift` of their norms from case to case."""
     draw = torch.Generator().manual_seed(0)
-    a, b = _symmetric(torch.logspace(-3, 0, n).double(), draw), torch.randn(n, generator=draw, dtype=torch.float64)
+    a, b = (
+        _symmetric(torch.logspace(-3, 0, n).double(), draw),
+        torch.randn(n, generator=draw, dtype=torch.float64),
+    )
     problem = BilevelProblem(
         init=lambda meta, data: {"theta": torch.zeros(n, dtype=torch.float64)},
-        inner_loss=lambda params, meta, data: (0.5 * data[0] @ params["theta"] - meta["phi"]) @ params["theta"],
+        inner_loss=lambda params, meta, data: (
+            (0.5 * data[0] @ params["theta"] - meta["phi"]) @ params["theta"]
+        ),
         outer_loss=lambda params, meta, data: data[1] @ params["theta"],
     )
     for _ in range(count):
         yield Case(problem, {"phi": torch.zeros(n, dtype=torch.float64)}, (a, b))
-        noise, shift = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((n, n), (n,)))
+        noise, shift = (
+            torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((n, n), (n,))
+        )
         noise = noise + noise.T
         a = a + drift * torch.linalg.matrix_norm(a, 2) * noise / torch.linalg.matrix_norm(noise, 2)
         b = b + drift * b.norm() * shift / shift.norm()
@@ -120,7 +134,11 @@ def digits(decay: float, curvature: Curvature = "hessian", seed: int = 0) -> Cas
         model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
     penalty = Proximal(decay, center="zero")
     optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=2000, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        model.parameters(),
+        max_iter=2000,
+        tolerance_grad=1e-9,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -145,7 +163,9 @@ def digits(decay: float, curvature: Curvature = "hessian", seed: int = 0) -> Cas
                 penalty=penalty,
                 module=model,
             ),
-            outer_loss=lambda params, meta, data: F.cross_entropy(outputs(params, meta, images[1000:]), labels[1000:]),
+            outer_loss=lambda params, meta, data: F.cross_entropy(
+                outputs(params, meta, images[1000:]), labels[1000:]
+            ),
         ),
         {"scale": torch.ones(64, dtype=torch.float64)},
         images,
@@ -156,12 +176,19 @@ def digits(decay: float, curvature: Curvature = "hessian", seed: int = 0) -> Cas
 def episodes(data_root: Path | None, curvature: Curvature, meta_steps: int = 100) -> Case:
     """Four 5-way 1-shot tasks, Omniglot's if `data_root` is given, else glyphs; a conv net of 8 channels after some
     meta-training; λ = 0.5, 8 steps of 0.3; φ: the initialisation."""
-    family = load("omniglot" if data_root else "glyphs", ways=5, shots=1, queries=5, data_root=data_root).train
+    family = load(
+        "omniglot" if data_root else "glyphs", ways=5, shots=1, queries=5, data_root=data_root
+    ).train
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ConvNet(family.input_shape, family.outputs, filters=8)
     learner = MetaLearner(
-        model, F.cross_entropy, inner=GradientDescent(steps=8, lr=0.3), method="cg", proximal=0.5, vectorize="vmap"
+        model,
+        F.cross_entropy,
+        inner=GradientDescent(steps=8, lr=0.3),
+        method="cg",
+        proximal=0.5,
+        vectorize="vmap",
     )
     optimizer = torch.optim.Adam(learner.parameters(), lr=4e-3)
     sampler = EpisodeSampler(family, tasks=8, seed=0)
@@ -171,7 +198,9 @@ def episodes(data_root: Path | None, curvature: Curvature, meta_steps: int = 100
         optimizer.zero_grad()
     learner.double()
     batch = EpisodeSampler(family, tasks=4, seed=1)[0]
-    support, query = ((inputs.double(), targets) for inputs, targets in (batch.support, batch.query))
+    support, query = (
+        (inputs.double(), targets) for inputs, targets in (batch.support, batch.query)
+    )
     return Case(
         learner.problem,
         {name: p.detach() for name, p in learner.model.named_parameters()},

@@ -31,13 +31,17 @@ def robustness(seeds: int) -> list[dict[str, Any]]:
     """Error of the first hypergradient, and validation loss after ten outer steps, at every (k, ρ) and data set."""
     grid = [(k, rho) for k in (5, 10, 20) for rho in (0.01, 0.1, 1.0)]
     exact = Implicit(Dense())
-    cells: list[tuple[str, int, float | None, Implicit]] = [(f"exact ×{s:g}", 100, None, exact) for s in (1, 10, 100)]
+    cells: list[tuple[str, int, float | None, Implicit]] = [
+        (f"exact ×{s:g}", 100, None, exact) for s in (1, 10, 100)
+    ]
     cells += [("cg", k, None, Implicit(SOLVERS["cg"](k))) for k in (5, 10, 20)]
     cells += [("auto", k, None, Implicit(SOLVERS["auto"](k))) for k in (5, 10, 20)]
     cells += [("nystrom", k, rho, Implicit(Nystrom(k, rho))) for k, rho in grid]
     cells += [("neumann", k, rho, Implicit(Neumann(k, scale=rho))) for k, rho in grid]
     rows = []
-    print(f"{'method':<12} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} {'validation loss':>20}")
+    print(
+        f"{'method':<12} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} {'validation loss':>20}"
+    )
     for method, k, rho, how in tqdm(cells, disable=None):
         first = [_first(logistic(seed), how, seed) for seed in range(1, seeds + 1)]
         step = float(method.partition("×")[2] or 1)
@@ -63,27 +67,48 @@ def drift() -> list[dict[str, Any]]:
     """
     kept: dict[str, Solver] = {
         "auto": Auto(999, dense=0),
-        "nystrom-cg": NystromCG(rank=100, max_steps=999, refresh=50, generator=torch.Generator().manual_seed(0)),
+        "nystrom-cg": NystromCG(
+            rank=100, max_steps=999, refresh=50, generator=torch.Generator().manual_seed(0)
+        ),
         "lanczos": Lanczos(999),
     }
     cold: dict[str, Solver] = {"cg": CG(999), "lanczos": Lanczos(999)}
     rows = []
-    print(f"{'drift':>6} {'definite':>9}  {'method':<11}{'/ cold cg':>10}{'/ lanczos':>10}{'all':>6}{'worst':>7}")
+    print(
+        f"{'drift':>6} {'definite':>9}  {'method':<11}{'/ cold cg':>10}{'/ lanczos':>10}{'all':>6}{'worst':>7}"
+    )
     for step in (1e-4, 1e-3, 1e-2):
         systems = list(drifting(step))
-        spent = {name: [_report(case, solver, {}).products for case in systems] for name, solver in cold.items()}
-        definite = next((i for i, case in enumerate(systems) if torch.linalg.eigvalsh(case.data[0])[0] <= 0), 50)
+        spent = {
+            name: [_report(case, solver, {}).products for case in systems]
+            for name, solver in cold.items()
+        }
+        definite = next(
+            (i for i, case in enumerate(systems) if torch.linalg.eigvalsh(case.data[0])[0] <= 0), 50
+        )
         for name, solver in kept.items():
             state: dict[str, Tensor] = {}
             products, worst = [], 0.0
             for case in systems:
                 report = _report(case, solver, state)
-                state, worst = report.state, max(worst, float(torch.as_tensor(report.residual).max()))
+                state, worst = (
+                    report.state,
+                    max(worst, float(torch.as_tensor(report.residual).max())),
+                )
                 products.append(report.products)
-            shares = {other: sum(products[:definite]) / sum(spent[other][:definite]) for other in cold}
+            shares = {
+                other: sum(products[:definite]) / sum(spent[other][:definite]) for other in cold
+            }
             whole = sum(products) / sum(spent["lanczos"])
             rows.append(
-                {"drift": step, "definite": definite, "method": name, "shares": shares, "all": whole, "worst": worst}
+                {
+                    "drift": step,
+                    "definite": definite,
+                    "method": name,
+                    "shares": shares,
+                    "all": whole,
+                    "worst": worst,
+                }
             )
             print(
                 f"{step:>6g} {definite:>9}  {name:<11}{shares['cg']:>10.2f}{shares['lanczos']:>10.2f}"
@@ -98,7 +123,9 @@ def _report(case: Case, solver: Solver, state: dict[str, Tensor]) -> Report:
     method = Implicit(solver)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # statuses of systems that have turned indefinite
-        return hypergradient(case.problem, case.meta, case.data, inner=case.inner, method=method, state=state).report
+        return hypergradient(
+            case.problem, case.meta, case.data, inner=case.inner, method=method, state=state
+        ).report
 
 
 def _first(case: Case, method: Implicit, seed: int) -> tuple[float, float, float]:
@@ -116,7 +143,9 @@ def _tune(case: Case, method: Implicit, seed: int, size: float, steps: int = 10)
     torch.manual_seed(seed)
     decay, velocity = case.meta["decay"], torch.zeros_like(case.meta["decay"])
     for _ in range(steps):
-        found = hypergradient(case.problem, {"decay": decay}, case.data, inner=case.inner, method=method)
+        found = hypergradient(
+            case.problem, {"decay": decay}, case.data, inner=case.inner, method=method
+        )
         velocity = 0.9 * velocity + size * found.grads["decay"]
         decay = (decay - velocity).clamp(min=1e-8)
     last = hypergradient(case.problem, {"decay": decay}, case.data, inner=case.inner, method=method)

@@ -19,9 +19,13 @@ from metaimplicit.tuning.hyperoptimizers import SGD, Adam, Hyperoptimizer, Level
 Step = Callable[[], float]  # takes a training step; returns the seconds that its optimiser took
 
 
-def in_turn(candidates: dict[str, Step], rounds: int, warm: int = 3) -> dict[str, dict[str, list[float]]]:
+def in_turn(
+    candidates: dict[str, Step], rounds: int, warm: int = 3
+) -> dict[str, dict[str, list[float]]]:
     """Seconds of every step, `whole` and `optimizer`, one of each candidate a round."""
-    found: dict[str, dict[str, list[float]]] = {name: {"whole": [], "optimizer": []} for name in candidates}
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"whole": [], "optimizer": []} for name in candidates
+    }
     gc.collect()
     for i in range(warm + rounds):
         for name, step in candidates.items():
@@ -34,7 +38,9 @@ def in_turn(candidates: dict[str, Step], rounds: int, warm: int = 3) -> dict[str
     return found
 
 
-def stepping(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
+def stepping(
+    model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer | None
+) -> Step:
     """The ordinary training step; without an optimiser, forward and backward alone."""
 
     def step() -> float:
@@ -93,7 +99,9 @@ def perceptron(rounds: int = 600) -> str:
             "torch Adam": torchs(torch.optim.Adam),
             "SGD": ours(SGD(0.01)),
             "SGD/SGD": ours(SGD(0.01, optimizer=SGD(1e-5))),
-            "SGD/SGD, published": published(model(), batch, gdtuo.SGD(0.01, optimizer=gdtuo.SGD(1e-5))),
+            "SGD/SGD, published": published(
+                model(), batch, gdtuo.SGD(0.01, optimizer=gdtuo.SGD(1e-5))
+            ),
             "Adam": ours(Adam()),
             "Adam/SGD": ours(Adam(optimizer=SGD(1e-5))),
             "Adam/SGD, published": published(model(), batch, gdtuo.Adam(optimizer=gdtuo.SGD(1e-5))),
@@ -104,10 +112,16 @@ def perceptron(rounds: int = 600) -> str:
     lines = [f"{'784-128-10, batch 256':<22} {'ms a step':>9} {'optimiser, ms':>13}"]
     parts = {}
     for name, times in found.items():
-        parts[name] = 1000 * statistics.median(a - b for a, b in zip(times["whole"], base, strict=True))
-        lines.append(f"{name:<22} {1000 * statistics.median(times['whole']):>9.3f} {parts[name]:>13.3f}")
+        parts[name] = 1000 * statistics.median(
+            a - b for a, b in zip(times["whole"], base, strict=True)
+        )
+        lines.append(
+            f"{name:<22} {1000 * statistics.median(times['whole']):>9.3f} {parts[name]:>13.3f}"
+        )
     for name in ("SGD/SGD", "Adam/SGD"):
-        lines.append(f"{name}: {parts[name] / parts[f'{name}, published']:.2f} of the published package's part")
+        lines.append(
+            f"{name}: {parts[name] / parts[f'{name}, published']:.2f} of the published package's part"
+        )
     return "\n".join(lines)
 
 
@@ -119,17 +133,25 @@ def residual_network(rounds: int = 25, batch_size: int = 128) -> str:
     for height in range(4):
         above = None
         for _ in range(height):
-            above = SGD(1e-12, optimizer=above)  # towers multiply products of gradients, large ones here
+            above = SGD(
+                1e-12, optimizer=above
+            )  # towers multiply products of gradients, large ones here
         model = resnet20(0)
         tower = SGD(0.01, momentum=0.9, weight_decay=1e-4, optimizer=above)
-        candidates[f"height {height}"] = stepping(model, batch, Hyperoptimizer(model.parameters(), tower))
+        candidates[f"height {height}"] = stepping(
+            model, batch, Hyperoptimizer(model.parameters(), tower)
+        )
     model = resnet20(0)
     plain = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     found = in_turn({"torch SGD": stepping(model, batch, plain), **candidates}, rounds, warm=2)
     base = found["height 0"]
-    lines = [f"{f'ResNet-20, batch {batch_size}':<22} {'ms a step':>9} {'optimiser, ms':>13} {'over height 0, %':>17}"]
+    lines = [
+        f"{f'ResNet-20, batch {batch_size}':<22} {'ms a step':>9} {'optimiser, ms':>13} {'over height 0, %':>17}"
+    ]
     for name, times in found.items():
-        over = statistics.median(a / b - 1 for a, b in zip(times["whole"], base["whole"], strict=True))
+        over = statistics.median(
+            a / b - 1 for a, b in zip(times["whole"], base["whole"], strict=True)
+        )
         whole, part = (1000 * statistics.median(times[key]) for key in ("whole", "optimizer"))
         lines.append(f"{name:<22} {whole:>9.1f} {part:>13.2f} {100 * over:>17.2f}")
     first, last = (statistics.median(found[f"height {h}"]["optimizer"]) for h in (0, 3))

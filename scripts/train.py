@@ -54,12 +54,16 @@ def parse(args: list[str]) -> Options:
     if options.resume:
         path = options.folder / CONFIG
         if not path.exists():
-            raise FileNotFoundError(f"--resume: found no {path}; name the folder of a run with --out")
+            raise FileNotFoundError(
+                f"--resume: found no {path}; name the folder of a run with --out"
+            )
         stored = Options.load(read_json(path)["options"])
         options = over(replace(stored, out=options.folder)).resolved()
         if changed := options.changed(stored):
             names = ", ".join(changed)
-            raise ValueError(f"--resume: {names} differ from the run's; leave them out, or start a new run")
+            raise ValueError(
+                f"--resume: {names} differ from the run's; leave them out, or start a new run"
+            )
     return options
 
 
@@ -104,11 +108,19 @@ def main(args: list[str]) -> None:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out: {out} cannot be made a folder ({error})") from error
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        FloatingPointError,
+        ImportError,
+    ) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
-    validation = tasks.EpisodeSampler(splits.validation, tasks=options.meta_batch, seed=options.seed)
+    validation = tasks.EpisodeSampler(
+        splits.validation, tasks=options.meta_batch, seed=options.seed
+    )
     batches = -(-options.validation_episodes // options.meta_batch)
     try:
         progress = fit(
@@ -130,13 +142,22 @@ def main(args: list[str]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command with --resume goes on from the last checkpoint\n")
+        sys.stderr.write(
+            "stopped; the same command with --resume goes on from the last checkpoint\n"
+        )
         sys.exit(130)
 
     began = time.perf_counter()
     test = tasks.EpisodeSampler(splits.test, tasks=options.meta_batch, seed=options.test_seed)
-    indices = tqdm(range(-(-options.test_episodes // options.meta_batch)), desc="test", unit="batch", disable=None)
-    result = evaluate(learner, (test[i] for i in indices), steps=options.test_steps, tasks=options.test_episodes)
+    indices = tqdm(
+        range(-(-options.test_episodes // options.meta_batch)),
+        desc="test",
+        unit="batch",
+        disable=None,
+    )
+    result = evaluate(
+        learner, (test[i] for i in indices), steps=options.test_steps, tasks=options.test_episodes
+    )
     memory = peak_memory(device)
     summary = result.summary() | {
         "episode_seed": options.test_seed,

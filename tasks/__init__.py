@@ -85,11 +85,17 @@ def load(
         options["data_root"] = data_root
     known = set(inspect.signature(family_load).parameters) - {"ways", "shots", "queries"}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"{name}: got option {', '.join(unknown)}, expected {', '.join(sorted(known)) or 'none'}")
+        raise ValueError(
+            f"{name}: got option {', '.join(unknown)}, expected {', '.join(sorted(known)) or 'none'}"
+        )
     for option, value in options.items():
         usual = inspect.signature(family_load).parameters[option].default
         kinds = {bool: bool, int: Integral, float: Real}.get(type(usual))
-        if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(usual, bool)):
-            raise ValueError(f"{name} {option}: got {value!r}, expected {type(usual).__name__}, such as {usual}")
+        if kinds is not None and (
+            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(usual, bool)
+        ):
+            raise ValueError(
+                f"{name} {option}: got {value!r}, expected {type(usual).__name__}, such as {usual}"
+            )
     splits: Splits = family_load(ways=ways, shots=shots, queries=queries, **options)
     return splits

@@ -141,13 +141,20 @@ class EpisodeSampler(Dataset[Episodes]):
         """
         ahead = Subset(self, range(self.position, self.position + count))
         own = torch.Generator().manual_seed(self.seed)  # the loader would draw from the global one
-        loader = DataLoader(ahead, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=own)
+        loader = DataLoader(
+            ahead, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=own
+        )
         for episodes in loader:
             self.position += 1
             yield episodes
 
     def state_dict(self) -> dict[str, Any]:
-        return {"family": self.family.name, "tasks": self.tasks, "seed": self.seed, "position": self.position}
+        return {
+            "family": self.family.name,
+            "tasks": self.tasks,
+            "seed": self.seed,
+            "position": self.position,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position; refuses the state of another stream (ValueError)."""

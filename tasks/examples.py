@@ -77,7 +77,9 @@ class Batches:
         ValueError: a size, seed or batch number out of range.
     """
 
-    def __init__(self, examples: Examples, size: int | None, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, examples: Examples, size: int | None, seed: int, shuffle: bool = True
+    ) -> None:
         if size is not None and not 1 <= size <= len(examples):
             raise ValueError(
                 f"size: got {size}, expected 1 … {len(examples)}, the number of examples; None is the whole set"
@@ -93,7 +95,11 @@ class Batches:
         n, size = len(self.examples), self.size
         if size is None:
             index = torch.arange(n, device=self.examples.inputs.device)
-            return {"inputs": self.examples.inputs, "targets": self.examples.targets, "index": index}
+            return {
+                "inputs": self.examples.inputs,
+                "targets": self.examples.targets,
+                "index": index,
+            }
         begin, end = i * size, (i + 1) * size
         epochs = range(begin // n, (end - 1) // n + 1)
         index = torch.cat([self._order(e)[max(begin - e * n, 0) : end - e * n] for e in epochs])
@@ -106,7 +112,9 @@ class Batches:
             order = random_stream(self.seed, epoch).permutation(n) if self.shuffle else np.arange(n)
             while len(self._orders) > 1:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = torch.from_numpy(order).to(self.examples.inputs.device, torch.int64)
+            self._orders[epoch] = torch.from_numpy(order).to(
+                self.examples.inputs.device, torch.int64
+            )
         return self._orders[epoch]
 
 
@@ -114,5 +122,7 @@ def random_stream(seed: int, *names: int | str) -> np.random.Generator:
     """A generator of (seed, names) alone; ValueError for a negative seed."""
     if seed < 0:
         raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")
-    words = [word for name in names for word in (name.encode() if isinstance(name, str) else [name])]
+    words = [
+        word for name in names for word in (name.encode() if isinstance(name, str) else [name])
+    ]
     return np.random.default_rng([seed, *words])

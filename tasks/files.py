@@ -36,7 +36,9 @@ class Files:
             found = [name for name in self._zip.namelist() if not name.endswith("/")]
         else:
             raise FileNotFoundError(f"{root}: nothing there, expected a folder or a zip of images")
-        self.paths = sorted(p for p in found if not any(part.startswith((".", "__MACOSX")) for part in p.split("/")))
+        self.paths = sorted(
+            p for p in found if not any(part.startswith((".", "__MACOSX")) for part in p.split("/"))
+        )
 
     def read(self, path: str) -> bytes:
         """The bytes of one file; ValueError names a damaged member of a zip."""
@@ -45,7 +47,9 @@ class Files:
         try:
             return self._zip.read(path)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{self.root}: {path} is damaged ({error}); copy or download the zip again") from error
+            raise ValueError(
+                f"{self.root}: {path} is damaged ({error}); copy or download the zip again"
+            ) from error
 
     def image(self, path: str, size: int, *, color: bool) -> np.ndarray:
         """One image as uint8 `[size, size]`, or `[size, size, 3]` in color: its central square, resized by Lanczos.
@@ -64,10 +68,16 @@ class Files:
                 elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                     over = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-                square = ImageOps.fit(image.convert("RGB" if color else "L"), (size, size), Image.Resampling.LANCZOS)
+                square = ImageOps.fit(
+                    image.convert("RGB" if color else "L"), (size, size), Image.Resampling.LANCZOS
+                )
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            what = "an empty file" if not data else f"{len(data)} bytes that do not decode ({error})"
-            raise ValueError(f"{self.root}: {path}: got {what}, expected an image; replace or remove it") from error
+            what = (
+                "an empty file" if not data else f"{len(data)} bytes that do not decode ({error})"
+            )
+            raise ValueError(
+                f"{self.root}: {path}: got {what}, expected an image; replace or remove it"
+            ) from error
         return np.asarray(square)
 
 
@@ -86,5 +96,9 @@ def _walk(root: Path) -> Iterator[Path]:
     """The files in every folder, through links, but not those to a folder that they lie in."""
     for folder, inside, names in os.walk(root, followlinks=True):
         here = f"{os.path.realpath(folder)}/"
-        inside[:] = [name for name in inside if not here.startswith(f"{os.path.realpath(Path(folder, name))}/")]
+        inside[:] = [
+            name
+            for name in inside
+            if not here.startswith(f"{os.path.realpath(Path(folder, name))}/")
+        ]
         yield from (path for name in names if (path := Path(folder, name)).is_file())

@@ -50,7 +50,9 @@ def load(
         ValueError: no images, an undecodable image or zip, a list that does not fit, a class in two splits.
     """
     if data_root is None:
-        raise FileNotFoundError(f"data_root: got none, but the folder family needs a folder or zip; {LAYOUT}")
+        raise FileNotFoundError(
+            f"data_root: got none, but the folder family needs a folder or zip; {LAYOUT}"
+        )
     if size < 1:
         raise ValueError(f"size: got {size}, expected at least 1 pixel a side")
     files = Files(Path(data_root))
@@ -58,7 +60,9 @@ def load(
     if not images:
         raise ValueError(f"data_root: found no images in {data_root}; {LAYOUT}")
 
-    parts = _listed(files, images, None if split_lists is None else Path(split_lists)) or _by_folder(images)
+    parts = _listed(
+        files, images, None if split_lists is None else Path(split_lists)
+    ) or _by_folder(images)
     classes = {name: paths for part in parts for name, paths in part.items()}
     split = _positions(parts) if len(parts) == 3 else shuffled_split(len(classes), seed)
     pool = ImagePool.sorted(
@@ -98,7 +102,9 @@ def _by_folder(images: list[str]) -> list[Classes]:
     if split and len({SPLITS[top.lower()] for top in known}) < 3:
         raise ValueError(f"data_root: got only the split folders {sorted(known)}; {LAYOUT}")
     if split and (beside := sorted(tops - known)):
-        raise ValueError(f"data_root: got {beside[0]!r} beside the split folders {sorted(known)}; move it; {LAYOUT}")
+        raise ValueError(
+            f"data_root: got {beside[0]!r} beside the split folders {sorted(known)}; move it; {LAYOUT}"
+        )
     parts: list[Classes] = [defaultdict(list) for _ in range(3 if split else 1)]
     for image, path in zip(images, paths, strict=True):
         if split and len(path) < 3:
@@ -115,7 +121,9 @@ def _listed(files: Files, images: list[str], split_lists: Path | None) -> list[C
     if not lists and split_lists is None:
         return None
     if missing := [name for name in wanted if name not in lists]:
-        raise ValueError(f"split lists: {source.root} has no {', '.join(missing)}; expected {', '.join(wanted)}")
+        raise ValueError(
+            f"split lists: {source.root} has no {', '.join(missing)}; expected {', '.join(wanted)}"
+        )
 
     by_name: dict[str, list[str]] = defaultdict(list)
     for image in images:
@@ -132,7 +140,9 @@ def _read_list(source: Files, path: str, by_name: dict[str, list[str]], used: se
         rows = csv.DictReader(source.read(path).decode("utf-8-sig").splitlines())
         columns = list(rows.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source.root}: {path}: got an unreadable list ({error}), expected CSV text") from error
+        raise ValueError(
+            f"{source.root}: {path}: got an unreadable list ({error}), expected CSV text"
+        ) from error
     if not {"filename", "label"} <= set(columns):
         raise ValueError(f"{source.root}: {path}: got columns {columns}, expected filename,label")
     classes: Classes = defaultdict(list)
@@ -158,6 +168,8 @@ def _decode(files: Files, paths: list[str], size: int, color: bool) -> torch.Ten
     from tqdm import tqdm
 
     images = np.empty((len(paths), size, size, 3 if color else 1), dtype=np.uint8)
-    for place, path in zip(images, tqdm(paths, desc="decoding images", leave=False, disable=None), strict=True):
+    for place, path in zip(
+        images, tqdm(paths, desc="decoding images", leave=False, disable=None), strict=True
+    ):
         place[:] = files.image(path, size, color=color).reshape(place.shape)
     return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -27,7 +27,10 @@ ROTATION, SHEAR, SCALE, SHIFT = np.radians(10), 0.1, 0.1, 1.5  # largest jitter;
 LOOK_ALIKE, SAME_LETTER = 0.41, 0.75  # see `merge_look_alikes`
 SEED = 0
 
-_PLATE, _PLATE_EM = 128, 64  # glyphs are drawn once, this large, and every image is resampled from that
+_PLATE, _PLATE_EM = (
+    128,
+    64,
+)  # glyphs are drawn once, this large, and every image is resampled from that
 
 
 def load(*, ways: int, shots: int, queries: int) -> Splits:
@@ -36,8 +39,12 @@ def load(*, ways: int, shots: int, queries: int) -> Splits:
     Images are `[1, 28, 28]`, strokes 1 on 0, and 32 a class. The first call renders them (seconds) into the cache.
     """
     arrays = cached("glyphs-1", render)
-    pool = ImagePool.sorted(torch.from_numpy(arrays["images"]), arrays["counts"], arrays["names"].tolist())
-    return few_shot_splits("glyphs", pool, shuffled_split(len(pool), SEED), ways=ways, shots=shots, queries=queries)
+    pool = ImagePool.sorted(
+        torch.from_numpy(arrays["images"]), arrays["counts"], arrays["names"].tolist()
+    )
+    return few_shot_splits(
+        "glyphs", pool, shuffled_split(len(pool), SEED), ways=ways, shots=shots, queries=queries
+    )
 
 
 def render() -> Arrays:
@@ -46,7 +53,10 @@ def render() -> Arrays:
 
     faces = font_files()
     characters = shared_characters(faces)
-    plates = [draw(face, characters) for face in tqdm(faces, desc="glyphs: drawing", leave=False, disable=None)]
+    plates = [
+        draw(face, characters)
+        for face in tqdm(faces, desc="glyphs: drawing", leave=False, disable=None)
+    ]
     inked = torch.stack([plate.amax((1, 2, 3)) > 0 for plate in plates]).all(0)
     characters = [c for c, visible in zip(characters, inked.tolist(), strict=True) if visible]
     plates = [plate[inked] for plate in plates]
@@ -94,7 +104,9 @@ def draw(face: Path, characters: Sequence[str]) -> Tensor:
     plates = np.zeros((len(characters), 1, _PLATE, _PLATE), dtype=np.uint8)
     for plate, character in zip(plates[:, 0], characters, strict=True):
         page = Image.new("L", (_PLATE, _PLATE))
-        ImageDraw.Draw(page).text((_PLATE // 2, _PLATE // 2), character, fill=255, font=font, anchor="mm")
+        ImageDraw.Draw(page).text(
+            (_PLATE // 2, _PLATE // 2), character, fill=255, font=font, anchor="mm"
+        )
         if box := page.getbbox():
             left, top = (_PLATE - (box[2] - box[0])) // 2, (_PLATE - (box[3] - box[1])) // 2
             plate[top : top + box[3] - box[1], left : left + box[2] - box[0]] = page.crop(box)
@@ -118,7 +130,12 @@ def merge_look_alikes(characters: Sequence[str], plates: Sequence[Tensor]) -> li
         Groups of character positions, each ascending, in order of their first.
     """
     folded = np.array([unicodedata.normalize("NFKC", c).casefold() for c in characters])
-    marks = np.array(["".join(filter(unicodedata.combining, unicodedata.normalize("NFD", c))) for c in characters])
+    marks = np.array(
+        [
+            "".join(filter(unicodedata.combining, unicodedata.normalize("NFD", c)))
+            for c in characters
+        ]
+    )
     limit = torch.from_numpy(np.where(folded[:, None] == folded, SAME_LETTER, LOOK_ALIKE))
     limit[torch.from_numpy(marks[:, None] != marks)] = -1
     alike = torch.stack([_distances(plate) <= limit for plate in plates]).sum(0) * 2 >= len(plates)
@@ -148,8 +165,12 @@ def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
     `frame_to_plate` `[n, 2, 3]` maps pixels from the centre of a frame to pixels from the centre of its plate.
     """
     finer = 2  # samples a side of a pixel
-    units = torch.tensor([SIZE / _PLATE, SIZE / _PLATE, 2 / _PLATE])  # grid coordinates run from -1 to 1
-    grid = F.affine_grid(frame_to_plate * units, [len(plates), 1, SIZE * finer, SIZE * finer], align_corners=False)
+    units = torch.tensor(
+        [SIZE / _PLATE, SIZE / _PLATE, 2 / _PLATE]
+    )  # grid coordinates run from -1 to 1
+    grid = F.affine_grid(
+        frame_to_plate * units, [len(plates), 1, SIZE * finer, SIZE * finer], align_corners=False
+    )
     return F.avg_pool2d(F.grid_sample(plates, grid, align_corners=False), finer)
 
 
@@ -174,7 +195,10 @@ def _jitter(count: int, rng: np.random.Generator) -> Tensor:
     most = np.array([ROTATION, SHEAR, SCALE, SHIFT, SHIFT])
     angle, shear, scale, x, y = most[:, None] * rng.uniform(-1, 1, (5, count))
     cos, sin, size = np.cos(angle), np.sin(angle), np.exp(scale)
-    rows = [[size * cos, size * (shear * cos - sin), x], [size * sin, size * (shear * sin + cos), y]]
+    rows = [
+        [size * cos, size * (shear * cos - sin), x],
+        [size * sin, size * (shear * sin + cos), y],
+    ]
     return torch.from_numpy(np.array(rows)).permute(2, 0, 1).float()
 
 

@@ -58,7 +58,14 @@ class LearnToLearn:
     kind = "classification"
 
     def __init__(
-        self, taskset: Any, *, ways: int, shots: int, queries: int, split: str, name: str = "learn2learn"
+        self,
+        taskset: Any,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        split: str,
+        name: str = "learn2learn",
     ) -> None:
         at_least_one(ways=ways, shots=shots, queries=queries)
         if split not in SPLITS:
@@ -71,9 +78,17 @@ class LearnToLearn:
                 f"taskset: got {type(taskset).__name__} without {missing[0]}, expected a learn2learn Taskset "
                 "(TaskDataset) or the tasksets of get_tasksets; wrap a plain dataset in learn2learn.data.Taskset first"
             )
-        self.name, self.ways, self.shots, self.queries, self.outputs = f"{name}/{split}", ways, shots, queries, ways
+        self.name, self.ways, self.shots, self.queries, self.outputs = (
+            f"{name}/{split}",
+            ways,
+            shots,
+            queries,
+            ways,
+        )
         self._taskset, self._transforms = taskset, _confined(taskset)
-        self._source = next(filter(_is_labelled, (getattr(t, "dataset", None) for t in self._transforms)), None)
+        self._source = next(
+            filter(_is_labelled, (getattr(t, "dataset", None) for t in self._transforms)), None
+        )
         probe, _ = self.sample(1, np.random.default_rng(0)).support
         self.input_shape = tuple(probe.shape[2:])
 
@@ -87,7 +102,9 @@ class LearnToLearn:
             kept = getattr(transform, "filter_labels", getattr(transform, "labels", known))
             known = [label for label in known if label in set(kept)]
         root = self._source
-        while _is_labelled(root) and hasattr(root, "dataset"):  # under MetaDataset and FilteredMetaDataset
+        while _is_labelled(root) and hasattr(
+            root, "dataset"
+        ):  # under MetaDataset and FilteredMetaDataset
             root = root.dataset
         return tuple(f"{type(root).__name__}-{id(root):x}/{label}" for label in known)
 
@@ -102,7 +119,9 @@ class LearnToLearn:
         inputs = torch.stack([x for x, _ in drawn])  # [tasks, ways, shots + queries, ...]
         classes = [c for _, c in drawn if c is not None]
         labels = {"classes": torch.stack(classes)} if len(classes) == tasks else {}
-        return Episodes(self._pair(inputs[:, :, : self.shots]), self._pair(inputs[:, :, self.shots :]), labels)
+        return Episodes(
+            self._pair(inputs[:, :, : self.shots]), self._pair(inputs[:, :, self.shots :]), labels
+        )
 
     def _pair(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs `[tasks, ways, each, ...]` flattened to `[tasks, ways·each, ...]`, and their targets."""
@@ -129,7 +148,9 @@ class LearnToLearn:
             order = rng.permutation(self.ways)  # sorted classes would let a model learn their order
         each = self.shots + self.queries
         rows = np.stack([rng.permutation(np.flatnonzero(ways == way))[:each] for way in order])
-        return inputs[torch.from_numpy(rows).to(inputs.device)], self._classes_of(ways, description, rows[:, 0])
+        return inputs[torch.from_numpy(rows).to(inputs.device)], self._classes_of(
+            ways, description, rows[:, 0]
+        )
 
     def _describe(self) -> Any:
         """A new task description, as `Taskset.sample_task_description` makes it."""
@@ -167,7 +188,9 @@ class LearnToLearn:
             return None
         known = list(self._source.labels)
         numbered = all(isinstance(label, (int, np.integer)) for label in known)
-        return torch.tensor([int(labels[row]) if numbered else known.index(labels[row]) for row in firsts])
+        return torch.tensor(
+            [int(labels[row]) if numbered else known.index(labels[row]) for row in firsts]
+        )
 
 
 def load(
@@ -196,7 +219,9 @@ def load(
         raise ValueError(f"taskset: got {taskset!r}, expected one of {', '.join(known)}")
     root = Path(data_root).expanduser() if data_root is not None else cache_dir() / "learn2learn"
     root.mkdir(parents=True, exist_ok=True)
-    with _seeded(0):  # Omniglot's classes are divided by a global shuffle: a resumed run must meet the same division
+    with _seeded(
+        0
+    ):  # Omniglot's classes are divided by a global shuffle: a resumed run must meet the same division
         tasksets = benchmarks.get_tasksets(
             taskset,
             train_ways=ways,
@@ -206,7 +231,14 @@ def load(
             root=str(root),
         )
     train, validation, test = (
-        LearnToLearn(tasksets, ways=ways, shots=shots, queries=queries, split=split, name=f"learn2learn-{taskset}")
+        LearnToLearn(
+            tasksets,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            split=split,
+            name=f"learn2learn-{taskset}",
+        )
         for split in SPLITS
     )
     return Splits(train, validation, test)
@@ -256,6 +288,10 @@ def _confined(taskset: Any) -> list[Callable[[Any], Any]]:
         kept = [label for label in first.filter_labels if label in own]
         if len(kept) < len(first.filter_labels):
             transforms[0] = type(first)(
-                first.dataset, n=first.n, k=first.k, replacement=first.replacement, filter_labels=kept
+                first.dataset,
+                n=first.n,
+                k=first.k,
+                replacement=first.replacement,
+                filter_labels=kept,
             )
     return transforms

@@ -58,7 +58,9 @@ def load(
         names += [f"{names[c]}/rot{90 * turns:03d}" for turns in (1, 2, 3) for c in train]
         train = np.append(train, np.arange(len(validation) + len(train) + len(test), len(names)))
     pool = ImagePool.sorted(images, np.full(len(names), DRAWINGS), names)
-    return few_shot_splits("omniglot", pool, (train, validation, test), ways=ways, shots=shots, queries=queries)
+    return few_shot_splits(
+        "omniglot", pool, (train, validation, test), ways=ways, shots=shots, queries=queries
+    )
 
 
 def standard_split() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,6 +127,7 @@ def _read(found: dict[str, Path]) -> Arrays:
             )
         names += [f"{part}/{character}" for character in characters]
         images += [
-            255 - files.image(path, SIZE, color=False) for path in tqdm(drawings, desc=part, leave=False, disable=None)
+            255 - files.image(path, SIZE, color=False)
+            for path in tqdm(drawings, desc=part, leave=False, disable=None)
         ]
     return {"images": np.stack(images)[:, None], "names": np.array(names)}

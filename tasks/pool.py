@@ -31,7 +31,9 @@ class ImagePool:
     ids: np.ndarray
 
     @classmethod
-    def sorted(cls, images: Tensor, counts: Sequence[int] | np.ndarray, names: Iterable[str]) -> ImagePool:
+    def sorted(
+        cls, images: Tensor, counts: Sequence[int] | np.ndarray, names: Iterable[str]
+    ) -> ImagePool:
         """A whole pool: `counts[0]` images of class 0, then `counts[1]` of class 1, and so on.
 
         Raises ValueError where counts, names and images do not fit together.
@@ -55,7 +57,9 @@ class ImagePool:
     def subset(self, classes: Sequence[int] | np.ndarray) -> ImagePool:
         """The pool of these classes (positions in this pool), without copying an image."""
         names = tuple(self.names[c] for c in classes)
-        return ImagePool(self.images, self.starts[classes], self.counts[classes], names, self.ids[classes])
+        return ImagePool(
+            self.images, self.starts[classes], self.counts[classes], names, self.ids[classes]
+        )
 
     def of(self, position: int) -> Tensor:
         """The images of one class, `[count, channels, height, width]`."""
@@ -104,9 +108,14 @@ class FewShot:
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
         """Draw `tasks` tasks, with `rng` alone."""
         each = self.shots + self.queries
-        ways = np.stack([rng.choice(len(self.pool), self.ways, replace=False) for _ in range(tasks)])
+        ways = np.stack(
+            [rng.choice(len(self.pool), self.ways, replace=False) for _ in range(tasks)]
+        )
         # one draw without replacement, then cut in two, so that support and query share no image
-        rows = [self.pool.starts[c] + rng.choice(self.pool.counts[c], each, replace=False) for c in ways.ravel()]
+        rows = [
+            self.pool.starts[c] + rng.choice(self.pool.counts[c], each, replace=False)
+            for c in ways.ravel()
+        ]
         images = torch.from_numpy(np.stack(rows).reshape(tasks, self.ways, each))
         support = self._pair(images[:, :, : self.shots])
         query = self._pair(images[:, :, self.shots :])
@@ -126,7 +135,9 @@ def at_least_one(**numbers: int) -> None:
             raise ValueError(f"{argument}: got {number}, expected at least 1")
 
 
-def shuffled_split(classes: int, seed: int, shares: tuple[float, float] = (0.64, 0.16)) -> list[np.ndarray]:
+def shuffled_split(
+    classes: int, seed: int, shares: tuple[float, float] = (0.64, 0.16)
+) -> list[np.ndarray]:
     """Class positions of train, validation and test (the rest), from a seeded shuffle."""
     cuts = np.round(np.cumsum(shares) * classes).astype(int)
     return np.split(np.random.default_rng(seed).permutation(classes), cuts)
@@ -137,7 +148,9 @@ def few_shot_splits(
 ) -> Splits:
     """Few-shot families on the train, validation and test classes of `pool`."""
     train, validation, test = (
-        FewShot(pool.subset(classes), ways=ways, shots=shots, queries=queries, name=f"{name}/{part}")
+        FewShot(
+            pool.subset(classes), ways=ways, shots=shots, queries=queries, name=f"{name}/{part}"
+        )
         for part, classes in zip(("train", "validation", "test"), split, strict=True)
     )
     return Splits(train, validation, test)

@@ -47,6 +47,7 @@ class Sinusoid:
 def load(*, ways: int = 1, shots: int, queries: int) -> Splits:
     """The three splits; `ways` is there for the common signature and has no meaning in regression."""
     train, validation, test = (
-        Sinusoid(shots=shots, queries=queries, split=split) for split in ("train", "validation", "test")
+        Sinusoid(shots=shots, queries=queries, split=split)
+        for split in ("train", "validation", "test")
     )
     return Splits(train, validation, test)

@@ -30,9 +30,13 @@ def long_tailed_counts(largest: int, classes: int, imbalance: float) -> list[int
         name, got = ("largest", largest) if largest < 1 else ("classes", classes)
         raise ValueError(f"{name}: got {got}, expected at least 1")
     if not 1 <= imbalance < math.inf:
-        raise ValueError(f"imbalance: got {imbalance}, expected a finite n_0 / n_last ≥ 1; 1 is balanced")
+        raise ValueError(
+            f"imbalance: got {imbalance}, expected a finite n_0 / n_last ≥ 1; 1 is balanced"
+        )
     tail = [imbalance ** (-c / max(classes - 1, 1)) for c in range(classes)]
-    counts = [math.floor(largest * share * (1 + 1e-12)) for share in tail]  # 1e-12: 49.999999999999996 is 50
+    counts = [
+        math.floor(largest * share * (1 + 1e-12)) for share in tail
+    ]  # 1e-12: 49.999999999999996 is 50
     if 0 in counts:
         raise ValueError(
             f"imbalance: got {imbalance} for largest {largest}, which leaves class {counts.index(0)} empty; "
@@ -41,7 +45,9 @@ def long_tailed_counts(largest: int, classes: int, imbalance: float) -> list[int
     return counts
 
 
-def long_tailed(examples: Examples, imbalance: float, seed: int, largest: int | None = None) -> Examples:
+def long_tailed(
+    examples: Examples, imbalance: float, seed: int, largest: int | None = None
+) -> Examples:
     """`long_tailed_counts` of each class, drawn at random, in the order of `examples`.
 
     One seed's draws are nested: a stronger imbalance, or a smaller `largest`, takes a subset.
@@ -53,7 +59,9 @@ def long_tailed(examples: Examples, imbalance: float, seed: int, largest: int | 
         ValueError: a class without examples, too few in one, or what `long_tailed_counts` refuses.
     """
     present = _present(examples)
-    counts = long_tailed_counts(min(present) if largest is None else largest, len(present), imbalance)
+    counts = long_tailed_counts(
+        min(present) if largest is None else largest, len(present), imbalance
+    )
     return examples.take(_draw(examples, counts, random_stream(seed, "long_tailed"), "largest"))
 
 
@@ -68,7 +76,9 @@ def per_class(examples: Examples, count: int, seed: int) -> tuple[Examples, Exam
     present = _present(examples)
     drawn = _draw(examples, [count] * len(present), random_stream(seed, "per_class"), "count")
     if len(drawn) == len(examples):
-        raise ValueError(f"count: got {count} of each class, which leaves no others; expected fewer")
+        raise ValueError(
+            f"count: got {count} of each class, which leaves no others; expected fewer"
+        )
     others = torch.ones(len(examples), dtype=torch.bool)
     others[drawn] = False
     return examples.take(drawn), examples.take(others)
@@ -92,7 +102,9 @@ def corrupt_labels(examples: Examples, share: float, seed: int) -> tuple[Example
         raise ValueError(f"share: got {share}, expected a number in [0, 1]")
     n, classes = len(examples), len(_present(examples))
     if classes < 2:
-        raise ValueError("targets: got 1 class, expected at least 2; a wrong label needs another class")
+        raise ValueError(
+            "targets: got 1 class, expected at least 2; a wrong label needs another class"
+        )
     random = random_stream(seed, "corrupt_labels")
     chosen = torch.from_numpy(random.permutation(n)[: round(share * n)])
     shift = torch.from_numpy(random.integers(1, classes, n)).to(examples.targets.device)
@@ -117,7 +129,11 @@ def check_disjoint(train: Examples, validation: Examples) -> None:
     seen: dict[bytes, int] = {}
     for row, digest in enumerate(_digests(train.inputs)):
         seen.setdefault(digest, row)
-    shared = [(seen[digest], row) for row, digest in enumerate(_digests(validation.inputs)) if digest in seen]
+    shared = [
+        (seen[digest], row)
+        for row, digest in enumerate(_digests(validation.inputs))
+        if digest in seen
+    ]
     if shared:
         raise ValueError(
             f"validation: {len(shared)} of {len(validation)} inputs are in train too, the first being train "
@@ -137,7 +153,9 @@ def _present(examples: Examples) -> list[int]:
     return counts
 
 
-def _draw(examples: Examples, counts: Sequence[int], random: np.random.Generator, name: str) -> Tensor:
+def _draw(
+    examples: Examples, counts: Sequence[int], random: np.random.Generator, name: str
+) -> Tensor:
     """Positions, ascending, of the first `counts[c]` of each class c in a random order."""
     order = torch.from_numpy(random.permutation(len(examples)))
     targets = examples.targets.cpu()[order]

@@ -17,7 +17,18 @@ from tasks.examples import Examples
 from tasks.files import Files, digest
 from tasks.folder import SUFFIXES
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 CIFAR10_PER_CLASS = {"train": 5000, "test": 1000}
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -25,7 +36,9 @@ CIFAR10_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": 
 CIFAR10_RECORD = 1 + 3 * 32 * 32  # a label, then the red, the green and the blue plane
 
 MNIST_CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+MNIST_FILES = [
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]
 
 
 def cifar10(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
@@ -86,13 +99,20 @@ def standardise(examples: Examples, like: Examples | None = None) -> Examples:
     like = examples if like is None else like
     for name, part in (("examples", examples), ("like", like)):
         shape = tuple(part.inputs.shape)
-        if part.inputs.dtype != torch.uint8 or len(shape) < 2 or shape[1] != examples.inputs.shape[1]:
+        if (
+            part.inputs.dtype != torch.uint8
+            or len(shape) < 2
+            or shape[1] != examples.inputs.shape[1]
+        ):
             raise ValueError(
                 f"{name}: got {part.inputs.dtype} of shape {shape}, expected torch.uint8 [n, channels, *size], "
                 "both sets of as many channels; give what the loaders return"
             )
     channels = like.inputs.transpose(0, 1).flatten(1)
-    frequency = torch.stack([channel.bincount(minlength=256) for channel in channels]).double() / channels.shape[1]
+    frequency = (
+        torch.stack([channel.bincount(minlength=256) for channel in channels]).double()
+        / channels.shape[1]
+    )
     values = torch.arange(256, device=frequency.device, dtype=torch.float64) / 255
     mean = frequency @ values
     std = (frequency * (values - mean[:, None]) ** 2).sum(1).sqrt()
@@ -116,7 +136,10 @@ def _find_cifar10(root: Path) -> Path | tuple[Path, Path]:
         if (archive := folder / CIFAR10_URL.rsplit("/", 1)[-1]).is_file():
             return archive
     for folder in folders:
-        parts = [[p for p in (folder / f"{part}.zip", folder / part) if p.exists()] for part in CIFAR10_PER_CLASS]
+        parts = [
+            [p for p in (folder / f"{part}.zip", folder / part) if p.exists()]
+            for part in CIFAR10_PER_CLASS
+        ]
         if all(parts):
             return parts[0][0], parts[1][0]
     raise FileNotFoundError(
@@ -130,7 +153,9 @@ def _download_cifar10() -> Path:
     def fetch() -> None:
         from torchvision.datasets.utils import download_url
 
-        download_url(CIFAR10_URL, str(cache_dir()), md5=CIFAR10_MD5)  # leaves alone what is there and whole
+        download_url(
+            CIFAR10_URL, str(cache_dir()), md5=CIFAR10_MD5
+        )  # leaves alone what is there and whole
 
     _fetch("cifar10", fetch, f"put {CIFAR10_URL} into a folder")
     return cache_dir() / CIFAR10_URL.rsplit("/", 1)[-1]
@@ -140,7 +165,9 @@ def _from_binary(source: Path) -> tuple[Examples, Examples]:
     """Both sets from a folder or the archive of the binary version, in the order of its files."""
     files = _read_archive(source) if source.is_file() else _read_folder(source)
     train, test = (
-        _from_records(source, {name: files.get(name, b"") for name in names}, CIFAR10_PER_CLASS[part])
+        _from_records(
+            source, {name: files.get(name, b"") for name in names}, CIFAR10_PER_CLASS[part]
+        )
         for part, names in CIFAR10_FILES.items()
     )
     return train, test
@@ -174,8 +201,12 @@ def _from_records(source: Path, files: dict[str, bytes], each: int) -> Examples:
                 f"{source}: {name}: got {len(data) or 'no'} bytes, expected records of {CIFAR10_RECORD}; "
                 f"download {CIFAR10_URL} again"
             )
-    records = np.concatenate([np.frombuffer(data, np.uint8) for data in files.values()]).reshape(-1, CIFAR10_RECORD)
-    labels = [CIFAR10_CLASSES[c] if c < len(CIFAR10_CLASSES) else f"class {c}" for c in records[:, 0]]
+    records = np.concatenate([np.frombuffer(data, np.uint8) for data in files.values()]).reshape(
+        -1, CIFAR10_RECORD
+    )
+    labels = [
+        CIFAR10_CLASSES[c] if c < len(CIFAR10_CLASSES) else f"class {c}" for c in records[:, 0]
+    ]
     _check_classes(source, labels, each)
     inputs = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)
     return Examples(torch.from_numpy(inputs), torch.from_numpy(records[:, 0].astype(np.int64)))
@@ -184,7 +215,9 @@ def _from_records(source: Path, files: dict[str, bytes], each: int) -> Examples:
 def _from_images(*roots: Path) -> list[Examples]:
     """The sets from folders or zips of class/image files, in the order of their paths: class by class."""
     sources = []
-    for root, each in zip(roots, CIFAR10_PER_CLASS.values(), strict=True):  # both, before either is decoded
+    for root, each in zip(
+        roots, CIFAR10_PER_CLASS.values(), strict=True
+    ):  # both, before either is decoded
         files = Files(root)
         paths = [path for path in files.paths if path.lower().endswith(SUFFIXES)]
         labels = [PurePosixPath(path).parent.name for path in paths]
@@ -215,7 +248,9 @@ def _decode(files: Files, paths: list[str]) -> Arrays:
     from tqdm import tqdm
 
     images = np.empty((len(paths), 32, 32, 3), np.uint8)
-    for place, path in zip(images, tqdm(paths, desc="decoding images", leave=False, disable=None), strict=True):
+    for place, path in zip(
+        images, tqdm(paths, desc="decoding images", leave=False, disable=None), strict=True
+    ):
         place[:] = files.image(path, 32, color=True)
     return {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
 

@@ -92,11 +92,16 @@ def quadratic(spectra: Sequence[Sequence[float]], d: int = 3, seed: int = 0) -> 
     """f = ½θᵀHθ − θᵀBφ, g = ½‖θ − t‖² + ½‖φ‖²:  θ* = H⁻¹Bφ,  dg/dφ = φ + BᵀH⁻¹(θ* − t)."""
     h = symmetric(spectra, seed)
     tasks, n = h.shape[:2]
-    b, t, phi = randn(tasks, n, d, seed=seed + 1), randn(tasks, n, seed=seed + 2), randn(d, seed=seed + 3)
+    b, t, phi = (
+        randn(tasks, n, d, seed=seed + 1),
+        randn(tasks, n, seed=seed + 2),
+        randn(d, seed=seed + 3),
+    )
     problem = BilevelProblem(
         init=lambda meta, data: {"theta": torch.zeros(n, dtype=torch.float64)},
         inner_loss=lambda params, meta, data: (
-            0.5 * params["theta"] @ data[0] @ params["theta"] - params["theta"] @ data[1] @ meta["phi"]
+            0.5 * params["theta"] @ data[0] @ params["theta"]
+            - params["theta"] @ data[1] @ meta["phi"]
         ),
         outer_loss=lambda params, meta, data: (
             0.5 * (params["theta"] - data[2]).square().sum() + 0.5 * meta["phi"].square().sum()
@@ -106,7 +111,10 @@ def quadratic(spectra: Sequence[Sequence[float]], d: int = 3, seed: int = 0) -> 
     def gradient(rho: float) -> dict[str, Tensor]:
         star = torch.linalg.solve(h, b @ phi)
         shifted = h + rho * torch.eye(n, dtype=torch.float64)
-        return {"phi": phi + (b.mT @ torch.linalg.solve(shifted, star - t).unsqueeze(-1)).squeeze(-1).mean(0)}
+        return {
+            "phi": phi
+            + (b.mT @ torch.linalg.solve(shifted, star - t).unsqueeze(-1)).squeeze(-1).mean(0)
+        }
 
     return Oracle(problem, {"phi": phi}, (h, b, t), gradient(0.0), gradient)
 
@@ -123,7 +131,9 @@ def ridge(tasks: int = 3, m: int = 20, n: int = 6, seed: int = 0) -> Oracle:
             loss=lambda z, data: 0.5 * (z - data[1]).square().mean(),
             penalty=Proximal(FromMeta("log_decay", torch.exp), center="zero"),
         ),
-        outer_loss=lambda params, meta, data: 0.5 * (data[2] @ params["w"] - data[3]).square().mean(),
+        outer_loss=lambda params, meta, data: (
+            0.5 * (data[2] @ params["w"] - data[3]).square().mean()
+        ),
     )
 
     def gradient(rho: float) -> dict[str, Tensor]:

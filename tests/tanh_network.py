@@ -18,7 +18,11 @@ INITIAL = {
 
 
 def forward(params, x):
-    return F.linear(torch.tanh(F.linear(x, params["0.weight"], params["0.bias"])), params["2.weight"], params["2.bias"])
+    return F.linear(
+        torch.tanh(F.linear(x, params["0.weight"], params["0.bias"])),
+        params["2.weight"],
+        params["2.bias"],
+    )
 
 
 def outer(params, meta, data):

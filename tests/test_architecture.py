@@ -44,18 +44,29 @@ def test_imports_only_go_down():
         for name in imports(path):
             if name.startswith("metaimplicit."):
                 other = name.split(".")[1]
-                assert other == own or LEVEL[other] < LEVEL[own] or LEVEL[other] == LEVEL[own] == 0, f"{path}: {name}"
+                assert (
+                    other == own or LEVEL[other] < LEVEL[own] or LEVEL[other] == LEVEL[own] == 0
+                ), f"{path}: {name}"
                 checked += 1
     assert checked > 50
 
 
 def test_the_packages_do_not_know_each_other():
     for package, other in ((metaimplicit, "tasks"), (tasks, "metaimplicit")):
-        assert not [p for p in sources(package) for name in imports(p) if name.split(".")[0] in (other, "scripts")]
+        assert not [
+            p
+            for p in sources(package)
+            for name in imports(p)
+            if name.split(".")[0] in (other, "scripts")
+        ]
 
 
 def test_one_module_imports_higher():
-    importers = [p.name for p in sources(metaimplicit) if any(n.split(".")[0] == "higher" for n in imports(p))]
+    importers = [
+        p.name
+        for p in sources(metaimplicit)
+        if any(n.split(".")[0] == "higher" for n in imports(p))
+    ]
     assert importers == ["differentiable.py"]
 
 
@@ -64,7 +75,9 @@ def test_import_is_quick_and_silent():
         "import time, torch; began = time.perf_counter(); import metaimplicit, tasks; "
         "print(time.perf_counter() - began)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 3
     assert done.stderr == ""
 

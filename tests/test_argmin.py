@@ -13,7 +13,9 @@ SOLVE = partial(argmin, inner=GradientDescent(steps=400, lr=0.3))
 
 
 def solved(oracle, meta, **kwargs):
-    return SOLVE(oracle.problem.inner_loss, oracle.problem.init, meta, oracle.data, batched=True, **kwargs)
+    return SOLVE(
+        oracle.problem.inner_loss, oracle.problem.init, meta, oracle.data, batched=True, **kwargs
+    )
 
 
 @pytest.mark.parametrize("method", ["unrolled", "dense", Implicit(CG(max_steps=20))], ids=str)
@@ -21,7 +23,9 @@ def solved(oracle, meta, **kwargs):
 def test_backward_through_argmin_is_the_hypergradient(oracle, method):
     meta = {name: m.clone().requires_grad_() for name, m in oracle.meta.items()}
     params = solved(oracle, meta, method=method)
-    torch.vmap(lambda p, d: oracle.problem.outer_loss(p, meta, d))(params, oracle.data).mean().backward()
+    torch.vmap(lambda p, d: oracle.problem.outer_loss(p, meta, d))(
+        params, oracle.data
+    ).mean().backward()
     for name, exact in oracle.exact.items():
         assert relative_error(meta[name].grad, exact) < 1e-8
 
@@ -44,24 +48,34 @@ def test_unrolled_is_differentiable_twice_and_implicit_says_it_is_not():
 
     def first(method):
         params = solved(QUADRATIC, meta, method=method)
-        return torch.autograd.grad(params["theta"].square().sum(), meta["phi"], create_graph=True)[0]
+        return torch.autograd.grad(params["theta"].square().sum(), meta["phi"], create_graph=True)[
+            0
+        ]
 
     rows = [torch.autograd.grad(first("unrolled")[i], meta["phi"])[0] for i in range(3)]
     assert relative_error(torch.stack(rows), exact) < 1e-8
-    with pytest.raises(RuntimeError, match=r"differentiable once under an implicit method.*unrolled"):
+    with pytest.raises(
+        RuntimeError, match=r"differentiable once under an implicit method.*unrolled"
+    ):
         first("dense").sum().backward()
 
 
 def test_one_problem_has_no_task_axis_and_other_inputs_no_gradient():
     h, b, t = (x[0] for x in QUADRATIC.data)
     meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_(), "constant": torch.ones(2)}
-    params = SOLVE(QUADRATIC.problem.inner_loss, QUADRATIC.problem.init, meta, (h, b, t), method="dense")
+    params = SOLVE(
+        QUADRATIC.problem.inner_loss, QUADRATIC.problem.init, meta, (h, b, t), method="dense"
+    )
     assert params["theta"].shape == (3,)
     params["theta"].sum().backward()
-    assert relative_error(meta["phi"].grad, b.T @ torch.linalg.solve(h, torch.ones(3).double())) < 1e-8
+    assert (
+        relative_error(meta["phi"].grad, b.T @ torch.linalg.solve(h, torch.ones(3).double())) < 1e-8
+    )
     assert meta["constant"].grad is None
     with torch.no_grad():
-        params = SOLVE(QUADRATIC.problem.inner_loss, QUADRATIC.problem.init, meta, (h, b, t), method="dense")
+        params = SOLVE(
+            QUADRATIC.problem.inner_loss, QUADRATIC.problem.init, meta, (h, b, t), method="dense"
+        )
     assert not params["theta"].requires_grad
 
 
@@ -71,9 +85,14 @@ def test_gradients_that_cannot_be_given_are_refused(method):
         "w": torch.zeros(6).double().requires_grad_()
     }
     with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['(w|log_decay)'\]"):
-        SOLVE(RIDGE.problem.inner_loss, lambda m, d: {"w": m["w"]}, meta, RIDGE.data, method=method, batched=True)[
-            "w"
-        ].sum().backward()
+        SOLVE(
+            RIDGE.problem.inner_loss,
+            lambda m, d: {"w": m["w"]},
+            meta,
+            RIDGE.data,
+            method=method,
+            batched=True,
+        )["w"].sum().backward()
     with pytest.raises(ValueError, match="got 'reptile', which is no derivative"):
         solved(RIDGE, meta, method="reptile")
 
@@ -90,13 +109,20 @@ def test_warning_free_backward_twice_with_a_retained_graph():
 def test_hypergradient_leaves_the_callers_tensors_alone():
     meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
     hypergradient(
-        QUADRATIC.problem, meta, QUADRATIC.data, inner=GradientDescent(steps=5, lr=0.1), method="cg", batched=True
+        QUADRATIC.problem,
+        meta,
+        QUADRATIC.data,
+        inner=GradientDescent(steps=5, lr=0.1),
+        method="cg",
+        batched=True,
     )
     assert meta["phi"].grad is None
 
 
 @pytest.mark.parametrize("method", ["unrolled", "dense"])
-@pytest.mark.parametrize("second", [lambda a: a, lambda a: 3 * a, torch.exp], ids=["same", "thrice", "exp"])
+@pytest.mark.parametrize(
+    "second", [lambda a: a, lambda a: 3 * a, torch.exp], ids=["same", "thrice", "exp"]
+)
 def test_entries_of_meta_may_depend_on_one_another(second, method):
     """f = ½‖θ − a·b‖²:  θ* = a·b."""
     a = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)

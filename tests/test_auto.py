@@ -59,9 +59,13 @@ def test_ritz_vectors_that_solve_worse_or_slower_are_dropped():
     def after(steps, a, tol):
         solver = Auto(steps, tol=tol, dense=0)
         state = solver.solve(Matrix(matrix), b, state={"value": torch.zeros(1, 40).double()}).state
-        return state["made"].tolist(), solver.solve(Matrix(a), b + 0.1 * randn(1, 40, seed=2), state=state)
+        return state["made"].tolist(), solver.solve(
+            Matrix(a), b + 0.1 * randn(1, 40, seed=2), state=state
+        )
 
-    (reached, spent), worse = after(12, other, 1e-12)  # as many steps as ever, and a larger residual
+    (reached, spent), worse = after(
+        12, other, 1e-12
+    )  # as many steps as ever, and a larger residual
     assert worse.residual > reached
     assert int(worse.needed) <= spent + 1
     assert "no more" in worse.chosen
@@ -90,7 +94,9 @@ def test_a_state_of_another_solver_is_a_start():
     states = [Lanczos(20, recycle=True).solve(Matrix(matrix), b).state]
     states.append(NystromCG(rank=3, max_steps=9).solve(Matrix(matrix), b).state)
     for state in states:
-        assert Auto(60, dense=0).solve(Matrix(matrix), b, state=state).status.tolist() == [Status.CONVERGED]
+        assert Auto(60, dense=0).solve(Matrix(matrix), b, state=state).status.tolist() == [
+            Status.CONVERGED
+        ]
     warm = Auto(20, dense=0).solve(Matrix(matrix), b, state=states[0]).state
     assert "made" in warm
     assert NystromCG(rank=3, max_steps=60).solve(Matrix(matrix), b, state=warm).residual < 1e-6
@@ -131,7 +137,9 @@ def test_of_an_indefinite_task_nothing_is_kept():
     again = Auto(30, dense=0).solve(Matrix(matrix), b, state=state)
     fresh = Lanczos(30).solve(Matrix(matrix), b)
     assert (again.residual <= fresh.residual.clamp(min=1e-6)).all()
-    alone = Auto(30, dense=0).solve(Matrix(matrix[1:]), b[1:], state={"value": torch.zeros(1, 40).double()})
+    alone = Auto(30, dense=0).solve(
+        Matrix(matrix[1:]), b[1:], state={"value": torch.zeros(1, 40).double()}
+    )
     assert set(alone.state) == {"value"}
 
 
@@ -145,7 +153,9 @@ def test_a_system_that_has_become_indefinite_is_solved_all_the_same():
     assert solution.rayleigh < 0
     assert solution.products == operator.products
     few = Auto(10, tol=1e-8, dense=0)
-    cut = few.solve(Matrix(bent), b, state=few.solve(Matrix(matrix), b, state={"value": 0 * b}).state)
+    cut = few.solve(
+        Matrix(bent), b, state=few.solve(Matrix(matrix), b, state={"value": 0 * b}).state
+    )
     assert cut.products <= 10 + 3
     assert cut.residual <= 1  # no worse than no answer
     assert "basis" not in solution.state
@@ -169,6 +179,11 @@ def test_the_report_says_what_was_chosen():
 
 
 def test_impossible_choices_are_refused():
-    for make in (lambda: Auto(max_steps=0), lambda: Auto(dense=-1), lambda: Auto(memory=-1), lambda: Auto(tol=-1.0)):
+    for make in (
+        lambda: Auto(max_steps=0),
+        lambda: Auto(dense=-1),
+        lambda: Auto(memory=-1),
+        lambda: Auto(tol=-1.0),
+    ):
         with pytest.raises(ValueError, match=r"Auto .*got .*expected"):
             make()

@@ -8,7 +8,16 @@ import torch
 from oracles import quadratic, randn
 from tanh_network import DATA, INITIAL, network
 
-from metaimplicit import CG, LBFGS, BilevelProblem, GradientDescent, Implicit, Neumann, Proximal, check_hypergradient
+from metaimplicit import (
+    CG,
+    LBFGS,
+    BilevelProblem,
+    GradientDescent,
+    Implicit,
+    Neumann,
+    Proximal,
+    check_hypergradient,
+)
 
 SOLVED, SHORT = GradientDescent(steps=150, lr=0.2), GradientDescent(steps=3, lr=0.1)
 PROBLEM = network(Proximal(1.0))
@@ -35,7 +44,11 @@ def test_unrolled_is_right(inner):
         (Implicit(CG(1)), SOLVED, "Wrong: the linear system is not solved"),
         (Implicit(Neumann(terms=1)), SOLVED, "Wrong: the linear system is not solved"),
         ("dense", SHORT, "Wrong: the solve is fine, but θ_T is no stationary point"),
-        (Implicit(CG(60), curvature="gauss-newton"), SOLVED, "so it is A (gauss-newton, damping 0.0)"),
+        (
+            Implicit(CG(60), curvature="gauss-newton"),
+            SOLVED,
+            "so it is A (gauss-newton, damping 0.0)",
+        ),
         (Implicit(CG(60), damping=0.5), SOLVED, "so it is A (hessian, damping 0.5)"),
         ("first-order", SOLVED, "as this method leaves out part of it; 'unrolled' is exact"),
     ],
@@ -54,7 +67,12 @@ def test_negative_curvature_is_named():
     oracle = quadratic([[-0.5, 1.0, 2.0]])
     with pytest.warns(RuntimeWarning, match="NEGATIVE_CURVATURE"):
         found = check_hypergradient(
-            oracle.problem, oracle.meta, oracle.data, inner=SHORT, method=Implicit(CG(9)), batched=True
+            oracle.problem,
+            oracle.meta,
+            oracle.data,
+            inner=SHORT,
+            method=Implicit(CG(9)),
+            batched=True,
         )
     assert found.negative_curvature == 1
     assert found.verdict.startswith("Wrong: the curvature is not positive definite")
@@ -63,7 +81,13 @@ def test_negative_curvature_is_named():
 def test_what_cannot_be_checked_is_told():
     single = {name: p.float() for name, p in INITIAL.items()}
     rough = check_hypergradient(
-        PROBLEM, single, tuple(x.float() for x in DATA), inner=SHORT, method="dense", batched=True, tolerance=1e-6
+        PROBLEM,
+        single,
+        tuple(x.float() for x in DATA),
+        inner=SHORT,
+        method="dense",
+        batched=True,
+        tolerance=1e-6,
     )
     assert rough.verdict.startswith("Undecided: the finite differences are known to")
     with pytest.raises(ValueError, match="directions: got 0"):

@@ -97,21 +97,40 @@ def test_damping_is_added_to_the_curvature():
 
 def test_one_problem_is_a_batch_of_one():
     oracle, lr = ORACLES["ridge"]
-    call = partial(hypergradient, oracle.problem, oracle.meta, inner=GradientDescent(steps=50, lr=lr), method="cg")
-    one, batch = call(tuple(x[1] for x in oracle.data)), call(tuple(x[1:2] for x in oracle.data), batched=True)
+    call = partial(
+        hypergradient,
+        oracle.problem,
+        oracle.meta,
+        inner=GradientDescent(steps=50, lr=lr),
+        method="cg",
+    )
+    one, batch = (
+        call(tuple(x[1] for x in oracle.data)),
+        call(tuple(x[1:2] for x in oracle.data), batched=True),
+    )
     assert one.params["w"].shape == (6,)
     assert batch.params["w"].shape == (1, 6)
     assert relative_error(one.params["w"], batch.params["w"][0]) < 1e-13
     assert relative_error(one.grads["log_decay"], batch.grads["log_decay"]) < 1e-13
     # the mean over tasks
     parts = [call(tuple(x[i] for x in oracle.data)).grads["log_decay"] for i in range(3)]
-    assert relative_error(call(oracle.data, batched=True).grads["log_decay"], torch.stack(parts).mean()) < 1e-12
+    assert (
+        relative_error(
+            call(oracle.data, batched=True).grads["log_decay"], torch.stack(parts).mean()
+        )
+        < 1e-12
+    )
 
 
 def test_negative_curvature_is_told_and_strict_raises():
     oracle = quadratic([[-1.0, 1.0, 2.0, 3.0]])
     ask = partial(
-        hypergradient, oracle.problem, oracle.meta, oracle.data, inner=GradientDescent(steps=2, lr=0.1), batched=True
+        hypergradient,
+        oracle.problem,
+        oracle.meta,
+        oracle.data,
+        inner=GradientDescent(steps=2, lr=0.1),
+        batched=True,
     )
     with pytest.warns(RuntimeWarning, match="CG ended with NEGATIVE_CURVATURE.*gauss-newton"):
         result = ask(method="cg")

@@ -39,7 +39,9 @@ STAY = GradientDescent(steps=400, lr=0.15)
 
 def test_errors_are_those_of_the_hypergradients():
     oracle = quadratic(SPECTRA)
-    found = compare(oracle.problem, oracle.meta, oracle.data, inner=STAY, products=(2, 4), seeds=2, batched=True)
+    found = compare(
+        oracle.problem, oracle.meta, oracle.data, inner=STAY, products=(2, 4), seeds=2, batched=True
+    )
     assert {row.method for row in found.rows} == set(SOLVERS)
     assert (found.size, found.tasks, found.curvature) == (8, 3, "hessian")
     assert (found.smallest, found.largest) == pytest.approx((0.5, 10.0))
@@ -47,7 +49,12 @@ def test_errors_are_those_of_the_hypergradients():
     for products in (2, 4):
         for name, solver in (("cg", CG(products, tol=0.0)), ("neumann", Neumann(terms=1))):
             got = hypergradient(
-                oracle.problem, oracle.meta, oracle.data, inner=STAY, method=Implicit(solver), batched=True
+                oracle.problem,
+                oracle.meta,
+                oracle.data,
+                inner=STAY,
+                method=Implicit(solver),
+                batched=True,
             )
             expected = relative_error(got.grads["phi"], oracle.exact["phi"])
             assert found.error(name, products) == pytest.approx(expected, rel=1e-6)
@@ -62,7 +69,9 @@ def test_errors_are_those_of_the_hypergradients():
 
 def test_every_row_is_its_solver():
     """At 8 products of n = 8 and at 20, with damping: each row against `hypergradient` with the solver spelt out."""
-    oracle = quadratic([[0.5, 1, 2, 3, 5, 8, 9, 10], [-1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]])
+    oracle = quadratic(
+        [[0.5, 1, 2, 3, 5, 8, 9, 10], [-1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
+    )
     loop = GradientDescent(steps=3, lr=0.05)
     spelt = {
         "cg": lambda p: CG(p, tol=0.0),
@@ -79,18 +88,30 @@ def test_every_row_is_its_solver():
         method = Implicit(solver, damping=0.25)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = hypergradient(oracle.problem, oracle.meta, oracle.data, inner=loop, method=method, batched=True)
+            found = hypergradient(
+                oracle.problem, oracle.meta, oracle.data, inner=loop, method=method, batched=True
+            )
         return found.grads["phi"], found.report
 
     before = torch.get_rng_state()
     found = compare(
-        oracle.problem, oracle.meta, oracle.data, inner=loop, damping=0.25, products=(5, 20), seeds=3, batched=True
+        oracle.problem,
+        oracle.meta,
+        oracle.data,
+        inner=loop,
+        damping=0.25,
+        products=(5, 20),
+        seeds=3,
+        batched=True,
     )
     assert torch.equal(before, torch.get_rng_state())
     exact, _ = run(Dense())
     for row in found.rows:
         if row.method in spelt:
-            runs = [run(spelt[row.method](row.products), seed) for seed in range(3 if "nystrom" in row.method else 1)]
+            runs = [
+                run(spelt[row.method](row.products), seed)
+                for seed in range(3 if "nystrom" in row.method else 1)
+            ]
             errors = [relative_error(grad, exact) for grad, _ in runs]
             cosines = [float(F.cosine_similarity(grad, exact, dim=0)) for grad, _ in runs]
             assert row.error == pytest.approx(statistics.median(errors), rel=1e-6, abs=1e-12)
@@ -104,11 +125,15 @@ def test_every_row_is_its_solver():
 
 def test_factored_rows_are_damped_and_memory_is_that_of_a_basis():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(40, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3)
+    ).double()
     start = {name: p.detach() for name, p in model.named_parameters()}
     x, y = torch.randn(9, 40).double(), torch.arange(9) % 3
     composite = Composite(
-        outputs=lambda params, meta, data: torch.func.functional_call(model, params, (x * meta["scale"],)),
+        outputs=lambda params, meta, data: torch.func.functional_call(
+            model, params, (x * meta["scale"],)
+        ),
         loss=lambda z, data: F.cross_entropy(z, y),
         penalty=Proximal(0.1, center="zero"),
         module=model,
@@ -119,8 +144,18 @@ def test_factored_rows_are_damped_and_memory_is_that_of_a_basis():
         lambda params, meta, data: torch.func.functional_call(model, params, (x,)).square().mean(),
     )
     meta, loop = {"scale": torch.ones(40).double()}, GradientDescent(1, 0.1)
-    found = compare(problem, meta, x, inner=loop, damping=0.3, products=(30,), methods=["kfac", "ekfac", "lanczos"])
-    exact = hypergradient(problem, meta, x, inner=loop, method=Implicit(Dense(), damping=0.3)).grads["scale"]
+    found = compare(
+        problem,
+        meta,
+        x,
+        inner=loop,
+        damping=0.3,
+        products=(30,),
+        methods=["kfac", "ekfac", "lanczos"],
+    )
+    exact = hypergradient(
+        problem, meta, x, inner=loop, method=Implicit(Dense(), damping=0.3)
+    ).grads["scale"]
     for name in ("kfac", "ekfac"):
         method = Implicit(Factored(), curvature=name, damping=0.3)
         got = hypergradient(problem, meta, x, inner=loop, method=method).grads["scale"]
@@ -132,15 +167,24 @@ def test_factored_rows_are_damped_and_memory_is_that_of_a_basis():
 
 def test_a_sketch_of_more_than_n_columns_is_left_out():
     oracle = quadratic(SPECTRA)
-    found = compare(oracle.problem, oracle.meta, oracle.data, inner=STAY, products=(8, 9), seeds=1, batched=True)
+    found = compare(
+        oracle.problem, oracle.meta, oracle.data, inner=STAY, products=(8, 9), seeds=1, batched=True
+    )
     assert {r.method for r in found.rows if r.products == 8} == set(SOLVERS)
     missing = set(SOLVERS) - {r.method for r in found.rows if r.products == 9}
     assert missing == {"nystrom", "nystrom-gaussian", "nystrom-cg"}
-    assert all(row.error < 1e-8 for row in found.rows if row.method in ("cg", "minres", "lanczos", "auto"))
+    assert all(
+        row.error < 1e-8 for row in found.rows if row.method in ("cg", "minres", "lanczos", "auto")
+    )
 
 
 def test_every_implicit_flag_can_be_compared():
-    flags = {n for n in METHODS if isinstance(make_method(n), Implicit)} - {"dense", "t1-t2", "soba", "amigo"}
+    flags = {n for n in METHODS if isinstance(make_method(n), Implicit)} - {
+        "dense",
+        "t1-t2",
+        "soba",
+        "amigo",
+    }
     assert flags == (set(SOLVERS) | set(FACTORED)) - {"nystrom-gaussian"}
 
 
@@ -192,7 +236,9 @@ def test_nystrom_in_chunks_of_one_adds_four_vectors_to_a_product_at_the_most():
 
     def loss(stacked):
         one = {name: p.squeeze(0) for name, p in stacked.items()}
-        return F.cross_entropy(torch.func.functional_call(model, one, (images,)), labels).unsqueeze(0)
+        return F.cross_entropy(torch.func.functional_call(model, one, (images,)), labels).unsqueeze(
+            0
+        )
 
     operator = Hessian(loss, params)
     n = operator.shape[1]
@@ -222,7 +268,9 @@ def test_the_script_leaves_a_table_json_and_plots(tmp_path, capsys):
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     main(Settings(problems=("logistic",), products=(3, 101), seeds=1, out=tmp_path))
     assert "       —" in capsys.readouterr().out  # no sketch of 101 columns of 100
-    with pytest.raises(ValueError, match="--problems: got quadratics, expected some of quadratic-well"):
+    with pytest.raises(
+        ValueError, match="--problems: got quadratics, expected some of quadratic-well"
+    ):
         main(Settings(problems=("quadratics",), out=tmp_path))
 
 
@@ -234,4 +282,6 @@ def test_peers_are_held_against_the_same_values(tmp_path, capsys):
     assert len(rows) == 9
     assert all(row["ours"] < 1e-8 for row in rows)
     (higher,) = (row for row in rows if row["library"].startswith("higher"))
-    assert higher["theirs"] > 0.1  # its derivative in β₂ is wrong: if this fails it has been repaired
+    assert (
+        higher["theirs"] > 0.1
+    )  # its derivative in β₂ is wrong: if this fails it has been repaired

@@ -33,7 +33,9 @@ class Sums(Experiment):
         return {"sum": self.number + case["seed"], "draw": torch.rand(()).item()}
 
     def table(self, rows):
-        return markdown(["method", "sum"], [[m, spread(select(rows, "sum", method=m))] for m in self.methods])
+        return markdown(
+            ["method", "sum"], [[m, spread(select(rows, "sum", method=m))] for m in self.methods]
+        )
 
     def plot(self, rows, figure):
         figure.subplots().plot([row["sum"] for _, row in rows])
@@ -47,7 +49,9 @@ def ran():
 
 def test_runs_are_kept_and_not_repeated(tmp_path, ran):
     table = execute(Sums(out=tmp_path, seeds=2))
-    assert table == "| method | sum |\n| --- | --- |\n| none | 10.50 ± 0.71 |\n| cg | 10.50 ± 0.71 |"
+    assert (
+        table == "| method | sum |\n| --- | --- |\n| none | 10.50 ± 0.71 |\n| cg | 10.50 ± 0.71 |"
+    )
     assert len(ran) == 4
     (tmp_path / "cg-1" / "summary.json").unlink()  # a run that was killed
     assert execute(Sums(out=tmp_path, seeds=2)) == table
@@ -73,7 +77,9 @@ def test_draws_depend_on_the_seed_alone(tmp_path, ran):
 
 def test_other_options_need_another_folder(tmp_path, ran):
     execute(Sums(out=tmp_path, seeds=1))
-    with pytest.raises(FileExistsError, match=r"holds a run with other options.*name another folder"):
+    with pytest.raises(
+        FileExistsError, match=r"holds a run with other options.*name another folder"
+    ):
         execute(Sums(out=tmp_path, seeds=1, number=11))
     assert len(ran) == 2
 
@@ -83,7 +89,9 @@ def test_bad_options_are_refused_before_any_run(tmp_path, ran):
         execute(Sums(out=tmp_path, method=("cg", "steepest")))
     with pytest.raises(ValueError, match="--seeds: got 0"):
         execute(Sums(out=tmp_path, seeds=0))
-    with pytest.raises(ValueError, match="--device: got 'gpu', expected auto, cpu or a CUDA device"):
+    with pytest.raises(
+        ValueError, match="--device: got 'gpu', expected auto, cpu or a CUDA device"
+    ):
         execute(Sums(out=tmp_path, device="gpu"))
     with pytest.raises(ValueError, match=r"imbalance: got 0.5, expected a finite n_0 / n_last ≥ 1"):
         EXPERIMENTS["reweighting"](imbalance=(100.0, 0.5)).cases()

@@ -31,7 +31,9 @@ def digits(monkeypatch):
 def test_detection_by_hand():
     wrong = torch.tensor([True, True, True, False, False, False, False, False])
     found = torch.tensor([True, True, False, True, False, False, False, True])
-    assert detection(found, wrong) == pytest.approx({"precision": 1 / 2, "recall": 2 / 3, "f1": 4 / 7})
+    assert detection(found, wrong) == pytest.approx(
+        {"precision": 1 / 2, "recall": 2 / 3, "f1": 4 / 7}
+    )
     none = dict.fromkeys(("precision", "recall", "f1"), 0.0)
     nothing = torch.zeros_like(wrong)
     assert detection(nothing, wrong) == none  # none found
@@ -41,16 +43,22 @@ def test_detection_by_hand():
 
 
 def test_baselines_are_trained_on_their_own_sets(tmp_path):
-    cleaning = HyperCleaning(training=12, validation=8, share=0.25, steps=1, inner_steps=1, device="cpu")
+    cleaning = HyperCleaning(
+        training=12, validation=8, share=0.25, steps=1, inner_steps=1, device="cpu"
+    )
     _, wrong, validation, _ = cleaning.data(0)
     assert int(wrong.sum()) == 30
     assert validation.counts() == [8] * 10
-    sizes = {m: cleaning.run({"method": m, "seed": 0}, tmp_path)["examples"] for m in cleaning.baselines}
+    sizes = {
+        m: cleaning.run({"method": m, "seed": 0}, tmp_path)["examples"] for m in cleaning.baselines
+    }
     assert sizes == {"none": 120, "none+validation": 200, "clean": 90, "clean+validation": 170}
 
 
 def test_corrupted_labels_are_those_that_differ():
-    clean, corrupted = (HyperCleaning(training=12, validation=8, share=s, device="cpu").data(1) for s in (0.0, 0.5))
+    clean, corrupted = (
+        HyperCleaning(training=12, validation=8, share=s, device="cpu").data(1) for s in (0.0, 0.5)
+    )
     assert torch.equal(clean[0].inputs, corrupted[0].inputs)
     assert torch.equal(clean[0].targets != corrupted[0].targets, corrupted[1])
     assert torch.equal(clean[2].targets, corrupted[2].targets)  # the validation set stays clean
@@ -59,7 +67,9 @@ def test_corrupted_labels_are_those_that_differ():
 @pytest.mark.parametrize("method", ["cg", "truncated"])
 def test_wrong_labels_lose_weight(tmp_path, method):
     """The blobs are separable, the decay large: every label is judged rightly, whichever way the gradient is taken."""
-    cleaning = HyperCleaning(training=12, validation=8, steps=6, inner_steps=20, decay=1.0, outer_lr=0.5, device="cpu")
+    cleaning = HyperCleaning(
+        training=12, validation=8, steps=6, inner_steps=20, decay=1.0, outer_lr=0.5, device="cpu"
+    )
     row = cleaning.run({"method": method, "seed": 0}, tmp_path)
     assert row["f1"] == row["precision"] == row["recall"] == 1
     assert row["curve"][-1] == [6, 1.0]
@@ -78,7 +88,9 @@ def test_distillation_gradient_reaches_the_pixels():
 
     def at(synthetic):
         inner = GradientDescent(steps=3, lr=distillation.lr, momentum=0.9)
-        return hypergradient(problem, {"synthetic": synthetic}, data, inner=inner, method="unrolled")
+        return hypergradient(
+            problem, {"synthetic": synthetic}, data, inner=inner, method="unrolled"
+        )
 
     step = torch.zeros_like(images)
     step[3, 0, 14, 14] = 1e-5
@@ -115,7 +127,10 @@ def test_real_images_class_by_class():
 
 @pytest.mark.parametrize(
     "experiment",
-    [HyperCleaning(quick=True, device="cpu"), Distillation(quick=True, device="cpu", network="lenet", images=2)],
+    [
+        HyperCleaning(quick=True, device="cpu"),
+        Distillation(quick=True, device="cpu", network="lenet", images=2),
+    ],
     ids=lambda experiment: experiment.name,
 )
 @pytest.mark.filterwarnings("ignore:Nystrom ended with:RuntimeWarning")  # at three columns
@@ -128,5 +143,7 @@ def test_a_rehearsal_leaves_rows_and_plots(tmp_path, experiment):
     assert len(table.splitlines()) == 2 + len(methods)
     for method in methods:
         assert (tmp_path / f"{method}-0" / "summary.json").exists()
-        assert (tmp_path / f"{method}-0" / "images.png").exists() == isinstance(experiment, Distillation)
+        assert (tmp_path / f"{method}-0" / "images.png").exists() == isinstance(
+            experiment, Distillation
+        )
     assert execute(experiment) == table  # from the rows that are there

@@ -18,7 +18,11 @@ def digits(monkeypatch):
     targets = torch.arange(10).repeat(40)
     inputs = torch.randint(40, (400, 1, 28, 28), generator=draws, dtype=torch.uint8)
     inputs[torch.arange(400), 0, targets, :10] = 255
-    monkeypatch.setattr(tasks, "mnist", lambda root: (tasks.Examples(inputs, targets), tasks.Examples(inputs, targets)))
+    monkeypatch.setattr(
+        tasks,
+        "mnist",
+        lambda root: (tasks.Examples(inputs, targets), tasks.Examples(inputs, targets)),
+    )
 
 
 def test_every_tower_is_compared_with_a_plain_optimiser_that_starts_alike():
@@ -50,7 +54,9 @@ def test_a_run_leaves_what_the_table_says(tmp_path, digits):
     assert "reused_error" in rows["sgd-by-sgd"]
     assert "reused_error" not in rows["sgd-per-tensor-by-sgd"]  # no plain optimiser has such
     # one epoch of a plain SGD at 0.01 is height 0
-    again = MnistTower(out=tmp_path / "again", seeds=1, epochs=1, batch=50, hidden=4, heights=(), method=("sgd",))
+    again = MnistTower(
+        out=tmp_path / "again", seeds=1, epochs=1, batch=50, hidden=4, heights=(), method=("sgd",)
+    )
     execute(again)
     ((_, plain),) = rows_of(tmp_path / "again")
     assert plain["error"] == rows["height-0"]["error"]
@@ -84,7 +90,11 @@ def test_the_output_is_squashed_or_not(tmp_path, digits):
     loss = {}
     for logits in ("tanh", "linear"):
         out = tmp_path / logits
-        execute(MnistTower(out=out, seeds=1, epochs=40, batch=50, heights=(), method=("adam",), logits=logits))
+        execute(
+            MnistTower(
+                out=out, seeds=1, epochs=40, batch=50, heights=(), method=("adam",), logits=logits
+            )
+        )
         ((_, row),) = rows_of(out)
         loss[logits] = row["loss"]
     assert loss["linear"] < 0.1 < math.log1p(9 * math.exp(-2)) < loss["tanh"]
@@ -104,4 +114,6 @@ def test_bad_options_are_refused():
 def rows_of(folder):
     import json
 
-    return [(found["case"], found["row"]) for found in json.loads((folder / "rows.json").read_text())]
+    return [
+        (found["case"], found["row"]) for found in json.loads((folder / "rows.json").read_text())
+    ]

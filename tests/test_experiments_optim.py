@@ -17,7 +17,11 @@ from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient
 
 DIGITS = DigitsAutoencoder(quick=True, device="cpu", seconds=0.01, longer=0.01)
 CIFAR = CifarKFAC(quick=True, device="cpu")
-HISTORY = {"step": [0, 1, 2, 4, 8], "seconds": [0.0, 0.5, 1.0, 2.5, 4.0], "loss": [3.0, 1.0, 2.0, 0.5, 0.75]}
+HISTORY = {
+    "step": [0, 1, 2, 4, 8],
+    "seconds": [0.0, 0.5, 1.0, 2.5, 4.0],
+    "loss": [3.0, 1.0, 2.0, 0.5, 0.75],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,11 @@ def test_the_autoencoder_has_the_layers_it_says():
     assert [linear[0].in_features, *(layer.out_features for layer in linear)] == list(LAYERS)
     assert LAYERS == (64, 15, 15, 15, 15, 10, 15, 15, 15, 15, 64)
     assert sum(p.numel() for p in model.parameters()) == 3764
-    follows = [isinstance(b, nn.Tanh) for a, b in zip(model, [*model[1:], None], strict=True) if a in linear]
+    follows = [
+        isinstance(b, nn.Tanh)
+        for a, b in zip(model, [*model[1:], None], strict=True)
+        if a in linear
+    ]
     assert follows == [True] * 4 + [False] + [True] * 4 + [False]
     for layer in linear:
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))
@@ -70,7 +78,11 @@ def test_the_start_depends_on_the_seed_alone(experiment):
     assert not torch.equal(start[0], next(first.model.parameters()))
     for a, b in zip(start, again.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    both = zip((*first.batch(3), *first.train, *first.test), (*again.batch(3), *again.train, *again.test), strict=True)
+    both = zip(
+        (*first.batch(3), *first.train, *first.test),
+        (*again.batch(3), *again.train, *again.test),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in both)
     assert not torch.equal(start[0], next(other.model.parameters()))
     assert not torch.equal(first.train[0], other.train[0])
@@ -98,12 +110,21 @@ def test_digits_are_pixels_in_the_unit_interval_and_every_image_is_on_one_side()
 def test_losses_by_hand():
     z, y = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     assert half_squares(z, y).item() == (0.5 * 5 + 0.5 * 4) / 2
-    assert accuracy(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])).item() == 2 / 3
+    assert (
+        accuracy(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])).item()
+        == 2 / 3
+    )
 
 
 @pytest.mark.parametrize(
     ("goal", "expected"),
-    [(1.0, (1, 0.5)), (0.9, (4, 2.5)), (0.5, (4, 2.5)), (5.0, (0, 0.0)), (0.4, (math.inf, math.inf))],
+    [
+        (1.0, (1, 0.5)),
+        (0.9, (4, 2.5)),
+        (0.5, (4, 2.5)),
+        (5.0, (0, 0.0)),
+        (0.4, (math.inf, math.inf)),
+    ],
 )
 def test_steps_and_seconds_to_a_loss(goal, expected):
     assert reach(HISTORY, goal) == expected
@@ -173,30 +194,47 @@ def test_the_table_by_hand():
         (case, row | {"history": row["history"] | {"loss": [*row["history"]["loss"][:-1], 0.6]}})
         if case["lr"] == 0.2 else (case, row) for case, row in rows
     ]  # fmt: skip
-    rows += [({"method": "sgd", "lr": 1.0, "seed": seed}, made(h)) for seed, h in ((0, fast), (1, slow))]
-    rows += [({"method": "kfac", "lr": 1.0, "seed": seed}, made(slow, "no", None)) for seed in (0, 1)]
+    rows += [
+        ({"method": "sgd", "lr": 1.0, "seed": seed}, made(h)) for seed, h in ((0, fast), (1, slow))
+    ]
+    rows += [
+        ({"method": "kfac", "lr": 1.0, "seed": seed}, made(slow, "no", None)) for seed in (0, 1)
+    ]
     experiment = DigitsAutoencoder(method=("sgd", "adam", "kfac"), seeds=2)
     assert [experiment.goal(experiment.best(rows), seed) for seed in (0, 1)] == [0.5, 0.5]
     header, _, sgd, adam, kfac = experiment.table(rows).splitlines()
-    assert "training loss, 4 steps | training loss, 2 s | steps to adam's lowest | s to adam's lowest" in header
     assert (
-        sgd == "| `sgd` | 1 | 0.6250 ± 0.1768 | 0.6250 ± 0.1768 | – (1 of 2) | – (1 of 2) | 500.00 | 0.2500 ± 0.0000 |"
+        "training loss, 4 steps | training loss, 2 s | steps to adam's lowest | s to adam's lowest"
+        in header
     )
-    assert adam == "| `adam` | 0.2 | 0.5000 ± 0.0000 | 2.0000 ± 0.0000 | 4 | 2.50 | 500.00 | 0.2500 ± 0.0000 |"
+    assert (
+        sgd
+        == "| `sgd` | 1 | 0.6250 ± 0.1768 | 0.6250 ± 0.1768 | – (1 of 2) | – (1 of 2) | 500.00 | 0.2500 ± 0.0000 |"
+    )
+    assert (
+        adam
+        == "| `adam` | 0.2 | 0.5000 ± 0.0000 | 2.0000 ± 0.0000 | 4 | 2.50 | 500.00 | 0.2500 ± 0.0000 |"
+    )
     assert kfac == "| `kfac` | 1 (2 of 2 diverged) | – | – | – (0 of 2) | – (0 of 2) | 500.00 | – |"
 
 
 def test_optimisers_have_the_options_given():
     experiment = DigitsAutoencoder(damping=0.5, kl_clip=0.25, products=7)
     setting = experiment.setting(0)
-    found = {m: experiment.optimizer({"method": m, "lr": 0.125, "seed": 0}, setting) for m in experiment.compared}
+    found = {
+        m: experiment.optimizer({"method": m, "lr": 0.125, "seed": 0}, setting)
+        for m in experiment.compared
+    }
     assert {m: type(o) for m, o in found.items()} == {
         "sgd": torch.optim.SGD, "momentum": torch.optim.SGD, "adam": torch.optim.Adam, "gauss-newton": GaussNewton,
         "natural-gradient": NaturalGradient, "kfac": KFAC,
     }  # fmt: skip
     assert all(o.param_groups[0]["lr"] == 0.125 for o in found.values())
     assert [found[m].param_groups[0]["momentum"] for m in ("sgd", "momentum")] == [0, 0.9]
-    assert all(found[m].param_groups[0]["damping"] == 0.5 for m in ("gauss-newton", "natural-gradient", "kfac"))
+    assert all(
+        found[m].param_groups[0]["damping"] == 0.5
+        for m in ("gauss-newton", "natural-gradient", "kfac")
+    )
     assert found["kfac"].param_groups[0]["kl_clip"] == 0.25
     assert found["gauss-newton"].solver.max_steps == found["natural-gradient"].solver.max_steps == 7
     assert found["kfac"].likelihood == found["natural-gradient"].likelihood == "gaussian"
@@ -211,8 +249,15 @@ def test_budgets_and_marks():
     experiment = DigitsAutoencoder(seconds=2.0, longer=5.0)
     ends = {m: (experiment.ended({"method": m}, 9, 1.9), experiment.ended({"method": m}, 9, 2.0),
                 experiment.ended({"method": m}, 9, 5.0)) for m in experiment.compared}  # fmt: skip
-    assert {m for m, end in ends.items() if end == (False, False, True)} == {"gauss-newton", "natural-gradient"}
-    assert all(end == (False, True, True) for m, end in ends.items() if m not in ("gauss-newton", "natural-gradient"))
+    assert {m for m, end in ends.items() if end == (False, False, True)} == {
+        "gauss-newton",
+        "natural-gradient",
+    }
+    assert all(
+        end == (False, True, True)
+        for m, end in ends.items()
+        if m not in ("gauss-newton", "natural-gradient")
+    )
     assert [experiment.mark(k) for k in (0, 49, 50, 1000)] == [1, 50, 52, 1021]
     cifar = CifarKFAC(images=128, batch=64, epochs=3)
     assert cifar.steps == 60
@@ -246,7 +291,9 @@ def test_refusals_before_any_run(experiment, message):
 def test_every_step_size_is_a_case_and_seeds_come_one_after_the_other():
     cases = DigitsAutoencoder(method=("adam", "gauss-newton"), adam=(0.1, 0.2), seeds=2).cases()
     assert [tuple(case.values()) for case in cases] == [
-        (m, lr, seed) for seed in (0, 1) for m, lr in (("adam", 0.1), ("adam", 0.2), ("gauss-newton", 1.0))
+        (m, lr, seed)
+        for seed in (0, 1)
+        for m, lr in (("adam", 0.1), ("adam", 0.2), ("gauss-newton", 1.0))
     ]
 
 
@@ -255,7 +302,9 @@ def test_quick_leaves_table_and_plot(experiment, tmp_path):
     """And a second call, of other step sizes as well, repeats nothing."""
     experiment = replace(experiment, out=tmp_path, adam=(0.01,), momentum=(0.01,), kfac=(0.03,))
     table = execute(experiment)
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [f"`{m}`" for m in experiment.compared]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        f"`{m}`" for m in experiment.compared
+    ]
     assert (tmp_path / "table.md").read_text().strip() == table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")}

@@ -26,7 +26,9 @@ def test_recovery_by_hand():
     merged = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2, 2])
     assert recovery(merged, TRUE) == 0.5
     # pairs together in both: C(3,2) + C(3,2) + 1 + 1 = 8; found 17, true 12, all 45
-    assert adjusted_rand(merged, TRUE) == pytest.approx((8 - 17 * 12 / 45) / ((17 + 12) / 2 - 17 * 12 / 45))
+    assert adjusted_rand(merged, TRUE) == pytest.approx(
+        (8 - 17 * 12 / 45) / ((17 + 12) / 2 - 17 * 12 / 45)
+    )
     # greedy matching would give the first found group its best, 3, and leave 0 for the second: 2 + 3 beats it
     found, true = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 0, 0, 0])
     assert recovery(found, true) == 5 / 8
@@ -43,7 +45,9 @@ def test_the_penalty_of_whole_memberships_is_group_lassos():
         # √(x² + ε²) − x lies between 0 and ε for each of 21 norms
         assert 0 <= found - 0.7 * plain <= 0.7 * 21 * smoothing + 1e-12
     # shared alike by three groups: 3 ‖w/3‖ = ‖w‖
-    found = GroupStructure("w", 3, 0.7, 1e-9).penalty({"w": w}, {}, {"groups": torch.full_like(meta["groups"], 1 / 3)})
+    found = GroupStructure("w", 3, 0.7, 1e-9).penalty(
+        {"w": w}, {}, {"groups": torch.full_like(meta["groups"], 1 / 3)}
+    )
     assert found.item() == pytest.approx(0.7 * w.norm(dim=1).sum().item(), rel=1e-8)
 
 
@@ -68,12 +72,17 @@ def test_planted_regressions_have_whole_groups_for_support():
 
 def test_cosine_and_norm_ratio():
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert compared_with(exact, torch.tensor([-8.0, 6.0], dtype=torch.float64)) == (pytest.approx(0), pytest.approx(2))
+    assert compared_with(exact, torch.tensor([-8.0, 6.0], dtype=torch.float64)) == (
+        pytest.approx(0),
+        pytest.approx(2),
+    )
     assert compared_with(exact, -exact / 5) == (pytest.approx(-1), pytest.approx(0.2))
 
 
 def test_dense_is_the_exact_hypergradient(tmp_path):
-    row = WeightDecay(outer_steps=3, test=50).run({"method": "dense", "seed": 0, "outer_lr": 1.0}, tmp_path)
+    row = WeightDecay(outer_steps=3, test=50).run(
+        {"method": "dense", "seed": 0, "outer_lr": 1.0}, tmp_path
+    )
     for key in ("cosines", "ratios"):
         assert row[key] == pytest.approx([1, 1, 1], abs=1e-12)
     assert len(row["losses"]) == 4
@@ -83,19 +92,32 @@ def test_dense_is_the_exact_hypergradient(tmp_path):
 def test_the_best_step_is_validations_alone():
     losses = {0.1: (0.4, 0.5), 1.0: (0.2, 0.6), 3.0: (0.3, 0.7)}
     rows = [
-        ({"method": "cg", "seed": seed, "outer_lr": lr}, {"loss": values[seed], "test_loss": -lr, "test_accuracy": lr})
+        (
+            {"method": "cg", "seed": seed, "outer_lr": lr},
+            {"loss": values[seed], "test_loss": -lr, "test_accuracy": lr},
+        )
         for lr, values in losses.items()
         for seed in (0, 1)
     ]
     assert best_step(rows, "cg") == 1.0
-    other = [(case, row | {"test_loss": row["test_loss"] * -1, "test_accuracy": 0.0}) for case, row in rows]
+    other = [
+        (case, row | {"test_loss": row["test_loss"] * -1, "test_accuracy": 0.0})
+        for case, row in rows
+    ]
     assert best_step(other, "cg") == 1.0
-    diverged = [(case, row | {"loss": None} if case["outer_lr"] == 1.0 and case["seed"] else row) for case, row in rows]
+    diverged = [
+        (case, row | {"loss": None} if case["outer_lr"] == 1.0 and case["seed"] else row)
+        for case, row in rows
+    ]
     assert best_step(diverged, "cg") == 0.1
 
 
 def test_a_run_that_diverges_is_a_row(tmp_path):
-    table = execute(WeightDecay(method=("dense",), seeds=1, outer_lrs=(1.0, 1e6), outer_steps=2, test=10, out=tmp_path))
+    table = execute(
+        WeightDecay(
+            method=("dense",), seeds=1, outer_lrs=(1.0, 1e6), outer_steps=2, test=10, out=tmp_path
+        )
+    )
     assert json.loads((tmp_path / "dense-0-1000000.0" / "summary.json").read_text())["loss"] is None
     assert "| `dense` | 1 | 0.58" in table.partition("best")[2]
 

@@ -53,7 +53,9 @@ def test_resnet20_is_that_of_he_et_al():
     sizes = []
     for module in model:
         if isinstance(module, Block):
-            module.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
+            module.register_forward_hook(
+                lambda module, inputs, output: sizes.append(tuple(output.shape[1:]))
+            )
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
     first, again, other = (resnet20(seed)[0].weight for seed in (1, 1, 2))
@@ -73,16 +75,22 @@ def test_shortcuts_take_every_other_pixel_and_pad_with_zeros(width):
 
 
 def test_squares_are_averaged():
-    image = torch.tensor([[0, 10, 1, 1], [20, 30, 2, 3], [9, 9, 255, 255], [9, 9, 255, 255]], dtype=torch.uint8)
+    image = torch.tensor(
+        [[0, 10, 1, 1], [20, 30, 2, 3], [9, 9, 255, 255], [9, 9, 255, 255]], dtype=torch.uint8
+    )
     found = shrunk(tasks.Examples(image.expand(1, 3, 4, 4), torch.zeros(1)), 2)
     assert found.inputs.tolist() == [[[[15, 2], [9, 255]]] * 3]  # 7/4 is nearer to 2
 
 
 def test_step_decay_at_half_and_three_quarters():
-    assert [step_decay(step, 8) for step in range(8)] == pytest.approx([1] * 4 + [0.1] * 2 + [0.01] * 2)
+    assert [step_decay(step, 8) for step in range(8)] == pytest.approx(
+        [1] * 4 + [0.1] * 2 + [0.01] * 2
+    )
     assert [step_decay(step, 5) for step in range(5)] == pytest.approx([1, 1, 1, 0.1, 0.01])
     p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    row = descend(torch.optim.SGD([p], 0.5), lambda step: p.sum(), 40, 1, lambda step: step_decay(step, 40))
+    row = descend(
+        torch.optim.SGD([p], 0.5), lambda step: p.sum(), 40, 1, lambda step: step_decay(step, 40)
+    )
     assert row["curve"]["step"] == [10, 20, 30, 40]
     assert row["curve"]["lr"] == pytest.approx([0.5, 0.5, 0.05, 0.005])
     assert p.item() == pytest.approx(-0.5 * (20 + 10 * 0.1 + 10 * 0.01))
@@ -100,10 +108,14 @@ def test_descent_tells_the_means_of_losses():
 
 def test_divergence_is_told_with_its_step():
     p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    row = descend(torch.optim.SGD([p], 0.1), lambda step: p.sum() * (math.nan if step == 13 else 1), 40, 1)
+    row = descend(
+        torch.optim.SGD([p], 0.1), lambda step: p.sum() * (math.nan if step == 13 else 1), 40, 1
+    )
     assert (row["diverged"], row["loss"], row["curve"]["step"]) == (13, None, [10])
     assert row["learnt"] == {"lr": pytest.approx(0.1), "momentum": 0}
-    hasty = SGD(0.1, optimizer=SGD(1.0), domains={"lr": Real()})  # lr ← 0.1 − (−1)·(gradient · gradient before)
+    hasty = SGD(
+        0.1, optimizer=SGD(1.0), domains={"lr": Real()}
+    )  # lr ← 0.1 − (−1)·(gradient · gradient before)
     row = descend(Hyperoptimizer([p], hasty), lambda step: p.sum() * (-1) ** step, 40, 1)
     assert (row["diverged"], row["loss"]) == (1, None)
     assert "SGD lr: turned -0.9" in row["reason"]
@@ -135,7 +147,10 @@ def char_loss(model):
 def test_a_tower_of_one_level_is_the_plain_optimizer(experiment, network, loss, level):
     """In float64, five steps, to 1e-9 of each tensor."""
     ends = []
-    for build in (lambda p: experiment.optimizer(START | {"method": "plain"}, p), lambda p: Hyperoptimizer(p, level)):
+    for build in (
+        lambda p: experiment.optimizer(START | {"method": "plain"}, p),
+        lambda p: Hyperoptimizer(p, level),
+    ):
         torch.manual_seed(0)
         model = network().double()
         row = descend(build(model.parameters()), loss(model), 5, 2)
@@ -151,12 +166,18 @@ def test_towers_of_the_methods():
     assert type(found["plain"]) is type(found["step-decay"]) is torch.optim.SGD
     assert found["plain"].defaults["weight_decay"] == CIFAR.decay
     assert found["tower"].tower == SGD(
-        0.1, momentum=0.9, weight_decay=1e-4, optimizer=SGD(CIFAR.outer_sgd), domains={"lr": Positive()}
+        0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        optimizer=SGD(CIFAR.outer_sgd),
+        domains={"lr": Positive()},
     )
     assert found["tower-adam"].tower.optimizer == Adam(CIFAR.outer_adam)
     assert set(found["tower"].tower.sizes) == {"lr", "momentum"}
     assert found["tower-adam"].tower.domain("lr") == Positive()
-    assert CHAR.optimizer(START | {"method": "tower"}, p).tower == Adam(0.1, optimizer=SGD(CHAR.outer_sgd))
+    assert CHAR.optimizer(START | {"method": "tower"}, p).tower == Adam(
+        0.1, optimizer=SGD(CHAR.outer_sgd)
+    )
 
 
 def test_text_is_split_by_position(text):
@@ -165,7 +186,11 @@ def test_text_is_split_by_position(text):
     whole = text.read_text(encoding="utf-8")
     assert characters == "".join(sorted(set(whole)))
     assert (train.shape, validation.shape) == ((3, 600), (3, 67))  # of 1800 and 201 characters
-    assert ["".join(characters[i] for i in row) for row in train] == [whole[:600], whole[600:1200], whole[1200:1800]]
+    assert ["".join(characters[i] for i in row) for row in train] == [
+        whole[:600],
+        whole[600:1200],
+        whole[1200:1800],
+    ]
     assert "".join(characters[i] for i in validation.flatten()) == whole[1800:]
     assert side_by_side(torch.arange(11), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
@@ -182,7 +207,9 @@ def test_bits_of_a_text():
     model = CharLSTM(8, 3, 4, 2).double()
     text = torch.randint(8, (3, 21))
     bits = model.bits(text, 20)
-    assert [model.bits(text, window) for window in (1, 6, 50)] == pytest.approx([bits] * 3, rel=1e-12)
+    assert [model.bits(text, window) for window in (1, 6, 50)] == pytest.approx(
+        [bits] * 3, rel=1e-12
+    )
     loss, state = model.loss(text, 0, 6, None)
     scores = model.scores(model.lstm(model.embedding(text[:, :6]))[0]).log_softmax(-1)
     following = [scores[stream, t, text[stream, t + 1]] for stream in range(3) for t in range(6)]
@@ -202,20 +229,30 @@ def test_the_state_is_carried_to_the_end_of_the_text_and_no_further(tmp_path, te
         return found
 
     monkeypatch.setattr(CharLSTM, "loss", noted)
-    char = CharTower(text=text, streams=3, window=250, hidden=2, embedding=2, epochs=2, device="cpu")
+    char = CharTower(
+        text=text, streams=3, window=250, hidden=2, embedding=2, epochs=2, device="cpu"
+    )
     row = char.run({"method": "plain", "lr": 0.1, "seed": 0}, tmp_path)
-    assert calls == [(0, 250, True), (250, 250, False)] * 2 + [(0, 66, True)]  # the last of validation
+    assert calls == [(0, 250, True), (250, 250, False)] * 2 + [
+        (0, 66, True)
+    ]  # the last of validation
     assert row["perplexity"] == pytest.approx(2 ** row["bits"])
 
 
 def test_bad_options_are_refused_before_any_run(tmp_path, text):
     for options, message in [
-        ({"method": ("cg",)}, "--method: got cg, expected some of plain, step-decay, tower, tower-adam"),
+        (
+            {"method": ("cg",)},
+            "--method: got cg, expected some of plain, step-decay, tower, tower-adam",
+        ),
         ({"epochs": 0}, "--epochs: got 0, expected at least 1"),
         ({"side": 12}, "--side: got 12, expected one of 4, 8, 16, 32"),
         ({"batch": 5001}, "--batch: got 5001, expected from 1 to 5000"),
         ({"images": 0}, "--images: got 0"),
-        ({"start": ((0.1, 1.0),)}, "--start: got momentum 1.0, expected a positive number, below 1"),
+        (
+            {"start": ((0.1, 1.0),)},
+            "--start: got momentum 1.0, expected a positive number, below 1",
+        ),
         ({"outer_sgd": -1.0}, "SGD lr: got -1.0"),
         ({"start": ()}, "--start: got none"),
     ]:
@@ -239,11 +276,23 @@ def test_bad_options_are_refused_before_any_run(tmp_path, text):
 
 def test_diverged_runs_are_rows_of_the_table():
     char = CharTower(start=(0.1,), method=("plain", "tower"))
-    good = {"diverged": None, "bits": 2.0, "perplexity": 4.0, "loss": 1.0, "learnt": {"lr": 0.1}, "ms": 7.0}
+    good = {
+        "diverged": None,
+        "bits": 2.0,
+        "perplexity": 4.0,
+        "loss": 1.0,
+        "learnt": {"lr": 0.1},
+        "ms": 7.0,
+    }
     bad = good | {"diverged": 13, "bits": None, "perplexity": None, "loss": None}
     rows = [
         ({"method": method, "seed": seed, "lr": 0.1}, row)
-        for method, seed, row in [("plain", 0, bad), ("plain", 1, bad), ("tower", 0, good), ("tower", 1, bad)]
+        for method, seed, row in [
+            ("plain", 0, bad),
+            ("plain", 1, bad),
+            ("tower", 0, good),
+            ("tower", 1, bad),
+        ]
     ]
     plain, tower = char.table(rows).splitlines()[2:]
     assert plain == "| 0.1 | `plain` | diverged | diverged | diverged | – | 7 |"
@@ -266,6 +315,8 @@ def test_a_rehearsal_leaves_rows_and_plots(tmp_path, text, kind):
         assert row["learnt"]["lr"] == row["curve"]["lr"][-1]
         if case["method"].startswith("tower"):
             assert row["levels"][0] == row["learnt"]
-            assert set(row["learnt"]) == set(small.optimizer(case, [torch.ones(1, requires_grad=True)]).tower.sizes)
+            assert set(row["learnt"]) == set(
+                small.optimizer(case, [torch.ones(1, requires_grad=True)]).tower.sizes
+            )
             assert row["learnt"]["lr"] != case["lr"]
     assert execute(small) == table  # from the rows that are there

@@ -29,7 +29,17 @@ def digits(n, seed):
 @pytest.fixture
 def noise(monkeypatch):
     monkeypatch.setattr(tasks, "mnist", lambda root: (digits(20, 0), digits(2, 1)))
-    return StepSize(hidden=4, training=10, validation=5, test=20, batch=8, steps=24, horizon=8, period=2, device="cpu")
+    return StepSize(
+        hidden=4,
+        training=10,
+        validation=5,
+        test=20,
+        batch=8,
+        steps=24,
+        horizon=8,
+        period=2,
+        device="cpu",
+    )
 
 
 @pytest.mark.parametrize("method", ["unrolled", "forward", "real-time"])
@@ -52,14 +62,21 @@ def test_memory_is_flat_in_the_steps_of_forward_mode_and_real_time(noise):
 
 def test_step_size_rehearses(noise, tmp_path):
     table = execute(StepSize(quick=True, out=tmp_path / "out", device="cpu"))
-    rows = {entry["case"]["method"]: entry["row"] for entry in json.loads((tmp_path / "out" / "rows.json").read_text())}
+    rows = {
+        entry["case"]["method"]: entry["row"]
+        for entry in json.loads((tmp_path / "out" / "rows.json").read_text())
+    }
     assert set(rows) == {"none", "unrolled", "forward", "real-time"}
     assert rows["none"]["lr"] == 0.001
     assert [point[0] for point in rows["real-time"]["trajectory"]] == list(range(2, 21, 2))
-    for one, other in zip(rows["forward"]["trajectory"], rows["unrolled"]["trajectory"], strict=True):
+    for one, other in zip(
+        rows["forward"]["trajectory"], rows["unrolled"]["trajectory"], strict=True
+    ):
         assert one == pytest.approx(other, rel=1e-4)
     assert table.count("\n") == 5
-    with pytest.raises(ValueError, match=r"--period, --horizon, --steps: got 3, 8, 24, expected .* a multiple"):
+    with pytest.raises(
+        ValueError, match=r"--period, --horizon, --steps: got 3, 8, 24, expected .* a multiple"
+    ):
         StepSize(**{**vars(noise), "period": 3}).cases()
     with pytest.raises(ValueError, match="--method: got cg, expected some of none, unrolled"):
         StepSize(method=("cg",)).cases()
@@ -78,7 +95,8 @@ def test_a_point_that_hoag_takes_back_is_none_of_its_trials(monkeypatch):
 
         def step(self):
             return SimpleNamespace(
-                accepted=next(kept), report=SimpleNamespace(inner_steps=torch.tensor([2]), products=3)
+                accepted=next(kept),
+                report=SimpleNamespace(inner_steps=torch.tensor([2]), products=3),
             )
 
     monkeypatch.setattr("experiments.regularization.HOAG", Scripted)
@@ -89,9 +107,13 @@ def test_a_point_that_hoag_takes_back_is_none_of_its_trials(monkeypatch):
 
 def test_searches_count_their_solves_and_find_the_same(tmp_path):
     pytest.importorskip("optuna")
-    small = Regularization(data=("breast-cancer",), start=(1.0,), low=1e-2, high=1e2, grid=5, solves=4, device="cpu")
+    small = Regularization(
+        data=("breast-cancer",), start=(1.0,), low=1e-2, high=1e2, grid=5, solves=4, device="cpu"
+    )
     rows = {
-        method: small.run({"method": method, "data": "breast-cancer", "seed": 0, "start": 1.0}, tmp_path)
+        method: small.run(
+            {"method": method, "data": "breast-cancer", "seed": 0, "start": 1.0}, tmp_path
+        )
         for method in small.methods
     }
     for method, row in rows.items():
@@ -108,7 +130,9 @@ def test_searches_count_their_solves_and_find_the_same(tmp_path):
     assert rows["grid-warm"]["evaluations"] < rows["grid"]["evaluations"]
     again = small.run({"method": "tpe", "data": "breast-cancer", "seed": 0}, tmp_path)
     assert again["points"] == rows["tpe"]["points"]
-    table = small.table([({"method": m, "data": "breast-cancer", "seed": 0}, row) for m, row in rows.items()])
+    table = small.table(
+        [({"method": m, "data": "breast-cancer", "seed": 0}, row) for m, row in rows.items()]
+    )
     gap = (rows["hoag"]["loss"] - rows["grid"]["loss"]) / rows["grid"]["loss"]
     assert f"{gap:+.1e}" in table.splitlines()[2]
 
@@ -120,13 +144,17 @@ def test_the_solution_is_stationary(tmp_path):
     judge = Judge(data, data, 2, 1e-3, 1e3, 1e-8)
     at = math.log(0.1)
     w, b = (judge.solution(at)[name].requires_grad_() for name in ("weight", "bias"))
-    f = torch.nn.functional.cross_entropy(inputs @ w.T + b, targets) + 0.05 * (w.square().sum() + b.square().sum())
+    f = torch.nn.functional.cross_entropy(inputs @ w.T + b, targets) + 0.05 * (
+        w.square().sum() + b.square().sum()
+    )
     assert all(g.norm() < 1e-8 for g in torch.autograd.grad(f, [w, b]))
 
 
 def test_a_file_of_libsvm_is_read(tmp_path, monkeypatch):
     path = tmp_path / "tiny"
-    path.write_text("\n".join(f"{'+1' if i % 2 else '-1'} 1:{i} 3:{i * i}" for i in range(16)) + "\n")
+    path.write_text(
+        "\n".join(f"{'+1' if i % 2 else '-1'} 1:{i} 3:{i * i}" for i in range(16)) + "\n"
+    )
     found = svmlight(path)
     assert found.targets.tolist() == [i % 2 for i in range(16)]
     assert found.inputs[3].tolist() == [3.0, 0.0, 9.0]
@@ -135,19 +163,29 @@ def test_a_file_of_libsvm_is_read(tmp_path, monkeypatch):
     assert parts[0].inputs.shape == (8, 2)  # the second feature is always 0
     assert parts[0].inputs.mean(0).abs().max() < 1e-12
     assert parts[0].inputs.std(0, correction=0).tolist() == pytest.approx([1, 1])
-    table = execute(Regularization(libsvm=path, data=(), quick=True, method=("hoag", "grid"), out=tmp_path / "out"))
+    table = execute(
+        Regularization(
+            libsvm=path, data=(), quick=True, method=("hoag", "grid"), out=tmp_path / "out"
+        )
+    )
     assert "| breast-cancer |" in table
     assert "| tiny | `hoag` from 1 |" in table
     path.write_text("1 1:x\n2 1:3\n")
-    with pytest.raises(ValueError, match=r"tiny: got a file that cannot be read .*, expected lines 'label index:value"):
+    with pytest.raises(
+        ValueError,
+        match=r"tiny: got a file that cannot be read .*, expected lines 'label index:value",
+    ):
         svmlight(path)
     path.write_text("".join(f"{i % 2} 1000000000:1\n" for i in range(16)))
     with pytest.raises(
-        ValueError, match=r"got 16 examples of 1000000000 features, 119.2 GiB as a dense table, expected"
+        ValueError,
+        match=r"got 16 examples of 1000000000 features, 119.2 GiB as a dense table, expected",
     ):
         svmlight(path)
     path.write_text("".join(f"{i}.5 1:1\n" for i in range(16)))
-    with pytest.raises(ValueError, match="targets: got 16 values for 16 examples, expected a few classes"):
+    with pytest.raises(
+        ValueError, match="targets: got 16 values for 16 examples, expected a few classes"
+    ):
         svmlight(path)
 
 
@@ -163,15 +201,26 @@ def test_a_folder_of_texts_is_read(tmp_path):
     whole, parts = Regularization(newsgroups=tmp_path / "news", device="cpu"), None
     parts = whole._data("news", 0)
     assert float(parts[0].inputs.min()) == 0  # not standardised
-    with pytest.raises(FileNotFoundError, match=r"--newsgroups: got .*cats, expected a folder with a folder of texts"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"--newsgroups: got .*cats, expected a folder with a folder of texts",
+    ):
         newsgroups(tmp_path / "news" / "cats", 4)
 
 
 def test_bad_options_are_refused(tmp_path):
     for options, error, message in [
         ({"libsvm": tmp_path / "none"}, FileNotFoundError, r"--libsvm: found nothing at .*none"),
-        ({"newsgroups": tmp_path / "none"}, FileNotFoundError, r"--newsgroups: found nothing at .*none"),
-        ({"data": ("iris",)}, ValueError, r"--data: got iris, expected some of breast-cancer, digits"),
+        (
+            {"newsgroups": tmp_path / "none"},
+            FileNotFoundError,
+            r"--newsgroups: found nothing at .*none",
+        ),
+        (
+            {"data": ("iris",)},
+            ValueError,
+            r"--data: got iris, expected some of breast-cancer, digits",
+        ),
         ({"low": 0.0}, ValueError, r"--low, --high: got 0.0 and 1000.0, expected 0 < low < high"),
         ({"start": (1e4,)}, ValueError, r"--start: got 10000.0, expected a number from --low"),
         ({"grid": 1}, ValueError, r"--grid, --solves: got 1 and 20"),
@@ -187,7 +236,9 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r'tpe: found no optuna .*pip install -e "\.\[tune\]"'):
         small.run({"method": "tpe", "data": "breast-cancer", "seed": 0}, tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'breast-cancer: found no scikit-learn .*pip install -e "\.\[tune\]"'):
+    with pytest.raises(
+        ImportError, match=r'breast-cancer: found no scikit-learn .*pip install -e "\.\[tune\]"'
+    ):
         small.run({"method": "grid", "data": "breast-cancer", "seed": 0}, tmp_path)
 
 

@@ -41,7 +41,9 @@ def weighted(params, meta, data):
 PROBLEM = BilevelProblem(
     init=lambda meta, data: {"w": torch.zeros(N, dtype=torch.float64)},
     inner_loss=weighted,
-    outer_loss=lambda params, meta, data: F.binary_cross_entropy_with_logits(data[2] @ params["w"], data[3]),
+    outer_loss=lambda params, meta, data: F.binary_cross_entropy_with_logits(
+        data[2] @ params["w"], data[3]
+    ),
 )
 POINT = (X, Y, XV, YV)
 
@@ -50,13 +52,20 @@ def gradients(method, inner=LOOP, meta=META, data=POINT, **options):
     return hypergradient(PROBLEM, meta, data, inner=inner, method=method, **options)
 
 
-@pytest.mark.parametrize("method", [Forward(), Forward(chunk=5), Unrolled()], ids=["forward", "chunked", "unrolled"])
+@pytest.mark.parametrize(
+    "method", [Forward(), Forward(chunk=5), Unrolled()], ids=["forward", "chunked", "unrolled"]
+)
 @pytest.mark.parametrize("name", META)
 def test_momentum_sgd_against_finite_differences(method, name):
-    direction = torch.ones_like(META[name]) + 0.5 * torch.arange(META[name].numel()).reshape(META[name].shape)
+    direction = torch.ones_like(META[name]) + 0.5 * torch.arange(META[name].numel()).reshape(
+        META[name].shape
+    )
     got = (gradients(method).grads[name] * direction).sum()
     expected = finite_difference(
-        lambda m: gradients(method, meta={**META, name: m}).outer_loss, META[name], direction, step=1e-3
+        lambda m: gradients(method, meta={**META, name: m}).outer_loss,
+        META[name],
+        direction,
+        step=1e-3,
     )
     assert float((got - expected).abs()) < 1e-7 * float(expected.abs())
 
@@ -66,13 +75,18 @@ def test_momentum_sgd_forward_is_reverse():
     for name in META:
         assert relative_error(forward.grads[name], reverse.grads[name]) < 1e-10
     assert relative_error(forward.params["w"], reverse.params["w"]) < 1e-14
-    assert relative_error(forward.report.inner_gradient_norm, reverse.report.inner_gradient_norm) < 1e-10
+    assert (
+        relative_error(forward.report.inner_gradient_norm, reverse.report.inner_gradient_norm)
+        < 1e-10
+    )
 
 
 def test_momentum_sgd_at_convergence_is_implicit():
     long = LOOP.updated(steps=400)
     constants = GradientDescent(steps=400, lr=0.4, momentum=0.6)
-    implicit = gradients(Implicit(Dense()), inner=constants, meta={n: META[n] for n in ("decay", "weights")})
+    implicit = gradients(
+        Implicit(Dense()), inner=constants, meta={n: META[n] for n in ("decay", "weights")}
+    )
     found = gradients(Forward(), inner=long)
     for name in ("decay", "weights"):
         assert relative_error(found.grads[name], implicit.grads[name]) < 1e-6
@@ -114,7 +128,8 @@ def test_minibatches_are_replayed():
     )
     meta = {name: META[name] for name in ("eta", "mu", "decay")}
     forward, reverse = (
-        hypergradient(problem, meta, stream, inner=LOOP, method=m).grads for m in (Forward(), Unrolled())
+        hypergradient(problem, meta, stream, inner=LOOP, method=m).grads
+        for m in (Forward(), Unrolled())
     )
     for name in meta:
         assert relative_error(forward[name], reverse[name]) < 1e-10
@@ -128,7 +143,9 @@ def test_a_parameter_without_a_gradient_stays():
     )
     meta = {"idle": randn(3, seed=8), "slope": randn(2, seed=9)}
     inner = TorchOptimizer(torch.optim.SGD, steps=3, lr=0.1, weight_decay=0.5)
-    forward, reverse = (hypergradient(problem, meta, None, inner=inner, method=m) for m in (Forward(), Unrolled()))
+    forward, reverse = (
+        hypergradient(problem, meta, None, inner=inner, method=m) for m in (Forward(), Unrolled())
+    )
     assert torch.equal(forward.params["idle"], meta["idle"])
     for name in meta:
         assert relative_error(forward.grads[name], reverse.grads[name]) < 1e-12
@@ -154,7 +171,9 @@ def test_a_start_goes_on_as_one_run_for_every_optimiser():
         whole = hypergradient(network(), meta, DATA, inner=inner, method="unrolled", batched=True)
         half, end = inner.updated(steps=2), None
         for method in ("unrolled", "forward"):
-            part = hypergradient(network(), meta, DATA, inner=half, method=method, batched=True, start=end)
+            part = hypergradient(
+                network(), meta, DATA, inner=half, method=method, batched=True, start=end
+            )
             end = part.end
         for name, p in whole.params.items():
             assert relative_error(part.params[name], p) < 1e-13
@@ -174,10 +193,14 @@ def test_memory_is_flat_in_the_steps():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="chunk: got 0, expected at least 1"):
         Forward(chunk=0)
-    with pytest.raises(ValueError, match=r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"):
+    with pytest.raises(
+        ValueError, match=r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"
+    ):
         gradients(Forward(memory=1000))
     end = gradients(Forward(carry=True)).end
     with pytest.raises(ValueError, match=r"start: got the derivative of .*'mu'.*expected that of"):
         gradients(Forward(carry=True), inner=GradientDescent(lr=FromMeta("eta")), start=end)
     with pytest.raises(ValueError, match=r"start: got leading sizes \[1\], expected 3"):
-        hypergradient(network(), INITIAL, DATA, inner=LOOP, method="forward", batched=True, start=end)
+        hypergradient(
+            network(), INITIAL, DATA, inner=LOOP, method="forward", batched=True, start=end
+        )

@@ -45,7 +45,9 @@ def hoag(steps, **options):
     return made, [made.step() for _ in range(steps)]
 
 
-@pytest.mark.parametrize("schedule", ["quadratic", "cubic", lambda k: 0.5**k], ids=["quadratic", "cubic", "halving"])
+@pytest.mark.parametrize(
+    "schedule", ["quadratic", "cubic", lambda k: 0.5**k], ids=["quadratic", "cubic", "halving"]
+)
 def test_it_comes_to_the_optimum(schedule):
     found, steps = hoag(40, schedule=schedule, tolerance=0.01)
     grid = torch.logspace(-4, 2, 400).double()
@@ -88,7 +90,10 @@ def test_steps_are_as_long_as_the_slopes_seen_allow():
             expected = expected if step.accepted else min(max(expected, 2 * before), 8 * before)
         assert step.lipschitz == pytest.approx(expected, rel=1e-12)
         kinds.add((step.accepted, len(rejected)))
-        before, kept, rejected = step.lipschitz, *((k, []) if step.accepted else (kept, [*rejected, k]))
+        before, kept, rejected = (
+            step.lipschitz,
+            *((k, []) if step.accepted else (kept, [*rejected, k])),
+        )
     assert kinds == {(True, 0), (True, 1), (True, 2), (False, 0), (False, 1)}
 
 
@@ -101,7 +106,14 @@ def test_it_stays_in_its_box():
 
 def test_lbfgs_solves_every_task_to_the_tolerance():
     oracle = quadratic([[0.1, 1, 2, 3, 40], [1, 1, 2, 2, 8]])
-    found = hypergradient(oracle.problem, oracle.meta, oracle.data, inner=LBFGS(tol=1e-7), method="dense", batched=True)
+    found = hypergradient(
+        oracle.problem,
+        oracle.meta,
+        oracle.data,
+        inner=LBFGS(tol=1e-7),
+        method="dense",
+        batched=True,
+    )
     assert float(found.report.inner_gradient_norm.max()) <= 1e-7
     assert relative_error(found.grads["phi"], oracle.exact["phi"]) < 1e-6
     assert int(found.report.inner_steps[0]) < 60
@@ -117,7 +129,9 @@ def test_lbfgs_stops_at_its_cap_with_the_best_it_has_seen():
 
     problem = BilevelProblem(oracle.problem.init, watched, oracle.problem.outer_loss)
     data = tuple(x[0] for x in oracle.data)
-    found = hypergradient(problem, oracle.meta, data, inner=LBFGS(steps=5, tol=1e-12), method="dense")
+    found = hypergradient(
+        problem, oracle.meta, data, inner=LBFGS(steps=5, tol=1e-12), method="dense"
+    )
     assert found.report.inner_steps.tolist() == [5]
     assert float(oracle.problem.inner_loss(found.params, oracle.meta, data)) == min(losses[:6])
 
@@ -125,14 +139,20 @@ def test_lbfgs_stops_at_its_cap_with_the_best_it_has_seen():
 def test_bad_input_is_refused():
     oracle = quadratic([[1.0, 2.0]])
     with pytest.raises(ValueError, match=r"inner: got LBFGS.*expected an implicit method"):
-        hypergradient(oracle.problem, oracle.meta, oracle.data, inner=LBFGS(), method="unrolled", batched=True)
+        hypergradient(
+            oracle.problem, oracle.meta, oracle.data, inner=LBFGS(), method="unrolled", batched=True
+        )
     with pytest.raises(ValueError, match=r"inner: got LBFGS, whose steps are not differentiable"):
-        hypergradient(oracle.problem, oracle.meta, oracle.data, inner=LBFGS(), method="forward", batched=True)
+        hypergradient(
+            oracle.problem, oracle.meta, oracle.data, inner=LBFGS(), method="forward", batched=True
+        )
     with pytest.raises(ValueError, match="LBFGS history: got 0, expected at least 1"):
         LBFGS(history=0)
     with pytest.raises(ValueError, match="steps: got 0, expected at least 1 inner step"):
         LBFGS(steps=0)
-    with pytest.raises(ValueError, match="schedule: got 'linear', expected one of exponential, quadratic, cubic"):
+    with pytest.raises(
+        ValueError, match="schedule: got 'linear', expected one of exponential, quadratic, cubic"
+    ):
         hoag(0, schedule="linear")
     with pytest.raises(ValueError, match="tolerance: got 0, expected a number > 0"):
         hoag(0, tolerance=0)

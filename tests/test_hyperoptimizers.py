@@ -36,7 +36,9 @@ def network(dtype=torch.float64):
 
 def batch(step, dtype=torch.float64):
     draws = torch.Generator().manual_seed(step)
-    return torch.randn(16, 5, generator=draws, dtype=dtype), torch.randint(3, (16,), generator=draws)
+    return torch.randn(16, 5, generator=draws, dtype=dtype), torch.randint(
+        3, (16,), generator=draws
+    )
 
 
 def loss(model, step, params=None):
@@ -73,14 +75,18 @@ def autograd_trajectory(level, kind, steps, kappa):
     for step in range(steps):
         if step > 0:  # through the last step, whose graph hangs on `params`
             slopes = torch.autograd.grad(loss(model, step, params), list(free.values()))
-            free = {n: x.detach() - kappa * s for (n, x), s in zip(free.items(), slopes, strict=True)}
+            free = {
+                n: x.detach() - kappa * s for (n, x), s in zip(free.items(), slopes, strict=True)
+            }
         params = {n: p.detach().requires_grad_() for n, p in params.items()}
         gradients = torch.autograd.grad(loss(model, step, params), list(params.values()))
         free = {n: x.detach().requires_grad_() for n, x in free.items()}
         h = numbers | {n: level.domain(n).value(x) for n, x in free.items()}
         group = defaults | options(level, h)
         for (name, p), g in zip(list(params.items()), gradients, strict=True):
-            kept = {k: x.detach() if isinstance(x, torch.Tensor) else x for k, x in slots[name].items()}
+            kept = {
+                k: x.detach() if isinstance(x, torch.Tensor) else x for k, x in slots[name].items()
+            }
             params[name], slots[name] = rule(group, kept, p.detach(), g.detach()), kept
         trace.append({n: x.detach() for n, x in (params | {n: h[n] for n in free}).items()})
     return trace
@@ -98,14 +104,25 @@ def test_hypergradients_are_those_of_autograd(name):
         train(model, optimizer, 1, step)
         found = dict(model.named_parameters()) | optimizer.hyperparameters[0][0]
         for key, value in expected.items():
-            torch.testing.assert_close(found[key].detach(), value, rtol=1e-11, atol=1e-13, msg=f"{key}, step {step}")
-    moved = [abs(math.log(float(optimizer.hyperparameters[0][0][n]) / x)) for n, x in numbers.items()]
+            torch.testing.assert_close(
+                found[key].detach(), value, rtol=1e-11, atol=1e-13, msg=f"{key}, step {step}"
+            )
+    moved = [
+        abs(math.log(float(optimizer.hyperparameters[0][0][n]) / x)) for n, x in numbers.items()
+    ]
     assert min(moved) > 1e-7  # each of them
 
 
 def test_a_hypergradient_is_the_difference_quotient_of_the_next_loss():
     """dℓ/dh of the step before, held against two runs that differ in h alone at that step."""
-    level = Adam(0.05, beta1=0.8, beta2=0.95, eps=0.02, optimizer=SGD(1.0), learn=("lr", "beta1", "beta2", "eps"))
+    level = Adam(
+        0.05,
+        beta1=0.8,
+        beta2=0.95,
+        eps=0.02,
+        optimizer=SGD(1.0),
+        learn=("lr", "beta1", "beta2", "eps"),
+    )
     domains = {name: Real() for name in level.numbers}
     level = Adam(**level.numbers, optimizer=SGD(1.0), learn=level.learn, domains=domains)
     start = network()
@@ -114,7 +131,11 @@ def test_a_hypergradient_is_the_difference_quotient_of_the_next_loss():
 
     def next_loss(name, change):
         model, numbers = network(), dict(level.numbers)
-        train(model, Hyperoptimizer(model.parameters(), Adam(**numbers | {name: numbers[name] + change})), 1)
+        train(
+            model,
+            Hyperoptimizer(model.parameters(), Adam(**numbers | {name: numbers[name] + change})),
+            1,
+        )
         return loss(model, 1).item()
 
     before = {name: x.item() for name, x in optimizer.hyperparameters[0][0].items()}
@@ -182,7 +203,9 @@ def test_step_sizes_for_each_tensor_and_element():
         optimizer = Hyperoptimizer(model.parameters(), tower)
         before = [p.detach().clone() for p in model.parameters()]
         train(model, optimizer, 1)
-        direction = [(p.detach() - b) / 0.01 for p, b in zip(model.parameters(), before, strict=True)]
+        direction = [
+            (p.detach() - b) / 0.01 for p, b in zip(model.parameters(), before, strict=True)
+        ]
         train(model, optimizer, 1, 1)
         parts = [p.grad * d for p, d in zip(model.parameters(), direction, strict=True)]
         slopes = (
@@ -190,7 +213,9 @@ def test_step_sizes_for_each_tensor_and_element():
             if size == "per-tensor"
             else torch.cat([part.flatten() for part in parts])
         )
-        torch.testing.assert_close(optimizer.hyperparameters[0][0]["lr"], 0.01 - 1e-3 * slopes, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            optimizer.hyperparameters[0][0]["lr"], 0.01 - 1e-3 * slopes, rtol=1e-9, atol=1e-12
+        )
         moved = [(b - p.detach()) for b, p in zip(before, model.parameters(), strict=True)]
         assert all(m.abs().min() > 0 for m in moved)
 
@@ -250,7 +275,11 @@ def test_it_is_an_optimizer_of_torch():
     assert [p.is_leaf for p in model.parameters()] == leaves
     assert all(p.grad.grad_fn is None for p in model.parameters())
     optimizer.step(closure)
-    assert float(optimizer.param_groups[0]["lr"]) == optimizer.hyperparameters[0][0]["lr"].item() != 0.1
+    assert (
+        float(optimizer.param_groups[0]["lr"])
+        == optimizer.hyperparameters[0][0]["lr"].item()
+        != 0.1
+    )
 
 
 def test_groups_have_towers_of_their_own():
@@ -258,7 +287,8 @@ def test_groups_have_towers_of_their_own():
     tower = SGD(0.1, optimizer=SGD(0.3), learn=("lr",))
     together, apart = network(), network()
     pair = Hyperoptimizer(
-        [{"params": together[0].parameters()}, {"params": together[2].parameters(), "lr": 0.02}], tower
+        [{"params": together[0].parameters()}, {"params": together[2].parameters(), "lr": 0.02}],
+        tower,
     )
     first = Hyperoptimizer(apart[0].parameters(), tower)
     second = Hyperoptimizer(apart[2].parameters(), SGD(0.02, optimizer=SGD(0.3)))
@@ -277,7 +307,10 @@ def test_what_is_written_into_a_group_is_taken_up():
     """By hand or by a scheduler, learnt or not."""
     for tower in (SGD(0.1), SGD(0.1, optimizer=SGD(1e-9))):
         model, other = network(), network()
-        optimizer, plain = Hyperoptimizer(model.parameters(), tower), torch.optim.SGD(other.parameters(), 0.1)
+        optimizer, plain = (
+            Hyperoptimizer(model.parameters(), tower),
+            torch.optim.SGD(other.parameters(), 0.1),
+        )
         schedules = [torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5) for o in (optimizer, plain)]
         for step in range(5):
             for m, o, schedule in zip((model, other), (optimizer, plain), schedules, strict=True):
@@ -304,7 +337,10 @@ def test_what_is_written_counts_from_the_first_step_and_where_there_was_a_zero()
 
 def test_clipped_gradients_are_what_it_learns_from():
     model, real = network(), {"lr": Real()}
-    optimizer, clipped = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(1.0), domains=real)), []
+    optimizer, clipped = (
+        Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(1.0), domains=real)),
+        [],
+    )
     for step in range(2):
         optimizer.zero_grad()
         loss(model, step).backward()
@@ -322,13 +358,17 @@ def test_parameters_without_a_gradient_stay():
     model, other, spare = network(), network(), nn.Parameter(torch.ones(3, dtype=torch.float64))
     model[0].weight.requires_grad_(False)
     optimizer = Hyperoptimizer([*model.parameters(), spare], level)
-    without = Hyperoptimizer([p for name, p in other.named_parameters() if name != "0.weight"], level)
+    without = Hyperoptimizer(
+        [p for name, p in other.named_parameters() if name != "0.weight"], level
+    )
     train(model, optimizer, 4)
     train(other, without, 4)
     assert (spare == 1).all()
     assert torch.equal(model[0].weight, network()[0].weight)
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, network()[0].weight if name == "0.weight" else b, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            a, network()[0].weight if name == "0.weight" else b, rtol=1e-12, atol=1e-13
+        )
 
 
 def test_a_group_that_is_refused_is_not_there():
@@ -343,7 +383,9 @@ def test_a_group_that_is_refused_is_not_there():
 TOWERS = {
     "SGD^3": SGD(0.1, momentum=0.5, optimizer=SGD(0.1, optimizer=SGD(0.1))),
     "Adam/SGD": Adam(0.01, optimizer=SGD(0.1)),
-    "AdamW/Adam/SGD": AdamW(0.01, optimizer=Adam(0.01, optimizer=SGD(0.1)), learn=("lr", "beta1", "weight_decay")),
+    "AdamW/Adam/SGD": AdamW(
+        0.01, optimizer=Adam(0.01, optimizer=SGD(0.1)), learn=("lr", "beta1", "weight_decay")
+    ),
     "RMSProp/RMSProp": RMSProp(0.01, optimizer=RMSProp(0.01)),
     "AdaGrad/SGD": AdaGrad(0.1, optimizer=SGD(0.1), learn={"lr": "per-element"}),
     "Adam": Adam(0.01),
@@ -407,7 +449,9 @@ def test_no_graph_is_kept():
     optimizer = Hyperoptimizer(model.parameters(), Adam(optimizer=SGD(0.1, optimizer=SGD(0.1))))
     train(model, optimizer, 3)
     held = [x for tower in optimizer.state_dict()["towers"] for x in tower["slots"].values()]
-    assert all(x.grad_fn is None and not x.requires_grad for x in held if isinstance(x, torch.Tensor))
+    assert all(
+        x.grad_fn is None and not x.requires_grad for x in held if isinstance(x, torch.Tensor)
+    )
     assert all(x.grad_fn is None for level in optimizer.hyperparameters[0] for x in level.values())
 
 
@@ -437,7 +481,9 @@ def _replica(rank, results, address):
         inputs, targets = (x[8 * rank : 8 * rank + 8] for x in batch(step))
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
-    results[rank] = [p.detach().tolist() for p in model.parameters()] + [optimizer.hyperparameters[0][0]["lr"].item()]
+    results[rank] = [p.detach().tolist() for p in model.parameters()] + [
+        optimizer.hyperparameters[0][0]["lr"].item()
+    ]
     torch.distributed.destroy_process_group()
 
 
@@ -451,7 +497,9 @@ def test_replicas_learn_the_same_as_one(tmp_path):
     model = network()
     optimizer = Hyperoptimizer(model.parameters(), Adam(0.01, optimizer=SGD(0.1)))
     train(model, optimizer, 4)
-    expected = [p.detach().tolist() for p in model.parameters()] + [optimizer.hyperparameters[0][0]["lr"].item()]
+    expected = [p.detach().tolist() for p in model.parameters()] + [
+        optimizer.hyperparameters[0][0]["lr"].item()
+    ]
     assert results[0] == results[1]
     for a, b in zip(results[0], expected, strict=True):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-6, atol=1e-9)
@@ -464,15 +512,21 @@ def test_bad_towers_are_refused():
         Adam(beta1=1.0)
     with pytest.raises(ValueError, match=r"AdaGrad initial: got -1, expected a finite number ≥ 0"):
         AdaGrad(initial=-1)
-    with pytest.raises(ValueError, match=r"SGD learn: got \['rate'\], expected some of \['lr', 'momentum'"):
+    with pytest.raises(
+        ValueError, match=r"SGD learn: got \['rate'\], expected some of \['lr', 'momentum'"
+    ):
         SGD(optimizer=SGD(), learn=("rate",))
     with pytest.raises(ValueError, match=r"SGD learn: got \('lr',\) and no optimizer"):
         SGD(learn=("lr",))
     with pytest.raises(ValueError, match="SGD: got an optimizer and nothing to learn"):
         SGD(optimizer=SGD(), learn=())
-    with pytest.raises(ValueError, match=r"SGD learn: got {'momentum': 'per-tensor'}, expected 'scalar'"):
+    with pytest.raises(
+        ValueError, match=r"SGD learn: got {'momentum': 'per-tensor'}, expected 'scalar'"
+    ):
         SGD(optimizer=SGD(), momentum=0.5, learn={"momentum": "per-tensor"})
-    with pytest.raises(ValueError, match=r"SGD momentum: hyperparameter: got 0, expected numbers between 0 and 1"):
+    with pytest.raises(
+        ValueError, match=r"SGD momentum: hyperparameter: got 0, expected numbers between 0 and 1"
+    ):
         SGD(optimizer=SGD(), learn=("momentum",))
     with pytest.raises(ValueError, match=r"SGD domains: got \['beta1'\]"):
         SGD(domains={"beta1": Positive()})
@@ -481,13 +535,18 @@ def test_bad_towers_are_refused():
 def test_bad_loops_are_refused():
     model = network()
     optimizer = Hyperoptimizer(model.parameters(), SGD(optimizer=SGD()))
-    with pytest.raises(ValueError, match=r"step: got no gradient in any parameter, expected loss.backward\(\) before"):
+    with pytest.raises(
+        ValueError,
+        match=r"step: got no gradient in any parameter, expected loss.backward\(\) before",
+    ):
         optimizer.step()
     frozen = [p.detach() for p in model.parameters()]
     with pytest.raises(ValueError, match="param group 0: got no parameter that requires grad"):
         Hyperoptimizer(frozen, SGD(optimizer=SGD()))
     mixed = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.float64))]
-    with pytest.raises(ValueError, match=r"group 0: got parameters of torch\.float32 on cpu, torch\.float64 on cpu"):
+    with pytest.raises(
+        ValueError, match=r"group 0: got parameters of torch\.float32 on cpu, torch\.float64 on cpu"
+    ):
         Hyperoptimizer(mixed, SGD())
     with pytest.raises(ValueError, match=r"SGD lr: got -1\.0"):
         Hyperoptimizer([{"params": mixed[:1], "lr": -1.0}], SGD())
@@ -528,7 +587,9 @@ def test_states_of_other_towers_are_refused():
     for other in (SGD(optimizer=SGD()), AdamW(optimizer=SGD()), Adam(optimizer=RMSProp())):
         optimizer = built(other)
         before = dict(optimizer.param_groups[0])
-        with pytest.raises(ValueError, match=r"got a level (Adam, expected (SGD|AdamW)|SGD, expected RMSProp)"):
+        with pytest.raises(
+            ValueError, match=r"got a level (Adam, expected (SGD|AdamW)|SGD, expected RMSProp)"
+        ):
             optimizer.load_state_dict(state)
         assert optimizer.param_groups[0] == before
     with pytest.raises(ValueError, match="got hyperparameters"):

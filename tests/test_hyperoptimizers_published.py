@@ -33,7 +33,10 @@ PAIRS = {
         SGD(0.1, optimizer=SGD(0.01, optimizer=SGD(0.01))),
         lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01, optimizer=gdtuo.SGD(0.01))),
     ),
-    "Adam/SGD": (Adam(1e-3, optimizer=SGD(1e-4), domains=BETAS), lambda: gdtuo.Adam(optimizer=gdtuo.SGD(1e-4))),
+    "Adam/SGD": (
+        Adam(1e-3, optimizer=SGD(1e-4), domains=BETAS),
+        lambda: gdtuo.Adam(optimizer=gdtuo.SGD(1e-4)),
+    ),
 }
 OURS_TO_THEIRS = {"lr": "alpha", "beta1": "beta1", "beta2": "beta2"}
 
@@ -64,8 +67,13 @@ def test_trajectories_are_those_of_the_published_package(name):
     theirs = gdtuo.ModuleWrapper(network(), optimizer=published)
     optimizer = Hyperoptimizer(ours.parameters(), tower)
     theirs.initialize()
-    if name == "Adam/SGD":  # the package starts v at ε, so that √v has a derivative at 0; ours starts at 0
-        published.cache = {n: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for n, p in ours.named_parameters()}
+    if (
+        name == "Adam/SGD"
+    ):  # the package starts v at ε, so that √v has a derivative at 0; ours starts at 0
+        published.cache = {
+            n: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            for n, p in ours.named_parameters()
+        }
     for step in range(100):
         theirs.begin()
         value = loss(theirs.forward, step)
@@ -76,13 +84,17 @@ def test_trajectories_are_those_of_the_published_package(name):
         loss(ours, step).backward()
         optimizer.step()
         for (key, a), b in zip(ours.named_parameters(), theirs.parameters.values(), strict=True):
-            torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-5, msg=f"{key}, step {step}")
+            torch.testing.assert_close(
+                a.detach(), b.detach(), rtol=1e-5, atol=1e-5, msg=f"{key}, step {step}"
+            )
         found = [h for h in optimizer.hyperparameters[0] if h]
         for level, expected in zip(found, levels(published), strict=False):
             for key, value in level.items():
                 other = expected[OURS_TO_THEIRS[key]].detach()
                 other = gdtuo.Adam.clamp(other) if key.startswith("beta") else other
-                torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5, msg=f"{key}, step {step}")
+                torch.testing.assert_close(
+                    value, other, rtol=1e-5, atol=1e-5, msg=f"{key}, step {step}"
+                )
     moved = optimizer.hyperparameters[0][0]["lr"].item() / tower.lr
     assert abs(moved - 1) > 0.1
     assert len(found) == name.count("/")

@@ -61,20 +61,30 @@ def test_the_derivative_is_in_the_numbers_that_made_the_step():
 
 def test_momentum_is_weighed_by_the_step_size_of_each_tensor():
     """lr becomes (0.2, 0.3); then dℓ/dμ = −Σ lrᵢ bᵢ gᵢ with b = (1, 2), g = 1."""
-    tower = SGD(0.1, momentum=0.5, optimizer=SGD(0.1), learn={"lr": "per-tensor", "momentum": "scalar"}, domains=REAL)
+    tower = SGD(
+        0.1,
+        momentum=0.5,
+        optimizer=SGD(0.1),
+        learn={"lr": "per-tensor", "momentum": "scalar"},
+        domains=REAL,
+    )
     optimizer = Hyperoptimizer([tensor(1.0), tensor(1.0)], tower)
     step(optimizer, 1.0, 2.0)
     step(optimizer, 1.0, 1.0)
     assert learnt(optimizer).tolist() == pytest.approx([0.2, 0.3], rel=1e-12)
     step(optimizer, 1.0, 1.0)
-    assert learnt(optimizer, "momentum").item() == pytest.approx(0.5 + 0.1 * (0.2 * 1 + 0.3 * 2), rel=1e-12)
+    assert learnt(optimizer, "momentum").item() == pytest.approx(
+        0.5 + 0.1 * (0.2 * 1 + 0.3 * 2), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["momentum", "weight_decay"])
 def test_it_may_be_learnt_from_zero_where_its_domain_has_a_zero(name):
     """Of the second step dℓ/dμ = −0.1 b g with b = 1, of the first dℓ/dλ = −0.1 θ g with θ = 1."""
     box = {name: Box(0.0, 0.99)}
-    optimizer = Hyperoptimizer([tensor(1.0)], SGD(0.1, optimizer=SGD(1.0), learn=(name,), domains=box))
+    optimizer = Hyperoptimizer(
+        [tensor(1.0)], SGD(0.1, optimizer=SGD(1.0), learn=(name,), domains=box)
+    )
     expected = {"momentum": [0.0, 0.0, 0.1], "weight_decay": [0.0, 0.1]}[name]
     for value in expected:
         step(optimizer, 1.0)
@@ -120,7 +130,9 @@ def test_a_scheduled_tower_goes_on_to_the_same_bits(tower):
             schedule.step()
         assert number > 0 or torch.equal(p, twin)
         assert torch.equal(p, q)
-        assert torch.equal(*(torch.as_tensor(o.param_groups[0]["lr"]) for o in (optimizer, resumed)))
+        assert torch.equal(
+            *(torch.as_tensor(o.param_groups[0]["lr"]) for o in (optimizer, resumed))
+        )
 
 
 @pytest.mark.parametrize("size", ["scalar", "per-tensor", "per-element"])
@@ -132,11 +144,15 @@ def test_a_single_tensor_has_step_sizes_of_each_size(size):
         p.grad = torch.tensor([1.0, 2.0], dtype=torch.float64)
         optimizer.step()
     lr = torch.tensor([0.11, 0.14] if size == "per-element" else [0.15, 0.15], dtype=torch.float64)
-    torch.testing.assert_close(p.detach(), 1 - (0.1 + lr) * torch.tensor([1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        p.detach(), 1 - (0.1 + lr) * torch.tensor([1.0, 2.0], dtype=torch.float64)
+    )
 
 
 def test_what_is_written_is_what_is_told():
-    optimizer = Hyperoptimizer([tensor(1.0), tensor(1.0)], SGD(0.1, optimizer=SGD(0.1), learn={"lr": "per-tensor"}))
+    optimizer = Hyperoptimizer(
+        [tensor(1.0), tensor(1.0)], SGD(0.1, optimizer=SGD(0.1), learn={"lr": "per-tensor"})
+    )
     optimizer.param_groups[0]["lr"] = 0.05
     assert learnt(optimizer).tolist() == [0.05, 0.05]
     step(optimizer, 1.0, 1.0)
@@ -145,7 +161,9 @@ def test_what_is_written_is_what_is_told():
 
 def test_a_value_at_the_edge_of_its_domain_is_loaded_again():
     """A step size that came to 0 in round-off is no new input."""
-    optimizer = Hyperoptimizer([tensor(1.0)], SGD(0.1, optimizer=SGD(1e4), domains={"lr": Positive()}))
+    optimizer = Hyperoptimizer(
+        [tensor(1.0)], SGD(0.1, optimizer=SGD(1e4), domains={"lr": Positive()})
+    )
     step(optimizer, 1.0)
     step(optimizer, -1.0)
     assert learnt(optimizer) == 0
@@ -168,7 +186,10 @@ def test_an_average_of_slow_decay_keeps_its_digits():
     """v = (1 − β₂)g² at first, in single precision too: 20 steps of Adam at 1 − β₂ = 2⁻²⁰ against torch's."""
     beta2 = 1 - 2.0**-20
     p, q = tensor(1.0, dtype=torch.float32), tensor(1.0, dtype=torch.float32)
-    ours, theirs = Hyperoptimizer([p], Adam(0.01, beta2=beta2)), torch.optim.Adam([q], 0.01, betas=(0.9, beta2))
+    ours, theirs = (
+        Hyperoptimizer([p], Adam(0.01, beta2=beta2)),
+        torch.optim.Adam([q], 0.01, betas=(0.9, beta2)),
+    )
     for i in range(20):
         step(ours, 0.3 + 0.1 * (i % 3))
         step(theirs, 0.3 + 0.1 * (i % 3))
@@ -177,11 +198,14 @@ def test_an_average_of_slow_decay_keeps_its_digits():
 
 def test_no_group_moves_where_one_fails():
     a, b = tensor(1.0), tensor(1.0)
-    optimizer = Hyperoptimizer([{"params": [a]}, {"params": [b]}], SGD(0.1, optimizer=SGD(1.0), domains=LR))
+    optimizer = Hyperoptimizer(
+        [{"params": [a]}, {"params": [b]}], SGD(0.1, optimizer=SGD(1.0), domains=LR)
+    )
     step(optimizer, 1.0, 1.0)
     before = a.item()
     with pytest.raises(
-        FloatingPointError, match=r"SGD lr: turned -0\.9 after 1 steps, expected a number in \[0, inf\)"
+        FloatingPointError,
+        match=r"SGD lr: turned -0\.9 after 1 steps, expected a number in \[0, inf\)",
     ):
         step(optimizer, 1.0, -1.0)
     assert a.item() == before
@@ -192,12 +216,16 @@ def test_a_beta_of_one_is_an_error():
     optimizer = Hyperoptimizer([tensor(1.0)], tower)
     step(optimizer, 1.0)
     step(optimizer, -1.0)
-    with pytest.raises(FloatingPointError, match=r"Adam beta1: turned 1\.0 after 2 steps, expected .* in \[0, 1\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"Adam beta1: turned 1\.0 after 2 steps, expected .* in \[0, 1\)"
+    ):
         step(optimizer, 1.0)
     for tower in (Adam(0.1), Adam(0.1, optimizer=SGD(0.1))):
         optimizer = Hyperoptimizer([tensor(1.0)], tower)
         optimizer.param_groups[0]["beta1"] = 1.0
-        with pytest.raises(ValueError, match=r"Adam beta1: got 1\.0, expected a number in \[0, 1\)"):
+        with pytest.raises(
+            ValueError, match=r"Adam beta1: got 1\.0, expected a number in \[0, 1\)"
+        ):
             step(optimizer, 1.0)
         optimizer.param_groups[0].update(beta1=0.9, lr=-0.1)
         with pytest.raises(ValueError, match=r"Adam lr: got -0\.1, expected a finite number ≥ 0"):
@@ -220,12 +248,17 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"SGD lr: got -1\.0"):
         optimizer.add_param_group({"params": [tensor(1.0)], "lr": -1.0})
     with pytest.raises(
-        ValueError, match=r"param group 1: got \['betas', 'maximize'\], expected some of the tower's own"
+        ValueError,
+        match=r"param group 1: got \['betas', 'maximize'\], expected some of the tower's own",
     ):
         optimizer.add_param_group({"params": [tensor(1.0)], "betas": (0.5, 0.6), "maximize": True})
     assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group({"params": [tensor(1.0)], "momentum": 0.5, "name": "head", "maximize": False})
-    with pytest.raises(ValueError, match="param group 0: got parameters that are no real floating-point numbers"):
+    optimizer.add_param_group(
+        {"params": [tensor(1.0)], "momentum": 0.5, "name": "head", "maximize": False}
+    )
+    with pytest.raises(
+        ValueError, match="param group 0: got parameters that are no real floating-point numbers"
+    ):
         Hyperoptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], SGD(0.1))
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = Hyperoptimizer(embedding.parameters(), SGD(0.1, optimizer=SGD(0.1)))

@@ -30,7 +30,14 @@ from metaimplicit import (
 
 def test_implicit_agrees_with_unrolled_where_the_inner_problem_is_solved():
     problem = network(Proximal(1.0))
-    run = partial(hypergradient, problem, INITIAL, DATA, inner=GradientDescent(steps=600, lr=0.2), batched=True)
+    run = partial(
+        hypergradient,
+        problem,
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=600, lr=0.2),
+        batched=True,
+    )
     exact = run(method="unrolled").grads
     implicit = run(method=Implicit(CG(max_steps=60, tol=1e-12)))
     for name in INITIAL:
@@ -40,14 +47,23 @@ def test_implicit_agrees_with_unrolled_where_the_inner_problem_is_solved():
 
 def test_gauss_newton_differs_from_the_hessian_and_bounds_its_error():
     problem = network(Proximal(0.5))
-    run = partial(hypergradient, problem, INITIAL, DATA, inner=GradientDescent(steps=300, lr=0.2), batched=True)
+    run = partial(
+        hypergradient,
+        problem,
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=300, lr=0.2),
+        batched=True,
+    )
     exact = run(method=Implicit(Dense(), curvature="gauss-newton"))
     rough = run(method=Implicit(CG(max_steps=2), curvature="gauss-newton"))
     hessian = run(method=Implicit(Dense()))
     assert relative_error(exact.grads["0.weight"], hessian.grads["0.weight"]) > 1e-3
     assert hessian.report.error_bound is None
     # with the proximal term the mixed derivative is −λI: u shows through the gradient, task by task, up to λ
-    difference = torch.cat([(exact.grads[n] - rough.grads[n]).flatten() for n in INITIAL]).norm() / 0.5
+    difference = (
+        torch.cat([(exact.grads[n] - rough.grads[n]).flatten() for n in INITIAL]).norm() / 0.5
+    )
     assert 0 < float(difference) <= float(rough.report.error_bound.sum())
     assert rough.report.products == 2
     assert rough.report.share(Status.MAX_STEPS) == 1.0
@@ -55,10 +71,17 @@ def test_gauss_newton_differs_from_the_hessian_and_bounds_its_error():
 
 def test_an_arbitrary_penalty_has_its_exact_hessian():
     def quartic(params, meta):
-        return 0.5 * sum((p - meta[name]).square().sum() + 0.1 * p.pow(4).sum() for name, p in params.items())
+        return 0.5 * sum(
+            (p - meta[name]).square().sum() + 0.1 * p.pow(4).sum() for name, p in params.items()
+        )
 
     run = partial(
-        hypergradient, network(quartic), INITIAL, DATA, inner=GradientDescent(steps=600, lr=0.1), batched=True
+        hypergradient,
+        network(quartic),
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=600, lr=0.1),
+        batched=True,
     )
     exact = run(method="unrolled").grads
     for name in INITIAL:
@@ -73,7 +96,12 @@ def test_an_arbitrary_penalty_has_its_exact_hessian():
         outer_loss=lambda p, m, d: F.mse_loss(d[2] @ p["w"], d[3][:, 0]),
     )
     run = partial(
-        hypergradient, linear, {"w": randn(2, seed=3)}, DATA, inner=GradientDescent(steps=600, lr=0.1), batched=True
+        hypergradient,
+        linear,
+        {"w": randn(2, seed=3)},
+        DATA,
+        inner=GradientDescent(steps=600, lr=0.1),
+        batched=True,
     )
     gauss_newton = run(method=Implicit(Dense(), curvature="gauss-newton"))
     assert relative_error(gauss_newton.grads["w"], run(method="unrolled").grads["w"]) < 1e-8
@@ -102,7 +130,12 @@ def test_no_bound_is_claimed_where_the_penalty_may_bend_down():
 
     method = Implicit(CG(), curvature="gauss-newton", damping=0.5)
     result = hypergradient(
-        network(concave), INITIAL, DATA, inner=GradientDescent(steps=3, lr=0.1), method=method, batched=True
+        network(concave),
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=3, lr=0.1),
+        method=method,
+        batched=True,
     )
     assert result.report.error_bound is None
     assert result.report.sigma == 0.5
@@ -110,11 +143,16 @@ def test_no_bound_is_claimed_where_the_penalty_may_bend_down():
 
 def test_the_inner_gradient_norm_is_that_of_the_last_iterate():
     result = hypergradient(
-        network(Proximal(0.4)), INITIAL, DATA, inner=GradientDescent(steps=2, lr=0.1), method=GAUSS_NEWTON, batched=True
+        network(Proximal(0.4)),
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=2, lr=0.1),
+        method=GAUSS_NEWTON,
+        batched=True,
     )
-    gradient = torch.func.vmap(torch.func.grad(lambda p, d: network(Proximal(0.4)).inner_loss(p, INITIAL, d)))(
-        result.params, DATA
-    )
+    gradient = torch.func.vmap(
+        torch.func.grad(lambda p, d: network(Proximal(0.4)).inner_loss(p, INITIAL, d))
+    )(result.params, DATA)
     norms = torch.cat([g.flatten(1) for g in gradient.values()], dim=1).norm(dim=1)
     assert relative_error(result.report.inner_gradient_norm, norms) < 1e-12
 
@@ -126,7 +164,9 @@ def test_streams_show_each_step_its_own_data():
     grads = run(INITIAL, stream, method="unrolled").grads["0.weight"]
     direction = randn(4, 2, seed=30)
     expected = finite_difference(
-        lambda w: run(INITIAL | {"0.weight": w}, stream, method="unrolled").outer_loss, INITIAL["0.weight"], direction
+        lambda w: run(INITIAL | {"0.weight": w}, stream, method="unrolled").outer_loss,
+        INITIAL["0.weight"],
+        direction,
     )
     assert float((grads * direction).sum()) == pytest.approx(float(expected), rel=1e-7)
     with pytest.raises(ValueError, match="Implicit batch: got none with a Stream"):
@@ -137,7 +177,9 @@ def test_streams_show_each_step_its_own_data():
 
 def test_streams_and_batches_go_where_they_are_said_to():
     inner = GradientDescent(steps=2, lr=0.1)
-    parts = [(randn(3, 6, 2, seed=40 + t), randn(3, 6, 1, seed=50 + t), XQ + t, YQ) for t in range(3)]
+    parts = [
+        (randn(3, 6, 2, seed=40 + t), randn(3, 6, 1, seed=50 + t), XQ + t, YQ) for t in range(3)
+    ]
     seen = []
 
     def fn(t):
@@ -149,14 +191,22 @@ def test_streams_and_batches_go_where_they_are_said_to():
         network(Proximal(0.5)).inner_loss,
         outer,
     )
-    stream = hypergradient(problem, INITIAL, Stream(fn), inner=inner, method="unrolled", batched=True)
+    stream = hypergradient(
+        problem, INITIAL, Stream(fn), inner=inner, method="unrolled", batched=True
+    )
     assert set(seen) == {0, 1, 2}
-    start = {n: p + 0.1 * parts[0][0].mean((1, 2)).reshape(-1, *[1] * p.dim()) for n, p in INITIAL.items()}
+    start = {
+        n: p + 0.1 * parts[0][0].mean((1, 2)).reshape(-1, *[1] * p.dim())
+        for n, p in INITIAL.items()
+    }
     params = {n: p.requires_grad_() for n, p in start.items()}
     for t in range(2):
         losses = torch.vmap(problem.inner_loss, in_dims=(0, None, 0))(params, INITIAL, parts[t])
         grads = torch.autograd.grad(losses.sum(), list(params.values()))
-        params = {n: (p - 0.1 * g).detach().requires_grad_() for (n, p), g in zip(params.items(), grads, strict=True)}
+        params = {
+            n: (p - 0.1 * g).detach().requires_grad_()
+            for (n, p), g in zip(params.items(), grads, strict=True)
+        }
     expected = torch.vmap(outer, in_dims=(0, None, 0))(params, {}, parts[2]).mean()
     assert relative_error(stream.outer_loss, expected.detach()) < 1e-12
 
@@ -164,7 +214,12 @@ def test_streams_and_batches_go_where_they_are_said_to():
     fixed = parts[1]
     problem = network(Proximal(0.5))
     got = hypergradient(
-        problem, INITIAL, Stream(lambda t: parts[t]), inner=inner, method=Implicit(Dense(), batch=fixed), batched=True
+        problem,
+        INITIAL,
+        Stream(lambda t: parts[t]),
+        inner=inner,
+        method=Implicit(Dense(), batch=fixed),
+        batched=True,
     )
     frozen = BilevelProblem(
         lambda meta, data: {n: data[4][n] + 0 * meta[n] for n in INITIAL},
@@ -194,7 +249,10 @@ def test_products_may_be_taken_otherwise(products):
         batched=True,
     )
     solver = CG(max_steps=60, tol=1e-9)
-    exact, got = run(method=Implicit(solver)).grads, run(method=Implicit(solver, products=products)).grads
+    exact, got = (
+        run(method=Implicit(solver)).grads,
+        run(method=Implicit(solver, products=products)).grads,
+    )
     for name in exact:
         assert relative_error(got[name], exact[name]) < 1e-7
 
@@ -223,25 +281,54 @@ def test_finite_differences_need_first_derivatives_only():
         )
 
     run = partial(
-        hypergradient, meta={"w": randn(2, seed=3)}, data=DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True
+        hypergradient,
+        meta={"w": randn(2, seed=3)},
+        data=DATA,
+        inner=GradientDescent(steps=3, lr=0.1),
+        batched=True,
     )
     exact = run(problem(torch.tanh), method="dense").grads["w"]
-    for method in ("dense", "unrolled"):  # to autograd their second derivative is zero, and it does not say so
-        with pytest.raises(ValueError, match="inner loss: it uses an operation whose backward is once_differentiable"):
+    for method in (
+        "dense",
+        "unrolled",
+    ):  # to autograd their second derivative is zero, and it does not say so
+        with pytest.raises(
+            ValueError,
+            match="inner loss: it uses an operation whose backward is once_differentiable",
+        ):
             run(problem(Once.apply), method=method, vectorize="loop")
-    assert run(problem(Once.apply), method="first-order", vectorize="loop").grads["w"].isfinite().all()
-    got = run(problem(Once.apply), method=Implicit(Dense(), products="finite-differences"), vectorize="loop").grads["w"]
+    assert (
+        run(problem(Once.apply), method="first-order", vectorize="loop").grads["w"].isfinite().all()
+    )
+    got = run(
+        problem(Once.apply),
+        method=Implicit(Dense(), products="finite-differences"),
+        vectorize="loop",
+    ).grads["w"]
     assert relative_error(got, exact) < 1e-7
 
 
 def test_any_generalised_curvature_fits():
     run = partial(
-        hypergradient, network(Proximal(0.5)), INITIAL, DATA, inner=GradientDescent(steps=5, lr=0.1), batched=True
+        hypergradient,
+        network(Proximal(0.5)),
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=5, lr=0.1),
+        batched=True,
     )
     fisher = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian")))
     gauss_newton = run(method=Implicit(Dense(), curvature="gauss-newton"))
-    empirical = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="empirical")))
-    sampled = run(method=Implicit(Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="monte-carlo")))
+    empirical = run(
+        method=Implicit(
+            Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="empirical")
+        )
+    )
+    sampled = run(
+        method=Implicit(
+            Dense(), curvature=partial(Fisher, likelihood="gaussian", expectation="monte-carlo")
+        )
+    )
     assert sampled.grads["0.weight"].isfinite().all()  # its own draws are no dropout
     assert fisher.report.curvature == "fisher"
     assert fisher.report.error_bound is not None
@@ -250,7 +337,9 @@ def test_any_generalised_curvature_fits():
     assert relative_error(fisher.grads["0.weight"], empirical.grads["0.weight"]) > 1e-3
 
 
-@pytest.mark.parametrize("solver", [CG(4, 0.0), MINRES(4, 0.0), NystromCG(rank=3, max_steps=4, tol=0.0, refresh=9)])
+@pytest.mark.parametrize(
+    "solver", [CG(4, 0.0), MINRES(4, 0.0), NystromCG(rank=3, max_steps=4, tol=0.0, refresh=9)]
+)
 def test_a_solver_goes_on_from_the_report_of_the_call_before(solver):
     torch.manual_seed(0)
     run = partial(
@@ -277,7 +366,12 @@ def test_a_model_that_draws_random_numbers_is_refused():
         outer_loss=lambda p, m, d: F.mse_loss(d[2] @ p["w"], d[3][:, 0]),
     )
     run = partial(
-        hypergradient, problem, {"w": randn(2, seed=3)}, DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True
+        hypergradient,
+        problem,
+        {"w": randn(2, seed=3)},
+        DATA,
+        inner=GradientDescent(steps=3, lr=0.1),
+        batched=True,
     )
     assert run(method="unrolled").grads["w"].isfinite().all()
     with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
@@ -287,7 +381,11 @@ def test_a_model_that_draws_random_numbers_is_refused():
 def kronecker(**options):
     """A softmax regression that adapts: of one example, K-FAC of a linear layer is its Gauss–Newton matrix."""
     model = torch.nn.Linear(2, 3).double()
-    data = (randn(TASKS, 1, 2, seed=1), torch.zeros(TASKS, 1, dtype=torch.long), randn(TASKS, 4, 2, seed=2))
+    data = (
+        randn(TASKS, 1, 2, seed=1),
+        torch.zeros(TASKS, 1, dtype=torch.long),
+        randn(TASKS, 4, 2, seed=2),
+    )
     problem = BilevelProblem(
         init=lambda meta, d: {n: meta[n] for n in ("weight", "bias")},
         inner_loss=Composite(
@@ -299,7 +397,9 @@ def kronecker(**options):
         outer_loss=lambda p, m, d: torch.func.functional_call(model, p, (d[2],)).square().mean(),
     )
     meta = {n: randn(*p.shape, seed=i) for i, (n, p) in enumerate(model.named_parameters())}
-    run = partial(hypergradient, problem, meta, data, inner=GradientDescent(steps=3, lr=0.1), batched=True)
+    run = partial(
+        hypergradient, problem, meta, data, inner=GradientDescent(steps=3, lr=0.1), batched=True
+    )
     return run(**options)
 
 
@@ -321,8 +421,14 @@ def test_kronecker_factors_are_refused_where_there_are_none():
     run = partial(hypergradient, data=DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True)
     with pytest.raises(ValueError, match="K-FAC: got an inner loss that hides its layers"):
         run(network(Proximal(0.5)), INITIAL, method="kfac")
-    with pytest.raises(ValueError, match="curvature='kfac': got an inner_loss that is a plain function"):
-        run(BilevelProblem(network().init, lambda p, m, d: d[0].sum(), outer), INITIAL, method="kfac")
+    with pytest.raises(
+        ValueError, match="curvature='kfac': got an inner_loss that is a plain function"
+    ):
+        run(
+            BilevelProblem(network().init, lambda p, m, d: d[0].sum(), outer),
+            INITIAL,
+            method="kfac",
+        )
     with pytest.raises(ValueError, match="preconditioner: got 'jacobi'"):
         Implicit(CG(), preconditioner="jacobi")
     with pytest.raises(ValueError, match="preconditioner: Neumann takes none"):
@@ -348,7 +454,10 @@ def test_a_diagonal_curvature_solves_a_diagonal_problem_and_preconditions_a_scal
     assert relative_error(got.grads["w"], exact) < 1e-10
     assert got.report.curvature == "diagonal"
     few = [
-        relative_error(run(method=Implicit(CG(2), curvature="gauss-newton", preconditioner=p)).grads["w"], exact)
+        relative_error(
+            run(method=Implicit(CG(2), curvature="gauss-newton", preconditioner=p)).grads["w"],
+            exact,
+        )
         for p in (None, "diagonal")
     ]
     assert few[1] < 1e-10 < 1e-2 < few[0]
@@ -372,7 +481,10 @@ def test_gauss_newton_of_a_loss_that_is_not_convex_is_refused(penalty):
         ),
         outer_loss=lambda params, meta, data: params["w"].square().sum(),
     )
-    with pytest.raises(ValueError, match=r"Gauss–Newton: got a loss that is not convex in the outputs \(curvature -"):
+    with pytest.raises(
+        ValueError,
+        match=r"Gauss–Newton: got a loss that is not convex in the outputs \(curvature -",
+    ):
         hypergradient(
             problem,
             {"w": randn(4, seed=1)},

@@ -17,7 +17,11 @@ START = {"a": randn(TASKS, 2, seed=2), "b": randn(TASKS, 3, seed=3)}
 
 def loss(params, _=0):
     theta = torch.cat([params["a"], params["b"]], dim=1)
-    return 0.5 * torch.einsum("ti,tij,tj->t", theta, H, theta) - (theta * B).sum(1) + 0.1 * theta.sin().sum(1)
+    return (
+        0.5 * torch.einsum("ti,tij,tj->t", theta, H, theta)
+        - (theta * B).sum(1)
+        + 0.1 * theta.sin().sum(1)
+    )
 
 
 OPTIMIZERS = [
@@ -32,7 +36,13 @@ OPTIMIZERS = [
     (torch.optim.Adadelta, {"lr": 1.0, "rho": 0.8, "eps": 1e-4, "weight_decay": 0.1}),
     (
         torch.optim.Adagrad,
-        {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.3, "eps": 1e-3},
+        {
+            "lr": 0.1,
+            "lr_decay": 0.1,
+            "weight_decay": 0.1,
+            "initial_accumulator_value": 0.3,
+            "eps": 1e-3,
+        },
     ),
     (torch.optim.Adamax, {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1}),
     (torch.optim.ASGD, {"lr": 0.05, "lambd": 0.1, "alpha": 0.6, "t0": 3, "weight_decay": 0.1}),
@@ -52,12 +62,16 @@ def torch_steps(optimizer, options, steps):
 
 
 @pytest.mark.parametrize("track", [0, 5, STEPS])
-@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(
+    ("optimizer", "options"), OPTIMIZERS, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_steps_are_those_of_torch(optimizer, options, track):
     end = TorchOptimizer(optimizer, steps=STEPS, **options).run(loss, START, {}, track=track).params
     for name, p in torch_steps(optimizer, options, STEPS).items():
         # torch keeps ASGD's step size in float32
-        assert relative_error(end[name].detach(), p.detach()) < (1e-6 if optimizer is torch.optim.ASGD else 1e-12)
+        assert relative_error(end[name].detach(), p.detach()) < (
+            1e-6 if optimizer is torch.optim.ASGD else 1e-12
+        )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
@@ -71,7 +85,9 @@ def test_gradient_descent_is_torch_sgd(momentum):
 LEARNABLE = [(o, x) for o, x in OPTIMIZERS if o is not torch.optim.Rprop]
 
 
-@pytest.mark.parametrize(("optimizer", "options"), LEARNABLE, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(
+    ("optimizer", "options"), LEARNABLE, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_zero_gradients_do_not_make_nan(optimizer, options):
     """A coordinate no loss ever touches: every optimiser divides by √0 there, or differentiates it."""
     problem = BilevelProblem(
@@ -79,9 +95,14 @@ def test_zero_gradients_do_not_make_nan(optimizer, options):
         inner_loss=lambda params, meta, data: params["theta"][0] ** 2 * data,
         outer_loss=lambda params, meta, data: params["theta"].square().sum(),
     )
-    meta = {"start": torch.tensor([1.0, 0.0], dtype=torch.float64), "lr": torch.tensor(0.1, dtype=torch.float64)}
+    meta = {
+        "start": torch.tensor([1.0, 0.0], dtype=torch.float64),
+        "lr": torch.tensor(0.1, dtype=torch.float64),
+    }
     inner = TorchOptimizer(optimizer, steps=3, **(options | {"lr": FromMeta("lr")}))
-    grads = hypergradient(problem, meta, torch.tensor(1.0).double(), inner=inner, method="unrolled").grads
+    grads = hypergradient(
+        problem, meta, torch.tensor(1.0).double(), inner=inner, method="unrolled"
+    ).grads
     assert grads["start"].isfinite().all()
     assert grads["lr"].isfinite()
     assert grads["start"][1] == 0
@@ -91,7 +112,9 @@ def test_tolerance_stops_each_task_by_itself():
     free = GradientDescent(steps=1500, lr=0.1).run(loss, START, {}, track=0, keep=True)
     stopped = GradientDescent(steps=1500, lr=0.1, tol=1e-3).run(loss, START, {}, track=0, keep=True)
     assert len(set(stopped.steps.tolist())) == TASKS
-    assert len(stopped.iterates) == int(stopped.steps.max()) + 2 < 1501  # θ₀, the steps, and the look that ended it
+    assert (
+        len(stopped.iterates) == int(stopped.steps.max()) + 2 < 1501
+    )  # θ₀, the steps, and the look that ended it
     for task, steps in enumerate(stopped.steps.tolist()):
         point = {name: free.iterates[steps][name][task] for name in START}
         for name in START:
@@ -103,7 +126,9 @@ def test_tolerance_stops_each_task_by_itself():
 
 def gradient_norm(params):
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    return torch.cat(torch.autograd.grad(loss(leaves).sum(), list(leaves.values())), dim=1).norm(dim=1)
+    return torch.cat(torch.autograd.grad(loss(leaves).sum(), list(leaves.values())), dim=1).norm(
+        dim=1
+    )
 
 
 def test_a_stopped_task_keeps_the_derivative_of_its_own_steps():
@@ -118,11 +143,20 @@ def test_a_stopped_task_keeps_the_derivative_of_its_own_steps():
 
     meta = {"start": randn(N, seed=4)}
     batch = hypergradient(
-        problem(0), meta, (H, B), inner=GradientDescent(steps=300, lr=0.1, tol=1e-2), method="unrolled", batched=True
+        problem(0),
+        meta,
+        (H, B),
+        inner=GradientDescent(steps=300, lr=0.1, tol=1e-2),
+        method="unrolled",
+        batched=True,
     )
     each = [
         hypergradient(
-            problem(i), meta, (H[i], B[i]), inner=GradientDescent(steps=int(s), lr=0.1), method="unrolled"
+            problem(i),
+            meta,
+            (H[i], B[i]),
+            inner=GradientDescent(steps=int(s), lr=0.1),
+            method="unrolled",
         ).grads["start"]
         for i, s in enumerate(batch.report.inner_steps)
     ]
@@ -137,7 +171,9 @@ def test_untracked_steps_leave_no_graph():
         seen.append(weakref.ref(params["a"]))
         return loss(params)
 
-    TorchOptimizer(torch.optim.SGD, steps=6, lr=0.1, momentum=0.9, weight_decay=0.1).run(watched, START, {}, track=0)
+    TorchOptimizer(torch.optim.SGD, steps=6, lr=0.1, momentum=0.9, weight_decay=0.1).run(
+        watched, START, {}, track=0
+    )
     gc.collect()
     assert [ref() for ref in seen] == [None] * 6
 
@@ -148,9 +184,15 @@ def test_bad_loops_are_refused():
         (lambda: GradientDescent(tol=0.0), "tol: got 0.0, expected a gradient norm > 0"),
         (lambda: GradientDescent(lr=-0.1), "Invalid learning rate"),
         (lambda: TorchOptimizer(torch.optim.LBFGS), "expected one of torch.optim's ASGD, Adadelta"),
-        (lambda: TorchOptimizer(torch.optim.SGD, lr=0.1, maximize=True), r"SGD options: got \['maximize'\]"),
+        (
+            lambda: TorchOptimizer(torch.optim.SGD, lr=0.1, maximize=True),
+            r"SGD options: got \['maximize'\]",
+        ),
         (lambda: TorchOptimizer(torch.optim.AdamW, decoupled_weight_decay=False), "AdamW options"),
-        (lambda: TorchOptimizer(torch.optim.RMSprop, centered=True), r"RMSprop options: got \['centered'\]"),
+        (
+            lambda: TorchOptimizer(torch.optim.RMSprop, centered=True),
+            r"RMSprop options: got \['centered'\]",
+        ),
         (lambda: TorchOptimizer(torch.optim.Adam, betas=(1.5, 0.9)), "Invalid beta"),
     ]
     for make, message in cases:

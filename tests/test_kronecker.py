@@ -30,7 +30,10 @@ class Net(nn.Module):
 
 torch.manual_seed(0)
 MODEL = Net().double()
-IMAGES, LABELS = randn(TASKS, EXAMPLES, 2, 4, 9, seed=1), torch.arange(EXAMPLES).remainder(CLASSES).expand(TASKS, -1)
+IMAGES, LABELS = (
+    randn(TASKS, EXAMPLES, 2, 4, 9, seed=1),
+    torch.arange(EXAMPLES).remainder(CLASSES).expand(TASKS, -1),
+)
 PARAMS = {
     name: torch.stack([p.detach() + 0.1 * randn(*p.shape, seed=10 * t + i) for t in range(TASKS)])
     for i, (name, p) in enumerate(MODEL.named_parameters())
@@ -42,7 +45,9 @@ def lifted(model, inputs):
     def call(params, x):
         return torch.func.functional_call(model, params, (x,))
 
-    return lambda function, params: torch.vmap(lambda p, x: function(lambda q: call(q, x), p))(params, inputs)
+    return lambda function, params: torch.vmap(lambda p, x: function(lambda q: call(q, x), p))(
+        params, inputs
+    )
 
 
 def cross_entropy(z):
@@ -54,7 +59,9 @@ def kfac(model=MODEL, inputs=IMAGES, params=PARAMS, loss=cross_entropy, **option
 
 
 def dense(operator):
-    eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(-1, operator.shape[0], -1)
+    eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(
+        -1, operator.shape[0], -1
+    )
     return operator.matmat(eye).transpose(0, 1)
 
 
@@ -104,7 +111,9 @@ def reference(task, corrected):
 def reordered(operator):
     """The dense operator with each layer's bias as its last input, as the references have it."""
     index = torch.arange(operator.shape[1])
-    parts = dict(zip(PARAMS, torch.split(index, [p[0].numel() for p in PARAMS.values()]), strict=True))
+    parts = dict(
+        zip(PARAMS, torch.split(index, [p[0].numel() for p in PARAMS.values()]), strict=True)
+    )
     order = []
     for layer in ("conv", "middle", "head"):
         rows = parts[f"{layer}.weight"].reshape(PARAMS[f"{layer}.weight"].shape[1], -1)
@@ -131,7 +140,14 @@ def test_it_is_that_of_curvlinops(corrected):
         model.load_state_dict({name: p[task] for name, p in PARAMS.items()})
         own = list(model.parameters())
         data = [(IMAGES[task], LABELS[task])]
-        other = make(model, nn.CrossEntropyLoss(), own, data, fisher_type="type-2", separate_weight_and_bias=False)
+        other = make(
+            model,
+            nn.CrossEntropyLoss(),
+            own,
+            data,
+            fisher_type="type-2",
+            separate_weight_and_bias=False,
+        )
         expected = other @ torch.eye(got.shape[1], dtype=torch.float64)
         assert relative_error(got[task], expected) < 1e-12
 
@@ -157,7 +173,13 @@ def test_the_head_of_one_datum_has_the_fisher_of_any_expectation(likelihood, exp
     inputs, options = X[:, :1], {"likelihood": likelihood, "expectation": expectation, "samples": 3}
     got = dense(kfac(model, inputs, params, generator=generator(5), **options))
     lift = lifted(model, inputs)
-    exact = Fisher(lambda p: lift(lambda call, q: call(q), p), cross_entropy, params, generator=generator(5), **options)
+    exact = Fisher(
+        lambda p: lift(lambda call, q: call(q), p),
+        cross_entropy,
+        params,
+        generator=generator(5),
+        **options,
+    )
     assert relative_error(got, dense(exact)) < 1e-12
 
 
@@ -189,7 +211,9 @@ def test_as_a_preconditioner_it_saves_products():
     operator, b = fisher + Identity(fisher, 1e-5), randn(*fisher.shape, seed=3)
     factors = kfac(model, inputs, params, loss)
     plain = CG(max_steps=299, tol=1e-8).solve(operator, b)
-    helped = CG(max_steps=299, tol=1e-8).solve(operator, b, preconditioner=lambda r: factors.inverse(r, 1e-5))
+    helped = CG(max_steps=299, tol=1e-8).solve(
+        operator, b, preconditioner=lambda r: factors.inverse(r, 1e-5)
+    )
     assert helped.products < 0.7 * plain.products
     assert relative_error(helped.value, plain.value) < 1e-6
 
@@ -239,14 +263,21 @@ def test_what_it_does_not_know_is_named():
     once = {n: p for n, p in params_of(shared).items() if n.startswith("unused")}
     with pytest.raises(ValueError, match="KFAC: layer 'unused' adapts but is not called"):
         kfac(shared, X, once)
-    grouped = nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(96, CLASSES)).double()
+    grouped = nn.Sequential(
+        nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(96, CLASSES)
+    ).double()
     with pytest.raises(ValueError, match="KFAC: layer '0' is grouped"):
         kfac(grouped, IMAGES, params_of(grouped))
     doubled = nn.Sequential(Doubled(5, CLASSES)).double()
     with pytest.raises(ValueError, match=r"KFAC: layer '0' .* or its forward is its own"):
         kfac(doubled, X, params_of(doubled))
-    rows = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Linear(5, CLASSES)).double()  # a sequence of outputs for each
-    with pytest.raises(ValueError, match=r"KFAC: got outputs of shape \(\d+, \d+, 1, \d+\), expected \[tasks, m, d\]"):
+    rows = nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Linear(5, CLASSES)
+    ).double()  # a sequence of outputs for each
+    with pytest.raises(
+        ValueError,
+        match=r"KFAC: got outputs of shape \(\d+, \d+, 1, \d+\), expected \[tasks, m, d\]",
+    ):
         kfac(rows, X, params_of(rows))
     with pytest.raises(ValueError, match="KFAC others: got 'skip'"):
         kfac(others="skip")

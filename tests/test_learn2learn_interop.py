@@ -34,7 +34,8 @@ def images(dtype: torch.dtype, classes: int = 12, each: int = 8) -> TensorDatase
     pictures = torch.randn(classes, 1, 1, SIDE, SIDE, generator=rng, dtype=torch.float64)
     noise = torch.randn(classes, each, 1, SIDE, SIDE, generator=rng, dtype=torch.float64)
     return TensorDataset(
-        (pictures + 0.7 * noise).flatten(0, 1).to(dtype), torch.arange(classes).repeat_interleave(each)
+        (pictures + 0.7 * noise).flatten(0, 1).to(dtype),
+        torch.arange(classes).repeat_interleave(each),
     )
 
 
@@ -81,7 +82,9 @@ def maml(model: nn.Module, episodes: Episodes, steps: int) -> tuple[float, list[
     outer = l2l.algorithms.MAML(model, lr=LR, first_order=False)
     losses = []
     for task in range(len(episodes)):
-        (support, targets), (query, wanted) = ((x[task], y[task]) for x, y in (episodes.support, episodes.query))
+        (support, targets), (query, wanted) = (
+            (x[task], y[task]) for x, y in (episodes.support, episodes.query)
+        )
         learner = outer.clone()
         for _ in range(steps):
             learner.adapt(F.cross_entropy(learner(support), targets))
@@ -90,7 +93,9 @@ def maml(model: nn.Module, episodes: Episodes, steps: int) -> tuple[float, list[
     return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def ours(model: nn.Module, steps: int, method: str = "unrolled", vectorize: Vectorize = "vmap") -> MetaLearner:
+def ours(
+    model: nn.Module, steps: int, method: str = "unrolled", vectorize: Vectorize = "vmap"
+) -> MetaLearner:
     # "auto" would choose by a timing, and the two agree to a tolerance, not to the bit.
     inner = GradientDescent(steps=steps, lr=LR)
     return MetaLearner(model, F.cross_entropy, inner=inner, method=method, vectorize=vectorize)
@@ -110,7 +115,9 @@ def distance(got: list[Tensor], expected: list[Tensor]) -> float:
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("net", [mlp, conv])
-def test_unrolled_equals_maml(net: Any, steps: int, vectorize: Vectorize, dtype: torch.dtype, tolerance: float) -> None:
+def test_unrolled_equals_maml(
+    net: Any, steps: int, vectorize: Vectorize, dtype: torch.dtype, tolerance: float
+) -> None:
     model, episodes = build(net, dtype), sampler(dtype)[0]
     loss, expected = maml(model, episodes, steps)
     step = ours(model, steps, vectorize=vectorize).backward(episodes)
@@ -149,7 +156,9 @@ def test_a_task_dataset_feeds_a_training_run() -> None:
     assert all(torch.tensor(losses).isfinite())
     assert all(p.isfinite().all() for p in end)
     # Adam's first step has length lr in every coordinate with a gradient, so every tensor has moved.
-    assert all((p - start).abs().max() > 1e-3 for p, start in zip(end, model.parameters(), strict=True))
+    assert all(
+        (p - start).abs().max() > 1e-3 for p, start in zip(end, model.parameters(), strict=True)
+    )
 
 
 def test_a_training_run_is_reproducible_to_the_bit() -> None:

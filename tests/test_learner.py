@@ -63,11 +63,15 @@ def test_every_method_trains_every_parameter(flag):
     learn = learner(method=flag, options=MethodOptions(solver_steps=2, rank=4))
     step = learn.backward(episodes())
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in learn.parameters())
-    assert step.loss.item() == pytest.approx(learn.evaluate(episodes())[0][-1].mean().item(), rel=1e-12)
+    assert step.loss.item() == pytest.approx(
+        learn.evaluate(episodes())[0][-1].mean().item(), rel=1e-12
+    )
     assert step.accuracy.item() == pytest.approx(learn.evaluate(episodes())[1][-1].mean().item())
     assert step.report.inner_steps.tolist() == [3] * TASKS
     if isinstance(learn.method, Implicit):
-        assert step.report.curvature == (flag if flag in ("kfac", "ekfac", "diagonal") else "gauss-newton")
+        assert step.report.curvature == (
+            flag if flag in ("kfac", "ekfac", "diagonal") else "gauss-newton"
+        )
         assert step.report.sigma == 0.5
     else:
         assert step.report.curvature is None
@@ -80,7 +84,9 @@ def test_the_gradient_is_that_of_the_loss_after_adaptation():
     for p in learn.parameters():
         direction = randn(*p.shape, seed=7)
         expected = finite_difference(partial(outer_loss, learn, p), p.detach().clone(), direction)
-        assert float((p.grad * direction).sum()) == pytest.approx(float(expected), rel=1e-6, abs=1e-10)
+        assert float((p.grad * direction).sum()) == pytest.approx(
+            float(expected), rel=1e-6, abs=1e-10
+        )
 
 
 def test_gradients_accumulate_as_backward_does():
@@ -126,7 +132,9 @@ def test_step_sizes_are_learnt(kind, count):
 
 def test_an_implicit_method_learns_the_proximal_strength():
     settings = {"inner": GradientDescent(steps=500, lr=0.3), "learn": {"proximal"}, "proximal": 1.0}
-    implicit = learner(method=Implicit(CG(max_steps=60, tol=1e-12), curvature="hessian"), **settings)
+    implicit = learner(
+        method=Implicit(CG(max_steps=60, tol=1e-12), curvature="hessian"), **settings
+    )
     unrolled = learner(method="unrolled", **settings)
     for learn in (implicit, unrolled):
         learn.backward(episodes())
@@ -135,10 +143,14 @@ def test_an_implicit_method_learns_the_proximal_strength():
 
 
 def test_an_inner_optimiser_can_have_its_step_size_learnt():
-    learn = learner(method="unrolled", inner=TorchOptimizer(torch.optim.Adam, steps=2, lr=0.1), learn={"lr"})
+    learn = learner(
+        method="unrolled", inner=TorchOptimizer(torch.optim.Adam, steps=2, lr=0.1), learn={"lr"}
+    )
     learn.backward(episodes())
     (p,) = learn.learnt.values()
-    expected = finite_difference(partial(outer_loss, learn, p), p.detach().clone(), torch.ones_like(p))
+    expected = finite_difference(
+        partial(outer_loss, learn, p), p.detach().clone(), torch.ones_like(p)
+    )
     assert p.grad.item() == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -158,7 +170,9 @@ def test_only_what_is_chosen_adapts(adapt, method):
     if method == "unrolled":
         body = learn.model[0].weight
         direction = randn(*body.shape, seed=8)
-        expected = finite_difference(partial(outer_loss, learn, body), body.detach().clone(), direction)
+        expected = finite_difference(
+            partial(outer_loss, learn, body), body.detach().clone(), direction
+        )
         assert float((body.grad * direction).sum()) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -177,7 +191,9 @@ class Odd(nn.Module):
         self.double()
 
     def forward(self, x):
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(self.frozen(x)))) * self.scale))
+        return self.head(
+            torch.tanh(self.second(torch.tanh(self.first(self.frozen(x)))) * self.scale)
+        )
 
 
 @pytest.mark.parametrize("method", ["unrolled", "cg", "first-order", "reptile"])
@@ -205,8 +221,12 @@ def test_adapt_and_evaluate_follow_gradient_descent():
             logits = model(data.query[0][task])
             losses, accuracies = learn.evaluate(data, steps=5)
             assert losses.shape == accuracies.shape == (6, TASKS)
-            assert losses[step, task].item() == pytest.approx(F.cross_entropy(logits, data.query[1][task]).item())
-            assert accuracies[step, task] == (logits.argmax(-1) == data.query[1][task]).double().mean()
+            assert losses[step, task].item() == pytest.approx(
+                F.cross_entropy(logits, data.query[1][task]).item()
+            )
+            assert (
+                accuracies[step, task] == (logits.argmax(-1) == data.query[1][task]).double().mean()
+            )
             optimizer.zero_grad()
             F.cross_entropy(model(data.support[0][task]), data.support[1][task]).backward()
             optimizer.step()
@@ -217,7 +237,9 @@ def test_adapt_and_evaluate_follow_gradient_descent():
     assert relative_error(one(data.query[0][1]), many(data.query[0])[1]) < 1e-12
     assert relative_error(many[1](data.query[0][1]), many(data.query[0])[1]) < 1e-12
     longer = learn.adapt((data.support[0][1], data.support[1][1]), steps=5)
-    assert F.cross_entropy(longer(data.query[0][1]), data.query[1][1]).item() == pytest.approx(losses[5, 1].item())
+    assert F.cross_entropy(longer(data.query[0][1]), data.query[1][1]).item() == pytest.approx(
+        losses[5, 1].item()
+    )
     assert learn.evaluate(data, steps=0)[0].shape == (1, TASKS)
     with pytest.raises(ValueError, match="steps: got -1"):
         learn.evaluate(data, steps=-1)
@@ -237,7 +259,13 @@ def test_regression_has_no_accuracy():
     data.support = (data.support[0], randn(TASKS, WAYS, 1, seed=3))
     data.query = (data.query[0], randn(TASKS, WAYS * QUERIES, 1, seed=4))
     torch.manual_seed(0)
-    learn = MetaLearner(nn.Linear(INPUTS, 1).double(), F.mse_loss, inner=GradientDescent(), proximal=0.1, method="cg")
+    learn = MetaLearner(
+        nn.Linear(INPUTS, 1).double(),
+        F.mse_loss,
+        inner=GradientDescent(),
+        proximal=0.1,
+        method="cg",
+    )
     assert learn.backward(data).accuracy is None
     assert learn.evaluate(data)[1] is None
 
@@ -275,7 +303,9 @@ def test_dropout_is_drawn_for_each_task_and_off_in_evaluation_mode():
     assert torch.allclose(losses[-1], losses[-1][:1].expand(TASKS), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("method", "device"), [("unrolled", "meta"), ("first-order", "meta"), (Truncated(1), "meta")])
+@pytest.mark.parametrize(
+    ("method", "device"), [("unrolled", "meta"), ("first-order", "meta"), (Truncated(1), "meta")]
+)
 def test_placement_follows_the_tensors(method, device):
     """Under fake tensors nothing is computed, but every tensor that the engine makes must be on the device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -285,7 +315,9 @@ def test_placement_follows_the_tensors(method, device):
             model = nn.Sequential(nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, WAYS))
             pair = (torch.empty(TASKS, WAYS, INPUTS), torch.empty(TASKS, WAYS, WAYS))
         inner = GradientDescent(steps=2, lr=0.1, momentum=0.5)
-        learn = MetaLearner(model, F.mse_loss, inner=inner, method=method, proximal=0.1, vectorize="vmap")
+        learn = MetaLearner(
+            model, F.mse_loss, inner=inner, method=method, proximal=0.1, vectorize="vmap"
+        )
         step = learn.backward(SimpleNamespace(support=pair, query=pair))
         assert step.loss.device.type == device
         assert all(p.grad.device.type == device for p in learn.parameters())
@@ -301,7 +333,9 @@ def test_cuda_agrees_with_the_cpu(flag):
         learn = learner(method=flag, options=MethodOptions(solver_steps=2, rank=4)).to(device)
         data = episodes()
         torch.manual_seed(1)
-        on = SimpleNamespace(support=[t.to(device) for t in data.support], query=[t.to(device) for t in data.query])
+        on = SimpleNamespace(
+            support=[t.to(device) for t in data.support], query=[t.to(device) for t in data.query]
+        )
         learn.backward(on)
         gradients.append([p.grad.cpu() for p in learn.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -325,12 +359,21 @@ def test_bad_episodes_are_refused_before_any_work():
     learn, data = learner(), episodes()
     x, y = data.support
     cases = [
-        (change(data, support=(x, y + 1)), r"episodes.support labels: got 4, expected class indices from 0 to 3"),
+        (
+            change(data, support=(x, y + 1)),
+            r"episodes.support labels: got 4, expected class indices from 0 to 3",
+        ),
         (change(data, query=(data.query[0], data.query[1] - 1)), r"episodes.query labels: got -1"),
-        (change(data, support=(x, y.clamp(max=2))), "task 0 asks for class 3 in its query, but its support set has no"),
+        (
+            change(data, support=(x, y.clamp(max=2))),
+            "task 0 asks for class 3 in its query, but its support set has no",
+        ),
         (change(data, support=(x[:, :2], y)), "begin with .tasks, examples., neither empty"),
         (change(data, support=(x[:, :0], y[:, :0])), "neither empty"),
-        (change(data, query=(data.query[0][:2], data.query[1][:2])), "one task axis of the same size"),
+        (
+            change(data, query=(data.query[0][:2], data.query[1][:2])),
+            "one task axis of the same size",
+        ),
     ]
     for bad, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -341,7 +384,10 @@ def test_bad_episodes_are_refused_before_any_work():
 def test_running_statistics_are_refused_in_training_and_used_in_evaluation():
     model = nn.Sequential(nn.Linear(INPUTS, 5), nn.BatchNorm1d(5), nn.Linear(5, WAYS)).double()
     learn = learner(model)
-    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) tracks running statistics.*track_running_stats=False"):
+    with pytest.raises(
+        ValueError,
+        match=r"'1' \(BatchNorm1d\) tracks running statistics.*track_running_stats=False",
+    ):
         learn.backward(episodes())
     with pytest.raises(ValueError, match="tracks running statistics"):
         learn.adapt(episodes().support, batched=True)
@@ -363,16 +409,31 @@ def test_bad_settings_are_refused():
         ({"proximal": -1.0}, "proximal: got -1.0, expected a strength ≥ 0"),
         ({"proximal": 0.0}, "proximal: got 0 with an implicit method"),
         ({"learn": {"lr"}}, "learn 'lr': implicit cannot give its gradient.*unrolled"),
-        ({"learn": {"proximal"}, "method": "first-order"}, "learn 'proximal': first-order cannot give"),
+        (
+            {"learn": {"proximal"}, "method": "first-order"},
+            "learn 'proximal': first-order cannot give",
+        ),
         ({"learn": {"eps"}}, r"learn: got \['eps'\], expected some of"),
-        ({"learn": {"lr": "each"}, "method": "unrolled"}, "learn 'lr': got 'each', expected one of"),
-        ({"learn": {"proximal": "per-tensor"}}, "learn 'proximal': got 'per-tensor', expected 'scalar'"),
-        ({"learn": {"proximal"}, "proximal": 0.0, "method": "unrolled"}, "expected a strength > 0 to start from"),
+        (
+            {"learn": {"lr": "each"}, "method": "unrolled"},
+            "learn 'lr': got 'each', expected one of",
+        ),
+        (
+            {"learn": {"proximal": "per-tensor"}},
+            "learn 'proximal': got 'per-tensor', expected 'scalar'",
+        ),
+        (
+            {"learn": {"proximal"}, "proximal": 0.0, "method": "unrolled"},
+            "expected a strength > 0 to start from",
+        ),
         (
             {"learn": {"lr"}, "method": "unrolled", "inner": GradientDescent(lr=torch.tensor(0.1))},
             "expected a number > 0",
         ),
-        ({"model": Named(), "method": "unrolled", "learn": {"lr"}}, "the model has a parameter 'log_lr' already"),
+        (
+            {"model": Named(), "method": "unrolled", "learn": {"lr"}},
+            "the model has a parameter 'log_lr' already",
+        ),
         ({"model": network().requires_grad_(False)}, "model: got no parameter that requires grad"),
     ]
     for settings, message in cases:
@@ -410,7 +471,11 @@ def test_auto_falls_back_to_the_loop_where_vmap_is_impossible():
     learn = learner(NoVmap(), vectorize="auto")
     learn.backward(episodes())
     assert learn.vectorize == "loop"
-    assert learn.adapt(episodes().support, batched=True)(episodes().query[0]).shape == (TASKS, WAYS * QUERIES, WAYS)
+    assert learn.adapt(episodes().support, batched=True)(episodes().query[0]).shape == (
+        TASKS,
+        WAYS * QUERIES,
+        WAYS,
+    )
 
 
 def test_auto_leaves_a_generator_where_it_was():
@@ -452,7 +517,9 @@ class Counting(nn.Module):
 
 
 def test_a_buffer_that_a_forward_pass_changes_is_named():
-    with pytest.raises(ValueError, match="model: a forward pass changed buffer 'mean', so each task would see"):
+    with pytest.raises(
+        ValueError, match="model: a forward pass changed buffer 'mean', so each task would see"
+    ):
         learner(Counting(), vectorize="loop").backward(episodes())
 
 
@@ -470,7 +537,9 @@ def test_a_model_that_cannot_be_vmapped_adapts_before_it_has_been_trained():
     adapted = learn.adapt(seen.support, batched=True)
     expected = learner(Unbatchable(), vectorize="loop")
     expected.model.load_state_dict(learn.model.state_dict())
-    assert torch.equal(adapted(seen.query[0]), expected.adapt(seen.support, batched=True)(seen.query[0]))
+    assert torch.equal(
+        adapted(seen.query[0]), expected.adapt(seen.support, batched=True)(seen.query[0])
+    )
     assert learn.vectorize == "loop"
     learn = learner(vectorize="auto")
     with pytest.raises(RuntimeError):
@@ -484,7 +553,9 @@ def test_parameters_frozen_or_unfrozen_since_are_named():
         model[2].bias.requires_grad_(not grad if name == "2.bias" else True)
         learn = learner(model)
         dict(model.named_parameters())[name].requires_grad_(grad)
-        with pytest.raises(ValueError, match=rf"model: '{name}' was frozen or unfrozen after the learner was built"):
+        with pytest.raises(
+            ValueError, match=rf"model: '{name}' was frozen or unfrozen after the learner was built"
+        ):
             learn.backward(episodes())
 
 
@@ -493,11 +564,14 @@ def test_adapt_checks_what_it_is_given():
     with pytest.raises(ValueError, match="steps: got -1, expected at least 0 inner steps"):
         learn.adapt(seen.support, steps=-1, batched=True)
     with pytest.raises(
-        ValueError, match=r"support: got inputs \(1, 4, 6\) and targets \(1, 3\), expected both to begin"
+        ValueError,
+        match=r"support: got inputs \(1, 4, 6\) and targets \(1, 3\), expected both to begin",
     ):
         learn.adapt((seen.support[0][0], seen.support[1][0][:3]))
     with pytest.raises(ValueError, match="make targets that are no classes float"):
-        learn.backward(SimpleNamespace(support=(seen.support[0], seen.support[1] + 9), query=seen.query))
+        learn.backward(
+            SimpleNamespace(support=(seen.support[0], seen.support[1] + 9), query=seen.query)
+        )
 
 
 class Pairs(nn.Module):
@@ -511,5 +585,7 @@ class Pairs(nn.Module):
 
 @pytest.mark.parametrize("method", ["cg", "unrolled"])
 def test_a_model_of_several_outputs_is_named(method):
-    with pytest.raises(ValueError, match="model: got a call that returns tuple, expected one tensor; wrap it"):
+    with pytest.raises(
+        ValueError, match="model: got a call that returns tuple, expected one tensor; wrap it"
+    ):
         learner(Pairs(), method=method).backward(episodes())

@@ -20,12 +20,16 @@ def test_batch_norm_equals_torchs_without_running_statistics_to_its_second_deriv
     for norm in (ours, theirs):
         y = norm(x)
         (first,) = torch.autograd.grad((y.pow(3) * direction).sum(), x, create_graph=True)
-        found.append((y, first, *torch.autograd.grad((first * direction).sum(), (x, *norm.parameters()))))
+        found.append(
+            (y, first, *torch.autograd.grad((first * direction).sum(), (x, *norm.parameters())))
+        )
     for mine, torchs in zip(*found, strict=True):
         assert (mine - torchs).norm() <= 1e-12 * torchs.norm()
 
 
-@pytest.mark.parametrize(("shape", "strided", "width"), [((1, 28, 28), True, 8 * 4), ((3, 28, 20), False, 8)])
+@pytest.mark.parametrize(
+    ("shape", "strided", "width"), [((1, 28, 28), True, 8 * 4), ((3, 28, 20), False, 8)]
+)
 def test_conv_net_halves_four_times_and_is_transductive(shape, strided, width):
     net = ConvNet(shape, 5, filters=8, strided=strided)
     assert net.head.in_features == width
@@ -38,7 +42,11 @@ def test_conv_net_halves_four_times_and_is_transductive(shape, strided, width):
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("relu", torch.relu), ("gelu", F.gelu), ("softplus", lambda x: torch.logaddexp(20 * x, torch.zeros_like(x)) / 20)],
+    [
+        ("relu", torch.relu),
+        ("gelu", F.gelu),
+        ("softplus", lambda x: torch.logaddexp(20 * x, torch.zeros_like(x)) / 20),
+    ],
 )
 def test_the_conv_nets_activation_is_the_one_named(name, function):
     torch.manual_seed(0)
@@ -46,17 +54,25 @@ def test_the_conv_nets_activation_is_the_one_named(name, function):
     convolution, norm = net.features[0], net.features[1]
     x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     expected = net.head(function(norm(convolution(x))).flatten(1))
-    assert (net(x) - expected).norm() <= 1e-8 * expected.norm()  # softplus turns to x itself at 20x > 20
+    assert (
+        net(x) - expected
+    ).norm() <= 1e-8 * expected.norm()  # softplus turns to x itself at 20x > 20
 
 
 def test_conv_net_says_which_number_is_wrong():
-    with pytest.raises(ValueError, match=r"input_shape: got \(1, 8, 8\), which 4 poolings leave nothing of"):
+    with pytest.raises(
+        ValueError, match=r"input_shape: got \(1, 8, 8\), which 4 poolings leave nothing of"
+    ):
         ConvNet((1, 8, 8), 5, strided=False)
-    with pytest.raises(ValueError, match=r"input_shape: got \(784,\), expected \(channels, height, width\)"):
+    with pytest.raises(
+        ValueError, match=r"input_shape: got \(784,\), expected \(channels, height, width\)"
+    ):
         ConvNet((784,), 5)
     with pytest.raises(ValueError, match="filters: got 0"):
         ConvNet((1, 28, 28), 5, filters=0)
-    with pytest.raises(ValueError, match="activation: got 'tanh', expected one of relu, softplus, gelu"):
+    with pytest.raises(
+        ValueError, match="activation: got 'tanh', expected one of relu, softplus, gelu"
+    ):
         ConvNet((1, 28, 28), 5, activation="tanh")
 
 

@@ -48,14 +48,20 @@ def logistic(seed=0, decay=0.1, offset=0.0):
 
     def loss(params, _=0):
         z = torch.einsum("tmn,tn->tm", x, joined(params))
-        return (F.softplus(z) - y * z).mean(1) + 0.5 * decay * joined(params).square().sum(1) + offset
+        return (
+            (F.softplus(z) - y * z).mean(1) + 0.5 * decay * joined(params).square().sum(1) + offset
+        )
 
     return loss
 
 
 def wavy(tasks=slice(None)):
     """Neither convex nor alike in any two tasks: steps are cut, refused and lengthened, each at its own time."""
-    h, b, width = symmetric(INDEFINITE)[tasks], B[tasks], torch.tensor([1.0, 3.0, 0.5], dtype=DOUBLE)[tasks]
+    h, b, width = (
+        symmetric(INDEFINITE)[tasks],
+        B[tasks],
+        torch.tensor([1.0, 3.0, 0.5], dtype=DOUBLE)[tasks],
+    )
 
     def loss(params, _=0):
         theta = joined(params)
@@ -151,7 +157,12 @@ def test_the_subproblem_is_steihaugs(spectra, scale, steps, tol):
 def test_where_the_answer_is_known():
     """One step is Cauchy's point; n steps in a wide region are Newton's; negative curvature leads to the boundary."""
     h, tiny = symmetric(SPECTRA), 1e-3 * ONES
-    assert relative_error(steihaug(Matrix(h), B, tiny, 0 * ONES, ALL, 1)[0], -tiny * F.normalize(B, dim=1)) < 1e-14
+    assert (
+        relative_error(
+            steihaug(Matrix(h), B, tiny, 0 * ONES, ALL, 1)[0], -tiny * F.normalize(B, dim=1)
+        )
+        < 1e-14
+    )
     newton = steihaug(Matrix(h), B, 1e3 * ONES, 0 * ONES, ALL, N)[0]
     assert relative_error(newton, -torch.linalg.solve(h, B)) < 1e-10
     operator = Matrix(-h)
@@ -160,12 +171,19 @@ def test_where_the_answer_is_known():
     assert relative_error(bent, -7 * F.normalize(B, dim=1)) < 1e-14
     assert bool(bound.all())
     g, s = B, bent
-    assert relative_error(decrease[:, 0], -(g * s).sum(1) + 0.5 * torch.einsum("ti,tij,tj->t", s, h, s)) < 1e-13
+    assert (
+        relative_error(
+            decrease[:, 0], -(g * s).sum(1) + 0.5 * torch.einsum("ti,tij,tj->t", s, h, s)
+        )
+        < 1e-13
+    )
 
 
 def test_an_idle_task_stays_and_products_end_with_the_last_task():
     operator = Matrix(symmetric([[2.0] * N, [2.0] * N, [1, 2, 3, 4, 5]]))
-    s = steihaug(operator, B, 1e3 * ONES, 1e-10 * ONES, torch.tensor([[True], [True], [False]]), N)[0]
+    s = steihaug(operator, B, 1e3 * ONES, 1e-10 * ONES, torch.tensor([[True], [True], [False]]), N)[
+        0
+    ]
     assert operator.products == 1
     assert relative_error(s[:2], -B[:2] / 2) < 1e-15
     assert torch.equal(s[2], torch.zeros(N, dtype=DOUBLE))
@@ -184,11 +202,15 @@ def test_products_past_convergence_do_no_harm():
 
 def test_one_step_solves_a_quadratic():
     h = symmetric(SPECTRA)
-    end = NewtonCG(steps=1, cg_steps=N, radius=1e3, forcing=0.0).run(quadratic(h), START, {}, track=0)
+    end = NewtonCG(steps=1, cg_steps=N, radius=1e3, forcing=0.0).run(
+        quadratic(h), START, {}, track=0
+    )
     exact = torch.linalg.solve(h, B)
     for i in range(TASKS):
         assert relative_error(joined(end.params)[i], exact[i]) < 1e-10
-    assert {name: p.shape for name, p in end.params.items()} == {name: p.shape for name, p in START.items()}
+    assert {name: p.shape for name, p in end.params.items()} == {
+        name: p.shape for name, p in START.items()
+    }
     assert end.steps.tolist() == [1] * TASKS
     assert end.gradient_norm.max() < 1e-10
 
@@ -206,7 +228,9 @@ def test_the_loop_is_that_of_each_task_alone(options):
     seen = set()
     found = NewtonCG(steps=12, **options).run(wavy(), START, {}, track=0, keep=True)
     for i in range(TASKS):
-        path, radii, taken = trust_region_by_hand(one(wavy(), i), joined(START)[i], steps=12, **options)
+        path, radii, taken = trust_region_by_hand(
+            one(wavy(), i), joined(START)[i], steps=12, **options
+        )
         seen |= {(a < b, a > b, ok) for a, b, ok in zip(radii[1:], radii, taken, strict=False)}
         assert int(found.steps[i]) == len(path) - 1
         for t, iterate in enumerate(found.iterates):
@@ -215,7 +239,9 @@ def test_the_loop_is_that_of_each_task_alone(options):
             wavy(slice(i, i + 1)), {name: p[i : i + 1] for name, p in START.items()}, {}, track=0
         )
         assert relative_error(joined(alone.params)[0], joined(found.params)[i]) < 1e-12
-        assert abs(float(alone.gradient_norm - found.gradient_norm[i])) < 1e-12 * max(1.0, float(alone.gradient_norm))
+        assert abs(float(alone.gradient_norm - found.gradient_norm[i])) < 1e-12 * max(
+            1.0, float(alone.gradient_norm)
+        )
     assert torch.equal(joined(found.iterates[0]), joined(START))
     assert relative_error(found.gradient_norm, gradient_norm(wavy(), found.params)) < 1e-12
     assert {(False, True, True), (False, False, True)} <= seen  # lengthened, kept
@@ -232,7 +258,9 @@ def test_convergence_is_newtons_and_quadratic():
 
     inner = NewtonCG(steps=7, cg_steps=50, radius=1e3, forcing=0.0, tol=1e-11)
     found = inner.run(counted, near, {}, track=0, keep=True)
-    assert calls == [0] * (int(found.steps.max()) + 1)  # where no task refuses, a trial is the next expansion
+    assert calls == [0] * (
+        int(found.steps.max()) + 1
+    )  # where no task refuses, a trial is the next expansion
     for i in range(TASKS):
         f, theta, norms = one(loss, i), joined(near)[i], []
         for iterate in found.iterates:
@@ -250,7 +278,9 @@ def test_convergence_is_newtons_and_quadratic():
 
 def test_losses_equal_to_round_off_do_not_stop_it():
     """Beside 10⁸ a loss cannot tell points apart whose gradients are below 10⁻⁴."""
-    end = NewtonCG(steps=8, cg_steps=20, radius=1e3, tol=1e-10).run(logistic(offset=1e8), START, {}, track=0)
+    end = NewtonCG(steps=8, cg_steps=20, radius=1e3, tol=1e-10).run(
+        logistic(offset=1e8), START, {}, track=0
+    )
     assert end.gradient_norm.max() < 1e-10
 
 
@@ -279,7 +309,9 @@ def test_a_task_at_its_tolerance_or_not_finite_stays_to_the_bit():
     start = {name: p.clone() for name, p in START.items()}
     exact = torch.linalg.solve(h, B)[0]
     start["a"][0], start["b"][0, 0], start["a"][1, 0] = exact[:2], exact[2:], torch.nan
-    end = NewtonCG(steps=2, cg_steps=N, radius=1e3, forcing=0.0).run(quadratic(h), start, {}, track=0)
+    end = NewtonCG(steps=2, cg_steps=N, radius=1e3, forcing=0.0).run(
+        quadratic(h), start, {}, track=0
+    )
     assert end.steps.tolist() == [0, 0, 1]
     for name, p in start.items():
         assert torch.equal(end.params[name][0], p[0])
@@ -306,7 +338,9 @@ def point(*rows):
 @pytest.mark.parametrize("radius", [torch.inf, 1e300, 1e20])
 def test_a_radius_without_bound_bounds_nothing(radius, dtype):
     start = {"x": torch.tensor([[3.0, 4.0]], dtype=dtype)}
-    end = NewtonCG(steps=10, radius=radius).run(lambda p, _: (p["x"] - 1).square().sum(1), start, {}, track=0)
+    end = NewtonCG(steps=10, radius=radius).run(
+        lambda p, _: (p["x"] - 1).square().sum(1), start, {}, track=0
+    )
     assert end.params["x"].tolist() == [[1.0, 1.0]]
 
 
@@ -314,9 +348,14 @@ def test_where_there_is_no_second_derivative_the_model_is_linear():
     """‖x‖ has a gradient at 0 by convention, and a Hessian of NaN: the first step is Δ along −g."""
     loop = NewtonCG(steps=1, radius=0.5)
     first = loop.run(
-        lambda p, _: (p["x"] - 1).square().sum(1) + 0.1 * p["x"].norm(dim=1), point([0.0, 0.0]), {}, track=0
+        lambda p, _: (p["x"] - 1).square().sum(1) + 0.1 * p["x"].norm(dim=1),
+        point([0.0, 0.0]),
+        {},
+        track=0,
     )
-    assert torch.allclose(first.params["x"], torch.full((1, 2), 0.5 / 2**0.5, dtype=DOUBLE), rtol=1e-12)
+    assert torch.allclose(
+        first.params["x"], torch.full((1, 2), 0.5 / 2**0.5, dtype=DOUBLE), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,7 +377,11 @@ def test_the_ratio_is_blurred_by_ten_units_of_the_loss_and_no_more():
     c = 10 * torch.finfo(DOUBLE).eps * 1e8
     loop = NewtonCG(steps=2, radius=1.0, tol=1e-12)
     end = loop.run(
-        lambda p, _: 1e8 - c * (torch.pi * p["x"]).sin().sum(1) / torch.pi, point([0.0]), {}, track=0, keep=True
+        lambda p, _: 1e8 - c * (torch.pi * p["x"]).sin().sum(1) / torch.pi,
+        point([0.0]),
+        {},
+        track=0,
+        keep=True,
     )
     assert [round(at["x"].item(), 12) for at in end.iterates] == [0.0, 1.0, 0.0]
 
@@ -347,20 +390,26 @@ def test_without_a_tolerance_it_goes_on_to_round_off():
     b = torch.tensor([0.3, 0.7], dtype=DOUBLE)
     loop = NewtonCG(steps=30, tol=None)
     with torch.no_grad():  # of the caller
-        end = loop.run(lambda p, _: (p["x"].cosh() - b * p["x"]).sum(1), point([3.0, 4.0]), {}, track=0)
+        end = loop.run(
+            lambda p, _: (p["x"].cosh() - b * p["x"]).sum(1), point([3.0, 4.0]), {}, track=0
+        )
     assert end.gradient_norm.item() < 1e-12
     assert relative_error(end.params["x"][0], b.asinh()) < 1e-14
 
 
 def test_at_its_tolerance_a_task_is_done():
     """‖∂f/∂θ‖ = 5 ≤ 5."""
-    end = NewtonCG(tol=5.0).run(lambda p, _: 0.5 * p["x"].square().sum(1), point([3.0, 4.0]), {}, track=0)
+    end = NewtonCG(tol=5.0).run(
+        lambda p, _: 0.5 * p["x"].square().sum(1), point([3.0, 4.0]), {}, track=0
+    )
     assert end.steps.tolist() == [0]
 
 
 def test_a_step_that_all_refuse_is_an_iterate_too():
     loop = NewtonCG(steps=2, radius=100.0)
-    end = loop.run(lambda p, _: (1 + p["x"].square()).sqrt().sum(1), point([2.0]), {}, track=0, keep=True)
+    end = loop.run(
+        lambda p, _: (1 + p["x"].square()).sqrt().sum(1), point([2.0]), {}, track=0, keep=True
+    )
     assert [at["x"].item() for at in end.iterates[:2]] == [2.0, 2.0]
     assert len(end.iterates) == 3
 
@@ -371,13 +420,17 @@ def test_a_step_that_all_refuse_is_an_iterate_too():
 def test_hypergradients_are_those_of_the_closed_form_and_of_gradient_descent():
     oracle = ridge()
     common = {"method": "dense", "batched": True}
-    newton = hypergradient(oracle.problem, oracle.meta, oracle.data, inner=NewtonCG(tol=1e-10), **common)
+    newton = hypergradient(
+        oracle.problem, oracle.meta, oracle.data, inner=NewtonCG(tol=1e-10), **common
+    )
     descent = hypergradient(
         oracle.problem, oracle.meta, oracle.data, inner=GradientDescent(steps=500, lr=0.3), **common
     )
     flag = hypergradient(oracle.problem, oracle.meta, oracle.data, inner="newton-cg", **common)
     for found in (newton, descent, flag):
-        assert relative_error(found.grads["log_decay"], oracle.exact["log_decay"]) < (1e-5 if found is flag else 1e-8)
+        assert relative_error(found.grads["log_decay"], oracle.exact["log_decay"]) < (
+            1e-5 if found is flag else 1e-8
+        )
 
 
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
@@ -388,14 +441,19 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
     pair = (randn(TASKS, 4, 6, seed=0), labels)
     data = SimpleNamespace(support=pair, query=(randn(TASKS, 4, 6, seed=1), labels))
     grads = {}
-    for name, inner in {"newton": "newton-cg", "descent": GradientDescent(steps=400, lr=0.3)}.items():
+    for name, inner in {
+        "newton": "newton-cg",
+        "descent": GradientDescent(steps=400, lr=0.3),
+    }.items():
         learn = MetaLearner(model, F.cross_entropy, inner=inner, proximal=0.5, vectorize=vectorize)
         model.zero_grad()
         step = learn.backward(data)
         grads[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert step.report.inner_gradient_norm.max() < 2e-5
     assert relative_error(grads["newton"], grads["descent"]) < 1e-5
-    learn = MetaLearner(model, F.cross_entropy, inner="newton-cg", proximal=0.5, vectorize=vectorize)
+    learn = MetaLearner(
+        model, F.cross_entropy, inner="newton-cg", proximal=0.5, vectorize=vectorize
+    )
     losses, accuracies = learn.evaluate(data, steps=12)
     assert losses.shape == accuracies.shape == (13, TASKS)
     assert relative_error(losses[-1].mean(), step.loss) < 1e-5
@@ -423,16 +481,30 @@ def test_the_command_line_builds_it():
 def test_what_it_cannot_do_is_refused():
     oracle = ridge()
     for method, message in (
-        ("unrolled", r"inner: got NewtonCG with a method that differentiates steps, expected an implicit method"),
-        ("truncated", r"inner: got NewtonCG with a method that differentiates steps, expected an implicit method"),
+        (
+            "unrolled",
+            r"inner: got NewtonCG with a method that differentiates steps, expected an implicit method",
+        ),
+        (
+            "truncated",
+            r"inner: got NewtonCG with a method that differentiates steps, expected an implicit method",
+        ),
         (Unrolled(iterates=True), r"inner: got NewtonCG with a method that differentiates steps"),
         ("forward", r"inner: got NewtonCG, whose steps are not differentiable"),
     ):
         with pytest.raises(ValueError, match=message):
-            hypergradient(oracle.problem, oracle.meta, oracle.data, inner="newton-cg", method=method, batched=True)
+            hypergradient(
+                oracle.problem,
+                oracle.meta,
+                oracle.data,
+                inner="newton-cg",
+                method=method,
+                batched=True,
+            )
     mixed = {"w": torch.zeros(1, 2), "v": torch.zeros(1, 2, dtype=DOUBLE)}
     with pytest.raises(
-        ValueError, match=r"NewtonCG: got parameters of \['torch.float32', 'torch.float64'\], expected one"
+        ValueError,
+        match=r"NewtonCG: got parameters of \['torch.float32', 'torch.float64'\], expected one",
     ):
         NewtonCG().run(lambda p, _: p["w"].sum(1) + p["v"].sum(1), mixed, {}, track=0)
     problem = BilevelProblem(
@@ -441,7 +513,10 @@ def test_what_it_cannot_do_is_refused():
         outer_loss=lambda params, meta, data: params["w"].sum(),
     )
     meta = {"c": torch.ones(2)}
-    with pytest.raises(ValueError, match="inner: got 'newton', expected one of gradient-descent, lbfgs, newton-cg, or"):
+    with pytest.raises(
+        ValueError,
+        match="inner: got 'newton', expected one of gradient-descent, lbfgs, newton-cg, or",
+    ):
         hypergradient(problem, meta, None, inner="newton", method="cg")
     with pytest.raises(ValueError, match="inner: got 'newton', expected one of"):
         argmin(problem.inner_loss, problem.init, meta, None, inner="newton", method="cg")
@@ -451,7 +526,10 @@ def test_what_it_cannot_do_is_refused():
         ({"steps": 0}, "steps: got 0, expected at least 1"),
         ({"cg_steps": 0}, "NewtonCG cg_steps: got 0, expected at least 1 product"),
         ({"radius": 0.0}, "NewtonCG radius: got 0.0, expected a number > 0"),
-        ({"forcing": 1.0}, r"NewtonCG forcing: got 1.0, expected a relative residual in \[0, 1\), or None"),
+        (
+            {"forcing": 1.0},
+            r"NewtonCG forcing: got 1.0, expected a relative residual in \[0, 1\), or None",
+        ),
         ({"tol": 0.0}, "tol: got 0.0, expected a gradient norm > 0"),
     ):
         with pytest.raises(ValueError, match=message):

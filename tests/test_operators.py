@@ -95,8 +95,15 @@ def test_operator_equals_its_dense_matrix(name, kind):
 def test_operator_carries_the_gradient(name):
     operator = build(name, "cross-entropy")
     for task in range(TASKS):
-        flat, of_flat = dense_hessian(lambda p, t=task: F.cross_entropy(net(p, X[t]), LABELS[t]), task)
-        assert relative_error(flatten(operator.gradient)[task].detach(), torch.func.grad(of_flat)(flat)) < 1e-13
+        flat, of_flat = dense_hessian(
+            lambda p, t=task: F.cross_entropy(net(p, X[t]), LABELS[t]), task
+        )
+        assert (
+            relative_error(
+                flatten(operator.gradient)[task].detach(), torch.func.grad(of_flat)(flat)
+            )
+            < 1e-13
+        )
 
 
 def test_gauss_newton_is_psd_where_the_hessian_is_not():
@@ -118,7 +125,9 @@ def test_finite_differences_are_the_hessian_to_their_own_accuracy(kind):
         error = relative_error(columns[:, task], expected_hessian(kind, task))
         assert error < 1e-8
     v = randn(*operator.shape, seed=6)
-    assert relative_error(operator.matvec(1e6 * v), 1e6 * operator.matvec(v)) < 1e-12  # the step is θ's, not v's
+    assert (
+        relative_error(operator.matvec(1e6 * v), 1e6 * operator.matvec(v)) < 1e-12
+    )  # the step is θ's, not v's
     assert operator.matvec(0 * v).abs().max() == 0
 
 
@@ -138,7 +147,9 @@ def fisher(expectation, likelihood="softmax", **options):
 
 
 def dense(operator):
-    eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(-1, operator.shape[0], -1)
+    eye = torch.eye(operator.shape[1], dtype=torch.float64)[:, None, :].expand(
+        -1, operator.shape[0], -1
+    )
     return operator.matmat(eye).transpose(0, 1)
 
 
@@ -161,7 +172,9 @@ def test_exact_fisher_is_the_expectation_over_the_classes():
     for task in range(TASKS):
         expected = 0
         for i in range(POINTS):
-            flat, of_flat = dense_hessian(lambda p, t=task, i=i: torch.log_softmax(net(p, X[t]), -1)[i], task)
+            flat, of_flat = dense_hessian(
+                lambda p, t=task, i=i: torch.log_softmax(net(p, X[t]), -1)[i], task
+            )
             scores, probabilities = torch.func.jacrev(of_flat)(flat), of_flat(flat).exp()
             expected = expected + scores.T @ torch.diag(probabilities) @ scores / POINTS
         assert relative_error(got[task], expected) < 1e-12
@@ -173,7 +186,9 @@ def test_empirical_fisher_is_made_of_the_examples_own_gradients(likelihood):
     for task in range(TASKS):
 
         def each(p, t=task):
-            return torch.stack([log_likelihood(likelihood, z, c) for z, c in zip(net(p, X[t]), y[t], strict=True)])
+            return torch.stack(
+                [log_likelihood(likelihood, z, c) for z, c in zip(net(p, X[t]), y[t], strict=True)]
+            )
 
         flat, of_flat = dense_hessian(each, task)
         gradients = torch.func.jacrev(of_flat)(flat)
@@ -182,12 +197,16 @@ def test_empirical_fisher_is_made_of_the_examples_own_gradients(likelihood):
 
 @pytest.mark.parametrize("likelihood", ["softmax", "gaussian"])
 def test_sampled_fisher_is_made_of_its_draws_and_tends_to_the_exact_one(likelihood):
-    few, again = (fisher("monte-carlo", likelihood, samples=2, generator=generator(3)) for _ in range(2))
+    few, again = (
+        fisher("monte-carlo", likelihood, samples=2, generator=generator(3)) for _ in range(2)
+    )
     assert torch.equal(dense(few), dense(again))
     assert torch.linalg.matrix_rank(dense(few)[0]) <= 2 * POINTS
     exact = dense(fisher("exact", likelihood))
     errors = [
-        relative_error(dense(fisher("monte-carlo", likelihood, samples=s, generator=generator(0))), exact)
+        relative_error(
+            dense(fisher("monte-carlo", likelihood, samples=s, generator=generator(0))), exact
+        )
         for s in (100, 10000)
     ]
     assert errors[1] < 0.03
@@ -204,7 +223,9 @@ def test_the_symmetrised_divergence_bends_as_the_fisher_matrix():
             here, there = logits(flat), logits(flat + delta)
             return 0.5 * ((here.exp() - there.exp()) * (here - there)).sum(-1).mean()
 
-        assert relative_error(got[task], torch.func.hessian(divergence)(torch.zeros_like(flat))) < 1e-8
+        assert (
+            relative_error(got[task], torch.func.hessian(divergence)(torch.zeros_like(flat))) < 1e-8
+        )
 
 
 def test_a_loss_without_curvature_gives_zero():
@@ -241,7 +262,9 @@ def test_a_diagonal_is_exact_or_the_mean_over_its_signs():
     bent = Matrix(symmetric([[-1.0, 2.0, -3.0]]))
     assert (Diagonal(bent, samples=3, generator=generator(1)).values < 0).any()
     clamped = Diagonal(bent, samples=3, semidefinite=True, generator=generator(1)).values
-    assert torch.equal(clamped, Diagonal(bent, samples=3, generator=generator(1)).values.clamp(min=0))
+    assert torch.equal(
+        clamped, Diagonal(bent, samples=3, generator=generator(1)).values.clamp(min=0)
+    )
     for name, gradient in few.gradient.items():
         assert torch.equal(gradient, operator.gradient[name])
     with pytest.raises(ValueError, match="Diagonal samples: got 0, expected at least 1"):
@@ -253,7 +276,10 @@ def test_a_loss_that_is_not_convex_in_the_outputs_is_told():
     for loss, convex in (
         (lambda z: torch.vmap(F.cross_entropy)(z, LABELS), True),
         (lambda z: z.square().mean((1, 2)), True),
-        (lambda z: torch.log1p((z - TARGETS).square()).mean((1, 2)), False),  # Cauchy's: bent down far out
+        (
+            lambda z: torch.log1p((z - TARGETS).square()).mean((1, 2)),
+            False,
+        ),  # Cauchy's: bent down far out
         (lambda z: -z.square().mean((1, 2)), False),
         (lambda z: z.sum((1, 2)), True),
     ):
@@ -261,7 +287,10 @@ def test_a_loss_that_is_not_convex_in_the_outputs_is_told():
         if convex:
             operator.check_convex()
         else:
-            with pytest.raises(ValueError, match=r"not convex in the outputs \(curvature -.*use curvature='hessian'"):
+            with pytest.raises(
+                ValueError,
+                match=r"not convex in the outputs \(curvature -.*use curvature='hessian'",
+            ):
                 operator.check_convex()
 
 
@@ -269,7 +298,9 @@ def test_saturated_logits_in_single_precision_are_still_convex():
     for seed in range(20):
         params = {"z": 50 * torch.randn(4, 6, 5, generator=generator(seed))}
         labels = params["z"].argmax(-1)
-        operator = GaussNewton(lambda p: p["z"], lambda z, y=labels: torch.vmap(F.cross_entropy)(z, y), params)
+        operator = GaussNewton(
+            lambda p: p["z"], lambda z, y=labels: torch.vmap(F.cross_entropy)(z, y), params
+        )
         operator.check_convex()
     scalar = {"z": torch.tensor([0.5, 2.0], dtype=torch.float64)}
     bent = torch.tensor([1.0, -1e-5], dtype=torch.float64)
@@ -306,5 +337,7 @@ def test_bad_operators_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             fisher(**({"expectation": "exact"} | change))
-    with pytest.raises(ValueError, match=r"Fisher outputs: got shape \(3, 7\), expected \[tasks, examples"):
+    with pytest.raises(
+        ValueError, match=r"Fisher outputs: got shape \(3, 7\), expected \[tasks, examples"
+    ):
         Fisher(lambda p: torch.vmap(net)(p, X).sum(-1), lambda z: z.square().mean(1), PARAMS)

@@ -46,7 +46,9 @@ def dense(model, loss, targets, kind, likelihood="softmax"):
 
     def outputs(flat):
         parts = torch.split(flat, [s.numel() for s in shapes.values()])
-        params = {name: part.reshape(s) for part, (name, s) in zip(parts, shapes.items(), strict=True)}
+        params = {
+            name: part.reshape(s) for part, (name, s) in zip(parts, shapes.items(), strict=True)
+        }
         return torch.func.functional_call(model, params, (X,))
 
     at = vector(model)
@@ -58,7 +60,12 @@ def dense(model, loss, targets, kind, likelihood="softmax"):
         bend = torch.func.hessian(lambda v: loss(v.reshape(z.shape), targets))(z.flatten())
     else:  # the covariance of the score, example by example
         p = z.softmax(-1)
-        each = [torch.diag(q) - torch.outer(q, q) if likelihood == "softmax" else torch.eye(CLASSES).to(z) for q in p]
+        each = [
+            torch.diag(q) - torch.outer(q, q)
+            if likelihood == "softmax"
+            else torch.eye(CLASSES).to(z)
+            for q in p
+        ]
         bend = torch.block_diag(*each) / len(z)
     return g, jacobian.T @ bend @ jacobian
 
@@ -86,10 +93,14 @@ def test_newton_on_an_indefinite_quadratic_takes_the_modified_step(damping):
     values = [-3.0, -0.2, 0.0, 0.5, 2.0]
     A, b, start = symmetric([values], seed=5)[0], randn(5, seed=3), randn(5, seed=4)
     model = Point(start)
-    Newton(model, lr=0.3, damping=damping, adapt=False).step(lambda: 0.5 * model.x @ A @ model.x - b @ model.x)
+    Newton(model, lr=0.3, damping=damping, adapt=False).step(
+        lambda: 0.5 * model.x @ A @ model.x - b @ model.x
+    )
     basis = torch.linalg.qr(randn(1, 5, 5, seed=5)).Q[0]
     inverse = [1 / max(abs(v), damping) if max(abs(v), damping) > 0 else 0.0 for v in values]
-    expected = start - 0.3 * basis @ (torch.tensor(inverse, dtype=torch.float64) * (basis.T @ (A @ start - b)))
+    expected = start - 0.3 * basis @ (
+        torch.tensor(inverse, dtype=torch.float64) * (basis.T @ (A @ start - b))
+    )
     assert relative_error(model.x.detach(), expected) < 1e-10
 
 
@@ -125,12 +136,17 @@ def test_newton_of_a_network_is_the_dense_step_either_way():
     shift = 1.1 * float(torch.linalg.eigvalsh(H)[0].abs())
     start = vector(model)
     other = copy.deepcopy(model)
-    Newton(other, damping=shift, adapt=False, solver=EXACT).step(lambda: F.cross_entropy(other(X), LABELS))
+    Newton(other, damping=shift, adapt=False, solver=EXACT).step(
+        lambda: F.cross_entropy(other(X), LABELS)
+    )
     eye = torch.eye(len(g)).to(g)
     assert relative_error(vector(other), start - torch.linalg.solve(H + shift * eye, g)) < 1e-10
     Newton(model, damping=shift, adapt=False).step(lambda: F.cross_entropy(model(X), LABELS))
     values, Q = torch.linalg.eigh(H)
-    assert relative_error(vector(model), start - Q @ ((Q.T @ g) / values.abs().clamp(min=shift))) < 1e-10
+    assert (
+        relative_error(vector(model), start - Q @ ((Q.T @ g) / values.abs().clamp(min=shift)))
+        < 1e-10
+    )
 
 
 # damping
@@ -156,7 +172,9 @@ def test_damping_follows_the_ratio_and_bad_steps_are_taken_back():
         before, after = 0.5 * r.square().sum(), 0.5 * residuals(x + delta).square().sum()
         slack = 10 * torch.finfo(torch.float64).eps * before
         rho = (before - after + slack) / (-g @ delta - 0.5 * delta @ G @ delta + slack)
-        branches.add("back" if rho <= 0 else "harder" if rho < 0.25 else "easier" if rho > 0.75 else "same")
+        branches.add(
+            "back" if rho <= 0 else "harder" if rho < 0.25 else "easier" if rho > 0.75 else "same"
+        )
         x = x + delta if rho > 0 else x
         damping = 4 * damping if rho < 0.25 else damping / 2 if rho > 0.75 else damping
         held = model.x.detach().clone()
@@ -172,7 +190,15 @@ def test_damping_follows_the_ratio_and_bad_steps_are_taken_back():
 
 @pytest.mark.parametrize(
     ("rho", "moves", "factor"),
-    [(-0.01, 0, 4), (0.01, 1, 4), (0.249, 1, 4), (0.251, 1, 1), (0.749, 1, 1), (0.751, 1, 0.5), (1.3, 1, 0.5)],
+    [
+        (-0.01, 0, 4),
+        (0.01, 1, 4),
+        (0.249, 1, 4),
+        (0.251, 1, 1),
+        (0.749, 1, 1),
+        (0.751, 1, 0.5),
+        (1.3, 1, 0.5),
+    ],
 )
 def test_the_thresholds_of_the_ratio(rho, moves, factor):
     """x + ½x² + ½(ρ − 1)x³ from 0 to −1: a fall of ½ρ where the model has ½."""
@@ -253,9 +279,13 @@ def test_on_linear_least_squares_gauss_newton_is_newton_and_ends_at_once():
     one, two = start(), start()
     GaussNewton(one, half_square, damping=0.0, adapt=False).step(lambda: (one(X), TARGETS))
     Newton(two, damping=0.0, adapt=False).step(lambda: half_square(two(X), TARGETS))
-    best = torch.linalg.lstsq(torch.cat([X, torch.ones(EXAMPLES, 1).double()], 1), TARGETS).solution.T
+    best = torch.linalg.lstsq(
+        torch.cat([X, torch.ones(EXAMPLES, 1).double()], 1), TARGETS
+    ).solution.T
     for model in (one, two):
-        assert relative_error(torch.cat([model.weight, model.bias[:, None]], 1).detach(), best) < 1e-10
+        assert (
+            relative_error(torch.cat([model.weight, model.bias[:, None]], 1).detach(), best) < 1e-10
+        )
 
 
 class Reparametrised(nn.Module):
@@ -277,7 +307,9 @@ def test_the_natural_gradient_does_not_see_the_coordinates():
     natural, plain = [], []
     for transform in (eye, eye + 0.3 * randn(20, 20, seed=10)):
         model = Reparametrised(transform, theta)
-        fisher = NaturalGradient(model, half_square, lr=0.5, damping=0.0, adapt=False, likelihood="gaussian")
+        fisher = NaturalGradient(
+            model, half_square, lr=0.5, damping=0.0, adapt=False, likelihood="gaussian"
+        )
         fisher.step(lambda model=model: (model(inputs), targets))
         natural.append(model(inputs).detach())
         model = Reparametrised(transform, theta)
@@ -294,11 +326,15 @@ def test_the_empirical_fisher_is_that_of_the_examples_own_gradients():
     rows = []
     for x, y in zip(X, LABELS, strict=True):
         loss = F.cross_entropy(model(x[None]), y[None])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        rows.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        )
     each = torch.stack(rows)
     fisher = each.T @ each / EXAMPLES + 0.1 * torch.eye(each.shape[1]).double()
     expected = vector(model) - torch.linalg.solve(fisher, each.mean(0))
-    optimizer = NaturalGradient(model, F.cross_entropy, damping=0.1, adapt=False, expectation="empirical")
+    optimizer = NaturalGradient(
+        model, F.cross_entropy, damping=0.1, adapt=False, expectation="empirical"
+    )
     optimizer.step(lambda: (model(X), LABELS))
     assert relative_error(vector(model), expected) < 1e-10
 
@@ -314,10 +350,19 @@ def test_sampled_targets_are_drawn_anew_at_every_step():
         rows = []
         for x, y in zip(X, drawn, strict=True):
             loss = F.cross_entropy(model(x[None]), y[None])
-            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-        fisher = sum(torch.outer(row, row) for row in rows) / EXAMPLES + 0.1 * torch.eye(len(rows[0])).double()
+            rows.append(
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
+                )
+            )
+        fisher = (
+            sum(torch.outer(row, row) for row in rows) / EXAMPLES
+            + 0.1 * torch.eye(len(rows[0])).double()
+        )
         g = torch.autograd.grad(F.cross_entropy(model(X), LABELS), list(model.parameters()))
-        expected = vector(model) - 0.3 * torch.linalg.solve(fisher, torch.cat([part.flatten() for part in g]))
+        expected = vector(model) - 0.3 * torch.linalg.solve(
+            fisher, torch.cat([part.flatten() for part in g])
+        )
         optimizer.step(lambda: (model(X), LABELS))
         assert relative_error(vector(model), expected) < 1e-10
 
@@ -336,10 +381,14 @@ def test_gauss_newton_of_a_recurrent_network():
     torch.manual_seed(0)
     model, inputs, targets = Recurrent().double(), randn(5, 4, 2, seed=3), randn(5, 2, seed=4)
     params = dict(model.named_parameters())
-    rows = [torch.autograd.grad(z, params.values(), retain_graph=True) for z in model(inputs).flatten()]
+    rows = [
+        torch.autograd.grad(z, params.values(), retain_graph=True) for z in model(inputs).flatten()
+    ]
     J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     residual = (model(inputs) - targets).flatten().detach()
-    step = torch.linalg.solve(J.T @ J / 5 + 0.1 * torch.eye(J.shape[1]).double(), J.T @ residual / 5)
+    step = torch.linalg.solve(
+        J.T @ J / 5 + 0.1 * torch.eye(J.shape[1]).double(), J.T @ residual / 5
+    )
     expected = vector(model) - step
     GaussNewton(model, half_square, damping=0.1, adapt=False).step(lambda: (model(inputs), targets))
     assert relative_error(vector(model), expected) < 1e-10
@@ -351,9 +400,18 @@ MAKERS = {
     "newton": lambda model: Newton(model),
     "newton-cg": lambda model: Newton(model, solver=CG(max_steps=8)),
     "gauss-newton": lambda model: GaussNewton(model, F.cross_entropy),
-    "natural": lambda model: NaturalGradient(model, F.cross_entropy, expectation="monte-carlo", seed=3),
+    "natural": lambda model: NaturalGradient(
+        model, F.cross_entropy, expectation="monte-carlo", seed=3
+    ),
     "kfac": lambda model: KFAC(
-        model, F.cross_entropy, lr=0.01, update_every=2, invert_every=4, kl_clip=None, adapt_every=3, seed=3
+        model,
+        F.cross_entropy,
+        lr=0.01,
+        update_every=2,
+        invert_every=4,
+        kl_clip=None,
+        adapt_every=3,
+        seed=3,
     ),
 }
 
@@ -442,9 +500,13 @@ def test_every_evaluation_of_a_step_sees_the_same_dropout_and_buffers(name):
     after = torch.get_rng_state()
     torch.manual_seed(5)
     newton = name == "newton"
-    loss = optimizer.step((lambda: half_square(model(X), TARGETS)) if newton else (lambda: (model(X), TARGETS)))
+    loss = optimizer.step(
+        (lambda: half_square(model(X), TARGETS)) if newton else (lambda: (model(X), TARGETS))
+    )
     assert float(loss) == float(value)
-    assert optimizer.ratio == pytest.approx(1.0, abs=1e-9)  # the model of second order is exact for one mask
+    assert optimizer.ratio == pytest.approx(
+        1.0, abs=1e-9
+    )  # the model of second order is exact for one mask
     assert torch.equal(torch.get_rng_state(), after)
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(model.norm, key), getattr(once.norm, key))
@@ -473,7 +535,9 @@ def test_what_is_not_finite_moves_nothing(name):
     start = vector(model)
     bad = X.clone()
     bad[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="the loss or the outputs are not finite; nothing was moved"):
+    with pytest.raises(
+        FloatingPointError, match="the loss or the outputs are not finite; nothing was moved"
+    ):
         MAKERS[name](model).step(closure_for(name, model, x=bad))
     assert torch.equal(vector(model), start)
 
@@ -483,11 +547,17 @@ def test_a_gradient_that_is_not_finite_moves_nothing(name):
     model = network()
     start, optimizer = vector(model), MAKERS[name](model)
     optimizer.loss = lambda z, y: (0 * z).sqrt().mean()
-    closure = (lambda: (0 * model(X)).sqrt().mean()) if name.startswith("newton") else (lambda: (model(X), LABELS))
+    closure = (
+        (lambda: (0 * model(X)).sqrt().mean())
+        if name.startswith("newton")
+        else (lambda: (model(X), LABELS))
+    )
     with pytest.raises(FloatingPointError, match="gradient is not finite"):
         optimizer.step(closure)
     assert torch.equal(vector(model), start)
-    assert all(state.keys() <= {"momentum"} for state in optimizer.state.values())  # no average has a NaN in it
+    assert all(
+        state.keys() <= {"momentum"} for state in optimizer.state.values()
+    )  # no average has a NaN in it
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -497,11 +567,15 @@ def test_a_step_wants_its_closure(name):
     with pytest.raises(ValueError, match=r"step: got None, expected closure\(\) -> "):
         optimizer.step()
     newton = name.startswith("newton")
-    detached = (lambda: model(X).detach().mean()) if newton else (lambda: (model(X).detach(), LABELS))
+    detached = (
+        (lambda: model(X).detach().mean()) if newton else (lambda: (model(X).detach(), LABELS))
+    )
     with pytest.raises(ValueError, match=r"does not depend on .*model"):
         optimizer.step(detached)
     if newton:
-        with pytest.raises(ValueError, match=r"closure: returned shape \(12,\), expected a scalar tensor"):
+        with pytest.raises(
+            ValueError, match=r"closure: returned shape \(12,\), expected a scalar tensor"
+        ):
             optimizer.step(lambda: F.cross_entropy(model(X), LABELS, reduction="none"))
         with pytest.raises(ValueError, match="closure: returned tuple, expected a scalar tensor"):
             optimizer.step(lambda: (model(X), LABELS))
@@ -512,7 +586,9 @@ def test_a_step_wants_its_closure(name):
     with pytest.raises(ValueError, match=r"loss: returned shape \(12,\), expected a scalar tensor"):
         optimizer.step(lambda: (model(X), LABELS))
     if name != "gauss-newton":
-        with pytest.raises(ValueError, match=r"outputs of shape \(12,\), expected \[examples, …, d\]"):
+        with pytest.raises(
+            ValueError, match=r"outputs of shape \(12,\), expected \[examples, …, d\]"
+        ):
             optimizer.step(lambda: (model(X)[:, 0], LABELS))
 
 
@@ -527,7 +603,11 @@ def test_a_parameter_read_past_the_model_is_named():
         GaussNewton(model, penalised).step(lambda: (model(X), LABELS))
     with pytest.raises(ValueError, match=r"closure: it reads '0.weight' past the model"):
         Newton(model).step(lambda: penalised(model(X), LABELS))
-    Newton(model).step(lambda: F.cross_entropy(model(X), LABELS) + sum(p.square().sum() for p in model.parameters()))
+    Newton(model).step(
+        lambda: (
+            F.cross_entropy(model(X), LABELS) + sum(p.square().sum() for p in model.parameters())
+        )
+    )
 
 
 def test_numbers_and_models_out_of_range_are_named():
@@ -538,7 +618,10 @@ def test_numbers_and_models_out_of_range_are_named():
             ({"lr": math.inf}, "lr: got inf, expected a finite number > 0"),
             ({"damping": 0.0}, "damping: got 0.0, expected a finite number > 0"),
             ({"damping": -1.0, "adapt": False}, "damping: got -1.0, expected a finite number ≥ 0"),
-            ({"damping": math.nan, "adapt": False}, "damping: got nan, expected a finite number ≥ 0"),
+            (
+                {"damping": math.nan, "adapt": False},
+                "damping: got nan, expected a finite number ≥ 0",
+            ),
             ({"solver": "cg"}, "solver: got 'cg', expected one of metaimplicit.solvers"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -549,32 +632,46 @@ def test_numbers_and_models_out_of_range_are_named():
         Newton(network().requires_grad_(False))
     mixed = network()
     mixed[2].float()
-    with pytest.raises(ValueError, match=r"got '2.weight' as torch.float32 on cpu, expected torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"got '2.weight' as torch.float32 on cpu, expected torch.float64"
+    ):
         Newton(mixed)
     with pytest.raises(ValueError, match="loss: got 'mse', expected a function"):
         GaussNewton(model, "mse")
     with pytest.raises(ValueError, match="loss: got reduction='none'"):
         GaussNewton(model, nn.MSELoss(reduction="none"))
-    with pytest.raises(ValueError, match="loss: got reduction='sum', expected the mean over examples"):
+    with pytest.raises(
+        ValueError, match="loss: got reduction='sum', expected the mean over examples"
+    ):
         NaturalGradient(model, nn.CrossEntropyLoss(reduction="sum"))
-    with pytest.raises(ValueError, match="likelihood: got 'softmax' for mse_loss, expected 'gaussian'"):
+    with pytest.raises(
+        ValueError, match="likelihood: got 'softmax' for mse_loss, expected 'gaussian'"
+    ):
         NaturalGradient(model, F.mse_loss)
-    with pytest.raises(ValueError, match="likelihood: got 'gaussian' for CrossEntropyLoss, expected 'softmax'"):
+    with pytest.raises(
+        ValueError, match="likelihood: got 'gaussian' for CrossEntropyLoss, expected 'softmax'"
+    ):
         KFAC(model, nn.CrossEntropyLoss(), likelihood="gaussian")
-    with pytest.raises(ValueError, match="likelihood: got 'poisson', expected one of softmax, gaussian"):
+    with pytest.raises(
+        ValueError, match="likelihood: got 'poisson', expected one of softmax, gaussian"
+    ):
         NaturalGradient(model, F.cross_entropy, likelihood="poisson")
     with pytest.raises(ValueError, match="expectation: got 'mean', expected one of exact"):
         NaturalGradient(model, F.cross_entropy, expectation="mean")
     for damping in (1e-3, 2.0):  # that outweighs the curvature or not
         concave = GaussNewton(model, lambda z, y: -F.mse_loss(z, y), damping=damping)
-        with pytest.raises(ValueError, match="GaussNewton loss: got one not convex in the outputs; use Newton"):
+        with pytest.raises(
+            ValueError, match="GaussNewton loss: got one not convex in the outputs; use Newton"
+        ):
             concave.step(lambda: (model(X), TARGETS))
 
 
 def test_a_step_that_is_not_finite_moves_nothing():
     model = Point(torch.zeros(2).double())
     start = model.x.detach().clone()
-    with pytest.raises(FloatingPointError, match="the step is not finite; nothing was moved; raise damping"):
+    with pytest.raises(
+        FloatingPointError, match="the step is not finite; nothing was moved; raise damping"
+    ):
         Newton(model, damping=0.0, adapt=False, solver=CG()).step(lambda: model.x.sum())
     assert torch.equal(model.x.detach(), start)
 

@@ -21,7 +21,9 @@ def half_square(z, y):
 
 def linear(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, CLASSES, bias=False)).double()
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, CLASSES, bias=False)
+    ).double()
 
 
 def conv(seed=0):
@@ -70,7 +72,9 @@ def factors(model, inputs, likelihood, labels=None):
                 outs.append(a)
             else:
                 a = a.relu() if isinstance(layer, nn.ReLU) else a.flatten(1)
-        for weight, slope in draws(likelihood, a[0].detach(), None if labels is None else labels[i]):
+        for weight, slope in draws(
+            likelihood, a[0].detach(), None if labels is None else labels[i]
+        ):
             found = torch.autograd.grad(a, outs, slope[None].detach(), retain_graph=True)
             for total, g in zip(sums, found, strict=True):
                 rows = g.flatten(2)[0].T if g.dim() == 4 else g
@@ -78,7 +82,9 @@ def factors(model, inputs, likelihood, labels=None):
         for total, layer, v in zip(sums, layers, given, strict=True):
             rows = v
             if isinstance(layer, nn.Conv2d):
-                rows = F.unfold(v, layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0].T
+                rows = F.unfold(v, layer.kernel_size, layer.dilation, layer.padding, layer.stride)[
+                    0
+                ].T
             if layer.bias is not None:
                 rows = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
             total[0] = total[0] + sum(torch.outer(r, r) for r in rows) / (len(rows) * len(inputs))
@@ -109,7 +115,8 @@ def block_diagonal(averages, damping):
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize(
-    ("loss", "targets", "likelihood"), [(F.cross_entropy, LABELS, "softmax"), (half_square, TARGETS, "gaussian")]
+    ("loss", "targets", "likelihood"),
+    [(F.cross_entropy, LABELS, "softmax"), (half_square, TARGETS, "gaussian")],
 )
 def test_the_direction_is_the_dense_one(net, loss, targets, likelihood):
     make, inputs = NETS[net]
@@ -120,7 +127,14 @@ def test_the_direction_is_the_dense_one(net, loss, targets, likelihood):
     by_parameter = dict(zip(model.parameters(), g, strict=True))
     g, before = all_rows(model, lambda p: by_parameter[p]), all_rows(model)
     optimizer = KFAC(
-        model, loss, lr=0.3, damping=0.02, momentum=0.0, kl_clip=None, likelihood=likelihood, expectation="exact"
+        model,
+        loss,
+        lr=0.3,
+        damping=0.02,
+        momentum=0.0,
+        kl_clip=None,
+        likelihood=likelihood,
+        expectation="exact",
     )
     assert float(optimizer.step(lambda: (model(inputs), targets))) == float(value.detach())
     assert relative_error(all_rows(model), before - 0.3 * torch.linalg.solve(F_hat, g)) < 1e-10
@@ -142,12 +156,20 @@ def test_a_run_is_the_loop_written_out(targets):
     for step, inputs in enumerate(batches("conv", 11)):
         optimizer.step(lambda inputs=inputs: (model(inputs), LABELS))
         value = F.cross_entropy(other(inputs), LABELS)
-        g = dict(zip(other.parameters(), torch.autograd.grad(value, list(other.parameters())), strict=True))
+        g = dict(
+            zip(
+                other.parameters(),
+                torch.autograd.grad(value, list(other.parameters())),
+                strict=True,
+            )
+        )
         if step < 3 or step % 2 == 0:
             labels = None
             if sampled:
                 own = generator(int(torch.randint(2**62, (), generator=random)))
-                labels = torch.multinomial(other(inputs).detach().softmax(-1), 1, generator=own)[:, 0]
+                labels = torch.multinomial(other(inputs).detach().softmax(-1), 1, generator=own)[
+                    :, 0
+                ]
             new, count = factors(other, inputs, "softmax", labels), count + 1
             keep = min(1 - 1 / count, decay)
             averages = new if averages is None else [
@@ -165,7 +187,9 @@ def test_a_run_is_the_loop_written_out(targets):
         for layer in layers_of(other):
             size = rows_of(layer).numel()
             w, moved = moved[:size].reshape(len(layer.weight), -1), moved[size:]
-            layer.load_state_dict({"weight": w[:, :-1].reshape(layer.weight.shape), "bias": w[:, -1]})
+            layer.load_state_dict(
+                {"weight": w[:, :-1].reshape(layer.weight.shape), "bias": w[:, -1]}
+            )
         assert relative_error(all_rows(model), all_rows(other)) < 1e-9, step
     assert True in clipped
     assert False in clipped
@@ -203,7 +227,10 @@ def test_examples_in_rows_of_rows_are_the_same_examples(expectation):
         torch.nn.init.constant_(model.weight, 0.3)
         torch.nn.init.constant_(model.bias, -0.1)
         optimizer = KFAC(
-            model, lambda z, y: F.cross_entropy(z.flatten(0, -2), y), kl_clip=None, expectation=expectation
+            model,
+            lambda z, y: F.cross_entropy(z.flatten(0, -2), y),
+            kl_clip=None,
+            expectation=expectation,
         )
         optimizer.step(lambda m=model, shape=shape: (m(VECTORS.reshape(*shape, 4)), LABELS))
         steps.append(all_rows(nn.Sequential(model)))
@@ -220,11 +247,21 @@ def test_empirical_factors_are_those_of_the_targets():
         assert relative_error(optimizer.state[layer.weight]["G"], G) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{"kl_clip": None, "lr": 0.05}, {"kl_clip": None, "lr": 4.0}, {"kl_clip": 1e-6}])
+@pytest.mark.parametrize(
+    "options", [{"kl_clip": None, "lr": 0.05}, {"kl_clip": None, "lr": 4.0}, {"kl_clip": 1e-6}]
+)
 def test_damping_follows_the_ratio_with_the_exact_fisher(options):
     """(19/20)^T or (20/19)^T, by m(δ) = L + gᵀδ + ½ δᵀFδ; a step cut short loosens nothing."""
     model = linear()
-    optimizer = KFAC(model, F.cross_entropy, damping=0.05, momentum=0.0, adapt_every=2, expectation="exact", **options)
+    optimizer = KFAC(
+        model,
+        F.cross_entropy,
+        damping=0.05,
+        momentum=0.0,
+        adapt_every=2,
+        expectation="exact",
+        **options,
+    )
     damping = 0.05
     for step in range(4):
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -232,11 +269,15 @@ def test_damping_follows_the_ratio_with_the_exact_fisher(options):
 
         def outputs(flat, shapes=shapes):
             parts = torch.split(flat, [s.numel() for s in shapes.values()])
-            params = {n: part.reshape(s) for part, (n, s) in zip(parts, shapes.items(), strict=True)}
+            params = {
+                n: part.reshape(s) for part, (n, s) in zip(parts, shapes.items(), strict=True)
+            }
             return torch.func.functional_call(model, params, (VECTORS,))
 
         J, z = torch.func.jacrev(outputs)(before).flatten(0, 1), outputs(before).detach()
-        bend = torch.block_diag(*(torch.diag(p) - torch.outer(p, p) for p in z.softmax(-1))) / EXAMPLES
+        bend = (
+            torch.block_diag(*(torch.diag(p) - torch.outer(p, p) for p in z.softmax(-1))) / EXAMPLES
+        )
         g = torch.func.grad(lambda v, outputs=outputs: F.cross_entropy(outputs(v), LABELS))(before)
         loss = optimizer.step(lambda: (model(VECTORS), LABELS))
         delta = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
@@ -311,12 +352,18 @@ class Unused(nn.Module):
         (nn.BatchNorm1d(4), "BatchNorm1d", "only linear and 2-d convolutional layers"),
         (nn.Conv2d(4, 4, 1, groups=2), "Conv2d", "it is grouped, or its padding"),
         (nn.Conv2d(4, 4, 3, padding="same"), "Conv2d", "it is grouped, or its padding"),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "Conv2d", "it is grouped, or its padding"),
+        (
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "Conv2d",
+            "it is grouped, or its padding",
+        ),
     ],
 )
 def test_layers_it_does_not_know_are_named(layer, name, why):
     model = nn.Sequential(nn.Linear(4, 4), layer)
-    with pytest.raises(ValueError, match=rf"KFAC: layer '1' \({name}\): {why}.*use optim.GaussNewton, or freeze it"):
+    with pytest.raises(
+        ValueError, match=rf"KFAC: layer '1' \({name}\): {why}.*use optim.GaussNewton, or freeze it"
+    ):
         KFAC(model, F.cross_entropy)
     KFAC(model, F.cross_entropy, others="gradient")
     layer.requires_grad_(False)
@@ -324,29 +371,44 @@ def test_layers_it_does_not_know_are_named(layer, name, why):
 
 
 def test_sharing_and_calling_twice_or_never_are_named():
-    with pytest.raises(ValueError, match=r"KFAC: 'first.weight' and 'second.weight' are one parameter, of two layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"KFAC: 'first.weight' and 'second.weight' are one parameter, of two layers",
+    ):
         KFAC(Tied(True), F.cross_entropy, others="gradient")
     x, y = torch.randn(5, 4), torch.arange(5).remainder(4)
     twice = Tied(False)
     twice.second.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"KFAC: layer 'first' is called twice, expected once; use optim.GaussNewton"):
+    with pytest.raises(
+        ValueError,
+        match=r"KFAC: layer 'first' is called twice, expected once; use optim.GaussNewton",
+    ):
         KFAC(twice, F.cross_entropy).step(lambda: (twice(x), y))
     unused = Unused()
-    with pytest.raises(ValueError, match=r"KFAC: the outputs do not depend on layer 'second'; use optim.GaussNewton"):
+    with pytest.raises(
+        ValueError,
+        match=r"KFAC: the outputs do not depend on layer 'second'; use optim.GaussNewton",
+    ):
         KFAC(unused, F.cross_entropy).step(lambda: (unused(x), y))
     never = Tied(True)
     never.second = nn.Linear(4, 4)
     never.shared = None
     never.forward = lambda x: never.first(x)
-    with pytest.raises(ValueError, match=r"KFAC: layer 'second' adapts but is not called; use optim.GaussNewton"):
+    with pytest.raises(
+        ValueError, match=r"KFAC: layer 'second' adapts but is not called; use optim.GaussNewton"
+    ):
         KFAC(never, F.cross_entropy).step(lambda: (never(x), y))
     bias = nn.Sequential(nn.Linear(4, 4))
     bias[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match="'bias' requires grad without a weight that does"):
         KFAC(bias, F.cross_entropy)
-    assert all(not layer._forward_hooks for model in (twice, unused, never) for layer in model.modules())
+    assert all(
+        not layer._forward_hooks for model in (twice, unused, never) for layer in model.modules()
+    )
     normed = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(ValueError, match=r"KFAC: the loss does not depend on '1.weight'; freeze it"):
+    with pytest.raises(
+        ValueError, match=r"KFAC: the loss does not depend on '1.weight'; freeze it"
+    ):
         KFAC(normed, F.cross_entropy, others="gradient").step(lambda: (normed[0](x), y))
 
 
@@ -378,7 +440,9 @@ def test_a_factor_that_is_singular_in_its_precision_moves_nothing():
     model = linear().float()
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = KFAC(model, F.cross_entropy, damping=1e-30)
-    with pytest.raises(FloatingPointError, match=r"a factor is singular at damping = 1e-30; raise damping"):
+    with pytest.raises(
+        FloatingPointError, match=r"a factor is singular at damping = 1e-30; raise damping"
+    ):
         optimizer.step(lambda: (model(VECTORS[:1].float()), LABELS[:1]))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
 
@@ -394,12 +458,16 @@ def test_placement_follows_the_parameters(device, monkeypatch):
         with torch.device(device):
             model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
             x, y = torch.empty(5, 1, 4, 4), torch.empty(5, dtype=torch.int64)
-        optimizer = KFAC(model, F.cross_entropy, expectation="exact", update_every=1, invert_every=1)
+        optimizer = KFAC(
+            model, F.cross_entropy, expectation="exact", update_every=1, invert_every=1
+        )
         for _ in range(2):
             loss = optimizer.step(lambda: (model(x), y))
         assert loss.device.type == device
         assert all(p.grad.device.type == device for p in model.parameters())
-        assert all(t.device.type == device for state in optimizer.state.values() for t in state.values())
+        assert all(
+            t.device.type == device for state in optimizer.state.values() for t in state.values()
+        )
 
 
 @pytest.mark.gpu

@@ -30,7 +30,11 @@ def network(*layers):
 
 
 def closure(name, model):
-    return (lambda: F.cross_entropy(model(X), LABELS)) if name == "newton" else (lambda: (model(X), LABELS))
+    return (
+        (lambda: F.cross_entropy(model(X), LABELS))
+        if name == "newton"
+        else (lambda: (model(X), LABELS))
+    )
 
 
 def vector(model):
@@ -72,13 +76,18 @@ def test_a_parameter_frozen_since_is_named(name):
     model = network(nn.Tanh())
     optimizer = MAKERS[name](model)
     model[2].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"step: '2\.weight' was frozen after the optimiser was built; build it anew"):
+    with pytest.raises(
+        ValueError,
+        match=r"step: '2\.weight' was frozen after the optimiser was built; build it anew",
+    ):
         optimizer.step(closure(name, model))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_half_precision_is_refused(name):
-    with pytest.raises(ValueError, match=r"got '0\.weight' as torch\.bfloat16.*in single or double precision"):
+    with pytest.raises(
+        ValueError, match=r"got '0\.weight' as torch\.bfloat16.*in single or double precision"
+    ):
         MAKERS[name](network().bfloat16())
 
 
@@ -90,7 +99,10 @@ def test_a_backward_in_the_closure_is_named():
         loss.backward()
         return loss
 
-    with pytest.raises(ValueError, match=r"closure: it has used its graph up; call no backward\(\) there, step does"):
+    with pytest.raises(
+        ValueError,
+        match=r"closure: it has used its graph up; call no backward\(\) there, step does",
+    ):
         Newton(model).step(usual)
 
 
@@ -132,7 +144,9 @@ def test_a_loss_that_is_no_cross_entropy_of_the_last_axis_is_refused(make):
     assert relative_error(*ends) < 1e-12
     masked = network()
     without = torch.tensor([False, False, False, True])
-    make(masked, F.cross_entropy).step(lambda: (masked(X).masked_fill(without, -torch.inf), LABELS.remainder(3)))
+    make(masked, F.cross_entropy).step(
+        lambda: (masked(X).masked_fill(without, -torch.inf), LABELS.remainder(3))
+    )
     assert vector(masked).isfinite().all()
 
 
@@ -180,7 +194,10 @@ class LowRank(nn.Linear):
 
 @pytest.mark.parametrize(
     ("layer", "why"),
-    [(Scaled(4, 4), ".* or its forward is its own"), (LowRank(), "'down' is no weight or bias of such a layer")],
+    [
+        (Scaled(4, 4), ".* or its forward is its own"),
+        (LowRank(), "'down' is no weight or bias of such a layer"),
+    ],
 )
 def test_a_layer_that_only_derives_from_a_linear_one_is_named(layer, why):
     with pytest.raises(ValueError, match=rf"KFAC: layer '1' \({type(layer).__name__}\): {why}"):
@@ -188,7 +205,9 @@ def test_a_layer_that_only_derives_from_a_linear_one_is_named(layer, why):
 
 
 def test_a_model_without_a_layer_for_it_is_refused():
-    with pytest.raises(ValueError, match="KFAC model: got no linear or 2-d convolutional layer that requires grad"):
+    with pytest.raises(
+        ValueError, match="KFAC model: got no linear or 2-d convolutional layer that requires grad"
+    ):
         KFAC(nn.LayerNorm(4), F.cross_entropy, others="gradient")
 
 
@@ -257,7 +276,9 @@ def test_gaussian_targets_are_drawn_around_the_outputs():
         seed=5,
     )
     optimizer.step(lambda: (model(X), torch.zeros(12, 4).double()))
-    own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5))))
+    own = torch.Generator().manual_seed(
+        int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
+    )
     noise = torch.randn(1, 1, 12, 4, generator=own, dtype=torch.float64)[0, 0]
     assert relative_error(optimizer.state[model.weight]["G"], noise.T @ noise / 12) < 1e-12
 
@@ -282,7 +303,9 @@ def test_the_ratio_at_a_minimum_and_its_floor():
     eps = torch.finfo(torch.float64).eps
     assert ratio(torch.tensor([0.0, 0.0, 0.0]), eps) == 1.0
     assert ratio(torch.tensor([0.0, 1e-9, 0.0]), eps) == -math.inf
-    assert ratio(torch.tensor([1.0, 1.0 + eps, eps], dtype=torch.float64), eps) == pytest.approx(1, abs=0.2)
+    assert ratio(torch.tensor([1.0, 1.0 + eps, eps], dtype=torch.float64), eps) == pytest.approx(
+        1, abs=0.2
+    )
     rule = {"easier": 0.5, "harder": 4.0, "floor": 1e-3}
     assert levenberg_marquardt(1.5e-3, 1.0, **rule) == 1e-3
     assert levenberg_marquardt(1e-30, 1.0, **rule) == 1e-30
@@ -291,7 +314,9 @@ def test_the_ratio_at_a_minimum_and_its_floor():
 
 def test_the_damping_of_kfac_has_a_floor():
     model = nn.Linear(3, 4).double()
-    optimizer = KFAC(model, F.cross_entropy, adapt_every=1, kl_clip=None, lr=1e-3, damping=1e-2, momentum=0.0)
+    optimizer = KFAC(
+        model, F.cross_entropy, adapt_every=1, kl_clip=None, lr=1e-3, damping=1e-2, momentum=0.0
+    )
     floor = torch.finfo(torch.float64).eps * 1e-2
     optimizer.param_groups[0]["damping"] = 1.01 * floor
     optimizer.step(lambda: (model(X), LABELS))

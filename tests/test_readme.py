@@ -27,12 +27,19 @@ def pairs(*sizes):
     return torch.randn(*sizes, 4), torch.randint(3, sizes)
 
 
-@pytest.mark.parametrize("code", blocks(README.read_text()), ids=lambda code: code.strip().splitlines()[0][:40])
+@pytest.mark.parametrize(
+    "code", blocks(README.read_text()), ids=lambda code: code.strip().splitlines()[0][:40]
+)
 def test_the_code_runs(code):
     """With the names that a reader would have: a model, its data, an optimiser."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 10))
     inputs, targets = pairs(6)
-    data = {"x": torch.randn(8, 3), "y": torch.randn(8), "x_val": torch.randn(8, 3), "y_val": torch.randn(8)}
+    data = {
+        "x": torch.randn(8, 3),
+        "y": torch.randn(8),
+        "x_val": torch.randn(8, 3),
+        "y_val": torch.randn(8),
+    }
     names = {
         "torch": torch, "F": F, "model": model, "inputs": inputs, "targets": targets, "data": data,
         "loader": [(inputs, targets)], "optimizer": torch.optim.SGD(model.parameters(), 0.1),
@@ -41,22 +48,32 @@ def test_the_code_runs(code):
         "train_loader": [(inputs, targets)] * 3, "validation_loader": [pairs(6)],
     }  # fmt: skip
     if "print(check_hypergradient" in code:
-        code = f"from metaimplicit import check_hypergradient\n{blocks(README.read_text())[2]}\n{code}"
-        code = code.replace("(problem, meta, data", '(problem, {"log_decay": torch.tensor(-1.0)}, data')
+        code = (
+            f"from metaimplicit import check_hypergradient\n{blocks(README.read_text())[2]}\n{code}"
+        )
+        code = code.replace(
+            "(problem, meta, data", '(problem, {"log_decay": torch.tensor(-1.0)}, data'
+        )
     exec(code.replace("steps=100)", "steps=2)"), names)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("page", [README, RESULTS], ids=lambda page: page.name)
 def test_its_links_lead_somewhere(page):
-    found = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not link.startswith("http")]
+    found = [
+        link
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text())
+        if not link.startswith("http")
+    ]
     for link in found:
         path, _, anchor = link.partition("#")
         target = Path(os.path.normpath(page.parent / path))
         assert target.exists(), link
         if anchor:
             heads = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
-            assert anchor in [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads], link
+            assert anchor in [
+                re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads
+            ], link
     assert len(found) > 5
 
 

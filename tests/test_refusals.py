@@ -27,19 +27,33 @@ ASK = partial(hypergradient, data=DATA, inner=GradientDescent(steps=3, lr=0.1), 
 @pytest.mark.parametrize("method", [GAUSS_NEWTON, "first-order", "reptile", Truncated(0)], ids=str)
 def test_a_step_size_is_refused_where_it_has_no_gradient(method):
     meta = INITIAL | {"lr": torch.tensor(0.1, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['lr'\].*(unrolled|implicit)"):
-        ASK(network(Proximal(0.1)), meta, inner=GradientDescent(steps=3, lr=FromMeta("lr")), method=method)
+    with pytest.raises(
+        ValueError, match=r"cannot give the gradient of meta\['lr'\].*(unrolled|implicit)"
+    ):
+        ASK(
+            network(Proximal(0.1)),
+            meta,
+            inner=GradientDescent(steps=3, lr=FromMeta("lr")),
+            method=method,
+        )
 
 
 def test_a_regulariser_is_refused_by_first_order():
     meta = INITIAL | {"proximal": torch.tensor(0.1, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"first-order cannot give the gradient of meta\['proximal'\]"):
+    with pytest.raises(
+        ValueError, match=r"first-order cannot give the gradient of meta\['proximal'\]"
+    ):
         ASK(network(Proximal(FromMeta("proximal"))), meta, method="first-order")
 
 
 def test_an_initialisation_the_inner_loss_does_not_read_is_refused_by_implicit():
-    refused = pytest.raises(ValueError, match=r"implicit cannot give the gradient of meta\['0.weight'\].*proximal term")
-    with pytest.warns(RuntimeWarning, match="NEGATIVE_CURVATURE"), refused:  # without a penalty A is singular, too
+    refused = pytest.raises(
+        ValueError, match=r"implicit cannot give the gradient of meta\['0.weight'\].*proximal term"
+    )
+    with (
+        pytest.warns(RuntimeWarning, match="NEGATIVE_CURVATURE"),
+        refused,
+    ):  # without a penalty A is singular, too
         ASK(network(), INITIAL, method=GAUSS_NEWTON)
 
 
@@ -60,16 +74,29 @@ def test_captured_tensors_are_named():
     def through_a_module(params, meta, data):
         return F.mse_loss(forward(params, data[0]) + module(data[0]), data[1])
 
-    for function, name in ((inner_loss, "tensor 'secret'"), (through_a_module, r"parameter 'module\.(weight|bias)'")):
+    for function, name in (
+        (inner_loss, "tensor 'secret'"),
+        (through_a_module, r"parameter 'module\.(weight|bias)'"),
+    ):
         with pytest.raises(ValueError, match=rf"{name} requires grad and is captured"):
             ASK(BilevelProblem(network().init, function, outer), INITIAL, method="unrolled")
         with pytest.raises(ValueError, match="requires grad and is captured by a loss"):
-            ASK(BilevelProblem(network().init, network().inner_loss, function), INITIAL, method="first-order")
+            ASK(
+                BilevelProblem(network().init, network().inner_loss, function),
+                INITIAL,
+                method="first-order",
+            )
 
 
 def test_losses_must_be_scalars():
-    with pytest.raises(ValueError, match=r"inner_loss: got shape \(6, 1\) per task, expected a scalar"):
-        ASK(BilevelProblem(network().init, lambda p, m, d: forward(p, d[0]), outer), INITIAL, method="unrolled")
+    with pytest.raises(
+        ValueError, match=r"inner_loss: got shape \(6, 1\) per task, expected a scalar"
+    ):
+        ASK(
+            BilevelProblem(network().init, lambda p, m, d: forward(p, d[0]), outer),
+            INITIAL,
+            method="unrolled",
+        )
     with pytest.raises(ValueError, match=r"outer_loss: got float per task"):
         ASK(
             BilevelProblem(network().init, network().inner_loss, lambda p, m, d: 1.0),
@@ -82,7 +109,10 @@ def test_losses_must_be_scalars():
 def test_bad_arguments_are_refused():
     ok = network(Proximal(0.1))
     cases = [
-        ({"method": "sgd"}, "method: got 'sgd', expected one of unrolled, truncated, forward, real-time, first-order"),
+        (
+            {"method": "sgd"},
+            "method: got 'sgd', expected one of unrolled, truncated, forward, real-time, first-order",
+        ),
         ({"method": Truncated(4)}, "Truncated steps: got 4, expected at most the inner loop's 3"),
         (
             {"method": Truncated(1), "inner": GradientDescent(steps=3, tol=0.1)},
@@ -116,12 +146,16 @@ def test_bad_arguments_are_refused():
 
 def test_a_captured_start_or_number_is_named_too():
     secret = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    shifted = BilevelProblem(lambda m, d: {n: m[n] + secret for n in INITIAL}, network().inner_loss, outer)
+    shifted = BilevelProblem(
+        lambda m, d: {n: m[n] + secret for n in INITIAL}, network().inner_loss, outer
+    )
     for method in ("unrolled", "first-order"):
         with pytest.raises(ValueError, match="tensor 'secret' requires grad and is captured"):
             ASK(shifted, INITIAL, method=method)
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match=r"lr: got a tensor that requires grad, expected FromMeta\('lr'\)"):
+    with pytest.raises(
+        ValueError, match=r"lr: got a tensor that requires grad, expected FromMeta\('lr'\)"
+    ):
         ASK(network(), INITIAL, inner=GradientDescent(lr=lr), method="unrolled")
     late = Stream(lambda t: DATA if t == 0 else (X * secret, Y, XQ, YQ))
     with pytest.raises(ValueError, match="requires grad and is captured"):
@@ -138,7 +172,9 @@ def test_more_that_is_refused():
         ASK(network(Proximal(FromMeta("proximal"))), negative, method=GAUSS_NEWTON)
     with pytest.raises(ValueError, match="Unrolled iterates: got an inner loop with tol"):
         ASK(network(), INITIAL, inner=GradientDescent(tol=0.1), method=Unrolled(iterates=True))
-    both = BilevelProblem(network().init, network().inner_loss, lambda p, m, d: outer(p, m, d) + 1e-3 * m["lr"])
+    both = BilevelProblem(
+        network().init, network().inner_loss, lambda p, m, d: outer(p, m, d) + 1e-3 * m["lr"]
+    )
     meta = INITIAL | {"lr": torch.tensor(0.1, dtype=torch.float64)}
     with pytest.raises(ValueError, match=r"first-order cannot give the gradient of meta\['lr'\]"):
         ASK(both, meta, inner=GradientDescent(steps=2, lr=FromMeta("lr")), method="first-order")

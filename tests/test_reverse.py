@@ -28,7 +28,10 @@ with warnings.catch_warnings():
     import higher
 
 NUMBERS = {
-    "gradient-descent": (GradientDescent(steps=4, lr=FromMeta("lr"), momentum=FromMeta("mu")), {"lr": 0.1, "mu": 0.5}),
+    "gradient-descent": (
+        GradientDescent(steps=4, lr=FromMeta("lr"), momentum=FromMeta("mu")),
+        {"lr": 0.1, "mu": 0.5},
+    ),
     "momentum-from-zero": (GradientDescent(steps=4, lr=0.1, momentum=FromMeta("mu")), {"mu": 0.0}),
     "transformed": (GradientDescent(steps=4, lr=FromMeta("log_lr", torch.exp)), {"log_lr": -2.0}),
     "sgd": (
@@ -54,12 +57,18 @@ NUMBERS = {
         {"lr": 0.05, "b1": 0.8, "b2": 0.95, "wd": 0.1, "eps": 0.01},
     ),
     "amsgrad": (
-        TorchOptimizer(torch.optim.Adam, steps=4, lr=FromMeta("lr"), betas=(0.8, FromMeta("b2")), amsgrad=True),
+        TorchOptimizer(
+            torch.optim.Adam, steps=4, lr=FromMeta("lr"), betas=(0.8, FromMeta("b2")), amsgrad=True
+        ),
         {"lr": 0.05, "b2": 0.95},
     ),
     "adamw": (
         TorchOptimizer(
-            torch.optim.AdamW, steps=4, lr=FromMeta("lr"), betas=(0.8, FromMeta("b2")), weight_decay=FromMeta("wd")
+            torch.optim.AdamW,
+            steps=4,
+            lr=FromMeta("lr"),
+            betas=(0.8, FromMeta("b2")),
+            weight_decay=FromMeta("wd"),
         ),
         {"lr": 0.05, "b2": 0.95, "wd": 0.1},
     ),
@@ -68,7 +77,13 @@ NUMBERS = {
         {"lr": 0.1, "eps": 0.1},
     ),
     "rmsprop": (
-        TorchOptimizer(torch.optim.RMSprop, steps=4, lr=FromMeta("lr"), alpha=FromMeta("a"), momentum=FromMeta("mu")),
+        TorchOptimizer(
+            torch.optim.RMSprop,
+            steps=4,
+            lr=FromMeta("lr"),
+            alpha=FromMeta("a"),
+            momentum=FromMeta("mu"),
+        ),
         {"lr": 0.02, "a": 0.9, "mu": 0.5},
     ),
     "adadelta": (
@@ -76,10 +91,15 @@ NUMBERS = {
         {"lr": 1.0, "rho": 0.9},
     ),
     "adamax": (
-        TorchOptimizer(torch.optim.Adamax, steps=4, lr=FromMeta("lr"), betas=(FromMeta("b1"), 0.99)),
+        TorchOptimizer(
+            torch.optim.Adamax, steps=4, lr=FromMeta("lr"), betas=(FromMeta("b1"), 0.99)
+        ),
         {"lr": 0.05, "b1": 0.8},
     ),
-    "asgd": (TorchOptimizer(torch.optim.ASGD, steps=4, lr=FromMeta("lr"), lambd=FromMeta("l")), {"lr": 0.1, "l": 0.01}),
+    "asgd": (
+        TorchOptimizer(torch.optim.ASGD, steps=4, lr=FromMeta("lr"), lambd=FromMeta("l")),
+        {"lr": 0.1, "l": 0.01},
+    ),
     "rprop": (TorchOptimizer(torch.optim.Rprop, steps=4, lr=FromMeta("lr")), {"lr": 0.01}),
 }
 
@@ -93,18 +113,26 @@ def test_unrolled_equals_finite_differences_of_the_whole_procedure(name):
         | {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
         | {"proximal": torch.tensor(0.3, dtype=torch.float64)}
     )
-    run = partial(hypergradient, network(penalty), data=DATA, inner=inner, method="unrolled", batched=True)
+    run = partial(
+        hypergradient, network(penalty), data=DATA, inner=inner, method="unrolled", batched=True
+    )
     grads = run(meta).grads
     for key, value in meta.items():
         direction = torch.ones_like(value) if value.dim() == 0 else randn(*value.shape, seed=20)
         step = 2e-5 if key in numbers else 1e-3
-        expected = finite_difference(lambda v, key=key: run(meta | {key: v}).outer_loss, value, direction, step)
-        assert float((grads[key] * direction).sum()) == pytest.approx(float(expected), rel=1e-6, abs=1e-9), key
+        expected = finite_difference(
+            lambda v, key=key: run(meta | {key: v}).outer_loss, value, direction, step
+        )
+        assert float((grads[key] * direction).sum()) == pytest.approx(
+            float(expected), rel=1e-6, abs=1e-9
+        ), key
 
 
 def test_step_sizes_per_tensor_and_per_element():
     inner = GradientDescent(steps=3, lr=FromMeta("lr"))
-    tensors = {f"lr.{name}": torch.tensor(0.1 + 0.01 * i).double() for i, name in enumerate(INITIAL)}
+    tensors = {
+        f"lr.{name}": torch.tensor(0.1 + 0.01 * i).double() for i, name in enumerate(INITIAL)
+    }
     elements = {key: value.expand(INITIAL[key[3:]].shape) for key, value in tensors.items()}
     run = partial(hypergradient, network(), data=DATA, inner=inner, method="unrolled", batched=True)
     one, each = run(INITIAL | tensors), run(INITIAL | elements)
@@ -139,7 +167,12 @@ def test_truncated_is_the_unrolled_gradient_of_the_last_steps():
     )
     zero = {name: torch.zeros_like(p) for name, p in INITIAL.items()} | {"lr": meta["lr"]}
     expected = hypergradient(
-        problem, zero, (*DATA, third.params), inner=inner.updated(steps=2), method="unrolled", batched=True
+        problem,
+        zero,
+        (*DATA, third.params),
+        inner=inner.updated(steps=2),
+        method="unrolled",
+        batched=True,
     )
     for name in meta:
         assert relative_error(truncated.grads[name], expected.grads[name]) < 1e-12
@@ -149,30 +182,47 @@ def test_multi_step_losses_see_every_iterate():
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 
     def over_iterates(params, meta, data):
-        losses = torch.stack([outer({n: p[t] for n, p in params.items()}, meta, data) for t in range(4)])
+        losses = torch.stack(
+            [outer({n: p[t] for n, p in params.items()}, meta, data) for t in range(4)]
+        )
         return weights @ losses
 
     problem = BilevelProblem(network().init, network().inner_loss, over_iterates)
     inner = GradientDescent(steps=3, lr=0.1)
-    got = hypergradient(problem, INITIAL, DATA, inner=inner, method=Unrolled(iterates=True), batched=True)
+    got = hypergradient(
+        problem, INITIAL, DATA, inner=inner, method=Unrolled(iterates=True), batched=True
+    )
     expected = sum(
         weights[t]
         * hypergradient(
-            network(), INITIAL, DATA, inner=GradientDescent(steps=t, lr=0.1), method="unrolled", batched=True
+            network(),
+            INITIAL,
+            DATA,
+            inner=GradientDescent(steps=t, lr=0.1),
+            method="unrolled",
+            batched=True,
         ).grads["0.weight"]
         for t in (1, 2, 3)
     )
     at_start = torch.func.grad(
-        lambda w: torch.stack([outer(INITIAL | {"0.weight": w}, {}, [d[i] for d in DATA]) for i in range(3)]).mean()
+        lambda w: torch.stack(
+            [outer(INITIAL | {"0.weight": w}, {}, [d[i] for d in DATA]) for i in range(3)]
+        ).mean()
     )
-    assert relative_error(got.grads["0.weight"], expected + weights[0] * at_start(INITIAL["0.weight"])) < 1e-12
+    assert (
+        relative_error(got.grads["0.weight"], expected + weights[0] * at_start(INITIAL["0.weight"]))
+        < 1e-12
+    )
     assert got.params["0.weight"].shape == (TASKS, 4, 4, 2)
 
 
 # `higher` adds Adam's ε before the bias correction, torch (and we) after it: they are one function at ε = 0
 HIGHER = {
     "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), GradientDescent(steps=4, lr=0.1)),
-    "momentum": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), GradientDescent(steps=4, lr=0.1, momentum=0.9)),
+    "momentum": (
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        GradientDescent(steps=4, lr=0.1, momentum=0.9),
+    ),
     "adam": (
         lambda p: torch.optim.Adam(p, lr=0.05, eps=0.0),
         TorchOptimizer(torch.optim.Adam, steps=4, lr=0.05, eps=0.0),
@@ -187,14 +237,18 @@ def test_batched_equals_a_plain_loop_of_higher(name, vectorize):
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     model.load_state_dict(INITIAL)
     for task in range(TASKS):
-        with higher.innerloop_ctx(model, optimizer(model.parameters()), copy_initial_weights=False) as (
+        with higher.innerloop_ctx(
+            model, optimizer(model.parameters()), copy_initial_weights=False
+        ) as (
             fmodel,
             diffopt,
         ):
             for _ in range(4):
                 diffopt.step(F.mse_loss(fmodel(X[task]), Y[task]))
             (F.mse_loss(fmodel(XQ[task]), YQ[task]) / TASKS).backward()
-    result = hypergradient(network(), INITIAL, DATA, inner=inner, method="unrolled", batched=True, vectorize=vectorize)
+    result = hypergradient(
+        network(), INITIAL, DATA, inner=inner, method="unrolled", batched=True, vectorize=vectorize
+    )
     for key, p in model.named_parameters():
         assert relative_error(result.grads[key], p.grad) < 1e-10
 
@@ -202,7 +256,12 @@ def test_batched_equals_a_plain_loop_of_higher(name, vectorize):
 @pytest.mark.parametrize("method", ["first-order", Truncated(1), Truncated(3)], ids=str)
 def test_shortcuts_change_the_derivative_and_not_the_iterate(method):
     run = partial(
-        hypergradient, network(), INITIAL, DATA, inner=GradientDescent(steps=3, lr=0.1, momentum=0.5), batched=True
+        hypergradient,
+        network(),
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=3, lr=0.1, momentum=0.5),
+        batched=True,
     )
     cut, whole = run(method=method), run(method="unrolled")
     for name in INITIAL:
@@ -211,7 +270,12 @@ def test_shortcuts_change_the_derivative_and_not_the_iterate(method):
 
 def test_reptile_moves_towards_the_adapted_parameters():
     result = hypergradient(
-        network(), INITIAL, DATA, inner=GradientDescent(steps=3, lr=0.1), method=Reptile(), batched=True
+        network(),
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=3, lr=0.1),
+        method=Reptile(),
+        batched=True,
     )
     for name, p in INITIAL.items():
         assert relative_error(result.grads[name], (p - result.params[name]).mean(0)) < 1e-13
@@ -219,10 +283,17 @@ def test_reptile_moves_towards_the_adapted_parameters():
 
 def test_auxiliary_outputs_come_back_detached():
     problem = BilevelProblem(
-        network().init, network().inner_loss, lambda p, m, d: (outer(p, m, d), {"outputs": forward(p, d[2])})
+        network().init,
+        network().inner_loss,
+        lambda p, m, d: (outer(p, m, d), {"outputs": forward(p, d[2])}),
     )
     result = hypergradient(
-        problem, INITIAL, DATA, inner=GradientDescent(steps=2, lr=0.1), method="first-order", batched=True
+        problem,
+        INITIAL,
+        DATA,
+        inner=GradientDescent(steps=2, lr=0.1),
+        method="first-order",
+        batched=True,
     )
     assert result.aux["outputs"].shape == (TASKS, POINTS, 1)
     assert not result.aux["outputs"].requires_grad

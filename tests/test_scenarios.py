@@ -70,7 +70,9 @@ def test_one_tensor_by_two_names_is_two_parameters(method):
     run = partial(run, options=MethodOptions(solver_steps=3))
     vmapped, looped = run(), run(vectorize="loop")
     for name in ("a", "b"):
-        torch.testing.assert_close(vmapped.params[name], looped.params[name], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            vmapped.params[name], looped.params[name], rtol=1e-12, atol=1e-13
+        )
     torch.testing.assert_close(vmapped.grads["w"], looped.grads["w"], rtol=1e-12, atol=1e-13)
     assert not torch.equal(vmapped.params["a"], vmapped.params["b"])
 
@@ -78,7 +80,9 @@ def test_one_tensor_by_two_names_is_two_parameters(method):
 @pytest.mark.parametrize("method", ["unrolled", "forward", "first-order"])
 def test_what_comes_back_is_no_part_of_meta(method):
     """A parameter that the inner loss ignores stays at its start, which here is an entry of meta."""
-    problem = BilevelProblem(lambda m, d: dict(m), lambda p, m, d: p["a"].sum(), lambda p, m, d: p["b"].sum())
+    problem = BilevelProblem(
+        lambda m, d: dict(m), lambda p, m, d: p["a"].sum(), lambda p, m, d: p["b"].sum()
+    )
     meta = {"a": torch.ones(2), "b": torch.ones(2)}
     found = hypergradient(problem, meta, None, inner=SHORT, method=method)
     meta["b"].add_(5)
@@ -93,7 +97,9 @@ def test_a_parameter_may_take_part_in_some_steps_of_a_stream_alone():
         return m["s"] * (p["a"] - 3).square() if d == 0 else m["s"] * (p["b"] - 2).square()
 
     zero = torch.zeros((), dtype=DOUBLE)
-    problem = BilevelProblem(lambda m, d: {"a": zero, "b": zero}, loss, lambda p, m, d: p["a"] * p["b"])
+    problem = BilevelProblem(
+        lambda m, d: {"a": zero, "b": zero}, loss, lambda p, m, d: p["a"] * p["b"]
+    )
     inner = TorchOptimizer(torch.optim.SGD, steps=5, lr=0.1, momentum=0.9, weight_decay=0.1)
     for first in (0, 1):
         stream = Stream(lambda t, first=first: (t + first) % 2)
@@ -103,14 +109,18 @@ def test_a_parameter_may_take_part_in_some_steps_of_a_stream_alone():
         )
         torch.testing.assert_close(found.grads["s"], expected.grads["s"], rtol=1e-12, atol=0)
         for name in ("a", "b"):
-            torch.testing.assert_close(found.params[name], expected.params[name], rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                found.params[name], expected.params[name], rtol=1e-12, atol=0
+            )
             assert found.params[name] != 0
 
 
 # argmin
 
 
-@pytest.mark.parametrize("method", [SAMA(), Forward(), Implicit(), Unrolled()], ids=lambda m: m.flag)
+@pytest.mark.parametrize(
+    "method", [SAMA(), Forward(), Implicit(), Unrolled()], ids=lambda m: m.flag
+)
 def test_entries_of_meta_may_depend_on_one_another(method):
     """θ* = a + b with b = 2a: 3; f = ½(w − a − b)², one step of gradient descent of length 1."""
     a = number(0.5).requires_grad_()
@@ -142,7 +152,9 @@ def test_a_tensor_past_meta_is_named(method):
         )
 
 
-@pytest.mark.parametrize("method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=lambda m: m.flag)
+@pytest.mark.parametrize(
+    "method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=lambda m: m.flag
+)
 def test_meta_changed_in_place_before_the_backward_is_an_error(method):
     a = number(1.0).requires_grad_()
     params = argmin(
@@ -175,7 +187,9 @@ def test_entries_that_want_no_gradient_cost_no_tangents():
 
 
 def test_complex_numbers_are_refused():
-    with pytest.raises(ValueError, match=r"meta\['a'\]: got torch.complex64, expected real numbers"):
+    with pytest.raises(
+        ValueError, match=r"meta\['a'\]: got torch.complex64, expected real numbers"
+    ):
         argmin(
             lambda p, m, d: p["w"].square(),
             lambda m, d: {"w": torch.zeros(())},
@@ -197,28 +211,45 @@ def test_a_direct_gradient_does_not_hide_one_that_is_missing():
         for method in ("cg", "sama", "f2sa", "t1-t2"):
             with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['a'\]"):
                 hypergradient(problem, {"a": number(2.0)}, None, inner=SHORT, method=method)
-        grads = hypergradient(problem, {"a": number(2.0)}, None, inner=SHORT, method="unrolled").grads
-        assert grads["a"].item() == pytest.approx(0.8**3 + (0.4 if outer(0.0, {"a": number(1.0)}) else 0.0), rel=1e-12)
+        grads = hypergradient(
+            problem, {"a": number(2.0)}, None, inner=SHORT, method="unrolled"
+        ).grads
+        assert grads["a"].item() == pytest.approx(
+            0.8**3 + (0.4 if outer(0.0, {"a": number(1.0)}) else 0.0), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("method", ["cg", "sama", "f2sa", "unrolled", "forward", "t1-t2"])
 def test_what_the_inner_loss_adds_without_the_parameters_moves_nothing(method):
     """f = (w − a)² + b²: b has no part in θ*, and its direct gradient is all, whether there is one or not."""
-    for outer, expected in ((lambda w, m: w.square() + m["b"].square(), 4.0), (lambda w, m: w.square(), 0.0)):
+    for outer, expected in (
+        (lambda w, m: w.square() + m["b"].square(), 4.0),
+        (lambda w, m: w.square(), 0.0),
+    ):
         problem = scalar(lambda w, m: (w - m["a"]).square() + m["b"].square(), outer)
         meta = {"a": number(1.0), "b": number(2.0)}
-        found = hypergradient(problem, meta, None, inner=GradientDescent(steps=50, lr=0.3), method=method)
+        found = hypergradient(
+            problem, meta, None, inner=GradientDescent(steps=50, lr=0.3), method=method
+        )
         assert found.grads["b"].item() == expected
 
 
 @pytest.mark.parametrize("method", [Truncated(0), FirstOrder()], ids=lambda m: m.flag)
 def test_no_step_tracked_is_first_order(method):
     """What both losses share keeps its direct gradient; what the inner one alone reads has none to give."""
-    shared = scalar(lambda w, m: (w - m["c"]).square(), lambda w, m: (w - m["c"]).square(), lambda m, d: {"w": m["a"]})
+    shared = scalar(
+        lambda w, m: (w - m["c"]).square(),
+        lambda w, m: (w - m["c"]).square(),
+        lambda m, d: {"w": m["a"]},
+    )
     meta = {"a": number(1.0), "c": number(3.0)}
     found = hypergradient(shared, meta, None, inner=GradientDescent(steps=1, lr=0.1), method=method)
-    assert {name: g.item() for name, g in found.grads.items()} == pytest.approx({"a": -3.2, "c": 3.2})
-    alone = scalar(lambda w, m: (w - m["c"]).square(), lambda w, m: w.square(), lambda m, d: {"w": m["a"]})
+    assert {name: g.item() for name, g in found.grads.items()} == pytest.approx(
+        {"a": -3.2, "c": 3.2}
+    )
+    alone = scalar(
+        lambda w, m: (w - m["c"]).square(), lambda w, m: w.square(), lambda m, d: {"w": m["a"]}
+    )
     with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['c'\]"):
         hypergradient(alone, meta, None, inner=SHORT, method=method)
 
@@ -226,17 +257,29 @@ def test_no_step_tracked_is_first_order(method):
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 def test_a_step_size_of_what_does_not_move_has_a_gradient_of_zero(method):
     problem = BilevelProblem(
-        lambda m, d: {"a": m["a"], "b": m["b"]}, lambda p, m, d: p["a"].square(), lambda p, m, d: p["a"] + p["b"]
+        lambda m, d: {"a": m["a"], "b": m["b"]},
+        lambda p, m, d: p["a"].square(),
+        lambda p, m, d: p["a"] + p["b"],
     )
     meta = {"a": number(1.0), "b": number(1.0), "lr.a": number(0.1), "lr.b": number(0.1)}
-    found = hypergradient(problem, meta, None, inner=GradientDescent(steps=1, lr=FromMeta("lr")), method=method)
-    assert {name: g.item() for name, g in found.grads.items()} == {"a": 0.8, "b": 1.0, "lr.a": -2.0, "lr.b": 0.0}
+    found = hypergradient(
+        problem, meta, None, inner=GradientDescent(steps=1, lr=FromMeta("lr")), method=method
+    )
+    assert {name: g.item() for name, g in found.grads.items()} == {
+        "a": 0.8,
+        "b": 1.0,
+        "lr.a": -2.0,
+        "lr.b": 0.0,
+    }
 
 
 def test_options_beside_a_method_are_refused():
     problem = scalar(lambda w, m: (w - m["a"]).square(), lambda w, m: w)
     ask = partial(hypergradient, problem, {"a": number(1.0)}, None, inner=SHORT)
-    with pytest.raises(ValueError, match=r"options: got MethodOptions.*beside a Implicit, which they would not change"):
+    with pytest.raises(
+        ValueError,
+        match=r"options: got MethodOptions.*beside a Implicit, which they would not change",
+    ):
         ask(method=Implicit(), options=MethodOptions(damping=10.0))
     with pytest.raises(ValueError, match=r"Richardson scale: got 0\.0, expected a number > 0"):
         ask(method="t1-t2", options=MethodOptions(scale=0.0))
@@ -255,7 +298,12 @@ def test_a_task_that_is_not_finite_is_not_solved():
     data = {"x": torch.tensor([1.0, torch.nan], dtype=DOUBLE)}
     for method in ("forward", "unrolled"):
         found = hypergradient(
-            problem, {"a": number(1.0)}, data, inner=GradientDescent(steps=3, tol=1e-3), method=method, batched=True
+            problem,
+            {"a": number(1.0)},
+            data,
+            inner=GradientDescent(steps=3, tol=1e-3),
+            method=method,
+            batched=True,
         )
         assert found.grads["a"].isnan()
         if method == "forward":
@@ -265,7 +313,10 @@ def test_a_task_that_is_not_finite_is_not_solved():
 @pytest.mark.parametrize("curvature", [1.0, 10.0])
 def test_of_one_parameter_the_power_iteration_does_not_cancel(curvature):
     """A right-hand side of −1 against a start of +1."""
-    A, b = Matrix(torch.full((1, 1, 1), curvature, dtype=DOUBLE)), torch.tensor([[-6.0]], dtype=DOUBLE)
+    A, b = (
+        Matrix(torch.full((1, 1, 1), curvature, dtype=DOUBLE)),
+        torch.tensor([[-6.0]], dtype=DOUBLE),
+    )
     for solver in (Neumann(terms=5), Richardson(steps=5)):
         found = solver.solve(A, b)
         assert found.value.item() == pytest.approx(-6.0 / curvature, rel=1e-12)
@@ -285,7 +336,9 @@ def test_a_power_iteration_stays_below_the_largest_eigenvalue(steps):
         torch.testing.assert_close(same, torch.full((2, 1), 3.0, dtype=DOUBLE), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("solver", [Richardson(), Richardson(steps=3), Nystrom(rank=3, rho=0.1, refresh=100)])
+@pytest.mark.parametrize(
+    "solver", [Richardson(), Richardson(steps=3), Nystrom(rank=3, rho=0.1, refresh=100)]
+)
 def test_a_solver_recovers_from_a_batch_of_nans(solver):
     good, b = Matrix(10 * torch.eye(3, dtype=DOUBLE).unsqueeze(0)), randn(1, 3, seed=1)
     bad = Matrix(torch.full((1, 3, 3), torch.nan, dtype=DOUBLE))
@@ -310,7 +363,14 @@ def test_tensors_that_would_not_be_told_apart_are_refused():
     )
     data = UserDict(x=randn(3, 2, seed=1))
     with pytest.raises(ValueError, match="data: got UserDict, which is not told apart by task"):
-        hypergradient(problem, {"a": number(1.0)}, (torch.ones(3), data), inner=SHORT, method="cg", batched=True)
+        hypergradient(
+            problem,
+            {"a": number(1.0)},
+            (torch.ones(3), data),
+            inner=SHORT,
+            method="cg",
+            batched=True,
+        )
 
 
 class Colour(Enum):
@@ -327,14 +387,25 @@ def test_what_holds_no_tensors_may_lie_among_the_data():
         "x": randn(3, 2, seed=1),
         "more": [Path("."), Colour.RED, slice(2), range(3), np.bool_(True), nn.Linear(1, 1)],
     }
-    run = partial(hypergradient, problem, {"a": number(1.0)}, inner=SHORT, method=Implicit(batch=None), batched=True)
+    run = partial(
+        hypergradient,
+        problem,
+        {"a": number(1.0)},
+        inner=SHORT,
+        method=Implicit(batch=None),
+        batched=True,
+    )
     assert run(data).grads["a"] == run({"x": data["x"]}).grads["a"]
 
 
 def test_data_may_be_none_where_a_loss_holds_its_own():
-    problem = scalar(lambda w, m: (w - 1).square() + m["a"].exp() * w.square(), lambda w, m: (w - 0.5).square())
+    problem = scalar(
+        lambda w, m: (w - 1).square() + m["a"].exp() * w.square(), lambda w, m: (w - 0.5).square()
+    )
     for method in ("cg", "sama", "f2sa", "soba"):
-        tuner = Tuner(problem, {"a": number(-1.0)}, inner=GradientDescent(steps=20, lr=0.1), method=method)
+        tuner = Tuner(
+            problem, {"a": number(-1.0)}, inner=GradientDescent(steps=20, lr=0.1), method=method
+        )
         assert tuner.step(None, None).norm > 0
     hoag = HOAG(problem, {"a": number(-1.0)}, None, None)
     for _ in range(12):
@@ -345,7 +416,9 @@ def test_data_may_be_none_where_a_loss_holds_its_own():
 # forward mode
 
 
-@pytest.mark.parametrize("method", ["forward", "real-time", Implicit(products="forward-over-reverse")])
+@pytest.mark.parametrize(
+    "method", ["forward", "real-time", Implicit(products="forward-over-reverse")]
+)
 @pytest.mark.parametrize("batched", [False, True])
 def test_forward_mode_takes_the_usual_loss(method, batched):
     """`torch.func.jvp` of the gradient of F.mse_loss fails where nothing is vmapped."""
@@ -390,7 +463,9 @@ def test_a_gradient_has_the_type_of_its_entry(method):
         lambda p, m, d: (p["w"] - m["a"].float()).square().sum(),
         lambda p, m, d: p["w"].sum(),
     )
-    found = hypergradient(problem, {"a": number(1.0)}, None, inner=GradientDescent(steps=60, lr=0.2), method=method)
+    found = hypergradient(
+        problem, {"a": number(1.0)}, None, inner=GradientDescent(steps=60, lr=0.2), method=method
+    )
     assert found.grads["a"].dtype == DOUBLE
     assert found.grads["a"].item() == pytest.approx(2.0, rel=1e-5)
 
@@ -410,7 +485,9 @@ def test_the_end_of_another_method_is_named(method, other):
 def test_all_iterates_cannot_be_checked_by_the_last():
     problem = scalar(lambda w, m: (w - m["a"]).square(), lambda w, m: w.sum())
     with pytest.raises(ValueError, match=r"method: got Unrolled\(iterates=True\)"):
-        check_hypergradient(problem, {"a": number(1.0)}, None, inner=SHORT, method=Unrolled(iterates=True))
+        check_hypergradient(
+            problem, {"a": number(1.0)}, None, inner=SHORT, method=Unrolled(iterates=True)
+        )
 
 
 def test_patience_goes_back_to_the_best_of_all_calls():
@@ -438,18 +515,24 @@ def test_a_negative_index_is_no_example():
 def test_outputs_of_several_tensors_and_a_center_without_an_entry_are_named():
     several = BilevelProblem(
         lambda m, d: {"w": torch.zeros(2)},
-        Composite(outputs=lambda p, m, d: (p["w"], m["a"]), loss=lambda z, d: (z[0] - z[1]).square().sum()),
+        Composite(
+            outputs=lambda p, m, d: (p["w"], m["a"]), loss=lambda z, d: (z[0] - z[1]).square().sum()
+        ),
         lambda p, m, d: p["w"].sum(),
     )
     with pytest.raises(ValueError, match="outputs: got tuple, expected one tensor"):
         hypergradient(several, {"a": torch.ones(2)}, None, inner=SHORT, method="cg")
-    with pytest.raises(ValueError, match="Proximal center: meta has no entry 'w', expected one for each parameter"):
+    with pytest.raises(
+        ValueError, match="Proximal center: meta has no entry 'w', expected one for each parameter"
+    ):
         Proximal(1.0)({"w": torch.zeros(2)}, {"a": torch.ones(2)})
 
 
 def test_the_start_of_the_value_function_may_be_its_own():
     problem = scalar(lambda w, m: (w - m["a"]).square(), lambda w, m: (w - 1).square())
-    ask = partial(hypergradient, problem, {"a": number(2.0)}, None, inner=GradientDescent(steps=300, lr=0.1))
+    ask = partial(
+        hypergradient, problem, {"a": number(2.0)}, None, inner=GradientDescent(steps=300, lr=0.1)
+    )
     first = ask(method=ValueFunction(100.0))
     second = ask(method=ValueFunction(100.0), start=first.end)
     assert second.grads["a"].item() == pytest.approx(first.grads["a"].item(), rel=1e-9)

@@ -14,7 +14,13 @@ from metaimplicit import METHODS
 from metaimplicit.training import Options
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-SMALL = ["--task=sinusoid", "--steps=3", "--test-episodes=10", "--validation-episodes=10", "--test-steps=2"]
+SMALL = [
+    "--task=sinusoid",
+    "--steps=3",
+    "--test-episodes=10",
+    "--validation-episodes=10",
+    "--test-steps=2",
+]
 OPTIONS = [f.name for f in fields(Options)]
 
 
@@ -46,7 +52,9 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_every_file(run):
-    files = "config.json metrics.jsonl tensorboard checkpoint.pt summary.json curves.png adaptation.png"
+    files = (
+        "config.json metrics.jsonl tensorboard checkpoint.pt summary.json curves.png adaptation.png"
+    )
     assert {p.name for p in run.iterdir()} == set(files.split())
     assert list((run / "tensorboard").iterdir())
     for picture in ("curves.png", "adaptation.png"):
@@ -57,7 +65,10 @@ def test_a_run_leaves_every_file(run):
     assert config["chosen"]["vectorize"] in ("vmap", "loop")
     assert config["versions"]["torch"] == torch.__version__
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["split"], line["step"]) for line in lines] == [*(("train", k) for k in (1, 2, 3)), ("validation", 3)]
+    assert [(line["split"], line["step"]) for line in lines] == [
+        *(("train", k) for k in (1, 2, 3)),
+        ("validation", 3),
+    ]
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["metric"], summary["episodes"], summary["meta_steps"]) == ("mse", 10, 3)
     assert summary["transductive"] is False
@@ -74,7 +85,9 @@ def test_what_auto_chose_is_in_the_config(tmp_path):
 def test_evaluation_repeats_the_summary_and_another_seed_does_not(run, capsys):
     evaluate([str(run), "--episodes", "10"])
     table = capsys.readouterr().out
-    summary, found = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
+    summary, found = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation")
+    )
     assert found["after_steps"] == summary["after_steps"]
     assert f"{summary['mean']:.4f} ± {summary['interval_95']:.4f}" in table
     evaluate([str(run), "--episodes", "10", "--seed", "5", "--steps", "1", "--split", "validation"])
@@ -89,10 +102,15 @@ def test_resuming_ends_where_an_unbroken_run_does(run, tmp_path):
     train([*common, str(tmp_path / "run"), "--steps", "2"])
     train(["--out", str(tmp_path / "run"), "--resume", "--steps", "4"])
     train([*common, str(tmp_path / "whole"), "--steps", "4"])
-    one, other = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("run", "whole"))
+    one, other = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("run", "whole")
+    )
     assert one["progress"]["step"] == other["progress"]["step"] == 4
     assert all(torch.equal(value, other["learner"][name]) for name, value in one["learner"].items())
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["task"] == "sinusoid"
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["options"]["task"] == "sinusoid"
+    )
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(run, tmp_path, capsys):
@@ -112,11 +130,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(run, tmp_path, caps
         (["--method", "newton"], f"method: got 'newton', expected one of {', '.join(METHODS)}"),
         (["--task-options", "split"], "--task-options: got 'split', expected name=value"),
         (["--task-options", "split=vinyals"], "sinusoid: got option split"),
-        (["--learn", "lr", "--method", "first-order"], "learn 'lr': first-order cannot give its gradient"),
+        (
+            ["--learn", "lr", "--method", "first-order"],
+            "learn 'lr': first-order cannot give its gradient",
+        ),
         (["--learn", "momentum"], "learn: got ['momentum']"),
         (["--inner-lr", "-1"], "learning rate: -1"),
         (["--inner-steps", "0"], "steps: got 0, expected at least 1 inner step"),
-        (["--method", "truncated", "--solver-steps", "9"], "Truncated steps: got 9, expected at most"),
+        (
+            ["--method", "truncated", "--solver-steps", "9"],
+            "Truncated steps: got 9, expected at most",
+        ),
         (["--outer-lr", "-1"], "learning rate: -1"),
         (["--meta-batch", "0"], "tasks: got 0"),
         (["--steps", "0"], "steps: got 0, expected at least 1 meta-step"),
@@ -142,7 +166,10 @@ def test_divergence_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         train(args)
     assert exit_.value.code == 1
-    assert re.search(r"error: step 1: the query loss is (nan|inf); no parameter has moved", capsys.readouterr().err)
+    assert re.search(
+        r"error: step 1: the query loss is (nan|inf); no parameter has moved",
+        capsys.readouterr().err,
+    )
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 0
 
 
@@ -160,7 +187,10 @@ def test_help_explains_every_option(main, names, capsys):
 def test_defaults_are_the_tasks_and_the_methods():
     assert Options.of("glyphs") == Options()
     assert Options.of("glyphs", "unrolled").proximal == 0.0
-    assert (Options.of("sinusoid").method, Options.of("sinusoid", "cg").inner_steps) == ("unrolled", 32)
+    assert (Options.of("sinusoid").method, Options.of("sinusoid", "cg").inner_steps) == (
+        "unrolled",
+        32,
+    )
     assert [Options.of("omniglot", m).proximal for m in ("nystrom", "unrolled")] == [0.5, 0.0]
     assert Options.of("folder").queries == 15
     steps = [Options.of("glyphs", method).test_steps for method in ("cg", "unrolled")]
@@ -197,25 +227,35 @@ def test_a_run_is_neither_resumed_nor_tested_on_other_classes(tmp_path, capsys):
     evaluate([str(tmp_path / "run"), "--episodes", "2"])
     capsys.readouterr()
     images(data, 21)
-    message = (
-        r"error: task: the train classes are not those that .*run was started with, so it may have been trained on"
-    )
+    message = r"error: task: the train classes are not those that .*run was started with, so it may have been trained on"
     assert re.match(message, refused(evaluate, [tmp_path / "run"], capsys))
     assert re.match(message, refused(train, [*args, "--resume", "--steps=2"], capsys))
 
 
 def test_what_is_out_of_range_or_no_run_is_one_line(tmp_path, run, capsys):
-    assert refused(evaluate, [run, "--episodes=1"], capsys) == "error: --episodes: got 1, expected at least 2"
-    assert refused(evaluate, [run, "--steps=-1"], capsys) == "error: --steps: got -1, expected at least 0"
+    assert (
+        refused(evaluate, [run, "--episodes=1"], capsys)
+        == "error: --episodes: got 1, expected at least 2"
+    )
+    assert (
+        refused(evaluate, [run, "--steps=-1"], capsys)
+        == "error: --steps: got -1, expected at least 0"
+    )
     (tmp_path / "config.json").write_text('{"experiment": "reweighting"}')
     assert "is no run of scripts/train.py" in refused(evaluate, [tmp_path], capsys)
     (tmp_path / "file").write_text("")
-    assert "cannot be made a folder" in refused(train, [*SMALL, f"--out={tmp_path / 'file' / 'run'}"], capsys)
+    assert "cannot be made a folder" in refused(
+        train, [*SMALL, f"--out={tmp_path / 'file' / 'run'}"], capsys
+    )
     for option in ("--minutes", "--proximal", "--inner-lr"):
         for value in ("inf", "nan"):
-            line = refused(train, [*SMALL, f"{option}={value}", f"--out={tmp_path / 'new'}"], capsys)
+            line = refused(
+                train, [*SMALL, f"{option}={value}", f"--out={tmp_path / 'new'}"], capsys
+            )
             assert line == f"error: {option}: got {value}, expected a finite number"
-    line = refused(train, [*SMALL, "--task-options", "name=glyphs", f"--out={tmp_path / 'new'}"], capsys)
+    line = refused(
+        train, [*SMALL, "--task-options", "name=glyphs", f"--out={tmp_path / 'new'}"], capsys
+    )
     assert line.endswith("expected an option of its own; use --task")
     assert not (tmp_path / "new").exists()
 
@@ -224,4 +264,7 @@ def test_a_run_whose_budget_is_spent_says_so(tmp_path, capsys):
     train([*SMALL, "--minutes=10", "--out", str(tmp_path / "run")])
     capsys.readouterr()
     train(["--task=sinusoid", "--resume", "--out", str(tmp_path / "run")])
-    assert "have spent the run's budget (steps 3, minutes 10.0): it is only tested" in capsys.readouterr().err
+    assert (
+        "have spent the run's budget (steps 3, minutes 10.0): it is only tested"
+        in capsys.readouterr().err
+    )

@@ -20,7 +20,9 @@ from metaimplicit.tuning.hyperoptimizers import SGD
 
 def run(h, start, noise, alpha, steps, batch):
     """(E‖∇f(x_k)‖² for k < K), by SGD on all outcomes at once."""
-    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=steps * batch)), dtype=torch.float64)
+    signs = torch.tensor(
+        list(itertools.product((1.0, -1.0), repeat=steps * batch)), dtype=torch.float64
+    )
     signs = signs.reshape(-1, steps, batch).mean(2)
     x = nn.Parameter(start.expand(len(signs), -1).clone())
     optimizer, squares = Hyperoptimizer([x], SGD(alpha)), []
@@ -36,7 +38,9 @@ def bound(h, start, noise, alpha, steps, batch):
     smooth = torch.linalg.eigvalsh(h).abs().max().item()
     rest = 2 - smooth * alpha
     gap = 0.5 * (start @ h @ start).item()
-    return 2 * gap / (rest * alpha * steps) + smooth * noise.square().sum().item() * alpha / (rest * batch)
+    return 2 * gap / (rest * alpha * steps) + smooth * noise.square().sum().item() * alpha / (
+        rest * batch
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -45,7 +49,11 @@ def test_the_bound_holds_on_random_quadratics(batch):
     for _ in range(30):
         root = torch.randn(3, 3, generator=draws, dtype=torch.float64)
         h, start, noise = root @ root.T, *torch.randn(2, 3, generator=draws, dtype=torch.float64)
-        alpha = 2 / torch.linalg.eigvalsh(h).max().item() * (0.02 + 0.96 * torch.rand((), generator=draws).item())
+        alpha = (
+            2
+            / torch.linalg.eigvalsh(h).max().item()
+            * (0.02 + 0.96 * torch.rand((), generator=draws).item())
+        )
         for steps in (1, 2, 5):
             found = min(run(h, start, noise, alpha, steps, batch))
             ratios.append(found / bound(h, start, noise, alpha, steps, batch))
@@ -68,4 +76,6 @@ def test_noise_sets_the_floor():
     h, noise = root @ root.T, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     for batch in (1, 2, 4):
         squares = run(h, torch.zeros(3, dtype=torch.float64), noise, 0.05, 2, batch)
-        assert squares == pytest.approx([0.0, 0.05**2 * (h @ noise).square().sum().item() / batch], rel=1e-12)
+        assert squares == pytest.approx(
+            [0.0, 0.05**2 * (h @ noise).square().sum().item() / batch], rel=1e-12
+        )

@@ -2,9 +2,28 @@
 
 import pytest
 import torch
-from oracles import Matrix, generator, krylov_basis, krylov_minimiser, randn, relative_error, symmetric
+from oracles import (
+    Matrix,
+    generator,
+    krylov_basis,
+    krylov_minimiser,
+    randn,
+    relative_error,
+    symmetric,
+)
 
-from metaimplicit import CG, MINRES, Dense, Identity, Lanczos, LinearOperator, Neumann, Nystrom, NystromCG, Status
+from metaimplicit import (
+    CG,
+    MINRES,
+    Dense,
+    Identity,
+    Lanczos,
+    LinearOperator,
+    Neumann,
+    Nystrom,
+    NystromCG,
+    Status,
+)
 from metaimplicit.solvers.sketch import LowRank, Probes
 
 SPECTRA = [
@@ -62,16 +81,26 @@ def test_cg_is_the_krylov_minimiser(system, solver, steps):
     assert solution.products == operator.products == steps + (steps == 3)
 
 
-@pytest.mark.parametrize(("solver", "steps"), [(MINRES, 1), (MINRES, 3), (MINRES, 7), (Lanczos, 4), (Lanczos, 7)])
+@pytest.mark.parametrize(
+    ("solver", "steps"), [(MINRES, 1), (MINRES, 3), (MINRES, 7), (Lanczos, 4), (Lanczos, 7)]
+)
 def test_minres_minimises_the_residual_over_the_krylov_space(solver, steps):
-    matrix = symmetric(torch.stack([torch.linspace(-4, 5, 12), torch.linspace(-9, 2, 12), torch.linspace(-3, 1, 12)]))
+    matrix = symmetric(
+        torch.stack(
+            [torch.linspace(-4, 5, 12), torch.linspace(-9, 2, 12), torch.linspace(-3, 1, 12)]
+        )
+    )
     b = randn(3, 12, seed=9)
     operator = Matrix(matrix)
     solution = solver(max_steps=steps, tol=0.0).solve(operator, b)
-    assert solver is MINRES or (solution.rayleigh < 0).all()  # Lanczos is CG until it has seen otherwise
+    assert (
+        solver is MINRES or (solution.rayleigh < 0).all()
+    )  # Lanczos is CG until it has seen otherwise
     for task in range(3):
         basis = krylov_basis(matrix[task], b[task], steps)
-        expected = basis @ torch.linalg.lstsq(matrix[task] @ basis, b[task].unsqueeze(-1)).solution.squeeze(-1)
+        expected = basis @ torch.linalg.lstsq(
+            matrix[task] @ basis, b[task].unsqueeze(-1)
+        ).solution.squeeze(-1)
         assert relative_error(solution.value[task], expected) < 1e-11
     assert solution.products == operator.products == steps
 
@@ -90,7 +119,9 @@ def test_a_kept_basis_keeps_the_digits_that_cg_loses():
 
 def test_lanczos_freezes_each_task_where_it_ends():
     matrix = symmetric(
-        torch.stack([torch.full((12,), 3.0), torch.cat([torch.ones(6), 5 * torch.ones(6)]), *SPECTRA[:1]])
+        torch.stack(
+            [torch.full((12,), 3.0), torch.cat([torch.ones(6), 5 * torch.ones(6)]), *SPECTRA[:1]]
+        )
     )
     b = randn(3, 12, seed=6)
     solution = Lanczos(max_steps=30, tol=1e-10).solve(Matrix(matrix), b)
@@ -123,7 +154,9 @@ def test_the_nystrom_preconditioner_is_its_formula(system, sketch):
     values, vectors = torch.linalg.eigh(y @ torch.linalg.solve(rows @ y, y.mT))
     d, u = values[:, -4:], vectors[:, :, -4:]
     inner = (d[:, :1] + 0.7) / (d + 0.7) * (u.mT @ b.unsqueeze(-1)).squeeze(-1)
-    expected = (u @ inner.unsqueeze(-1)).squeeze(-1) + b - (u @ (u.mT @ b.unsqueeze(-1))).squeeze(-1)
+    expected = (
+        (u @ inner.unsqueeze(-1)).squeeze(-1) + b - (u @ (u.mT @ b.unsqueeze(-1))).squeeze(-1)
+    )
     got = LowRank.from_products(rows, y.mT).precondition(b, 0.7)
     for task in range(3):
         assert relative_error(got[task], expected[task]) < 1e-9
@@ -135,7 +168,12 @@ def test_neumann_is_the_polynomial_of_exactly_k_terms(system, terms):
     operator = Matrix(matrix)
     solution = Neumann(terms=terms, scale=0.15).solve(operator, b)
     for task in range(3):
-        assert relative_error(solution.value[task], neumann_polynomial(matrix[task], b[task], terms, 0.15)) < 1e-13
+        assert (
+            relative_error(
+                solution.value[task], neumann_polynomial(matrix[task], b[task], terms, 0.15)
+            )
+            < 1e-13
+        )
     assert solution.products == operator.products == terms
     assert solution.status.tolist() == [Status.MAX_STEPS] * 3
 
@@ -144,7 +182,9 @@ def test_neumann_chooses_a_scale_that_converges(system):
     matrix, b, exact = system
     solution = Neumann(terms=3000).solve(Matrix(matrix), b)
     assert relative_error(solution.value, exact) < 1e-8
-    assert solution.products == 3000 + Neumann().power_steps + 1  # a residual this small is measured
+    assert (
+        solution.products == 3000 + Neumann().power_steps + 1
+    )  # a residual this small is measured
 
 
 @pytest.mark.parametrize("sketch", ["columns", "gaussian"])
@@ -153,13 +193,22 @@ def test_nystrom_is_the_inverse_of_the_sampled_approximation(system, chunk, sket
     matrix, b, _ = system
     omega = Probes(sketch, 12, generator(4), b).rows(0, 5).mT
     if sketch == "columns":
-        assert torch.equal(omega, torch.eye(12).double()[:, torch.randperm(12, generator=generator(4))[:5]])
+        assert torch.equal(
+            omega, torch.eye(12).double()[:, torch.randperm(12, generator=generator(4))[:5]]
+        )
     y = matrix @ omega
-    approximation = y @ torch.linalg.solve(omega.mT @ y, y.mT) + 0.3 * torch.eye(12, dtype=torch.float64)
+    approximation = y @ torch.linalg.solve(omega.mT @ y, y.mT) + 0.3 * torch.eye(
+        12, dtype=torch.float64
+    )
     operator = Matrix(matrix)
-    solution = Nystrom(rank=5, rho=0.3, chunk=chunk, sketch=sketch, generator=generator(4)).solve(operator, b)
+    solution = Nystrom(rank=5, rho=0.3, chunk=chunk, sketch=sketch, generator=generator(4)).solve(
+        operator, b
+    )
     for task in range(3):
-        assert relative_error(solution.value[task], torch.linalg.solve(approximation[task], b[task])) < 1e-10
+        assert (
+            relative_error(solution.value[task], torch.linalg.solve(approximation[task], b[task]))
+            < 1e-10
+        )
     # the residual costs one; below k, every product is taken twice, and two more carry b in and the answer out
     assert solution.products == operator.products == (6 if chunk in (None, 5) else 13)
 
@@ -202,11 +251,21 @@ def test_zero_right_hand_side_gives_zero(solver):
 
 @pytest.mark.parametrize(
     "solver",
-    [CG(max_steps=3), Lanczos(3), MINRES(3), Neumann(terms=3, scale=0.1), Nystrom(rank=3, rho=1.0), Dense()],
+    [
+        CG(max_steps=3),
+        Lanczos(3),
+        MINRES(3),
+        Neumann(terms=3, scale=0.1),
+        Nystrom(rank=3, rho=1.0),
+        Dense(),
+    ],
     ids=str,
 )
 def test_the_reported_residual_is_the_true_one(system, solver):
-    matrix, b = system[0][:2], system[1][:2]  # none solved in 3 steps, after which all would be measured
+    matrix, b = (
+        system[0][:2],
+        system[1][:2],
+    )  # none solved in 3 steps, after which all would be measured
     solution = solver.solve(Matrix(matrix), b)
     true = (b - (matrix @ solution.value.unsqueeze(-1)).squeeze(-1)).norm(dim=-1) / b.norm(dim=-1)
     assert torch.allclose(solution.residual, true, rtol=1e-9, atol=1e-13)
@@ -220,7 +279,10 @@ def test_cg_stops_at_negative_curvature_and_keeps_its_best_iterate():
     assert solution.status.tolist() == [Status.NEGATIVE_CURVATURE, Status.CONVERGED]
     assert solution.rayleigh[0] <= 0 < solution.rayleigh[1]
     steps = int(solution.needed[0]) - 1  # the product that showed it moved nothing
-    iterates = [torch.zeros(12).double(), *(krylov_minimiser(matrix[0], b[0], k + 1) for k in range(steps))]
+    iterates = [
+        torch.zeros(12).double(),
+        *(krylov_minimiser(matrix[0], b[0], k + 1) for k in range(steps)),
+    ]
     best = min(iterates, key=lambda x: float((b[0] - matrix[0] @ x).norm()))
     assert steps > 1
     assert best.norm() > 0
@@ -229,7 +291,9 @@ def test_cg_stops_at_negative_curvature_and_keeps_its_best_iterate():
 
 def test_cg_counts_what_each_task_needed():
     few, many = torch.full((12,), 3.0), SPECTRA[1]
-    solution = CG(max_steps=30, tol=1e-10).solve(Matrix(symmetric(torch.stack([few, many]))), randn(2, 12, seed=6))
+    solution = CG(max_steps=30, tol=1e-10).solve(
+        Matrix(symmetric(torch.stack([few, many]))), randn(2, 12, seed=6)
+    )
     assert solution.needed[0] == 1
     assert 6 < solution.needed[1] <= solution.products
 
@@ -244,12 +308,17 @@ def test_dense_solves_indefinite_systems_and_flags_singular_ones():
     assert float(solution.rayleigh[0]) == pytest.approx(-1.0)
     # to round-off the zero eigenvalue may pass Cholesky with a positive pivot; a clear zero must not pass unseen
     flat = torch.zeros(1, 4, 4, dtype=torch.float64)
-    assert Dense().solve(Matrix(flat), torch.ones(1, 4).double()).status.tolist() == [Status.BREAKDOWN]
+    assert Dense().solve(Matrix(flat), torch.ones(1, 4).double()).status.tolist() == [
+        Status.BREAKDOWN
+    ]
 
 
 def test_neumann_says_when_it_diverges(system):
     matrix, b, _ = system
-    assert Neumann(terms=20, scale=1.0).solve(Matrix(matrix), b).status.tolist() == [Status.BREAKDOWN] * 3
+    assert (
+        Neumann(terms=20, scale=1.0).solve(Matrix(matrix), b).status.tolist()
+        == [Status.BREAKDOWN] * 3
+    )
 
 
 @pytest.mark.parametrize("solver", [CG(), Neumann(), Nystrom(rank=3, rho=1.0), Dense()], ids=str)
@@ -270,7 +339,9 @@ def test_bad_numbers_are_refused():
         Nystrom(rank=3).solve(operator, b)
     with pytest.raises(ValueError, match=r"got σ \+ ρ = 0.0, expected > 0"):
         Nystrom(rank=1, rho=0.0).solve(operator, b)
-    with pytest.raises(ValueError, match=r"n = 2 adapted parameters, expected at most max_size = 1"):
+    with pytest.raises(
+        ValueError, match=r"n = 2 adapted parameters, expected at most max_size = 1"
+    ):
         Dense(max_size=1).solve(operator, b)
     with pytest.raises(ValueError, match=r"b: got shape \(2,\), expected \(1, 2\)"):
         CG().solve(operator, b[0])
@@ -301,16 +372,28 @@ def test_cg_measures_a_small_residual_before_it_reports_it():
     b = randn(1, 60, seed=3).float()
     solution = CG(max_steps=600, tol=1e-6).solve(Matrix(matrix.float()), b)
     matrix = matrix.float().double()
-    true = float((b.double() - (matrix @ solution.value.double().unsqueeze(-1)).squeeze(-1)).norm() / b.norm())
+    true = float(
+        (b.double() - (matrix @ solution.value.double().unsqueeze(-1)).squeeze(-1)).norm()
+        / b.norm()
+    )
     assert true > 1e-5
-    assert float(solution.residual) > 0.1 * true  # itself known to the round-off of A x alone; the recurrence says 1e-6
+    assert (
+        float(solution.residual) > 0.1 * true
+    )  # itself known to the round-off of A x alone; the recurrence says 1e-6
     assert solution.status.tolist() == [Status.MAX_STEPS]
 
 
 def test_cg_leaves_when_every_task_is_done():
-    assert CG(max_steps=50).solve(Matrix(3 * torch.eye(4).double().unsqueeze(0)), randn(1, 4, seed=1)).products == 2
+    assert (
+        CG(max_steps=50)
+        .solve(Matrix(3 * torch.eye(4).double().unsqueeze(0)), randn(1, 4, seed=1))
+        .products
+        == 2
+    )
     flat = torch.zeros(1, 4, 4).double()
-    assert CG().solve(Matrix(flat), torch.ones(1, 4).double()).status.tolist() == [Status.NEGATIVE_CURVATURE]
+    assert CG().solve(Matrix(flat), torch.ones(1, 4).double()).status.tolist() == [
+        Status.NEGATIVE_CURVATURE
+    ]
 
 
 def test_tiny_right_hand_sides_do_not_underflow():
@@ -341,16 +424,28 @@ def test_neumann_tells_negative_curvature_and_a_blind_start():
 def test_nystrom_tells_what_it_cannot_do():
     indefinite = symmetric(torch.linspace(-3, 9.5, 12).unsqueeze(0))
     b = randn(1, 12, seed=4)
-    assert Nystrom(rank=12, rho=0.1).solve(Matrix(indefinite), b).status.tolist() == [Status.NEGATIVE_CURVATURE]
-    hidden = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64)  # eigenvalues 3 and −1, no negative column
+    assert Nystrom(rank=12, rho=0.1).solve(Matrix(indefinite), b).status.tolist() == [
+        Status.NEGATIVE_CURVATURE
+    ]
+    hidden = torch.tensor(
+        [[[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64
+    )  # eigenvalues 3 and −1, no negative column
     for chunk in (None, 1):
-        status = Nystrom(rank=2, rho=0.1, chunk=chunk).solve(Matrix(hidden), torch.ones(1, 2).double()).status
+        status = (
+            Nystrom(rank=2, rho=0.1, chunk=chunk)
+            .solve(Matrix(hidden), torch.ones(1, 2).double())
+            .status
+        )
         assert status.tolist() == [Status.NEGATIVE_CURVATURE]
     steep = symmetric(torch.logspace(-3, 3, 12).unsqueeze(0))
     rough = Nystrom(rank=1, rho=1e-3).solve(Matrix(steep), b)
     assert rough.residual > 1
     assert rough.status.tolist() == [Status.BREAKDOWN]
-    assert (Nystrom().damping(0.0), Nystrom().damping(2.0), Nystrom(rho=0.5).damping(2.0)) == (0.01, 0.0, 0.5)
+    assert (Nystrom().damping(0.0), Nystrom().damping(2.0), Nystrom(rho=0.5).damping(2.0)) == (
+        0.01,
+        0.0,
+        0.5,
+    )
 
 
 def test_dense_takes_the_symmetric_part():
@@ -362,7 +457,9 @@ def test_dense_takes_the_symmetric_part():
     assert relative_error(Dense().solve(Matrix(lopsided), b).value, expected) < 1e-13
 
 
-@pytest.mark.parametrize("solver", [CG(9), MINRES(9), Lanczos(9), Dense()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver", [CG(9), MINRES(9), Lanczos(9), Dense()], ids=lambda s: type(s).__name__
+)
 def test_an_operator_that_is_not_symmetric_is_noticed_in_its_task_alone(solver):
     matrix = symmetric(torch.stack(SPECTRA[:2]))
     matrix[1] = matrix[1] + 0.5 * torch.triu(randn(12, 12, seed=5), 1)
@@ -373,7 +470,9 @@ def test_an_operator_that_is_not_symmetric_is_noticed_in_its_task_alone(solver):
         assert solution.needed[1] == 2  # where it shows, it ends
 
 
-@pytest.mark.parametrize("solver", [CG(20), MINRES(20), Lanczos(20)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver", [CG(20), MINRES(20), Lanczos(20)], ids=lambda s: type(s).__name__
+)
 def test_round_off_in_single_precision_is_no_asymmetry(solver):
     """Right-hand sides that are almost the eigenvector of a large eigenvalue: the second direction is mostly noise."""
     for rest, off in ((1e-3, 1e-4), (1e-3, 1e-5), (1e-2, 1e-5)):
@@ -384,7 +483,9 @@ def test_round_off_in_single_precision_is_no_asymmetry(solver):
         assert (solver.solve(Matrix(matrix.float()), b).status != Status.BREAKDOWN).all()
 
 
-@pytest.mark.parametrize(("solver", "kappa"), [(CG(30), 1e6), (Lanczos(30), 1e5), (MINRES(30), 3e4)], ids=str)
+@pytest.mark.parametrize(
+    ("solver", "kappa"), [(CG(30), 1e6), (Lanczos(30), 1e5), (MINRES(30), 3e4)], ids=str
+)
 def test_an_honest_system_at_the_end_of_single_precision_is_no_breakdown(solver, kappa):
     matrix = symmetric([[kappa, *torch.linspace(1, 2, 39).tolist()]])
     solution = solver.solve(Matrix(matrix.float()), randn(1, 40, seed=1).float())
@@ -397,7 +498,9 @@ def test_lanczos_reports_the_residual_it_has_where_definite_is_a_matter_of_round
     for steps in (30, 45):
         matrix = symmetric(torch.logspace(-7, 0, 60).unsqueeze(0)).float()
         solution = Lanczos(steps, tol=0.0).solve(Matrix(matrix), b.float())
-        true = (b - (matrix.double() @ solution.value.double().unsqueeze(-1)).squeeze(-1)).norm() / b.norm()
+        true = (
+            b - (matrix.double() @ solution.value.double().unsqueeze(-1)).squeeze(-1)
+        ).norm() / b.norm()
         assert float(solution.residual) == pytest.approx(float(true), rel=1e-2)
 
 
@@ -416,7 +519,9 @@ def test_an_infinite_entry_ends_its_task_alone(make, chunk):
     matrix = symmetric(torch.stack(SPECTRA)).float()
     matrix[1, 2, 2] = torch.inf
     options = {"chunk": chunk} if make is Nystrom else {}
-    solution = make(rank=5, rho=0.1, sketch="gaussian", **options).solve(Matrix(matrix), randn(3, 12, seed=8).float())
+    solution = make(rank=5, rho=0.1, sketch="gaussian", **options).solve(
+        Matrix(matrix), randn(3, 12, seed=8).float()
+    )
     assert solution.status[1] == Status.NON_FINITE
     assert solution.value[[0, 2]].isfinite().all()
     assert solution.status[0] != Status.NON_FINITE
@@ -428,7 +533,9 @@ def test_blocks_of_a_gaussian_sketch_add_up():
     operator = Scales(torch.linspace(-1, 3, n, dtype=torch.float64))
     b = randn(1, n, seed=1)
     found = [
-        Nystrom(rank=4, rho=0.5, sketch="gaussian", chunk=chunk, generator=generator(3)).solve(operator, b)
+        Nystrom(rank=4, rho=0.5, sketch="gaussian", chunk=chunk, generator=generator(3)).solve(
+            operator, b
+        )
         for chunk in (None, 1, 2)
     ]
     for other in found[1:]:

@@ -6,7 +6,11 @@ from oracles import Matrix, generator, randn, relative_error, symmetric
 
 from metaimplicit import CG, MINRES, Auto, Dense, Lanczos, Neumann, Nystrom, NystromCG, Status
 
-DEFINITE, BENT, FLAT = torch.linspace(1, 10, 12), torch.linspace(-4, 5, 12), torch.linspace(0, 11, 12)
+DEFINITE, BENT, FLAT = (
+    torch.linspace(1, 10, 12),
+    torch.linspace(-4, 5, 12),
+    torch.linspace(0, 11, 12),
+)
 SYSTEMS = {
     "indefinite": symmetric([BENT.tolist()]),
     "singular": symmetric([FLAT.tolist()]),
@@ -29,7 +33,12 @@ SOLVERS = {
     "nystrom, streamed": Nystrom(rank=6, rho=0.1, chunk=2, generator=generator(0)),
     "nystrom-cg": NystromCG(rank=6, rho=0.1, max_steps=30, tol=1e-8, generator=generator(0)),
 }
-OK, SHORT, BENT_DOWN, BROKEN = Status.CONVERGED, Status.MAX_STEPS, Status.NEGATIVE_CURVATURE, Status.BREAKDOWN
+OK, SHORT, BENT_DOWN, BROKEN = (
+    Status.CONVERGED,
+    Status.MAX_STEPS,
+    Status.NEGATIVE_CURVATURE,
+    Status.BREAKDOWN,
+)
 EXPECTED = {  # one column a system, in the order above
     "cg": (BENT_DOWN, None, BENT_DOWN, OK, OK, BENT_DOWN),
     "cg, then minres": (OK, BROKEN, BROKEN, OK, OK, OK),
@@ -86,7 +95,9 @@ def test_minres_ends_at_the_least_squares_solution_of_a_singular_system(solver):
 
 def test_negative_curvature_can_be_an_error():
     both = torch.cat([SYSTEMS["huge"], SYSTEMS["huge and indefinite"]])
-    with pytest.raises(FloatingPointError, match=r"CG met negative curvature in 1 of 2 tasks \(smallest quotient -"):
+    with pytest.raises(
+        FloatingPointError, match=r"CG met negative curvature in 1 of 2 tasks \(smallest quotient -"
+    ):
         CG(max_steps=30, negative="raise").solve(Matrix(both), randn(2, 12, seed=1))
 
 
@@ -108,15 +119,23 @@ def test_neumann_keeps_what_it_had_before_it_grew():
     matrix = symmetric([[-0.01, 1.0, 2.0, 3.0]])
     b = randn(1, 4, seed=2)
     operator = Matrix(matrix)
-    residuals = [float(Neumann(terms=k, scale=0.3).solve(operator, b).residual) for k in (1, 10, 100, 1000)]
+    residuals = [
+        float(Neumann(terms=k, scale=0.3).solve(operator, b).residual) for k in (1, 10, 100, 1000)
+    ]
     assert residuals == sorted(residuals, reverse=True)
-    assert Neumann(terms=1000, scale=0.3).solve(operator, b).status.tolist() == [Status.NEGATIVE_CURVATURE]
+    assert Neumann(terms=1000, scale=0.3).solve(operator, b).status.tolist() == [
+        Status.NEGATIVE_CURVATURE
+    ]
 
 
 def test_a_factor_that_round_off_let_through_is_not_believed():
     """A = diag(1, ε²): Cholesky succeeds, and x would be 1/ε² long along what is zero to working precision."""
-    matrix = torch.diag(torch.tensor([1.0, torch.finfo(torch.float64).eps ** 2], dtype=torch.float64))[None]
+    matrix = torch.diag(
+        torch.tensor([1.0, torch.finfo(torch.float64).eps ** 2], dtype=torch.float64)
+    )[None]
     assert int(torch.linalg.cholesky_ex(matrix)[1]) == 0
     solution = Dense().solve(Matrix(matrix), torch.ones(1, 2, dtype=torch.float64))
     assert Status(int(solution.status)) is BROKEN
-    torch.testing.assert_close(solution.value, torch.tensor([[1.0, 0.0]], dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        solution.value, torch.tensor([[1.0, 0.0]], dtype=torch.float64), rtol=0, atol=1e-15
+    )

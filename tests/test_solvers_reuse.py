@@ -17,7 +17,9 @@ ITERATIVE = [
 
 
 def system(seed=0):
-    return symmetric(torch.stack([torch.linspace(1, 10, 12), torch.logspace(-1, 1, 12)]), seed), randn(2, 12, seed=9)
+    return symmetric(
+        torch.stack([torch.linspace(1, 10, 12), torch.logspace(-1, 1, 12)]), seed
+    ), randn(2, 12, seed=9)
 
 
 @pytest.mark.parametrize("solver", ITERATIVE, ids=lambda s: type(s).__name__)
@@ -38,11 +40,18 @@ def test_a_warm_start_is_cg_on_the_residual():
     matrix, b = system()
     x = 0.1 * randn(2, 12, seed=4)
     ax = (matrix @ x.unsqueeze(-1)).squeeze(-1)
-    x = (b * ax).sum(-1, keepdim=True) / ax.square().sum(-1, keepdim=True) * x  # the best multiple of the state
-    solution = CG(max_steps=3, tol=0.0).solve(Matrix(matrix), b, state={"value": 0.1 * randn(2, 12, seed=4)})
+    x = (
+        (b * ax).sum(-1, keepdim=True) / ax.square().sum(-1, keepdim=True) * x
+    )  # the best multiple of the state
+    solution = CG(max_steps=3, tol=0.0).solve(
+        Matrix(matrix), b, state={"value": 0.1 * randn(2, 12, seed=4)}
+    )
     for task in range(2):
         rest = b[task] - matrix[task] @ x[task]
-        assert relative_error(solution.value[task], x[task] + krylov_minimiser(matrix[task], rest, 3)) < 1e-10
+        assert (
+            relative_error(solution.value[task], x[task] + krylov_minimiser(matrix[task], rest, 3))
+            < 1e-10
+        )
     assert solution.products == 4
 
 
@@ -70,16 +79,23 @@ def test_a_useless_state_costs_a_product_and_nothing_else(state):
 
 def test_a_state_of_another_problem_is_refused():
     matrix, b = system()
-    with pytest.raises(ValueError, match=r"state: got a solution of shape \(1, 5\), expected \(2, 12\)"):
+    with pytest.raises(
+        ValueError, match=r"state: got a solution of shape \(1, 5\), expected \(2, 12\)"
+    ):
         CG().solve(Matrix(matrix), b, state={"value": torch.zeros(1, 5)})
     kept = Nystrom(rank=2, rho=0.1, refresh=2).solve(Matrix(matrix[:1]), b[:1]).state
-    with pytest.raises(ValueError, match=r"state: got a sketch of \(1, 12\) tasks and parameters, expected \(2, 12\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"state: got a sketch of \(1, 12\) tasks and parameters, expected \(2, 12\)",
+    ):
         Nystrom(rank=2, rho=0.1, refresh=2).solve(Matrix(matrix), b, state=kept)
     with pytest.raises(ValueError, match=r"preconditioner: MINRES takes none; use CG"):
         MINRES().solve(Matrix(matrix), b, preconditioner=lambda r: r)
 
 
-@pytest.mark.parametrize("solver", [Nystrom(rank=4, rho=0.5, refresh=2), NystromCG(rank=4, refresh=2)])
+@pytest.mark.parametrize(
+    "solver", [Nystrom(rank=4, rho=0.5, refresh=2), NystromCG(rank=4, refresh=2)]
+)
 def test_a_sketch_serves_as_many_solves_as_asked(solver):
     matrix, b = system()
     torch.manual_seed(0)
@@ -123,7 +139,10 @@ def test_the_rank_grows_until_the_error_is_met(sketch):
 def test_a_larger_damping_is_content_with_a_smaller_rank():
     matrix, b = symmetric(5 * 0.8 ** torch.arange(100.0).unsqueeze(0)), randn(1, 100, seed=1)
     ranks = [
-        Nystrom(rank=5, rho=rho, tol=1e-2, generator=generator(0)).solve(Matrix(matrix), b).state["basis"].shape[1]
+        Nystrom(rank=5, rho=rho, tol=1e-2, generator=generator(0))
+        .solve(Matrix(matrix), b)
+        .state["basis"]
+        .shape[1]
         for rho in (1e-2, 10.0)
     ]
     assert ranks[1] < ranks[0]
@@ -134,7 +153,10 @@ def test_a_state_of_tiny_numbers_is_still_a_start():
     matrix, b = system()
     matrix, b = matrix.float(), 1e-30 * b.float()
     first = CG(max_steps=4, tol=0.0).solve(Matrix(matrix), b)
-    assert (CG(max_steps=1, tol=0.0).solve(Matrix(matrix), b, state=first.state).residual < first.residual).all()
+    assert (
+        CG(max_steps=1, tol=0.0).solve(Matrix(matrix), b, state=first.state).residual
+        < first.residual
+    ).all()
 
 
 def test_the_estimated_error_of_a_sketch_is_its_norm():
@@ -154,7 +176,9 @@ def test_nystrom_preconditioning_on_the_fast_decaying_problem():
     exact = torch.linalg.solve(matrix + 0.1 * torch.eye(1000, dtype=torch.float64), b)
     errors = []
     for seed in range(5):
-        solution = NystromCG(rank=20, max_steps=10, tol=0.0, generator=generator(seed)).solve(operator, b)
+        solution = NystromCG(rank=20, max_steps=10, tol=0.0, generator=generator(seed)).solve(
+            operator, b
+        )
         assert solution.products <= 31
         errors.append(relative_error(solution.value, exact))
     assert sorted(errors)[2] < 1e-6

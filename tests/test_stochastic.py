@@ -31,7 +31,15 @@ SOLVED = hypergradient(
 
 
 def run(method, oracle=ORACLE, inner=LOOP, **options):
-    return hypergradient(oracle.problem, oracle.meta, oracle.data, inner=inner, method=method, batched=True, **options)
+    return hypergradient(
+        oracle.problem,
+        oracle.meta,
+        oracle.data,
+        inner=inner,
+        method=method,
+        batched=True,
+        **options,
+    )
 
 
 def error(method, oracle=ORACLE, **options):
@@ -59,14 +67,20 @@ def test_noise_averages_out_along_the_calls():
         data, short = (h, b, t + shift * (-1) ** i), LOOP.updated(steps=1)
         options = {"inner": short, "batched": True, "start": SOLVED}
         method = Implicit(Richardson(scale=0.2))
-        result = hypergradient(ORACLE.problem, ORACLE.meta, data, method=method, state=state, **options)
+        result = hypergradient(
+            ORACLE.problem, ORACLE.meta, data, method=method, state=state, **options
+        )
         state = result.report.state
         if i >= 298:
             found.append(result.grads["phi"])
-            exact = hypergradient(ORACLE.problem, ORACLE.meta, data, method="dense", **options).grads["phi"]
+            exact = hypergradient(
+                ORACLE.problem, ORACLE.meta, data, method="dense", **options
+            ).grads["phi"]
             wrong.append(relative_error(exact, ORACLE.exact["phi"]))
     assert relative_error((found[0] + found[1]) / 2, ORACLE.exact["phi"]) < 1e-8
-    for got, noise in zip(found, wrong, strict=True):  # and each is nearer than a solve of its own minibatch
+    for got, noise in zip(
+        found, wrong, strict=True
+    ):  # and each is nearer than a solve of its own minibatch
         assert relative_error(got, ORACLE.exact["phi"]) < noise / 2
 
 
@@ -87,7 +101,9 @@ def test_t1_t2_takes_the_curvature_for_the_identity():
     assert error(Implicit(Richardson(scale=0.5, warm=False)), quadratic([[2.0] * 5] * 2)) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:Richardson ended with BREAKDOWN")  # once, where A has just grown
+@pytest.mark.filterwarnings(
+    "ignore:Richardson ended with BREAKDOWN"
+)  # once, where A has just grown
 def test_the_scale_follows_the_curvature():
     state, phi = {}, ORACLE.meta["phi"]
     for factor in (1.0, 20.0):
@@ -189,8 +205,12 @@ def test_no_second_derivative_is_taken(flag):
             return g
 
     h, b, t = (x[0] for x in ORACLE.data)
-    plain = BilevelProblem(*(getattr(ORACLE.problem, n) for n in ("init", "inner_loss", "outer_loss")))
-    cut = BilevelProblem(plain.init, lambda p, m, d: Once.apply(plain.inner_loss(p, m, d)), plain.outer_loss)
+    plain = BilevelProblem(
+        *(getattr(ORACLE.problem, n) for n in ("init", "inner_loss", "outer_loss"))
+    )
+    cut = BilevelProblem(
+        plain.init, lambda p, m, d: Once.apply(plain.inner_loss(p, m, d)), plain.outer_loss
+    )
     inner = TorchOptimizer(torch.optim.SGD, steps=50, lr=0.4)
     values = [
         hypergradient(problem, ORACLE.meta, (h, b, t), inner=inner, method=flag).grads["phi"]
@@ -216,8 +236,22 @@ def test_bad_arguments_are_refused(make, message):
 def test_what_they_cannot_do_is_refused(method):
     with pytest.raises(ValueError, match="batch: got none with a Stream"):
         hypergradient(
-            ORACLE.problem, ORACLE.meta, Stream(lambda t: ORACLE.data), inner=LOOP, method=method, batched=True
+            ORACLE.problem,
+            ORACLE.meta,
+            Stream(lambda t: ORACLE.data),
+            inner=LOOP,
+            method=method,
+            batched=True,
         )
     if method.flag == "f2sa":
-        with pytest.raises(ValueError, match="got 'f2sa', which is no derivative without its outer loss"):
-            argmin(ORACLE.problem.inner_loss, ORACLE.problem.init, ORACLE.meta, ORACLE.data, inner=LOOP, method=method)
+        with pytest.raises(
+            ValueError, match="got 'f2sa', which is no derivative without its outer loss"
+        ):
+            argmin(
+                ORACLE.problem.inner_loss,
+                ORACLE.problem.init,
+                ORACLE.meta,
+                ORACLE.data,
+                inner=LOOP,
+                method=method,
+            )

@@ -29,7 +29,11 @@ def image_numbers(inputs):
 
 
 def same(a, b):
-    pairs = zip((*a.support, *a.query, *a.labels.values()), (*b.support, *b.query, *b.labels.values()), strict=True)
+    pairs = zip(
+        (*a.support, *a.query, *a.labels.values()),
+        (*b.support, *b.query, *b.labels.values()),
+        strict=True,
+    )
     return all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -86,7 +90,10 @@ def test_subset_shares_pixels_and_keeps_class_numbers():
         ({"shots": 0}, "shots: got 0, expected at least 1"),
         ({"queries": -1}, "queries: got -1, expected at least 1"),
         ({"ways": 8}, "ways: got 8, but test/train has 7 classes"),
-        ({"shots": 4}, r"shots \+ queries: got 4 \+ 3 = 7, but class 'class 0' of test/train has 6 images"),
+        (
+            {"shots": 4},
+            r"shots \+ queries: got 4 \+ 3 = 7, but class 'class 0' of test/train has 6 images",
+        ),
     ],
 )
 def test_numbers_the_data_cannot_serve_are_refused(numbers, message):
@@ -99,7 +106,8 @@ def test_a_pool_whose_parts_do_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"images: got torch.float32 of shape \(4, 1, 2, 2\)"):
         ImagePool.sorted(images.float(), [4], ["a"])
     with pytest.raises(
-        ValueError, match=r"counts: got 1 classes of 3 images in all, expected 1 classes .* of 4 images"
+        ValueError,
+        match=r"counts: got 1 classes of 3 images in all, expected 1 classes .* of 4 images",
     ):
         ImagePool.sorted(images, [3], ["a"])
 
@@ -125,7 +133,9 @@ def test_a_resumed_stream_continues_to_the_same_bits():
     assert all(same(a, b) for a, b in zip(whole, start + rest, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later, of any threaded process
+@pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # Python 3.12 and later, of any threaded process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_batches_are_the_stream_and_leave_torch_alone(workers):
     plain = list(islice(EpisodeSampler(few_shot(), tasks=3), 7))
@@ -172,7 +182,8 @@ def test_moving_episodes_keeps_labels():
 def test_splits_that_share_a_class_are_refused():
     whole = pool()
     parts = [
-        few_shot(2, name=f"test/{i}", of=whole.subset(np.array(c))) for i, c in enumerate(([0, 1], [2, 3], [4, 0]))
+        few_shot(2, name=f"test/{i}", of=whole.subset(np.array(c)))
+        for i, c in enumerate(([0, 1], [2, 3], [4, 0]))
     ]
     with pytest.raises(ValueError, match="test/0 and test/2 share 1 classes, such as 'class 0'"):
         Splits(*parts)
@@ -180,10 +191,13 @@ def test_splits_that_share_a_class_are_refused():
 
 def test_an_unknown_family_or_option_lists_the_known(tmp_path):
     with pytest.raises(
-        ValueError, match="task: got 'mnist', expected one of glyphs, sinusoid, omniglot, folder, learn2"
+        ValueError,
+        match="task: got 'mnist', expected one of glyphs, sinusoid, omniglot, folder, learn2",
     ):
         tasks.load("mnist")
-    with pytest.raises(ValueError, match="omniglot: got option rotation, expected data_root, rotations, split"):
+    with pytest.raises(
+        ValueError, match="omniglot: got option rotation, expected data_root, rotations, split"
+    ):
         tasks.load("omniglot", rotation=True)
     with pytest.raises(ValueError, match="sinusoid: got option data_root, expected none"):
         tasks.load("sinusoid", data_root=tmp_path)
@@ -192,5 +206,7 @@ def test_an_unknown_family_or_option_lists_the_known(tmp_path):
 def test_importing_tasks_imports_no_plotting_imaging_or_vision_library():
     heavy = "('matplotlib', 'PIL', 'torchvision', 'learn2learn', 'metaimplicit')"
     code = f"import sys, tasks; print([m for m in {heavy} if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -29,7 +29,11 @@ def write(root, files):
 
 def by_class(classes=12, each=3, prefix=""):
     """Class c's image i has red 10c + i, so a pixel names both."""
-    return {f"{prefix}c{c:02d}/{i}.png": png((10 * c + i, 0, 0)) for c in range(classes) for i in range(each)}
+    return {
+        f"{prefix}c{c:02d}/{i}.png": png((10 * c + i, 0, 0))
+        for c in range(classes)
+        for i in range(each)
+    }
 
 
 def by_split():
@@ -50,7 +54,9 @@ def mini_imagenet(lists=None):
 
 
 def load(root, **options):
-    return tasks.load("folder", data_root=root, **({"ways": 2, "shots": 1, "queries": 2, "size": 8} | options))
+    return tasks.load(
+        "folder", data_root=root, **({"ways": 2, "shots": 1, "queries": 2, "size": 8} | options)
+    )
 
 
 def classes(splits):
@@ -60,7 +66,9 @@ def classes(splits):
 def test_classes_without_splits_are_shuffled_64_16_20(tmp_path):
     splits = load(write(tmp_path, by_class(25)))
     assert [len(names) for names in classes(splits)] == [16, 4, 5]
-    assert sorted(name for names in classes(splits) for name in names) == [f"c{c:02d}" for c in range(25)]
+    assert sorted(name for names in classes(splits) for name in names) == [
+        f"c{c:02d}" for c in range(25)
+    ]
     assert classes(load(tmp_path)) == classes(splits)
     assert classes(load(tmp_path, seed=1)) != classes(splits)
     assert [len(part) for part in shuffled_split(100, 0)] == [64, 16, 20]
@@ -79,17 +87,24 @@ def test_images_and_labels_belong_together(tmp_path):
 @pytest.mark.parametrize("validation", ["val", "validation", "valid"])
 @pytest.mark.parametrize("below", ["", "cifar100/data/"])
 def test_split_folders_are_used(tmp_path, validation, below):
-    files = {below + path.replace("val/", f"{validation}/"): data for path, data in by_split().items()}
+    files = {
+        below + path.replace("val/", f"{validation}/"): data for path, data in by_split().items()
+    }
     assert classes(load(write(tmp_path, files))) == [["c0", "c1"], ["c2", "c3"], ["c4", "c5"]]
 
 
 def test_mini_imagenet_lists_are_used(tmp_path):
-    assert classes(load(write(tmp_path, mini_imagenet()))) == [["n0", "n1"], ["n2", "n3"], ["n4", "n5"]]
+    assert classes(load(write(tmp_path, mini_imagenet()))) == [
+        ["n0", "n1"],
+        ["n2", "n3"],
+        ["n4", "n5"],
+    ]
 
 
 def test_lists_may_lie_elsewhere_and_name_paths(tmp_path):
     lists = {
-        f"{split}.csv": "filename,label\n" + "".join(f"c{c:02d}/{i}.png,k{c}\n" for c in cs for i in range(3))
+        f"{split}.csv": "filename,label\n"
+        + "".join(f"c{c:02d}/{i}.png,k{c}\n" for c in cs for i in range(3))
         for split, cs in zip(SPLITS, ((5, 6), (1, 2), (3, 4)), strict=True)
     }
     write(tmp_path / "lists", lists)
@@ -111,7 +126,11 @@ def test_a_zip_reads_as_its_tree_does_and_rubbish_is_passed_over(tmp_path):
 
 
 def test_size_and_colour(tmp_path):
-    splits = load(write(tmp_path, by_class(each=3) | {"c00/0.png": png((200, 0, 0), (40, 16))}), size=5, color=False)
+    splits = load(
+        write(tmp_path, by_class(each=3) | {"c00/0.png": png((200, 0, 0), (40, 16))}),
+        size=5,
+        color=False,
+    )
     assert splits.train.input_shape == (1, 5, 5)
     grey = splits.train.pool.images[0]
     assert grey.unique().tolist() == [60]  # 0.299 · 200: the luma of ITU-R 601
@@ -130,18 +149,45 @@ def lists_with(name, text):
         (by_class() | {"c01/1.png": png(0)[:45]}, r"c01/1\.png: got 45 bytes that do not decode"),
         (by_class() | {"c01/1.png": b"text"}, r"c01/1\.png: got 4 bytes that do not decode"),
         (by_split() | {"test/c0/0.png": png(0)}, "class 'c0' is in train and in test"),
-        (by_split() | {"test/loose.png": png(0)}, r"test/loose\.png is in a split but in no class folder"),
-        ({p: d for p, d in by_split().items() if "val/" not in p}, r"only the split folders \['test', 'train'\]"),
-        ({p: d for p, d in mini_imagenet().items() if p != "val.csv"}, r"split lists: .* has no val\.csv"),
-        (lists_with("val.csv", "file;label\n"), r"val\.csv: got columns \['file;label'\], expected filename,label"),
+        (
+            by_split() | {"test/loose.png": png(0)},
+            r"test/loose\.png is in a split but in no class folder",
+        ),
+        (
+            {p: d for p, d in by_split().items() if "val/" not in p},
+            r"only the split folders \['test', 'train'\]",
+        ),
+        (
+            {p: d for p, d in mini_imagenet().items() if p != "val.csv"},
+            r"split lists: .* has no val\.csv",
+        ),
+        (
+            lists_with("val.csv", "file;label\n"),
+            r"val\.csv: got columns \['file;label'\], expected filename,label",
+        ),
         (lists_with("val.csv", ""), r"val\.csv: got columns \[\], expected filename,label"),
         (lists_with("val.csv", b"filename,label\n\xff\xfe"), r"val\.csv: got an unreadable list"),
-        (lists_with("val.csv", "filename,label\nn20.jpg\n"), r"val\.csv, line 2: got no label for 'n20\.jpg'"),
-        (lists_with("val.csv", "filename,label\nx.jpg,n2\n"), r"val\.csv, line 2: 0 images are called 'x\.jpg'"),
-        (lists_with("val.csv", "filename,label\nn20.jpg,n2\nn20.jpg,n2\n"), r"line 3: 'n20\.jpg' is listed twice"),
-        (lists_with("val.csv", "filename,label\nn20.jpg,n0\n"), "class 'n0' is in train and in val"),
+        (
+            lists_with("val.csv", "filename,label\nn20.jpg\n"),
+            r"val\.csv, line 2: got no label for 'n20\.jpg'",
+        ),
+        (
+            lists_with("val.csv", "filename,label\nx.jpg,n2\n"),
+            r"val\.csv, line 2: 0 images are called 'x\.jpg'",
+        ),
+        (
+            lists_with("val.csv", "filename,label\nn20.jpg,n2\nn20.jpg,n2\n"),
+            r"line 3: 'n20\.jpg' is listed twice",
+        ),
+        (
+            lists_with("val.csv", "filename,label\nn20.jpg,n0\n"),
+            "class 'n0' is in train and in val",
+        ),
         (by_class(6), "ways: got 2, but folder/validation has 1 classes"),
-        (by_class(each=2), r"shots \+ queries: got 1 \+ 2 = 3, but class 'c\d\d' of folder/train has 2 images"),
+        (
+            by_class(each=2),
+            r"shots \+ queries: got 1 \+ 2 = 3, but class 'c\d\d' of folder/train has 2 images",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_data_is_named(tmp_path, files, message):
@@ -165,7 +211,9 @@ def test_damaged_zips_are_named(tmp_path):
 
 
 def test_a_missing_root_and_a_senseless_size_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: nothing there, expected a folder or a zip"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: nothing there, expected a folder or a zip"
+    ):
         load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"data_root: got none.*expected class/image files"):
         load(None)
@@ -175,12 +223,20 @@ def test_a_missing_root_and_a_senseless_size_are_refused(tmp_path):
 
 def test_split_folders_may_be_written_as_one_likes_but_nothing_lies_beside(tmp_path):
     for split, name in zip(SPLITS, ("Train", "VAL", "Test"), strict=True):
-        write(tmp_path / "cased", {p.replace(f"{split}/", f"{name}/"): d for p, d in by_split().items() if split in p})
+        write(
+            tmp_path / "cased",
+            {p.replace(f"{split}/", f"{name}/"): d for p, d in by_split().items() if split in p},
+        )
     assert classes(load(tmp_path / "cased")) == [["c0", "c1"], ["c2", "c3"], ["c4", "c5"]]
     write(tmp_path / "beside", by_split() | {"extra/1.png": png((0, 0, 0))})
-    with pytest.raises(ValueError, match=r"got 'extra' beside the split folders \['test', 'train', 'val'\]; move it"):
+    with pytest.raises(
+        ValueError,
+        match=r"got 'extra' beside the split folders \['test', 'train', 'val'\]; move it",
+    ):
         load(tmp_path / "beside")
-    write(tmp_path / "trains", by_class() | {f"train/{i}.png": png((0, 0, i)) for i in range(3)})  # a class
+    write(
+        tmp_path / "trains", by_class() | {f"train/{i}.png": png((0, 0, i)) for i in range(3)}
+    )  # a class
     assert "train" in [name for part in classes(load(tmp_path / "trains")) for name in part]
 
 
@@ -230,7 +286,9 @@ def test_options_of_another_type_are_refused(tmp_path):
         ("size", "abc", "int, such as 84"),
         ("size", True, "int"),
     ):
-        with pytest.raises(ValueError, match=rf"folder {option}: got {value!r}, expected {expected}"):
+        with pytest.raises(
+            ValueError, match=rf"folder {option}: got {value!r}, expected {expected}"
+        ):
             load(tmp_path, **{option: value})
 
 

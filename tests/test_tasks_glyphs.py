@@ -29,7 +29,9 @@ def test_at_least_500_classes_of_32_images_none_blank_or_cut(rendered):
     assert (rendered["counts"] == 32).all()
     assert images.max((2, 3)).min() > 100  # bright strokes in every image
     assert np.median(images, (2, 3)).max() == 0  # on a dark ground
-    frame = np.concatenate([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1)
+    frame = np.concatenate(
+        [images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1
+    )
     assert (frame > 0).any(-1).mean() < 0.02  # few of them reach the frame's edge
 
 
@@ -40,12 +42,16 @@ def test_faces_and_jitters_of_a_class_all_differ(rendered):
     assert apart[~np.eye(32, dtype=bool)].min() > 50
 
 
-@pytest.mark.parametrize("alike", ["AΑА", "oοо", "cCсС", "EΕЕ", "HΗН", "PΡР", "µμ", "ÐĐ", "zZΖ", "Жж", "hʰ", "‐‑"])
+@pytest.mark.parametrize(
+    "alike", ["AΑА", "oοо", "cCсС", "EΕЕ", "HΗН", "PΡР", "µμ", "ÐĐ", "zZΖ", "Жж", "hʰ", "‐‑"]
+)
 def test_look_alikes_are_one_class(rendered, alike):
     assert sum(bool(group & set(alike)) for group in members(rendered)) == 1
 
 
-@pytest.mark.parametrize("different", ["aAäáàâ", "ÈÉÊËĒĔĖĚ", "OQ0ØÖ", "Il1", "bdpq", "69", "∂δ", "├┤┼│", "nηh", "Яʁ"])
+@pytest.mark.parametrize(
+    "different", ["aAäáàâ", "ÈÉÊËĒĔĖĚ", "OQ0ØÖ", "Il1", "bdpq", "69", "∂δ", "├┤┼│", "nηh", "Яʁ"]
+)
 def test_other_characters_are_classes_of_their_own(rendered, different):
     of = [next(i for i, group in enumerate(members(rendered)) if c in group) for c in different]
     assert len(set(of)) == len(different)
@@ -62,7 +68,9 @@ def test_every_face_has_every_character(rendered):
 def test_rendering_again_gives_the_same_bits(rendered):
     faces = glyphs.font_files()[:2]
     plates = [torch.cat([glyphs.draw(face, "Rg")] * 2) for face in faces]
-    first, second = (glyphs.warp(plates[0], glyphs._jitter(4, np.random.default_rng(3))) for _ in range(2))
+    first, second = (
+        glyphs.warp(plates[0], glyphs._jitter(4, np.random.default_rng(3))) for _ in range(2)
+    )
     assert torch.equal(first, second)
     assert not torch.equal(first[:2], first[2:])  # the same two letters, jittered otherwise
 
@@ -70,7 +78,9 @@ def test_rendering_again_gives_the_same_bits(rendered):
 def test_warp_places_and_scales_ink_as_its_map_says():
     plate = torch.zeros(1, 1, 128, 128)
     plate[:, :, 60:68, 60:68] = 1  # 8 plate pixels at the centre
-    half = torch.tensor([[[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]]])  # 2 plate pixels a frame pixel, looking 4 to the right
+    half = torch.tensor(
+        [[[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]]]
+    )  # 2 plate pixels a frame pixel, looking 4 to the right
     image = glyphs.warp(plate, half)[0, 0]
     expected = torch.zeros(28, 28)
     expected[12:16, 10:14] = 1  # 4 frame pixels, moved 2 to the left
@@ -86,9 +96,15 @@ def test_splits_are_disjoint_fixed_and_64_16_20(rendered, folder, monkeypatch):
     assert set.union(*names) == set(rendered["names"].tolist())
     assert sum(map(len, names)) == total
     np.testing.assert_allclose([len(n) / total for n in names], (0.64, 0.16, 0.20), atol=1 / total)
-    assert [family.name for family in families] == ["glyphs/train", "glyphs/validation", "glyphs/test"]
+    assert [family.name for family in families] == [
+        "glyphs/train",
+        "glyphs/validation",
+        "glyphs/test",
+    ]
     again = tasks.load("glyphs", ways=5, shots=1)
-    assert [f.pool.names for f in families] == [f.pool.names for f in (again.train, again.validation, again.test)]
+    assert [f.pool.names for f in families] == [
+        f.pool.names for f in (again.train, again.validation, again.test)
+    ]
     inputs = splits.test.sample(3, np.random.default_rng(0)).query[0]
     assert inputs.shape == (3, 75, 1, 28, 28)
     assert 0 <= inputs.min() < 0.01

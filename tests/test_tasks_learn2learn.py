@@ -24,7 +24,9 @@ CLASSES, EACH = 12, 9
 class Codes(Dataset[tuple[Tensor, Any]]):
     """Sample i of a class, as the input [class, i]: an episode can be read back from its inputs."""
 
-    def __init__(self, transform: Callable[[Tensor], Tensor] = lambda x: x, label: Callable[[int], Any] = int) -> None:
+    def __init__(
+        self, transform: Callable[[Tensor], Tensor] = lambda x: x, label: Callable[[int], Any] = int
+    ) -> None:
         self.transform, self.label = transform, label
 
     def __len__(self) -> int:
@@ -43,10 +45,16 @@ class Part:
 class FakeTaskset:
     """What the wrapper asks of a learn2learn taskset; its one transform draws from Python's global generator."""
 
-    def __init__(self, ways: int = 4, each: int = 5, num_tasks: int = -1, replacement: bool = False) -> None:
+    def __init__(
+        self, ways: int = 4, each: int = 5, num_tasks: int = -1, replacement: bool = False
+    ) -> None:
         self.dataset, self.num_tasks = Codes(), num_tasks
         self.sampled_descriptions: dict[int, list[Part]] = {}
-        self.ways, self.each, self.draw = ways, each, random.choices if replacement else random.sample
+        self.ways, self.each, self.draw = (
+            ways,
+            each,
+            random.choices if replacement else random.sample,
+        )
         self.task_transforms = [self.transform]
 
     def transform(self, description: None) -> list[Part]:
@@ -65,7 +73,9 @@ class Benchmark:
     test: FakeTaskset = field(default_factory=lambda: FakeTaskset(ways=3))
 
 
-def family(taskset: Any, ways: int = 4, shots: int = 2, queries: int = 3, split: str = "train") -> LearnToLearn:
+def family(
+    taskset: Any, ways: int = 4, shots: int = 2, queries: int = 3, split: str = "train"
+) -> LearnToLearn:
     return LearnToLearn(taskset, ways=ways, shots=shots, queries=queries, split=split)
 
 
@@ -91,9 +101,13 @@ def check_codes(episodes: Episodes, ways: int, shots: int, queries: int) -> None
     for each, (inputs, targets) in ((shots, episodes.support), (queries, episodes.query)):
         assert inputs.shape == (len(episodes), ways * each, 2)
         assert targets.dtype == torch.int64
-        assert torch.equal(targets, torch.arange(ways).repeat_interleave(each).expand(len(episodes), -1))
+        assert torch.equal(
+            targets, torch.arange(ways).repeat_interleave(each).expand(len(episodes), -1)
+        )
     for support, query in zip(episodes.support[0], episodes.query[0], strict=True):
-        by_way = torch.cat([support.unflatten(0, (ways, shots)), query.unflatten(0, (ways, queries))], 1)
+        by_way = torch.cat(
+            [support.unflatten(0, (ways, shots)), query.unflatten(0, (ways, queries))], 1
+        )
         assert (by_way[:, :, 0] == by_way[:, :1, 0]).all()
         assert len(by_way[:, 0, 0].unique()) == ways
         assert len(by_way.flatten(0, 1).unique(dim=0)) == ways * (shots + queries)
@@ -155,34 +169,56 @@ def test_nothing_global_is_left_behind() -> None:
 
 def test_a_benchmark_gives_the_split_asked_for() -> None:
     assert family(Benchmark(), ways=3, split="test").outputs == 3
-    with pytest.raises(ValueError, match=r"split: got 'dev', expected one of train, validation, test"):
+    with pytest.raises(
+        ValueError, match=r"split: got 'dev', expected one of train, validation, test"
+    ):
         family(Benchmark(), split="dev")
 
 
 @pytest.mark.parametrize(
     ("taskset", "numbers", "message"),
     [
-        (FakeTaskset(), {"ways": 5}, r"ways: got 5, but the tasks of learn2learn/train have 4 classes; ask for ways=4"),
+        (
+            FakeTaskset(),
+            {"ways": 5},
+            r"ways: got 5, but the tasks of learn2learn/train have 4 classes; ask for ways=4",
+        ),
         (FakeTaskset(), {"ways": 3}, r"ways: got 3, but .* 4 classes.* n=3 ways"),
-        (FakeTaskset(), {"shots": 3}, r"shots \+ queries: got 3 \+ 3 = 6, but .* has 5 samples; ask for fewer .* k=6"),
+        (
+            FakeTaskset(),
+            {"shots": 3},
+            r"shots \+ queries: got 3 \+ 3 = 6, but .* has 5 samples; ask for fewer .* k=6",
+        ),
         (FakeTaskset(), {"queries": 0}, r"queries: got 0, expected at least 1"),
-        (FakeTaskset(each=40, replacement=True), {}, r"taskset: .* holds a sample twice.*replacement=False"),
+        (
+            FakeTaskset(each=40, replacement=True),
+            {},
+            r"taskset: .* holds a sample twice.*replacement=False",
+        ),
     ],
 )
-def test_numbers_that_do_not_fit(taskset: FakeTaskset, numbers: dict[str, int], message: str) -> None:
+def test_numbers_that_do_not_fit(
+    taskset: FakeTaskset, numbers: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         family(taskset, **numbers)
 
 
 def test_a_plain_dataset_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"taskset: got Codes without dataset, expected a learn2learn Taskset .* wrap"):
+    with pytest.raises(
+        TypeError,
+        match=r"taskset: got Codes without dataset, expected a learn2learn Taskset .* wrap",
+    ):
         family(Codes())
 
 
-def test_without_learn2learn_the_error_names_extra_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_learn2learn_the_error_names_extra_and_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "learn2learn", None)
     with pytest.raises(
-        ImportError, match=r"metaimplicit\[learn2learn\].*--no-build-isolation .*global-option=build_ext"
+        ImportError,
+        match=r"metaimplicit\[learn2learn\].*--no-build-isolation .*global-option=build_ext",
     ):
         load()
 
@@ -194,10 +230,14 @@ def test_without_learn2learn_the_error_names_extra_and_recipe(monkeypatch: pytes
 def _l2l() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("learn2learn", reason="needs the extra metaimplicit[learn2learn]")
+        return pytest.importorskip(
+            "learn2learn", reason="needs the extra metaimplicit[learn2learn]"
+        )
 
 
-def real_taskset(l2l: Any, data: Dataset[Any] | None = None, num_tasks: int = -1, *, remap: bool = True) -> Any:
+def real_taskset(
+    l2l: Any, data: Dataset[Any] | None = None, num_tasks: int = -1, *, remap: bool = True
+) -> Any:
     dataset = l2l.data.MetaDataset(Codes() if data is None else data)
     names = [("NWays", {"n": 4}), ("KShots", {"k": 5}), ("LoadData", {})]
     names += [("RemapLabels", {}), ("ConsecutiveLabels", {})] if remap else []
@@ -240,9 +280,14 @@ def test_text_labels_are_numbered_by_their_place_in_the_dataset(l2l: Any) -> Non
 
 @pytest.mark.learn2learn
 def test_merged_classes_are_not_named(l2l: Any) -> None:
-    dataset = l2l.data.MetaDataset(Codes(), indices_to_labels={i: i // 4 for i in range(CLASSES * EACH)})
+    dataset = l2l.data.MetaDataset(
+        Codes(), indices_to_labels={i: i // 4 for i in range(CLASSES * EACH)}
+    )
     named = l2l.data.transforms
-    transforms = [named.NWays(dataset, n=CLASSES * EACH // 4), named.LoadData(dataset)]  # labels loaded are coarser
+    transforms = [
+        named.NWays(dataset, n=CLASSES * EACH // 4),
+        named.LoadData(dataset),
+    ]  # labels loaded are coarser
     taskset = l2l.data.Taskset(dataset, transforms)
     assert draw(family(taskset, ways=CLASSES)).labels == {}
 
@@ -254,14 +299,20 @@ def test_splits_that_share_a_class_are_found(l2l: Any) -> None:
     def part(labels: list[int], source: Any = whole) -> LearnToLearn:
         only = l2l.data.FilteredMetaDataset(source, labels)
         named = l2l.data.transforms
-        transforms = [named.FusedNWaysKShots(only, n=4, k=5), named.LoadData(only), named.RemapLabels(only)]
+        transforms = [
+            named.FusedNWaysKShots(only, n=4, k=5),
+            named.LoadData(only),
+            named.RemapLabels(only),
+        ]
         return family(l2l.data.Taskset(only, transforms))
 
     train, validation, test = part([0, 1, 2, 3]), part([4, 5, 6, 7]), part([8, 9, 10, 11])
     assert len(train.classes) == 4
     assert train.class_names == ("0", "1", "2", "3")
     again = l2l.data.MetaDataset(Codes())  # another object, as in another process
-    alike = Splits(*(part(labels, again) for labels in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])))
+    alike = Splits(
+        *(part(labels, again) for labels in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]))
+    )
     assert alike.digests == Splits(train, validation, test).digests
     with pytest.raises(ValueError, match=r"share 1 classes, such as 'Codes-.*/3'"):
         Splits(train, part([3, 4, 5, 6]), test)
@@ -278,8 +329,13 @@ def test_loader_workers_change_nothing(l2l: Any, workers: int) -> None:
 class OmniglotShape(Dataset[tuple[Any, int]]):
     """Torchvision's Omniglot with two tiny images a character."""
 
-    def __init__(self, root: str, background: bool, target_transform: Any = int, download: bool = False) -> None:
-        self._characters, self.target_transform = range(964 if background else 659), target_transform
+    def __init__(
+        self, root: str, background: bool, target_transform: Any = int, download: bool = False
+    ) -> None:
+        self._characters, self.target_transform = (
+            range(964 if background else 659),
+            target_transform,
+        )
 
     def __len__(self) -> int:
         return 2 * len(self._characters)
@@ -298,19 +354,27 @@ def test_the_omniglot_benchmark_keeps_its_splits_apart(
 ) -> None:
     monkeypatch.setattr("learn2learn.vision.datasets.full_omniglot.Omniglot", OmniglotShape)
     before = globals_now()
-    splits, again = (load(ways=5, shots=1, queries=1, data_root=tmp_path / "data") for _ in range(2))
+    splits, again = (
+        load(ways=5, shots=1, queries=1, data_root=tmp_path / "data") for _ in range(2)
+    )
     assert globals_now() == before
 
     seen = []
     for family_, other in zip(
-        (splits.train, splits.validation, splits.test), (again.train, again.validation, again.test), strict=True
+        (splits.train, splits.validation, splits.test),
+        (again.train, again.validation, again.test),
+        strict=True,
     ):
         episodes = draw(family_, tasks=40)
         assert family_.input_shape == (1, 28, 28)
         assert episodes.support[0].shape == (40, 5, 1, 28, 28)
         assert same(episodes, draw(other, tasks=40)), "a second load divides the classes otherwise"
         seen.append(set(episodes.labels["classes"].flatten().tolist()))
-    assert [len(f.classes) for f in (splits.train, splits.validation, splits.test)] == [1100, 100, 423]
+    assert [len(f.classes) for f in (splits.train, splits.validation, splits.test)] == [
+        1100,
+        100,
+        423,
+    ]
     assert not seen[0] & seen[1]
     assert not seen[0] & seen[2]
     assert not seen[1] & seen[2]
@@ -319,6 +383,7 @@ def test_the_omniglot_benchmark_keeps_its_splits_apart(
 @pytest.mark.learn2learn
 def test_an_unknown_benchmark_lists_the_known(l2l: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"taskset: got 'mnist', expected one of cifarfs, fc100, mini-imagenet, omniglot"
+        ValueError,
+        match=r"taskset: got 'mnist', expected one of cifarfs, fc100, mini-imagenet, omniglot",
     ):
         load(taskset="mnist")

@@ -56,7 +56,9 @@ def small_omniglot(root, monkeypatch, *, image=None, drawings=20):
             folder = root / part / "Latin" / character
             folder.mkdir(parents=True)
             for drawing in range(drawings):
-                (folder / f"0001_{drawing + 1:02d}.png").write_bytes(png(1) if image is None else image)
+                (folder / f"0001_{drawing + 1:02d}.png").write_bytes(
+                    png(1) if image is None else image
+                )
 
 
 def base(names):
@@ -65,7 +67,9 @@ def base(names):
 
 
 @needs_data
-@pytest.mark.parametrize(("split", "sizes"), [("standard", (1100, 100, 423)), ("vinyals", (1028, 172, 423))])
+@pytest.mark.parametrize(
+    ("split", "sizes"), [("standard", (1100, 100, 423)), ("vinyals", (1028, 172, 423))]
+)
 @pytest.mark.parametrize("rotations", [False, True])
 def test_splits_have_the_published_sizes_and_share_no_character(load, split, sizes, rotations):
     splits = load(split=split, rotations=rotations)
@@ -81,7 +85,9 @@ def test_splits_have_the_published_sizes_and_share_no_character(load, split, siz
 def test_vinyals_lists(load):
     """The lists published with prototypical networks hold out these alphabets, all of the right set."""
     splits = load(split="vinyals")
-    validation, test = ({tuple(n.split("/")[:2]) for n in f.pool.names} for f in (splits.validation, splits.test))
+    validation, test = (
+        {tuple(n.split("/")[:2]) for n in f.pool.names} for f in (splits.validation, splits.test)
+    )
     expected = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
     assert validation == {("images_background", alphabet) for alphabet in expected}
     assert {part for part, _ in test} == {"images_evaluation"}
@@ -101,7 +107,9 @@ def test_rotated_classes_are_the_upright_images_turned_and_only_in_training(load
         assert np.array_equal(train.of(turned).numpy(), np.rot90(images, turns, axes=(2, 3)))
         assert not np.array_equal(train.of(turned).numpy(), images)
     assert len(set(train.ids)) == len(train.names) == 4400
-    assert not any("/rot" in name for family in (splits.validation, splits.test) for name in family.pool.names)
+    assert not any(
+        "/rot" in name for family in (splits.validation, splits.test) for name in family.pool.names
+    )
 
 
 @needs_data
@@ -111,10 +119,20 @@ def test_images_are_the_drawings_bright_on_dark_at_28_pixels(load):
     pool = load(rotations=False).test.pool
     part, folder = pool.names[7].split("/", 1)
     with zipfile.ZipFile(DATA / f"{part}.zip") as file:
-        paths = sorted(n for n in file.namelist() if n.startswith(f"{part}/{folder}/") and n.endswith(".png"))
-        drawing = Image.open(io.BytesIO(file.read(paths[3]))).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+        paths = sorted(
+            n for n in file.namelist() if n.startswith(f"{part}/{folder}/") and n.endswith(".png")
+        )
+        drawing = (
+            Image.open(io.BytesIO(file.read(paths[3])))
+            .convert("L")
+            .resize((28, 28), Image.Resampling.LANCZOS)
+        )
     assert np.array_equal(pool.of(7)[3, 0].numpy(), 255 - np.asarray(drawing))
-    inputs, _ = tasks.FewShot(pool, ways=5, shots=1, queries=15, name="o").sample(4, np.random.default_rng(0)).query
+    inputs, _ = (
+        tasks.FewShot(pool, ways=5, shots=1, queries=15, name="o")
+        .sample(4, np.random.default_rng(0))
+        .query
+    )
     assert inputs.shape == (4, 75, 1, 28, 28)
     assert inputs.amax((2, 3, 4)).min() > 0.5
     assert inputs.mean() < 0.2
@@ -139,11 +157,18 @@ def test_an_extracted_tree_is_read_from_each_layout(tmp_path, monkeypatch, below
     arrays = omniglot._read(omniglot._find(tmp_path))
     assert arrays["images"].shape == (80, 1, 28, 28)
     assert arrays["images"].max() == 0  # white paper
-    assert arrays["names"].tolist() == [f"{p}/Latin/character0{c}" for p in omniglot.CHARACTERS for c in (1, 2)]
+    assert arrays["names"].tolist() == [
+        f"{p}/Latin/character0{c}" for p in omniglot.CHARACTERS for c in (1, 2)
+    ]
 
 
-def test_without_data_the_message_says_the_layout_and_the_source(tmp_path, empty_cache, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"data_root: found no Omniglot in .*images_background\.zip.*https://"):
+def test_without_data_the_message_says_the_layout_and_the_source(
+    tmp_path, empty_cache, monkeypatch
+):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"data_root: found no Omniglot in .*images_background\.zip.*https://",
+    ):
         tasks.load("omniglot", data_root=tmp_path)
     monkeypatch.setattr("torchvision.datasets.Omniglot", no_network)
     with pytest.raises(FileNotFoundError, match=r"could not download it \(no network\).*data_root"):
@@ -154,7 +179,9 @@ def test_without_data_the_message_says_the_layout_and_the_source(tmp_path, empty
 def test_a_data_root_without_data_is_refused_though_the_cache_is_full(tmp_path, empty_cache):
     empty_cache.mkdir()
     np.savez(
-        empty_cache / "omniglot-1.npz", images=np.zeros((32460, 1, 28, 28), np.uint8), names=np.array(["x"] * 1623)
+        empty_cache / "omniglot-1.npz",
+        images=np.zeros((32460, 1, 28, 28), np.uint8),
+        names=np.array(["x"] * 1623),
     )
     with pytest.raises(FileNotFoundError, match="data_root: found no Omniglot"):
         tasks.load("omniglot", data_root=tmp_path)
@@ -163,11 +190,14 @@ def test_a_data_root_without_data_is_refused_though_the_cache_is_full(tmp_path, 
 def test_incomplete_and_damaged_data_are_named_and_not_cached(tmp_path, empty_cache, monkeypatch):
     small_omniglot(tmp_path / "few", monkeypatch, drawings=19)
     with pytest.raises(
-        ValueError, match=r"images_background: got 38 images of 2 characters, expected 2 .* of 20 images"
+        ValueError,
+        match=r"images_background: got 38 images of 2 characters, expected 2 .* of 20 images",
     ):
         tasks.load("omniglot", data_root=tmp_path / "few")
     small_omniglot(tmp_path / "bad", monkeypatch, image=b"\x89PNG broken")
-    with pytest.raises(ValueError, match=r"Latin/character01/0001_01\.png: got 11 bytes that do not decode"):
+    with pytest.raises(
+        ValueError, match=r"Latin/character01/0001_01\.png: got 11 bytes that do not decode"
+    ):
         tasks.load("omniglot", data_root=tmp_path / "bad")
     (tmp_path / "zips").mkdir()
     for part in omniglot.CHARACTERS:
@@ -200,7 +230,9 @@ def test_another_source_is_another_entry_of_the_cache(tmp_path, empty_cache, mon
     for name, value in (("blank", 1), ("inked", 0), ("blank", 1)):
         if not (tmp_path / name).exists():
             small_omniglot(tmp_path / name, monkeypatch, image=png(value))
-        splits = tasks.load("omniglot", ways=1, queries=5, data_root=tmp_path / name, rotations=False)
+        splits = tasks.load(
+            "omniglot", ways=1, queries=5, data_root=tmp_path / name, rotations=False
+        )
         seen.append(int(splits.train.pool.images.max()))
     assert seen == [0, 255, 0]
     assert len(list(empty_cache.glob("omniglot-1-*.npz"))) == 2

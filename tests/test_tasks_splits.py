@@ -44,7 +44,11 @@ def test_examples_are_taken_by_position_and_by_mask():
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [
-        (torch.zeros(0, 3), torch.zeros(0), r"inputs: got shape \(0, 3\), expected \[n, \*shape\] with n ≥ 1"),
+        (
+            torch.zeros(0, 3),
+            torch.zeros(0),
+            r"inputs: got shape \(0, 3\), expected \[n, \*shape\] with n ≥ 1",
+        ),
         (torch.tensor(1.0), torch.tensor([1]), r"inputs: got shape \(\), expected \[n"),
         (torch.zeros(4, 3), torch.zeros(5), r"targets: got shape \(5,\), expected \[4\]"),
         (torch.zeros(4, 3), torch.zeros(4, 1), r"targets: got shape \(4, 1\), expected \[4\]"),
@@ -57,7 +61,9 @@ def test_examples_that_do_not_fit_together_are_refused(inputs, targets, message)
 
 @pytest.mark.parametrize("targets", [torch.tensor([0, -1]), torch.tensor([0.0, 1.0])])
 def test_only_class_numbers_are_counted(targets):
-    with pytest.raises(ValueError, match=r"targets: got torch\..*, expected class numbers, integers ≥ 0"):
+    with pytest.raises(
+        ValueError, match=r"targets: got torch\..*, expected class numbers, integers ≥ 0"
+    ):
         tasks.Examples(torch.zeros(2, 1), targets).counts()
 
 
@@ -111,7 +117,9 @@ def test_size_none_is_the_whole_set_in_order_without_a_copy():
 def test_an_epoch_is_permuted_once_even_where_batches_lie_across_two(monkeypatch):
     drawn = []
     stream = examples_module.random_stream
-    monkeypatch.setattr(examples_module, "random_stream", lambda *names: drawn.append(names) or stream(*names))
+    monkeypatch.setattr(
+        examples_module, "random_stream", lambda *names: drawn.append(names) or stream(*names)
+    )
     batches = tasks.Batches(numbered(4, 6), 4, seed=2)
     drawn.clear()
     for i in (0, 1, 2, 2, 1, 2, 3, 4):
@@ -147,7 +155,10 @@ def test_everything_is_the_same_on_a_gpu():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, r"size: got 0, expected 1 … 10, the number of examples; None is the whole set"),
+        (
+            {"size": 0},
+            r"size: got 0, expected 1 … 10, the number of examples; None is the whole set",
+        ),
         ({"size": 11}, r"size: got 11, expected 1 … 10"),
         ({"seed": -1}, "seed: got -1, expected an integer ≥ 0"),
     ],
@@ -199,7 +210,10 @@ def test_a_ratio_that_is_no_binary_fraction_still_gives_the_integer():
         ((5000, 10, math.inf), "imbalance: got inf"),
         ((0, 10, 2), "largest: got 0, expected at least 1"),
         ((10, 0, 2), "classes: got 0, expected at least 1"),
-        ((50, 10, 100), r"imbalance: got 100 for largest 50, which leaves class 8 empty; .* at most 50"),
+        (
+            (50, 10, 100),
+            r"imbalance: got 100 for largest 50, which leaves class 8 empty; .* at most 50",
+        ),
     ],
 )
 def test_senseless_long_tails_are_refused(numbers, message):
@@ -228,7 +242,9 @@ def test_per_class_gives_exactly_count_of_each_and_all_the_others():
         assert torch.equal(examples.targets[rows(part)], part.targets)
 
 
-@pytest.mark.parametrize(("share", "count"), [(0, 0), (0.1, 7), (0.3, 20), (0.5, 34), (0.999, 67), (1, 67)])
+@pytest.mark.parametrize(
+    ("share", "count"), [(0, 0), (0.1, 7), (0.3, 20), (0.5, 34), (0.999, 67), (1, 67)]
+)
 def test_corrupt_labels_changes_exactly_its_share(share, count):
     examples = numbered(30, 20, 17)
     before = examples.targets.clone()
@@ -246,7 +262,9 @@ def test_corrupt_labels_changes_exactly_its_share(share, count):
 
 
 def test_a_wrong_label_is_uniform_over_the_other_classes():
-    wrong, _ = tasks.corrupt_labels(tasks.Examples(torch.zeros(9000, 1), torch.arange(9000) % 3), 1.0, seed=0)
+    wrong, _ = tasks.corrupt_labels(
+        tasks.Examples(torch.zeros(9000, 1), torch.arange(9000) % 3), 1.0, seed=0
+    )
     for c in range(3):
         counts = torch.bincount(wrong.targets[torch.arange(9000) % 3 == c], minlength=3)
         assert counts[c] == 0
@@ -272,23 +290,43 @@ def test_a_split_depends_on_its_seed_alone(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_absent_class_is_named(split):
-    with pytest.raises(ValueError, match=r"targets: got no example of class 1 in 0 … 2; number the classes"):
+    with pytest.raises(
+        ValueError, match=r"targets: got no example of class 1 in 0 … 2; number the classes"
+    ):
         SPLITS[split](numbered(40, 0, 40), 0)
 
 
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (lambda e: tasks.long_tailed(e, 2, 0, 40), "largest: class 1 needs 28 examples and has 25; lower largest"),
+        (
+            lambda e: tasks.long_tailed(e, 2, 0, 40),
+            "largest: class 1 needs 28 examples and has 25; lower largest",
+        ),
         (lambda e: tasks.long_tailed(e, 0.5, 0), r"imbalance: got 0\.5"),
-        (lambda e: tasks.long_tailed(e, 30, 0), "imbalance: got 30 for largest 25, which leaves class 2 empty"),
-        (lambda e: tasks.per_class(e, 26, 0), "count: class 1 needs 26 examples and has 25; lower count"),
+        (
+            lambda e: tasks.long_tailed(e, 30, 0),
+            "imbalance: got 30 for largest 25, which leaves class 2 empty",
+        ),
+        (
+            lambda e: tasks.per_class(e, 26, 0),
+            "count: class 1 needs 26 examples and has 25; lower count",
+        ),
         (lambda e: tasks.per_class(e, 0, 0), "count: got 0, expected at least 1 of each class"),
-        (lambda e: tasks.per_class(numbered(5, 5), 5, 0), "count: got 5 of each class, which leaves no others"),
-        (lambda e: tasks.corrupt_labels(e, -0.1, 0), r"share: got -0\.1, expected a number in \[0, 1\]"),
+        (
+            lambda e: tasks.per_class(numbered(5, 5), 5, 0),
+            "count: got 5 of each class, which leaves no others",
+        ),
+        (
+            lambda e: tasks.corrupt_labels(e, -0.1, 0),
+            r"share: got -0\.1, expected a number in \[0, 1\]",
+        ),
         (lambda e: tasks.corrupt_labels(e, 1.1, 0), r"share: got 1\.1"),
         (lambda e: tasks.corrupt_labels(e, math.nan, 0), "share: got nan"),
-        (lambda e: tasks.corrupt_labels(numbered(5), 0.5, 0), "targets: got 1 class, expected at least 2"),
+        (
+            lambda e: tasks.corrupt_labels(numbered(5), 0.5, 0),
+            "targets: got 1 class, expected at least 2",
+        ),
     ],
 )
 def test_what_the_examples_cannot_serve_is_refused(split, message):
@@ -306,21 +344,32 @@ def test_shared_inputs_are_counted_and_named(dtype):
     train = both.take(torch.arange(2001) % 2000)
     mixed = both.take(torch.tensor([2500, 0, 3999, 1200, 1200]))
     mixed = tasks.Examples(mixed.inputs.transpose(1, 2).contiguous().transpose(1, 2), mixed.targets)
-    with pytest.raises(ValueError, match=r"3 of 5 inputs are in train too, .* train 0 = validation 1; .*per_class"):
+    with pytest.raises(
+        ValueError, match=r"3 of 5 inputs are in train too, .* train 0 = validation 1; .*per_class"
+    ):
         tasks.check_disjoint(train, mixed)
 
 
 def test_one_bit_is_a_difference_and_a_label_is_none():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     examples = tasks.Examples(x, torch.tensor([0, 1]))
-    tasks.check_disjoint(examples, tasks.Examples(torch.nextafter(x, torch.zeros(())), examples.targets))
-    with pytest.raises(ValueError, match="2 of 2 inputs are in train too, the first being train 0 = validation 0"):
+    tasks.check_disjoint(
+        examples, tasks.Examples(torch.nextafter(x, torch.zeros(())), examples.targets)
+    )
+    with pytest.raises(
+        ValueError, match="2 of 2 inputs are in train too, the first being train 0 = validation 0"
+    ):
         tasks.check_disjoint(examples, tasks.Examples(x.clone(), torch.tensor([1, 0])))
 
 
 def test_inputs_whose_bits_say_nothing_are_refused():
     examples, other = (tasks.Examples(torch.zeros(2, n), torch.tensor([0, 1])) for n in (3, 4))
-    with pytest.raises(ValueError, match=r"got inputs \('torch.float32', \(4,\)\), expected \('torch.float32', \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"got inputs \('torch.float32', \(4,\)\), expected \('torch.float32', \(3,\)",
+    ):
         tasks.check_disjoint(examples, other)
-    with pytest.raises(ValueError, match=r"got inputs \('torch.float64'.*compare both before standardising"):
+    with pytest.raises(
+        ValueError, match=r"got inputs \('torch.float64'.*compare both before standardising"
+    ):
         tasks.check_disjoint(examples, tasks.Examples(examples.inputs.double(), examples.targets))

@@ -16,10 +16,15 @@ from tasks import vision
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CIFAR10, MNIST = DATA / "cifar10", DATA / "mnist"
-needs_cifar10 = pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"the CIFAR-10 zips are not in {CIFAR10}")
+needs_cifar10 = pytest.mark.skipif(
+    not CIFAR10.is_dir(), reason=f"the CIFAR-10 zips are not in {CIFAR10}"
+)
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason=f"MNIST is not in {MNIST}")
 
-EACH = {"train": 5, "test": 1}  # images a class of the small copies, so ten a file in the binary one
+EACH = {
+    "train": 5,
+    "test": 1,
+}  # images a class of the small copies, so ten a file in the binary one
 
 
 @pytest.fixture
@@ -68,8 +73,14 @@ def binary():
     def record(c, red):
         return bytes([c]) + picture(red).transpose(2, 0, 1).tobytes()
 
-    files = {f"data_batch_{j + 1}.bin": b"".join(record(c, 10 * c + j) for c in range(10)) for j in range(5)}
-    return files | {"test_batch.bin": b"".join(record(c, 10 * c) for c in range(10)), "readme.html": b"x"}
+    files = {
+        f"data_batch_{j + 1}.bin": b"".join(record(c, 10 * c + j) for c in range(10))
+        for j in range(5)
+    }
+    return files | {
+        "test_batch.bin": b"".join(record(c, 10 * c) for c in range(10)),
+        "readme.html": b"x",
+    }
 
 
 def write(root, files):
@@ -121,7 +132,9 @@ def test_the_real_cifar10_zips(cache, monkeypatch):
         vision,
         "_decode",
         lambda files, paths: (
-            decode(files, paths) if len(paths) == 10_000 else {"images": np.zeros((len(paths), 1), np.uint8)}
+            decode(files, paths)
+            if len(paths) == 10_000
+            else {"images": np.zeros((len(paths), 1), np.uint8)}
         ),
     )
     train, test = tasks.cifar10(DATA)
@@ -129,7 +142,9 @@ def test_the_real_cifar10_zips(cache, monkeypatch):
     assert test.counts() == [1000] * 10
     assert test.inputs.shape == (10_000, 3, 32, 32)
     means = test.inputs.transpose(0, 1).flatten(1).double().mean(1) / 255
-    assert torch.allclose(means, torch.tensor([0.4942, 0.4851, 0.4504], dtype=torch.float64), atol=5e-4)
+    assert torch.allclose(
+        means, torch.tensor([0.4942, 0.4851, 0.4504], dtype=torch.float64), atol=5e-4
+    )
 
     from PIL import Image
 
@@ -194,7 +209,9 @@ def test_class_folders_of_images_are_read_as_trees_and_as_zips(tmp_path, small, 
 
 
 @pytest.mark.parametrize("layout", [write, write_zips])
-def test_decoded_images_are_cached_by_what_they_were_decoded_from(tmp_path, small, monkeypatch, layout):
+def test_decoded_images_are_cached_by_what_they_were_decoded_from(
+    tmp_path, small, monkeypatch, layout
+):
     exact = layout(tmp_path / "exact", images("BMP"))
     other = layout(tmp_path / "other", images("BMP", offset=5))  # of the same names and sizes
     first, second = tasks.cifar10(exact), tasks.cifar10(other)
@@ -237,19 +254,37 @@ def without(files, path):
             r"data/train: got 4 images of 'cat', expected 5: 5 each of airplane, .*, truck; download or extract",
         ),
         (without(images(), "test/truck/0.png"), r"data/test: got 0 images of 'truck', expected 1"),
-        ({"train/a.txt": b"x", "test/a.txt": b"x"}, r"data/train: got 0 images of 'airplane', expected 5"),
-        (images() | {"train/plane/0.png": encoded(picture(0))}, r"got 1 images of 'plane', expected 0"),
+        (
+            {"train/a.txt": b"x", "test/a.txt": b"x"},
+            r"data/train: got 0 images of 'airplane', expected 5",
+        ),
+        (
+            images() | {"train/plane/0.png": encoded(picture(0))},
+            r"got 1 images of 'plane', expected 0",
+        ),
         (images() | {"train/0.png": encoded(picture(0))}, r"got 1 images of '', expected 0"),
         (images() | {"train/dog/1.png": b"x"}, r"dog/1\.png: got 1 bytes that do not decode"),
-        (without(binary(), "data_batch_3.bin"), r"data_batch_3\.bin: got no bytes, expected records of 3073"),
+        (
+            without(binary(), "data_batch_3.bin"),
+            r"data_batch_3\.bin: got no bytes, expected records of 3073",
+        ),
         (without(binary(), "test_batch.bin"), r"test_batch\.bin: got no bytes"),
-        (binary() | {"data_batch_1.bin": b"\0" * 3072}, r"data_batch_1\.bin: got 3072 bytes, expected records of"),
-        (binary() | {"data_batch_1.bin": b"\0" * 30730}, r"got 14 images of 'airplane', expected 5"),
+        (
+            binary() | {"data_batch_1.bin": b"\0" * 3072},
+            r"data_batch_1\.bin: got 3072 bytes, expected records of",
+        ),
+        (
+            binary() | {"data_batch_1.bin": b"\0" * 30730},
+            r"got 14 images of 'airplane', expected 5",
+        ),
         (
             binary() | {"data_batch_5.bin": binary()["data_batch_5.bin"] + b"\12" * 3073},
             "got 1 images of 'class 10', expected 0",
         ),
-        ({"cifar-10-binary.tar.gz": b"no archive"}, r"binary\.tar\.gz: got an unreadable archive .*download it again"),
+        (
+            {"cifar-10-binary.tar.gz": b"no archive"},
+            r"binary\.tar\.gz: got an unreadable archive .*download it again",
+        ),
         ({"cifar-10-binary.tar.gz": gzip.compress(b"x" * 9999)[:-20]}, "got an unreadable archive"),
     ],
 )
@@ -270,28 +305,37 @@ def test_an_archive_cut_short_is_named(tmp_path, small):
 def test_without_cifar10_the_message_says_the_layouts_and_the_source(tmp_path, small, monkeypatch):
     write(tmp_path / "data", {"train.zip": b"", "cifar-10-batches-py/data_batch_1": b"a pickle"})
     with pytest.raises(
-        FileNotFoundError, match=r"data_root: found no CIFAR-10 in .*data_batch_1\.bin.*train\.zip.*https://.*binary"
+        FileNotFoundError,
+        match=r"data_root: found no CIFAR-10 in .*data_batch_1\.bin.*train\.zip.*https://.*binary",
     ):
         tasks.cifar10(tmp_path / "data")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
-    with pytest.raises(FileNotFoundError, match=r"cifar10: could not download it \(no network\); put https.*data_root"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"cifar10: could not download it \(no network\); put https.*data_root",
+    ):
         tasks.cifar10()
 
 
 def idx(array):
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def small_mnist():
     pixels, digits = np.arange(6 * 28 * 28).reshape(6, 28, 28) % 251, np.array([3, 1, 4, 1, 5, 9])
     parts = {"train": slice(0, 4), "t10k": slice(4, 6)}
-    return {f"MNIST/raw/{part}-images-idx3-ubyte": idx(pixels[at]) for part, at in parts.items()} | {
-        f"MNIST/raw/{part}-labels-idx1-ubyte": idx(digits[at]) for part, at in parts.items()
-    }
+    return {
+        f"MNIST/raw/{part}-images-idx3-ubyte": idx(pixels[at]) for part, at in parts.items()
+    } | {f"MNIST/raw/{part}-labels-idx1-ubyte": idx(digits[at]) for part, at in parts.items()}
 
 
 @pytest.mark.parametrize("source", ["data_root", "cache"])
-def test_idx_files_are_read_from_data_root_and_from_an_earlier_download(tmp_path, cache, monkeypatch, source):
+def test_idx_files_are_read_from_data_root_and_from_an_earlier_download(
+    tmp_path, cache, monkeypatch, source
+):
     monkeypatch.setattr("torchvision.datasets.MNIST.download", no_network)
     root = write(tmp_path / "data" if source == "data_root" else cache, small_mnist())
     train, test = tasks.mnist(root if source == "data_root" else None)
@@ -301,17 +345,25 @@ def test_idx_files_are_read_from_data_root_and_from_an_earlier_download(tmp_path
 
 
 def test_mnist_is_downloaded_by_torchvision_into_the_cache_folder(cache, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda dataset: write(Path(dataset.root), small_mnist()))
+    monkeypatch.setattr(
+        "torchvision.datasets.MNIST.download",
+        lambda dataset: write(Path(dataset.root), small_mnist()),
+    )
     assert tasks.mnist()[0].targets.tolist() == [3, 1, 4, 1]
     assert (cache / "MNIST" / "raw").is_dir()
 
 
 def test_without_mnist_the_message_says_the_files(tmp_path, cache, monkeypatch):
     incomplete = without(small_mnist(), "MNIST/raw/t10k-labels-idx1-ubyte")
-    with pytest.raises(FileNotFoundError, match=r"data_root: found no MNIST in .*train-images-idx3-ubyte.*MNIST/raw/"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"data_root: found no MNIST in .*train-images-idx3-ubyte.*MNIST/raw/",
+    ):
         tasks.mnist(write(tmp_path / "data", incomplete))
     monkeypatch.setattr("torchvision.datasets.MNIST.download", no_network)
-    with pytest.raises(FileNotFoundError, match=r"mnist: could not download it \(no network\).*data_root"):
+    with pytest.raises(
+        FileNotFoundError, match=r"mnist: could not download it \(no network\).*data_root"
+    ):
         tasks.mnist()
 
 
@@ -325,14 +377,18 @@ def test_without_mnist_the_message_says_the_files(tmp_path, cache, monkeypatch):
     ],
 )
 def test_damaged_mnist_is_named(tmp_path, cache, name, data):
-    with pytest.raises(ValueError, match=r"MNIST/raw: got idx files that cannot be read .*remove them"):
+    with pytest.raises(
+        ValueError, match=r"MNIST/raw: got idx files that cannot be read .*remove them"
+    ):
         tasks.mnist(write(tmp_path / "data", small_mnist() | {f"MNIST/raw/{name}": data}))
 
 
 def random_images(n, channels, seed):
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 256, (n, channels, 5, 7)) // random.integers(1, 6, (channels, 1, 1))
-    return tasks.Examples(torch.from_numpy(pixels.astype(np.uint8)), torch.zeros(n, dtype=torch.int64))
+    return tasks.Examples(
+        torch.from_numpy(pixels.astype(np.uint8)), torch.zeros(n, dtype=torch.int64)
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -340,7 +396,10 @@ def test_standardise_is_its_formula_per_channel(channels):
     train, test = random_images(40, channels, 0), random_images(9, channels, 1)
     exact = train.inputs.double().numpy() / 255
     mean, std = exact.mean((0, 2, 3), keepdims=True), exact.std((0, 2, 3), keepdims=True)
-    for part, done in ((train, tasks.standardise(train)), (test, tasks.standardise(test, like=train))):
+    for part, done in (
+        (train, tasks.standardise(train)),
+        (test, tasks.standardise(test, like=train)),
+    ):
         assert done.inputs.dtype == torch.float32
         assert done.targets is part.targets
         expected = torch.from_numpy((part.inputs.numpy() / 255.0 - mean) / std)
@@ -351,11 +410,31 @@ def test_standardise_is_its_formula_per_channel(channels):
 @pytest.mark.parametrize(
     ("examples", "like", "message"),
     [
-        (tasks.Examples(torch.rand(2, 3, 4, 4), torch.zeros(2)), None, r"examples: got torch\.float32 of shape"),
-        (random_images(2, 3, 0), tasks.standardise(random_images(2, 3, 0)), r"like: got torch\.float32 of shape"),
-        (random_images(2, 3, 0), random_images(2, 1, 0), r"like: got torch\.uint8 of shape \(2, 1, 5, 7\)"),
-        (tasks.Examples(torch.zeros(2, dtype=torch.uint8), torch.zeros(2)), None, r"examples: got .* shape \(2,\)"),
-        (tasks.Examples(torch.full((2, 1, 3, 3), 7, dtype=torch.uint8), torch.zeros(2)), None, "channel 0 with one"),
+        (
+            tasks.Examples(torch.rand(2, 3, 4, 4), torch.zeros(2)),
+            None,
+            r"examples: got torch\.float32 of shape",
+        ),
+        (
+            random_images(2, 3, 0),
+            tasks.standardise(random_images(2, 3, 0)),
+            r"like: got torch\.float32 of shape",
+        ),
+        (
+            random_images(2, 3, 0),
+            random_images(2, 1, 0),
+            r"like: got torch\.uint8 of shape \(2, 1, 5, 7\)",
+        ),
+        (
+            tasks.Examples(torch.zeros(2, dtype=torch.uint8), torch.zeros(2)),
+            None,
+            r"examples: got .* shape \(2,\)",
+        ),
+        (
+            tasks.Examples(torch.full((2, 1, 3, 3), 7, dtype=torch.uint8), torch.zeros(2)),
+            None,
+            "channel 0 with one",
+        ),
     ],
 )
 def test_what_cannot_be_standardised_is_refused(examples, like, message):

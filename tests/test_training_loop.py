@@ -37,10 +37,16 @@ def setup(noisy=True, **options):
     model = MLP(1, 1, hidden=(8,))
     if noisy:
         model = torch.nn.Sequential(Noise(), model)
-    options = {"inner": GradientDescent(2, lr=0.01), "method": "unrolled", "learn": ("lr",)} | options
+    options = {
+        "inner": GradientDescent(2, lr=0.01),
+        "method": "unrolled",
+        "learn": ("lr",),
+    } | options
     learner = MetaLearner(model, torch.nn.functional.mse_loss, vectorize="vmap", **options)
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
-    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).train, tasks=4, seed=3)
+    sampler = tasks.EpisodeSampler(
+        tasks.load("sinusoid", shots=5, queries=5).train, tasks=4, seed=3
+    )
     return learner, optimizer, sampler
 
 
@@ -77,8 +83,12 @@ def test_a_run_broken_off_and_resumed_comes_to_the_same_bits(tmp_path, workers):
     whole = setup()
     train(tmp_path / "whole", whole)
     *first, sampler = setup()
-    with pytest.raises(CrashError):  # at step 5: steps 4 (and its line) are lost, the checkpoint is of step 3
-        train(tmp_path / "broken", (*first, Breaks(sampler, 5)), checkpoint_every=3, workers=workers)
+    with pytest.raises(
+        CrashError
+    ):  # at step 5: steps 4 (and its line) are lost, the checkpoint is of step 3
+        train(
+            tmp_path / "broken", (*first, Breaks(sampler, 5)), checkpoint_every=3, workers=workers
+        )
     torch.manual_seed(12345)
     resumed = setup()
     with torch.no_grad():
@@ -88,7 +98,10 @@ def test_a_run_broken_off_and_resumed_comes_to_the_same_bits(tmp_path, workers):
     assert progress.step == 6
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
-    lines = [[{**line, "seconds": 0} for line in read_metrics(tmp_path / run)] for run in ("whole", "broken")]
+    lines = [
+        [{**line, "seconds": 0} for line in read_metrics(tmp_path / run)]
+        for run in ("whole", "broken")
+    ]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
 
@@ -116,7 +129,9 @@ def test_the_choice_between_vmap_and_the_loop_is_resumed(tmp_path):
 
 def spoiled_support(episodes):
     x, y = episodes.support
-    return replace(episodes, support=(torch.where(torch.arange(len(x))[:, None, None] == 2, math.nan, x), y))
+    return replace(
+        episodes, support=(torch.where(torch.arange(len(x))[:, None, None] == 2, math.nan, x), y)
+    )
 
 
 def huge_targets(episodes):
@@ -127,7 +142,10 @@ def huge_targets(episodes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoiled_support, r"step 4: the support inputs hold NaN or Inf; .* checkpoint\.pt holds step 2"),
+        (
+            spoiled_support,
+            r"step 4: the support inputs hold NaN or Inf; .* checkpoint\.pt holds step 2",
+        ),
         (huge_targets, r"step 4: the query loss is inf; .* checkpoint\.pt holds step 2"),
     ],
 )
@@ -136,7 +154,12 @@ def test_bad_data_and_losses_stop_training_before_the_step(tmp_path, spoil, mess
     train(tmp_path / "three", three, steps=3, schedule=lambda _: 1.0)
     *parts, sampler = setup()
     with pytest.raises(NonFiniteError, match=message):
-        train(tmp_path / "run", (*parts, Breaks(sampler, 4, spoil)), checkpoint_every=2, schedule=lambda _: 1.0)
+        train(
+            tmp_path / "run",
+            (*parts, Breaks(sampler, 4, spoil)),
+            checkpoint_every=2,
+            schedule=lambda _: 1.0,
+        )
     assert all(torch.equal(value, weights(three)[name]) for name, value in weights(parts).items())
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", *setup()).step == 2
 
@@ -152,7 +175,9 @@ def test_a_meta_gradient_that_is_not_finite_stops_training_before_the_step(tmp_p
         return step
 
     learner.backward = poisoned
-    with pytest.raises(NonFiniteError, match=r"step 1: the meta-gradient is not finite \(model\.2\.bias\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: the meta-gradient is not finite \(model\.2\.bias\)"
+    ):
         train(tmp_path, (learner, optimizer, sampler))
     assert all(torch.equal(value, start[name]) for name, value in weights((learner,)).items())
     assert load_learner(tmp_path / "checkpoint.pt", setup(noisy=False)[0]) == Progress(0, 0.0)
@@ -163,7 +188,9 @@ def test_clipping_bounds_the_meta_gradient_and_the_log_keeps_its_true_norm(tmp_p
     start = weights((learner,))
     descent = torch.optim.SGD(learner.parameters(), lr=1.0)
     train(tmp_path, (learner, descent, sampler), steps=1, clip=0.01)
-    moved = torch.cat([(value - start[name]).flatten() for name, value in weights((learner,)).items()]).norm()
+    moved = torch.cat(
+        [(value - start[name]).flatten() for name, value in weights((learner,)).items()]
+    ).norm()
     assert moved == pytest.approx(0.01, rel=1e-3)
     assert read_metrics(tmp_path)[0]["gradient_norm"] > 0.1
 
@@ -179,7 +206,11 @@ def test_budget_is_the_larger_of_both_shares():
     assert Budget(steps=100, minutes=2).spent(Progress(10, 60.0)) == 0.5
     assert Budget(steps=100, minutes=2).spent(Progress(80, 60.0)) == 0.8
     assert Budget(minutes=2).spent(Progress(10**9, 240.0)) == 1.0
-    for bad, message in (({}, "neither steps nor"), ({"steps": 0}, "steps: got 0"), ({"minutes": 0.0}, "minutes")):
+    for bad, message in (
+        ({}, "neither steps nor"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"minutes": 0.0}, "minutes"),
+    ):
         with pytest.raises(ValueError, match=message):
             Budget(**bad)
 
@@ -188,7 +219,14 @@ def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path)
     parts = setup()
     held_out = [parts[2][1000]]
     budget = Budget(minutes=0.5 / 60)
-    progress = fit(*parts, out=tmp_path, budget=budget, bar=False, validation=lambda: held_out, validate_every=10**6)
+    progress = fit(
+        *parts,
+        out=tmp_path,
+        budget=budget,
+        bar=False,
+        validation=lambda: held_out,
+        validate_every=10**6,
+    )
     assert progress.step >= 1
     assert progress.seconds >= 0.5
     assert load_learner(tmp_path / "checkpoint.pt", setup()[0]).step == progress.step
@@ -199,7 +237,9 @@ def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path)
 def test_a_folder_with_a_run_is_refused(tmp_path):
     train(tmp_path, setup(), steps=1, config={"a": 1})
     kept = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(FileExistsError, match=r"holds a run already \(config.json, checkpoint.pt\).*--resume"):
+    with pytest.raises(
+        FileExistsError, match=r"holds a run already \(config.json, checkpoint.pt\).*--resume"
+    ):
         train(tmp_path, setup(), steps=1, config={"a": 2})
     assert (tmp_path / "config.json").read_bytes() == kept
 
@@ -259,7 +299,9 @@ def test_a_run_whose_checkpoint_is_gone_is_not_begun_again(tmp_path):
     train(tmp_path, setup(), steps=2)
     (tmp_path / "checkpoint.pt").unlink()
     before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is gone, but metrics\.jsonl holds steps made; restore it"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt is gone, but metrics\.jsonl holds steps made; restore it"
+    ):
         train(tmp_path, setup(), steps=4, resume=True)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 

@@ -15,24 +15,35 @@ def test_interval_is_196_standard_errors_of_the_sample_deviation():
     # deviations −2 −1 0 3: s² = 14/3
     assert estimate.interval == pytest.approx(1.96 * (14 / 3) ** 0.5 / 2, rel=1e-14)
     assert estimate.tasks == 4
-    with pytest.raises(ValueError, match=r"values: got shape \(1,\), expected one number for each of 2 tasks"):
+    with pytest.raises(
+        ValueError, match=r"values: got shape \(1,\), expected one number for each of 2 tasks"
+    ):
         Estimate.of(torch.ones(1))
 
 
 def test_evaluation_is_the_learners_trimmed_to_the_tasks_asked_for_and_leaves_its_mode():
     torch.manual_seed(0)
-    learner = MetaLearner(MLP(1, 1), torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
+    learner = MetaLearner(
+        MLP(1, 1),
+        torch.nn.functional.mse_loss,
+        inner=GradientDescent(2, lr=0.01),
+        method="unrolled",
+    )
     sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
     result = evaluate(learner, (sampler[i] for i in range(2)), tasks=5)
     assert (result.metric, result.losses.shape, learner.training) == ("mse", (3, 5), True)
-    torch.testing.assert_close(result.losses[:, :3], learner.evaluate(sampler[0])[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        result.losses[:, :3], learner.evaluate(sampler[0])[0], rtol=0, atol=0
+    )
 
     # an oracle for one task: two plain steps of gradient descent
     support, query = ([x[1] for x in pair] for pair in (sampler[0].support, sampler[0].query))
     model = MLP(1, 1)
     model.load_state_dict(learner.model.state_dict())
     for _ in range(2):
-        gradients = torch.autograd.grad((model(support[0]) - support[1]).square().mean(), list(model.parameters()))
+        gradients = torch.autograd.grad(
+            (model(support[0]) - support[1]).square().mean(), list(model.parameters())
+        )
         with torch.no_grad():
             for p, g in zip(model.parameters(), gradients, strict=True):
                 p -= 0.01 * g
@@ -49,8 +60,12 @@ def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_eve
     tmp_path, monkeypatch
 ):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(MLP(1, 8), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
-    learner = MetaLearner(model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
+    model = torch.nn.Sequential(
+        MLP(1, 8), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
+    )
+    learner = MetaLearner(
+        model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled"
+    )
     model[1].eval()
     sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
     result = evaluate(learner, [sampler[0]], steps=[0, 3, 7])
@@ -59,7 +74,9 @@ def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_eve
     assert result.summary()["inner_steps"] == 7
     assert (model.training, model[1].training, model[2].training) == (True, False, True)
     figures = []
-    monkeypatch.setattr("metaimplicit.training.report._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(
+        "metaimplicit.training.report._save", lambda figure, path: figures.append(figure)
+    )
     plot_adaptation(tmp_path, result)
     assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0, 3, 7]
 
@@ -86,7 +103,9 @@ class Merging(torch.nn.Module):
 def test_an_evaluation_ends_as_a_module_would_have_it():
     model = Merging()
     before = [p.detach().clone() for p in model.parameters()]
-    learner = MetaLearner(model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled")
+    learner = MetaLearner(
+        model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled"
+    )
     sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
     evaluate(learner, [sampler[0]])
     for p, old in zip(model.parameters(), before, strict=True):

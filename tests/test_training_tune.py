@@ -23,7 +23,10 @@ def examples(n, seed):
     return tasks.Examples(torch.randn(n, 4, generator=draw), torch.arange(n) % 3)
 
 
-TRAIN, VALIDATION = tasks.Batches(examples(30, 0), 6, seed=0), tasks.Batches(examples(12, 1), 6, seed=0)
+TRAIN, VALIDATION = (
+    tasks.Batches(examples(30, 0), 6, seed=0),
+    tasks.Batches(examples(12, 1), 6, seed=0),
+)
 
 
 def tuner(method="nystrom-cg", **options):
@@ -55,7 +58,11 @@ def kill_at(step):
 
 
 def metric(params, meta):
-    return float(F.cross_entropy(VALIDATION.examples.inputs @ params["weight"].T, VALIDATION.examples.targets))
+    return float(
+        F.cross_entropy(
+            VALIDATION.examples.inputs @ params["weight"].T, VALIDATION.examples.targets
+        )
+    )
 
 
 def test_a_run_leaves_its_files(tmp_path):
@@ -94,7 +101,16 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
         return batch | {"inputs": batch["inputs"] + torch.randn(6, 4)}
 
     def run(made, out, **options):
-        fit_tuner(made, noisy, VALIDATION, out=tmp_path / out, steps=4, bar=False, checkpoint_every=1, **options)
+        fit_tuner(
+            made,
+            noisy,
+            VALIDATION,
+            out=tmp_path / out,
+            steps=4,
+            bar=False,
+            checkpoint_every=1,
+            **options,
+        )
 
     whole = tuner()
     run(whole, "whole")
@@ -152,7 +168,9 @@ def test_other_checkpoints_are_refused(tmp_path):
         def state_dict(self):
             return {}
 
-    learner = MetaLearner(nn.Linear(4, 3), F.cross_entropy, inner=GradientDescent(), method="unrolled")
+    learner = MetaLearner(
+        nn.Linear(4, 3), F.cross_entropy, inner=GradientDescent(), method="unrolled"
+    )
     optimizer = torch.optim.Adam(learner.parameters())
     save_checkpoint(tmp_path / CHECKPOINT, learner, optimizer, Sampler(), Progress())
     with pytest.raises(ValueError, match="holds no tuner, but a learner"):

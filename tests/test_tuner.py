@@ -40,12 +40,21 @@ def optimum():
 
 def tuner(method="cg", steps=4, optimizer=SGD, **options):
     inner = options.pop("inner", GradientDescent(steps=steps, lr=0.4))
-    return Tuner(ORACLE.problem, ORACLE.meta, inner=inner, method=method, optimizer=optimizer, **options)
+    return Tuner(
+        ORACLE.problem, ORACLE.meta, inner=inner, method=method, optimizer=optimizer, **options
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "tolerance"),
-    [("cg", 1e-5), ("dense", 1e-8), ("soba", 1e-8), ("amigo", 1e-8), ("real-time", 1e-8), ("f2sa", 1e-4)],
+    [
+        ("cg", 1e-5),
+        ("dense", 1e-8),
+        ("soba", 1e-8),
+        ("amigo", 1e-8),
+        ("real-time", 1e-8),
+        ("f2sa", 1e-4),
+    ],
 )
 def test_the_single_loop_finds_the_optimum(method, tolerance):
     found = tuner(method, options=MethodOptions(penalty=1e5, scale=0.3))
@@ -55,11 +64,15 @@ def test_the_single_loop_finds_the_optimum(method, tolerance):
 
 
 def test_a_step_is_a_hypergradient_and_a_step():
-    found = tuner("unrolled", warm_start=False, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    found = tuner(
+        "unrolled", warm_start=False, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    )
     phi, velocity = ORACLE.meta["phi"], 0.0
     for _ in range(3):
         step = found.step(DATA, DATA)
-        expected = hypergradient(ORACLE.problem, {"phi": phi}, DATA, inner=found.inner, method="unrolled")
+        expected = hypergradient(
+            ORACLE.problem, {"phi": phi}, DATA, inner=found.inner, method="unrolled"
+        )
         velocity = 0.9 * velocity + expected.grads["phi"]
         phi = phi - 0.1 * velocity
         assert torch.allclose(found.meta["phi"], phi, rtol=1e-14, atol=0)
@@ -75,9 +88,17 @@ def test_each_inner_step_has_its_batch_and_the_curvature_its_own():
         return (params["w"] - meta["phi"] * data).square().sum()
 
     problem = BilevelProblem(
-        lambda meta, data: {"w": torch.zeros(1)}, inner_loss, lambda params, meta, data: (params["w"] * data).sum()
+        lambda meta, data: {"w": torch.zeros(1)},
+        inner_loss,
+        lambda params, meta, data: (params["w"] * data).sum(),
     )
-    found = Tuner(problem, {"phi": torch.ones(())}, inner=GradientDescent(steps=2, lr=0.1), method="cg", optimizer=SGD)
+    found = Tuner(
+        problem,
+        {"phi": torch.ones(())},
+        inner=GradientDescent(steps=2, lr=0.1),
+        method="cg",
+        optimizer=SGD,
+    )
     step = found.step([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)], torch.tensor(10.0))
     assert list(dict.fromkeys(seen)) == [1, 2, 3]
     assert step.outer_loss == pytest.approx(10 * found.params["w"].item())
@@ -87,14 +108,19 @@ def test_each_inner_step_has_its_batch_and_the_curvature_its_own():
 
 def test_real_time_with_a_period_of_the_whole_run_is_forward():
     inner = GradientDescent(steps=12, lr=FromMeta("eta"), momentum=FromMeta("mu"))
-    ends = [Tuner(PROBLEM, META, inner=inner, method=method, optimizer=SGD) for method in ("real-time", "forward")]
+    ends = [
+        Tuner(PROBLEM, META, inner=inner, method=method, optimizer=SGD)
+        for method in ("real-time", "forward")
+    ]
     for each in ends:
         each.step(POINT, POINT)
     for name in META:
         assert torch.equal(ends[0].meta[name], ends[1].meta[name])
 
 
-@pytest.mark.parametrize("method", ["unrolled", "real-time", "cg", "nystrom-cg", "auto", "soba", "sama", "f2sa"])
+@pytest.mark.parametrize(
+    "method", ["unrolled", "real-time", "cg", "nystrom-cg", "auto", "soba", "sama", "f2sa"]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(method):
     def batch(i):
         rows = torch.arange(6) + i % 7
@@ -131,7 +157,10 @@ def test_a_hypergradient_that_is_not_finite_is_never_applied(bad):
     found = tuner("unrolled")
     found.step(DATA, DATA)
     before, params = found.meta["phi"].clone(), found.params["theta"].clone()
-    with pytest.raises(FloatingPointError, match=r"outer step 1: got .*expected finite numbers; nothing was changed"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"outer step 1: got .*expected finite numbers; nothing was changed",
+    ):
         found.step(DATA, (H, B, T * bad))
     found.on_nonfinite = "skip"
     assert not found.step(DATA, (H, B, T * bad)).applied
@@ -164,7 +193,9 @@ def test_loaders_begin_again():
         lambda params, meta, data: (params["w"] - meta["phi"] * data).square().sum(),
         lambda params, meta, data: (seen.append(data.item()), params["w"].sum())[1],
     )
-    found = Tuner(problem, {"phi": torch.ones(())}, inner=GradientDescent(steps=1), method="cg", optimizer=SGD)
+    found = Tuner(
+        problem, {"phi": torch.ones(())}, inner=GradientDescent(steps=1), method="cg", optimizer=SGD
+    )
     found.fit(loader, loader, steps=5)
     assert seen == [0, 1, 2, 0, 1]
 
@@ -177,7 +208,9 @@ DOMAINS = [
 ]
 
 
-@pytest.mark.parametrize(("domain", "inside", "outside", "message"), DOMAINS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    ("domain", "inside", "outside", "message"), DOMAINS, ids=lambda x: type(x).__name__
+)
 def test_domains(domain, inside, outside, message):
     value = torch.tensor(inside, dtype=torch.float64)
     free = domain.free(value)
@@ -194,8 +227,18 @@ def test_domains(domain, inside, outside, message):
 
 
 def test_domains_hold_while_tuning():
-    meta = {"eta": META["eta"], "mu": META["mu"], "decay": META["decay"], "weights": META["weights"]}
-    domains = {"eta": Positive(), "mu": Interval(0, 1), "decay": Box(0.25, 0.5), "weights": Box(0.9, 1.1)}
+    meta = {
+        "eta": META["eta"],
+        "mu": META["mu"],
+        "decay": META["decay"],
+        "weights": META["weights"],
+    }
+    domains = {
+        "eta": Positive(),
+        "mu": Interval(0, 1),
+        "decay": Box(0.25, 0.5),
+        "weights": Box(0.9, 1.1),
+    }
     inner = GradientDescent(steps=5, lr=FromMeta("eta"), momentum=FromMeta("mu"))
     meta["weights"] = torch.ones_like(META["weights"])
     found = Tuner(PROBLEM, meta, inner=inner, method="unrolled", optimizer=partial(torch.optim.SGD, lr=100.0),
@@ -206,7 +249,9 @@ def test_domains_hold_while_tuning():
     assert found.meta["decay"] == 0.5
     assert set(found.meta["weights"].tolist()) == {0.9, 1.1}
     grads = hypergradient(PROBLEM, meta, POINT, inner=inner, method="unrolled").grads
-    expected = (META["eta"].log() - 100 * META["eta"] * grads["eta"]).exp()  # the chain rule through exp
+    expected = (
+        META["eta"].log() - 100 * META["eta"] * grads["eta"]
+    ).exp()  # the chain rule through exp
     assert relative_error(found.meta["eta"], expected) < 1e-12
 
 
@@ -216,7 +261,12 @@ def test_integer_entries_of_meta_stay():
         lambda params, meta, data: ORACLE.problem.inner_loss(params, meta, data) * meta["twice"],
         ORACLE.problem.outer_loss,
     )
-    found = Tuner(problem, {**ORACLE.meta, "twice": torch.tensor(2)}, inner=GradientDescent(steps=2), optimizer=SGD)
+    found = Tuner(
+        problem,
+        {**ORACLE.meta, "twice": torch.tensor(2)},
+        inner=GradientDescent(steps=2),
+        optimizer=SGD,
+    )
     found.step(DATA, DATA)
     assert found.meta["twice"] == 2
     assert not torch.equal(found.meta["phi"], ORACLE.meta["phi"])
@@ -225,7 +275,10 @@ def test_integer_entries_of_meta_stay():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"domains": {"psi": Positive()}}, r"domains: got \['psi'\], expected names in meta, \['phi'\]"),
+        (
+            {"domains": {"psi": Positive()}},
+            r"domains: got \['psi'\], expected names in meta, \['phi'\]",
+        ),
         (
             {"domains": {"phi": Box(9.0)}},
             r"meta\['phi'\]: hyperparameter: got -?[\d.]+, expected numbers from 9.0 to inf",
@@ -249,8 +302,12 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="batches: got an iterable without any"):
         found.fit([], [DATA], steps=1)
     with pytest.raises(ValueError, match=r"state: got hyperparameters .*phi.*expected .*psi"):
-        Tuner(ORACLE.problem, {"psi": torch.ones(2)}, inner=GradientDescent()).load_state_dict(found.state_dict())
-    with pytest.raises(ValueError, match=r"implicit cannot give the gradient of meta\['eta'\].*use 'unrolled'"):
+        Tuner(ORACLE.problem, {"psi": torch.ones(2)}, inner=GradientDescent()).load_state_dict(
+            found.state_dict()
+        )
+    with pytest.raises(
+        ValueError, match=r"implicit cannot give the gradient of meta\['eta'\].*use 'unrolled'"
+    ):
         Tuner(PROBLEM, META, inner=GradientDescent(lr=FromMeta("eta"))).step(POINT, POINT)
     with pytest.raises(ValueError, match="Interval: got low 1 and high 0"):
         Interval(1, 0)
@@ -271,7 +328,9 @@ def test_values_are_copies():
     free = FreeMeta(start, {"c": Interval(0, 1)})
     for x in free.values().values():
         x.zero_()
-    assert {name: x.item() for name, x in free.values().items()} == pytest.approx({"a": 0.2, "b": 3, "c": 0.5})
+    assert {name: x.item() for name, x in free.values().items()} == pytest.approx(
+        {"a": 0.2, "b": 3, "c": 0.5}
+    )
 
 
 def test_a_domain_may_project_by_a_tensor_of_its_own():

@@ -107,14 +107,18 @@ def difference_of_weights(problem, meta, direction):
         for sign in (1, -1)
     ]
     found = hypergradient(problem, meta, data, inner=inner, method="unrolled")
-    return (losses[0] - losses[1]) / (2 * h), sum((found.grads[n] * direction[n]).sum().item() for n in meta)
+    return (losses[0] - losses[1]) / (2 * h), sum(
+        (found.grads[n] * direction[n]).sum().item() for n in meta
+    )
 
 
 @pytest.mark.parametrize("classes", [None, 3])
 def test_a_weight_network_agrees_with_finite_differences_over_one_step(classes):
     """The losses it sees are detached, so over one step alone is its derivative whole."""
     problem, meta, _ = tuning_problem(MODEL, F.cross_entropy, [WeightNetwork(6, classes=classes)])
-    moved = {n: m + 0.3 * d for (n, m), d in zip(meta.items(), directions(meta, 5).values(), strict=True)}
+    moved = {
+        n: m + 0.3 * d for (n, m), d in zip(meta.items(), directions(meta, 5).values(), strict=True)
+    }
     expected, found = difference_of_weights(problem, moved, directions(meta))
     assert found == pytest.approx(expected, rel=1e-7)
 
@@ -128,21 +132,38 @@ def test_weights_multiply_and_losses_are_means():
     losses = F.cross_entropy(MODEL(TRAIN["inputs"]), TRAIN["targets"], reduction="none").detach()
     weights = meta["example_weights"][TRAIN["index"]] * meta["class_weights"][TRAIN["targets"]]
     torch.testing.assert_close(tuned.weights(PARAMS, meta, TRAIN), weights)
-    torch.testing.assert_close(tuned.problem.inner_loss(PARAMS, meta, TRAIN), (weights * losses).mean())
+    torch.testing.assert_close(
+        tuned.problem.inner_loss(PARAMS, meta, TRAIN), (weights * losses).mean()
+    )
 
 
 def test_a_weight_network_starts_at_one_and_sees_losses_and_classes():
     tuned = tuning_problem(MODEL, F.cross_entropy, [WeightNetwork(6, classes=3)])
     torch.testing.assert_close(
-        tuned.weights(PARAMS, tuned.meta, TRAIN), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-15
+        tuned.weights(PARAMS, tuned.meta, TRAIN),
+        torch.ones(9, dtype=torch.float64),
+        rtol=0,
+        atol=1e-15,
     )
-    entries = {n: m + d for (n, m), d in zip(tuned.meta.items(), directions(tuned.meta).values(), strict=True)}
+    entries = {
+        n: m + d
+        for (n, m), d in zip(tuned.meta.items(), directions(tuned.meta).values(), strict=True)
+    }
     losses = F.cross_entropy(MODEL(TRAIN["inputs"]), TRAIN["targets"], reduction="none").detach()
     for i in range(9):
         one = F.one_hot(TRAIN["targets"][i], 3).double()
-        hidden = entries["weight_network.in"] @ torch.cat([losses[i : i + 1], one]) + entries["weight_network.bias"]
+        hidden = (
+            entries["weight_network.in"] @ torch.cat([losses[i : i + 1], one])
+            + entries["weight_network.bias"]
+        )
         value = 2 / (
-            1 + (-(hidden.clamp(min=0) @ entries["weight_network.out"] + entries["weight_network.shift"])).exp()
+            1
+            + (
+                -(
+                    hidden.clamp(min=0) @ entries["weight_network.out"]
+                    + entries["weight_network.shift"]
+                )
+            ).exp()
         )
         torch.testing.assert_close(tuned.weights(PARAMS, entries, TRAIN)[i], value)
 
@@ -170,8 +191,13 @@ def test_classes_of_synthetic_data_are_its_own():
 
 
 def test_groups_are_penalised_by_a_smoothed_norm():
-    w, members = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    penalty = GroupStructure("w", 2, strength=0.5, smoothing=0.1).penalty({"w": w}, {}, {"groups": members})
+    w, members = (
+        torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]]),
+        torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+    )
+    penalty = GroupStructure("w", 2, strength=0.5, smoothing=0.1).penalty(
+        {"w": w}, {}, {"groups": members}
+    )
     by_hand = 0.5 * sum((square + 0.01) ** 0.5 for square in (25.0, 0.0, 0.0, 4.0))
     assert penalty.item() == pytest.approx(by_hand, rel=1e-6)
 
@@ -179,7 +205,10 @@ def test_groups_are_penalised_by_a_smoothed_norm():
 def test_gauss_newton_sees_the_weights():
     """Of softmax regression it is the Hessian."""
     problem, meta, _ = tuning_problem(
-        softmax_regression(), F.cross_entropy, [ExampleWeights(9)], penalty=Proximal(0.1, center="zero")
+        softmax_regression(),
+        F.cross_entropy,
+        [ExampleWeights(9)],
+        penalty=Proximal(0.1, center="zero"),
     )
     meta = {"example_weights": torch.linspace(0.1, 2.0, 9, dtype=torch.float64)}
     data = Stream(lambda t: TRAIN if t < 20 else VALIDATION)
@@ -198,11 +227,18 @@ def test_gauss_newton_sees_the_weights():
 
 
 def test_solvers_know_a_scalar_decay():
-    problem, meta, _ = tuning_problem(softmax_regression(), F.cross_entropy, [WeightDecay(start=0.25)])
-    options = {"inner": GradientDescent(steps=2, lr=0.5), "method": Implicit(CG(max_steps=50), batch=TRAIN)}
+    problem, meta, _ = tuning_problem(
+        softmax_regression(), F.cross_entropy, [WeightDecay(start=0.25)]
+    )
+    options = {
+        "inner": GradientDescent(steps=2, lr=0.5),
+        "method": Implicit(CG(max_steps=50), batch=TRAIN),
+    }
     scalar = hypergradient(problem, meta, DATA, **options)
     assert scalar.report.sigma == 0.25
-    problem, meta, _ = tuning_problem(softmax_regression(), F.cross_entropy, [WeightDecay("element", start=0.25)])
+    problem, meta, _ = tuning_problem(
+        softmax_regression(), F.cross_entropy, [WeightDecay("element", start=0.25)]
+    )
     elements = hypergradient(problem, meta, DATA, **options)
     assert elements.report.sigma == 0.0
     total = sum(g.sum() for g in elements.grads.values())
@@ -210,7 +246,9 @@ def test_solvers_know_a_scalar_decay():
 
 
 def test_decay_from_the_start_leaves_it_alone():
-    problem, meta, _ = tuning_problem(MODEL, F.cross_entropy, [WeightDecay("tensor", start=2.0, center="start")])
+    problem, meta, _ = tuning_problem(
+        MODEL, F.cross_entropy, [WeightDecay("tensor", start=2.0, center="start")]
+    )
     plain = F.cross_entropy(MODEL(TRAIN["inputs"]), TRAIN["targets"]).detach()
     torch.testing.assert_close(problem.inner_loss(PARAMS, meta, TRAIN), plain, rtol=0, atol=1e-15)
     moved = {name: p + 0.1 for name, p in PARAMS.items()}
@@ -230,7 +268,10 @@ def test_augmentation_is_a_function_of_the_batch():
     assert not torch.equal(once, variable.inputs(meta, TRAIN | {"index": TRAIN["index"].flip(0)}))
     off = {name: torch.zeros_like(m) for name, m in meta.items()}
     assert torch.equal(variable.inputs(off, TRAIN), TRAIN["inputs"])
-    bright = variable.inputs(off | {"augmentation.brightness": torch.tensor(1.0).double()}, TRAIN) - TRAIN["inputs"]
+    bright = (
+        variable.inputs(off | {"augmentation.brightness": torch.tensor(1.0).double()}, TRAIN)
+        - TRAIN["inputs"]
+    )
     assert (bright - bright[:, :1]).abs().max() < 1e-12
     contrast = variable.inputs(off | {"augmentation.contrast": torch.tensor(1.0).double()}, TRAIN)
     torch.testing.assert_close(contrast.mean(1), TRAIN["inputs"].mean(1))
@@ -248,7 +289,9 @@ def test_a_loader_of_pairs_serves():
         torch.utils.data.TensorDataset(TRAIN["inputs"], TRAIN["targets"]), batch_size=3
     )
     problem, meta, domains = tuning_problem(MODEL, F.cross_entropy, [ClassWeights(3)])
-    tuner = Tuner(problem, meta, inner=GradientDescent(steps=1, lr=0.1), method="cg", domains=domains)
+    tuner = Tuner(
+        problem, meta, inner=GradientDescent(steps=1, lr=0.1), method="cg", domains=domains
+    )
     before = {name: p.clone() for name, p in MODEL.named_parameters()}
     tuner.fit(loader, [(VALIDATION["inputs"], VALIDATION["targets"])], steps=3)
     assert all(torch.equal(p, before[name]) for name, p in MODEL.named_parameters())
@@ -284,7 +327,9 @@ def test_bad_arguments_are_refused():
         made(ClassWeights(3), model=network().requires_grad_(False))
     with pytest.raises(ValueError, match="SyntheticData labels: got 2, expected 3"):
         SyntheticData(torch.zeros(3, 5), torch.zeros(2))
-    with pytest.raises(ValueError, match="scope: got 'layer', expected one of scalar, tensor, element"):
+    with pytest.raises(
+        ValueError, match="scope: got 'layer', expected one of scalar, tensor, element"
+    ):
         WeightDecay("layer")
     with pytest.raises(ValueError, match="center: got 'meta'"):
         WeightDecay(center="meta")
@@ -302,7 +347,9 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="ExampleWeights: got a batch without 'index'"):
         problem.inner_loss(PARAMS, meta, (TRAIN["inputs"], TRAIN["targets"]))
     problem, meta, _ = made(ClassWeights(3), loss=lambda z, y, reduction: F.cross_entropy(z, y))
-    with pytest.raises(ValueError, match=r"weights: got shape \(9,\) for losses \(\), expected \[m\] for both"):
+    with pytest.raises(
+        ValueError, match=r"weights: got shape \(9,\) for losses \(\), expected \[m\] for both"
+    ):
         problem.inner_loss(PARAMS, meta, TRAIN)
 
 
@@ -310,7 +357,13 @@ def test_an_inner_step_size_asked_of_an_implicit_method_names_those_that_can():
     from metaimplicit import FromMeta
 
     problem, meta, domains = tuning_problem(MODEL, F.cross_entropy, [Scalar("lr", 0.1)])
-    tuner = Tuner(problem, meta, inner=GradientDescent(steps=1, lr=FromMeta("lr")), method="cg", domains=domains)
+    tuner = Tuner(
+        problem,
+        meta,
+        inner=GradientDescent(steps=1, lr=FromMeta("lr")),
+        method="cg",
+        domains=domains,
+    )
     with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['lr'\].*'unrolled'"):
         tuner.step(TRAIN, VALIDATION)
 
@@ -318,21 +371,32 @@ def test_an_inner_step_size_asked_of_an_implicit_method_names_those_that_can():
 def test_networks_are_taken_by_gauss_newton():
     problem, meta, _ = tuning_problem(MODEL, F.cross_entropy, [ClassWeights(3)])
     inner = GradientDescent(steps=1, lr=0.1)
-    assert Tuner(problem, meta, inner=inner).step(TRAIN, VALIDATION).report.curvature == "gauss-newton"
+    assert (
+        Tuner(problem, meta, inner=inner).step(TRAIN, VALIDATION).report.curvature == "gauss-newton"
+    )
     method = Implicit(MINRES(), curvature="hessian")
-    assert Tuner(problem, meta, inner=inner, method=method).step(TRAIN, VALIDATION).report.curvature == "hessian"
+    assert (
+        Tuner(problem, meta, inner=inner, method=method).step(TRAIN, VALIDATION).report.curvature
+        == "hessian"
+    )
 
 
 def test_domains_hold_their_starts():
-    problem, meta, domains = tuning_problem(MODEL, F.cross_entropy, [Scalar("momentum", 1.0, Interval(0, 1))])
-    with pytest.raises(ValueError, match=r"meta\['momentum'\].*got 1, expected numbers between 0 and 1"):
+    problem, meta, domains = tuning_problem(
+        MODEL, F.cross_entropy, [Scalar("momentum", 1.0, Interval(0, 1))]
+    )
+    with pytest.raises(
+        ValueError, match=r"meta\['momentum'\].*got 1, expected numbers between 0 and 1"
+    ):
         Tuner(problem, meta, inner=GradientDescent(), domains=domains)
 
 
 def test_batches_of_a_set_name_its_examples():
     examples = tasks.Examples(TRAIN["inputs"], TRAIN["targets"])
     problem, meta, domains = tuning_problem(MODEL, F.cross_entropy, [ExampleWeights(9)])
-    tuner = Tuner(problem, meta, inner=GradientDescent(steps=1, lr=0.1), method="cg", domains=domains)
+    tuner = Tuner(
+        problem, meta, inner=GradientDescent(steps=1, lr=0.1), method="cg", domains=domains
+    )
     result = tuner.step([tasks.Batches(examples, 4, 0)(0)] * 2, VALIDATION)
     moved = (tuner.meta["example_weights"] != 1).nonzero().squeeze(1)
     assert result.applied

@@ -23,7 +23,9 @@ def make_inner(inner: str | InnerLoop) -> InnerLoop:
     if isinstance(inner, InnerLoop):
         return inner
     if inner not in INNER:
-        raise ValueError(f"inner: got {inner!r}, expected one of {', '.join(INNER)}, or an InnerLoop")
+        raise ValueError(
+            f"inner: got {inner!r}, expected one of {', '.join(INNER)}, or an InnerLoop"
+        )
     return INNER[inner]()
 
 

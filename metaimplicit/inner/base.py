@@ -77,7 +77,9 @@ class InnerLoop(ABC):
         Raises:
             ValueError: a loop whose steps are no such function (a line search).
         """
-        raise ValueError(f"inner: got {type(self).__name__}, whose steps are not differentiable; use GradientDescent")
+        raise ValueError(
+            f"inner: got {type(self).__name__}, whose steps are not differentiable; use GradientDescent"
+        )
 
     def updated(self, **changes: Any) -> InnerLoop:
         """The same loop with some of its numbers changed."""
@@ -85,7 +87,9 @@ class InnerLoop(ABC):
 
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`."""
-        return any(isinstance(number, FromMeta) and number.reads(key) for _, number in self._numbers())
+        return any(
+            isinstance(number, FromMeta) and number.reads(key) for _, number in self._numbers()
+        )
 
     def check(self) -> None:
         """Raise ValueError for a cap or a tolerance out of range."""
@@ -113,6 +117,8 @@ class InnerLoop(ABC):
 def straight_through(params: Params, start: Params) -> Params:
     """θ with the gradient of θ₀: the steps between them pulled back as the identity."""
     return {
-        name: p.detach() + (start[name] - start[name].detach()) if start[name].requires_grad else p.detach()
+        name: p.detach() + (start[name] - start[name].detach())
+        if start[name].requires_grad
+        else p.detach()
         for name, p in params.items()
     }

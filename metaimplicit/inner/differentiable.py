@@ -75,7 +75,9 @@ def _reference(
     constants = {key: value for key, value in options.items() if not _is_tensor(value)}
     if "momentum" in options and "momentum" not in constants:
         constants["momentum"] = 0.5  # a stand-in: Nesterov's check wants one
-    return optimizer([{"params": [torch.zeros((), requires_grad=True)]} for _ in names], **constants)
+    return optimizer(
+        [{"params": [torch.zeros((), requires_grad=True)]} for _ in names], **constants
+    )
 
 
 def _build(
@@ -88,9 +90,13 @@ def _build(
 ) -> Any:
     """A differentiable optimiser with one group for each tensor, going on from `state`."""
     reference = _reference(optimizer, options, names)
-    override = {key: [resolve(value, meta, name) for name in names] for key, value in options.items()}
+    override = {
+        key: [resolve(value, meta, name) for name in names] for key, value in options.items()
+    }
     reference.state.clear()  # Adagrad fills its state at birth; ours is made in the first step
-    slots = [object() for _ in names]  # `higher` copies the groups deeply and asks of a parameter only which it is
+    slots = [
+        object() for _ in names
+    ]  # `higher` copies the groups deeply and asks of a parameter only which it is
     for group, slot in zip(reference.param_groups, slots, strict=True):
         group["params"] = [slot]
     stepper = _Stepper(reference, slots, override=override, track_higher_grads=track)
@@ -101,7 +107,11 @@ def _build(
 
 
 def _is_tensor(value: Any) -> bool:
-    return any(map(_is_tensor, value)) if isinstance(value, tuple) else isinstance(value, (Tensor, FromMeta))
+    return (
+        any(map(_is_tensor, value))
+        if isinstance(value, tuple)
+        else isinstance(value, (Tensor, FromMeta))
+    )
 
 
 def run(
@@ -125,11 +135,15 @@ def run(
     norm = torch.zeros(tasks, device=device)
     frozen = {name: value.detach() for name, value in meta.items()}
     params, free = start, steps - track
-    stepper = _build(optimizer, options, meta if free == 0 else frozen, names, state, track=free == 0)
+    stepper = _build(
+        optimizer, options, meta if free == 0 else frozen, names, state, track=free == 0
+    )
     if free > 0:
         params = leaves(start)
     elif not all(p.requires_grad for p in start.values()):
-        params = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in start.items()}
+        params = {
+            name: p if p.requires_grad else p.detach().requires_grad_() for name, p in start.items()
+        }
     iterates = [params] if keep else []
     check_every = 8 if device.type == "cuda" else 1
 
@@ -138,16 +152,26 @@ def run(
         if t == free:
             check_differentiable(gradients)
         if tol is not None or t == steps - 1:
-            norm = flatten({str(i): g.detach() for i, g in enumerate(gradients) if g is not None}).norm(dim=-1)
+            norm = flatten(
+                {str(i): g.detach() for i, g in enumerate(gradients) if g is not None}
+            ).norm(dim=-1)
         return gradients
 
     for t in range(steps):
         if t == free and free > 0:
             params = straight_through(params, start)
-            params = {name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()}
+            params = {
+                name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()
+            }
             stepper = _build(optimizer, options, meta, names, _state(stepper, names), track=True)
         losses = loss(params, t)
-        stepped = dict(zip(names, stepper.step(losses.sum(), list(params.values()), grad_callback=look), strict=True))
+        stepped = dict(
+            zip(
+                names,
+                stepper.step(losses.sum(), list(params.values()), grad_callback=look),
+                strict=True,
+            )
+        )
         if tol is not None:
             active = active & (norm > tol)
             stepped = {name: _where(active, new, params[name]) for name, new in stepped.items()}

@@ -48,8 +48,12 @@ class LBFGS(InnerLoop):
         state: OptimizerState | None = None,
     ) -> Trajectory:
         if track or keep:
-            raise ValueError("inner: got LBFGS with a method that needs its iterates, expected an implicit method")
-        points = leaves({name: p.detach().contiguous().clone() for name, p in start.items()})  # written in place
+            raise ValueError(
+                "inner: got LBFGS with a method that needs its iterates, expected an implicit method"
+            )
+        points = leaves(
+            {name: p.detach().contiguous().clone() for name, p in start.items()}
+        )  # written in place
         variables = list(points.values())
         eps = torch.finfo(variables[0].dtype).eps
         optimizer = torch.optim.LBFGS(
@@ -68,10 +72,16 @@ class LBFGS(InnerLoop):
             for p, g in zip(variables, gradients, strict=True):
                 p.grad = torch.zeros_like(p) if g is None else g
             total = value.item()
-            slope = flatten({str(i): p.grad for i, p in enumerate(variables) if p.grad is not None}).norm(dim=-1)
+            slope = flatten(
+                {str(i): p.grad for i, p in enumerate(variables) if p.grad is not None}
+            ).norm(dim=-1)
             solved = self.tol is not None and bool((slope <= self.tol).all())
             if solved or total < lowest:
-                best, lowest, norm = {name: p.detach().clone() for name, p in points.items()}, total, slope
+                best, lowest, norm = (
+                    {name: p.detach().clone() for name, p in points.items()},
+                    total,
+                    slope,
+                )
             if solved or calls == self.steps:
                 raise _Done
             return total

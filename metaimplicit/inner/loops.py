@@ -97,9 +97,19 @@ class TorchOptimizer(_Stepped):
     options: dict[str, Any] = field(default_factory=dict)
 
     def __init__(
-        self, optimizer: type[torch.optim.Optimizer], *, steps: int = 5, tol: float | None = None, **options: Any
+        self,
+        optimizer: type[torch.optim.Optimizer],
+        *,
+        steps: int = 5,
+        tol: float | None = None,
+        **options: Any,
     ) -> None:
-        for name, value in {"optimizer": optimizer, "steps": steps, "tol": tol, "options": options}.items():
+        for name, value in {
+            "optimizer": optimizer,
+            "steps": steps,
+            "tol": tol,
+            "options": options,
+        }.items():
             object.__setattr__(self, name, value)
         self.check()
         check_optimizer(optimizer, options)
@@ -110,4 +120,6 @@ class TorchOptimizer(_Stepped):
         return self.options.get("lr")
 
     def updated(self, **changes: Any) -> TorchOptimizer:
-        return TorchOptimizer(self.optimizer, **({"steps": self.steps, "tol": self.tol} | self.options | changes))
+        return TorchOptimizer(
+            self.optimizer, **({"steps": self.steps, "tol": self.tol} | self.options | changes)
+        )

@@ -56,7 +56,9 @@ class NewtonCG(InnerLoop):
         if not self.radius > 0:
             raise ValueError(f"NewtonCG radius: got {self.radius}, expected a number > 0")
         if self.forcing is not None and not 0 <= self.forcing < 1:
-            raise ValueError(f"NewtonCG forcing: got {self.forcing}, expected a relative residual in [0, 1), or None")
+            raise ValueError(
+                f"NewtonCG forcing: got {self.forcing}, expected a relative residual in [0, 1), or None"
+            )
 
     def run(
         self,
@@ -69,11 +71,17 @@ class NewtonCG(InnerLoop):
         state: OptimizerState | None = None,
     ) -> Trajectory:
         if track:
-            raise ValueError("inner: got NewtonCG with a method that differentiates steps, expected an implicit method")
+            raise ValueError(
+                "inner: got NewtonCG with a method that differentiates steps, expected an implicit method"
+            )
         if len(kinds := {p.dtype for p in start.values()}) > 1:
-            raise ValueError(f"NewtonCG: got parameters of {sorted(map(str, kinds))}, expected one type; convert them")
+            raise ValueError(
+                f"NewtonCG: got parameters of {sorted(map(str, kinds))}, expected one type; convert them"
+            )
         theta = flatten({name: p.detach() for name, p in start.items()})
-        radius = torch.full_like(theta[:, :1], min(self.radius, torch.finfo(theta.dtype).max ** 0.25))
+        radius = torch.full_like(
+            theta[:, :1], min(self.radius, torch.finfo(theta.dtype).max ** 0.25)
+        )
         taken = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
         iterates = [unflatten(theta, start)]
         check_every = 8 if theta.is_cuda else 1
@@ -85,7 +93,9 @@ class NewtonCG(InnerLoop):
                 break
             taken += active.squeeze(-1)
             eta = norm.sqrt().clamp(max=0.5) if self.forcing is None else self.forcing
-            step, decrease, bound = steihaug(hessian, gradient, radius, eta * norm, active, self.cg_steps)
+            step, decrease, bound = steihaug(
+                hessian, gradient, radius, eta * norm, active, self.cg_steps
+            )
             del hessian  # its graph, before the next one is made
             hessian, lower, slope = _expand(loss, unflatten(theta + step, start))
             finite = lower.isfinite() & slope.isfinite().all(dim=-1, keepdim=True)
@@ -94,7 +104,10 @@ class NewtonCG(InnerLoop):
             blur = 10 * torch.finfo(theta.dtype).eps * value.abs()
             ratio = (value - lower + blur) / (decrease + blur)
             moved = active & (ratio > ACCEPT)
-            theta, gradient = torch.where(moved, theta + step, theta), torch.where(moved, slope, gradient)
+            theta, gradient = (
+                torch.where(moved, theta + step, theta),
+                torch.where(moved, slope, gradient),
+            )
             value = lower  # where a task refused, all are made anew below
             norm = gradient.norm(dim=-1, keepdim=True)
             poor = active & ~(ratio >= 0.25)  # NaN, too
@@ -109,7 +122,12 @@ class NewtonCG(InnerLoop):
 
 
 def steihaug(
-    operator: LinearOperator, gradient: Tensor, radius: Tensor, tol: Tensor, active: Tensor, steps: int
+    operator: LinearOperator,
+    gradient: Tensor,
+    radius: Tensor,
+    tol: Tensor,
+    active: Tensor,
+    steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Steihaug–Toint step of each active task, zero for the others.
 

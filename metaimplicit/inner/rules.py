@@ -66,7 +66,9 @@ def adagrad(group: Group, state: Slots, p: Value, g: Value) -> Value:
     g = _decayed(group, p, g)
     state["step"] = step = state.get("step", 0) + 1
     state["sum"] = total = state.get("sum", group["initial_accumulator_value"]) + g * g
-    return p - group["lr"] / (1 + (step - 1) * group["lr_decay"]) * g / (_root(total) + group["eps"])
+    return p - group["lr"] / (1 + (step - 1) * group["lr_decay"]) * g / (
+        _root(total) + group["eps"]
+    )
 
 
 def adamax(group: Group, state: Slots, p: Value, g: Value) -> Value:
@@ -75,7 +77,9 @@ def adamax(group: Group, state: Slots, p: Value, g: Value) -> Value:
     g = _decayed(group, p, g)
     state["step"] = step = state.get("step", 0) + 1
     state["mean"] = mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
-    state["norm"] = norm = torch.maximum(beta2 * state.get("norm", torch.zeros_like(g)), g.abs() + group["eps"])
+    state["norm"] = norm = torch.maximum(
+        beta2 * state.get("norm", torch.zeros_like(g)), g.abs() + group["eps"]
+    )
     return p - group["lr"] / (1 - beta1**step) * mean / norm
 
 
@@ -84,7 +88,9 @@ def rmsprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
     alpha, momentum = group["alpha"], group["momentum"]
     g = _decayed(group, p, g)
     state["square"] = square = alpha * state.get("square", 0.0) + (1 - alpha) * g * g
-    state["buffer"] = buffer = momentum * state.get("buffer", 0.0) + g / (_root(square) + group["eps"])
+    state["buffer"] = buffer = momentum * state.get("buffer", 0.0) + g / (
+        _root(square) + group["eps"]
+    )
     return p - group["lr"] * buffer
 
 
@@ -120,12 +126,17 @@ def _root(x: Tensor) -> Tensor:
 
 
 _ADAM = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
-RULES: dict[type[torch.optim.Optimizer], tuple[Rule, frozenset[str]]] = {  # and the options held against torch.optim
+RULES: dict[
+    type[torch.optim.Optimizer], tuple[Rule, frozenset[str]]
+] = {  # and the options held against torch.optim
     torch.optim.SGD: (sgd, frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"})),
     torch.optim.Adam: (adam, _ADAM),
     torch.optim.AdamW: (adamw, _ADAM),
     torch.optim.Adadelta: (adadelta, frozenset({"lr", "rho", "eps", "weight_decay"})),
-    torch.optim.Adagrad: (adagrad, frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"})),
+    torch.optim.Adagrad: (
+        adagrad,
+        frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"}),
+    ),
     torch.optim.Adamax: (adamax, frozenset({"lr", "betas", "eps", "weight_decay"})),
     torch.optim.ASGD: (asgd, frozenset({"lr", "lambd", "alpha", "t0", "weight_decay"})),
     torch.optim.RMSprop: (rmsprop, frozenset({"lr", "alpha", "eps", "weight_decay", "momentum"})),

@@ -88,7 +88,9 @@ def make_method(flag: str | Method, options: MethodOptions | None = None) -> Met
     """
     if isinstance(flag, Method):
         if options is not None:
-            raise ValueError(f"options: got {options} beside a {type(flag).__name__}, which they would not change")
+            raise ValueError(
+                f"options: got {options} beside a {type(flag).__name__}, which they would not change"
+            )
         return flag
     if flag not in METHODS:
         raise ValueError(f"method: got {flag!r}, expected one of {', '.join(METHODS)}, or a Method")

@@ -119,7 +119,13 @@ class Method(ABC):
 
 
 def run_inner(
-    problem: LiftedProblem, inner: InnerLoop, meta: Params, *, track: int, keep: bool = False, detach: bool = False
+    problem: LiftedProblem,
+    inner: InnerLoop,
+    meta: Params,
+    *,
+    track: int,
+    keep: bool = False,
+    detach: bool = False,
 ) -> tuple[Params, Trajectory, Reads]:
     """Run the inner loop on the problem's inner loss from θ₀ = init(meta), cut off from `meta` if `detach`.
 
@@ -131,7 +137,9 @@ def run_inner(
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
         if t == 0 or isinstance(problem.data, Stream):
-            reads.loss.update(reached([losses], meta, params.values(), [problem.problem.inner_loss]))
+            reads.loss.update(
+                reached([losses], meta, params.values(), [problem.problem.inner_loss])
+            )
         return losses
 
     inner.check_captured()
@@ -140,7 +148,9 @@ def run_inner(
     return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
 
 
-def despite_zero_tensors(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
+def despite_zero_tensors(
+    function: Callable[[LiftedProblem], Result], problem: LiftedProblem
+) -> Result:
     """`function(problem)`; once more under vmap where torch finds the forward derivative of a gradient there alone.
 
     So it is with `F.mse_loss`: "ZeroTensors are immutable", says torch 2.14 without.
@@ -161,10 +171,14 @@ def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
     """
     if not isinstance(problem.data, Stream):
         if batch is not UNSET and batch is not None:
-            raise ValueError(f"{name} batch: got one with data that is not a Stream, expected none: it sees the data")
+            raise ValueError(
+                f"{name} batch: got one with data that is not a Stream, expected none: it sees the data"
+            )
         return problem.data
     if batch is UNSET:
-        raise ValueError(f"{name} batch: got none with a Stream, expected the data that derivatives at θ* are taken on")
+        raise ValueError(
+            f"{name} batch: got none with a Stream, expected the data that derivatives at θ* are taken on"
+        )
     return batch
 
 

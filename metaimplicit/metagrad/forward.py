@@ -13,12 +13,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Reads, Report, despite_zero_tensors
+from metaimplicit.metagrad.base import (
+    Adaptation,
+    Gradients,
+    Method,
+    Reads,
+    Report,
+    despite_zero_tensors,
+)
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import Iterate, LiftedProblem, OptimizerState, Stream
 from metaimplicit.solvers import State
 
-Tangents = tuple[Params, OptimizerState]  # each tensor with an axis of tangents first, one for every number of φ
+Tangents = tuple[
+    Params, OptimizerState
+]  # each tensor with an axis of tangents first, one for every number of φ
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,9 @@ class Forward(Method):
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"Forward chunk: got {self.chunk}, expected at least 1 tangent, or None")
+            raise ValueError(
+                f"Forward chunk: got {self.chunk}, expected at least 1 tangent, or None"
+            )
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         return despite_zero_tensors(partial(self._adapt, inner=inner, meta=meta), problem)
@@ -57,15 +68,24 @@ class Forward(Method):
         params, reads = self._start(problem, meta)
         # what only the outer loss reads needs no tangents; a stream may read more later than at its first step
         read = reads.start | reads.loss
-        known = {name for name in meta if isinstance(problem.data, Stream) or name in read or inner.reads(name)}
+        known = {
+            name
+            for name in meta
+            if isinstance(problem.data, Stream) or name in read or inner.reads(name)
+        }
         phi = {name: m.detach() for name, m in meta.items() if m.requires_grad and name in known}
         fixed = {name: m.detach() for name, m in meta.items() if name not in phi}
         state: OptimizerState = {} if problem.start is None else problem.start.state
         self._check_size(params, phi)
         basis = _basis(phi)
         z = self._begin(problem, phi, fixed, basis)
-        active = torch.ones(problem.tasks, dtype=torch.bool, device=next(iter(params.values())).device)
-        taken, norm = torch.zeros_like(active, dtype=torch.int64), torch.zeros_like(active, dtype=torch.float32)
+        active = torch.ones(
+            problem.tasks, dtype=torch.bool, device=next(iter(params.values())).device
+        )
+        taken, norm = (
+            torch.zeros_like(active, dtype=torch.int64),
+            torch.zeros_like(active, dtype=torch.float32),
+        )
         unused: set[str] = set()
         for t in range(inner.steps):
             if t == 0 or isinstance(problem.data, Stream):
@@ -87,18 +107,28 @@ class Forward(Method):
         def pullback(vectors: Params, _: State) -> tuple[Gradients, Report]:
             found: Gradients = dict.fromkeys(meta)
             if phi:
-                along = torch.stack([z[0][name].flatten(1) @ v.flatten() for name, v in vectors.items()]).sum(0)
+                along = torch.stack(
+                    [z[0][name].flatten(1) @ v.flatten() for name, v in vectors.items()]
+                ).sum(0)
                 parts = torch.split(along, [m.numel() for m in phi.values()])
-                found |= {name: part.reshape(m.shape).to(m) for (name, m), part in zip(phi.items(), parts, strict=True)}
+                found |= {
+                    name: part.reshape(m.shape).to(m)
+                    for (name, m), part in zip(phi.items(), parts, strict=True)
+                }
             return found, report
 
-        return Adaptation(params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback)
+        return Adaptation(
+            params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback
+        )
 
     @staticmethod
     def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, Reads]:
         """θ₀, and the meta-parameters that it and the loss depend on."""
         initial = problem.init(meta)
-        reads = Reads(reached(initial.values(), meta, [], [problem.problem.init]), _look(problem, initial, meta, 0)[0])
+        reads = Reads(
+            reached(initial.values(), meta, [], [problem.problem.init]),
+            _look(problem, initial, meta, 0)[0],
+        )
         return {name: p.detach().contiguous() for name, p in initial.items()}, reads
 
     def _check_size(self, params: Params, phi: Params) -> None:
@@ -114,15 +144,23 @@ class Forward(Method):
         """Z_0: the Jacobian of init; of an inner loop that goes on, 0, or the Z it ended with."""
         start = problem.start
         if start is None:
-            return self._vmap(partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,)), (basis,))[1], {}
+            return self._vmap(
+                partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,)), (basis,)
+            )[1], {}
         if self.carry and start.carried is not None:
             if not isinstance(start.carried, dict):
-                raise ValueError("start: got the end of another method, expected that of 'forward' or 'real-time'")
+                raise ValueError(
+                    "start: got the end of another method, expected that of 'forward' or 'real-time'"
+                )
             if start.carried["meta"] != list(phi):
-                raise ValueError(f"start: got the derivative of {start.carried['meta']}, expected that of {list(phi)}")
+                raise ValueError(
+                    f"start: got the derivative of {start.carried['meta']}, expected that of {list(phi)}"
+                )
             carried: Tangents = start.carried["z"]
             return carried
-        zeros: Tangents = tree_map(lambda x: x.new_zeros(_count(phi), *x.shape), (start.params, _split(start.state)[0]))
+        zeros: Tangents = tree_map(
+            lambda x: x.new_zeros(_count(phi), *x.shape), (start.params, _split(start.state)[0])
+        )
         return zeros
 
     def _vmap(self, push: Callable[[Any], Any], tangents: Any) -> Any:
@@ -131,7 +169,9 @@ class Forward(Method):
         parts: list[Any] = []
         value: Any = None
         for begin in range(0, max(count, 1), self.chunk or max(count, 1)):
-            some = tree_map(lambda x, i=begin: x[i : i + (self.chunk or count)].contiguous(), tangents)
+            some = tree_map(
+                lambda x, i=begin: x[i : i + (self.chunk or count)].contiguous(), tangents
+            )
             value, pushed = torch.vmap(push, out_dims=(None, 0))(some)  # type: ignore[arg-type]
             parts.append(pushed)
         return value, parts[0] if len(parts) == 1 else tree_map(lambda *x: torch.cat(x), *parts)
@@ -150,7 +190,9 @@ class _Step:
     data: Any
     after: OptimizerState = field(default_factory=dict)
 
-    def __call__(self, params: Params, slots: OptimizerState, phi: Params) -> tuple[Params, OptimizerState, Tensor]:
+    def __call__(
+        self, params: Params, slots: OptimizerState, phi: Params
+    ) -> tuple[Params, OptimizerState, Tensor]:
         meta = {**self.fixed, **phi}
         gradients = torch.func.grad(lambda p: self.problem.inner(p, meta, self.data).sum())(params)
         state = {name: {**self.numbers.get(name, {}), **slots.get(name, {})} for name in params}
@@ -159,7 +201,10 @@ class _Step:
         norm = flatten(gradients).norm(dim=-1)
         if (tol := self.inner.tol) is not None:
             go = self.active & ~(norm.detach() <= tol)
-            stepped = {n: torch.where(go.reshape(-1, *[1] * (p.dim() - 1)), p, params[n]) for n, p in stepped.items()}
+            stepped = {
+                n: torch.where(go.reshape(-1, *[1] * (p.dim() - 1)), p, params[n])
+                for n, p in stepped.items()
+            }
         tensors, numbers = _split(after)
         self.after.update(numbers)
         return stepped, tensors, norm
@@ -168,10 +213,14 @@ class _Step:
 def _jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     found: Any = torch.func.jvp(function, primals, tangents)
     value, tangent = found
-    return value, tree_map(lambda t, v: t.to(v.dtype), tangent, value)  # 0.5 * x of a scalar makes it double
+    return value, tree_map(
+        lambda t, v: t.to(v.dtype), tangent, value
+    )  # 0.5 * x of a scalar makes it double
 
 
-def _look(problem: LiftedProblem, params: Params, meta: Params, step: int) -> tuple[set[str], set[str]]:
+def _look(
+    problem: LiftedProblem, params: Params, meta: Params, step: int
+) -> tuple[set[str], set[str]]:
     """The meta-parameters that the loss of a step depends on; the parameters that it does not."""
     variables = leaves(params)
     losses = [problem.inner(variables, meta, problem.at(step))]
@@ -185,9 +234,14 @@ def _basis(phi: Params) -> Params:
         return {}
     like = next(iter(phi.values()))
     parts = torch.split(
-        torch.eye(_count(phi), dtype=like.dtype, device=like.device), [m.numel() for m in phi.values()], 1
+        torch.eye(_count(phi), dtype=like.dtype, device=like.device),
+        [m.numel() for m in phi.values()],
+        1,
     )
-    return {name: part.reshape(-1, *m.shape).to(m) for part, (name, m) in zip(parts, phi.items(), strict=True)}
+    return {
+        name: part.reshape(-1, *m.shape).to(m)
+        for part, (name, m) in zip(parts, phi.items(), strict=True)
+    }
 
 
 def _count(phi: Params) -> int:
@@ -196,6 +250,11 @@ def _count(phi: Params) -> int:
 
 def _split(state: OptimizerState) -> tuple[OptimizerState, OptimizerState]:
     """The tensors of a state, and its numbers."""
-    tensors = {n: {k: x for k, x in slots.items() if isinstance(x, Tensor)} for n, slots in state.items()}
-    numbers = {n: {k: x for k, x in slots.items() if not isinstance(x, Tensor)} for n, slots in state.items()}
+    tensors = {
+        n: {k: x for k, x in slots.items() if isinstance(x, Tensor)} for n, slots in state.items()
+    }
+    numbers = {
+        n: {k: x for k, x in slots.items() if not isinstance(x, Tensor)}
+        for n, slots in state.items()
+    }
     return tensors, numbers

@@ -41,13 +41,16 @@ from metaimplicit.problem import Composite, Iterate, LiftedProblem, Proximal, re
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
 Curvature = (
-    Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"] | Callable[..., GaussNewton | KFAC | Diagonal]
+    Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"]
+    | Callable[..., GaussNewton | KFAC | Diagonal]
 )
 _NAMED: dict[str, Callable[..., GaussNewton | KFAC | Diagonal]] = {
     "gauss-newton": GaussNewton,
     "kfac": partial(KFAC, others="zero"),
     "ekfac": partial(KFAC, others="zero", corrected=True),
-    "diagonal": lambda outputs, loss, params: Diagonal(GaussNewton(outputs, loss, params), semidefinite=True),
+    "diagonal": lambda outputs, loss, params: Diagonal(
+        GaussNewton(outputs, loss, params), semidefinite=True
+    ),
 }
 
 
@@ -92,14 +95,20 @@ class Implicit(Method):
     def __post_init__(self) -> None:
         if self.curvature not in (None, "hessian", *_NAMED) and not callable(self.curvature):
             known = ", ".join(["hessian", *_NAMED])
-            raise ValueError(f"curvature: got {self.curvature!r}, expected one of {known}, or a class of operators")
+            raise ValueError(
+                f"curvature: got {self.curvature!r}, expected one of {known}, or a class of operators"
+            )
         if self.preconditioner not in (None, "diagonal") and not _is_kronecker(self.preconditioner):
             known = "'kfac', 'ekfac', 'diagonal' or a partial KFAC"
             raise ValueError(f"preconditioner: got {self.preconditioner!r}, expected {known}")
         if self.products not in get_args(Products):
-            raise ValueError(f"products: got {self.products!r}, expected one of {', '.join(get_args(Products))}")
+            raise ValueError(
+                f"products: got {self.products!r}, expected one of {', '.join(get_args(Products))}"
+            )
         if self.products != "double-backward" and self.curvature not in (None, "hessian"):
-            raise ValueError(f"products: got {self.products!r} with curvature {self.curvature!r}, expected 'hessian'")
+            raise ValueError(
+                f"products: got {self.products!r} with curvature {self.curvature!r}, expected 'hessian'"
+            )
         if not self.damping >= 0:
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
 
@@ -114,12 +123,16 @@ class Implicit(Method):
         report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
         return self.at(trajectory.end, problem, meta, report, reads)
 
-    def at(self, end: Iterate, problem: LiftedProblem, meta: Params, report: Report, reads: Reads) -> Adaptation:
+    def at(
+        self, end: Iterate, problem: LiftedProblem, meta: Params, report: Report, reads: Reads
+    ) -> Adaptation:
         """The way back from θ* = `end.params`, however they were found."""
         params = end.params
 
         def pullback(vectors: Params, state: State) -> tuple[Gradients, Report]:
-            return despite_zero_tensors(lambda p: self._pull(p, meta, params, vectors, report, state), problem)
+            return despite_zero_tensors(
+                lambda p: self._pull(p, meta, params, vectors, report, state), problem
+            )
 
         return Adaptation(params, report, reads, end, pullback)
 
@@ -128,7 +141,11 @@ class Implicit(Method):
         """The curvature in a word."""
         if isinstance(self.curvature, str):
             return self.curvature
-        return "hessian" if self.curvature is None else getattr(self.curvature, "func", self.curvature).__name__.lower()
+        return (
+            "hessian"
+            if self.curvature is None
+            else getattr(self.curvature, "func", self.curvature).__name__.lower()
+        )
 
     @property
     def _generalised(self) -> bool:
@@ -137,28 +154,44 @@ class Implicit(Method):
     def _kronecker(self, make: Any, problem: LiftedProblem, meta: Params, params: Params) -> KFAC:
         data, f = held_data(problem, self.batch, "Implicit"), problem.problem.inner_loss
         if not isinstance(f, Composite) or f.module is None:
-            raise ValueError("K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)")
+            raise ValueError(
+                "K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)"
+            )
         if f.weights is not None:
-            raise ValueError("K-FAC: got an inner loss with weights, which it does not see; use 'gauss-newton'")
+            raise ValueError(
+                "K-FAC: got an inner loss with weights, which it does not see; use 'gauss-newton'"
+            )
         factors: KFAC = _made(make)(
             f.module,
-            lambda function, p: problem.apply(lambda q, d: function(lambda r: f.outputs(r, meta, d), q), p, data),
+            lambda function, p: problem.apply(
+                lambda q, d: function(lambda r: f.outputs(r, meta, d), q), p, data
+            ),
             lambda z: problem.output_loss(f, z, meta, data),
             params,
         )
         return factors
 
     def _pull(
-        self, problem: LiftedProblem, meta: Params, params: Params, vectors: Params, report: Report, state: State
+        self,
+        problem: LiftedProblem,
+        meta: Params,
+        params: Params,
+        vectors: Params,
+        report: Report,
+        state: State,
     ) -> tuple[Gradients, Report]:
         operator, gradient, sigma, definite = self._linearise(problem, meta, params)
         if not sigma >= 0:
-            raise ValueError(f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say")
+            raise ValueError(
+                f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say"
+            )
         sigma += self.damping
         v, apply, made = flatten(vectors), None, [operator]
         if self.preconditioner is not None:
             if not sigma > 0:
-                raise ValueError(f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping")
+                raise ValueError(
+                    f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping"
+                )
             factors = (
                 Diagonal(operator)
                 if self.preconditioner == "diagonal"
@@ -169,18 +202,28 @@ class Implicit(Method):
             def apply(r: Tensor) -> Tensor:
                 return factors.inverse(r, sigma)
 
-        solution = self.solver.solve(operator + Identity(operator, sigma), v, state=state, preconditioner=apply)
-        products = solution.products + sum(each.products for each in made if isinstance(each, Diagonal))
+        solution = self.solver.solve(
+            operator + Identity(operator, sigma), v, state=state, preconditioner=apply
+        )
+        products = solution.products + sum(
+            each.products for each in made if isinstance(each, Diagonal)
+        )
         squared = operator.first if isinstance(operator, Sum) else operator
         if isinstance(squared, GaussNewton) and bool((solution.rayleigh < 0.999 * sigma).any()):
             squared.check_convex()
         self._judge(solution)
         if self.products == "finite-differences":
             data = held_data(problem, self.batch, "Implicit")
-            slope = central_difference(lambda p: problem.inner(p, meta, data), params, solution.value)
-            mixed = pull_graph({"slope": slope}, meta, {"slope": -torch.ones_like(slope)}, retain_graph=False)
+            slope = central_difference(
+                lambda p: problem.inner(p, meta, data), params, solution.value
+            )
+            mixed = pull_graph(
+                {"slope": slope}, meta, {"slope": -torch.ones_like(slope)}, retain_graph=False
+            )
         else:
-            mixed = pull_graph(gradient, meta, unflatten(-solution.value, params), retain_graph=False)
+            mixed = pull_graph(
+                gradient, meta, unflatten(-solution.value, params), retain_graph=False
+            )
         bound = solution.residual * v.norm(dim=-1) / sigma if definite and sigma > 0 else None
         return mixed, replace(
             report,
@@ -215,7 +258,9 @@ class Implicit(Method):
         if self._generalised and not _is_kronecker(self.curvature):
             squared = _made(self.curvature)(outputs, loss, params)
             if f.weights is not None and isinstance(squared, Fisher):
-                raise ValueError("Fisher: got an inner loss with weights, which it does not see; use 'gauss-newton'")
+                raise ValueError(
+                    "Fisher: got an inner loss with weights, which it does not see; use 'gauss-newton'"
+                )
             core, gradient = squared, squared.gradient
         else:
             hessian = Hessian(lambda p: loss(outputs(p)), params, self.products)

@@ -9,7 +9,15 @@ import torch
 
 from metaimplicit.graph import reached
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import UNSET, Adaptation, Gradients, Method, Report, held_data, run_inner
+from metaimplicit.metagrad.base import (
+    UNSET,
+    Adaptation,
+    Gradients,
+    Method,
+    Report,
+    held_data,
+    run_inner,
+)
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import Iterate, LiftedProblem
 from metaimplicit.solvers import State
@@ -61,8 +69,12 @@ class ValueFunction(Method):
             outward = problem.outer(at_y, meta, outer)[0] - problem.outer(at_z, meta, outer)[0]
             inward = problem.inner(at_y, meta, data) - problem.inner(at_z, meta, data)
             value = outward.mean() + self.strength * inward.mean()
-            lost = reads.start - reached([inward], meta, [*at_y.values(), *at_z.values()], None)  # read by init alone
+            lost = reads.start - reached(
+                [inward], meta, [*at_y.values(), *at_z.values()], None
+            )  # read by init alone
             found = torch.autograd.grad(value, [meta[name] for name in names], allow_unused=True)
-            return dict.fromkeys(meta) | dict(zip(names, found, strict=True)) | dict.fromkeys(lost), report
+            return dict.fromkeys(meta) | dict(zip(names, found, strict=True)) | dict.fromkeys(
+                lost
+            ), report
 
         return Adaptation(z.params, report, reads, replace(z, carried=y), pullback)

@@ -47,7 +47,9 @@ class Truncated(Method):
     steps: int = 1
     flag = "truncated"
     graph = True
-    remedy = "with steps=0 it reaches the initialisation alone; give it more steps or use 'unrolled'"
+    remedy = (
+        "with steps=0 it reaches the initialisation alone; give it more steps or use 'unrolled'"
+    )
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -59,7 +61,9 @@ class Truncated(Method):
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         if self.steps > inner.steps:
-            raise ValueError(f"Truncated steps: got {self.steps}, expected at most the inner loop's {inner.steps}")
+            raise ValueError(
+                f"Truncated steps: got {self.steps}, expected at most the inner loop's {inner.steps}"
+            )
         if inner.tol is not None and inner.differentiable:
             raise ValueError(
                 f"Truncated: got an inner loop with tol={inner.tol}, which hides its last step; use tol=None"
@@ -87,10 +91,20 @@ class FirstOrder(Method):
 
 
 def _reverse(
-    flag: str, problem: LiftedProblem, inner: InnerLoop, meta: Params, track: int, iterates: bool = False
+    flag: str,
+    problem: LiftedProblem,
+    inner: InnerLoop,
+    meta: Params,
+    track: int,
+    iterates: bool = False,
 ) -> Adaptation:
     _, trajectory, reads = run_inner(problem, inner, meta, track=track, keep=iterates)
     params = trajectory.params
     if iterates:
-        params = {name: torch.stack([point[name] for point in trajectory.iterates], dim=1) for name in params}
-    return Adaptation(params, Report(flag, trajectory.steps, trajectory.gradient_norm), reads, trajectory.end)
+        params = {
+            name: torch.stack([point[name] for point in trajectory.iterates], dim=1)
+            for name in params
+        }
+    return Adaptation(
+        params, Report(flag, trajectory.steps, trajectory.gradient_norm), reads, trajectory.end
+    )

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import UNSET, Adaptation, Gradients, Method, Report, held_data, pull_graph, run_inner
+from metaimplicit.metagrad.base import (
+    UNSET,
+    Adaptation,
+    Gradients,
+    Method,
+    Report,
+    held_data,
+    pull_graph,
+    run_inner,
+)
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import LiftedProblem
@@ -46,9 +55,15 @@ class SAMA(Method):
                 stepped = inner.update(end.params, gradient, end.state, fixed)[0]
                 return {name: stepped[name] for name in gradient}
 
-            moved = torch.func.jvp(step, (g,), ({name: vectors[name] for name in g},))[1]  # ∂θ'/∂g v = −Dv
+            moved = torch.func.jvp(step, (g,), ({name: vectors[name] for name in g},))[
+                1
+            ]  # ∂θ'/∂g v = −Dv
             along = {name: moved.get(name, torch.zeros_like(p)) for name, p in end.params.items()}
-            slope = central_difference(lambda p: problem.inner(p, meta, data), end.params, flatten(along))
-            return pull_graph({"f": slope}, meta, {"f": torch.ones_like(slope)}, retain_graph=False), report
+            slope = central_difference(
+                lambda p: problem.inner(p, meta, data), end.params, flatten(along)
+            )
+            return pull_graph(
+                {"f": slope}, meta, {"f": torch.ones_like(slope)}, retain_graph=False
+            ), report
 
         return Adaptation(end.params, report, reads, end, pullback)

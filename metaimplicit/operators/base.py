@@ -74,7 +74,9 @@ class Sum(LinearOperator):
 
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
         if first.shape != second.shape:
-            raise ValueError(f"operator sum: got shapes {first.shape} and {second.shape}, expected equal ones")
+            raise ValueError(
+                f"operator sum: got shapes {first.shape} and {second.shape}, expected equal ones"
+            )
         self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
         self.first, self.second = first, second
 
@@ -114,4 +116,6 @@ class Scaled(LinearOperator):
 
     def split(self) -> tuple[LinearOperator, float | Tensor]:
         core, shift = self.operator.split()
-        return core if isinstance(core, Identity) else Scaled(self.factor, core), self.factor * shift
+        return core if isinstance(core, Identity) else Scaled(
+            self.factor, core
+        ), self.factor * shift

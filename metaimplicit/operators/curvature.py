@@ -72,15 +72,22 @@ class Hessian(_Curvature):
     """
 
     def __init__(
-        self, loss: Callable[[Params], Tensor], params: Params, products: Products = "double-backward"
+        self,
+        loss: Callable[[Params], Tensor],
+        params: Params,
+        products: Products = "double-backward",
     ) -> None:
         if products not in get_args(Products):
-            raise ValueError(f"Hessian products: got {products!r}, expected one of {', '.join(get_args(Products))}")
+            raise ValueError(
+                f"Hessian products: got {products!r}, expected one of {', '.join(get_args(Products))}"
+            )
         super().__init__(params)
         self.products = products
         total, targets = loss(self.params).sum(), list(self.params.values())
         if total.requires_grad:
-            self._set_gradient(torch.autograd.grad(total, targets, create_graph=True, allow_unused=True))
+            self._set_gradient(
+                torch.autograd.grad(total, targets, create_graph=True, allow_unused=True)
+            )
             if products != "finite-differences":
                 check_differentiable(self.gradient.values())
         else:
@@ -94,7 +101,9 @@ class Hessian(_Curvature):
         if self.products == "finite-differences":
             return central_difference(lambda p: flatten(self._slope(p)), point, vector)
         gradient = torch.func.grad(lambda p: self._loss(p).sum())
-        return flatten(torch.func.jvp(gradient, (point,), (unflatten(vector, self.params),))[1]).detach()
+        return flatten(
+            torch.func.jvp(gradient, (point,), (unflatten(vector, self.params),))[1]
+        ).detach()
 
     def matmat(self, vectors: Tensor) -> Tensor:
         if self.products == "double-backward":
@@ -104,7 +113,11 @@ class Hessian(_Curvature):
         return torch.vmap(self.matvec)(vectors)
 
     def columns(self, index: Tensor) -> Tensor:
-        return super().columns(index) if self.products == "double-backward" else LinearOperator.columns(self, index)
+        return (
+            super().columns(index)
+            if self.products == "double-backward"
+            else LinearOperator.columns(self, index)
+        )
 
     def _image(self, vector: Params, batched: bool) -> Tensor:
         return _pull({name: self.gradient[name] for name in vector}, self.params, vector, batched)
@@ -113,7 +126,10 @@ class Hessian(_Curvature):
         at = leaves(params)
         with torch.enable_grad():
             found = torch.autograd.grad(self._loss(at).sum(), list(at.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(at.items(), found, strict=True)}
+        return {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(at.items(), found, strict=True)
+        }
 
 
 def central_difference(function: Callable[[Params], Tensor], at: Params, vector: Tensor) -> Tensor:
@@ -122,7 +138,9 @@ def central_difference(function: Callable[[Params], Tensor], at: Params, vector:
     length = vector.norm(dim=-1, keepdim=True)
     h = torch.finfo(theta.dtype).eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
     h = h / torch.where(length > 0, length, 1.0)
-    difference = function(unflatten(theta + h * vector, at)) - function(unflatten(theta - h * vector, at))
+    difference = function(unflatten(theta + h * vector, at)) - function(
+        unflatten(theta - h * vector, at)
+    )
     slope: Tensor = difference / (2 * h.reshape(-1, *[1] * (difference.dim() - 1)))
     return slope
 
@@ -140,14 +158,22 @@ class GaussNewton(_Curvature):
         params: the point θ, task axis first.
     """
 
-    def __init__(self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params) -> None:
+    def __init__(
+        self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params
+    ) -> None:
         super().__init__(params)
         self._outputs, self._loss = outputs(self.params), loss
-        self._slope = torch.autograd.grad(loss(self._outputs).sum(), self._outputs, create_graph=True)[0]
-        if not self._slope.requires_grad:  # a loss linear in z still needs a node to differentiate Jᵀr at
+        self._slope = torch.autograd.grad(
+            loss(self._outputs).sum(), self._outputs, create_graph=True
+        )[0]
+        if (
+            not self._slope.requires_grad
+        ):  # a loss linear in z still needs a node to differentiate Jᵀr at
             self._slope = self._slope.requires_grad_()
         targets = list(self.params.values())
-        gradients = torch.autograd.grad(self._outputs, targets, self._slope, create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            self._outputs, targets, self._slope, create_graph=True, allow_unused=True
+        )
         self._set_gradient(gradients)
         check_differentiable(gradients)
 
@@ -158,8 +184,15 @@ class GaussNewton(_Curvature):
         return self._image(unflatten(vectors, self.params), batched=True)
 
     def _image(self, vector: Params, batched: bool) -> Tensor:
-        tangent = _derivative({name: self.gradient[name] for name in vector}, self._slope, vector, batched)
-        return _pull({"outputs": self._outputs}, self.params, {"outputs": self._bend(tangent, batched)}, batched)
+        tangent = _derivative(
+            {name: self.gradient[name] for name in vector}, self._slope, vector, batched
+        )
+        return _pull(
+            {"outputs": self._outputs},
+            self.params,
+            {"outputs": self._bend(tangent, batched)},
+            batched,
+        )
 
     def check_convex(self, steps: int = 20) -> None:
         """ValueError if power iterations, in float64 if the loss can, find negative curvature of it in the outputs."""
@@ -176,9 +209,13 @@ class GaussNewton(_Curvature):
         def bend(v: Tensor) -> Tensor:
             return torch.autograd.grad(slope, z, v, retain_graph=True)[0].reshape(len(z), -1)
 
-        draws = torch.randn(2, *z.shape[1:], generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
+        draws = torch.randn(
+            2, *z.shape[1:], generator=torch.Generator().manual_seed(0), dtype=z.dtype
+        ).to(z.device)
         largest = z.new_zeros(len(z), 1)
-        for draw in draws:  # the largest |λ|, then the smallest λ, of which |λ|_max − λ is the largest
+        for (
+            draw
+        ) in draws:  # the largest |λ|, then the smallest λ, of which |λ|_max − λ is the largest
             v, shift = draw.expand(z.shape).reshape(len(z), -1), largest
             for _ in range(steps):
                 v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
@@ -242,12 +279,16 @@ class Fisher(GaussNewton):
         super().__init__(outputs, loss, params)
         z = self._outputs.detach()
         if z.dim() < 3:
-            raise ValueError(f"Fisher outputs: got shape {tuple(z.shape)}, expected [tasks, examples, …, d]")
+            raise ValueError(
+                f"Fisher outputs: got shape {tuple(z.shape)}, expected [tasks, examples, …, d]"
+            )
         self.likelihood, self._examples = likelihood, z[0, ..., 0].numel()
         self._mean = z.softmax(-1)
         self._scores: Tensor | None = None
         if expectation != "exact":
-            self._scores = output_scores(z, self._slope.detach(), likelihood, expectation, samples, generator)
+            self._scores = output_scores(
+                z, self._slope.detach(), likelihood, expectation, samples, generator
+            )
 
     def check_convex(self, steps: int = 20) -> None:
         """Nothing: it is positive semi-definite whatever the loss."""
@@ -281,10 +322,18 @@ def output_scores(
         noise = torch.randn(samples, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
         return noise * torch.tensor(samples**-0.5).to(noise)
     if likelihood == "gaussian":
-        return torch.eye(d, dtype=z.dtype, device=z.device).reshape(d, *[1] * (z.dim() - 1), d).expand(d, *z.shape)
+        return (
+            torch.eye(d, dtype=z.dtype, device=z.device)
+            .reshape(d, *[1] * (z.dim() - 1), d)
+            .expand(d, *z.shape)
+        )
     p = z.softmax(-1)
     if expectation == "exact":
-        labels = torch.arange(d, device=z.device).reshape(d, *[1] * (z.dim() - 1)).expand(d, *z.shape[:-1])
+        labels = (
+            torch.arange(d, device=z.device)
+            .reshape(d, *[1] * (z.dim() - 1))
+            .expand(d, *z.shape[:-1])
+        )
         weight = p.movedim(-1, 0).sqrt().unsqueeze(-1)
     else:
         drawn = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)

@@ -41,11 +41,14 @@ class Diagonal(Invertible):
         self.products = n if samples is None else samples
         if samples is None:
             parts = [
-                operator.columns(index)[torch.arange(len(index)), :, index] for index in torch.arange(n).split(256)
+                operator.columns(index)[torch.arange(len(index)), :, index]
+                for index in torch.arange(n).split(256)
             ]
             self.values = torch.cat(parts).T
         else:
-            signs = 1 - 2 * torch.randint(2, (samples, 1, n), generator=generator).to(self.device, self.dtype)
+            signs = 1 - 2 * torch.randint(2, (samples, 1, n), generator=generator).to(
+                self.device, self.dtype
+            )
             signs = signs.expand(-1, tasks, -1)
             self.values = (signs * operator.matmat(signs)).mean(0)
         if semidefinite:

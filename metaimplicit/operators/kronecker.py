@@ -15,7 +15,9 @@ from metaimplicit.operators.curvature import Expectation, Likelihood, output_sco
 from metaimplicit.params import Params, flatten, unflatten
 
 Call = Callable[[Params], Tensor]  # one task's outputs of the model
-Lift = Callable[[Callable[[Call, Params], Any], Params], Any]  # a function of one task, over the task axis
+Lift = Callable[
+    [Callable[[Call, Params], Any], Params], Any
+]  # a function of one task, over the task axis
 Result = TypeVar("Result")
 
 
@@ -90,7 +92,12 @@ class KFAC(Invertible):
 
         def sizes(call: Call, own: Params) -> Params:
             found: Params = {}
-            watch(layers, lambda: call(own), lambda name, _, output: found.update({name: output}), _ADVICE)
+            watch(
+                layers,
+                lambda: call(own),
+                lambda name, _, output: found.update({name: output}),
+                _ADVICE,
+            )
             return found
 
         def probed(call: Call, both: Params) -> tuple[Tensor, Params]:
@@ -104,7 +111,10 @@ class KFAC(Invertible):
             return watch(layers, lambda: call(own), record, _ADVICE), found
 
         with torch.no_grad():
-            probes = {name: torch.zeros_like(out).requires_grad_() for name, out in lift(sizes, self.params).items()}
+            probes = {
+                name: torch.zeros_like(out).requires_grad_()
+                for name, out in lift(sizes, self.params).items()
+            }
         with torch.enable_grad():
             both = self.params | {f"probe {name}": probe for name, probe in probes.items()}
             outputs, inputs = lift(probed, both)
@@ -176,8 +186,12 @@ def watch(
     """
     called: set[str] = set()
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None]:
-        def look(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
+    def hook(
+        name: str,
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None]:
+        def look(
+            _: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> Tensor | None:
             if name in called:
                 raise ValueError(f"KFAC: layer {name!r} is called twice, expected once; {advice}")
             called.add(name)
@@ -185,7 +199,9 @@ def watch(
 
         return look
 
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         result = function()
     finally:
@@ -202,10 +218,14 @@ def plain(layer: nn.Module) -> bool:
         return False
     if not isinstance(layer, nn.Conv2d):
         return True
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return (
+        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
 
 
-def positions(layer: nn.Linear | nn.Conv2d, inputs: Tensor, gradients: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+def positions(
+    layer: nn.Linear | nn.Conv2d, inputs: Tensor, gradients: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
     """ā `[tasks, m, R, in (+ 1)]` and g `[count, tasks, m, R, out]` of a layer's R positions for each example.
 
     Args:
@@ -217,7 +237,9 @@ def positions(layer: nn.Linear | nn.Conv2d, inputs: Tensor, gradients: Tensor, b
     tasks, m = inputs.shape[:2]
     if isinstance(layer, nn.Conv2d):
         padding: Any = layer.padding
-        patches = F.unfold(inputs.flatten(0, 1), layer.kernel_size, layer.dilation, padding, layer.stride)
+        patches = F.unfold(
+            inputs.flatten(0, 1), layer.kernel_size, layer.dilation, padding, layer.stride
+        )
         a, g = patches.mT.reshape(tasks, m, patches.shape[-1], -1), gradients.flatten(4).mT
     else:
         a, g = (
@@ -236,7 +258,12 @@ def moments(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
 
 
 def _block(
-    name: str, layer: nn.Linear | nn.Conv2d, params: Params, inputs: Tensor, gradients: Tensor, corrected: bool
+    name: str,
+    layer: nn.Linear | nn.Conv2d,
+    params: Params,
+    inputs: Tensor,
+    gradients: Tensor,
+    corrected: bool,
 ) -> _Block:
     """From inputs `[tasks, m, …]` and gradients `[count, tasks, m, …]` of a layer's outputs."""
     prefix, m = f"{name}." if name else "", inputs.shape[1]
@@ -247,6 +274,9 @@ def _block(
     values = along_g.clamp(min=0).unsqueeze(-1) * along_a.clamp(min=0).unsqueeze(-2)
     if corrected:
         turned = a @ right.unsqueeze(1)
-        each = [torch.einsum("tmro,tmri->tmoi", one @ left.unsqueeze(1), turned).square().sum(1) for one in g]
+        each = [
+            torch.einsum("tmro,tmri->tmoi", one @ left.unsqueeze(1), turned).square().sum(1)
+            for one in g
+        ]
         values = torch.stack(each).sum(0) / m
     return _Block(f"{prefix}weight", bias, left, right, values)

@@ -28,20 +28,29 @@ class SecondOrder(torch.optim.Optimizer):
 
     wants = "closure() -> (outputs, targets), as in step(lambda: (model(x), y))"
     axes = 0  # of the outputs, at least
-    likelihood: Likelihood = "gaussian"  # whose −log the loss has to be; of "gaussian" it cannot be seen
+    likelihood: Likelihood = (
+        "gaussian"  # whose −log the loss has to be; of "gaussian" it cannot be seen
+    )
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], seed: int | None = None) -> None:
         owner = type(self).__name__
         if not isinstance(model, nn.Module):
-            raise ValueError(f"{owner} model: got {type(model).__name__}, expected an nn.Module, whose names it needs")
+            raise ValueError(
+                f"{owner} model: got {type(model).__name__}, expected an nn.Module, whose names it needs"
+            )
         self._model = model
         self._own: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._own:
-            raise ValueError(f"{owner} model: got no parameter that requires grad, expected at least one")
+            raise ValueError(
+                f"{owner} model: got no parameter that requires grad, expected at least one"
+            )
         first = next(iter(self._own.values()))
         self._dtype, self._device = first.dtype, first.device
         for name, p in self._own.items():
-            if (p.dtype, p.device) != (first.dtype, first.device) or p.dtype not in (torch.float32, torch.float64):
+            if (p.dtype, p.device) != (first.dtype, first.device) or p.dtype not in (
+                torch.float32,
+                torch.float64,
+            ):
                 raise ValueError(
                     f"{owner} model: got {name!r} as {p.dtype} on {p.device}, expected {first.dtype} on {first.device} "
                     "of every parameter, in single or double precision; convert the model first"
@@ -52,12 +61,20 @@ class SecondOrder(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
-            raise ValueError(f"{type(self).__name__}: got another parameter group, expected one; build it on one model")
+            raise ValueError(
+                f"{type(self).__name__}: got another parameter group, expected one; build it on one model"
+            )
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles: torch's own leaves out what is not its own
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # of copies and pickles: torch's own leaves out what is not its own
         # nor hooks, nor the `step` that a scheduler wraps around this very optimiser
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        return {
+            k: v
+            for k, v in self.__dict__.items()
+            if k != "step" and not k.startswith("_optimizer_")
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on to the same bits; `torch.load(weights_only=True)` reads it."""
@@ -67,9 +84,13 @@ class SecondOrder(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._random is not None:
             if "random" not in state_dict:
-                raise ValueError(f"{type(self).__name__} state: got none of random numbers, expected its own state")
+                raise ValueError(
+                    f"{type(self).__name__} state: got none of random numbers, expected its own state"
+                )
             self._random.set_state(state_dict["random"].cpu())
-        super().load_state_dict({name: part for name, part in state_dict.items() if name != "random"})
+        super().load_state_dict(
+            {name: part for name, part in state_dict.items() if name != "random"}
+        )
 
     def _generator(self) -> torch.Generator:
         """A generator on the parameters' device; only the one that seeds it, on the CPU, is state."""
@@ -80,13 +101,23 @@ class SecondOrder(torch.optim.Optimizer):
         if not callable(closure):
             raise ValueError(f"step: got {closure!r}, expected {self.wants}")
         if frozen := [name for name, p in self._own.items() if not p.requires_grad]:
-            raise ValueError(f"step: {frozen[0]!r} was frozen after the optimiser was built; build it anew")
+            raise ValueError(
+                f"step: {frozen[0]!r} was frozen after the optimiser was built; build it anew"
+            )
         return closure
 
     def _pair(self, found: Any) -> tuple[Tensor, Any]:
-        if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[0], Tensor):
-            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"closure: returned {got}, expected a pair (outputs, targets): {self.wants}")
+        if (
+            not isinstance(found, (tuple, list))
+            or len(found) != 2
+            or not isinstance(found[0], Tensor)
+        ):
+            got = (
+                f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            )
+            raise ValueError(
+                f"closure: returned {got}, expected a pair (outputs, targets): {self.wants}"
+            )
         if found[0].dim() < self.axes:
             raise ValueError(
                 f"closure: returned outputs of shape {tuple(found[0].shape)}, expected [examples, …, d]; unsqueeze(-1)"
@@ -97,9 +128,15 @@ class SecondOrder(torch.optim.Optimizer):
         """ValueError for a loss that is seen to be no −log softmax(z): its gradients sum to zero over the classes."""
         if self.likelihood == "softmax" and loss.requires_grad:
             (slope,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-            off = slope.sum(-1).abs().sum() > 0.01 * slope.abs().sum() + 10 * torch.finfo(slope.dtype).eps
+            off = (
+                slope.sum(-1).abs().sum()
+                > 0.01 * slope.abs().sum() + 10 * torch.finfo(slope.dtype).eps
+            )
             refuse(
-                off & ~(outputs.detach().logsumexp(-1).abs() < 1e-3).all(),  # log p serves nll_loss as logits do
+                off
+                & ~(
+                    outputs.detach().logsumexp(-1).abs() < 1e-3
+                ).all(),  # log p serves nll_loss as logits do
                 f"{type(self).__name__} loss: got one whose gradient does not sum to zero over the last axis of the "
                 "outputs, expected cross-entropy over that axis; move the classes there, set likelihood='gaussian' for "
                 "½ Σ (z − y)², or use GaussNewton",
@@ -108,7 +145,9 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _scalar(self, value: Any, source: str) -> Tensor:
         if not isinstance(value, Tensor) or value.dim() > 0:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            got = (
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
             raise ValueError(
                 f"{source}: returned {got}, expected a scalar tensor, the mean over examples; reduce it, as by "
                 "reduction='mean'"
@@ -117,8 +156,12 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _finite(self, loss: Tensor, outputs: Tensor | None = None) -> None:
         """Before anything is drawn from the outputs; a logit of −∞ is a class that is left out."""
-        bad = ~loss.isfinite() if outputs is None else ~loss.isfinite() | ~(outputs < torch.inf).all()
-        refuse(bad, f"{type(self).__name__}: the loss or the outputs are not finite; nothing was moved")
+        bad = (
+            ~loss.isfinite() if outputs is None else ~loss.isfinite() | ~(outputs < torch.inf).all()
+        )
+        refuse(
+            bad, f"{type(self).__name__}: the loss or the outputs are not finite; nothing was moved"
+        )
 
     def _differentiable(self, value: Tensor, source: str) -> Tensor:
         """`value`, which has to have a graph, and one to parameters that were put in place for the call alone."""
@@ -127,7 +170,9 @@ class SecondOrder(torch.optim.Optimizer):
                 f"{source}: its result does not depend on a parameter of the model that requires grad; call the model "
                 "with gradients on, and detach nothing"
             )
-        found = torch.autograd.grad(value.sum(), list(self._own.values()), retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            value.sum(), list(self._own.values()), retain_graph=True, allow_unused=True
+        )
         if reads := [name for name, g in zip(self._own, found, strict=True) if g is not None]:
             raise ValueError(
                 f"{source}: it reads {reads[0]!r} past the model, so its gradient would be lost; call the model, or "
@@ -142,7 +187,9 @@ class SecondOrder(torch.optim.Optimizer):
         seen: dict[str, Any] = {}
 
         def outputs(params: Params) -> Tensor:
-            z, seen["targets"] = self._pair(evaluate({name: p.squeeze(0) for name, p in params.items()}))
+            z, seen["targets"] = self._pair(
+                evaluate({name: p.squeeze(0) for name, p in params.items()})
+            )
             return self._differentiable(z, "closure").unsqueeze(0)
 
         def of_outputs(z: Tensor) -> Tensor:
@@ -204,7 +251,9 @@ class _Closed(nn.Module):
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(
+        device
+    ) if device.type == "cuda" else None
 
 
 def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
@@ -216,7 +265,11 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
 def check_numbers(owner: str, *, above: float, **numbers: float) -> None:
     """ValueError for one that is not finite, or not greater than `above`; −1 stands for 'at least 0'."""
     for name, value in numbers.items():
-        fits = isinstance(value, (int, float)) and math.isfinite(value) and (value >= 0 if above < 0 else value > above)
+        fits = (
+            isinstance(value, (int, float))
+            and math.isfinite(value)
+            and (value >= 0 if above < 0 else value > above)
+        )
         if not fits:
             bound = "≥ 0" if above < 0 else f"> {above:g}"
             raise ValueError(f"{owner} {name}: got {value!r}, expected a finite number {bound}")
@@ -244,7 +297,9 @@ def ratio(numbers: Tensor, eps: float) -> float:
     return fall / expected
 
 
-def levenberg_marquardt(damping: float, rho: float, *, easier: float, harder: float, floor: float) -> float:
+def levenberg_marquardt(
+    damping: float, rho: float, *, easier: float, harder: float, floor: float
+) -> float:
     """The next λ: `harder` times it where ρ < ¼, `easier` times it where ρ > ¾, and never below `floor`."""
     if rho < 0.25:
         return damping * harder
@@ -253,9 +308,13 @@ def levenberg_marquardt(damping: float, rho: float, *, easier: float, harder: fl
 
 def check_loss(owner: str, loss: Any) -> None:
     if not callable(loss):
-        raise ValueError(f"{owner} loss: got {loss!r}, expected a function (outputs, targets) -> scalar")
+        raise ValueError(
+            f"{owner} loss: got {loss!r}, expected a function (outputs, targets) -> scalar"
+        )
     if getattr(loss, "reduction", "mean") == "none":
-        raise ValueError(f"{owner} loss: got reduction='none', expected a scalar; use reduction='mean'")
+        raise ValueError(
+            f"{owner} loss: got reduction='none', expected a scalar; use reduction='mean'"
+        )
 
 
 def check_likelihood(owner: str, loss: Any, likelihood: str, expectation: str) -> None:

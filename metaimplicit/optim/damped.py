@@ -47,7 +47,9 @@ class Damped(SecondOrder):
         check_numbers(owner, above=0, lr=lr)
         check_numbers(owner, above=0 if adapt else -1, damping=damping)
         if solver is not None and not isinstance(solver, Solver):
-            raise ValueError(f"{owner} solver: got {solver!r}, expected one of metaimplicit.solvers, or None")
+            raise ValueError(
+                f"{owner} solver: got {solver!r}, expected one of metaimplicit.solvers, or None"
+            )
         super().__init__(model, {"lr": lr, "damping": damping, "adapt": adapt}, seed)
         n = sum(p.numel() for p in self._own.values())
         self.solver = solver or (Dense() if n <= DENSE else CG(max_steps=50, tol=1e-3))
@@ -65,20 +67,30 @@ class Damped(SecondOrder):
         Raises:
             FloatingPointError: the loss, its gradient or the step is not finite; no parameter has moved.
         """
-        group, evaluate = self.param_groups[0], Evaluations(self._model, self._closure(closure), self._device)
+        group, evaluate = (
+            self.param_groups[0],
+            Evaluations(self._model, self._closure(closure), self._device),
+        )
         with torch.enable_grad():
             try:
                 operator, loss = self._linearise(evaluate)
             except RuntimeError as error:
                 if "second time" not in str(error):
                     raise
-                raise ValueError("closure: it has used its graph up; call no backward() there, step does") from error
+                raise ValueError(
+                    "closure: it has used its graph up; call no backward() there, step does"
+                ) from error
         g = flatten(operator.gradient).detach()
-        refuse(~g.isfinite(), f"{type(self).__name__}: the gradient is not finite; nothing was moved")
+        refuse(
+            ~g.isfinite(), f"{type(self).__name__}: the gradient is not finite; nothing was moved"
+        )
         for name, p in self._own.items():
             p.grad = operator.gradient[name].detach().squeeze(0)
         delta = -group["lr"] * self._direction(operator, g, group["damping"])
-        refuse(~delta.isfinite(), f"{type(self).__name__}: the step is not finite; nothing was moved; raise damping")
+        refuse(
+            ~delta.isfinite(),
+            f"{type(self).__name__}: the step is not finite; nothing was moved; raise damping",
+        )
         parts = unflatten(delta, operator.params)
         if not group["adapt"]:
             self._move(parts)
@@ -89,13 +101,18 @@ class Damped(SecondOrder):
         self._move(parts)
         self.ratio = None
         try:
-            self.ratio = ratio(torch.stack([loss, self._value(evaluate()), predicted]), torch.finfo(self._dtype).eps)
+            self.ratio = ratio(
+                torch.stack([loss, self._value(evaluate()), predicted]),
+                torch.finfo(self._dtype).eps,
+            )
         finally:  # a closure may refuse the trial point
             if self.ratio is None or not self.ratio > 0:
                 for name, p in self._own.items():
                     p.copy_(kept[name])
         floor = torch.finfo(self._dtype).eps * self.defaults["damping"]
-        group["damping"] = levenberg_marquardt(group["damping"], self.ratio, easier=0.5, harder=4.0, floor=floor)
+        group["damping"] = levenberg_marquardt(
+            group["damping"], self.ratio, easier=0.5, harder=4.0, floor=floor
+        )
         return loss
 
     def _move(self, parts: Params) -> None:

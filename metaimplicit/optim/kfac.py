@@ -112,7 +112,9 @@ class KFAC(SecondOrder):
         self.loss, self.likelihood, self.expectation = loss, likelihood, expectation
         self._layers = _layers(model, self._own, others)
         if not self._layers:
-            raise ValueError(f"KFAC model: got no linear or 2-d convolutional layer that requires grad; {_ADVICE}")
+            raise ValueError(
+                f"KFAC model: got no linear or 2-d convolutional layer that requires grad; {_ADVICE}"
+            )
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -139,10 +141,14 @@ class KFAC(SecondOrder):
         def record(name: str, given: Tensor, output: Tensor) -> None:
             inputs[name] = given.detach()
             if output.requires_grad:
-                edges[name] = get_gradient_edge(output)  # not the tensor, which an activation may change in place
+                edges[name] = get_gradient_edge(
+                    output
+                )  # not the tensor, which an activation may change in place
 
         with torch.enable_grad():
-            outputs, targets = self._pair(watch(self._layers, evaluate, record, _ADVICE) if update else evaluate())
+            outputs, targets = self._pair(
+                watch(self._layers, evaluate, record, _ADVICE) if update else evaluate()
+            )
             loss = self._scalar(self.loss(outputs, targets), "loss")
         if not loss.requires_grad:
             raise ValueError(
@@ -154,13 +160,18 @@ class KFAC(SecondOrder):
             self._check_softmax(loss, outputs)
         slopes = self._slopes(outputs, loss, edges) if update else {}
         own = list(self._own.values())
-        gradients = dict(zip(self._own, torch.autograd.grad(loss, own, allow_unused=True), strict=True))
+        gradients = dict(
+            zip(self._own, torch.autograd.grad(loss, own, allow_unused=True), strict=True)
+        )
         if unused := [name for name, g in gradients.items() if g is None]:
-            raise ValueError(f"KFAC: the loss does not depend on {unused[0]!r}; freeze it (requires_grad_(False))")
+            raise ValueError(
+                f"KFAC: the loss does not depend on {unused[0]!r}; freeze it (requires_grad_(False))"
+            )
         sizes = torch.stack(torch._foreach_norm(list(gradients.values())))
         loss = loss.detach()
         refuse(
-            ~loss.isfinite() | ~sizes.isfinite().all(), "KFAC: the loss or its gradient is not finite; nothing moved"
+            ~loss.isfinite() | ~sizes.isfinite().all(),
+            "KFAC: the loss or its gradient is not finite; nothing moved",
         )
         if update:
             self._average(inputs, slopes, outputs.detach()[..., 0].numel())
@@ -170,19 +181,31 @@ class KFAC(SecondOrder):
         for name, p in self._own.items():
             p.grad = gradients[name]
         delta, nu = self._step(gradients)
-        predicted = self._predicted(evaluate, gradients, delta) if isinstance(evaluate, Evaluations) else None
+        predicted = (
+            self._predicted(evaluate, gradients, delta)
+            if isinstance(evaluate, Evaluations)
+            else None
+        )
         torch._foreach_add_(own, list(delta.values()))
         if predicted is not None:
             self._adapt(loss, evaluate(), predicted, nu)
         group["steps"] += 1
         return loss
 
-    def _slopes(self, outputs: Tensor, loss: Tensor, edges: dict[str, GradientEdge]) -> dict[str, Tensor]:
+    def _slopes(
+        self, outputs: Tensor, loss: Tensor, edges: dict[str, GradientEdge]
+    ) -> dict[str, Tensor]:
         """The gradients of −log p(y|z) in each layer's outputs, `[count, m, …]`, one for each example and drawn y."""
         z = outputs.unsqueeze(0)
-        slope = z if self.expectation != "empirical" else torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
+        slope = (
+            z
+            if self.expectation != "empirical"
+            else torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
+        )
         generator = self._generator() if self.expectation == "monte-carlo" else None
-        scores = output_scores(z.detach(), slope.detach(), self.likelihood, self.expectation, 1, generator).squeeze(1)
+        scores = output_scores(
+            z.detach(), slope.detach(), self.likelihood, self.expectation, 1, generator
+        ).squeeze(1)
         many = len(scores) > 1
         found = torch.autograd.grad(
             outputs,
@@ -192,7 +215,11 @@ class KFAC(SecondOrder):
             retain_graph=True,
             allow_unused=True,
         )
-        slopes = {name: g if many else g.unsqueeze(0) for name, g in zip(edges, found, strict=True) if g is not None}
+        slopes = {
+            name: g if many else g.unsqueeze(0)
+            for name, g in zip(edges, found, strict=True)
+            if g is not None
+        }
         if unused := [name for name in self._layers if name not in slopes]:
             raise ValueError(f"KFAC: the outputs do not depend on layer {unused[0]!r}; {_ADVICE}")
         return slopes
@@ -203,7 +230,9 @@ class KFAC(SecondOrder):
         decay = min(1 - 1 / group["updates"], group["decay"])
         for name, layer in self._layers.items():
             weight, bias = self._names(name)
-            given, slope = (x.to(self._dtype) for x in (inputs[name].unsqueeze(0), slopes[name].unsqueeze(1)))
+            given, slope = (
+                x.to(self._dtype) for x in (inputs[name].unsqueeze(0), slopes[name].unsqueeze(1))
+            )
             a, g = positions(layer, given, slope, bias is not None)
             state = self.state[self._own[weight]]
             for key, new in zip(("A", "G"), moments(a, g, examples), strict=True):
@@ -223,13 +252,20 @@ class KFAC(SecondOrder):
                 made.append((state, key, factor))
                 failed.append(info > 0)
         if failed:
-            refuse(torch.stack(failed), f"KFAC: a factor is singular at damping = {damping:.3g}; raise damping")
+            refuse(
+                torch.stack(failed),
+                f"KFAC: a factor is singular at damping = {damping:.3g}; raise damping",
+            )
         for state, key, factor in made:
             state[f"{key} inverse"] = torch.cholesky_inverse(factor)
 
     def _step(self, gradients: Params) -> tuple[Params, Tensor]:
         """δ = −lr v, and ν."""
-        group, directions, nu = self.param_groups[0], dict(gradients), torch.ones((), device=self._device)
+        group, directions, nu = (
+            self.param_groups[0],
+            dict(gradients),
+            torch.ones((), device=self._device),
+        )
         for name in self._layers:
             weight, bias = self._names(name)
             state, v = self.state[self._own[weight]], gradients[weight].flatten(1)
@@ -240,7 +276,10 @@ class KFAC(SecondOrder):
                 directions[bias] = v[:, -1]
         if group["kl_clip"] is not None:
             inner = torch.stack(
-                [(u * g).sum() for u, g in zip(directions.values(), gradients.values(), strict=True)]
+                [
+                    (u * g).sum()
+                    for u, g in zip(directions.values(), gradients.values(), strict=True)
+                ]
             ).sum()
             nu = (group["kl_clip"] / (group["lr"] ** 2 * inner)).sqrt().clamp(max=1.0)
             directions = {name: nu * u for name, u in directions.items()}
@@ -248,7 +287,9 @@ class KFAC(SecondOrder):
             for name, u in directions.items():
                 state = self.state[self._own[name]]
                 past = state.get("momentum")
-                directions[name] = state["momentum"] = u.clone() if past is None else group["momentum"] * past + u
+                directions[name] = state["momentum"] = (
+                    u.clone() if past is None else group["momentum"] * past + u
+                )
         return {name: -group["lr"] * v for name, v in directions.items()}, nu
 
     def _predicted(self, evaluate: Evaluations, gradients: Params, delta: Params) -> Tensor:
@@ -256,7 +297,9 @@ class KFAC(SecondOrder):
         with torch.enable_grad():
             outputs, loss, _ = self._split(evaluate, self.loss)
             fisher = Fisher(outputs, loss, self._leaves(), likelihood=self.likelihood)
-        d, g = (flatten({name: p[name].unsqueeze(0) for name in self._own}) for p in (delta, gradients))
+        d, g = (
+            flatten({name: p[name].unsqueeze(0) for name in self._own}) for p in (delta, gradients)
+        )
         return -((g + 0.5 * fisher.matvec(d)) * d).sum()
 
     def _adapt(self, loss: Tensor, found: Any, predicted: Tensor, nu: Tensor) -> None:
@@ -266,7 +309,11 @@ class KFAC(SecondOrder):
         omega = (19 / 20) ** group["adapt_every"]
         easier = omega if bool(nu == 1) else 1.0
         group["damping"] = levenberg_marquardt(
-            group["damping"], self.ratio, easier=easier, harder=1 / omega, floor=eps * self.defaults["damping"]
+            group["damping"],
+            self.ratio,
+            easier=easier,
+            harder=1 / omega,
+            floor=eps * self.defaults["damping"],
         )
 
     def _names(self, layer: str) -> tuple[str, str | None]:
@@ -284,7 +331,9 @@ def _layers(model: nn.Module, own: Params, others: str) -> dict[str, nn.Linear |
         for key in keys:
             path, p = f"{name}.{key}" if name else key, layer.get_parameter(key)
             if (first := names.setdefault(id(p), path)) != path:
-                raise ValueError(f"KFAC: {first!r} and {path!r} are one parameter, of two layers; {_ADVICE}")
+                raise ValueError(
+                    f"KFAC: {first!r} and {path!r} are one parameter, of two layers; {_ADVICE}"
+                )
         objection = _objection(layer, keys) if keys else ""
         if objection and others == "raise":
             raise ValueError(
@@ -298,7 +347,9 @@ def _layers(model: nn.Module, own: Params, others: str) -> dict[str, nn.Linear |
 
 def _objection(layer: nn.Module, keys: list[str]) -> str:
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-        return "a recurrent layer uses its weights at every time step, so its block of F is no G ⊗ A"
+        return (
+            "a recurrent layer uses its weights at every time step, so its block of F is no G ⊗ A"
+        )
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return "only linear and 2-d convolutional layers have a block G ⊗ A here"
     if not plain(layer):

@@ -81,11 +81,15 @@ class GaussNewton(_Generalised):
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         solution = self.solver.solve(operator + Identity(operator, damping), g)
-        if isinstance(operator, operators.GaussNewton) and bool((solution.rayleigh < 0.999 * damping).any()):
+        if isinstance(operator, operators.GaussNewton) and bool(
+            (solution.rayleigh < 0.999 * damping).any()
+        ):
             try:
                 operator.check_convex()
             except ValueError as error:
-                raise ValueError("GaussNewton loss: got one not convex in the outputs; use Newton") from error
+                raise ValueError(
+                    "GaussNewton loss: got one not convex in the outputs; use Newton"
+                ) from error
         return solution.value
 
 

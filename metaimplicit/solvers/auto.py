@@ -43,14 +43,21 @@ class Auto(Solver):
             if getattr(self, name) < 0:
                 raise ValueError(f"Auto {name}: got {getattr(self, name)}, expected at least 0")
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         tasks, n = operator.shape
         need = 4 * min(self.max_steps, n) * tasks * n * b.element_size()
         if n <= self.dense:
-            solution, chosen = Dense()._solve(operator, b, {}, None), f"Dense: n = {n} ≤ {self.dense}"
+            solution, chosen = (
+                Dense()._solve(operator, b, {}, None),
+                f"Dense: n = {n} ≤ {self.dense}",
+            )
         elif need > self.memory:
-            solution = CG(self.max_steps, self.tol, negative="minres")._solve(operator, b, state, None)
+            solution = CG(self.max_steps, self.tol, negative="minres")._solve(
+                operator, b, state, None
+            )
             chosen = f"CG: a basis of {need / 2**20:.0f} MiB is above {self.memory / 2**20:.0f} MiB"
         elif "made" in state:
             solution, chosen = self._recycled(operator, b, state)
@@ -60,19 +67,33 @@ class Auto(Solver):
 
     def _lanczos(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[Solution, str]:
         sequence = "value" in state
-        solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(operator, b, state, None)
+        solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(
+            operator, b, state, None
+        )
         kept = {name: tensor for name, tensor in solution.state.items() if name != "value"}
-        if kept and bool((kept["inverse"] > 0).any()):  # else every task is indefinite, or was solved before
-            kept["made"] = torch.tensor([float(solution.residual.max()), int(solution.needed.max())]).double()
+        if kept and bool(
+            (kept["inverse"] > 0).any()
+        ):  # else every task is indefinite, or was solved before
+            kept["made"] = torch.tensor(
+                [float(solution.residual.max()), int(solution.needed.max())]
+            ).double()
         else:
             kept = {}
         left = self.max_steps - solution.products
         if left > 0:  # Lanczos is at the end of the precision, which CG corrects as it goes
             broken = solution.status == int(Status.BREAKDOWN)
-            solution = go_on(solution, broken, CG(left, self.tol), operator, b) if broken.any() else solution
+            solution = (
+                go_on(solution, broken, CG(left, self.tol), operator, b)
+                if broken.any()
+                else solution
+            )
             singular = broken & (solution.status == int(Status.NEGATIVE_CURVATURE))
-            solution = replace(solution, status=torch.where(singular, int(Status.BREAKDOWN), solution.status))
-        why = f"Lanczos: n = {b.shape[1]} > {self.dense}" + (", from the solution before" if sequence else "")
+            solution = replace(
+                solution, status=torch.where(singular, int(Status.BREAKDOWN), solution.status)
+            )
+        why = f"Lanczos: n = {b.shape[1]} > {self.dense}" + (
+            ", from the solution before" if sequence else ""
+        )
         return replace(solution, state={"value": solution.value, **kept}), why
 
     def _recycled(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[Solution, str]:
@@ -81,10 +102,18 @@ class Auto(Solver):
         solution = conjugate_gradients(
             operator, b, state, lambda r: known.precondition(r, 0.0), self.max_steps, self.tol
         )
-        bent, left = solution.status == int(Status.NEGATIVE_CURVATURE), self.max_steps - solution.products
+        bent, left = (
+            solution.status == int(Status.NEGATIVE_CURVATURE),
+            self.max_steps - solution.products,
+        )
         if bent.any() and left > 0:
             solution = go_on(solution, bent, Lanczos(left, self.tol), operator, b)
         reached, spent = kept["made"].tolist()
-        worth = float(solution.residual.max()) <= max(reached, self.tol) and int(solution.needed.max()) <= spent
+        worth = (
+            float(solution.residual.max()) <= max(reached, self.tol)
+            and int(solution.needed.max()) <= spent
+        )
         solution = replace(solution, state={**solution.state, **(kept if worth else {})})
-        return solution, "CG on kept Ritz vectors, " + ("which still pay" if worth else "which pay no more")
+        return solution, "CG on kept Ritz vectors, " + (
+            "which still pay" if worth else "which pay no more"
+        )

@@ -95,11 +95,15 @@ class Solver(ABC):
             ValueError: `b` or the state is not of the operator's shape; a preconditioner for a solver that takes none.
         """
         if b.shape != operator.shape:
-            raise ValueError(f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's")
+            raise ValueError(
+                f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's"
+            )
         peak = b.abs().amax(-1, keepdim=True)
         finite = peak.isfinite()
         safe = torch.where(finite & (peak > 0), peak, 1.0)
-        scaled = torch.where(finite, b / safe, 0.0)  # by the peak first: the square of a tiny norm underflows
+        scaled = torch.where(
+            finite, b / safe, 0.0
+        )  # by the peak first: the square of a tiny norm underflows
         norm = scaled.norm(dim=-1, keepdim=True)
         unit = scaled.div_(torch.where(norm > 0, norm, 1.0))
         given = {name: t.to(b.device) if t.dim() > 1 else t for name, t in (state or {}).items()}
@@ -111,14 +115,24 @@ class Solver(ABC):
                 )
             given["value"] = given["value"] / torch.where(norm > 0, norm * safe, 1.0)
         solution = self._solve(operator, unit, given, preconditioner)
-        finite = finite & solution.residual.isfinite().unsqueeze(-1) & solution.value.isfinite().all(-1, keepdim=True)
+        finite = (
+            finite
+            & solution.residual.isfinite().unsqueeze(-1)
+            & solution.value.isfinite().all(-1, keepdim=True)
+        )
         value = torch.where(finite, solution.value * norm * safe, torch.nan)
         status = torch.where(finite.squeeze(-1), solution.status, int(Status.NON_FINITE))
-        kept = {**solution.state, "value": value.nan_to_num()} if "value" in solution.state else solution.state
+        kept = (
+            {**solution.state, "value": value.nan_to_num()}
+            if "value" in solution.state
+            else solution.state
+        )
         return replace(solution, value=value, status=status, state=kept)
 
     @abstractmethod
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution: ...
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution: ...
 
     def _takes_no(self, preconditioner: Apply | None) -> None:
         if preconditioner is not None:
@@ -162,7 +176,12 @@ def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tenso
 
 
 def measured(
-    operator: LinearOperator, b: Tensor, x: Tensor, residual: Tensor, doubtful: Tensor, products: int
+    operator: LinearOperator,
+    b: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    doubtful: Tensor,
+    products: int,
 ) -> tuple[Tensor, int]:
     """The recurrence of a residual drifts from b − Ax by round-off: one in doubt is measured before it is claimed."""
     if not doubtful.any():
@@ -170,7 +189,9 @@ def measured(
     return (b - operator.matvec(x)).norm(dim=-1, keepdim=True), products + 1
 
 
-def direct(operator: LinearOperator, b: Tensor, x: Tensor, products: int, rayleigh: Tensor | None = None) -> Solution:
+def direct(
+    operator: LinearOperator, b: Tensor, x: Tensor, products: int, rayleigh: Tensor | None = None
+) -> Solution:
     """The solution of a method without iterations, its residual measured by one product more."""
     ax = operator.matvec(x)
     seen = rayleigh_quotient(x, ax)

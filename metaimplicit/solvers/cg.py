@@ -47,9 +47,13 @@ class CG(Solver):
     def __post_init__(self) -> None:
         check_limits("CG", self.max_steps, self.tol)
         if self.negative not in ("truncate", "raise", "minres"):
-            raise ValueError(f"CG negative: got {self.negative!r}, expected 'truncate', 'raise' or 'minres'")
+            raise ValueError(
+                f"CG negative: got {self.negative!r}, expected 'truncate', 'raise' or 'minres'"
+            )
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         solution = conjugate_gradients(operator, b, state, preconditioner, self.max_steps, self.tol)
         bent = solution.status == int(Status.NEGATIVE_CURVATURE)
         if self.negative == "truncate" or not bent.any():
@@ -63,7 +67,9 @@ class CG(Solver):
         return go_on(solution, bent, MINRES(self.max_steps, self.tol), operator, b)
 
 
-def go_on(solution: Solution, where: Tensor, solver: Solver, operator: LinearOperator, b: Tensor) -> Solution:
+def go_on(
+    solution: Solution, where: Tensor, solver: Solver, operator: LinearOperator, b: Tensor
+) -> Solution:
     """The solution, but for the tasks in `where` that of another solver that starts from it, if that is better."""
     other = solver._solve(operator, b, {"value": solution.value}, None)
     tried, where = where, where & ~(other.residual > solution.residual)  # NaN goes through
@@ -80,7 +86,12 @@ def go_on(solution: Solution, where: Tensor, solver: Solver, operator: LinearOpe
 
 
 def conjugate_gradients(
-    operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None, max_steps: int, tol: float
+    operator: LinearOperator,
+    b: Tensor,
+    state: State,
+    preconditioner: Apply | None,
+    max_steps: int,
+    tol: float,
 ) -> Solution:
     """The iteration of `CG`, for right-hand sides of norm one."""
     apply = preconditioner or (lambda r: r)
@@ -104,11 +115,15 @@ def conjugate_gradients(
         largest = torch.maximum(largest, torch.where(active.squeeze(-1), quotient, 0.0))
         if step == 0:
             first, blur = p, 1e3 * torch.finfo(b.dtype).eps * ap.norm(dim=-1, keepdim=True)
-        if step == 1:  # directions are conjugate, to the round-off in the second, unless A is not symmetric
+        if (
+            step == 1
+        ):  # directions are conjugate, to the round-off in the second, unless A is not symmetric
             size = first.norm(dim=-1, keepdim=True) * (ap.norm(dim=-1, keepdim=True) + blur)
             skewed = active & lopsided(dot(first, ap), size)
             active = active & ~skewed
-        flat = quotient <= 10 * torch.finfo(b.dtype).eps * largest  # not positive, to working precision
+        flat = (
+            quotient <= 10 * torch.finfo(b.dtype).eps * largest
+        )  # not positive, to working precision
         negative = negative | (active & flat.unsqueeze(-1))
         active = active & ~flat.unsqueeze(-1)
         alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)

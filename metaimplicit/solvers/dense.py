@@ -27,7 +27,9 @@ class Dense(Solver):
     max_size: int = 4096
     chunk: int = 256
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         n = operator.shape[1]
         matrix = self.matrix(operator)
@@ -37,7 +39,9 @@ class Dense(Solver):
         finite = matrix.isfinite().all(-1).all(-1)
         matrix = torch.where(finite[:, None, None], matrix, eye)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        pivots = factor.diagonal(dim1=1, dim2=2).square()  # the least is ≥ λ_min, the largest ≤ λ_max
+        pivots = factor.diagonal(
+            dim1=1, dim2=2
+        ).square()  # the least is ≥ λ_min, the largest ≤ λ_max
         failed = (info > 0) | (pivots.amin(-1) <= n * torch.finfo(b.dtype).eps * pivots.amax(-1))
         x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
         smallest, singular = None, torch.zeros_like(finite)
@@ -68,7 +72,9 @@ class Dense(Solver):
 def by_eigenvalues(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A⁺b, the eigenvalues of A, and which of them are not zero to working precision."""
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values.abs() > b.shape[1] * torch.finfo(b.dtype).eps * values.abs().amax(-1, keepdim=True)
+    kept = values.abs() > b.shape[1] * torch.finfo(b.dtype).eps * values.abs().amax(
+        -1, keepdim=True
+    )
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
     x = (vectors @ (inverse * (vectors.mT @ b.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
     return x, values, kept

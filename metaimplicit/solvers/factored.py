@@ -31,7 +31,9 @@ class Factored(Solver):
     def damping(self, sigma: float) -> float:
         return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         core, sigma = operator.split()
         if not isinstance(core, Invertible):
@@ -41,7 +43,9 @@ class Factored(Solver):
             )
         shift = float(sigma) + self.damping(float(sigma))
         if not shift > 0:
-            raise ValueError(f"Factored: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength")
+            raise ValueError(
+                f"Factored: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength"
+            )
         solution = direct(operator, b, core.inverse(b, shift), products=0)
         exact = solution.residual <= torch.finfo(b.dtype).eps ** 0.5
         return replace(solution, status=torch.where(exact, solution.status, int(Status.MAX_STEPS)))

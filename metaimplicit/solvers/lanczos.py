@@ -46,7 +46,9 @@ class Lanczos(Solver):
     def __post_init__(self) -> None:
         check_limits("Lanczos", self.max_steps, self.tol)
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         x, r, products = warm_start(operator, b, state)
         eps, budget = torch.finfo(b.dtype).eps, self.max_steps
@@ -59,7 +61,11 @@ class Lanczos(Solver):
             if run.products == 0:
                 break
             kept = kept or run.ritz
-            products, budget, needed = products + run.products, budget - run.products, needed + run.needed
+            products, budget, needed = (
+                products + run.products,
+                budget - run.products,
+                needed + run.needed,
+            )
             rayleigh, ahead = torch.minimum(rayleigh, run.rayleigh), x + run.correction
             doubtful = run.doubtful | run.ended | (run.residual <= max(self.tol, eps**0.5))
             if not doubtful.any():
@@ -70,14 +76,21 @@ class Lanczos(Solver):
             measured = r.norm(dim=-1, keepdim=True)
             taken = ~anew | ~(measured >= before)  # a new start has to be better; NaN goes through
             x, residual = torch.where(taken, ahead, x), torch.where(taken, measured, before)
-            again = run.ended & ~run.skewed & (residual > self.tol) & (~anew | (measured <= 0.5 * before))
+            again = (
+                run.ended
+                & ~run.skewed
+                & (residual > self.tol)
+                & (~anew | (measured <= 0.5 * before))
+            )
             stuck = stuck | (run.ended & ~again & (residual > max(self.tol, eps**0.5)))
             if not again.any():
                 break
             r, anew = torch.where(again, r, 0.0), torch.ones_like(again)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(stuck, int(Status.BREAKDOWN), status).squeeze(-1)
-        return Solution(x, status, residual.squeeze(-1), products, needed, rayleigh, {"value": x, **kept})
+        return Solution(
+            x, status, residual.squeeze(-1), products, needed, rayleigh, {"value": x, **kept}
+        )
 
 
 @dataclass(frozen=True)
@@ -103,11 +116,19 @@ def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: 
     beside: list[Tensor] = []  # of T: 0 after a task has ended
     closing: list[Tensor] = []  # the β where it ended
     started = active = first > tol
-    definite, skewed, ended = torch.ones_like(active), torch.zeros_like(active), torch.zeros_like(active)
+    definite, skewed, ended = (
+        torch.ones_like(active),
+        torch.zeros_like(active),
+        torch.zeros_like(active),
+    )
     needed = torch.zeros(tasks, dtype=torch.int64, device=r.device)
     residual, least, last = first, first, first
     pivot, beta, size = torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first)
-    cosine, sine, delta_bar = -torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first)
+    cosine, sine, delta_bar = (
+        -torch.ones_like(first),
+        torch.zeros_like(first),
+        torch.zeros_like(first),
+    )
     check_every = 8 if r.is_cuda else 1
     for step in range(min(steps, n)):
         if step % check_every == 0 and not active.any():
@@ -136,7 +157,9 @@ def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: 
         gamma = torch.where(gamma > 0, gamma, 1.0)
         cosine, sine = gamma_bar / gamma, beta / gamma
         least = torch.where(active, sine * least, least)
-        residual = torch.where(active, torch.where(definite, beta * (last / pivot).abs(), least), residual)
+        residual = torch.where(
+            active, torch.where(definite, beta * (last / pivot).abs(), least), residual
+        )
         ended = ended | (active & ~(beta > 0))
         active = active & (beta > 0) & (residual > tol)
         diagonal.append(alpha)
@@ -164,7 +187,11 @@ def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: 
 
 
 def _coordinates(
-    diagonal: list[Tensor], beside: list[Tensor], closing: list[Tensor], first: Tensor, definite: Tensor
+    diagonal: list[Tensor],
+    beside: list[Tensor],
+    closing: list[Tensor],
+    first: Tensor,
+    definite: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y of x = V y, the eigenvalues and eigenvectors of T, in float64, and whether y is Galerkin's."""
     t = torch.diag_embed(torch.cat(diagonal, -1).double().nan_to_num(0.0, 0.0, 0.0))
@@ -176,7 +203,9 @@ def _coordinates(
     (values, vectors), eps = torch.linalg.eigh(t), torch.finfo(first.dtype).eps
     sure = (definite & (values[:, 0] > eps**0.75 * values[:, -1]))[:, None, None]
     galerkin = torch.linalg.solve(torch.where(sure, t, torch.eye(t.shape[-1]).to(t)), right)
-    tall = torch.cat([t, torch.cat(closing, -1).double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-2)], dim=-2)
+    tall = torch.cat(
+        [t, torch.cat(closing, -1).double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-2)], dim=-2
+    )
     inverse = torch.linalg.pinv(tall, rtol=eps**0.75)
     least = inverse @ torch.cat([right, torch.zeros_like(right[:, :1])], dim=-2)
     return torch.where(sure, galerkin, least).squeeze(-1), values, vectors, sure.squeeze(-1)

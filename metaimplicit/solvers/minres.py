@@ -40,14 +40,22 @@ class MINRES(Solver):
     def __post_init__(self) -> None:
         check_limits("MINRES", self.max_steps, self.tol)
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         x, r, products = warm_start(operator, b, state)
         residual = r.norm(dim=-1, keepdim=True)
         active, ended = residual > self.tol, torch.zeros_like(residual, dtype=torch.bool)
-        v, v_old, w, w_old = r / torch.where(residual > 0, residual, 1.0), *(torch.zeros_like(b) for _ in range(3))
+        v, v_old, w, w_old = (
+            r / torch.where(residual > 0, residual, 1.0),
+            *(torch.zeros_like(b) for _ in range(3)),
+        )
         beta, size = torch.zeros_like(residual), torch.zeros_like(residual)
-        cosine, sine, delta_bar, epsilon = -torch.ones_like(beta), *(torch.zeros_like(beta) for _ in range(3))
+        cosine, sine, delta_bar, epsilon = (
+            -torch.ones_like(beta),
+            *(torch.zeros_like(beta) for _ in range(3)),
+        )
         rayleigh = b.new_full((len(b),), torch.inf)
         needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
         check_every, eps = 8 if b.is_cuda else 1, torch.finfo(b.dtype).eps
@@ -60,9 +68,13 @@ class MINRES(Solver):
             # Lanczos: A v = β_next v_next + α v + β v_old
             alpha = dot(v, av)
             skewed = torch.zeros_like(active)
-            if step == 1:  # vᵀAv of the first two is β, unless A is not symmetric; v is known to eps size/β
+            if (
+                step == 1
+            ):  # vᵀAv of the first two is β, unless A is not symmetric; v is known to eps size/β
                 blur = 1e3 * eps * size * (size / beta)
-                skewed = active & lopsided(dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True) + blur)
+                skewed = active & lopsided(
+                    dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True) + blur
+                )
             rayleigh = torch.minimum(rayleigh, torch.where(active, alpha, torch.inf).squeeze(-1))
             ahead = av - alpha * v - beta * v_old
             beta_next = ahead.norm(dim=-1, keepdim=True)
@@ -90,6 +102,8 @@ class MINRES(Solver):
         small = residual <= max(self.tol, eps**0.5)
         residual, products = measured(operator, b, x, residual, small | ended, products)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(ended & (residual > self.tol), int(Status.BREAKDOWN), status).squeeze(-1)
+        status = torch.where(ended & (residual > self.tol), int(Status.BREAKDOWN), status).squeeze(
+            -1
+        )
         residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
         return Solution(x, status, residual, products, needed, rayleigh, {"value": x})

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, measured, rayleigh_quotient, warm_start
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    State,
+    Status,
+    measured,
+    rayleigh_quotient,
+    warm_start,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,9 @@ class Neumann(Solver):
         if self.power_steps < 1:
             raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         x, r, products = warm_start(operator, b, state)
         scale, spent = self._scale(operator, b)
@@ -46,7 +57,9 @@ class Neumann(Solver):
         residual = r.norm(dim=-1, keepdim=True)
         eps = torch.finfo(b.dtype).eps
         active, grew = residual > eps, torch.zeros_like(residual, dtype=torch.bool)
-        for _ in range(self.terms):  # from zero, r = (I − sA)ᵏ b: the term k, and the residual after k terms
+        for _ in range(
+            self.terms
+        ):  # from zero, r = (I − sA)ᵏ b: the term k, and the residual after k terms
             ar = operator.matvec(r)
             products += 1
             seen = torch.where(active.squeeze(-1), rayleigh_quotient(r, ar), torch.inf)
@@ -64,7 +77,9 @@ class Neumann(Solver):
         status = torch.where(grew, int(Status.BREAKDOWN), status)
         status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
         residual = torch.where(rayleigh.isnan(), torch.nan, residual)
-        return Solution(x, status, residual, products, torch.full_like(status, products), rayleigh, {"value": x})
+        return Solution(
+            x, status, residual, products, torch.full_like(status, products), rayleigh, {"value": x}
+        )
 
     def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:
         if self.scale is not None:
@@ -73,7 +88,9 @@ class Neumann(Solver):
         return 1 / torch.where(norm > 0, norm, 1.0), self.power_steps
 
 
-def power_iteration(operator: LinearOperator, v: Tensor, steps: int, fresh: float = 1.0) -> tuple[Tensor, Tensor]:
+def power_iteration(
+    operator: LinearOperator, v: Tensor, steps: int, fresh: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """λ̂ = ‖Av‖ ≤ λ_max, `[tasks, 1]`, and v after `steps` products; v is of norm one, or zero.
 
     v alone may be blind to the largest eigenvalue: `fresh` times a fixed random vector is added, with v's own sign.
@@ -82,7 +99,9 @@ def power_iteration(operator: LinearOperator, v: Tensor, steps: int, fresh: floa
     v = v + torch.where(v @ start < 0, -fresh, fresh).unsqueeze(-1) * start / start.norm()
     v, norm = v / v.norm(dim=-1, keepdim=True), torch.ones_like(v[:, :1])
     for _ in range(steps):
-        v = operator.matvec(v).nan_to_num(0.0, 0.0, 0.0)  # or no later call, going on from here, would recover
+        v = operator.matvec(v).nan_to_num(
+            0.0, 0.0, 0.0
+        )  # or no later call, going on from here, would recover
         norm = v.norm(dim=-1, keepdim=True)
         v = v / torch.where(norm > 0, norm, 1.0)
     return norm, v

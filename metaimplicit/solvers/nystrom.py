@@ -25,11 +25,15 @@ class _Sketching(Solver):
         name = type(self).__name__
         for argument in ("rank", "refresh"):
             if getattr(self, argument) < 1:
-                raise ValueError(f"{name} {argument}: got {getattr(self, argument)}, expected at least 1")
+                raise ValueError(
+                    f"{name} {argument}: got {getattr(self, argument)}, expected at least 1"
+                )
         if self.rho is not None and not self.rho >= 0:
             raise ValueError(f"{name} rho: got {self.rho}, expected a number ≥ 0, or None")
         if self.sketch not in ("columns", "gaussian"):
-            raise ValueError(f"{name} sketch: got {self.sketch!r}, expected 'columns' or 'gaussian'")
+            raise ValueError(
+                f"{name} sketch: got {self.sketch!r}, expected 'columns' or 'gaussian'"
+            )
 
     def damping(self, sigma: float) -> float:
         return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
@@ -39,7 +43,9 @@ class _Sketching(Solver):
         core, sigma = operator.split()
         shift, name = float(sigma) + self.damping(float(sigma)), type(self).__name__
         if not shift > 0:
-            raise ValueError(f"{name}: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength")
+            raise ValueError(
+                f"{name}: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength"
+            )
         if self.rank > operator.shape[1]:
             raise ValueError(
                 f"{name} rank: got {self.rank}, expected at most n = {operator.shape[1]}, the adapted parameters"
@@ -72,7 +78,9 @@ class _Sketching(Solver):
             images = torch.cat([images, draw.images(core, rank, more)], dim=1)
             taken, rank = taken + more - rank, more
             low_rank = LowRank.from_products(rows, images)
-        age = torch.where(images.isfinite().all(), 1, self.refresh)  # one of NaNs serves no other solve
+        age = torch.where(
+            images.isfinite().all(), 1, self.refresh
+        )  # one of NaNs serves no other solve
         return low_rank, taken, {**low_rank.state, "age": age}
 
 
@@ -110,9 +118,13 @@ class Nystrom(_Sketching):
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"Nystrom tol: got {self.tol}, expected a number > 0, or None")
         if self.chunk is not None and (self.tol is not None or self.refresh > 1):
-            raise ValueError(f"Nystrom chunk: got {self.chunk} beside tol or refresh, which keep Y; expected None")
+            raise ValueError(
+                f"Nystrom chunk: got {self.chunk} beside tol or refresh, which keep Y; expected None"
+            )
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         core, shift = self._core(operator)
         kept: State = {}
@@ -121,15 +133,23 @@ class Nystrom(_Sketching):
             taken = 2 * self.rank + 2
         else:
             low_rank, taken, kept = self._sketched(core, b, shift, state, self.tol)
-            x, seen, bent = low_rank.damped_inverse(b, shift), low_rank.rayleigh, low_rank.indefinite
+            x, seen, bent = (
+                low_rank.damped_inverse(b, shift),
+                low_rank.rayleigh,
+                low_rank.indefinite,
+            )
         solution = direct(operator, b, x, taken, rayleigh=seen + float(operator.split()[1]))
         bent = (bent | (solution.rayleigh <= 0)) & (b.norm(dim=-1) > 0)
         status = torch.where(solution.residual > 1, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
         status = torch.where(bent, int(Status.NEGATIVE_CURVATURE), status)
-        status = torch.where(solution.residual <= torch.finfo(b.dtype).eps ** 0.5, solution.status, status)
+        status = torch.where(
+            solution.residual <= torch.finfo(b.dtype).eps ** 0.5, solution.status, status
+        )
         return replace(solution, status=status, state=kept)
 
-    def _streamed(self, core: LinearOperator, b: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _streamed(
+        self, core: LinearOperator, b: Tensor, shift: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x, the smallest Rayleigh quotient and whether B_k is indefinite, from κ products at a time.
 
         x = (b − B Ω F Ωᵀ B b)/s with F = W diag(1/(1 + s|e|)) Wᵀ, W and e from ΩᵀY and YᵀY.
@@ -184,7 +204,9 @@ class NystromCG(_Sketching):
         super().__post_init__()
         check_limits("NystromCG", self.max_steps, self.tol)
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         core, shift = self._core(operator)
         low_rank, taken, kept = self._sketched(core, b, shift, state)

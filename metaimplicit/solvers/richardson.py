@@ -37,7 +37,9 @@ class Richardson(Solver):
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"Richardson scale: got {self.scale}, expected a number > 0")
 
-    def _solve(self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None) -> Solution:
+    def _solve(
+        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+    ) -> Solution:
         self._takes_no(preconditioner)
         scale, products, kept = self._scale(operator, b, state)
         x = state["value"].to(b) if self.warm and "value" in state else None
@@ -52,7 +54,10 @@ class Richardson(Solver):
             x = x + scale * (b - ax)
         assert x is not None
         ax = operator.matvec(x)
-        residual, rayleigh = (b - ax).norm(dim=-1), torch.minimum(rayleigh, rayleigh_quotient(x, ax))
+        residual, rayleigh = (
+            (b - ax).norm(dim=-1),
+            torch.minimum(rayleigh, rayleigh_quotient(x, ax)),
+        )
         solved = residual <= torch.finfo(b.dtype).eps ** 0.5
         status = torch.where(solved, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(residual > 1, int(Status.BREAKDOWN), status)
@@ -60,7 +65,9 @@ class Richardson(Solver):
         needed = torch.full_like(status, products + 1)
         return Solution(x, status, residual, products + 1, needed, rayleigh, {"value": x, **kept})
 
-    def _scale(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[float | Tensor, int, State]:
+    def _scale(
+        self, operator: LinearOperator, b: Tensor, state: State
+    ) -> tuple[float | Tensor, int, State]:
         if self.scale is not None:
             return self.scale, 0, {}
         warm = "direction" in state

@@ -21,11 +21,18 @@ class Probes:
     """The columns of Ω `[n, k]`, unit vectors, of the basis or Gaussian; the same whenever asked for."""
 
     def __init__(
-        self, sketch: Sketch, n: int, generator: torch.Generator | None, like: Tensor, most: int | None = None
+        self,
+        sketch: Sketch,
+        n: int,
+        generator: torch.Generator | None,
+        like: Tensor,
+        most: int | None = None,
     ) -> None:
         self._n, self._like, self._chosen, self._seed = n, like, None, 0
         if sketch == "columns":
-            self._chosen = torch.randperm(n, generator=generator)[:most].clone()  # not all n of them, for most columns
+            self._chosen = torch.randperm(n, generator=generator)[
+                :most
+            ].clone()  # not all n of them, for most columns
         else:
             self._seed = int(torch.randint(2**62, (), generator=generator))
 
@@ -84,7 +91,9 @@ class LowRank:
         y = images.double().nan_to_num(0.0, 0.0, 0.0)
         gram = y @ rows.double().mT
         q, r = torch.linalg.qr(y.mT)
-        weights, inverse = whitened(r, gram, len(rows) * torch.finfo(images.dtype).eps)  # below is round-off
+        weights, inverse = whitened(
+            r, gram, len(rows) * torch.finfo(images.dtype).eps
+        )  # below is round-off
         basis = (q @ (r @ weights)).mT
         quotients = gram.diagonal(dim1=-2, dim2=-1) / rows.double().square().sum(-1)
         return LowRank(basis.to(images), inverse, quotients.amin(-1).to(images))
@@ -110,9 +119,13 @@ class LowRank:
 
     def error(self, operator: LinearOperator, steps: int = 4) -> tuple[Tensor, int]:
         """An estimate, from below, of ‖B − B_k‖ for each task by as many power iterations, and their number."""
-        v = torch.randn(self.basis.shape[-1], generator=torch.Generator().manual_seed(0)).to(self.basis)
+        v = torch.randn(self.basis.shape[-1], generator=torch.Generator().manual_seed(0)).to(
+            self.basis
+        )
         v = (v / v.norm()).expand(operator.shape)
-        values = torch.where(self.inverse != 0, 1 / torch.where(self.inverse != 0, self.inverse, 1.0), 0.0)
+        values = torch.where(
+            self.inverse != 0, 1 / torch.where(self.inverse != 0, self.inverse, 1.0), 0.0
+        )
         norm = torch.zeros_like(v[:, :1])
         for _ in range(steps):
             v = operator.matvec(v) - self._expand(values * self._coordinates(v)).to(v)

@@ -11,7 +11,16 @@ from metaimplicit.training.checkpoint import (
 )
 from metaimplicit.training.files import read_json, write_atomically, write_json
 from metaimplicit.training.log import read_metrics
-from metaimplicit.training.loop import CHECKPOINT, CONFIG, Budget, NonFiniteError, check_free, constant, cosine, fit
+from metaimplicit.training.loop import (
+    CHECKPOINT,
+    CONFIG,
+    Budget,
+    NonFiniteError,
+    check_free,
+    constant,
+    cosine,
+    fit,
+)
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
 from metaimplicit.training.options import Options, find_device
 from metaimplicit.training.report import Fits, fit_curves, plot_adaptation, plot_curves

@@ -60,7 +60,9 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
     elif len(family.input_shape) == 1:
         model = MLP(family.input_shape[0], family.outputs, hidden=options.hidden)
     else:
-        raise ValueError(f"task: its inputs have shape {family.input_shape}, expected an image or a vector")
+        raise ValueError(
+            f"task: its inputs have shape {family.input_shape}, expected an image or a vector"
+        )
     inner: InnerLoop
     if options.inner_optimizer == "sgd":
         inner = GradientDescent(steps=options.inner_steps, lr=options.inner_lr)
@@ -68,7 +70,9 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
         inner = NewtonCG(steps=options.inner_steps, cg_steps=options.inner_cg_steps)
     else:
         extra = {"momentum": 0.9} if options.inner_optimizer == "momentum" else {}
-        inner = TorchOptimizer(INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra)
+        inner = TorchOptimizer(
+            INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra
+        )
     method = make_method(
         options.method,
         MethodOptions(
@@ -83,7 +87,9 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
     )
     if options.strict and isinstance(method, Implicit):
         method = replace(method, strict=True)
-    learn: dict[str, Any] = {name: size or "scalar" for name, _, size in (x.partition("=") for x in options.learn)}
+    learn: dict[str, Any] = {
+        name: size or "scalar" for name, _, size in (x.partition("=") for x in options.learn)
+    }
     return MetaLearner(
         model,
         F.cross_entropy if family.kind == "classification" else F.mse_loss,
@@ -96,7 +102,9 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
     ).to(device)
 
 
-def describe(options: Options, learner: MetaLearner, report: Report | None = None) -> dict[str, Any]:
+def describe(
+    options: Options, learner: MetaLearner, report: Report | None = None
+) -> dict[str, Any]:
     """What config.json holds: the options, what was chosen for them (as `report` of a step says), what they ran on."""
     device = next(learner.parameters()).device
     return {
@@ -123,7 +131,15 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of this source tree, if it is one; "-dirty" where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

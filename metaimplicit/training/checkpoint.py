@@ -35,7 +35,11 @@ class Progress:
 
 
 def save_checkpoint(
-    path: Path, learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: Resumable, progress: Progress
+    path: Path,
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    sampler: Resumable,
+    progress: Progress,
 ) -> None:
     """Write learner, optimiser, sampler and random states atomically: a crash leaves the last good file."""
     state = {
@@ -53,7 +57,12 @@ def save_checkpoint(
 def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
     """Write a tuner and the random states atomically."""
     rng = _rng(tuner.method)
-    state = {"format": FORMAT, "progress": asdict(progress), "tuner": tuner.state_dict(), "rng": rng}
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "tuner": tuner.state_dict(),
+        "rng": rng,
+    }
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -82,7 +91,9 @@ def load_learner(path: Path, learner: MetaLearner) -> Progress:
     return _restore(_read(path, _device(learner)), path, learner)
 
 
-def load_checkpoint(path: Path, learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: Resumable) -> Progress:
+def load_checkpoint(
+    path: Path, learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: Resumable
+) -> Progress:
     """Put everything back where `save_checkpoint` found it; raises as `load_learner`, and what the sampler refuses."""
     state = _read(path, _device(learner))
     progress = _restore(state, path, learner)
@@ -94,14 +105,20 @@ def load_checkpoint(path: Path, learner: MetaLearner, optimizer: torch.optim.Opt
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint: found no {path}; give a folder that a run has written to")
+        raise FileNotFoundError(
+            f"checkpoint: found no {path}; give a folder that a run has written to"
+        )
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"checkpoint: {path} is damaged or none of ours ({error}); restore or delete it") from error
+        raise ValueError(
+            f"checkpoint: {path} is damaged or none of ours ({error}); restore or delete it"
+        ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
-        raise ValueError(f"checkpoint: {path} has format {found}, expected {FORMAT}; use the version that wrote it")
+        raise ValueError(
+            f"checkpoint: {path} has format {found}, expected {FORMAT}; use the version that wrote it"
+        )
     return state
 
 
@@ -111,7 +128,9 @@ def _restore(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progres
     try:
         learner.load_state_dict(state["learner"])
     except RuntimeError as error:
-        raise ValueError(f"checkpoint: {path} does not fit the learner, build it as the run did: {error}") from error
+        raise ValueError(
+            f"checkpoint: {path} does not fit the learner, build it as the run did: {error}"
+        ) from error
     learner.vectorize = state["vectorize"]
     return Progress(**state["progress"])
 

@@ -41,14 +41,19 @@ class RunLog:
         purge = progress.step + 1 if progress.step else None
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
         interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
-        self._bar = tqdm(total=total, initial=progress.step, unit="step", mininterval=interval, disable=not bar)
+        self._bar = tqdm(
+            total=total, initial=progress.step, unit="step", mininterval=interval, disable=not bar
+        )
         self._recent: deque[Values] = deque(maxlen=20)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.close()
         self._board.close()
@@ -56,8 +61,15 @@ class RunLog:
 
     def write(self, split: str, progress: Progress, values: Values) -> None:
         """One line of metrics.jsonl and its TensorBoard scalars; what is not finite becomes null."""
-        clean = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
-        line = {"step": progress.step, "seconds": round(progress.seconds, 3), "split": split, **clean}
+        clean = {
+            name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
+        }
+        line = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 3),
+            "split": split,
+            **clean,
+        }
         self._lines.write(json.dumps(line) + "\n")
         for name, value in clean.items():
             if value is not None:

@@ -26,7 +26,9 @@ CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
 class Sampler(Resumable, Protocol):
     """A resumable stream of batches of episodes, such as `tasks.EpisodeSampler`."""
 
-    def batches(self, count: int, workers: int = 0, pin_memory: bool = False) -> Iterator[EpisodeBatch]: ...
+    def batches(
+        self, count: int, workers: int = 0, pin_memory: bool = False
+    ) -> Iterator[EpisodeBatch]: ...
 
 
 class NonFiniteError(FloatingPointError):
@@ -119,7 +121,10 @@ def fit(
         NonFiniteError: NaN or Inf in data, loss or meta-gradient, before they reach the parameters.
         ValueError: a number out of range; a checkpoint of another run.
     """
-    for name, number in {"validate_every": validate_every, "checkpoint_every": checkpoint_every}.items():
+    for name, number in {
+        "validate_every": validate_every,
+        "checkpoint_every": checkpoint_every,
+    }.items():
         if number < 1:
             raise ValueError(f"{name}: got {number}, expected at least 1 step")
     if clip is not None and not clip > 0:
@@ -200,7 +205,9 @@ def _step(
             f"step {number}: the query loss is {seen['loss']}; {remains}. Lower the inner step size, or raise proximal"
         )
     if not math.isfinite(_number(seen["gradient_norm"])):
-        bad = [name for name, g in gradients.items() if not g.isfinite().all()] or ["its norm overflows"]
+        bad = [name for name, g in gradients.items() if not g.isfinite().all()] or [
+            "its norm overflows"
+        ]
         raise NonFiniteError(
             f"step {number}: the meta-gradient is not finite ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}); "
             f"{remains}. Lower the inner or the outer step size, add damping or proximal, or try another method"

@@ -37,7 +37,9 @@ class Estimate:
                 f"values: got shape {tuple(values.shape)}, expected one number for each of 2 tasks or more"
             )
         values = values.double()
-        return cls(values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5, len(values))
+        return cls(
+            values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5, len(values)
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} ± {self.interval:.4f}"
@@ -64,7 +66,10 @@ class Evaluation:
 
     def curve(self) -> list[Estimate]:
         """The metric after each number of inner steps."""
-        return [Estimate.of(row) for row in (self.losses if self.accuracies is None else self.accuracies)]
+        return [
+            Estimate.of(row)
+            for row in (self.losses if self.accuracies is None else self.accuracies)
+        ]
 
     def summary(self) -> dict[str, Any]:
         """For JSON: the metric after the last step and after each."""
@@ -76,7 +81,9 @@ class Evaluation:
             "interval_95": curve[-1].interval,
             "inner_steps": self.steps[-1],
             "episodes": curve[-1].tasks,
-            "after_steps": [{"steps": k, "mean": e.mean, "interval_95": e.interval} for k, e in pairs],
+            "after_steps": [
+                {"steps": k, "mean": e.mean, "interval_95": e.interval} for k, e in pairs
+            ],
         }
 
 
@@ -112,7 +119,9 @@ def evaluate(
     losses = torch.cat([loss.cpu() for loss, _ in parts], dim=1)[:, :tasks]
     if any(accuracy is None for _, accuracy in parts):
         return Evaluation(losses, None, counts)
-    return Evaluation(losses, torch.cat([a.cpu() for _, a in parts if a is not None], dim=1)[:, :tasks], counts)
+    return Evaluation(
+        losses, torch.cat([a.cpu() for _, a in parts if a is not None], dim=1)[:, :tasks], counts
+    )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ class Options:
     """Inner step size (sinusoid: 0.01; implicit methods: omniglot 0.3, sinusoid 0.02)."""
     proximal: float = 0.1
     """λ of λ/2 ‖θ − φ‖² in the inner loss (omniglot, sinusoid: 0.5; 0 with a method that is not implicit)."""
-    inner_optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "newton-cg"] = "sgd"
+    inner_optimizer: Literal[
+        "sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "newton-cg"
+    ] = "sgd"
     """The inner loop's optimiser; momentum is SGD with 0.9 (sinusoid with an implicit method: adam). newton-cg, for
     implicit methods, takes no --inner-lr."""
     inner_cg_steps: int = 3
@@ -120,20 +122,34 @@ class Options:
         options = cls(task=task, **_TASKS.get(task, {"queries": 15}))
         if method is not None:
             options = replace(options, method=method)
-        if make_method(options.method).reach == {"loss"}:  # implicit, or of its kind: it needs the proximal term
+        if make_method(options.method).reach == {
+            "loss"
+        }:  # implicit, or of its kind: it needs the proximal term
             return replace(options, **_IMPLICIT.get(task, {}))
         if options.method == "truncated":
             options = replace(options, solver_steps=min(2, options.inner_steps))
-        return replace(options, proximal=0.0, test_steps=min(10 if task == "sinusoid" else 4, options.test_steps))
+        return replace(
+            options,
+            proximal=0.0,
+            test_steps=min(10 if task == "sinusoid" else 4, options.test_steps),
+        )
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Options:
         """From what `asdict` and JSON made of one; ValueError on a name that is not an option."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(stored) - known):
-            raise ValueError(f"options: got {', '.join(unknown)}, which this version does not know; use the run's own")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-        values |= {name: Path(values[name]) for name in ("data_root", "out") if values.get(name) is not None}
+            raise ValueError(
+                f"options: got {', '.join(unknown)}, which this version does not know; use the run's own"
+            )
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()
+        }
+        values |= {
+            name: Path(values[name])
+            for name in ("data_root", "out")
+            if values.get(name) is not None
+        }
         return cls(**values)
 
     def dump(self) -> dict[str, Any]:
@@ -152,10 +168,14 @@ class Options:
                             "test_episodes": 2, "test_steps": 0, "workers": 0, "threads": 1}.items():  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least {least}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: got {value}, expected at least {least}"
+                )
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected a finite number")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: got {value}, expected a finite number"
+                )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"--clip: got {self.clip}, expected a norm > 0")
         minutes = 3.5 if self.steps is None and self.minutes is None else self.minutes
@@ -163,7 +183,11 @@ class Options:
 
     def changed(self, other: Options) -> list[str]:
         """The options that must stay as they are for a run to be resumed, and do not."""
-        return [f.name for f in fields(self) if f.name not in _FREE and getattr(self, f.name) != getattr(other, f.name)]
+        return [
+            f.name
+            for f in fields(self)
+            if f.name not in _FREE and getattr(self, f.name) != getattr(other, f.name)
+        ]
 
     def torch_device(self) -> torch.device:
         """The device meant; ValueError if there is no such."""
@@ -188,9 +212,13 @@ class Options:
             if not (name and equals):
                 raise ValueError(f"--task-options: got {item!r}, expected name=value")
             if name in _FLAGS:
-                raise ValueError(f"--task-options: got {item!r}, expected an option of its own; use --{_FLAGS[name]}")
+                raise ValueError(
+                    f"--task-options: got {item!r}, expected an option of its own; use --{_FLAGS[name]}"
+                )
             try:
-                found[name] = ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+                found[name] = ast.literal_eval(
+                    text.capitalize() if text in ("true", "false", "none") else text
+                )
             except (ValueError, SyntaxError):
                 found[name] = text
         return found
@@ -209,11 +237,19 @@ def find_device(name: str) -> torch.device:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: got {name!r}, expected auto, cpu or a CUDA device here ({reason})") from error
+        raise ValueError(
+            f"--device: got {name!r}, expected auto, cpu or a CUDA device here ({reason})"
+        ) from error
     return device
 
 
-_FLAGS = {"name": "task", "ways": "ways", "shots": "shots", "queries": "queries", "data_root": "data-root"}
+_FLAGS = {
+    "name": "task",
+    "ways": "ways",
+    "shots": "shots",
+    "queries": "queries",
+    "data_root": "data-root",
+}
 _FREE = (
     "steps",
     "minutes",

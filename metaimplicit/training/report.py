@@ -43,9 +43,12 @@ def fit_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> Fits
     inputs = grid[:, None].expand(len(episodes.support[0]), -1, 1)
     with torch.no_grad():
         before, after = (
-            learner.adapt(episodes.support, steps=count, batched=True)(inputs).squeeze(-1).cpu() for count in (0, steps)
+            learner.adapt(episodes.support, steps=count, batched=True)(inputs).squeeze(-1).cpu()
+            for count in (0, steps)
         )
-    support, query = ((x.squeeze(-1).cpu(), y.squeeze(-1).cpu()) for x, y in (episodes.support, episodes.query))
+    support, query = (
+        (x.squeeze(-1).cpu(), y.squeeze(-1).cpu()) for x, y in (episodes.support, episodes.query)
+    )
     return Fits(grid.cpu(), before, after, support, query, steps)
 
 
@@ -69,7 +72,10 @@ def plot_curves(out: Path) -> None:
                 window = max(len(rows) // 50, 1)
                 ax.plot(x, y, color=colour, alpha=0.25, linewidth=0.5)
                 ax.plot(
-                    x[window - 1 :], y.unfold(0, window, 1).mean(1), color=colour, label=f"{split}, mean of {window}"
+                    x[window - 1 :],
+                    y.unfold(0, window, 1).mean(1),
+                    color=colour,
+                    label=f"{split}, mean of {window}",
                 )
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
@@ -80,7 +86,9 @@ def plot_curves(out: Path) -> None:
     _save(figure, out / "curves.png")
 
 
-def plot_adaptation(out: Path, evaluation: Evaluation, *, title: str = "", fits: Fits | None = None) -> None:
+def plot_adaptation(
+    out: Path, evaluation: Evaluation, *, title: str = "", fits: Fits | None = None
+) -> None:
     """adaptation.png: the metric against inner steps with its 95 % interval, and any fitted curves beside it."""
     from matplotlib.figure import Figure
 
@@ -104,10 +112,23 @@ def plot_adaptation(out: Path, evaluation: Evaluation, *, title: str = "", fits:
 
 def _plot_fit(ax: Any, fits: Fits, task: int) -> None:
     order = fits.query[0][task].argsort()
-    ax.plot(fits.query[0][task][order], fits.query[1][task][order], color="0.6", linewidth=3, label="truth")
+    ax.plot(
+        fits.query[0][task][order],
+        fits.query[1][task][order],
+        color="0.6",
+        linewidth=3,
+        label="truth",
+    )
     ax.plot(fits.grid, fits.before[task], ":", color="C1", label="before")
-    ax.plot(fits.grid, fits.after[task], color="C0", label=f"after {fits.steps} step{'s' * (fits.steps != 1)}")
-    ax.plot(fits.support[0][task], fits.support[1][task], "^", color="k", markersize=5, label="support")
+    ax.plot(
+        fits.grid,
+        fits.after[task],
+        color="C0",
+        label=f"after {fits.steps} step{'s' * (fits.steps != 1)}",
+    )
+    ax.plot(
+        fits.support[0][task], fits.support[1][task], "^", color="k", markersize=5, label="support"
+    )
     ax.set_xlabel("x")
 
 

@@ -78,7 +78,15 @@ def fit_tuner(
             if callback is not None:
                 callback(step)
 
-        tuner.fit(train, validation, steps=steps, metric=metric, every=every, patience=patience, callback=told)
+        tuner.fit(
+            train,
+            validation,
+            steps=steps,
+            metric=metric,
+            every=every,
+            patience=patience,
+            callback=told,
+        )
         save_tuner(checkpoint, tuner, progress)
     return progress
 
@@ -90,6 +98,8 @@ def _values(step: TunerStep) -> Values:
         "gradient_norm": step.norm,
         "inner_gradient_norm": report.inner_gradient_norm.mean().item(),
         "residual": None if report.residual is None else report.residual.mean().item(),
-        "negative_curvature": None if report.status is None else report.share(Status.NEGATIVE_CURVATURE),
+        "negative_curvature": None
+        if report.status is None
+        else report.share(Status.NEGATIVE_CURVATURE),
         "applied": float(step.applied),
     }

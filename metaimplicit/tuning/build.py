@@ -26,7 +26,9 @@ class TuningProblem(NamedTuple):
         """wᵢ of a training batch, `[m]`; ValueError where nothing weighs."""
         f = self.problem.inner_loss
         if not isinstance(f, Composite) or f.weights is None:
-            raise ValueError("weights: got a problem without any, expected a variable that weighs examples")
+            raise ValueError(
+                "weights: got a problem without any, expected a variable that weighs examples"
+            )
         with torch.no_grad():
             return f.weights(meta, f.loss(f.outputs(params, meta, data), data), data)
 
@@ -57,7 +59,9 @@ def tuning_problem(
     check_norms(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if not start:
-        raise ValueError("model: got no parameter that requires grad, expected some; call model.requires_grad_()")
+        raise ValueError(
+            "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
+        )
     meta: Params = {}
     domains: dict[str, Domain] = {}
     for variable in variables:
@@ -97,7 +101,9 @@ def tuning_problem(
         known, parts = parts[0].proximal, []
 
     def penalties(params: Params, meta: Params) -> Tensor:
-        found = [part.penalty(params, start, meta) for part in parts] + ([] if known is None else [known(params, meta)])
+        found = [part.penalty(params, start, meta) for part in parts] + (
+            [] if known is None else [known(params, meta)]
+        )
         return torch.stack([value for value in found if value is not None]).sum()
 
     return TuningProblem(

@@ -78,14 +78,22 @@ class Interval(Domain):
     def __post_init__(self) -> None:
         _check_bounds("Interval", self.low, self.high)
         if math.isinf(self.low) or math.isinf(self.high):
-            raise ValueError(f"Interval: got ({self.low}, {self.high}), expected finite bounds; use Positive or Box")
+            raise ValueError(
+                f"Interval: got ({self.low}, {self.high}), expected finite bounds; use Positive or Box"
+            )
 
     def value(self, free: Tensor) -> Tensor:
         share = free.sigmoid()
-        return share if (self.low, self.high) == (0, 1) else self.low + (self.high - self.low) * share
+        return (
+            share if (self.low, self.high) == (0, 1) else self.low + (self.high - self.low) * share
+        )
 
     def free(self, value: Tensor) -> Tensor:
-        _check((value > self.low) & (value < self.high), value, f"numbers between {self.low} and {self.high}")
+        _check(
+            (value > self.low) & (value < self.high),
+            value,
+            f"numbers between {self.low} and {self.high}",
+        )
         return ((value - self.low) / (self.high - self.low)).logit()
 
     def project(self, free: Tensor) -> Tensor:
@@ -111,7 +119,11 @@ class Box(Domain):
         return free
 
     def free(self, value: Tensor) -> Tensor:
-        _check((value >= self.low) & (value <= self.high), value, f"numbers from {self.low} to {self.high}")
+        _check(
+            (value >= self.low) & (value <= self.high),
+            value,
+            f"numbers from {self.low} to {self.high}",
+        )
         return value
 
     def project(self, free: Tensor) -> Tensor:
@@ -151,7 +163,9 @@ class FreeMeta:
         if unknown := sorted(set(domains or {}) - set(meta)):
             raise ValueError(f"domains: got {unknown}, expected names in meta, {sorted(meta)}")
         self._fixed = {name: m.detach() for name, m in meta.items() if not m.is_floating_point()}
-        self._domains = {name: (domains or {}).get(name, Real()) for name in meta if name not in self._fixed}
+        self._domains = {
+            name: (domains or {}).get(name, Real()) for name in meta if name not in self._fixed
+        }
         self.tensors: Params = {}
         for name, domain in self._domains.items():
             try:
@@ -161,7 +175,10 @@ class FreeMeta:
 
     def meta(self) -> Params:
         """φ, with its graph to the coordinates."""
-        return {**self._fixed, **{name: self._domains[name].value(free) for name, free in self.tensors.items()}}
+        return {
+            **self._fixed,
+            **{name: self._domains[name].value(free) for name, free in self.tensors.items()},
+        }
 
     @torch.no_grad()
     def values(self) -> Params:
@@ -173,13 +190,19 @@ class FreeMeta:
     def pull(self, gradients: Params, values: Params | None = None) -> Params:
         """dg/dφ in the coordinates, by the chain rule; `values` are φ there, if they are known."""
         values = self.values() if values is None else values
-        return {n: self._domains[n].pull(x, values[n], gradients[n]) for n, x in self.tensors.items()}
+        return {
+            n: self._domains[n].pull(x, values[n], gradients[n]) for n, x in self.tensors.items()
+        }
 
     def check(self, tensors: Params) -> None:
         """ValueError for the coordinates of another φ."""
-        shapes, got = ({n: tuple(x.shape) for n, x in each.items()} for each in (self.tensors, tensors))
+        shapes, got = (
+            {n: tuple(x.shape) for n, x in each.items()} for each in (self.tensors, tensors)
+        )
         if got != shapes:
-            raise ValueError(f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did")
+            raise ValueError(
+                f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did"
+            )
 
     def load(self, tensors: Params) -> None:
         """Take other coordinates; ValueError for another φ's."""
@@ -209,4 +232,6 @@ def _check_bounds(name: str, low: float, high: float) -> None:
 def _check(inside: Tensor, value: Tensor, expected: str) -> None:
     if not bool(inside.all()):
         worst = value.masked_select(~inside.expand_as(value))[0].item()
-        raise ValueError(f"hyperparameter: got {worst:g}, expected {expected}; start inside its domain")
+        raise ValueError(
+            f"hyperparameter: got {worst:g}, expected {expected}; start inside its domain"
+        )

@@ -89,12 +89,21 @@ class HOAG:
         domains: Mapping[str, Domain] | None = None,
     ) -> None:
         if not callable(schedule) and schedule not in SCHEDULES:
-            raise ValueError(f"schedule: got {schedule!r}, expected one of {', '.join(SCHEDULES)}, or a function")
+            raise ValueError(
+                f"schedule: got {schedule!r}, expected one of {', '.join(SCHEDULES)}, or a function"
+            )
         if not tolerance > 0:
             raise ValueError(f"tolerance: got {tolerance}, expected a number > 0")
-        self.problem, self.inner, self.solver = problem, inner or LBFGS(), solver or CG(max_steps=100)
+        self.problem, self.inner, self.solver = (
+            problem,
+            inner or LBFGS(),
+            solver or CG(max_steps=100),
+        )
         self.train, self.validation = train, validation
-        self.schedule, self.tolerance = schedule if callable(schedule) else SCHEDULES[schedule], tolerance
+        self.schedule, self.tolerance = (
+            schedule if callable(schedule) else SCHEDULES[schedule],
+            tolerance,
+        )
         self.free = FreeMeta(meta, domains)
         self.end: Iterate | None = None
         self.state: State = {}
@@ -142,7 +151,9 @@ class HOAG:
                 "nothing was changed"
             )
         self.end, self.state = found.end, found.report.state
-        here = _Point({n: x.detach().clone() for n, x in self.free.tensors.items()}, slope, g, epsilon)
+        here = _Point(
+            {n: x.detach().clone() for n, x in self.free.tensors.items()}, slope, g, epsilon
+        )
         accepted, self.lipschitz = self._judge(here)
         if accepted:
             self._rejected, self._last = [], here

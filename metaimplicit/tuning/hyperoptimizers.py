@@ -56,12 +56,22 @@ class Hyperoptimizer(torch.optim.Optimizer):
         if not any(p.requires_grad for p in group["params"]):
             raise ValueError(f"{where}: got no parameter that requires grad, expected one or more")
         if not all(p.is_floating_point() for p in group["params"]):
-            raise ValueError(f"{where}: got parameters that are no real floating-point numbers; use torch.view_as_real")
-        if foreign := sorted(name for name in _FOREIGN & set(group) - set(self.tower.numbers) if group[name]):
-            raise ValueError(f"{where}: got {foreign}, expected some of the tower's own {sorted(self.tower.numbers)}")
+            raise ValueError(
+                f"{where}: got parameters that are no real floating-point numbers; use torch.view_as_real"
+            )
+        if foreign := sorted(
+            name for name in _FOREIGN & set(group) - set(self.tower.numbers) if group[name]
+        ):
+            raise ValueError(
+                f"{where}: got {foreign}, expected some of the tower's own {sorted(self.tower.numbers)}"
+            )
         if len(kinds := {f"{p.dtype} on {p.device}" for p in group["params"]}) > 1:
-            raise ValueError(f"{where}: got parameters of {', '.join(sorted(kinds))}; give each its own group")
-        tower = _Running(self.tower, group["params"], {name: float(group[name]) for name in self.tower.numbers})
+            raise ValueError(
+                f"{where}: got parameters of {', '.join(sorted(kinds))}; give each its own group"
+            )
+        tower = _Running(
+            self.tower, group["params"], {name: float(group[name]) for name in self.tower.numbers}
+        )
         self.param_groups.append(group)
         self._towers.append(tower)
         tower.tell(group)
@@ -99,14 +109,31 @@ class Hyperoptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs = zip(self.param_groups, self._towers, strict=True)
-        moved = [(group, tower) for group, tower in pairs if any(p.grad is not None for p in group["params"])]
+        moved = [
+            (group, tower)
+            for group, tower in pairs
+            if any(p.grad is not None for p in group["params"])
+        ]
         if not moved:
-            raise ValueError("step: got no gradient in any parameter, expected loss.backward() before step()")
-        if any(p.grad is not None and p.grad.layout != torch.strided for group, _ in moved for p in group["params"]):
-            raise ValueError("step: got a sparse gradient, expected dense ones; build the embedding with sparse=False")
+            raise ValueError(
+                "step: got no gradient in any parameter, expected loss.backward() before step()"
+            )
+        if any(
+            p.grad is not None and p.grad.layout != torch.strided
+            for group, _ in moved
+            for p in group["params"]
+        ):
+            raise ValueError(
+                "step: got a sparse gradient, expected dense ones; build the embedding with sparse=False"
+            )
         self._hear()
-        for group, tower in moved:  # all the hyperparameters first: where one fails, no parameter has moved
-            tower.learn([torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]])
+        for (
+            group,
+            tower,
+        ) in moved:  # all the hyperparameters first: where one fails, no parameter has moved
+            tower.learn(
+                [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
+            )
         for group, tower in moved:
             tower.move(group["params"], [p.grad is not None for p in group["params"]])
             tower.tell(group)
@@ -125,10 +152,14 @@ class Hyperoptimizer(torch.optim.Optimizer):
         """
         towers = state_dict.get("towers", ())
         if len(towers) != len(self._towers):
-            raise ValueError(f"state_dict: got {len(towers)} towers, expected {len(self._towers)}, one a param group")
+            raise ValueError(
+                f"state_dict: got {len(towers)} towers, expected {len(self._towers)}, one a param group"
+            )
         for tower, state in zip(self._towers, towers, strict=True):
             tower.check(state)
-        super().load_state_dict({name: part for name, part in state_dict.items() if name != "towers"})
+        super().load_state_dict(
+            {name: part for name, part in state_dict.items() if name != "towers"}
+        )
         for group, tower, state in zip(self.param_groups, self._towers, towers, strict=True):
             tower.hear(group, tower.fixed)
             tower.load(state)
@@ -142,19 +173,27 @@ class Hyperoptimizer(torch.optim.Optimizer):
 class _Running:
     """A level at work on some tensors, its variables."""
 
-    def __init__(self, level: Level, variables: Sequence[Tensor], numbers: dict[str, float]) -> None:
+    def __init__(
+        self, level: Level, variables: Sequence[Tensor], numbers: dict[str, float]
+    ) -> None:
         self.level, self.steps, self._names = level, 0, tuple(numbers)
         self._slots: dict[str, Any] = {}
         self._told: dict[str, tuple[Any, int]] = {}
         self._h: Numbers = {}  # of the last step
         self._moved = [True] * len(variables)  # in it
         self._counts = [p.numel() for p in variables]
-        self._like = variables[0].new_zeros((), dtype=torch.promote_types(variables[0].dtype, torch.float32))
+        self._like = variables[0].new_zeros(
+            (), dtype=torch.promote_types(variables[0].dtype, torch.float32)
+        )
         self._gradient = self._like
-        self._buffers = [self._like.new_zeros(sum(self._counts)) for _ in range(2)]  # of gradients, now and before
+        self._buffers = [
+            self._like.new_zeros(sum(self._counts)) for _ in range(2)
+        ]  # of gradients, now and before
         for name, number in numbers.items():
             level.check(name, number)
-        self.fixed = {n: torch.full_like(self._like, x) for n, x in numbers.items() if n not in level.sizes}
+        self.fixed = {
+            n: torch.full_like(self._like, x) for n, x in numbers.items() if n not in level.sizes
+        }
         self._absent = {n for n, x in self.fixed.items() if numbers[n] == 0 and n in level.optional}
         shapes: dict[Size, tuple[int, ...]] = {
             "scalar": (), "per-tensor": (len(variables),), "per-element": (sum(self._counts),),
@@ -186,7 +225,9 @@ class _Running:
             told, version = self._told[name]
             if group[name] is told and _version(told) == version:
                 continue
-            value = torch.as_tensor(group[name], dtype=self._like.dtype, device=self._like.device).detach()
+            value = torch.as_tensor(
+                group[name], dtype=self._like.dtype, device=self._like.device
+            ).detach()
             for bound in value.aminmax():
                 self.level.check(name, bound.item())
             if name in self.fixed:
@@ -207,7 +248,9 @@ class _Running:
         if self.above is None or self.steps == 0:
             return
         if not all(self._moved):  # those that stayed depend on nothing of the last step
-            g = torch.cat([part * on for part, on in zip(g.split(self._counts), self._moved, strict=True)])
+            g = torch.cat(
+                [part * on for part, on in zip(g.split(self._counts), self._moved, strict=True)]
+            )
         lr, names = self._h["lr"], [name for name in self.values if name != "lr"]
         slopes = {}
         if names:
@@ -227,9 +270,17 @@ class _Running:
     def move(self, variables: Sequence[Tensor], moving: Sequence[bool] | None = None) -> None:
         """θ ← θ − lr ∘ u, of the gradient last learnt from, where `moving` (None: everywhere)."""
         h = self._h = self._numbers()
-        point = torch.cat([x.reshape(-1) for x in variables]).to(self._like.dtype) if "weight_decay" in h else None
+        point = (
+            torch.cat([x.reshape(-1) for x in variables]).to(self._like.dtype)
+            if "weight_decay" in h
+            else None
+        )
         self._slots["direction"] = u = self.level.direction(h, self._slots, self._gradient, point)
-        lr, self.steps, self._moved = h["lr"], self.steps + 1, list(moving or [True] * len(variables))
+        lr, self.steps, self._moved = (
+            h["lr"],
+            self.steps + 1,
+            list(moving or [True] * len(variables)),
+        )
         factors = [lr] * len(variables) if lr.dim() == 0 else self._cut(self._spread(lr), variables)
         if len(variables) == 1:  # a hyperparameter, as a rule
             variables[0].addcmul_(u.view_as(variables[0]), factors[0], value=-1)
@@ -249,29 +300,44 @@ class _Running:
     def check(self, state: dict[str, Any]) -> None:
         """Raise ValueError for a state that is not of such a tower."""
         if (found := state.get("level")) != self.level.name:
-            raise ValueError(f"state_dict: got a level {found}, expected {self.level.name}; build it as the run did")
+            raise ValueError(
+                f"state_dict: got a level {found}, expected {self.level.name}; build it as the run did"
+            )
         if (self.above is None) != (state["above"] is None):
-            raise ValueError("state_dict: got a tower of another height, expected this one's; build it as the run did")
+            raise ValueError(
+                "state_dict: got a tower of another height, expected this one's; build it as the run did"
+            )
         self._free.check(state["free"])
         got = {x.numel() for x in state["slots"].values() if isinstance(x, Tensor) and x.dim()}
         if got - {sum(self._counts)}:
-            raise ValueError(f"state_dict: got states of {sorted(got)} numbers, expected {sum(self._counts)}")
+            raise ValueError(
+                f"state_dict: got states of {sorted(got)} numbers, expected {sum(self._counts)}"
+            )
         if self.above is not None:
             self.above.check(state["above"])
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state that was checked."""
         self._free.load(state["free"])
-        self.values, self.steps, self._moved = self._free.values(), state["steps"], list(state["moved"])
+        self.values, self.steps, self._moved = (
+            self._free.values(),
+            state["steps"],
+            list(state["moved"]),
+        )
         self._h, self._slots = (
-            {n: x.to(self._like, copy=True) if isinstance(x, Tensor) else x for n, x in state[part].items()}
+            {
+                n: x.to(self._like, copy=True) if isinstance(x, Tensor) else x
+                for n, x in state[part].items()
+            }
             for part in ("h", "slots")
         )
         if self.above is not None:
             self.above.load(state["above"])
 
     def _cut(self, flat: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
-        return [part.view_as(p) for part, p in zip(flat.split(self._counts), variables, strict=True)]
+        return [
+            part.view_as(p) for part, p in zip(flat.split(self._counts), variables, strict=True)
+        ]
 
     def _numbers(self) -> Numbers:
         return {n: x for n, x in (self.fixed | self.values).items() if n not in self._absent}
@@ -289,15 +355,23 @@ class _Running:
                 return g.dot(u)
             case "per-element":
                 return g * u
-        return torch.stack([a.dot(b) for a, b in zip(g.split(self._counts), u.split(self._counts), strict=True)])
+        return torch.stack(
+            [a.dot(b) for a, b in zip(g.split(self._counts), u.split(self._counts), strict=True)]
+        )
 
     def _look(self, above: Level) -> None:
         """Raise FloatingPointError for a value that no step can be made with."""
         for name, value in self.values.items():
-            least, most = (x.item() for x in value.aminmax()) if value.dim() else (value.item(),) * 2
+            least, most = (
+                (x.item() for x in value.aminmax()) if value.dim() else (value.item(),) * 2
+            )
             limit = 1.0 if name in self.level.decays else math.inf
             if not (least >= 0 and most < limit):
-                late = "" if value.device.type == "cpu" else " by this step, but it may have been by the last 7"
+                late = (
+                    ""
+                    if value.device.type == "cpu"
+                    else " by this step, but it may have been by the last 7"
+                )
                 raise FloatingPointError(
                     f"{self.level.name} {name}: turned {most if least >= 0 else least} after {self.steps} steps, "
                     f"expected a number in [0, {limit:g}); the loss is not finite, or the step size of the "

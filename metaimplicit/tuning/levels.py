@@ -19,7 +19,9 @@ from torch import Tensor
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive
 
 Size = Literal["scalar", "per-tensor", "per-element"]
-Numbers = dict[str, Tensor]  # h: 0-dim, but for lr, which may have an entry for each tensor or element of θ
+Numbers = dict[
+    str, Tensor
+]  # h: 0-dim, but for lr, which may have an entry for each tensor or element of θ
 Slots = dict[str, Any]  # the state, and what the last step leaves to its derivatives
 
 
@@ -48,21 +50,33 @@ class Level(ABC):
     domains: Mapping[str, Domain] = field(default_factory=dict, kw_only=True)
 
     decays: ClassVar[frozenset[str]] = frozenset()  # hyperparameters in [0, 1)
-    optional: ClassVar[frozenset[str]] = frozenset({"momentum", "weight_decay"})  # no part of h as a constant 0
+    optional: ClassVar[frozenset[str]] = frozenset(
+        {"momentum", "weight_decay"}
+    )  # no part of h as a constant 0
 
     def __post_init__(self) -> None:
         for name, value in self.numbers.items():
             self.check(name, value)
         for option, given in (("learn", self.learn or ()), ("domains", self.domains)):
             if unknown := sorted(set(given) - set(self.numbers)):
-                raise ValueError(f"{self.name} {option}: got {unknown}, expected some of {sorted(self.numbers)}")
-        wrong = {k: v for k, v in self.sizes.items() if v not in _SIZES or (v != "scalar" and k != "lr")}
+                raise ValueError(
+                    f"{self.name} {option}: got {unknown}, expected some of {sorted(self.numbers)}"
+                )
+        wrong = {
+            k: v for k, v in self.sizes.items() if v not in _SIZES or (v != "scalar" and k != "lr")
+        }
         if wrong:
-            raise ValueError(f"{self.name} learn: got {wrong}, expected 'scalar', or for lr one of {', '.join(_SIZES)}")
+            raise ValueError(
+                f"{self.name} learn: got {wrong}, expected 'scalar', or for lr one of {', '.join(_SIZES)}"
+            )
         if self.optimizer is None and self.learn:
-            raise ValueError(f"{self.name} learn: got {tuple(self.learn)} and no optimizer; pass optimizer=SGD(…)")
+            raise ValueError(
+                f"{self.name} learn: got {tuple(self.learn)} and no optimizer; pass optimizer=SGD(…)"
+            )
         if self.optimizer is not None and not self.sizes:
-            raise ValueError(f"{self.name}: got an optimizer and nothing to learn, expected one or more names in learn")
+            raise ValueError(
+                f"{self.name}: got an optimizer and nothing to learn, expected one or more names in learn"
+            )
         for name in self.sizes:
             try:
                 self.domain(name).free(torch.tensor(self.numbers[name]))
@@ -84,7 +98,9 @@ class Level(ABC):
         if isinstance(self.learn, Mapping):
             return dict(self.learn)
         if self.learn is None:
-            chosen = [n for n, x in self.numbers.items() if x != 0 and n not in ("eps", "weight_decay")]
+            chosen = [
+                n for n, x in self.numbers.items() if x != 0 and n not in ("eps", "weight_decay")
+            ]
         else:
             chosen = list(self.learn)
         return dict.fromkeys(chosen if self.optimizer is not None else [], "scalar")
@@ -172,7 +188,9 @@ class RMSProp(Level):
     decays = frozenset({"alpha"})
 
     def direction(self, h: Numbers, slots: Slots, g: Tensor, point: Tensor | None) -> Tensor:
-        root = torch.sqrt(_average(slots, "square", _square(g), h["alpha"]), out=_slot(slots, "root", g))
+        root = torch.sqrt(
+            _average(slots, "square", _square(g), h["alpha"]), out=_slot(slots, "root", g)
+        )
         below = torch.add(root, h["eps"], out=_slot(slots, "below", g))
         return torch.div(g, below, out=_slot(slots, "ratio", g))
 
@@ -197,9 +215,14 @@ class Adam(Level):
 
     def direction(self, h: Numbers, slots: Slots, g: Tensor, point: Tensor | None) -> Tensor:
         slots["step"] = step = slots.get("step", 0) + 1
-        rest1, rest2 = slots["rest1"], slots["rest2"] = 1 - h["beta1"] ** step, 1 - h["beta2"] ** step
+        rest1, rest2 = slots["rest1"], slots["rest2"] = (
+            1 - h["beta1"] ** step,
+            1 - h["beta2"] ** step,
+        )
         mean = _average(slots, "mean", g, h["beta1"])
-        root = torch.sqrt(_average(slots, "square", _square(g), h["beta2"]), out=_slot(slots, "root", g))
+        root = torch.sqrt(
+            _average(slots, "square", _square(g), h["beta2"]), out=_slot(slots, "root", g)
+        )
         below = torch.mul(root, rest1 / rest2.sqrt(), out=_slot(slots, "below", g))
         below.add_(h["eps"] * rest1)  # (1 − β₁ᵗ)(√v̂ + ε)
         return torch.div(mean, below, out=_slot(slots, "ratio", g))
@@ -210,15 +233,19 @@ class Adam(Level):
         step, rest1, rest2 = slots["step"], slots["rest1"], slots["rest2"]
         x, found = a / slots["below"], {}
         if "beta1" in names:  # ∂m̂/∂β₁ = (m₋ − g + m tβ₁ᵗ⁻¹/(1 − β₁ᵗ))/(1 − β₁ᵗ)
-            found["beta1"] = x.dot(slots["mean change"]) + step * h["beta1"] ** (step - 1) / rest1 * x.dot(
-                slots["mean"]
-            )
+            found["beta1"] = x.dot(slots["mean change"]) + step * h["beta1"] ** (
+                step - 1
+            ) / rest1 * x.dot(slots["mean"])
         x.mul_(slots["ratio"])
         if "eps" in names:
             found["eps"] = -rest1 * x.sum()
         if "beta2" in names:  # ∂√v̂/∂β₂ = ((v₋ − g²)/√v + √v tβ₂ᵗ⁻¹/(1 − β₂ᵗ))/2√(1 − β₂ᵗ)
             bias = step * h["beta2"] ** (step - 1) / rest2 * x.dot(slots["root"])
-            found["beta2"] = -rest1 / (2 * rest2.sqrt()) * (x.div_(slots["root"]).dot(slots["square change"]) + bias)
+            found["beta2"] = (
+                -rest1
+                / (2 * rest2.sqrt())
+                * (x.div_(slots["root"]).dot(slots["square change"]) + bias)
+            )
         return found
 
 

@@ -84,8 +84,14 @@ class Tuner:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
         if schedule is not None and not isinstance(getattr(inner, "lr", None), (float, int)):
-            raise ValueError(f"schedule: got one for {inner}, expected an inner loop whose lr is a number")
-        self.problem, self.inner, self.method = problem, inner, _on_network(make_method(method, options), problem)
+            raise ValueError(
+                f"schedule: got one for {inner}, expected an inner loop whose lr is a number"
+            )
+        self.problem, self.inner, self.method = (
+            problem,
+            inner,
+            _on_network(make_method(method, options), problem),
+        )
         self.warm_start, self.schedule, self.on_nonfinite = warm_start, schedule, on_nonfinite
         self._free = FreeMeta(meta, domains)
         self.optimizer = optimizer(list(self._free.tensors.values()))
@@ -120,7 +126,9 @@ class Tuner:
         """
         k = self.inner.steps
         if isinstance(train, list) and len(train) != k + 1:
-            raise ValueError(f"train: got a list of {len(train)} batches, expected {k + 1}, one more than inner steps")
+            raise ValueError(
+                f"train: got a list of {len(train)} batches, expected {k + 1}, one more than inner steps"
+            )
         batches = train if isinstance(train, list) else [train] * (k + 1)
         inner = self.inner
         if self.schedule is not None:
@@ -212,10 +220,18 @@ class Tuner:
         """Go back to where `state_dict` was taken; ValueError where it is another problem's."""
         self._load(state)
         self.steps, stopping = state["steps"], state["stopping"]
-        self._best, self._waited, self._kept = stopping["best"], stopping["waited"], stopping["kept"]
+        self._best, self._waited, self._kept = (
+            stopping["best"],
+            stopping["waited"],
+            stopping["kept"],
+        )
 
     def _dump(self) -> dict[str, Any]:
-        end = None if self.end is None else {f.name: getattr(self.end, f.name) for f in fields(self.end)}
+        end = (
+            None
+            if self.end is None
+            else {f.name: getattr(self.end, f.name) for f in fields(self.end)}
+        )
         state = {
             "free": {name: free.detach() for name, free in self._free.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -235,7 +251,11 @@ def _on_network(method: Method, problem: BilevelProblem) -> Method:
     """Gauss–Newton for a network's loss, whose Hessian is indefinite."""
     f = problem.inner_loss
     network = isinstance(f, Composite) and f.module is not None
-    free = isinstance(method, Implicit) and method.curvature is None and method.products == "double-backward"
+    free = (
+        isinstance(method, Implicit)
+        and method.curvature is None
+        and method.products == "double-backward"
+    )
     return replace(method, curvature="gauss-newton") if network and free else method  # type: ignore[type-var]
 
 
@@ -256,7 +276,9 @@ def _reader(source: Source, first: int) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise ValueError("batches: got an iterable without any, or one that is used up, expected a loader")
+            raise ValueError(
+                "batches: got an iterable without any, or one that is used up, expected a loader"
+            )
         empty = True
 
 

@@ -98,7 +98,9 @@ class ExampleWeights(Variable):
 
     def weights(self, meta: Params, losses: Tensor, batch: Batch) -> Tensor:
         index = _index(self, batch)
-        return meta["example_weights"][torch.where(index < 0, self.count, index)]  # −1 is no last one, but an error
+        return meta["example_weights"][
+            torch.where(index < 0, self.count, index)
+        ]  # −1 is no last one, but an error
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ class WeightNetwork(Variable):
     def weights(self, meta: Params, losses: Tensor, batch: Batch) -> Tensor:
         seen = losses[:, None]
         if self.classes is not None:
-            seen = torch.cat([seen, nn.functional.one_hot(batch["targets"].long(), self.classes).to(seen)], 1)
+            seen = torch.cat(
+                [seen, nn.functional.one_hot(batch["targets"].long(), self.classes).to(seen)], 1
+            )
         hidden = torch.relu(seen @ meta["weight_network.in"].T + meta["weight_network.bias"])
         return 2 * torch.sigmoid(hidden @ meta["weight_network.out"] + meta["weight_network.shift"])
 
@@ -181,14 +185,21 @@ class WeightDecay(Variable):
         if self.scope == "scalar":
             return {"weight_decay": like.new_tensor(self.start)}
         shapes = {name: p.shape if self.scope == "element" else () for name, p in params.items()}
-        return {f"weight_decay.{name}": like.new_full(shape, self.start) for name, shape in shapes.items()}
+        return {
+            f"weight_decay.{name}": like.new_full(shape, self.start)
+            for name, shape in shapes.items()
+        }
 
     def domains(self, names: Iterable[str]) -> dict[str, Domain]:
         return dict.fromkeys(names, self.domain)
 
     @property
     def proximal(self) -> Proximal | None:
-        return Proximal(FromMeta("weight_decay"), "zero") if (self.scope, self.center) == ("scalar", "zero") else None
+        return (
+            Proximal(FromMeta("weight_decay"), "zero")
+            if (self.scope, self.center) == ("scalar", "zero")
+            else None
+        )
 
     def penalty(self, params: Params, start: Params, meta: Params) -> Tensor:
         strength, parts = FromMeta("weight_decay"), []
@@ -229,13 +240,19 @@ class GroupStructure(Variable):
             ("smoothing", self.smoothing > 0, "a number > 0"),
         ):
             if not fine:
-                raise ValueError(f"GroupStructure {name}: got {getattr(self, name)}, expected {expected}")
+                raise ValueError(
+                    f"GroupStructure {name}: got {getattr(self, name)}, expected {expected}"
+                )
 
     def meta(self, params: Params) -> Params:
         if self.parameter not in params:
-            raise ValueError(f"GroupStructure parameter: got {self.parameter!r}, expected one of {sorted(params)}")
+            raise ValueError(
+                f"GroupStructure parameter: got {self.parameter!r}, expected one of {sorted(params)}"
+            )
         w = params[self.parameter]
-        draw = torch.randn(self.groups, w.shape[-1], generator=torch.Generator().manual_seed(self.seed))
+        draw = torch.randn(
+            self.groups, w.shape[-1], generator=torch.Generator().manual_seed(self.seed)
+        )
         return {"groups": (0.1 * draw).softmax(0).to(w)}
 
     def domains(self, names: Iterable[str]) -> dict[str, Domain]:
@@ -274,7 +291,10 @@ class Augmentation(Variable):
         x, random = batch["inputs"], np.random.default_rng(_index(self, batch).tolist())
         each = (len(x), *[1] * (x.dim() - 1))
         shapes = {"brightness": each, "contrast": each, "noise": x.shape}
-        draws = {kind: torch.from_numpy(random.standard_normal(shape)).to(x) for kind, shape in shapes.items()}
+        draws = {
+            kind: torch.from_numpy(random.standard_normal(shape)).to(x)
+            for kind, shape in shapes.items()
+        }
         moved = {kind: meta[f"augmentation.{kind}"] * draws[kind] for kind in self.kinds}
         if "contrast" in moved:
             mean = x.flatten(1).mean(1).reshape(each)
@@ -299,12 +319,16 @@ class SyntheticData(Variable):
 
     def __post_init__(self) -> None:
         if len(self.data) != len(self.labels):
-            raise ValueError(f"SyntheticData labels: got {len(self.labels)}, expected {len(self.data)}, one an input")
+            raise ValueError(
+                f"SyntheticData labels: got {len(self.labels)}, expected {len(self.data)}, one an input"
+            )
 
     def meta(self, params: Params) -> Params:
         like = _like(params)
         if self.labels.device != like.device:
-            raise ValueError(f"SyntheticData labels: got them on {self.labels.device}, expected on {like.device}")
+            raise ValueError(
+                f"SyntheticData labels: got them on {self.labels.device}, expected on {like.device}"
+            )
         return {"synthetic": self.data.to(like)}
 
     def inputs(self, meta: Params, batch: Batch) -> Tensor:
@@ -317,7 +341,9 @@ class SyntheticData(Variable):
 def _index(variable: Variable, batch: Batch) -> Tensor:
     if "index" not in batch:
         name = type(variable).__name__
-        raise ValueError(f"{name}: got a batch without 'index', expected which examples it holds, int64 [m]")
+        raise ValueError(
+            f"{name}: got a batch without 'index', expected which examples it holds, int64 [m]"
+        )
     return batch["index"]
 
 

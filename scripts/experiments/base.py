@@ -41,7 +41,9 @@ class Experiment(ABC):
     name: ClassVar[str]
     baselines: ClassVar[tuple[str, ...]] = ()  # `method`s that are none of METHODS
     compared: ClassVar[tuple[str, ...]]  # what `method` is by default, baselines included
-    listed: ClassVar[tuple[str, ...]] = ()  # options that say which cases there are, and nothing of any one
+    listed: ClassVar[
+        tuple[str, ...]
+    ] = ()  # options that say which cases there are, and nothing of any one
 
     @abstractmethod
     def quickened(self) -> Experiment:
@@ -61,14 +63,20 @@ class Experiment(ABC):
 
     def cases(self) -> list[Case]:
         """The runs to make, in order."""
-        return [{"method": method, "seed": seed} for seed in range(self.seeds) for method in self.methods]
+        return [
+            {"method": method, "seed": seed}
+            for seed in range(self.seeds)
+            for method in self.methods
+        ]
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those asked for; ValueError for an unknown one."""
         known = [*self.baselines, *METHODS]
         if unknown := [m for m in self.method if m not in known]:
-            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+            raise ValueError(
+                f"--method: got {', '.join(unknown)}, expected some of {', '.join(known)}"
+            )
         return self.method or self.compared
 
     @property
@@ -96,13 +104,20 @@ def execute(experiment: Experiment) -> str:
             raise ValueError(f"--threads: got {experiment.threads}, expected at least 1")
         torch.set_num_threads(experiment.threads)
     free = (*_FREE, *experiment.listed)
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(experiment).items() if k not in free}
+    options = {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in asdict(experiment).items()
+        if k not in free
+    }
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     cases, rows = experiment.cases(), []
     find_device(experiment.device)
     for case in cases:
         out = experiment.folder / "-".join(str(part) for part in case.values())
-        config, summary = {"experiment": experiment.name, "options": options, "case": case}, out / "summary.json"
+        config, summary = (
+            {"experiment": experiment.name, "options": options, "case": case},
+            out / "summary.json",
+        )
         if (out / CONFIG).exists() and (found := read_json(out / CONFIG)) != config:
             raise FileExistsError(
                 f"--out: {out} holds a run with other options ({found}), expected those given now; name another folder"
@@ -124,7 +139,9 @@ def execute(experiment: Experiment) -> str:
 
 def select(rows: Iterable[tuple[Case, Row]], key: str, **case: Any) -> list[Any]:
     """`key` of the rows whose case has these values."""
-    return [row[key] for found, row in rows if all(found[name] == value for name, value in case.items())]
+    return [
+        row[key] for found, row in rows if all(found[name] == value for name, value in case.items())
+    ]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -137,7 +154,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *lines])
+    return "\n".join(
+        f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *lines]
+    )
 
 
 _FREE = ("method", "seeds", "out", "device", "threads", "data_root", "quick")

@@ -66,7 +66,15 @@ class CharTower(Towers):
 
     def quickened(self) -> CharTower:
         return replace(
-            self, start=self.start[:1], seeds=1, hidden=8, layers=1, embedding=4, streams=16, window=512, epochs=1
+            self,
+            start=self.start[:1],
+            seeds=1,
+            hidden=8,
+            layers=1,
+            embedding=4,
+            streams=16,
+            window=512,
+            epochs=1,
         )
 
     def cases(self) -> list[Case]:
@@ -77,7 +85,9 @@ class CharTower(Towers):
         return super().cases()
 
     def run(self, case: Case, out: Path) -> Row:
-        torch.set_flush_denormal(True)  # saturated gates have gradients on which the CPU takes ten times as long
+        torch.set_flush_denormal(
+            True
+        )  # saturated gates have gradients on which the CPU takes ten times as long
         try:
             return self._run(case)
         finally:
@@ -86,7 +96,9 @@ class CharTower(Towers):
     def _run(self, case: Case) -> Row:
         train, validation, characters = self.data()
         with seeded(case["seed"]):
-            model = CharLSTM(len(characters), self.embedding, self.hidden, self.layers).to(self.torch_device)
+            model = CharLSTM(len(characters), self.embedding, self.hidden, self.layers).to(
+                self.torch_device
+            )
         train, validation = train.to(self.torch_device), validation.to(self.torch_device)
         windows = (train.shape[1] - 1) // self.window
         state: State | None = None
@@ -100,7 +112,10 @@ class CharTower(Towers):
         steps = self.epochs * windows
         schedule = partial(step_decay, steps=steps) if case["method"] == "step-decay" else None
         row = descend(self.optimizer(case, model.parameters()), loss, steps, windows, schedule)
-        row |= {"characters": len(characters), "parameters": sum(p.numel() for p in model.parameters())}
+        row |= {
+            "characters": len(characters),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
         bits = math.nan if row["loss"] is None else model.bits(validation, self.window)
         if math.isfinite(bits):
             return row | {"bits": bits, "perplexity": 2**bits}
@@ -132,7 +147,9 @@ class CharTower(Towers):
         characters = "".join(sorted(set(text)))
         place = {character: i for i, character in enumerate(characters)}
         numbers = torch.tensor([place[character] for character in text])
-        train, validation = (side_by_side(part, self.streams) for part in (numbers[:cut], numbers[cut:]))
+        train, validation = (
+            side_by_side(part, self.streams) for part in (numbers[:cut], numbers[cut:])
+        )
         return train, validation, characters
 
 
@@ -145,7 +162,9 @@ class CharLSTM(nn.Module):
         self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True)
         self.scores = nn.Linear(hidden, characters)
 
-    def loss(self, text: Tensor, begin: int, size: int, state: State | None) -> tuple[Tensor, State]:
+    def loss(
+        self, text: Tensor, begin: int, size: int, state: State | None
+    ) -> tuple[Tensor, State]:
         """Mean cross-entropy of characters begin + 1 … begin + size of all streams `[streams, length]`.
 
         Args:
@@ -156,7 +175,10 @@ class CharLSTM(nn.Module):
         """
         part = text[:, begin : begin + size + 1]
         outputs, (h, c) = self.lstm(self.embedding(part[:, :-1]), state)
-        return F.cross_entropy(self.scores(outputs).flatten(0, 1), part[:, 1:].flatten()), (h.detach(), c.detach())
+        return F.cross_entropy(self.scores(outputs).flatten(0, 1), part[:, 1:].flatten()), (
+            h.detach(),
+            c.detach(),
+        )
 
     @torch.no_grad()
     def bits(self, text: Tensor, window: int) -> float:
@@ -185,8 +207,12 @@ def help_topics() -> str:
 def read_text(path: Path) -> str:
     """A file of UTF-8; FileNotFoundError without it, ValueError for another encoding."""
     if not path.is_file():
-        raise FileNotFoundError(f"--text: found no file {path}; name a text file, or leave it out for Python's topics")
+        raise FileNotFoundError(
+            f"--text: found no file {path}; name a text file, or leave it out for Python's topics"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path}: got bytes that are not UTF-8 ({error}); convert the file first") from error
+        raise ValueError(
+            f"--text: {path}: got bytes that are not UTF-8 ({error}); convert the file first"
+        ) from error

@@ -85,7 +85,14 @@ class CifarKFAC(SmallCifar, Race):
                 return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
             case "adam":
                 return torch.optim.Adam(model.parameters(), lr)
-        return KFAC(model, setting.loss, lr=lr, damping=self.damping, kl_clip=self.kl_clip, seed=case["seed"])
+        return KFAC(
+            model,
+            setting.loss,
+            lr=lr,
+            damping=self.damping,
+            kl_clip=self.kl_clip,
+            seed=case["seed"],
+        )
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ class CifarTower(SmallCifar, Towers):
         return [{"lr": lr, "momentum": momentum} for lr, momentum in self.start]
 
     def quickened(self) -> CifarTower:
-        return replace(self, start=self.start[:1], seeds=1, images=8, test=10, side=8, batch=16, epochs=5)
+        return replace(
+            self, start=self.start[:1], seeds=1, images=8, test=10, side=8, batch=16, epochs=5
+        )
 
     def cases(self) -> list[Case]:
         return super().cases()
@@ -73,15 +75,26 @@ class CifarTower(SmallCifar, Towers):
         steps, last = self.epochs * len(train_set) // self.batch, len(train_set) // self.batch
         schedule = partial(step_decay, steps=steps) if case["method"] == "step-decay" else None
         row = descend(self.optimizer(case, model.parameters()), loss, steps, last, schedule)
-        accuracy = None if row["loss"] is None else statistics.fmean(class_accuracies(model.eval(), test))
-        return row | {"accuracy": accuracy, "parameters": sum(p.numel() for p in model.parameters())}
+        accuracy = (
+            None if row["loss"] is None else statistics.fmean(class_accuracies(model.eval(), test))
+        )
+        return row | {
+            "accuracy": accuracy,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
 
     def optimizer(self, case: Case, params: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Of a case: torch's own SGD, or a tower."""
         lr, momentum = case["lr"], case["momentum"]
         if (above := self.above(case["method"])) is None:
             return torch.optim.SGD(params, lr, momentum, weight_decay=self.decay)
-        tower = SGD(lr, momentum=momentum, weight_decay=self.decay, optimizer=above, domains={"lr": Positive()})
+        tower = SGD(
+            lr,
+            momentum=momentum,
+            weight_decay=self.decay,
+            optimizer=above,
+            domains={"lr": Positive()},
+        )
         return Hyperoptimizer(params, tower)
 
 

@@ -58,7 +58,14 @@ class DigitsAutoencoder(Race):
     """κ of `kfac`."""
 
     name: ClassVar[str] = "digits-autoencoder"
-    compared: ClassVar[tuple[str, ...]] = ("sgd", "momentum", "adam", "gauss-newton", "natural-gradient", "kfac")
+    compared: ClassVar[tuple[str, ...]] = (
+        "sgd",
+        "momentum",
+        "adam",
+        "gauss-newton",
+        "natural-gradient",
+        "kfac",
+    )
     baselines: ClassVar[tuple[str, ...]] = compared
     listed: ClassVar[tuple[str, ...]] = tuple(method.replace("-", "_") for method in compared)
     judged: ClassVar[tuple[str, int]] = ("test loss", 4)
@@ -80,14 +87,18 @@ class DigitsAutoencoder(Race):
         return super().cases()
 
     def ended(self, case: Case, steps: int, seconds: float) -> bool:
-        return seconds >= (self.longer if case["method"] in ("gauss-newton", "natural-gradient") else self.seconds)
+        return seconds >= (
+            self.longer if case["method"] in ("gauss-newton", "natural-gradient") else self.seconds
+        )
 
     def mark(self, steps: int) -> int:
         return steps + 1 + steps // 50
 
     def setting(self, seed: int) -> Setting:
         whole = digits_or_cancer("digits")
-        order = torch.from_numpy(tasks.examples.random_stream(seed, "digits").permutation(len(whole)))
+        order = torch.from_numpy(
+            tasks.examples.random_stream(seed, "digits").permutation(len(whole))
+        )
         pixels = (whole.inputs[order] / 16).float().to(self.torch_device)
         train, test = pixels[: self.images], pixels[self.images :]
         labelled = tasks.Examples(train, whole.targets[order[: self.images]].to(train.device))

@@ -71,7 +71,15 @@ class Distillation(Experiment):
 
     name: ClassVar[str] = "distillation"
     baselines: ClassVar[tuple[str, ...]] = ("random", "mean")
-    compared: ClassVar[tuple[str, ...]] = (*baselines, "unrolled", "truncated", "cg", "neumann", "nystrom", "t1-t2")
+    compared: ClassVar[tuple[str, ...]] = (
+        *baselines,
+        "unrolled",
+        "truncated",
+        "cg",
+        "neumann",
+        "nystrom",
+        "t1-t2",
+    )
 
     def quickened(self) -> Distillation:
         return replace(
@@ -89,7 +97,10 @@ class Distillation(Experiment):
             judge = tasks.Batches(whole, min(self.batch, len(whole)), seed)
             starts = self.starts(images, labels, seed)
             fit_tuner(tuner, starts, judge, out=out, steps=self.steps, resume=True)
-            losses = [[line[key] for key in ("step", "loss", "inner_gradient_norm")] for line in read_metrics(out)]
+            losses = [
+                [line[key] for key in ("step", "loss", "inner_gradient_norm")]
+                for line in read_metrics(out)
+            ]
             images, row = tuner.meta["synthetic"], {"curve": losses}
         accuracies = [
             statistics.fmean(class_accuracies(self._trained(images, labels, start), test))
@@ -112,11 +123,17 @@ class Distillation(Experiment):
         a, b = (tasks.standardise(part, like=whole).to(self.torch_device) for part in (whole, test))
         return a, b
 
-    def real(self, examples: tasks.Examples, seed: int, mean: bool = False) -> tuple[Tensor, Tensor]:
+    def real(
+        self, examples: tasks.Examples, seed: int, mean: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Images of every class, class by class, and their labels: drawn ones, or means of as many parts of a class."""
-        labels = torch.arange(CLASSES, device=examples.targets.device).repeat_interleave(self.images)
+        labels = torch.arange(CLASSES, device=examples.targets.device).repeat_interleave(
+            self.images
+        )
         if mean:
-            of_class = [examples.inputs[examples.targets == c].chunk(self.images) for c in range(CLASSES)]
+            of_class = [
+                examples.inputs[examples.targets == c].chunk(self.images) for c in range(CLASSES)
+            ]
             return torch.stack([part.mean(0) for parts in of_class for part in parts]), labels
         drawn, _ = tasks.per_class(examples, self.images, seed)
         return drawn.inputs[drawn.targets.argsort(stable=True)], labels
@@ -125,7 +142,10 @@ class Distillation(Experiment):
         """Training on the images from the initialisation that a batch names, judged on real ones."""
         model = self._network(self._start(seed, 0)).to(images)
         found = tuning_problem(
-            model, F.cross_entropy, [SyntheticData(images, labels)], penalty=Proximal(self.decay, center="zero")
+            model,
+            F.cross_entropy,
+            [SyntheticData(images, labels)],
+            penalty=Proximal(self.decay, center="zero"),
         )
 
         def init(meta: Params, batch: dict[str, Any]) -> Params:
@@ -147,7 +167,9 @@ class Distillation(Experiment):
             if self.network == "linear":
                 return nn.Sequential(nn.Flatten(), nn.Linear(784, CLASSES))
             if self.network == "mlp":
-                return nn.Sequential(nn.Flatten(), nn.Linear(784, 100), nn.Tanh(), nn.Linear(100, CLASSES))
+                return nn.Sequential(
+                    nn.Flatten(), nn.Linear(784, 100), nn.Tanh(), nn.Linear(100, CLASSES)
+                )
             return nn.Sequential(
                 nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
                 nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
@@ -182,14 +204,18 @@ class Distillation(Experiment):
     def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
         lines = []
         for method in self.methods:
-            accuracy, first, seconds = (select(rows, key, method=method) for key in ("accuracy", "first", "seconds"))
+            accuracy, first, seconds = (
+                select(rows, key, method=method) for key in ("accuracy", "first", "seconds")
+            )
             lines.append([
                 f"`{method}`",
                 spread([100 * x for x in accuracy]),
                 spread([100 * x for x in first]),
                 f"{statistics.median(seconds):.0f}",
             ])  # fmt: skip
-        return markdown(["method", "balanced test accuracy, %", "from the first initialisation, %", "s"], lines)
+        return markdown(
+            ["method", "balanced test accuracy, %", "from the first initialisation, %", "s"], lines
+        )
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
         shown = [case for case, _ in rows if case["seed"] == 0]
@@ -197,13 +223,17 @@ class Distillation(Experiment):
         left = figure.add_subplot(grid[:, 0])
         for case, row in rows:
             if "curve" in row and case["seed"] == 0:
-                left.plot(*list(zip(*row["curve"], strict=True))[:2], label=case["method"], linewidth=0.8)
+                left.plot(
+                    *list(zip(*row["curve"], strict=True))[:2], label=case["method"], linewidth=0.8
+                )
         if left.lines:
             left.legend(fontsize=7)
         left.set(xlabel="outer step", ylabel="cross-entropy of real images", yscale="log")
         for place, case in enumerate(shown):
             ax = figure.add_subplot(grid[place, 1])
-            ax.imshow(imread(self.folder / "-".join(str(part) for part in case.values()) / "images.png"))
+            ax.imshow(
+                imread(self.folder / "-".join(str(part) for part in case.values()) / "images.png")
+            )
             ax.set_title(case["method"], fontsize=7)
             ax.axis("off")
 

@@ -16,7 +16,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from metaimplicit import LBFGS, GradientDescent, MethodOptions, Proximal, Tuner, argmin, tuning_problem
+from metaimplicit import (
+    LBFGS,
+    GradientDescent,
+    MethodOptions,
+    Proximal,
+    Tuner,
+    argmin,
+    tuning_problem,
+)
 from metaimplicit.training import fit_tuner, read_metrics
 from metaimplicit.tuning import GroupStructure, TuningProblem
 
@@ -84,15 +92,29 @@ class GroupLasso(Experiment):
 
     def cases(self) -> list[Case]:
         if not 2 <= self.groups <= self.features:
-            raise ValueError(f"--groups: got {self.groups}, expected from 2 to {self.features}, the features")
+            raise ValueError(
+                f"--groups: got {self.groups}, expected from 2 to {self.features}, the features"
+            )
         if not 1 <= self.active <= self.groups:
-            raise ValueError(f"--active: got {self.active}, expected from 1 to {self.groups}, the groups")
-        counts = ("starts", "regressions", "points", "validation", "test", "inner_steps", "outer_steps")
+            raise ValueError(
+                f"--active: got {self.active}, expected from 1 to {self.groups}, the groups"
+            )
+        counts = (
+            "starts",
+            "regressions",
+            "points",
+            "validation",
+            "test",
+            "inner_steps",
+            "outer_steps",
+        )
         for name, number in {name: getattr(self, name) for name in counts}.items():
             if number < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {number}, expected at least 1")
         if importlib.util.find_spec("scipy") is None:
-            raise ImportError(f'{self.name}: found no scipy, which matches groups; pip install -e ".[tune]"')
+            raise ImportError(
+                f'{self.name}: found no scipy, which matches groups; pip install -e ".[tune]"'
+            )
         return super().cases()
 
     def run(self, case: Case, out: Path) -> Row:
@@ -101,12 +123,18 @@ class GroupLasso(Experiment):
         row: Row = {}
         if method in self.baselines:
             other = torch.randperm(self.features, generator=torch.Generator().manual_seed(seed))
-            groups = {"oracle": data.groups, "random": data.groups[other], "lasso": torch.arange(self.features)}
+            groups = {
+                "oracle": data.groups,
+                "random": data.groups[other],
+                "lasso": torch.arange(self.features),
+            }
             found = self._judged(nn.functional.one_hot(groups[method]).T.double(), data)
         else:
             tried = []
             for start in range(self.starts):
-                memberships, losses = self._learnt(method, 1000 * start + seed, data, out / f"start-{start}")
+                memberships, losses = self._learnt(
+                    method, 1000 * start + seed, data, out / f"start-{start}"
+                )
                 chosen, judged = memberships.argmax(0), self._judged(memberships, data)
                 tried.append(judged | {
                     "losses": losses,
@@ -115,20 +143,28 @@ class GroupLasso(Experiment):
                     "memberships": memberships[:, data.groups.argsort()].tolist(),
                 })  # fmt: skip
             found = min(tried, key=lambda each: each["validation_error"])
-            row["starts"] = [{key: each[key] for key in ("validation_error", "recovery")} for each in tried]
+            row["starts"] = [
+                {key: each[key] for key in ("validation_error", "recovery")} for each in tried
+            ]
         return row | found | {"seconds": time.perf_counter() - began}
 
     def _judged(self, memberships: Tensor, data: Planted) -> Row:
         """Errors of a structure at the strength that validates best."""
-        found = [self._fitted(memberships, factor * self.strength, data) for factor in (0.25, 0.5, 1, 2)]
+        found = [
+            self._fitted(memberships, factor * self.strength, data) for factor in (0.25, 0.5, 1, 2)
+        ]
         return dict(zip(("validation_error", "test_error", "strength"), min(found), strict=True))
 
     def _problem(self, strength: float, seed: int = 0) -> TuningProblem:
         structure = GroupStructure("weight", self.groups, strength, self.smoothing, seed)
         model = Regressions(self.regressions, self.features)
-        return tuning_problem(model, squares, [structure], penalty=Proximal(self.ridge, center="zero"))
+        return tuning_problem(
+            model, squares, [structure], penalty=Proximal(self.ridge, center="zero")
+        )
 
-    def _learnt(self, method: str, seed: int, data: Planted, out: Path) -> tuple[Tensor, list[float]]:
+    def _learnt(
+        self, method: str, seed: int, data: Planted, out: Path
+    ) -> tuple[Tensor, list[float]]:
         """The memberships, `[groups, features]`, and g on the way to them."""
         problem = self._problem(self.strength, seed)
         tuner = Tuner(
@@ -144,13 +180,16 @@ class GroupLasso(Experiment):
         fit_tuner(tuner, *parts, out=out, steps=self.outer_steps, resume=True)
         return tuner.meta["groups"], [line["loss"] / self.regressions for line in read_metrics(out)]
 
-    def _fitted(self, memberships: Tensor, strength: float, data: Planted) -> tuple[float, float, float]:
+    def _fitted(
+        self, memberships: Tensor, strength: float, data: Planted
+    ) -> tuple[float, float, float]:
         """Mean squared errors on validation and test points of the argmin under this structure, and the strength."""
         problem, meta = self._problem(strength).problem, {"groups": memberships}
         solved = LBFGS(steps=3000, tol=1e-4)
         w = argmin(problem.inner_loss, problem.init, meta, data.train, inner=solved, method="cg")
         errors = [
-            2 * float(problem.outer_loss(w, meta, part)) / self.regressions for part in (data.validation, data.test)
+            2 * float(problem.outer_loss(w, meta, part)) / self.regressions
+            for part in (data.validation, data.test)
         ]
         return errors[0], errors[1], strength
 
@@ -158,7 +197,10 @@ class GroupLasso(Experiment):
         lines = []
         for method in self.methods:
             learnt = method not in self.baselines
-            scores = {key: select(rows, key, method=method) if learnt else [] for key in ("recovery", "rand")}
+            scores = {
+                key: select(rows, key, method=method) if learnt else []
+                for key in ("recovery", "rand")
+            }
             lines.append([
                 f"`{method}`",
                 spread(scores["recovery"], 3),
@@ -168,7 +210,15 @@ class GroupLasso(Experiment):
                 spread(select(rows, "test_error", method=method), 3),
                 f"{statistics.median(select(rows, 'seconds', method=method)):.0f}",
             ])  # fmt: skip
-        header = ["method", "recovery", "by seed", "adjusted Rand", "validation error", "test error", "s"]
+        header = [
+            "method",
+            "recovery",
+            "by seed",
+            "adjusted Rand",
+            "validation error",
+            "test error",
+            "s",
+        ]
         return markdown(header, lines)
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
@@ -177,14 +227,20 @@ class GroupLasso(Experiment):
         for method in self.methods:
             if method in self.baselines or not (found := select(rows, "losses", method=method)):
                 continue
-            left.plot([statistics.fmean(losses) for losses in zip(*found, strict=True)], label=method)
+            left.plot(
+                [statistics.fmean(losses) for losses in zip(*found, strict=True)], label=method
+            )
             shown = shown or (method, select(rows, "memberships", method=method)[0])
         if shown is None:
             return
         left.set(xlabel="outer steps", ylabel="½ validation error of each regression", yscale="log")
         left.legend(fontsize=7)
         right.imshow(shown[1], aspect="auto", cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-        right.set(title=f"memberships by {shown[0]}", xlabel="feature, by planted group", ylabel="learnt group")
+        right.set(
+            title=f"memberships by {shown[0]}",
+            xlabel="feature, by planted group",
+            ylabel="learnt group",
+        )
 
 
 class Regressions(nn.Module):
@@ -253,4 +309,6 @@ def adjusted_rand(found: Tensor, true: Tensor) -> float:
 
 def _contingency(found: Tensor, true: Tensor) -> Tensor:
     table = torch.zeros(int(found.max()) + 1, int(true.max()) + 1, dtype=torch.float64)
-    return table.index_put_((found, true), torch.ones(len(true), dtype=torch.float64), accumulate=True)
+    return table.index_put_(
+        (found, true), torch.ones(len(true), dtype=torch.float64), accumulate=True
+    )

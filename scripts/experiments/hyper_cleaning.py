@@ -121,17 +121,24 @@ class HyperCleaning(Experiment):
     def _network(self, seed: int) -> nn.Sequential:
         with seeded(seed):
             hidden = [nn.Linear(784, self.hidden), nn.Tanh()] if self.hidden else []
-            return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(self.hidden or 784, 10)).to(self.torch_device)
+            return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(self.hidden or 784, 10)).to(
+                self.torch_device
+            )
 
     def _trained(self, model: nn.Module, examples: tasks.Examples, test: tasks.Examples) -> Row:
         """As many steps as the tuner takes inner ones, with its decay."""
         sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
         train(model, tasks.Batches(examples, None, 0), self.steps * self.inner_steps, sgd)
-        return {"examples": len(examples), "accuracy": statistics.fmean(class_accuracies(model, test))}
+        return {
+            "examples": len(examples),
+            "accuracy": statistics.fmean(class_accuracies(model, test)),
+        }
 
     def _tuner(self, model: nn.Module, count: int, flag: str) -> Tuner:
         weights = ExampleWeights(count, start=START, domain=Interval(0, 1))
-        problem = tuning_problem(model, F.cross_entropy, [weights], penalty=Proximal(self.decay, center="zero"))
+        problem = tuning_problem(
+            model, F.cross_entropy, [weights], penalty=Proximal(self.decay, center="zero")
+        )
         options = MethodOptions(
             solver_steps=self.solver_steps,
             rank=self.rank,
@@ -160,9 +167,20 @@ class HyperCleaning(Experiment):
                     ("f1", 1, 3), ("precision", 1, 3), ("recall", 1, 3), ("accuracy", 100, 2), ("retrained", 100, 2)
                 )
             ]  # fmt: skip
-            lines.append([f"`{method}`", *cells, f"{statistics.median(select(of_method, 'seconds')):.0f}"])
+            lines.append(
+                [f"`{method}`", *cells, f"{statistics.median(select(of_method, 'seconds')):.0f}"]
+            )
         return markdown(
-            ["method", "F1", "precision", "recall", "balanced test accuracy, %", "retrained, %", "s"], lines
+            [
+                "method",
+                "F1",
+                "precision",
+                "recall",
+                "balanced test accuracy, %",
+                "retrained, %",
+                "s",
+            ],
+            lines,
         )
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
@@ -172,8 +190,16 @@ class HyperCleaning(Experiment):
             if case["seed"] == 0:
                 right.plot(*zip(*row["curve"], strict=True), label=case["method"])
         for name, counts in tuned[0][1]["histogram"].items() if tuned else ():
-            left.stairs(counts, torch.linspace(0, 1, len(counts) + 1).tolist(), fill=True, alpha=0.5, label=name)
-            left.set(title=f"labels, {tuned[0][0]['method']}", xlabel="learnt weight", ylabel="examples")
+            left.stairs(
+                counts,
+                torch.linspace(0, 1, len(counts) + 1).tolist(),
+                fill=True,
+                alpha=0.5,
+                label=name,
+            )
+            left.set(
+                title=f"labels, {tuned[0][0]['method']}", xlabel="learnt weight", ylabel="examples"
+            )
             left.axvline(THRESHOLD, color="black", linewidth=0.8, linestyle=":")
             left.legend(fontsize=7)
             right.legend(fontsize=7)
@@ -184,4 +210,8 @@ def detection(found: Tensor, wrong: Tensor) -> dict[str, float]:
     """Precision, recall and F1 of the examples found mislabelled, both bool `[n]`; 0 where nothing right was found."""
     hits = int((found & wrong).sum())
     precision, recall = hits / max(int(found.sum()), 1), hits / max(int(wrong.sum()), 1)
-    return {"f1": 2 * hits / max(int(found.sum() + wrong.sum()), 1), "precision": precision, "recall": recall}
+    return {
+        "f1": 2 * hits / max(int(found.sum() + wrong.sum()), 1),
+        "precision": precision,
+        "recall": recall,
+    }

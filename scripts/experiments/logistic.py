@@ -49,7 +49,9 @@ class Judge:
         begin = lifted.init(meta)
         if start is not None:
             begin = {name: p[None] for name, p in self._solutions[start].items()}
-        found = LBFGS(steps=MOST, tol=self.tol).run(lambda p, t: lifted.inner(p, meta, batch), begin, meta, track=0)
+        found = LBFGS(steps=MOST, tol=self.tol).run(
+            lambda p, t: lifted.inner(p, meta, batch), begin, meta, track=0
+        )
         if not float(found.gradient_norm) <= self.tol:
             raise FloatingPointError(
                 f"λ = {math.exp(point):.3g}: L-BFGS stopped at a gradient of norm {float(found.gradient_norm):.1e}, "

@@ -96,13 +96,20 @@ class MnistTower(Experiment):
         )
 
     def cases(self) -> list[Case]:
-        for name, number in {"--epochs": self.epochs, "--height-epochs": self.height_epochs}.items():
+        for name, number in {
+            "--epochs": self.epochs,
+            "--height-epochs": self.height_epochs,
+        }.items():
             if number < 1:
                 raise ValueError(f"{name}: got {number}, expected at least 1")
         if unknown := [m for m in self.methods if m not in TOWERS]:
-            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(TOWERS)}")
+            raise ValueError(
+                f"--method: got {', '.join(unknown)}, expected some of {', '.join(TOWERS)}"
+            )
         if min(self.heights, default=0) < 0 or not min(self.starts, default=1.0) > 0:
-            raise ValueError(f"--heights, --starts: got {self.heights} and {self.starts}, expected ≥ 0 and > 0")
+            raise ValueError(
+                f"--heights, --starts: got {self.heights} and {self.starts}, expected ≥ 0 and > 0"
+            )
         sensitivity = [
             {"method": f"height-{height}", "start": start, "seed": 0}
             for height in self.heights
@@ -126,7 +133,10 @@ class MnistTower(Experiment):
 
     @cached_property
     def _data(self) -> tuple[tasks.Examples, tasks.Examples]:
-        pair = [tasks.Examples(x.inputs.flatten(1).float() / 255, x.targets) for x in tasks.mnist(self.data_root)]
+        pair = [
+            tasks.Examples(x.inputs.flatten(1).float() / 255, x.targets)
+            for x in tasks.mnist(self.data_root)
+        ]
         train, test = (part.to(self.torch_device) for part in pair)
         return train, test
 
@@ -137,7 +147,9 @@ class MnistTower(Experiment):
             train, _ = tasks.per_class(train, self.training, seed)
         batches, last = tasks.Batches(train, self.batch, seed), len(train) // self.batch
         with seeded(seed):
-            model = nn.Sequential(nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10))
+            model = nn.Sequential(
+                nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)
+            )
         if self.logits == "tanh":
             model.append(nn.Tanh())
         model.to(train.inputs)
@@ -156,7 +168,9 @@ class MnistTower(Experiment):
             plain = [row for case, row in rows if case["method"] == method.split("-")[0]]
             if not found:
                 continue
-            start = {name: x for name, x in TOWERS[method].numbers.items() if name in _SHOWN and x != 0}
+            start = {
+                name: x for name, x in TOWERS[method].numbers.items() if name in _SHOWN and x != 0
+            }
             levels = found[0].get("levels", [])
             lines.append([
                 f"`{method}`",
@@ -189,15 +203,33 @@ class MnistTower(Experiment):
         left.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
         for case, row in rows:
             if case["seed"] == 0 and "-by-" in case["method"] and row["curve"]["step"]:
-                points = torch.tensor([row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64).split(20, 1)
-                left.plot(*torch.stack([part.mean(1) for part in points]).T, label=case["method"], linewidth=0.9)
+                points = torch.tensor(
+                    [row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64
+                ).split(20, 1)
+                left.plot(
+                    *torch.stack([part.mean(1) for part in points]).T,
+                    label=case["method"],
+                    linewidth=0.9,
+                )
         left.set(title="step size, means over 200 steps", xlabel="training steps")
         left.set_yscale("symlog", linthresh=1e-4)
         for height in sorted({case["method"] for case, _ in rows if "start" in case}):
-            found = [(case["start"], row["error"]) for case, row in rows if case["method"] == height]
+            found = [
+                (case["start"], row["error"]) for case, row in rows if case["method"] == height
+            ]
             points = sorted(point for point in found if point[1] is not None)
-            right.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=height)
-        right.set(title="test error, %, of towers of SGD", xlabel="step size every level starts from", xscale="log")
+            right.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                marker="o",
+                markersize=3,
+                label=height,
+            )
+        right.set(
+            title="test error, %, of towers of SGD",
+            xlabel="step size every level starts from",
+            xscale="log",
+        )
         for ax in (left, right):
             if ax.get_lines():
                 ax.legend(fontsize=5, loc="lower left" if ax is left else "best")
@@ -208,7 +240,10 @@ _SHOWN = ("lr", "momentum", "alpha", "beta1", "beta2")
 
 def _numbers(values: dict[str, Any]) -> str:
     """Of a step size for each tensor, the smallest and the largest."""
-    shown = {n: f"{x:.4g}" if isinstance(x, float) else f"{min(x):.2g} … {max(x):.2g}" for n, x in values.items()}
+    shown = {
+        n: f"{x:.4g}" if isinstance(x, float) else f"{min(x):.2g} … {max(x):.2g}"
+        for n, x in values.items()
+    }
     return ", ".join(f"{name} {text}" for name, text in shown.items())
 
 
@@ -216,7 +251,9 @@ def _spread(rows: Sequence[Row], key: str, digits: int = 2) -> str:
     """Over the runs; how many diverged, if any did."""
     values = [row[key] for row in rows if row.get(key) is not None]
     lost = len(rows) - len(values)
-    return "; ".join([*([spread(values, digits)] if values else []), *([f"{lost} diverged"] if lost else [])])
+    return "; ".join(
+        [*([spread(values, digits)] if values else []), *([f"{lost} diverged"] if lost else [])]
+    )
 
 
 @torch.no_grad()

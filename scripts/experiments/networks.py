@@ -31,10 +31,16 @@ def conv_net(channels: int, classes: int, filters: Sequence[int], seed: int) -> 
     layers: list[nn.Module] = []
     with seeded(seed):
         for width in filters:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(width // 4, width), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1),
+                nn.GroupNorm(width // 4, width),
+                nn.ReLU(),
+            ]
             layers.append(nn.MaxPool2d(2))
             channels = width
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        return nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        )
 
 
 def train(
@@ -55,8 +61,13 @@ def train(
 
 
 @torch.no_grad()
-def class_accuracies(model: nn.Module, examples: tasks.Examples, params: Params | None = None) -> list[float]:
+def class_accuracies(
+    model: nn.Module, examples: tasks.Examples, params: Params | None = None
+) -> list[float]:
     """The share of right answers for each class; at `params`, if given, rather than the model's own."""
-    outputs = [torch.func.functional_call(model, params or {}, (x,)).argmax(1) for x in examples.inputs.split(1000)]
+    outputs = [
+        torch.func.functional_call(model, params or {}, (x,)).argmax(1)
+        for x in examples.inputs.split(1000)
+    ]
     right = (torch.cat(outputs) == examples.targets).double()
     return [right[examples.targets == c].mean().item() for c in range(len(examples.counts()))]

@@ -21,7 +21,9 @@ from experiments.base import Case, Experiment, Row, markdown, spread
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient
 
 Pair = tuple[Tensor, Tensor]  # inputs, targets
-History = dict[str, list[float]]  # "step", "seconds", "loss": after a step, the loss of all the training examples
+History = dict[
+    str, list[float]
+]  # "step", "seconds", "loss": after a step, the loss of all the training examples
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ class Race(Experiment):
 
     def cases(self) -> list[Case]:
         if unknown := [m for m in self.methods if m not in self.compared]:
-            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}")
+            raise ValueError(
+                f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}"
+            )
         for method in self.methods:
             rates = self.rates(method)
             if not rates or not all(0 < rate < math.inf for rate in rates):
-                raise ValueError(f"--{method}: got {rates}, expected step sizes, each positive and finite")
+                raise ValueError(
+                    f"--{method}: got {rates}, expected step sizes, each positive and finite"
+                )
         return [
             {"method": case["method"], "lr": lr, "seed": case["seed"]}
             for case in super().cases()
@@ -92,7 +98,11 @@ class Race(Experiment):
         for method, (lr, found) in runs.items():
             whole = [row for row in found.values() if not row["diverged"]]
             first = [reach(row["history"], self.goal(runs, seed)) for seed, row in found.items()]
-            lost = f" ({len(found) - len(whole)} of {len(found)} diverged)" if len(whole) < len(found) else ""
+            lost = (
+                f" ({len(found) - len(whole)} of {len(found)} diverged)"
+                if len(whole) < len(found)
+                else ""
+            )
             lines.append([
                 f"`{method}`",
                 f"{lr:g}{lost}",
@@ -117,7 +127,10 @@ class Race(Experiment):
                 if case["method"] == method:
                     tried.setdefault(case["lr"], {})[case["seed"]] = row
             if tried:
-                lr = min(tried, key=lambda lr: statistics.fmean(_final(row) for row in tried[lr].values()))
+                lr = min(
+                    tried,
+                    key=lambda lr: statistics.fmean(_final(row) for row in tried[lr].values()),
+                )
                 runs[method] = lr, tried[lr]
         return runs
 
@@ -132,9 +145,15 @@ class Race(Experiment):
             for seed, row in found.items():
                 label = f"{method}, {lr:g}" if seed == min(found) else None
                 for ax, key in zip(axes, ("step", "seconds"), strict=True):
-                    points = [(x, y) for x, y in zip(row["history"][key], row["history"]["loss"], strict=True) if x > 0]
+                    points = [
+                        (x, y)
+                        for x, y in zip(row["history"][key], row["history"]["loss"], strict=True)
+                        if x > 0
+                    ]
                     ax.plot(*zip(*points, strict=True), color=f"C{i}", label=label, lw=1, alpha=0.8)
-        for ax, title in zip(axes, (f"steps, {self.batched}", "CPU seconds, evaluation left out"), strict=True):
+        for ax, title in zip(
+            axes, (f"steps, {self.batched}", "CPU seconds, evaluation left out"), strict=True
+        ):
             ax.set(xscale="log", yscale="log", xlabel=title)
             ax.xaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel("training loss")
@@ -162,7 +181,9 @@ def descend(
         over = ended(steps, seconds)
         if over or steps == due:
             with torch.no_grad():
-                value = setting.loss(_outputs(setting.model, setting.train[0]), setting.train[1]).item()
+                value = setting.loss(
+                    _outputs(setting.model, setting.train[0]), setting.train[1]
+                ).item()
             if not math.isfinite(value):
                 diverged = f"the loss is {value} after {steps} steps"
                 break
@@ -185,12 +206,16 @@ def descend(
 def reach(history: History, goal: float) -> tuple[float, float]:
     """Steps and seconds after which the loss was first found at `goal` or below; ∞ if it never was."""
     found = zip(history["step"], history["seconds"], history["loss"], strict=True)
-    return next(((step, seconds) for step, seconds, loss in found if loss <= goal), (math.inf, math.inf))
+    return next(
+        ((step, seconds) for step, seconds, loss in found if loss <= goal), (math.inf, math.inf)
+    )
 
 
 def before(history: History, key: str, budget: float) -> float:
     """The loss last found within `budget` of steps or seconds."""
-    return [loss for spent, loss in zip(history[key], history["loss"], strict=True) if spent <= budget][-1]
+    return [
+        loss for spent, loss in zip(history[key], history["loss"], strict=True) if spent <= budget
+    ][-1]
 
 
 def _step(optimizer: torch.optim.Optimizer, setting: Setting, step: int) -> None:

@@ -60,36 +60,55 @@ class Regularization(Experiment):
     compared: ClassVar[tuple[str, ...]] = baselines
 
     def quickened(self) -> Regularization:
-        return replace(self, data=("breast-cancer",), seeds=1, start=(1.0,), low=1e-3, grid=6, solves=3, tol=1e-4)
+        return replace(
+            self,
+            data=("breast-cancer",),
+            seeds=1,
+            start=(1.0,),
+            low=1e-3,
+            grid=6,
+            solves=3,
+            tol=1e-4,
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those asked for; ValueError for an unknown one."""
         if unknown := [m for m in self.method if m not in self.baselines]:
-            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.baselines)}")
+            raise ValueError(
+                f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.baselines)}"
+            )
         return self.method or self.compared
 
     def cases(self) -> list[Case]:
         if not 0 < self.low < self.high:
-            raise ValueError(f"--low, --high: got {self.low} and {self.high}, expected 0 < low < high")
+            raise ValueError(
+                f"--low, --high: got {self.low} and {self.high}, expected 0 < low < high"
+            )
         if outside := [s for s in self.start if not self.low <= s <= self.high]:
             raise ValueError(
                 f"--start: got {outside[0]}, expected a number from --low {self.low} to --high {self.high}"
             )
         if self.grid < 2 or self.solves < 1:
-            raise ValueError(f"--grid, --solves: got {self.grid} and {self.solves}, expected at least 2 and 1")
+            raise ValueError(
+                f"--grid, --solves: got {self.grid} and {self.solves}, expected at least 2 and 1"
+            )
         cases: list[Case] = []
         for data in self._sources():
             for seed in range(self.seeds):
                 for method in self.methods:
                     plain = {"method": method, "data": data, "seed": seed}
-                    cases += [{**plain, "start": s} for s in self.start] if method == "hoag" else [plain]
+                    cases += (
+                        [{**plain, "start": s} for s in self.start] if method == "hoag" else [plain]
+                    )
         return cases
 
     def _sources(self) -> dict[str, Path | None]:
         known = ("breast-cancer", "digits")
         if unknown := [d for d in self.data if d not in known]:
-            raise ValueError(f"--data: got {', '.join(unknown)}, expected some of {', '.join(known)}, or --libsvm FILE")
+            raise ValueError(
+                f"--data: got {', '.join(unknown)}, expected some of {', '.join(known)}, or --libsvm FILE"
+            )
         sources: dict[str, Path | None] = dict.fromkeys(self.data)
         for flag, path in {"--libsvm": self.libsvm, "--newsgroups": self.newsgroups}.items():
             if path is None:
@@ -99,7 +118,9 @@ class Regularization(Experiment):
                     f"{flag}: found nothing at {path}; name a file of libsvm's, or a folder of texts"
                 )
             if path.name in sources:
-                raise ValueError(f"{flag}: got a second set of the name {path.name!r}, expected another; rename it")
+                raise ValueError(
+                    f"{flag}: got a second set of the name {path.name!r}, expected another; rename it"
+                )
             sources[path.name] = path
         return sources
 
@@ -108,19 +129,28 @@ class Regularization(Experiment):
         train, validation, test = self._data(case["data"], case["seed"])
         classes = 1 + max(int(part.targets.max()) for part in (train, validation, test))
         judge = Judge(train, validation, classes, self.low, self.high, self.tol)
-        searches = {"grid": self._grid, "grid-warm": self._grid_warm, "random": self._random, "tpe": self._tpe}
+        searches = {
+            "grid": self._grid,
+            "grid-warm": self._grid_warm,
+            "random": self._random,
+            "tpe": self._tpe,
+        }
         if case["method"] == "hoag":
             trials = list(self._hoag(judge, case["start"]))
         else:
             trials = list(searches[case["method"]](judge, case["seed"]))
         seconds, curve, best = time.perf_counter() - began, [], 0
-        for k, (point, *_) in enumerate(trials):  # HOAG's trials are where it would stop, not where it looked
+        for k, (point, *_) in enumerate(
+            trials
+        ):  # HOAG's trials are where it would stop, not where it looked
             if case["method"] == "hoag" or judge.loss(point) < judge.loss(trials[best][0]):
                 best = k
             curve.append([trials[best][0], judge.loss(trials[best][0])])
         inputs, targets = test.inputs.double(), test.targets
         with torch.no_grad():
-            outputs = torch.func.functional_call(judge.model, judge.solution(curve[-1][0]), (inputs,))
+            outputs = torch.func.functional_call(
+                judge.model, judge.solution(curve[-1][0]), (inputs,)
+            )
         return {
             "examples": [len(part) for part in (train, validation, test)],
             "lambda": math.exp(curve[-1][0]),
@@ -149,7 +179,12 @@ class Regularization(Experiment):
         parts = tasks.Batches(judge.train, None, 0)(0), tasks.Batches(judge.validation, None, 0)(0)
         inner = LBFGS(steps=MOST)
         hoag = HOAG(
-            judge.problem.problem, meta, *parts, inner=inner, tolerance=self.tolerance, domains=judge.problem.domains
+            judge.problem.problem,
+            meta,
+            *parts,
+            inner=inner,
+            tolerance=self.tolerance,
+            domains=judge.problem.domains,
         )
         accepted = math.nan
         for _ in range(self.solves):
@@ -180,7 +215,9 @@ class Regularization(Experiment):
         try:
             import optuna
         except ImportError as error:
-            raise ImportError(f'tpe: found no optuna ({error}); pip install -e ".[tune]"') from error
+            raise ImportError(
+                f'tpe: found no optuna ({error}); pip install -e ".[tune]"'
+            ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         for _ in range(self.grid):
@@ -196,13 +233,19 @@ class Regularization(Experiment):
         for group, found in _grouped(rows).items():
             method, data, start = group
             best = [_best(rows, data, case["seed"]) for case, _ in found]
-            gaps = [(row["loss"] - g[1]) / g[1] for (_, row), g in zip(found, best, strict=True) if g]
+            gaps = [
+                (row["loss"] - g[1]) / g[1] for (_, row), g in zip(found, best, strict=True) if g
+            ]
             early = [
                 (row["curve"][min(self.solves, row["solves"]) - 1][1] - g[1]) / g[1]
                 for (_, row), g in zip(found, best, strict=True)
                 if g
             ]
-            cells = [abs(math.log(row["lambda"]) - g[0]) / cell for (_, row), g in zip(found, best, strict=True) if g]
+            cells = [
+                abs(math.log(row["lambda"]) - g[0]) / cell
+                for (_, row), g in zip(found, best, strict=True)
+                if g
+            ]
             lines.append([
                 data,
                 f"`{method}`" + ("" if start is None else f" from {start:g}"),
@@ -234,12 +277,18 @@ class Regularization(Experiment):
                 gaps = [abs(loss - case_best[1]) / case_best[1] for _, loss in curve]
                 label = method if start is None else f"{method} from {start:g}"
                 ax.semilogy(range(1, len(curve) + 1), gaps, label=label, linewidth=1)
-            ax.set(title=f"{data}, seed 0", xlabel="inner solves", ylabel="|loss − grid's best| / grid's best")
+            ax.set(
+                title=f"{data}, seed 0",
+                xlabel="inner solves",
+                ylabel="|loss − grid's best| / grid's best",
+            )
             ax.axhline(1e-3, color="0.7", linewidth=0.8)
         figure.axes[0].legend(fontsize=6)
 
 
-def _grouped(rows: Sequence[tuple[Case, Row]]) -> dict[tuple[str, str, float | None], list[tuple[Case, Row]]]:
+def _grouped(
+    rows: Sequence[tuple[Case, Row]],
+) -> dict[tuple[str, str, float | None], list[tuple[Case, Row]]]:
     groups: dict[Any, list[tuple[Case, Row]]] = {}
     for case, row in rows:
         groups.setdefault((case["method"], case["data"], case.get("start")), []).append((case, row))

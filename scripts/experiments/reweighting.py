@@ -72,7 +72,14 @@ class Reweighting(Experiment):
 
     name: ClassVar[str] = "reweighting"
     baselines: ClassVar[tuple[str, ...]] = ("none", "none+validation")
-    compared: ClassVar[tuple[str, ...]] = ("none", "none+validation", "cg", "neumann", "nystrom", "nystrom-cg")
+    compared: ClassVar[tuple[str, ...]] = (
+        "none",
+        "none+validation",
+        "cg",
+        "neumann",
+        "nystrom",
+        "nystrom-cg",
+    )
     listed: ClassVar[tuple[str, ...]] = ("imbalance",)
 
     def quickened(self) -> Reweighting:
@@ -83,7 +90,9 @@ class Reweighting(Experiment):
 
     def cases(self) -> list[Case]:
         if not 1 <= self.inner_steps <= self.steps:
-            raise ValueError(f"--inner-steps: got {self.inner_steps}, expected from 1 to {self.steps}, --steps")
+            raise ValueError(
+                f"--inner-steps: got {self.inner_steps}, expected from 1 to {self.steps}, --steps"
+            )
         for imbalance in self.imbalance:
             tasks.long_tailed_counts(self.largest, 10, imbalance)
         plain = super().cases()
@@ -96,18 +105,29 @@ class Reweighting(Experiment):
             train_set = joined(train_set, validation)
         model = conv_net(3, 10, self.filters, seed).to(self.torch_device)
         batches = tasks.Batches(train_set, min(self.batch, len(train_set)), seed)
-        row: Row = {"examples": len(train_set), "parameters": sum(p.numel() for p in model.parameters())}
+        row: Row = {
+            "examples": len(train_set),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
         if method in self.baselines:
-            sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
-            train(model, batches, self.steps, sgd, lambda step: self._cosine(step // self.inner_steps))
+            sgd = torch.optim.SGD(
+                model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay
+            )
+            train(
+                model, batches, self.steps, sgd, lambda step: self._cosine(step // self.inner_steps)
+            )
             accuracies = class_accuracies(model, test)
         else:
             problem = self._problem(model, train_set)
             tuner = self._tuner(problem, method)
             judge = tasks.Batches(validation, min(self.batch, len(validation)), seed + 1)
-            fit_tuner(tuner, batches, judge, out=out, steps=self.steps // self.inner_steps, resume=True)
+            fit_tuner(
+                tuner, batches, judge, out=out, steps=self.steps // self.inner_steps, resume=True
+            )
             accuracies = class_accuracies(model, test, tuner.params)
-            weights = problem.weights(tuner.params, tuner.meta, tasks.Batches(train_set, None, seed)(0))
+            weights = problem.weights(
+                tuner.params, tuner.meta, tasks.Batches(train_set, None, seed)(0)
+            )
             row |= {"weights": [weights[train_set.targets == c].mean().item() for c in range(10)]}
         return row | {
             "accuracy": statistics.fmean(accuracies),
@@ -115,7 +135,9 @@ class Reweighting(Experiment):
             "seconds": time.perf_counter() - began,
         }
 
-    def _data(self, seed: int, imbalance: float) -> tuple[tasks.Examples, tasks.Examples, tasks.Examples]:
+    def _data(
+        self, seed: int, imbalance: float
+    ) -> tuple[tasks.Examples, tasks.Examples, tasks.Examples]:
         whole, test = tasks.cifar10(self.data_root)
         validation, rest = tasks.per_class(whole, self.validation, seed)
         train_set = tasks.long_tailed(rest, imbalance, seed, largest=self.largest)
@@ -138,7 +160,10 @@ class Reweighting(Experiment):
 
     def _tuner(self, problem: TuningProblem, flag: str) -> Tuner:
         options = MethodOptions(
-            solver_steps=self.solver_steps, rank=self.rank, curvature="gauss-newton", damping=self.damping
+            solver_steps=self.solver_steps,
+            rank=self.rank,
+            curvature="gauss-newton",
+            damping=self.damping,
         )
         inner = TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9)
         return Tuner(
@@ -164,7 +189,9 @@ class Reweighting(Experiment):
                     continue
                 classes = select(rows, "classes", **at)
                 named = {200.0: 0, 100.0: 1, 50.0: 2}.get(imbalance)
-                theirs = SEED_TABLE[method][named] if method in SEED_TABLE and named is not None else "–"
+                theirs = (
+                    SEED_TABLE[method][named] if method in SEED_TABLE and named is not None else "–"
+                )
                 lines.append([
                     f"{imbalance:g}",
                     f"`{method}`",
@@ -174,7 +201,15 @@ class Reweighting(Experiment):
                     theirs,
                     f"{statistics.median(select(rows, 'seconds', **at)):.0f}",
                 ])  # fmt: skip
-        header = ["imbalance", "method", "balanced test accuracy", "first 3 classes", "last 3", "paper's table", "s"]
+        header = [
+            "imbalance",
+            "method",
+            "balanced test accuracy",
+            "first 3 classes",
+            "last 3",
+            "paper's table",
+            "s",
+        ]
         return markdown(header, lines)
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
@@ -183,10 +218,18 @@ class Reweighting(Experiment):
         for i, method in enumerate(self.methods):
             at = {"method": method, "imbalance": imbalance}
             for ax, key in ((left, "classes"), (right, "weights")):
-                found = [row[key] for case, row in rows if key in row and at.items() <= case.items()]
+                found = [
+                    row[key] for case, row in rows if key in row and at.items() <= case.items()
+                ]
                 if found:
                     mean = [statistics.fmean(values) for values in zip(*found, strict=True)]
                     ax.plot(range(10), mean, marker="o", markersize=3, color=f"C{i}", label=method)
-        left.set(title=f"imbalance {imbalance:g}", xlabel="class, from frequent to rare", ylabel="test accuracy")
-        right.set(title="learnt weights", xlabel="class, from frequent to rare", ylabel="mean weight")
+        left.set(
+            title=f"imbalance {imbalance:g}",
+            xlabel="class, from frequent to rare",
+            ylabel="test accuracy",
+        )
+        right.set(
+            title="learnt weights", xlabel="class, from frequent to rare", ylabel="mean weight"
+        )
         left.legend(fontsize=7)

@@ -30,7 +30,9 @@ class SmallCifar(Experiment):
 
     def cases(self) -> list[Case]:
         if self.side not in self.sides:
-            raise ValueError(f"--side: got {self.side}, expected one of {', '.join(map(str, self.sides))}")
+            raise ValueError(
+                f"--side: got {self.side}, expected one of {', '.join(map(str, self.sides))}"
+            )
         for option, most in (("images", 5000), ("test", 1000), ("batch", 10 * self.images)):
             if not 1 <= (got := getattr(self, option)) <= most:
                 raise ValueError(f"--{option}: got {got}, expected from 1 to {most}")
@@ -44,7 +46,9 @@ class SmallCifar(Experiment):
         if self.test < 1000:
             test, _ = tasks.per_class(test, self.test, 0)
         a, b = (shrunk(part, 32 // self.side) for part in (train, test))
-        return tasks.standardise(a).to(self.torch_device), tasks.standardise(b, like=a).to(self.torch_device)
+        return tasks.standardise(a).to(self.torch_device), tasks.standardise(b, like=a).to(
+            self.torch_device
+        )
 
     @cached_property  # of all runs
     def _whole(self) -> tuple[tasks.Examples, tasks.Examples]:

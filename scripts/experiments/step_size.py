@@ -19,7 +19,15 @@ from torch import nn
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
 from experiments.networks import class_accuracies, seeded, train
-from metaimplicit import FromMeta, GradientDescent, Interval, Positive, Tuner, hypergradient, tuning_problem
+from metaimplicit import (
+    FromMeta,
+    GradientDescent,
+    Interval,
+    Positive,
+    Tuner,
+    hypergradient,
+    tuning_problem,
+)
 from metaimplicit.memory import LiveBytes
 from metaimplicit.params import Params
 from metaimplicit.problem import Stream
@@ -68,12 +76,23 @@ class StepSize(Experiment):
 
     def quickened(self) -> StepSize:
         return replace(
-            self, seeds=1, steps=20, horizon=2, period=1, hidden=4, training=10, validation=5, test=100, batch=16
+            self,
+            seeds=1,
+            steps=20,
+            horizon=2,
+            period=1,
+            hidden=4,
+            training=10,
+            validation=5,
+            test=100,
+            batch=16,
         )
 
     def cases(self) -> list[Case]:
         if unknown := [m for m in self.methods if m not in self.compared]:
-            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}")
+            raise ValueError(
+                f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}"
+            )
         if not 1 <= self.period <= self.horizon <= self.steps or self.horizon % self.period:
             raise ValueError(
                 f"--period, --horizon, --steps: got {self.period}, {self.horizon}, {self.steps}, expected each at most "
@@ -96,35 +115,57 @@ class StepSize(Experiment):
         row["accuracy"] = statistics.fmean(class_accuracies(model, test, params))
         _, lr, momentum, row["loss"] = row["trajectory"][-1]
         self._sgd(model, batches, 0, self.horizon, self._optimizer(model, lr, momentum))
-        row |= {"fresh_loss": _loss(model, judge), "fresh_accuracy": statistics.fmean(class_accuracies(model, test))}
+        row |= {
+            "fresh_loss": _loss(model, judge),
+            "fresh_accuracy": statistics.fmean(class_accuracies(model, test)),
+        }
         if method != "none":
             row["difference"] = self.difference(method, seed, batches, judge)
             if seed == 0 and method != "real-time":
                 row["memory"] = self._memory(method, seed, batches, judge)
-        return row | {"lr": lr, "momentum": momentum, "parameters": sum(p.numel() for p in model.parameters())}
+        return row | {
+            "lr": lr,
+            "momentum": momentum,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
 
     def _data(self, seed: int) -> tuple[tasks.Examples, ...]:
         whole, test = tasks.mnist(self.data_root)
         validation, rest = tasks.per_class(whole, self.validation, seed)
         train_set, _ = tasks.per_class(rest, self.training, seed)
         parts = train_set, validation, test.take(torch.arange(min(self.test, len(test))))
-        return tuple(tasks.standardise(part, like=train_set).to(self.torch_device) for part in parts)
+        return tuple(
+            tasks.standardise(part, like=train_set).to(self.torch_device) for part in parts
+        )
 
     def _network(self, seed: int) -> nn.Sequential:
         with seeded(seed):
-            layers = nn.Flatten(), nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)
+            layers = (
+                nn.Flatten(),
+                nn.Linear(784, self.hidden),
+                nn.Tanh(),
+                nn.Linear(self.hidden, 10),
+            )
         return nn.Sequential(*layers).to(self.torch_device)
 
     def problem(self, model: nn.Module) -> TuningProblem:
         """φ = (η, μ), which the inner loop `LOOP` reads."""
-        variables = [Scalar("lr", self.lr, Positive()), Scalar("momentum", self.momentum, Interval(0, 1))]
+        variables = [
+            Scalar("lr", self.lr, Positive()),
+            Scalar("momentum", self.momentum, Interval(0, 1)),
+        ]
         return tuning_problem(model, F.cross_entropy, variables)
 
     def _optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
     def _sgd(
-        self, model: nn.Module, batches: tasks.Batches, first: int, steps: int, optimizer: torch.optim.Optimizer
+        self,
+        model: nn.Module,
+        batches: tasks.Batches,
+        first: int,
+        steps: int,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         train(model, lambda i: batches(first + i), steps, optimizer)
 
@@ -135,7 +176,9 @@ class StepSize(Experiment):
             self._sgd(model, batches, begin, min(self.horizon, self.steps - begin), optimizer)
             done = min(begin + self.horizon, self.steps)
             trajectory.append([done, self.lr, self.momentum, _loss(model, judge)])
-        return {name: p.detach() for name, p in model.named_parameters()}, {"trajectory": trajectory}
+        return {name: p.detach() for name, p in model.named_parameters()}, {
+            "trajectory": trajectory
+        }
 
     def _tuner(self, method: str, seed: int) -> Tuner:
         problem, live = self.problem(self._network(seed)), method == "real-time"
@@ -149,7 +192,9 @@ class StepSize(Experiment):
             warm_start=live,
         )
 
-    def _tuned(self, method: str, seed: int, batches: tasks.Batches, judge: Any) -> tuple[Params, Row]:
+    def _tuned(
+        self, method: str, seed: int, batches: tasks.Batches, judge: Any
+    ) -> tuple[Params, Row]:
         tuner, trajectory = self._tuner(method, seed), []
         memory: dict[str, float] = {}
         k, began = tuner.inner.steps, held()
@@ -161,7 +206,11 @@ class StepSize(Experiment):
 
         fit = partial(tuner.fit, batches, lambda i: judge, callback=told)
         if method == "real-time" and seed == 0:
-            for mark in (factor * self.horizon for factor in (1, 10, 100) if factor * self.horizon <= self.steps):
+            for mark in (
+                factor * self.horizon
+                for factor in (1, 10, 100)
+                if factor * self.horizon <= self.steps
+            ):
                 fit(steps=(mark - self.period) // k)
                 before = held() - began
                 with LiveBytes() as live:  # slow, so of the last outer step before the mark alone
@@ -199,7 +248,9 @@ class StepSize(Experiment):
         other = gradient("forward" if method == "unrolled" else "unrolled", self.horizon)
         return float((ours - other).norm() / other.norm())
 
-    def _memory(self, method: str, seed: int, batches: tasks.Batches, judge: Any) -> dict[str, float]:
+    def _memory(
+        self, method: str, seed: int, batches: tasks.Batches, judge: Any
+    ) -> dict[str, float]:
         """MiB of tensors alive at once, at the peak of one inner loop, by its number of steps."""
         problem = self.problem(self._network(seed))
         peaks: dict[str, float] = {}
@@ -210,7 +261,11 @@ class StepSize(Experiment):
 
             with LiveBytes() as live:
                 hypergradient(
-                    problem.problem, problem.meta, Stream(batch), inner=LOOP.updated(steps=steps), method=method
+                    problem.problem,
+                    problem.meta,
+                    Stream(batch),
+                    inner=LOOP.updated(steps=steps),
+                    method=method,
                 )
             peaks[str(steps)] = live.peak / 2**20
         return peaks
@@ -221,8 +276,14 @@ class StepSize(Experiment):
             if not select(rows, "loss", method=method):
                 continue
             found = {key: select(rows, key, method=method) for key in (*_SHOWN, "seconds")}
-            differences = [row["difference"] for case, row in rows if case["method"] == method and "difference" in row]
-            measured = [row["memory"] for case, row in rows if case["method"] == method and "memory" in row]
+            differences = [
+                row["difference"]
+                for case, row in rows
+                if case["method"] == method and "difference" in row
+            ]
+            measured = [
+                row["memory"] for case, row in rows if case["method"] == method and "memory" in row
+            ]
             lines.append([
                 f"`{method}`",
                 *(spread(found[key], digits) for key, digits in _SHOWN.items()),
@@ -251,7 +312,14 @@ class StepSize(Experiment):
         axes[0].legend(fontsize=7)
 
 
-_SHOWN = {"lr": 4, "momentum": 3, "loss": 4, "accuracy": 4, "fresh_loss": 4, "fresh_accuracy": 4}  # digits
+_SHOWN = {
+    "lr": 4,
+    "momentum": 3,
+    "loss": 4,
+    "accuracy": 4,
+    "fresh_loss": 4,
+    "fresh_accuracy": 4,
+}  # digits
 
 
 def held() -> int:

@@ -47,7 +47,9 @@ def newsgroups(path: Path, features: int) -> tasks.Examples:
     """
     folders = [folder for folder in path.iterdir() if folder.is_dir()] if path.is_dir() else []
     if len(folders) < 2:
-        raise FileNotFoundError(f"--newsgroups: got {path}, expected a folder with a folder of texts for each class")
+        raise FileNotFoundError(
+            f"--newsgroups: got {path}, expected a folder with a folder of texts for each class"
+        )
     sklearn = _sklearn(str(path))
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -66,19 +68,28 @@ def split(whole: tasks.Examples, seed: int, scale: bool = True) -> tuple[tasks.E
     """
     order = torch.from_numpy(tasks.examples.random_stream(seed, "split").permutation(len(whole)))
     n = len(whole)
-    parts = [whole.take(index) for index in (order[: n // 2], order[n // 2 : n * 3 // 4], order[n * 3 // 4 :])]
+    parts = [
+        whole.take(index)
+        for index in (order[: n // 2], order[n // 2 : n * 3 // 4], order[n * 3 // 4 :])
+    ]
     if not scale:
         return tuple(parts)
     mean, std = parts[0].inputs.mean(0), parts[0].inputs.std(0, correction=0)
     kept = std > 0
-    return tuple(tasks.Examples((p.inputs[:, kept] - mean[kept]) / std[kept], p.targets) for p in parts)
+    return tuple(
+        tasks.Examples((p.inputs[:, kept] - mean[kept]) / std[kept], p.targets) for p in parts
+    )
 
 
 def _examples(inputs: Any, targets: Any) -> tasks.Examples:
     classes, numbers = np.unique(targets, return_inverse=True)
     if len(classes) < 2 or len(classes) * 4 > len(numbers):
-        raise ValueError(f"targets: got {len(classes)} values for {len(numbers)} examples, expected a few classes")
-    return tasks.Examples(torch.as_tensor(np.asarray(inputs, dtype=np.float64)), torch.as_tensor(numbers))
+        raise ValueError(
+            f"targets: got {len(classes)} values for {len(numbers)} examples, expected a few classes"
+        )
+    return tasks.Examples(
+        torch.as_tensor(np.asarray(inputs, dtype=np.float64)), torch.as_tensor(numbers)
+    )
 
 
 def _dense(inputs: Any, path: Path) -> Any:
@@ -95,5 +106,7 @@ def _sklearn(what: str) -> Any:
     try:
         import sklearn.datasets
     except ImportError as error:
-        raise ImportError(f'{what}: found no scikit-learn ({error}); pip install -e ".[tune]"') from error
+        raise ImportError(
+            f'{what}: found no scikit-learn ({error}); pip install -e ".[tune]"'
+        ) from error
     return sklearn

@@ -43,14 +43,20 @@ class Towers(Experiment):
 
     def cases(self) -> list[Case]:
         if unknown := [m for m in self.methods if m not in self.compared]:
-            raise ValueError(f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}")
+            raise ValueError(
+                f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}"
+            )
         if self.epochs < 1:
             raise ValueError(f"--epochs: got {self.epochs}, expected at least 1")
         if not self.starts:
             raise ValueError("--start: got none, expected at least one")
-        for name, value in ((name, value) for start in self.starts for name, value in start.items()):
+        for name, value in (
+            (name, value) for start in self.starts for name, value in start.items()
+        ):
             if not 0 < value < (math.inf if name == "lr" else 1):
-                raise ValueError(f"--start: got {name} {value}, expected a positive number, below 1 but for lr")
+                raise ValueError(
+                    f"--start: got {name} {value}, expected a positive number, below 1 but for lr"
+                )
         for method in self.methods:
             self.above(method)  # refuses step sizes out of range
         plain = super().cases()
@@ -88,12 +94,25 @@ class Towers(Experiment):
         axes = figure.subplots(2, len(self.starts), sharex=True, sharey="row", squeeze=False)
         for column, start in zip(axes.T, self.starts, strict=True):
             for i, method in enumerate(self.methods):
-                found = [row for case, row in rows if (start | {"method": method}).items() <= case.items()]
+                found = [
+                    row
+                    for case, row in rows
+                    if (start | {"method": method}).items() <= case.items()
+                ]
                 for row in found:
                     label = method if row is found[0] else None
                     for ax, name in zip(column, ("lr", "loss"), strict=True):
-                        ax.plot(row["curve"]["step"], row["curve"][name], color=f"C{i}", label=label, lw=1, alpha=0.7)
-            column[0].set(title=", ".join(f"{name} {value:g}" for name, value in start.items()), yscale="log")
+                        ax.plot(
+                            row["curve"]["step"],
+                            row["curve"][name],
+                            color=f"C{i}",
+                            label=label,
+                            lw=1,
+                            alpha=0.7,
+                        )
+            column[0].set(
+                title=", ".join(f"{name} {value:g}" for name, value in start.items()), yscale="log"
+            )
             column[1].set(xlabel="training steps", yscale="log")
         axes[0, 0].set_ylabel("lr")
         axes[1, 0].set_ylabel("training loss")
@@ -125,7 +144,10 @@ def descend(
         of these; and `levels`, a tower's by level, from the parameters' up; `ms` a step.
     """
     group = optimizer.param_groups[0]
-    start, names = group["lr"], [name for name in ("lr", "momentum", "beta1", "beta2") if name in group]
+    start, names = (
+        group["lr"],
+        [name for name in ("lr", "momentum", "beta1", "beta2") if name in group],
+    )
     losses = torch.zeros(steps, device=group["params"][0].device)
     curve: dict[str, list[float]] = {name: [] for name in ("step", "loss", *names)}
     learnt = {name: _mean(group[name]) for name in names}
@@ -160,7 +182,9 @@ def descend(
     row |= {"ms": 1000 * (time.perf_counter() - began) / made}
     if diverged is None and isinstance(optimizer, Hyperoptimizer):
         levels = optimizer.hyperparameters[0]
-        row["levels"] = [{name: value.tolist() for name, value in level.items()} for level in levels]
+        row["levels"] = [
+            {name: value.tolist() for name, value in level.items()} for level in levels
+        ]
     return row | {"loss": losses[-last:].mean().item() if diverged is None else None}
 
 

@@ -22,7 +22,9 @@ from experiments.base import Case, Experiment, Row, markdown, select, spread
 from metaimplicit import Box, MethodOptions, Tuner, hypergradient
 from metaimplicit.params import Params
 
-PAPER_STEP = 1.0  # the outer step of Hataya & Yamada's code, whose other numbers are the defaults below
+PAPER_STEP = (
+    1.0  # the outer step of Hataya & Yamada's code, whose other numbers are the defaults below
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class WeightDecay(Experiment):
         try:
             if case["method"] != "none":
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # of large residuals, which `ratios` tell
+                    warnings.simplefilter(
+                        "ignore", RuntimeWarning
+                    )  # of large residuals, which `ratios` tell
                     meta = self._tuned(found, case, row)
             last = hypergradient(found.problem, meta, found.data, inner=found.inner, method="dense")
             loss = last.outer_loss.item() if math.isfinite(last.outer_loss.item()) else None
@@ -121,12 +125,23 @@ class WeightDecay(Experiment):
             tuner.state = {}  # every solve from zero
             step = tuner.step(found.data, found.data)
             exact = hypergradient(
-                found.problem, before, found.data, inner=problems.STAY, method="dense", start=tuner.end
+                found.problem,
+                before,
+                found.data,
+                inner=problems.STAY,
+                method="dense",
+                start=tuner.end,
             )
             cosine, ratio = compared_with(exact.grads["decay"], decay.grad)
             if not math.isfinite(cosine + ratio):
-                raise FloatingPointError(f"{case}: got a cosine of {cosine} and a norm ratio of {ratio}")
-            for key, value in {"losses": step.outer_loss, "cosines": cosine, "ratios": ratio}.items():
+                raise FloatingPointError(
+                    f"{case}: got a cosine of {cosine} and a norm ratio of {ratio}"
+                )
+            for key, value in {
+                "losses": step.outer_loss,
+                "cosines": cosine,
+                "ratios": ratio,
+            }.items():
                 row[key].append(value)
         return tuner.meta
 
@@ -145,9 +160,14 @@ class WeightDecay(Experiment):
         for method, lr in steps.items():
             at = {"method": method, "outer_lr": lr}
             if lost := select(rows, "loss", **at).count(None):
-                lines.append([f"`{method}`", f"{lr:g}", f"{lost} of {self.seeds} diverged", *["–"] * 4])
+                lines.append(
+                    [f"`{method}`", f"{lr:g}", f"{lost} of {self.seeds} diverged", *["–"] * 4]
+                )
                 continue
-            means = {key: [statistics.fmean(c) for c in select(rows, key, **at) if c] for key in ("cosines", "ratios")}
+            means = {
+                key: [statistics.fmean(c) for c in select(rows, key, **at) if c]
+                for key in ("cosines", "ratios")
+            }
             lines.append([
                 f"`{method}`",
                 f"{lr:g}" if lr else "–",
@@ -157,12 +177,23 @@ class WeightDecay(Experiment):
                 spread(means["cosines"], 4),
                 spread(means["ratios"], 3),
             ])  # fmt: skip
-        header = ["method", "outer step", "validation loss", "test loss", "test accuracy, %", "cosine", "norm ratio"]
+        header = [
+            "method",
+            "outer step",
+            "validation loss",
+            "test loss",
+            "test accuracy, %",
+            "cosine",
+            "norm ratio",
+        ]
         return markdown(header, lines)
 
     def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
-        for ax, title in ((left, f"outer step {PAPER_STEP:g}"), (right, "each method's best outer step")):
+        for ax, title in (
+            (left, f"outer step {PAPER_STEP:g}"),
+            (right, "each method's best outer step"),
+        ):
             for method in self.methods:
                 lr = best_step(rows, method) if ax is right and method != "none" else PAPER_STEP
                 found = select(rows, "losses", method=method, outer_lr=lr)
