@@ -1,10 +1,10 @@
 """Hypergradients you can trust: few-shot learning and bilevel optimisation in PyTorch."""
 
-from metaimplicit.check import Check, check_hypergradient
+from metaimplicit.diagnostics.check import Check, check_hypergradient
 from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
 from metaimplicit.inner import LBFGS, GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner, Step
-from metaimplicit.metagrad import (
+from metaimplicit.methods import (
     METHODS,
     SAMA,
     FirstOrder,
@@ -19,12 +19,12 @@ from metaimplicit.metagrad import (
     ValueFunction,
 )
 from metaimplicit.operators import (
-    KFAC,
+    GGN,
     Diagonal,
     Fisher,
-    GaussNewton,
     Hessian,
     Identity,
+    KroneckerFactored,
     LinearOperator,
 )
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Iterate, Proximal, Stream
@@ -57,8 +57,8 @@ from metaimplicit.tuning import (
 
 __all__ = [
     "CG",
+    "GGN",
     "HOAG",
-    "KFAC",
     "LBFGS",
     "METHODS",
     "MINRES",
@@ -77,7 +77,6 @@ __all__ = [
     "Fisher",
     "Forward",
     "FromMeta",
-    "GaussNewton",
     "GradientDescent",
     "Hessian",
     "Hypergradient",
@@ -87,6 +86,7 @@ __all__ = [
     "InnerLoop",
     "Interval",
     "Iterate",
+    "KroneckerFactored",
     "Lanczos",
     "LinearOperator",
     "MetaLearner",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 
-def reached(
+def find_dependencies(
     outputs: Iterable[Tensor],
     meta: dict[str, Tensor],
     params: Iterable[Tensor],

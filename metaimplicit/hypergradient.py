@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map
 
-from metaimplicit.graph import reached
+from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.metagrad import (
+from metaimplicit.methods import (
     Adaptation,
     Gradients,
     Method,
@@ -97,7 +97,7 @@ def hypergradient(
             lifted, adaptation.params, phi, lifted.at(inner.steps)
         )
         indirect, report = adaptation.pull(of_theta, phi, state)
-    total = {name: _sum(direct.get(name), indirect[name], m) for name, m in phi.items()}
+    total = {name: _add_gradients(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
         if m.requires_grad and indirect[name] is None:
             _check_reachable(name, method, inner, adaptation, direct=direct.get(name) is not None)
@@ -121,7 +121,7 @@ def outer_gradients(
     """g for each task, its aux, and the gradients of its mean: in θ, v of the pullback, and in φ with θ held, ∂g/∂φ."""
     theta = leaves(params)
     losses, aux = problem.outer(theta, phi, data)
-    reached([losses], phi, theta.values(), [problem.problem.outer_loss])
+    find_dependencies([losses], phi, theta.values(), [problem.problem.outer_loss])
     names = [name for name, m in phi.items() if m.requires_grad]
     sources, outer = [*theta.values(), *(phi[name] for name in names)], losses.mean()
     grads = (
@@ -189,7 +189,7 @@ def argmin(
     elif not torch.is_grad_enabled():
         params = {name: p.detach() for name, p in params.items()}
     else:
-        for name in set(meta) - reached(params.values(), meta, [], None):
+        for name in set(meta) - find_dependencies(params.values(), meta, [], None):
             if meta[name].requires_grad:
                 _check_reachable(name, method, inner, adaptation)
     return params if batched else {name: p.squeeze(0) for name, p in params.items()}
@@ -275,7 +275,7 @@ def _check_reachable(
         )
 
 
-def _sum(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+def _add_gradients(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
     if a is None and b is None:
         return torch.zeros_like(like)
     return (b if a is None else a if b is None else a + b).detach()  # type: ignore[union-attr]

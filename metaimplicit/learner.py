@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaimplicit.episodes import EpisodeBatch, Pair, accuracy, check_classes, check_pair
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.methods import Implicit, Method, MethodOptions, Report, make_method
 from metaimplicit.models import check_norms
 from metaimplicit.params import Adapt, Params, select
 from metaimplicit.problem import (

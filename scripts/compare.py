@@ -18,7 +18,7 @@ import torch
 import tyro
 from problems import Case, problems, quadratic
 
-from metaimplicit.compare import SOLVERS, Comparison, compare
+from metaimplicit.diagnostics.compare import SOLVERS, Comparison, compare
 from metaimplicit.training import write_atomically, write_json
 
 Lines = dict[str, list[tuple[float, float]]]

@@ -23,9 +23,9 @@ from metaimplicit.training import (
     Options,
     build_learner,
     evaluate,
-    fit_curves,
     load_learner,
     plot_adaptation,
+    predict_curves,
     read_json,
     write_json,
 )
@@ -102,7 +102,7 @@ def main(args: list[str]) -> None:
     fits = None
     if family.kind == "regression" and family.input_shape == (1,):
         dense = tasks.load(**options.task_arguments() | {"queries": 200}).test
-        fits = fit_curves(
+        fits = predict_curves(
             learner, tasks.EpisodeSampler(dense, tasks=3, seed=seed)[0], options.test_steps
         )
 

@@ -20,7 +20,7 @@ from metaimplicit import (
     MetaLearner,
     Proximal,
 )
-from metaimplicit.metagrad import Curvature
+from metaimplicit.methods import Curvature
 from metaimplicit.models import ConvNet
 from tasks import EpisodeSampler, load
 

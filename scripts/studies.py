@@ -24,7 +24,7 @@ from metaimplicit import (
     Solver,
     hypergradient,
 )
-from metaimplicit.compare import SOLVERS
+from metaimplicit.diagnostics.compare import SOLVERS
 
 
 def robustness(seeds: int) -> list[dict[str, Any]]:

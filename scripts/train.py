@@ -25,18 +25,18 @@ from metaimplicit.training import (
     Budget,
     Options,
     build_learner,
-    check_free,
     constant,
     cosine,
     describe,
     evaluate,
     fit,
-    fit_curves,
     load_learner,
     peak_memory,
     plot_adaptation,
     plot_curves,
+    predict_curves,
     read_json,
+    require_new_run_folder,
     write_json,
 )
 
@@ -50,7 +50,7 @@ def parse(args: list[str]) -> Options:
     options = over(Options())
     options = over(Options.of(options.task))
     options = over(Options.of(options.task, options.method)).resolved()
-    check_free(options.folder, options.resume)
+    require_new_run_folder(options.folder, options.resume)
     if options.resume:
         path = options.folder / CONFIG
         if not path.exists():
@@ -173,7 +173,7 @@ def main(args: list[str]) -> None:
     if splits.test.kind == "regression" and splits.test.input_shape == (1,):
         dense = tasks.load(**options.task_arguments() | {"queries": 200}).test
         episodes = tasks.EpisodeSampler(dense, tasks=3, seed=options.test_seed)[0]
-        fits = fit_curves(learner, episodes, options.test_steps)
+        fits = predict_curves(learner, episodes, options.test_steps)
     plot_adaptation(out, result, title=f"{options.task}, {options.method}", fits=fits)
     print(
         f"{options.task}, {options.method}: test {result.metric} {result.curve()[-1]} (95 %, {options.test_episodes} "

@@ -9,14 +9,14 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "memory", "models", "episodes"),
+    ("params", "graph", "models", "episodes"),
     ("problem",),
     ("operators",),
     ("solvers",),
     ("inner",),
-    ("metagrad",),
+    ("methods",),
     ("hypergradient",),
-    ("learner", "check", "compare", "tuning", "optim"),
+    ("learner", "diagnostics", "tuning", "optim"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -5,7 +5,7 @@ import torch
 from oracles import Matrix, krylov_minimiser, randn, relative_error, symmetric
 
 from metaimplicit import CG, Auto, GradientDescent, Lanczos, NystromCG, Status, hypergradient
-from metaimplicit.metagrad import Implicit
+from metaimplicit.methods import Implicit
 
 LOG = torch.logspace(-2, 0, 40).unsqueeze(0)
 BENT = torch.linspace(-1, 5, 40).unsqueeze(0)

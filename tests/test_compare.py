@@ -29,9 +29,9 @@ from metaimplicit import (
     Status,
     hypergradient,
 )
-from metaimplicit.compare import FACTORED, SOLVERS, compare
-from metaimplicit.memory import LiveBytes
-from metaimplicit.metagrad import METHODS, make_method
+from metaimplicit.diagnostics.compare import FACTORED, SOLVERS, compare
+from metaimplicit.diagnostics.memory import LiveBytes
+from metaimplicit.methods import METHODS, make_method
 
 SPECTRA = [[0.5, 1, 2, 3, 5, 8, 9, 10], [1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
 STAY = GradientDescent(steps=400, lr=0.15)

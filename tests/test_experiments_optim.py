@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from experiments.base import execute
 from experiments.cifar_kfac import CifarKFAC, accuracy, network
 from experiments.digits_autoencoder import LAYERS, DigitsAutoencoder, autoencoder, half_squares
-from experiments.races import Setting, before, descend, reach
+from experiments.optimizer_comparison import Setting, before, descend, reach
 from torch import nn
 
 import tasks

@@ -19,7 +19,7 @@ from metaimplicit import (
     Unrolled,
     hypergradient,
 )
-from metaimplicit.memory import LiveBytes
+from metaimplicit.diagnostics.memory import LiveBytes
 
 N, POINTS = 4, 12
 X, Y = randn(POINTS, N, seed=1), (randn(POINTS, seed=2) > 0).double()

@@ -8,7 +8,7 @@ from oracles import generator, randn, relative_error
 from torch import nn
 
 from metaimplicit import Identity
-from metaimplicit.operators import KFAC, Fisher
+from metaimplicit.operators import Fisher, KroneckerFactored
 from metaimplicit.params import flatten
 from metaimplicit.solvers import CG, Factored, Status
 
@@ -55,7 +55,7 @@ def cross_entropy(z):
 
 
 def kfac(model=MODEL, inputs=IMAGES, params=PARAMS, loss=cross_entropy, **options):
-    return KFAC(model, lifted(model, inputs), loss, params, **options)
+    return KroneckerFactored(model, lifted(model, inputs), loss, params, **options)
 
 
 def dense(operator):
@@ -223,7 +223,7 @@ def test_hooks_leave_nothing_behind():
     assert all(not module._forward_hooks for module in MODEL.modules())
     v = randn(*kfac().shape, seed=4)
     with pytest.raises(RuntimeError):
-        KFAC(MODEL, lifted(MODEL, IMAGES[..., :1]), cross_entropy, PARAMS)
+        KroneckerFactored(MODEL, lifted(MODEL, IMAGES[..., :1]), cross_entropy, PARAMS)
     assert all(not module._forward_hooks for module in MODEL.modules())
     assert flatten({"v": v}).shape == v.shape
 

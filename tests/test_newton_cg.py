@@ -19,7 +19,7 @@ from metaimplicit import (
     argmin,
     hypergradient,
 )
-from metaimplicit.inner.newton import steihaug
+from metaimplicit.inner.trust_region import steihaug
 from metaimplicit.training import Options, build_learner
 
 DOUBLE = torch.float64

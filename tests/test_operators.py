@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracles import Matrix, generator, randn, relative_error, symmetric
 
-from metaimplicit import Diagonal, Fisher, GaussNewton, Hessian, Identity
+from metaimplicit import GGN, Diagonal, Fisher, Hessian, Identity
 from metaimplicit.operators import Scaled
 from metaimplicit.params import flatten, unflatten
 
@@ -67,7 +67,7 @@ def expected_gauss_newton(kind, task):
 def build(name, kind):
     outputs, loss, *_ = lifted(kind)
     if name == "gauss-newton":
-        return GaussNewton(outputs, loss, PARAMS)
+        return GGN(outputs, loss, PARAMS)
     return Hessian(lambda p: loss(outputs(p)), PARAMS, products=name)
 
 
@@ -162,7 +162,7 @@ def test_exact_fisher_is_the_gauss_newton_matrix_of_the_likelihood(likelihood):
     outputs = torch.vmap(net)
     _, loss, *_ = lifted("cross-entropy" if likelihood == "softmax" else "mse")
     scale = 1.0 if likelihood == "softmax" else CLASSES / 2
-    expected = dense(GaussNewton(lambda p: outputs(p, X), lambda z: scale * loss(z), PARAMS))
+    expected = dense(GGN(lambda p: outputs(p, X), lambda z: scale * loss(z), PARAMS))
     assert relative_error(dense(fisher("exact", likelihood)), expected) < 1e-12
 
 
@@ -230,7 +230,7 @@ def test_the_symmetrised_divergence_bends_as_the_fisher_matrix():
 
 def test_a_loss_without_curvature_gives_zero():
     outputs = torch.vmap(net)
-    linear_in_z = GaussNewton(lambda p: outputs(p, X), lambda z: z.flatten(1).mean(1), PARAMS)
+    linear_in_z = GGN(lambda p: outputs(p, X), lambda z: z.flatten(1).mean(1), PARAMS)
     v = randn(*linear_in_z.shape, seed=7)
     assert linear_in_z.matvec(v).abs().max() == 0
     linear_in_theta = Hessian(lambda p: flatten(p).sum(1), PARAMS)
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_convex_in_the_outputs_is_told():
         (lambda z: -z.square().mean((1, 2)), False),
         (lambda z: z.sum((1, 2)), True),
     ):
-        operator = GaussNewton(lambda p: outputs(p, X), loss, PARAMS)
+        operator = GGN(lambda p: outputs(p, X), loss, PARAMS)
         if convex:
             operator.check_convex()
         else:
@@ -298,14 +298,14 @@ def test_saturated_logits_in_single_precision_are_still_convex():
     for seed in range(20):
         params = {"z": 50 * torch.randn(4, 6, 5, generator=generator(seed))}
         labels = params["z"].argmax(-1)
-        operator = GaussNewton(
+        operator = GGN(
             lambda p: p["z"], lambda z, y=labels: torch.vmap(F.cross_entropy)(z, y), params
         )
         operator.check_convex()
     scalar = {"z": torch.tensor([0.5, 2.0], dtype=torch.float64)}
     bent = torch.tensor([1.0, -1e-5], dtype=torch.float64)
     with pytest.raises(ValueError, match="not convex"):
-        GaussNewton(lambda p: p["z"], lambda z: bent * z.square(), scalar).check_convex()
+        GGN(lambda p: p["z"], lambda z: bent * z.square(), scalar).check_convex()
     fisher(expectation="exact").check_convex()
 
 

@@ -452,8 +452,8 @@ def test_placement_follows_the_parameters(device, monkeypatch):
     """Under fake tensors nothing is computed, so nothing can be refused; all that is made must be on the device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(base, "refuse", lambda *_: None)
-    monkeypatch.setattr("metaimplicit.optim.kfac.refuse", lambda *_: None)
+    monkeypatch.setattr(base, "raise_if", lambda *_: None)
+    monkeypatch.setattr("metaimplicit.optim.kfac.raise_if", lambda *_: None)
     with FakeTensorMode():
         with torch.device(device):
             model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))

@@ -24,7 +24,7 @@ from metaimplicit import (
     NystromCG,
     Status,
 )
-from metaimplicit.solvers.sketch import LowRank, Probes
+from metaimplicit.solvers.low_rank import LowRank, Probes
 
 SPECTRA = [
     torch.linspace(1, 10, 12),
@@ -450,11 +450,11 @@ def test_nystrom_tells_what_it_cannot_do():
 
 def test_dense_takes_the_symmetric_part():
     matrix = symmetric([[2.0, 3.0, 4.0]])
-    lopsided = matrix.clone()
-    lopsided[0, 0, 1] += 0.1
+    is_asymmetric = matrix.clone()
+    is_asymmetric[0, 0, 1] += 0.1
     b = randn(1, 3, seed=5)
-    expected = torch.linalg.solve(0.5 * (lopsided + lopsided.mT), b)
-    assert relative_error(Dense().solve(Matrix(lopsided), b).value, expected) < 1e-13
+    expected = torch.linalg.solve(0.5 * (is_asymmetric + is_asymmetric.mT), b)
+    assert relative_error(Dense().solve(Matrix(is_asymmetric), b).value, expected) < 1e-13
 
 
 @pytest.mark.parametrize(

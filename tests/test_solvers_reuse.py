@@ -5,7 +5,7 @@ import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
 from metaimplicit import CG, MINRES, Auto, Identity, Lanczos, Neumann, Nystrom, NystromCG
-from metaimplicit.solvers.sketch import LowRank, Probes
+from metaimplicit.solvers.low_rank import LowRank, Probes
 
 ITERATIVE = [
     CG(max_steps=6, tol=1e-9),

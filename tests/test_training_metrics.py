@@ -75,7 +75,7 @@ def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_eve
     assert (model.training, model[1].training, model[2].training) == (True, False, True)
     figures = []
     monkeypatch.setattr(
-        "metaimplicit.training.report._save", lambda figure, path: figures.append(figure)
+        "metaimplicit.training.plots._save", lambda figure, path: figures.append(figure)
     )
     plot_adaptation(tmp_path, result)
     assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0, 3, 7]

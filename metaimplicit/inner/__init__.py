@@ -5,7 +5,7 @@ from collections.abc import Callable
 from metaimplicit.inner.base import InnerLoop, Trajectory
 from metaimplicit.inner.lbfgs import LBFGS
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
-from metaimplicit.inner.newton import NewtonCG
+from metaimplicit.inner.trust_region import NewtonCG
 
 INNER: dict[str, Callable[[], InnerLoop]] = {
     "gradient-descent": GradientDescent,

@@ -2,26 +2,26 @@
 
 from metaimplicit.operators.base import Identity, Invertible, LinearOperator, Scaled, Sum
 from metaimplicit.operators.curvature import (
+    GGN,
     Expectation,
     Fisher,
-    GaussNewton,
     Hessian,
     Likelihood,
     Products,
     central_difference,
 )
 from metaimplicit.operators.diagonal import Diagonal
-from metaimplicit.operators.kronecker import KFAC
+from metaimplicit.operators.kronecker import KroneckerFactored
 
 __all__ = [
-    "KFAC",
+    "GGN",
     "Diagonal",
     "Expectation",
     "Fisher",
-    "GaussNewton",
     "Hessian",
     "Identity",
     "Invertible",
+    "KroneckerFactored",
     "Likelihood",
     "LinearOperator",
     "Products",

@@ -145,7 +145,7 @@ def central_difference(function: Callable[[Params], Tensor], at: Params, vector:
     return slope
 
 
-class GaussNewton(_Curvature):
+class GGN(_Curvature):
     """Jᵀ (∂²ℓ/∂z²) J with z = outputs(θ), J = ∂z/∂θ: positive semi-definite wherever ℓ is convex in z.
 
     It is the Hessian less the curvature of the network itself (Schraudolph 2002, §2). J v is the derivative of
@@ -237,7 +237,7 @@ Likelihood = Literal["softmax", "gaussian"]
 Expectation = Literal["exact", "monte-carlo", "empirical"]
 
 
-class Fisher(GaussNewton):
+class Fisher(GGN):
     """F = (1/m) Σᵢ E[(∂ log p(y|zᵢ)/∂θ)(∂ log p(y|zᵢ)/∂θ)ᵀ] over the m examples of each task: Jᵀ F_z J.
 
     Exact, it is the Gauss–Newton matrix of the mean negative log-likelihood (Martens 2020, §9), and the Hessian of the

@@ -45,12 +45,12 @@ class _Block:
         return {self.weight: v[..., :-1].reshape(weight.shape), self.bias: v[..., -1]}
 
 
-class KFAC(Invertible):
+class KroneckerFactored(Invertible):
     """F ≈ ⊕_layers G ⊗ A with A = E[ā āᵀ] of a layer's inputs and G = E[g gᵀ] of its outputs' gradients.
 
-    Over m examples with R positions each (1 for a linear layer; of a convolution the output pixels, ā its patches),
+    Over m examples with R layer_patches each (1 for a linear layer; of a convolution the output pixels, ā its patches),
     A = Σ ā āᵀ/(mR) and G = Σ g gᵀ/m (Martens & Grosse 2015; Grosse & Martens 2016), ā with a 1 where the bias adapts.
-    `corrected` keeps the eigenvectors of both and takes the second moments of the gradients along their products:
+    `corrected` keeps the eigenvectors of both and takes the second second_moments of the gradients along their products:
     EKFAC, the best diagonal in that basis (George et al. 2018). A model that couples its examples, as batch-norm
     does, has no gradient of one example: what is used is that of the set's, through this example's outputs.
 
@@ -92,7 +92,7 @@ class KFAC(Invertible):
 
         def sizes(call: Call, own: Params) -> Params:
             found: Params = {}
-            watch(
+            record_layers(
                 layers,
                 lambda: call(own),
                 lambda name, _, output: found.update({name: output}),
@@ -108,7 +108,7 @@ class KFAC(Invertible):
                 return output + both[f"probe {name}"]
 
             own = {name: both[name] for name in self.params}
-            return watch(layers, lambda: call(own), record, _ADVICE), found
+            return record_layers(layers, lambda: call(own), record, _ADVICE), found
 
         with torch.no_grad():
             probes = {
@@ -157,7 +157,7 @@ def _layers(module: nn.Module, params: Params, others: str) -> dict[str, nn.Line
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and f"{prefix}weight" in params:
             found[name] = layer
             covered |= {f"{prefix}weight", f"{prefix}bias"}
-            if not plain(layer):
+            if not is_supported(layer):
                 raise ValueError(
                     f"KFAC: layer {name!r} is grouped, or its padding is not a number of zeros, or its forward is its "
                     "own; use curvature='gauss-newton'"
@@ -173,7 +173,7 @@ def _layers(module: nn.Module, params: Params, others: str) -> dict[str, nn.Line
 _ADVICE = "leave it out by adapt=, or use curvature='gauss-newton'"
 
 
-def watch(
+def record_layers(
     layers: Mapping[str, nn.Module],
     function: Callable[[], Result],
     record: Callable[[str, Tensor, Tensor], Tensor | None],
@@ -212,7 +212,7 @@ def watch(
     return result
 
 
-def plain(layer: nn.Module) -> bool:
+def is_supported(layer: nn.Module) -> bool:
     """Whether a layer is torch's own, and every output of a convolution sees a patch of all channels, zeros around."""
     if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
         return False
@@ -223,13 +223,13 @@ def plain(layer: nn.Module) -> bool:
     )
 
 
-def positions(
+def layer_patches(
     layer: nn.Linear | nn.Conv2d, inputs: Tensor, gradients: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """ā `[tasks, m, R, in (+ 1)]` and g `[count, tasks, m, R, out]` of a layer's R positions for each example.
+    """ā `[tasks, m, R, in (+ 1)]` and g `[count, tasks, m, R, out]` of a layer's R layer_patches for each example.
 
     Args:
-        layer: linear, or a convolution that is `plain`.
+        layer: linear, or a convolution that is `is_supported`.
         inputs: of the layer, `[tasks, m, …]`.
         gradients: in its outputs, `[count, tasks, m, …]`.
         bias: whether ā ends with a 1.
@@ -251,8 +251,8 @@ def positions(
     return a, g
 
 
-def moments(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-    """A = E[ā āᵀ] over positions, `[tasks, in (+ 1), in (+ 1)]`, and G = Σ g gᵀ/examples, `[tasks, out, out]`."""
+def second_moments(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+    """A = E[ā āᵀ] over layer_patches, `[tasks, in (+ 1), in (+ 1)]`, and G = Σ g gᵀ/examples, `[tasks, out, out]`."""
     rows, slopes = a.flatten(1, 2), g.transpose(0, 1).flatten(1, 3)
     return rows.mT @ rows / rows.shape[1], slopes.mT @ slopes / examples
 
@@ -268,8 +268,8 @@ def _block(
     """From inputs `[tasks, m, …]` and gradients `[count, tasks, m, …]` of a layer's outputs."""
     prefix, m = f"{name}." if name else "", inputs.shape[1]
     bias = f"{prefix}bias" if f"{prefix}bias" in params else None
-    a, g = positions(layer, inputs, gradients, bias is not None)
-    second, scatter = moments(a, g, m)
+    a, g = layer_patches(layer, inputs, gradients, bias is not None)
+    second, scatter = second_moments(a, g, m)
     (along_a, right), (along_g, left) = torch.linalg.eigh(second), torch.linalg.eigh(scatter)
     values = along_g.clamp(min=0).unsqueeze(-1) * along_a.clamp(min=0).unsqueeze(-2)
     if corrected:

@@ -132,7 +132,7 @@ class SecondOrder(torch.optim.Optimizer):
                 slope.sum(-1).abs().sum()
                 > 0.01 * slope.abs().sum() + 10 * torch.finfo(slope.dtype).eps
             )
-            refuse(
+            raise_if(
                 off
                 & ~(
                     outputs.detach().logsumexp(-1).abs() < 1e-3
@@ -159,7 +159,7 @@ class SecondOrder(torch.optim.Optimizer):
         bad = (
             ~loss.isfinite() if outputs is None else ~loss.isfinite() | ~(outputs < torch.inf).all()
         )
-        refuse(
+        raise_if(
             bad, f"{type(self).__name__}: the loss or the outputs are not finite; nothing was moved"
         )
 
@@ -181,7 +181,7 @@ class SecondOrder(torch.optim.Optimizer):
         return value
 
     def _split(
-        self, evaluate: Evaluations, loss: Loss
+        self, evaluate: ReplayedClosure, loss: Loss
     ) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], Tensor], dict[str, Any]]:
         """The outputs of parameters and the loss of outputs, one task's, as the operators take them; what they saw."""
         seen: dict[str, Any] = {}
@@ -206,7 +206,7 @@ class SecondOrder(torch.optim.Optimizer):
         return {name: p.unsqueeze(0) for name, p in self._own.items()}
 
 
-class Evaluations:
+class ReplayedClosure:
     """A closure as a function of the model's parameters, every call with the buffers and random numbers of the first.
 
     So dropout draws one mask for all the evaluations of a step. The first call runs on the model's buffers and on the
@@ -275,7 +275,7 @@ def check_numbers(owner: str, *, above: float, **numbers: float) -> None:
             raise ValueError(f"{owner} {name}: got {value!r}, expected a finite number {bound}")
 
 
-def refuse(bad: Tensor, message: str, kind: type[Exception] = FloatingPointError) -> None:
+def raise_if(bad: Tensor, message: str, kind: type[Exception] = FloatingPointError) -> None:
     """An exception if any of `bad` is true."""
     if bool(bad.any()):
         raise kind(message)

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import GaussNewton, Hessian, Identity
+from metaimplicit.operators import GGN, Hessian, Identity
 from metaimplicit.optim.base import (
     Closure,
-    Evaluations,
+    ReplayedClosure,
     SecondOrder,
     check_numbers,
     levenberg_marquardt,
+    raise_if,
     ratio,
-    refuse,
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers import CG, Dense, Solver
 
 DENSE = 1024  # parameters up to which a factorisation costs less than the products of an iteration
-Curvature = Hessian | GaussNewton
+Curvature = Hessian | GGN
 
 
 class Damped(SecondOrder):
@@ -69,7 +69,7 @@ class Damped(SecondOrder):
         """
         group, evaluate = (
             self.param_groups[0],
-            Evaluations(self._model, self._closure(closure), self._device),
+            ReplayedClosure(self._model, self._closure(closure), self._device),
         )
         with torch.enable_grad():
             try:
@@ -81,13 +81,13 @@ class Damped(SecondOrder):
                     "closure: it has used its graph up; call no backward() there, step does"
                 ) from error
         g = flatten(operator.gradient).detach()
-        refuse(
+        raise_if(
             ~g.isfinite(), f"{type(self).__name__}: the gradient is not finite; nothing was moved"
         )
         for name, p in self._own.items():
             p.grad = operator.gradient[name].detach().squeeze(0)
         delta = -group["lr"] * self._direction(operator, g, group["damping"])
-        refuse(
+        raise_if(
             ~delta.isfinite(),
             f"{type(self).__name__}: the step is not finite; nothing was moved; raise damping",
         )
@@ -105,7 +105,7 @@ class Damped(SecondOrder):
                 torch.stack([loss, self._value(evaluate()), predicted]),
                 torch.finfo(self._dtype).eps,
             )
-        finally:  # a closure may refuse the trial point
+        finally:  # a closure may raise_if the trial point
             if self.ratio is None or not self.ratio > 0:
                 for name, p in self._own.items():
                     p.copy_(kept[name])
@@ -120,7 +120,7 @@ class Damped(SecondOrder):
             p.add_(parts[name].squeeze(0))
 
     @abstractmethod
-    def _linearise(self, evaluate: Evaluations) -> tuple[Curvature, Tensor]:
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
         """C at θ, which knows ∇L, and L."""
 
     @abstractmethod

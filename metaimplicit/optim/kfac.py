@@ -11,17 +11,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.curvature import output_scores
-from metaimplicit.operators.kronecker import moments, plain, positions, watch
+from metaimplicit.operators.kronecker import (
+    is_supported,
+    layer_patches,
+    record_layers,
+    second_moments,
+)
 from metaimplicit.optim.base import (
     Closure,
-    Evaluations,
     Loss,
+    ReplayedClosure,
     SecondOrder,
     check_likelihood,
     check_numbers,
     levenberg_marquardt,
+    raise_if,
     ratio,
-    refuse,
 )
 from metaimplicit.params import Params, flatten
 
@@ -134,7 +139,7 @@ class KFAC(SecondOrder):
         step = group["steps"]
         update = step < EARLY or step % group["update_every"] == 0
         adapt = group["adapt_every"] is not None and (step + 1) % group["adapt_every"] == 0
-        evaluate = Evaluations(self._model, closure, self._device) if adapt else closure
+        evaluate = ReplayedClosure(self._model, closure, self._device) if adapt else closure
         inputs: Params = {}
         edges: dict[str, GradientEdge] = {}
 
@@ -147,7 +152,7 @@ class KFAC(SecondOrder):
 
         with torch.enable_grad():
             outputs, targets = self._pair(
-                watch(self._layers, evaluate, record, _ADVICE) if update else evaluate()
+                record_layers(self._layers, evaluate, record, _ADVICE) if update else evaluate()
             )
             loss = self._scalar(self.loss(outputs, targets), "loss")
         if not loss.requires_grad:
@@ -169,7 +174,7 @@ class KFAC(SecondOrder):
             )
         sizes = torch.stack(torch._foreach_norm(list(gradients.values())))
         loss = loss.detach()
-        refuse(
+        raise_if(
             ~loss.isfinite() | ~sizes.isfinite().all(),
             "KFAC: the loss or its gradient is not finite; nothing moved",
         )
@@ -183,7 +188,7 @@ class KFAC(SecondOrder):
         delta, nu = self._step(gradients)
         predicted = (
             self._predicted(evaluate, gradients, delta)
-            if isinstance(evaluate, Evaluations)
+            if isinstance(evaluate, ReplayedClosure)
             else None
         )
         torch._foreach_add_(own, list(delta.values()))
@@ -233,9 +238,9 @@ class KFAC(SecondOrder):
             given, slope = (
                 x.to(self._dtype) for x in (inputs[name].unsqueeze(0), slopes[name].unsqueeze(1))
             )
-            a, g = positions(layer, given, slope, bias is not None)
+            a, g = layer_patches(layer, given, slope, bias is not None)
             state = self.state[self._own[weight]]
-            for key, new in zip(("A", "G"), moments(a, g, examples), strict=True):
+            for key, new in zip(("A", "G"), second_moments(a, g, examples), strict=True):
                 state[key] = state[key].lerp_(new[0], 1 - decay) if key in state else new[0]
 
     def _invert(self, damping: float) -> None:
@@ -252,7 +257,7 @@ class KFAC(SecondOrder):
                 made.append((state, key, factor))
                 failed.append(info > 0)
         if failed:
-            refuse(
+            raise_if(
                 torch.stack(failed),
                 f"KFAC: a factor is singular at damping = {damping:.3g}; raise damping",
             )
@@ -292,7 +297,7 @@ class KFAC(SecondOrder):
                 )
         return {name: -group["lr"] * v for name, v in directions.items()}, nu
 
-    def _predicted(self, evaluate: Evaluations, gradients: Params, delta: Params) -> Tensor:
+    def _predicted(self, evaluate: ReplayedClosure, gradients: Params, delta: Params) -> Tensor:
         """m(0) − m(δ)."""
         with torch.enable_grad():
             outputs, loss, _ = self._split(evaluate, self.loss)
@@ -338,7 +343,7 @@ def _layers(model: nn.Module, own: Params, others: str) -> dict[str, nn.Linear |
         if objection and others == "raise":
             raise ValueError(
                 f"KFAC: layer {name!r} ({type(layer).__name__}): {objection}; {_ADVICE}, or give it the "
-                "plain gradient by others='gradient'"
+                "is_supported gradient by others='gradient'"
             )
         if keys and not objection and isinstance(layer, (nn.Linear, nn.Conv2d)):
             found[name] = layer
@@ -352,7 +357,7 @@ def _objection(layer: nn.Module, keys: list[str]) -> str:
         )
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return "only linear and 2-d convolutional layers have a block G ⊗ A here"
-    if not plain(layer):
+    if not is_supported(layer):
         return "it is grouped, or its padding is not a number of zeros, or its forward is its own"
     if foreign := sorted(set(keys) - {"weight", "bias"}):
         return f"{foreign[0]!r} is no weight or bias of such a layer"

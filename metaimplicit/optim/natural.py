@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaimplicit import operators
 from metaimplicit.operators import Expectation, Fisher, Identity, Likelihood
-from metaimplicit.optim.base import Evaluations, Loss, check_likelihood, check_loss
+from metaimplicit.optim.base import Loss, ReplayedClosure, check_likelihood, check_loss
 from metaimplicit.optim.damped import Curvature, Damped
 from metaimplicit.solvers import Solver
 
@@ -32,13 +32,13 @@ class _Generalised(Damped):
         super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver, **more)
         self.loss = loss
 
-    def _linearise(self, evaluate: Evaluations) -> tuple[operators.GaussNewton, Tensor]:
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[operators.GGN, Tensor]:
         outputs, loss, seen = self._split(evaluate, self.loss)
         operator = self._curvature(outputs, loss)
         return operator, seen["loss"]
 
     @abstractmethod
-    def _curvature(self, outputs: Any, loss: Any) -> operators.GaussNewton: ...
+    def _curvature(self, outputs: Any, loss: Any) -> operators.GGN: ...
 
     def _value(self, found: Any) -> Tensor:
         z, targets = self._pair(found)
@@ -76,12 +76,12 @@ class GaussNewton(_Generalised):
     ) -> None:
         super().__init__(model, loss, lr=lr, damping=damping, adapt=adapt, solver=solver)
 
-    def _curvature(self, outputs: Any, loss: Any) -> operators.GaussNewton:
-        return operators.GaussNewton(outputs, loss, self._leaves())
+    def _curvature(self, outputs: Any, loss: Any) -> operators.GGN:
+        return operators.GGN(outputs, loss, self._leaves())
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         solution = self.solver.solve(operator + Identity(operator, damping), g)
-        if isinstance(operator, operators.GaussNewton) and bool(
+        if isinstance(operator, operators.GGN) and bool(
             (solution.rayleigh < 0.999 * damping).any()
         ):
             try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.operators import Hessian, Identity, LinearOperator
-from metaimplicit.optim.base import Evaluations
+from metaimplicit.optim.base import ReplayedClosure
 from metaimplicit.optim.damped import Curvature, Damped
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
@@ -51,7 +51,7 @@ class Newton(Damped):
     ) -> None:
         super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver)
 
-    def _linearise(self, evaluate: Evaluations) -> tuple[Hessian, Tensor]:
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor]:
         seen: list[Tensor] = []
 
         def loss(params: Params) -> Tensor:

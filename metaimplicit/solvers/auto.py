@@ -9,10 +9,10 @@ from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits
-from metaimplicit.solvers.cg import CG, conjugate_gradients, go_on
+from metaimplicit.solvers.cg import CG, conjugate_gradients, continue_with
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.lanczos import Lanczos
-from metaimplicit.solvers.sketch import LowRank
+from metaimplicit.solvers.low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Auto(Solver):
         if left > 0:  # Lanczos is at the end of the precision, which CG corrects as it goes
             broken = solution.status == int(Status.BREAKDOWN)
             solution = (
-                go_on(solution, broken, CG(left, self.tol), operator, b)
+                continue_with(solution, broken, CG(left, self.tol), operator, b)
                 if broken.any()
                 else solution
             )
@@ -107,7 +107,7 @@ class Auto(Solver):
             self.max_steps - solution.products,
         )
         if bent.any() and left > 0:
-            solution = go_on(solution, bent, Lanczos(left, self.tol), operator, b)
+            solution = continue_with(solution, bent, Lanczos(left, self.tol), operator, b)
         reached, spent = kept["made"].tolist()
         worth = (
             float(solution.residual.max()) <= max(reached, self.tol)

@@ -146,7 +146,7 @@ def check_limits(name: str, max_steps: int, tol: float) -> None:
         raise ValueError(f"{name} tol: got {tol}, expected a number ≥ 0")
 
 
-def lopsided(skew: Tensor, size: Tensor) -> Tensor:
+def is_asymmetric(skew: Tensor, size: Tensor) -> Tensor:
     """Whether what is zero for a symmetric A is too large, beside `size`, to be round-off."""
     return skew.abs() > 0.05 * size
 
@@ -175,7 +175,7 @@ def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tenso
     return scale * x, b - scale * ax, 1
 
 
-def measured(
+def recompute_residual(
     operator: LinearOperator,
     b: Tensor,
     x: Tensor,
@@ -189,7 +189,7 @@ def measured(
     return (b - operator.matvec(x)).norm(dim=-1, keepdim=True), products + 1
 
 
-def direct(
+def direct_solution(
     operator: LinearOperator, b: Tensor, x: Tensor, products: int, rayleigh: Tensor | None = None
 ) -> Solution:
     """The solution of a method without iterations, its residual measured by one product more."""

@@ -17,9 +17,9 @@ from metaimplicit.solvers.base import (
     Status,
     check_limits,
     dot,
-    lopsided,
-    measured,
+    is_asymmetric,
     rayleigh_quotient,
+    recompute_residual,
     warm_start,
 )
 from metaimplicit.solvers.minres import MINRES
@@ -64,10 +64,10 @@ class CG(Solver):
                 f"{float(solution.rayleigh.min()):.3g}); use curvature='gauss-newton', more damping, or "
                 "negative='minres'"
             )
-        return go_on(solution, bent, MINRES(self.max_steps, self.tol), operator, b)
+        return continue_with(solution, bent, MINRES(self.max_steps, self.tol), operator, b)
 
 
-def go_on(
+def continue_with(
     solution: Solution, where: Tensor, solver: Solver, operator: LinearOperator, b: Tensor
 ) -> Solution:
     """The solution, but for the tasks in `where` that of another solver that starts from it, if that is better."""
@@ -119,7 +119,7 @@ def conjugate_gradients(
             step == 1
         ):  # directions are conjugate, to the round-off in the second, unless A is not symmetric
             size = first.norm(dim=-1, keepdim=True) * (ap.norm(dim=-1, keepdim=True) + blur)
-            skewed = active & lopsided(dot(first, ap), size)
+            skewed = active & is_asymmetric(dot(first, ap), size)
             active = active & ~skewed
         flat = (
             quotient <= 10 * torch.finfo(b.dtype).eps * largest
@@ -137,7 +137,7 @@ def conjugate_gradients(
         best, least = torch.where(residual < least, x, best), torch.minimum(least, residual)
     x, residual = torch.where(negative, best, x), torch.where(negative, least, residual)
     small = residual <= max(tol, torch.finfo(b.dtype).eps ** 0.5)
-    residual, products = measured(operator, b, x, residual, small, products)
+    residual, products = recompute_residual(operator, b, x, residual, small, products)
     status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(negative & (residual > tol), int(Status.NEGATIVE_CURVATURE), status)
     status = torch.where(skewed, int(Status.BREAKDOWN), status).squeeze(-1)

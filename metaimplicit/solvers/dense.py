@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct, lopsided
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    State,
+    Status,
+    direct_solution,
+    is_asymmetric,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Dense(Solver):
         self._takes_no(preconditioner)
         n = operator.shape[1]
         matrix = self.matrix(operator)
-        skewed = lopsided((matrix - matrix.mT).norm(dim=(1, 2)), matrix.norm(dim=(1, 2)))
+        skewed = is_asymmetric((matrix - matrix.mT).norm(dim=(1, 2)), matrix.norm(dim=(1, 2)))
         matrix = 0.5 * (matrix + matrix.mT)
         eye = torch.eye(n, dtype=b.dtype, device=b.device)
         finite = matrix.isfinite().all(-1).all(-1)
@@ -49,7 +57,7 @@ class Dense(Solver):
             by_values, values, kept = by_eigenvalues(matrix, b)
             x = torch.where(failed.unsqueeze(-1), by_values, x)
             smallest, singular = values[:, 0], ~kept.all(-1) & failed
-        solution = direct(operator, b, x, products=n, rayleigh=smallest)
+        solution = direct_solution(operator, b, x, products=n, rayleigh=smallest)
         status = torch.where(singular | skewed, int(Status.BREAKDOWN), solution.status)
         residual = torch.where(finite, solution.residual, torch.nan)
         return replace(solution, status=status, residual=residual)

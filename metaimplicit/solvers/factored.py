@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import Invertible, LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct
+from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct_solution
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,6 @@ class Factored(Solver):
             raise ValueError(
                 f"Factored: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength"
             )
-        solution = direct(operator, b, core.inverse(b, shift), products=0)
+        solution = direct_solution(operator, b, core.inverse(b, shift), products=0)
         exact = solution.residual <= torch.finfo(b.dtype).eps ** 0.5
         return replace(solution, status=torch.where(exact, solution.status, int(Status.MAX_STEPS)))

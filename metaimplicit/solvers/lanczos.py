@@ -16,7 +16,7 @@ from metaimplicit.solvers.base import (
     Status,
     check_limits,
     dot,
-    lopsided,
+    is_asymmetric,
     warm_start,
 )
 
@@ -139,7 +139,7 @@ def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: 
         alpha = torch.where(active, dot(w, basis[-1]), diagonal[0] if diagonal else 1.0)
         known = torch.stack(basis)
         if step == 1:  # vᵀAv of the first two basis vectors is β, unless A is not symmetric
-            skewed = active & lopsided(dot(w, basis[0]) - beta, w.norm(dim=-1, keepdim=True))
+            skewed = active & is_asymmetric(dot(w, basis[0]) - beta, w.norm(dim=-1, keepdim=True))
             active, ended = active & ~skewed, ended | skewed
         for _ in range(2):
             w = w - torch.einsum("kt,ktn->tn", torch.einsum("ktn,tn->kt", known, w), known)

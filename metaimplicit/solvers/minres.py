@@ -16,8 +16,8 @@ from metaimplicit.solvers.base import (
     Status,
     check_limits,
     dot,
-    lopsided,
-    measured,
+    is_asymmetric,
+    recompute_residual,
     warm_start,
 )
 
@@ -72,7 +72,7 @@ class MINRES(Solver):
                 step == 1
             ):  # vᵀAv of the first two is β, unless A is not symmetric; v is known to eps size/β
                 blur = 1e3 * eps * size * (size / beta)
-                skewed = active & lopsided(
+                skewed = active & is_asymmetric(
                     dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True) + blur
                 )
             rayleigh = torch.minimum(rayleigh, torch.where(active, alpha, torch.inf).squeeze(-1))
@@ -100,7 +100,7 @@ class MINRES(Solver):
             active = active & ~closed & (residual > self.tol)
             v, v_old, beta = ahead / torch.where(beta_next > 0, beta_next, 1.0), v, beta_next
         small = residual <= max(self.tol, eps**0.5)
-        residual, products = measured(operator, b, x, residual, small | ended, products)
+        residual, products = recompute_residual(operator, b, x, residual, small | ended, products)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(ended & (residual > self.tol), int(Status.BREAKDOWN), status).squeeze(
             -1

@@ -14,8 +14,8 @@ from metaimplicit.solvers.base import (
     Solver,
     State,
     Status,
-    measured,
     rayleigh_quotient,
+    recompute_residual,
     warm_start,
 )
 
@@ -71,7 +71,9 @@ class Neumann(Solver):
             x = torch.where(active, x + scale * r, x)
             r, residual = torch.where(active, ahead, r), torch.where(active, norm, residual)
             active = active & (residual > eps)
-        residual, products = measured(operator, b, x, residual, residual <= eps**0.5, products)
+        residual, products = recompute_residual(
+            operator, b, x, residual, residual <= eps**0.5, products
+        )
         residual, grew = residual.squeeze(-1), grew.squeeze(-1)
         status = torch.where(residual <= eps**0.5, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(grew, int(Status.BREAKDOWN), status)

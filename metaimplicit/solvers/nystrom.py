@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits, direct
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    State,
+    Status,
+    check_limits,
+    direct_solution,
+)
 from metaimplicit.solvers.cg import conjugate_gradients
-from metaimplicit.solvers.sketch import LowRank, Probes, Sketch, indefinite, whitened
+from metaimplicit.solvers.low_rank import LowRank, Probes, Sketch, indefinite, whitened
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,9 @@ class Nystrom(_Sketching):
                 low_rank.rayleigh,
                 low_rank.indefinite,
             )
-        solution = direct(operator, b, x, taken, rayleigh=seen + float(operator.split()[1]))
+        solution = direct_solution(
+            operator, b, x, taken, rayleigh=seen + float(operator.split()[1])
+        )
         bent = (bent | (solution.rayleigh <= 0)) & (b.norm(dim=-1) > 0)
         status = torch.where(solution.residual > 1, int(Status.BREAKDOWN), int(Status.MAX_STEPS))
         status = torch.where(bent, int(Status.NEGATIVE_CURVATURE), status)

@@ -16,15 +16,15 @@ from metaimplicit.training.loop import (
     CONFIG,
     Budget,
     NonFiniteError,
-    check_free,
     constant,
     cosine,
     fit,
+    require_new_run_folder,
 )
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
 from metaimplicit.training.options import Options, find_device
-from metaimplicit.training.report import Fits, fit_curves, plot_adaptation, plot_curves
-from metaimplicit.training.tune import fit_tuner
+from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training.tuner_run import fit_tuner
 
 __all__ = [
     "CHECKPOINT",
@@ -37,14 +37,12 @@ __all__ = [
     "Options",
     "Progress",
     "build_learner",
-    "check_free",
     "constant",
     "cosine",
     "describe",
     "evaluate",
     "find_device",
     "fit",
-    "fit_curves",
     "fit_tuner",
     "load_checkpoint",
     "load_learner",
@@ -52,8 +50,10 @@ __all__ = [
     "peak_memory",
     "plot_adaptation",
     "plot_curves",
+    "predict_curves",
     "read_json",
     "read_metrics",
+    "require_new_run_folder",
     "save_checkpoint",
     "save_tuner",
     "write_atomically",

@@ -15,7 +15,7 @@ from torch import nn
 
 from metaimplicit.inner import GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
 from metaimplicit.learner import MetaLearner
-from metaimplicit.metagrad import Implicit, MethodOptions, Report, make_method
+from metaimplicit.methods import Implicit, MethodOptions, Report, make_method
 from metaimplicit.models import MLP, ConvNet
 from metaimplicit.training.options import Options
 

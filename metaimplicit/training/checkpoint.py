@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from metaimplicit.learner import MetaLearner
-from metaimplicit.metagrad import Method
+from metaimplicit.methods import Method
 from metaimplicit.training.files import write_atomically
 from metaimplicit.tuning import Tuner
 

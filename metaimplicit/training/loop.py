@@ -130,7 +130,7 @@ def fit(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
     checkpoint, progress = out / CHECKPOINT, Progress()
-    check_free(out, resume)
+    require_new_run_folder(out, resume)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     if resume and checkpoint.exists():
@@ -168,7 +168,7 @@ def fit(
     return progress
 
 
-def check_free(out: Path, resume: bool) -> None:
+def require_new_run_folder(out: Path, resume: bool) -> None:
     """Refuse a folder that holds a run, unless it is to be resumed (FileExistsError)."""
     held = [name for name in (CONFIG, CHECKPOINT) if (out / name).exists()]
     if held and not resume:

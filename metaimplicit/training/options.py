@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaimplicit.metagrad import make_method
+from metaimplicit.methods import make_method
 
 
 @dataclass(frozen=True)

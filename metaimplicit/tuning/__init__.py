@@ -1,9 +1,9 @@
 """Tuning: hyperparameters as outer variables of a bilevel problem, moved while the model trains."""
 
-from metaimplicit.tuning.build import TuningProblem, tuning_problem
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive, Real, Simplex
 from metaimplicit.tuning.hoag import HOAG, HOAGStep
 from metaimplicit.tuning.hyperoptimizers import Hyperoptimizer
+from metaimplicit.tuning.problem import TuningProblem, tuning_problem
 from metaimplicit.tuning.tuner import Tuner, TunerStep
 from metaimplicit.tuning.variables import (
     Augmentation,

@@ -11,7 +11,7 @@ import torch
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import LBFGS, InnerLoop
-from metaimplicit.metagrad import Implicit, Report
+from metaimplicit.methods import Implicit, Report
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Iterate, Stream
 from metaimplicit.solvers import CG, State

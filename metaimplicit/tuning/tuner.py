@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad import Implicit, Method, MethodOptions, Report, make_method
-from metaimplicit.metagrad.base import UNSET
+from metaimplicit.methods import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.methods.base import UNSET
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Iterate, Stream
 from metaimplicit.solvers import State

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from matplotlib.figure import Figure
 
-from metaimplicit.metagrad import METHODS
+from metaimplicit.methods import METHODS
 from metaimplicit.training import CONFIG, find_device, read_json, write_atomically, write_json
 
 Case = dict[str, Any]  # what tells one run from another: {"method": "cg", "seed": 0}

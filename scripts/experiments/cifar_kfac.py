@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tasks
 from experiments.base import Case
 from experiments.networks import seeded
-from experiments.races import Pair, Race, Setting
+from experiments.optimizer_comparison import Pair, Race, Setting
 from experiments.small_cifar import SmallCifar
 from metaimplicit.optim import KFAC
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tasks
 from experiments.base import Case
 from experiments.networks import seeded
-from experiments.races import Pair, Race, Setting
+from experiments.optimizer_comparison import Pair, Race, Setting
 from experiments.tables import digits_or_cancer
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient
 from metaimplicit.solvers import CG

@@ -28,7 +28,7 @@ from metaimplicit import (
     hypergradient,
     tuning_problem,
 )
-from metaimplicit.memory import LiveBytes
+from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.params import Params
 from metaimplicit.problem import Stream
 from metaimplicit.tuning import Scalar, TunerStep, TuningProblem

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metaimplicit.graph import reached
+from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import (
+from metaimplicit.methods.base import (
     Adaptation,
+    Dependencies,
     Gradients,
     Method,
-    Reads,
     Report,
-    despite_zero_tensors,
+    retry_under_vmap,
 )
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import Iterate, LiftedProblem, OptimizerState, Stream
@@ -61,7 +61,7 @@ class Forward(Method):
             )
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        return despite_zero_tensors(partial(self._adapt, inner=inner, meta=meta), problem)
+        return retry_under_vmap(partial(self._adapt, inner=inner, meta=meta), problem)
 
     def _adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         inner.check_captured()
@@ -122,11 +122,11 @@ class Forward(Method):
         )
 
     @staticmethod
-    def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, Reads]:
+    def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, Dependencies]:
         """θ₀, and the meta-parameters that it and the loss depend on."""
         initial = problem.init(meta)
-        reads = Reads(
-            reached(initial.values(), meta, [], [problem.problem.init]),
+        reads = Dependencies(
+            find_dependencies(initial.values(), meta, [], [problem.problem.init]),
             _look(problem, initial, meta, 0)[0],
         )
         return {name: p.detach().contiguous() for name, p in initial.items()}, reads
@@ -224,8 +224,8 @@ def _look(
     """The meta-parameters that the loss of a step depends on; the parameters that it does not."""
     variables = leaves(params)
     losses = [problem.inner(variables, meta, problem.at(step))]
-    reads = reached(losses, meta, variables.values(), [problem.problem.inner_loss])
-    return reads, set(variables) - reached(losses, variables, meta.values(), None)
+    reads = find_dependencies(losses, meta, variables.values(), [problem.problem.inner_loss])
+    return reads, set(variables) - find_dependencies(losses, variables, meta.values(), None)
 
 
 def _basis(phi: Params) -> Params:

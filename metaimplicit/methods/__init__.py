@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report
-from metaimplicit.metagrad.forward import Forward
-from metaimplicit.metagrad.implicit import Curvature, Implicit
-from metaimplicit.metagrad.penalty import ValueFunction
-from metaimplicit.metagrad.reptile import Reptile
-from metaimplicit.metagrad.reverse import FirstOrder, Truncated, Unrolled
-from metaimplicit.metagrad.sama import SAMA
+from metaimplicit.methods.base import Adaptation, Gradients, Method, Report
+from metaimplicit.methods.forward import Forward
+from metaimplicit.methods.implicit import Curvature, Implicit
+from metaimplicit.methods.reptile import Reptile
+from metaimplicit.methods.reverse import FirstOrder, Truncated, Unrolled
+from metaimplicit.methods.sama import SAMA
+from metaimplicit.methods.value_function import ValueFunction
 from metaimplicit.solvers import (
     CG,
     MINRES,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.hypergradient import outer_gradients
 from metaimplicit.inner import InnerLoop
-from metaimplicit.memory import LiveBytes
-from metaimplicit.metagrad import Curvature, Gradients, Implicit, Report
+from metaimplicit.methods import Curvature, Gradients, Implicit, Report
 from metaimplicit.operators import LinearOperator
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem, LiftedProblem
@@ -35,7 +35,7 @@ from metaimplicit.solvers import (
     State,
     Status,
 )
-from metaimplicit.solvers.base import Apply, direct
+from metaimplicit.solvers.base import Apply, direct_solution
 from metaimplicit.solvers.dense import by_eigenvalues
 
 Make = Callable[[int], Solver]
@@ -239,4 +239,4 @@ class _Exact(Dense):
         matrix = self.matrix(operator)
         x, values, _ = by_eigenvalues(0.5 * (matrix + matrix.mT), b)
         object.__setattr__(self, "values", values)
-        return direct(operator, b, x, products=b.shape[1])
+        return direct_solution(operator, b, x, products=b.shape[1])

@@ -12,7 +12,7 @@ from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import Progress, load_tuner, save_tuner
 from metaimplicit.training.files import write_json
 from metaimplicit.training.log import RunLog, Values
-from metaimplicit.training.loop import CHECKPOINT, CONFIG, check_free
+from metaimplicit.training.loop import CHECKPOINT, CONFIG, require_new_run_folder
 from metaimplicit.tuning import Tuner, TunerStep
 from metaimplicit.tuning.tuner import Source
 
@@ -57,7 +57,7 @@ def fit_tuner(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1 step")
     checkpoint, progress = out / CHECKPOINT, Progress()
-    check_free(out, resume)
+    require_new_run_folder(out, resume)
     if resume and checkpoint.exists():
         progress = load_tuner(checkpoint, tuner)
     out.mkdir(parents=True, exist_ok=True)

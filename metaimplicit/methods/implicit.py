@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import (
+from metaimplicit.methods.base import (
     UNSET,
     Adaptation,
+    Dependencies,
     Gradients,
     Method,
-    Reads,
     Report,
-    despite_zero_tensors,
-    held_data,
-    pull_graph,
+    data_at_solution,
+    retry_under_vmap,
     run_inner,
+    vector_jacobian_product,
 )
 from metaimplicit.operators import (
-    KFAC,
+    GGN,
     Diagonal,
     Fisher,
-    GaussNewton,
     Hessian,
     Identity,
+    KroneckerFactored,
     LinearOperator,
     Products,
     Sum,
@@ -42,14 +42,14 @@ from metaimplicit.solvers import ADVICE, CG, Solution, Solver, State
 
 Curvature = (
     Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"]
-    | Callable[..., GaussNewton | KFAC | Diagonal]
+    | Callable[..., GGN | KroneckerFactored | Diagonal]
 )
-_NAMED: dict[str, Callable[..., GaussNewton | KFAC | Diagonal]] = {
-    "gauss-newton": GaussNewton,
-    "kfac": partial(KFAC, others="zero"),
-    "ekfac": partial(KFAC, others="zero", corrected=True),
+_NAMED: dict[str, Callable[..., GGN | KroneckerFactored | Diagonal]] = {
+    "gauss-newton": GGN,
+    "kfac": partial(KroneckerFactored, others="zero"),
+    "ekfac": partial(KroneckerFactored, others="zero", corrected=True),
     "diagonal": lambda outputs, loss, params: Diagonal(
-        GaussNewton(outputs, loss, params), semidefinite=True
+        GGN(outputs, loss, params), semidefinite=True
     ),
 }
 
@@ -65,11 +65,11 @@ class Implicit(Method):
         solver: how A⁻¹v is computed.
         curvature: `"hessian"`; or, positive semi-definite and of a `Composite` inner loss, `"gauss-newton"`, `"kfac"`,
             `"ekfac"`, `"diagonal"` (of Gauss–Newton), or a class of such an operator with options,
-            `partial(Fisher, expectation="empirical")`, `partial(KFAC, likelihood="gaussian")`. A penalty's own Hessian
+            `partial(Fisher, expectation="empirical")`, `partial(KroneckerFactored, likelihood="gaussian")`. A penalty's own Hessian
             is always exact. None: the front door's choice, which is `"hessian"` for a `BilevelProblem` and
             `"gauss-newton"` for `MetaLearner`.
         damping: added to A, ≥ 0.
-        preconditioner: `"kfac"`, `"ekfac"`, a `partial(KFAC, …)`, or `"diagonal"` (Jacobi's, of ten more products), for
+        preconditioner: `"kfac"`, `"ekfac"`, a `partial(KroneckerFactored, …)`, or `"diagonal"` (Jacobi's, of ten more products), for
             `CG`, inverted with σ + damping > 0.
         products: how products with the Hessian are taken, see `Hessian`; with `"finite-differences"` the mixed product
             is the difference of ∂f/∂φ at θ* ± hu as well, and the inner loss needs first derivatives only.
@@ -81,7 +81,9 @@ class Implicit(Method):
     solver: Solver = field(default_factory=CG)
     curvature: Curvature | None = None
     damping: float = 0.0
-    preconditioner: Literal["kfac", "ekfac", "diagonal"] | Callable[..., KFAC] | None = None
+    preconditioner: (
+        Literal["kfac", "ekfac", "diagonal"] | Callable[..., KroneckerFactored] | None
+    ) = None
     products: Products = "double-backward"
     batch: Any = field(default=UNSET, repr=False)
     strict: bool = False
@@ -99,7 +101,7 @@ class Implicit(Method):
                 f"curvature: got {self.curvature!r}, expected one of {known}, or a class of operators"
             )
         if self.preconditioner not in (None, "diagonal") and not _is_kronecker(self.preconditioner):
-            known = "'kfac', 'ekfac', 'diagonal' or a partial KFAC"
+            known = "'kfac', 'ekfac', 'diagonal' or a partial KroneckerFactored"
             raise ValueError(f"preconditioner: got {self.preconditioner!r}, expected {known}")
         if self.products not in get_args(Products):
             raise ValueError(
@@ -113,7 +115,7 @@ class Implicit(Method):
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        held_data(problem, self.batch, "Implicit")
+        data_at_solution(problem, self.batch, "Implicit")
         if self._generalised and not isinstance(problem.problem.inner_loss, Composite):
             raise ValueError(
                 f"curvature={self.name!r}: got an inner_loss that is a plain function, expected a Composite, whose "
@@ -124,13 +126,18 @@ class Implicit(Method):
         return self.at(trajectory.end, problem, meta, report, reads)
 
     def at(
-        self, end: Iterate, problem: LiftedProblem, meta: Params, report: Report, reads: Reads
+        self,
+        end: Iterate,
+        problem: LiftedProblem,
+        meta: Params,
+        report: Report,
+        reads: Dependencies,
     ) -> Adaptation:
         """The way back from θ* = `end.params`, however they were found."""
         params = end.params
 
         def pullback(vectors: Params, state: State) -> tuple[Gradients, Report]:
-            return despite_zero_tensors(
+            return retry_under_vmap(
                 lambda p: self._pull(p, meta, params, vectors, report, state), problem
             )
 
@@ -151,8 +158,10 @@ class Implicit(Method):
     def _generalised(self) -> bool:
         return self.curvature not in (None, "hessian")
 
-    def _kronecker(self, make: Any, problem: LiftedProblem, meta: Params, params: Params) -> KFAC:
-        data, f = held_data(problem, self.batch, "Implicit"), problem.problem.inner_loss
+    def _kronecker(
+        self, make: Any, problem: LiftedProblem, meta: Params, params: Params
+    ) -> KroneckerFactored:
+        data, f = data_at_solution(problem, self.batch, "Implicit"), problem.problem.inner_loss
         if not isinstance(f, Composite) or f.module is None:
             raise ValueError(
                 "K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)"
@@ -161,7 +170,7 @@ class Implicit(Method):
             raise ValueError(
                 "K-FAC: got an inner loss with weights, which it does not see; use 'gauss-newton'"
             )
-        factors: KFAC = _made(make)(
+        factors: KroneckerFactored = _made(make)(
             f.module,
             lambda function, p: problem.apply(
                 lambda q, d: function(lambda r: f.outputs(r, meta, d), q), p, data
@@ -209,19 +218,19 @@ class Implicit(Method):
             each.products for each in made if isinstance(each, Diagonal)
         )
         squared = operator.first if isinstance(operator, Sum) else operator
-        if isinstance(squared, GaussNewton) and bool((solution.rayleigh < 0.999 * sigma).any()):
+        if isinstance(squared, GGN) and bool((solution.rayleigh < 0.999 * sigma).any()):
             squared.check_convex()
         self._judge(solution)
         if self.products == "finite-differences":
-            data = held_data(problem, self.batch, "Implicit")
+            data = data_at_solution(problem, self.batch, "Implicit")
             slope = central_difference(
                 lambda p: problem.inner(p, meta, data), params, solution.value
             )
-            mixed = pull_graph(
+            mixed = vector_jacobian_product(
                 {"slope": slope}, meta, {"slope": -torch.ones_like(slope)}, retain_graph=False
             )
         else:
-            mixed = pull_graph(
+            mixed = vector_jacobian_product(
                 gradient, meta, unflatten(-solution.value, params), retain_graph=False
             )
         bound = solution.residual * v.norm(dim=-1) / sigma if definite and sigma > 0 else None
@@ -244,7 +253,7 @@ class Implicit(Method):
         self, problem: LiftedProblem, meta: Params, params: Params
     ) -> tuple[LinearOperator, Params, float, bool]:
         """The core of A at θ, ∂f/∂θ with its graph to `meta`, σ of the penalty, and whether the core is PSD."""
-        data, f = held_data(problem, self.batch, "Implicit"), problem.problem.inner_loss
+        data, f = data_at_solution(problem, self.batch, "Implicit"), problem.problem.inner_loss
         if not isinstance(f, Composite):
             whole = Hessian(_steady(lambda p: problem.inner(p, meta, data)), params, self.products)
             return whole, whole.gradient, 0.0, False
@@ -291,9 +300,9 @@ def _made(curvature: Any) -> Callable[..., Any]:
 
 
 def _is_kronecker(curvature: Any) -> bool:
-    made = _NAMED.get(curvature, GaussNewton) if isinstance(curvature, str) else curvature
+    made = _NAMED.get(curvature, GGN) if isinstance(curvature, str) else curvature
     made = getattr(made, "func", made)
-    return isinstance(made, type) and issubclass(made, KFAC)
+    return isinstance(made, type) and issubclass(made, KroneckerFactored)
 
 
 def _steady(function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:

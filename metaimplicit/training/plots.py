@@ -35,7 +35,7 @@ class Fits:
     steps: int
 
 
-def fit_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> Fits:
+def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> Fits:
     """Adapt to tasks of one input and one output, and predict over the range of their query inputs."""
     episodes = to_device(episodes, next(learner.parameters()).device)
     low, high = episodes.query[0].min(), episodes.query[0].max()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Method, Report, run_inner
+from metaimplicit.methods.base import Adaptation, Method, Report, run_inner
 from metaimplicit.params import Params
 from metaimplicit.problem import LiftedProblem
 

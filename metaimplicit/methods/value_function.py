@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from metaimplicit.graph import reached
+from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import (
+from metaimplicit.methods.base import (
     UNSET,
     Adaptation,
     Gradients,
     Method,
     Report,
-    held_data,
+    data_at_solution,
     run_inner,
 )
 from metaimplicit.params import Params, leaves
@@ -46,7 +46,7 @@ class ValueFunction(Method):
             raise ValueError(f"ValueFunction strength: got {self.strength}, expected a number > 0")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        data = held_data(problem, self.batch, "ValueFunction")
+        data = data_at_solution(problem, self.batch, "ValueFunction")
         outer = problem.at(inner.steps)
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         fixed = {name: m.detach() for name, m in meta.items()}
@@ -69,7 +69,7 @@ class ValueFunction(Method):
             outward = problem.outer(at_y, meta, outer)[0] - problem.outer(at_z, meta, outer)[0]
             inward = problem.inner(at_y, meta, data) - problem.inner(at_z, meta, data)
             value = outward.mean() + self.strength * inward.mean()
-            lost = reads.start - reached(
+            lost = reads.start - find_dependencies(
                 [inward], meta, [*at_y.values(), *at_z.values()], None
             )  # read by init alone
             found = torch.autograd.grad(value, [meta[name] for name in names], allow_unused=True)

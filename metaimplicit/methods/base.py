@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import reached
+from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.params import Params
 from metaimplicit.problem import Iterate, LiftedProblem, Stream
@@ -63,7 +63,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Reads:
+class Dependencies:
     """The names of the meta-parameters that the inner problem depends on: through θ₀, and through its loss."""
 
     start: set[str] = field(default_factory=set)
@@ -84,7 +84,7 @@ class Adaptation:
 
     params: Params
     report: Report
-    reads: Reads
+    reads: Dependencies
     end: Iterate
     pullback: Callable[[Params, State], tuple[Gradients, Report]] | None = None
 
@@ -94,7 +94,7 @@ class Adaptation:
         """(dθ*/dφ)ᵀ v for v = `{name: [tasks, *shape]}`, None for meta-parameters that it does not reach."""
         if self.pullback is not None:
             return self.pullback(vectors, state or {})
-        return pull_graph(self.params, meta, vectors, retain_graph), self.report
+        return vector_jacobian_product(self.params, meta, vectors, retain_graph), self.report
 
 
 class Method(ABC):
@@ -126,19 +126,19 @@ def run_inner(
     track: int,
     keep: bool = False,
     detach: bool = False,
-) -> tuple[Params, Trajectory, Reads]:
+) -> tuple[Params, Trajectory, Dependencies]:
     """Run the inner loop on the problem's inner loss from θ₀ = init(meta), cut off from `meta` if `detach`.
 
     Returns θ₀ with its graph, the trajectory, and what θ₀ and the loss depend on.
     """
     initial = problem.init(meta)
-    reads = Reads(reached(initial.values(), meta, [], [problem.problem.init]))
+    reads = Dependencies(find_dependencies(initial.values(), meta, [], [problem.problem.init]))
 
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
         if t == 0 or isinstance(problem.data, Stream):
             reads.loss.update(
-                reached([losses], meta, params.values(), [problem.problem.inner_loss])
+                find_dependencies([losses], meta, params.values(), [problem.problem.inner_loss])
             )
         return losses
 
@@ -148,9 +148,7 @@ def run_inner(
     return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
 
 
-def despite_zero_tensors(
-    function: Callable[[LiftedProblem], Result], problem: LiftedProblem
-) -> Result:
+def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
     """`function(problem)`; once more under vmap where torch finds the forward derivative of a gradient there alone.
 
     So it is with `F.mse_loss`: "ZeroTensors are immutable", says torch 2.14 without.
@@ -163,7 +161,7 @@ def despite_zero_tensors(
         return function(problem.vmapped())
 
 
-def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
+def data_at_solution(problem: LiftedProblem, batch: Any, name: str) -> Any:
     """The data that derivatives at θ* see: the problem's own, or beside a `Stream` the `batch` that a method names.
 
     Raises:
@@ -182,7 +180,9 @@ def held_data(problem: LiftedProblem, batch: Any, name: str) -> Any:
     return batch
 
 
-def pull_graph(outputs: Params, meta: Params, vectors: Params, retain_graph: bool) -> Gradients:
+def vector_jacobian_product(
+    outputs: Params, meta: Params, vectors: Params, retain_graph: bool
+) -> Gradients:
     """(∂outputs/∂meta)ᵀ vectors along the graph that `outputs` carry; None for entries it does not reach."""
     pairs = [(out, vectors[name]) for name, out in outputs.items() if out.requires_grad]
     targets = {name: m for name, m in meta.items() if m.requires_grad}

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import Adaptation, Gradients, Method, Report, pull_graph, run_inner
+from metaimplicit.methods.base import (
+    Adaptation,
+    Gradients,
+    Method,
+    Report,
+    run_inner,
+    vector_jacobian_product,
+)
 from metaimplicit.params import Params
 from metaimplicit.problem import LiftedProblem
 from metaimplicit.solvers import State
@@ -26,6 +33,6 @@ class Reptile(Method):
 
         def pullback(_: Params, state: State) -> tuple[Gradients, Report]:
             moved = {name: (start[name].detach() - p) / problem.tasks for name, p in params.items()}
-            return pull_graph(start, meta, moved, retain_graph=False), report
+            return vector_jacobian_product(start, meta, moved, retain_graph=False), report
 
         return Adaptation(params, report, reads, trajectory.end, pullback)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from metaimplicit.inner import InnerLoop
-from metaimplicit.metagrad.base import (
+from metaimplicit.methods.base import (
     UNSET,
     Adaptation,
     Gradients,
     Method,
     Report,
-    held_data,
-    pull_graph,
+    data_at_solution,
     run_inner,
+    vector_jacobian_product,
 )
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, flatten, leaves
@@ -41,7 +41,7 @@ class SAMA(Method):
     remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        data = held_data(problem, self.batch, "SAMA")
+        data = data_at_solution(problem, self.batch, "SAMA")
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         end = trajectory.end
         fixed, theta = {name: m.detach() for name, m in meta.items()}, leaves(end.params)
@@ -62,7 +62,7 @@ class SAMA(Method):
             slope = central_difference(
                 lambda p: problem.inner(p, meta, data), end.params, flatten(along)
             )
-            return pull_graph(
+            return vector_jacobian_product(
                 {"f": slope}, meta, {"f": torch.ones_like(slope)}, retain_graph=False
             ), report
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.metagrad import FirstOrder, Implicit, Method, MethodOptions, Unrolled, make_method
+from metaimplicit.methods import FirstOrder, Implicit, Method, MethodOptions, Unrolled, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, LiftedProblem
 from metaimplicit.solvers import Dense, Status
