@@ -3,6 +3,7 @@
 from metaimplicit.diagnostics.check import Check, check_hypergradient
 from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
 from metaimplicit.inner import LBFGS, GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
+from metaimplicit.iterate import Iterate
 from metaimplicit.learner import AdaptedModel, MetaLearner, Step
 from metaimplicit.methods import (
     METHODS,
@@ -11,7 +12,6 @@ from metaimplicit.methods import (
     Forward,
     Implicit,
     Method,
-    MethodOptions,
     Report,
     Reptile,
     Truncated,
@@ -27,7 +27,7 @@ from metaimplicit.operators import (
     KroneckerFactored,
     LinearOperator,
 )
-from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Iterate, Proximal, Stream
+from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
 from metaimplicit.solvers import (
     CG,
     MINRES,
@@ -91,7 +91,6 @@ __all__ = [
     "LinearOperator",
     "MetaLearner",
     "Method",
-    "MethodOptions",
     "Neumann",
     "NewtonCG",
     "Nystrom",

@@ -13,19 +13,20 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, make_inner
+from metaimplicit.iterate import Iterate
+from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import (
     Adaptation,
     Gradients,
     Method,
-    MethodOptions,
     Report,
     Reptile,
     ValueFunction,
     make_method,
 )
 from metaimplicit.params import Params, leaves
-from metaimplicit.problem import BilevelProblem, Composite, Iterate, LiftedProblem, Loss, Vectorize
-from metaimplicit.solvers import State
+from metaimplicit.problem import BilevelProblem, Composite, Loss
+from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,10 @@ def hypergradient(
     *,
     inner: str | InnerLoop,
     method: str | Method,
-    options: MethodOptions | None = None,
     batched: bool = False,
     vectorize: Vectorize = "vmap",
     chunk_size: int | None = None,
-    state: State | None = None,
+    state: SolverState | None = None,
     start: Iterate | None = None,
 ) -> Hypergradient:
     """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ = `meta`.
@@ -72,7 +72,7 @@ def hypergradient(
         meta: φ, `{name: tensor}`; not changed, and no graph of theirs is touched.
         data: any pytree of tensors, or a `Stream` of them; with `batched` each carries the task axis first.
         inner: the inner loop that approximates θ*, or its flag with all defaults.
-        method: how the derivative is taken, a `Method` or its flag (with `options`).
+        method: how the derivative is taken, a `Method` or its flag.
         batched: whether `data` is a batch of tasks.
         vectorize: `"vmap"` over tasks, or a `"loop"` under one graph.
         chunk_size: tasks vmapped at a time, to bound memory.
@@ -86,7 +86,7 @@ def hypergradient(
             grad and reaches a loss otherwise than through `meta`; any option out of its range.
         FloatingPointError: from a strict implicit method.
     """
-    inner, method = make_inner(inner), make_method(method, options)
+    inner, method = make_inner(inner), make_method(method)
     lifted = LiftedProblem(
         problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start
     )
@@ -96,7 +96,7 @@ def hypergradient(
         losses, aux, of_theta, direct = outer_gradients(
             lifted, adaptation.params, phi, lifted.at(inner.steps)
         )
-        indirect, report = adaptation.pull(of_theta, phi, state)
+        indirect, report = adaptation.pull_back(of_theta, phi, state)
     total = {name: _add_gradients(direct.get(name), indirect[name], m) for name, m in phi.items()}
     for name, m in phi.items():
         if m.requires_grad and indirect[name] is None:
@@ -144,7 +144,6 @@ def argmin(
     *,
     inner: str | InnerLoop,
     method: str | Method,
-    options: MethodOptions | None = None,
     batched: bool = False,
     vectorize: Vectorize = "vmap",
     chunk_size: int | None = None,
@@ -161,7 +160,7 @@ def argmin(
         ValueError: as `hypergradient`, or method "reptile", which is no derivative.
         RuntimeError: on a second backward through an implicit method.
     """
-    inner, method = make_inner(inner), make_method(method, options)
+    inner, method = make_inner(inner), make_method(method)
     if isinstance(method, (Reptile, ValueFunction)):
         what = (
             "no derivative"
@@ -221,7 +220,7 @@ class _Pullback(torch.autograd.Function):
             v = dict(
                 zip(ctx.adaptation.params, (vector.detach() for vector in vectors), strict=True)
             )
-            gradients, _ = ctx.adaptation.pull(v, {})
+            gradients, _ = ctx.adaptation.pull_back(v, {})
         for name in ctx.names:
             if gradients[name] is None:
                 _check_reachable(name, ctx.method, ctx.inner, ctx.adaptation)

@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from metaimplicit.episodes import EpisodeBatch, Pair, accuracy, check_classes, check_pair
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.methods import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.methods import Implicit, Method, Report, make_method
 from metaimplicit.models import check_norms
 from metaimplicit.params import Adapt, Params, select
-from metaimplicit.problem import (
-    BilevelProblem,
-    Composite,
-    FromMeta,
-    LiftedProblem,
-    Proximal,
-    Vectorize,
-)
+from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal
 
 Granularity = Literal["scalar", "per-tensor", "per-element"]
+IMPLICIT_PROXIMAL = 2.0  # λ of implicit methods unless said otherwise (Rajeswaran et al. 2019)
 _LEARNABLE = {"lr": "loop", "proximal": "loss"}  # what a method must reach to learn it
 
 
@@ -50,13 +45,13 @@ class MetaLearner(nn.Module):
         loss: `(outputs, targets) -> scalar`, e.g. `F.cross_entropy`.
         inner: the inner loop, or its flag, e.g. "newton-cg".
         method: a flag or a `Method`; an implicit one takes Gauss–Newton curvature unless told otherwise.
-        proximal: λ ≥ 0.
+        proximal: λ ≥ 0. If None, 2 for methods that see the initialisation through the inner loss alone (implicit
+            ones), and 0 for all others.
         learn: inner numbers to learn beside φ, kept positive by learning their logarithm: "lr" (a scalar; with a
             mapping `{"lr": "per-tensor"}` one each, or `"per-element"`, Meta-SGD) and "proximal".
         adapt: which parameters adapt, a predicate, a glob or several; None, all. The rest are meta-learnt only.
         vectorize: "vmap", "loop", or "auto": both are timed on the first batch, and the faster is kept.
         chunk_size: tasks vmapped at a time, to bound memory.
-        options: numbers for a `method` given as a flag.
     """
 
     def __init__(
@@ -64,17 +59,18 @@ class MetaLearner(nn.Module):
         model: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
-        inner: str | InnerLoop,
-        method: str | Method = "cg",
-        proximal: float = 0.0,
+        inner: str | InnerLoop = "gradient-descent",
+        method: str | Method = "unrolled",
+        proximal: float | None = None,
         learn: Iterable[str] | Mapping[str, Granularity] = (),
         adapt: Adapt = None,
         vectorize: Vectorize | Literal["auto"] = "auto",
         chunk_size: int | None = None,
-        options: MethodOptions | None = None,
     ) -> None:
         super().__init__()
-        method = make_method(method, options)
+        method = make_method(method)
+        if proximal is None:
+            proximal = 0.0 if "start" in method.reach else IMPLICIT_PROXIMAL
         if isinstance(method, Implicit) and method.curvature is None:
             method = replace(method, curvature="gauss-newton")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

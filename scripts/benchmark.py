@@ -19,7 +19,8 @@ import torch.nn.functional as F
 import tower_benchmark
 import tyro
 
-from metaimplicit import GradientDescent, MetaLearner, MethodOptions
+from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.models import ConvNet
 from metaimplicit.training import peak_memory, write_json
 
@@ -67,10 +68,9 @@ def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, flo
         ConvNet((1, 28, 28), 5, filters=settings.filters).to(device),
         F.cross_entropy,
         inner=GradientDescent(steps=inner_steps, lr=0.01),
-        method=method,
+        method=make_method(method, **known_options(method, solver_steps=min(5, inner_steps))),
         proximal=0.1,
         vectorize="vmap",
-        options=MethodOptions(solver_steps=min(5, inner_steps)),
     )
     before, first = _resident(device), _seconds(learner, Images(pair, pair))
     mebibytes = peak_memory(device) - before

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from problems import Case, drifting, logistic
-from torch import Tensor
 from tqdm import tqdm
 
 from metaimplicit import (
@@ -25,6 +24,7 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.diagnostics.compare import SOLVERS
+from metaimplicit.solvers import SolverState
 
 
 def robustness(seeds: int) -> list[dict[str, Any]]:
@@ -80,14 +80,14 @@ def drift() -> list[dict[str, Any]]:
     for step in (1e-4, 1e-3, 1e-2):
         systems = list(drifting(step))
         spent = {
-            name: [_report(case, solver, {}).products for case in systems]
+            name: [_report(case, solver, SolverState()).products for case in systems]
             for name, solver in cold.items()
         }
         definite = next(
             (i for i, case in enumerate(systems) if torch.linalg.eigvalsh(case.data[0])[0] <= 0), 50
         )
         for name, solver in kept.items():
-            state: dict[str, Tensor] = {}
+            state = SolverState()
             products, worst = [], 0.0
             for case in systems:
                 report = _report(case, solver, state)
@@ -118,7 +118,7 @@ def drift() -> list[dict[str, Any]]:
     return rows
 
 
-def _report(case: Case, solver: Solver, state: dict[str, Tensor]) -> Report:
+def _report(case: Case, solver: Solver, state: SolverState) -> Report:
     """The report of one hypergradient."""
     method = Implicit(solver)
     with warnings.catch_warnings():

@@ -42,4 +42,4 @@ def network(penalty=None):
 
 
 DATA = (X, Y, XQ, YQ)
-GAUSS_NEWTON = Implicit(CG(), curvature="gauss-newton")
+GAUSS_NEWTON = Implicit(CG(max_steps=10), curvature="gauss-newton")

@@ -9,8 +9,9 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "models", "episodes"),
-    ("problem",),
+    ("params", "graph", "models", "episodes", "options"),
+    ("problem", "iterate"),
+    ("lifted",),
     ("operators",),
     ("solvers",),
     ("inner",),

@@ -6,6 +6,7 @@ from oracles import Matrix, krylov_minimiser, randn, relative_error, symmetric
 
 from metaimplicit import CG, Auto, GradientDescent, Lanczos, NystromCG, Status, hypergradient
 from metaimplicit.methods import Implicit
+from metaimplicit.solvers import SolverState
 
 LOG = torch.logspace(-2, 0, 40).unsqueeze(0)
 BENT = torch.linspace(-1, 5, 40).unsqueeze(0)
@@ -24,7 +25,7 @@ def test_larger_ones_by_lanczos_and_without_a_state_nothing_is_kept():
     auto, lanczos = (s.solve(Matrix(matrix), b) for s in (Auto(7, dense=39), Lanczos(7)))
     assert torch.equal(auto.value, lanczos.value)
     assert auto.chosen == "Lanczos: n = 40 > 39"
-    assert set(auto.state) == {"value"}
+    assert set(auto.state.to_dict()) == {"solution"}
     assert relative_error(auto.value[0], krylov_minimiser(matrix[0], b[0], 7)) < 1e-10
 
 
@@ -58,8 +59,10 @@ def test_ritz_vectors_that_solve_worse_or_slower_are_dropped():
 
     def after(steps, a, tol):
         solver = Auto(steps, tol=tol, dense=0)
-        state = solver.solve(Matrix(matrix), b, state={"value": torch.zeros(1, 40).double()}).state
-        return state["made"].tolist(), solver.solve(
+        state = solver.solve(
+            Matrix(matrix), b, state=SolverState(torch.zeros(1, 40).double())
+        ).state
+        return state.record.tolist(), solver.solve(
             Matrix(a), b + 0.1 * randn(1, 40, seed=2), state=state
         )
 
@@ -98,13 +101,13 @@ def test_a_state_of_another_solver_is_a_start():
             Status.CONVERGED
         ]
     warm = Auto(20, dense=0).solve(Matrix(matrix), b, state=states[0]).state
-    assert "made" in warm
+    assert warm.record is not None
     assert NystromCG(rank=3, max_steps=60).solve(Matrix(matrix), b, state=warm).residual < 1e-6
 
 
 def test_ritz_vectors_are_kept_while_they_pay():
     matrix, b = symmetric(LOG), randn(1, 40, seed=1)
-    solver, state, chosen, spent = Auto(60, tol=1e-6, dense=0), {}, [], []
+    solver, state, chosen, spent = Auto(60, tol=1e-6, dense=0), None, [], []
     for _ in range(4):
         operator = Matrix(matrix)
         solution = solver.solve(operator, b + 0.1 * randn(1, 40, seed=7 + len(chosen)), state=state)
@@ -124,28 +127,28 @@ def test_ritz_vectors_are_kept_while_they_pay():
     other = symmetric(torch.logspace(-2, 0, 40).flip(0).unsqueeze(0), seed=5)
     late = solver.solve(Matrix(other), b, state=state)
     assert late.chosen == "CG on kept Ritz vectors, which pay no more"
-    assert "basis" not in late.state
+    assert late.state.low_rank is None
     assert solver.solve(Matrix(other), b, state=late.state).chosen.startswith("Lanczos")
 
 
 def test_of_an_indefinite_task_nothing_is_kept():
     matrix, b = symmetric(torch.cat([LOG, BENT])), randn(2, 40, seed=1)
-    state = {"value": torch.zeros(2, 40).double()}
+    state = SolverState(torch.zeros(2, 40).double())
     state = Auto(30, dense=0).solve(Matrix(matrix), b, state=state).state
-    assert (state["inverse"][0] > 0).all()
-    assert (state["inverse"][1] == 0).all()
+    assert (state.low_rank.inverse[0] > 0).all()
+    assert (state.low_rank.inverse[1] == 0).all()
     again = Auto(30, dense=0).solve(Matrix(matrix), b, state=state)
     fresh = Lanczos(30).solve(Matrix(matrix), b)
     assert (again.residual <= fresh.residual.clamp(min=1e-6)).all()
     alone = Auto(30, dense=0).solve(
-        Matrix(matrix[1:]), b[1:], state={"value": torch.zeros(1, 40).double()}
+        Matrix(matrix[1:]), b[1:], state=SolverState(torch.zeros(1, 40).double())
     )
-    assert set(alone.state) == {"value"}
+    assert set(alone.state.to_dict()) == {"solution"}
 
 
 def test_a_system_that_has_become_indefinite_is_solved_all_the_same():
     matrix, b, solver = symmetric(LOG), randn(1, 40, seed=1), Auto(200, tol=1e-8, dense=0)
-    state = solver.solve(Matrix(matrix), b, state={"value": torch.zeros(1, 40).double()}).state
+    state = solver.solve(Matrix(matrix), b, state=SolverState(torch.zeros(1, 40).double())).state
     bent = matrix - 0.05 * torch.eye(40).double()
     operator = Matrix(bent)
     solution = solver.solve(operator, b, state=state)
@@ -154,18 +157,21 @@ def test_a_system_that_has_become_indefinite_is_solved_all_the_same():
     assert solution.products == operator.products
     few = Auto(10, tol=1e-8, dense=0)
     cut = few.solve(
-        Matrix(bent), b, state=few.solve(Matrix(matrix), b, state={"value": 0 * b}).state
+        Matrix(bent), b, state=few.solve(Matrix(matrix), b, state=SolverState(0 * b)).state
     )
     assert cut.products <= 10 + 3
     assert cut.residual <= 1  # no worse than no answer
-    assert "basis" not in solution.state
+    assert solution.state.low_rank is None
 
 
 def test_the_report_says_what_was_chosen():
     from oracles import ridge
 
     found = ridge()
-    for solver, chosen in ((Auto(), "Dense: n = 6 ≤ 256"), (Auto(dense=0), "Lanczos: n = 6 > 0")):
+    for solver, chosen in (
+        (Auto(), "Dense: n = 6 ≤ 256"),
+        (Auto(10, dense=0), "Lanczos: n = 6 > 0"),
+    ):
         result = hypergradient(
             found.problem,
             found.meta,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from metaimplicit import GradientDescent, MetaLearner
-from metaimplicit.problem import Vectorize
+from metaimplicit.lifted import Vectorize
 from tasks.episodes import Episodes, EpisodeSampler
 from tasks.learn2learn import LearnToLearn
 

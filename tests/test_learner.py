@@ -16,11 +16,11 @@ from metaimplicit import (
     GradientDescent,
     Implicit,
     MetaLearner,
-    MethodOptions,
     Nystrom,
     TorchOptimizer,
     Truncated,
 )
+from metaimplicit.methods import known_options, make_method
 
 TASKS, WAYS, QUERIES, INPUTS = 3, 4, 2, 6
 
@@ -60,7 +60,7 @@ def outer_loss(learn, parameter, value):
 
 @pytest.mark.parametrize("flag", [m for m in METHODS if m != "reptile"])
 def test_every_method_trains_every_parameter(flag):
-    learn = learner(method=flag, options=MethodOptions(solver_steps=2, rank=4))
+    learn = learner(method=make_method(flag, **known_options(flag, solver_steps=2, rank=4)))
     step = learn.backward(episodes())
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in learn.parameters())
     assert step.loss.item() == pytest.approx(
@@ -330,7 +330,9 @@ def test_cuda_agrees_with_the_cpu(flag):
     gradients = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        learn = learner(method=flag, options=MethodOptions(solver_steps=2, rank=4)).to(device)
+        learn = learner(method=make_method(flag, **known_options(flag, solver_steps=2, rank=4))).to(
+            device
+        )
         data = episodes()
         torch.manual_seed(1)
         on = SimpleNamespace(

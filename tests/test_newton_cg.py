@@ -445,7 +445,9 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
         "newton": "newton-cg",
         "descent": GradientDescent(steps=400, lr=0.3),
     }.items():
-        learn = MetaLearner(model, F.cross_entropy, inner=inner, proximal=0.5, vectorize=vectorize)
+        learn = MetaLearner(
+            model, F.cross_entropy, inner=inner, method="cg", proximal=0.5, vectorize=vectorize
+        )
         model.zero_grad()
         step = learn.backward(data)
         grads[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -515,7 +517,7 @@ def test_what_it_cannot_do_is_refused():
     meta = {"c": torch.ones(2)}
     with pytest.raises(
         ValueError,
-        match="inner: got 'newton', expected one of gradient-descent, lbfgs, newton-cg, or",
+        match=r"inner: got 'newton', expected one of gradient-descent, .*lbfgs, newton-cg, or",
     ):
         hypergradient(problem, meta, None, inner="newton", method="cg")
     with pytest.raises(ValueError, match="inner: got 'newton', expected one of"):

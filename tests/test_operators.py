@@ -258,7 +258,7 @@ def test_a_diagonal_is_exact_or_the_mean_over_its_signs():
     assert relative_error(few.matvec(v), few.values * v) < 1e-15
     assert relative_error(few.matmat(v[None])[0], few.values * v) < 1e-15
     assert relative_error(few.inverse(v, 0.5), v / (few.values.clamp(min=0) + 0.5)) < 1e-15
-    assert (few.products, Diagonal(operator, samples=None).products) == (4, n)
+    assert (few.setup_products, Diagonal(operator, samples=None).setup_products) == (4, n)
     bent = Matrix(symmetric([[-1.0, 2.0, -3.0]]))
     assert (Diagonal(bent, samples=3, generator=generator(1)).values < 0).any()
     clamped = Diagonal(bent, samples=3, semidefinite=True, generator=generator(1)).values

@@ -163,7 +163,7 @@ def test_a_captured_start_or_number_is_named_too():
 
 
 def test_more_that_is_refused():
-    with pytest.raises(ValueError, match="data: got ndarray, which is not told apart by task"):
+    with pytest.raises(ValueError, match="data: got ndarray, which cannot be split by task"):
         ASK(network(), INITIAL, data=(X, Y.numpy(), XQ, YQ), method="unrolled")
     with pytest.raises(ValueError, match="Implicit batch: got one with data that is not a Stream"):
         ASK(network(Proximal(0.1)), INITIAL, method=Implicit(Dense(), batch=DATA))

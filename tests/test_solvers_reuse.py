@@ -5,6 +5,7 @@ import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
 from metaimplicit import CG, MINRES, Auto, Identity, Lanczos, Neumann, Nystrom, NystromCG
+from metaimplicit.solvers import SolverState
 from metaimplicit.solvers.low_rank import LowRank, Probes
 
 ITERATIVE = [
@@ -25,7 +26,7 @@ def system(seed=0):
 @pytest.mark.parametrize("solver", ITERATIVE, ids=lambda s: type(s).__name__)
 def test_a_solve_goes_on_from_the_last(solver):
     matrix, b = system()
-    residual, state = torch.ones(2, dtype=torch.float64), {}
+    residual, state = torch.ones(2, dtype=torch.float64), None
     for _ in range(4):
         solution = solver.solve(Matrix(matrix), b, state=state)
         state = solution.state
@@ -44,7 +45,7 @@ def test_a_warm_start_is_cg_on_the_residual():
         (b * ax).sum(-1, keepdim=True) / ax.square().sum(-1, keepdim=True) * x
     )  # the best multiple of the state
     solution = CG(max_steps=3, tol=0.0).solve(
-        Matrix(matrix), b, state={"value": 0.1 * randn(2, 12, seed=4)}
+        Matrix(matrix), b, state=SolverState(0.1 * randn(2, 12, seed=4))
     )
     for task in range(2):
         rest = b[task] - matrix[task] @ x[task]
@@ -60,19 +61,22 @@ def test_a_state_survives_a_checkpoint_to_the_bit(solver, tmp_path):
     matrix, b = system()
     torch.manual_seed(0)
     state = solver.solve(Matrix(matrix), b, state=solver.solve(Matrix(matrix), b).state).state
-    torch.save(state, tmp_path / "state.pt")
-    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(state.to_dict(), tmp_path / "state.pt")
+    loaded = SolverState.from_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     first, second = (solver.solve(Matrix(matrix), 2 * b, state=s) for s in (state, loaded))
     assert torch.equal(first.value, second.value)
     assert first.chosen == second.chosen
 
 
 @pytest.mark.parametrize(
-    "state", [{"value": torch.zeros(2, 12).double()}, {"value": 1e30 * torch.ones(2, 12).double()}]
+    "state",
+    [SolverState(torch.zeros(2, 12).double()), SolverState(1e30 * torch.ones(2, 12).double())],
 )
 def test_a_useless_state_costs_a_product_and_nothing_else(state):
     matrix, b = system()
-    cold, warm = (CG(max_steps=40, tol=1e-9).solve(Matrix(matrix), b, state=s) for s in ({}, state))
+    cold, warm = (
+        CG(max_steps=40, tol=1e-9).solve(Matrix(matrix), b, state=s) for s in (None, state)
+    )
     assert (warm.residual <= 1e-9).all()
     assert warm.products <= cold.products + 3
 
@@ -82,7 +86,7 @@ def test_a_state_of_another_problem_is_refused():
     with pytest.raises(
         ValueError, match=r"state: got a solution of shape \(1, 5\), expected \(2, 12\)"
     ):
-        CG().solve(Matrix(matrix), b, state={"value": torch.zeros(1, 5)})
+        CG().solve(Matrix(matrix), b, state=SolverState(torch.zeros(1, 5)))
     kept = Nystrom(rank=2, rho=0.1, refresh=2).solve(Matrix(matrix[:1]), b[:1]).state
     with pytest.raises(
         ValueError,
@@ -99,7 +103,7 @@ def test_a_state_of_another_problem_is_refused():
 def test_a_sketch_serves_as_many_solves_as_asked(solver):
     matrix, b = system()
     torch.manual_seed(0)
-    state, counts = {}, []
+    state, counts = None, []
     for _ in range(4):
         operator = Matrix(matrix)
         solution = solver.solve(operator, b, state=state)
@@ -110,7 +114,7 @@ def test_a_sketch_serves_as_many_solves_as_asked(solver):
         assert counts == [5, 1, 5, 1]
     else:
         assert counts[1] < counts[0]
-        assert int(state["age"]) == 2
+        assert int(state.age) == 2
 
 
 @pytest.mark.parametrize("sketch", ["columns", "gaussian"])
@@ -121,12 +125,14 @@ def test_the_rank_grows_until_the_error_is_met(sketch):
     operator = Matrix(matrix)
     solver = Nystrom(rank=5, rho=0.1, sketch=sketch, tol=1e-3, generator=generator(0))
     solution = solver.solve(operator, b)
-    rank = solution.state["basis"].shape[1]
+    rank = solution.state.low_rank.basis.shape[1]
     assert 5 < rank < 160
     assert solution.products == operator.products
     assert relative_error(solution.value, exact) < 1e-3
-    values = 1 / solution.state["inverse"]
-    kept = solution.state["basis"].mT @ torch.diag_embed(values) @ solution.state["basis"]
+    values = 1 / solution.state.low_rank.inverse
+    kept = (
+        solution.state.low_rank.basis.mT @ torch.diag_embed(values) @ solution.state.low_rank.basis
+    )
     assert torch.linalg.matrix_norm(matrix - kept, 2) < 1e-3 * 0.1
     assert solution.products == operator.products
     # the rank before was not enough
@@ -141,8 +147,7 @@ def test_a_larger_damping_is_content_with_a_smaller_rank():
     ranks = [
         Nystrom(rank=5, rho=rho, tol=1e-2, generator=generator(0))
         .solve(Matrix(matrix), b)
-        .state["basis"]
-        .shape[1]
+        .state.low_rank.basis.shape[1]
         for rho in (1e-2, 10.0)
     ]
     assert ranks[1] < ranks[0]
@@ -187,7 +192,7 @@ def test_nystrom_preconditioning_on_the_fast_decaying_problem():
 def drifted(solver, drift, steps, cold):
     """Products over a sequence of systems of condition 1000 that drift, as a share of those of cold CG."""
     a = symmetric(torch.logspace(-3, 0, 200).unsqueeze(0))
-    b, state, warm, fresh = randn(1, 200, seed=3), {}, 0, 0
+    b, state, warm, fresh = randn(1, 200, seed=3), None, 0, 0
     for t in range(steps):
         solution = solver.solve(Matrix(a), b, state=state)
         assert float(solution.residual) <= 1e-6

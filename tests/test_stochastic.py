@@ -48,7 +48,7 @@ def error(method, oracle=ORACLE, **options):
 
 @pytest.mark.parametrize(("flag", "calls"), [("soba", 200), ("amigo", 40)])
 def test_warm_steps_on_the_linear_system_converge(flag, calls):
-    state, end, errors = {}, None, []
+    state, end, errors = None, None, []
     for _ in range(calls):
         found = run(flag, state=state, start=end, inner=LOOP.updated(steps=4))
         state, end = found.report.state, found.end
@@ -61,7 +61,7 @@ def test_warm_steps_on_the_linear_system_converge(flag, calls):
 def test_noise_averages_out_along_the_calls():
     """Minibatches of the linear term leave A as it is and scatter b by turns: the mean of two is the exact one."""
     h, b, t = ORACLE.data
-    state, found, wrong = {}, [], []
+    state, found, wrong = None, [], []
     shift = 3 * randn(*t.shape, seed=9)
     for i in range(300):
         data, short = (h, b, t + shift * (-1) ** i), LOOP.updated(steps=1)
@@ -105,7 +105,7 @@ def test_t1_t2_takes_the_curvature_for_the_identity():
     "ignore:Richardson ended with BREAKDOWN"
 )  # once, where A has just grown
 def test_the_scale_follows_the_curvature():
-    state, phi = {}, ORACLE.meta["phi"]
+    state, phi = None, ORACLE.meta["phi"]
     for factor in (1.0, 20.0):
         h, b, t = factor * ORACLE.data[0], *ORACLE.data[1:]
         for _ in range(120):

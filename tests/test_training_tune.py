@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tasks
-from metaimplicit import GradientDescent, MethodOptions, Tuner, tuning_problem
+from metaimplicit import GradientDescent, Tuner, tuning_problem
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.training import CHECKPOINT, CONFIG, fit_tuner, read_metrics, save_checkpoint
 from metaimplicit.training.checkpoint import Progress
 from metaimplicit.tuning import ClassWeights
@@ -36,9 +37,8 @@ def tuner(method="nystrom-cg", **options):
         problem,
         meta,
         inner=GradientDescent(steps=2, lr=0.5),
-        method=method,
+        method=make_method(method, **known_options(method, damping=1.0)),
         domains=domains,
-        options=MethodOptions(damping=1.0),
         **options,
     )
 

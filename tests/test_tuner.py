@@ -16,13 +16,13 @@ from metaimplicit import (
     FromMeta,
     GradientDescent,
     Interval,
-    MethodOptions,
     Positive,
     Simplex,
     TorchOptimizer,
     Tuner,
     hypergradient,
 )
+from metaimplicit.methods import METHODS, known_options, make_method
 from metaimplicit.tuning import Real
 from metaimplicit.tuning.domains import FreeMeta
 
@@ -57,7 +57,7 @@ def tuner(method="cg", steps=4, optimizer=SGD, **options):
     ],
 )
 def test_the_single_loop_finds_the_optimum(method, tolerance):
-    found = tuner(method, options=MethodOptions(penalty=1e5, scale=0.3))
+    found = tuner(make_method(method, **known_options(method, penalty=1e5, scale=0.3)))
     found.fit([DATA], [DATA], steps=400)
     assert relative_error(found.meta["phi"], optimum()) < tolerance
     assert relative_error(found.params["theta"], torch.linalg.solve(H, B @ optimum())) < tolerance
@@ -126,13 +126,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(method):
         rows = torch.arange(6) + i % 7
         return POINT[0][rows], POINT[1][rows], *POINT[2:]
 
+    free = getattr(METHODS[method], "curvature", "") is None
+    hessian = "hessian" if free else None
+
     def tuned():
         return Tuner(
             PROBLEM,
             {"decay": META["decay"], "weights": META["weights"][:6]},
             inner=TorchOptimizer(torch.optim.Adam, steps=2, lr=0.05),
-            method=method,
-            options=MethodOptions(rank=3, curvature="hessian"),
+            method=make_method(method, **known_options(method, rank=3, curvature=hessian)),
             domains={"decay": Positive(), "weights": Box(0.0)},
         )
 

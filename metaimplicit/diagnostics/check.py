@@ -10,9 +10,10 @@ from torch import Tensor
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.methods import FirstOrder, Implicit, Method, MethodOptions, Unrolled, make_method
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods import FirstOrder, Implicit, Method, Unrolled, make_method
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, LiftedProblem
+from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Dense, Status
 
 
@@ -65,7 +66,6 @@ def check_hypergradient(
     *,
     inner: str | InnerLoop,
     method: str | Method,
-    options: MethodOptions | None = None,
     batched: bool = False,
     directions: int = 3,
     tolerance: float = 1e-3,
@@ -79,7 +79,7 @@ def check_hypergradient(
     in float32 the differences themselves are known to a few digits.
 
     Args:
-        problem, meta, data, inner, method, options, batched: as for `hypergradient`; the problem must be deterministic.
+        problem, meta, data, inner, method, batched: as for `hypergradient`; the problem must be deterministic.
         directions: how many, ≥ 1.
         tolerance: the relative error up to which the verdict is "right".
         seed: of the directions.
@@ -93,7 +93,7 @@ def check_hypergradient(
         raise ValueError(
             "method: got Unrolled(iterates=True), whose outer loss has no θ_T to be compared at"
         )
-    method, loop = make_method(method, options), make_inner(inner)
+    method, loop = make_method(method), make_inner(inner)
 
     lifted = LiftedProblem(problem, data, batched=batched)
 
@@ -193,8 +193,8 @@ def _verdict(
             f"Wrong: the solve is fine, but θ_T is no stationary point (‖∂f/∂θ‖ = {stationarity:.1e}); more inner "
             "steps, a larger step size, or 'unrolled', which differentiates θ_T as it is."
         )
-    if method.name != "hessian" or method.damping > 0:
-        return f"Wrong by {error:.1e}: solved and stationary, so it is A ({method.name}, damping {method.damping})."
+    if method.curvature_name != "hessian" or method.damping > 0:
+        return f"Wrong by {error:.1e}: solved and stationary, so it is A ({method.curvature_name}, damping {method.damping})."
     return f"Wrong by {error:.1e}, and solve, stationarity and A are in order: look at the losses for what they hide."
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.hypergradient import outer_gradients
 from metaimplicit.inner import InnerLoop
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Curvature, Gradients, Implicit, Report
 from metaimplicit.operators import LinearOperator
 from metaimplicit.params import Params, flatten
-from metaimplicit.problem import BilevelProblem, LiftedProblem
+from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import (
     CG,
     MINRES,
@@ -32,7 +33,7 @@ from metaimplicit.solvers import (
     NystromCG,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
 )
 from metaimplicit.solvers.base import Apply, direct_solution
@@ -163,9 +164,9 @@ def compare(
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             warnings.simplefilter("ignore", RuntimeWarning)  # statuses are in the rows
-            indirect, report = method.at(found.end, lifted, phi, found.report, found.reads).pull(
-                vectors, phi
-            )
+            indirect, report = method.at_solution(
+                found.end, lifted, phi, report=found.report, reads=found.reads
+            ).pull_back(vectors, phi)
         return straight + flat(indirect), report
 
     best, report = pull(exact, 0)
@@ -187,7 +188,7 @@ def compare(
         rows=rows,
         size=n,
         tasks=lifted.tasks,
-        curvature=exact.name,
+        curvature=exact.curvature_name,
         smallest=float(solver.values.min()),
         largest=float(solver.values.max()),
         direct=float((straight - best).norm() / best.norm()),
@@ -234,7 +235,7 @@ class _Exact(Dense):
     values: Tensor
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         matrix = self.matrix(operator)
         x, values, _ = by_eigenvalues(0.5 * (matrix + matrix.mT), b)

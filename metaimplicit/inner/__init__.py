@@ -1,36 +1,46 @@
-"""Inner loops θ₀ → θ_T."""
+"""Inner loops θ₀ → θ_T. A new inner loop is one file and one row of `INNER_LOOPS`."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import torch
 
 from metaimplicit.inner.base import InnerLoop, Trajectory
 from metaimplicit.inner.lbfgs import LBFGS
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
 from metaimplicit.inner.trust_region import NewtonCG
 
-INNER: dict[str, Callable[[], InnerLoop]] = {
-    "gradient-descent": GradientDescent,
-    "lbfgs": LBFGS,
-    "newton-cg": NewtonCG,
+INNER_LOOPS: dict[str, InnerLoop] = {
+    "gradient-descent": GradientDescent(),
+    "momentum": GradientDescent(momentum=0.9),
+    "adam": TorchOptimizer(torch.optim.Adam),
+    "adamw": TorchOptimizer(torch.optim.AdamW),
+    "rmsprop": TorchOptimizer(torch.optim.RMSprop),
+    "adagrad": TorchOptimizer(torch.optim.Adagrad),
+    "lbfgs": LBFGS(),
+    "newton-cg": NewtonCG(),
 }
 
 
 def make_inner(inner: str | InnerLoop) -> InnerLoop:
-    """The inner loop itself, or the one of a flag with its defaults.
+    """The inner loop that a flag names, with its defaults. An `InnerLoop` is returned as it is.
 
     Raises:
-        ValueError: an unknown flag.
+        ValueError: The flag is unknown.
+
+    Example:
+        >>> make_inner("momentum").momentum
+        0.9
     """
     if isinstance(inner, InnerLoop):
         return inner
-    if inner not in INNER:
-        raise ValueError(
-            f"inner: got {inner!r}, expected one of {', '.join(INNER)}, or an InnerLoop"
-        )
-    return INNER[inner]()
+    if inner not in INNER_LOOPS:
+        known = ", ".join(INNER_LOOPS)
+        raise ValueError(f"inner: got {inner!r}, expected one of {known}, or an InnerLoop")
+    return INNER_LOOPS[inner]
 
 
 __all__ = [
-    "INNER",
+    "INNER_LOOPS",
     "LBFGS",
     "GradientDescent",
     "InnerLoop",

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from metaimplicit.iterate import Iterate, OptimizerState
 from metaimplicit.params import Params
-from metaimplicit.problem import FromMeta, Iterate, OptimizerState
+from metaimplicit.problem import FromMeta
 
 StepLoss = Callable[[Params, int], Tensor]
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from metaimplicit.graph import check_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
 from metaimplicit.inner.rules import RULES
+from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import FromMeta, OptimizerState, resolve
+from metaimplicit.problem import FromMeta, resolve
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # `is` with a literal, in its source

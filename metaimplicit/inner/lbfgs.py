@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
+from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import OptimizerState
 
 
 @dataclass(frozen=True)

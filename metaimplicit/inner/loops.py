@@ -9,8 +9,9 @@ import torch
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.inner.differentiable import check_optimizer, run, update
+from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
-from metaimplicit.problem import Number, OptimizerState
+from metaimplicit.problem import Number
 
 
 class _Stepped(InnerLoop):

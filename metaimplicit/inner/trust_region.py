@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, straight_through
+from metaimplicit.iterate import OptimizerState
 from metaimplicit.operators import Hessian, LinearOperator
 from metaimplicit.params import Params, flatten, unflatten
-from metaimplicit.problem import OptimizerState
 from metaimplicit.solvers.base import dot
 
 ACCEPT = 1e-4  # the least ratio of decreases at which a step is taken

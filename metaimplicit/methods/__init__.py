@@ -1,9 +1,8 @@
-"""Methods: one file per row of the table, one row per flag."""
+"""Methods that compute (dθ*/dφ)ᵀ v. A new method is one file and one row of `METHODS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 from metaimplicit.methods.base import Adaptation, Gradients, Method, Report
 from metaimplicit.methods.forward import Forward
@@ -12,6 +11,7 @@ from metaimplicit.methods.reptile import Reptile
 from metaimplicit.methods.reverse import FirstOrder, Truncated, Unrolled
 from metaimplicit.methods.sama import SAMA
 from metaimplicit.methods.value_function import ValueFunction
+from metaimplicit.options import Option, options_of, with_options
 from metaimplicit.solvers import (
     CG,
     MINRES,
@@ -23,78 +23,76 @@ from metaimplicit.solvers import (
     Nystrom,
     NystromCG,
     Richardson,
-    Solver,
 )
 
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """What a command line can say of a method; each method reads what concerns it.
-
-    Args:
-        solver_steps: steps of CG, Lanczos, MINRES, AmIGO and auto, terms of Neumann, or steps that `truncated` keeps.
-        rank: of Nyström's approximation.
-        rho: its damping; None, 0 beside a proximal term, else 0.01.
-        curvature: of implicit methods; None, the front door's choice.
-        damping: added to the curvature of implicit methods.
-        scale: step of Neumann, SOBA and AmIGO, and of T1–T2; None, from the curvature, and 1 for T1–T2.
-        penalty: λ of F2SA.
-    """
-
-    solver_steps: int = 5
-    rank: int = 10
-    rho: float | None = None
-    curvature: Curvature | None = None
-    damping: float = 0.0
-    scale: float | None = None
-    penalty: float = 10.0
-
-
-def _implicit(solver: Callable[[MethodOptions], Solver]) -> Callable[[MethodOptions], Method]:
-    return lambda o: Implicit(solver(o), curvature=o.curvature, damping=o.damping)
-
-
-METHODS: dict[str, Callable[[MethodOptions], Method]] = {
-    "unrolled": lambda o: Unrolled(),
-    "truncated": lambda o: Truncated(o.solver_steps),
-    "forward": lambda o: Forward(),
-    "real-time": lambda o: Forward(carry=True),
-    "first-order": lambda o: FirstOrder(),
-    "reptile": lambda o: Reptile(),
-    "cg": _implicit(lambda o: CG(max_steps=o.solver_steps)),
-    "neumann": _implicit(lambda o: Neumann(terms=o.solver_steps, scale=o.scale)),
-    "nystrom": _implicit(lambda o: Nystrom(rank=o.rank, rho=o.rho)),
-    "nystrom-cg": _implicit(lambda o: NystromCG(rank=o.rank, rho=o.rho, max_steps=o.solver_steps)),
-    "lanczos": _implicit(lambda o: Lanczos(max_steps=o.solver_steps)),
-    "minres": _implicit(lambda o: MINRES(max_steps=o.solver_steps)),
-    "auto": _implicit(lambda o: Auto(max_steps=o.solver_steps)),
-    "t1-t2": _implicit(lambda o: Richardson(scale=1.0 if o.scale is None else o.scale, warm=False)),
-    "soba": _implicit(lambda o: Richardson(scale=o.scale)),
-    "amigo": _implicit(lambda o: Richardson(steps=o.solver_steps, scale=o.scale)),
-    "sama": lambda o: SAMA(),
-    "f2sa": lambda o: ValueFunction(o.penalty),
-    "dense": _implicit(lambda o: Dense()),
-    "kfac": lambda o: Implicit(Factored(rho=o.rho), curvature="kfac", damping=o.damping),
-    "ekfac": lambda o: Implicit(Factored(rho=o.rho), curvature="ekfac", damping=o.damping),
-    "diagonal": lambda o: Implicit(Factored(rho=o.rho), curvature="diagonal", damping=o.damping),
+METHODS: dict[str, Method] = {
+    "unrolled": Unrolled(),
+    "truncated": Truncated(),
+    "forward": Forward(),
+    "real-time": Forward(carry=True),
+    "first-order": FirstOrder(),
+    "reptile": Reptile(),
+    "cg": Implicit(CG()),
+    "auto": Implicit(Auto()),
+    "neumann": Implicit(Neumann()),
+    "nystrom": Implicit(Nystrom()),
+    "nystrom-cg": Implicit(NystromCG()),
+    "lanczos": Implicit(Lanczos()),
+    "minres": Implicit(MINRES()),
+    "dense": Implicit(Dense()),
+    "kfac": Implicit(Factored(), curvature="kfac"),
+    "ekfac": Implicit(Factored(), curvature="ekfac"),
+    "diagonal": Implicit(Factored(), curvature="diagonal"),
+    "t1-t2": Implicit(Richardson(scale=1.0, warm=False)),
+    "soba": Implicit(Richardson()),
+    "amigo": Implicit(Richardson(steps=5)),
+    "sama": SAMA(),
+    "f2sa": ValueFunction(),
 }
 
 
-def make_method(flag: str | Method, options: MethodOptions | None = None) -> Method:
-    """The method a flag names; a `Method` is handed back as it is.
+def make_method(method: str | Method, **options: Any) -> Method:
+    """The method that a flag names, with some of its options set. A `Method` is returned as it is.
 
     Raises:
-        ValueError: an unknown flag; the known ones are listed. Options beside a `Method`, which has its own.
+        ValueError: The flag is unknown, or the method does not have an option. The message lists
+            the flags, or the methods that have the option.
+
+    Example:
+        >>> make_method("nystrom", rank=20).solver.rank
+        20
     """
-    if isinstance(flag, Method):
-        if options is not None:
+    if isinstance(method, str) and method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(f"method: got {method!r}, expected one of {known}, or a Method")
+    value = METHODS[method] if isinstance(method, str) else method
+    if not isinstance(value, Method):
+        raise ValueError(f"method: got {method!r}, expected a flag or a Method")
+    check_options(method if isinstance(method, str) else value.flag, options)
+    return with_options(value, options)
+
+
+def check_options(flag: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that the method of a flag does not have."""
+    known = options_of(METHODS[flag]) if flag in METHODS else {}
+    for name in options:
+        if name not in known:
+            having = methods_with(name)
+            what = f"these methods have it: {', '.join(having)}" if having else "no method has it"
             raise ValueError(
-                f"options: got {options} beside a {type(flag).__name__}, which they would not change"
+                f"method {flag!r}: got option {name!r}, which it does not have; {what}"
             )
-        return flag
-    if flag not in METHODS:
-        raise ValueError(f"method: got {flag!r}, expected one of {', '.join(METHODS)}, or a Method")
-    return METHODS[flag](options or MethodOptions())
+
+
+def known_options(flag: str, **values: Any) -> dict[str, Any]:
+    """Those of the values that are options of a flag's method, without those that are None."""
+    known = options_of(METHODS[flag]) if flag in METHODS else {}
+    return {name: value for name, value in values.items() if name in known and value is not None}
+
+
+def methods_with(option: str) -> list[str]:
+    """The flags of the methods that have an option."""
+    return [flag for flag, method in METHODS.items() if option in options_of(method)]
 
 
 __all__ = [
@@ -107,11 +105,16 @@ __all__ = [
     "Gradients",
     "Implicit",
     "Method",
-    "MethodOptions",
+    "Option",
     "Report",
     "Reptile",
     "Truncated",
     "Unrolled",
     "ValueFunction",
+    "check_options",
+    "known_options",
     "make_method",
+    "methods_with",
+    "options_of",
+    "with_options",
 ]

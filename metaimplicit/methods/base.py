@@ -12,9 +12,11 @@ from torch import Tensor
 
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, Trajectory
+from metaimplicit.iterate import Iterate
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
-from metaimplicit.problem import Iterate, LiftedProblem, Stream
-from metaimplicit.solvers import State, Status
+from metaimplicit.problem import Stream
+from metaimplicit.solvers import SolverState, Status
 
 Result = TypeVar("Result")
 UNSET: Any = ...  # of a batch, which may be None
@@ -55,7 +57,7 @@ class Report:
     sigma: float = 0.0
     rho: float = 0.0
     error_bound: Tensor | None = None
-    state: State = field(default_factory=dict, repr=False)
+    state: SolverState = field(default_factory=SolverState, repr=False)
 
     def share(self, status: Status) -> float:
         """The share of tasks whose solve ended with `status`."""
@@ -86,14 +88,18 @@ class Adaptation:
     report: Report
     reads: Dependencies
     end: Iterate
-    pullback: Callable[[Params, State], tuple[Gradients, Report]] | None = None
+    pullback: Callable[[Params, SolverState], tuple[Gradients, Report]] | None = None
 
-    def pull(
-        self, vectors: Params, meta: Params, state: State | None = None, retain_graph: bool = False
+    def pull_back(
+        self,
+        vectors: Params,
+        meta: Params,
+        state: SolverState | None = None,
+        retain_graph: bool = False,
     ) -> tuple[Gradients, Report]:
         """(dθ*/dφ)ᵀ v for v = `{name: [tasks, *shape]}`, None for meta-parameters that it does not reach."""
         if self.pullback is not None:
-            return self.pullback(vectors, state or {})
+            return self.pullback(vectors, state or SolverState())
         return vector_jacobian_product(self.params, meta, vectors, retain_graph), self.report
 
 
@@ -181,7 +187,7 @@ def data_at_solution(problem: LiftedProblem, batch: Any, name: str) -> Any:
 
 
 def vector_jacobian_product(
-    outputs: Params, meta: Params, vectors: Params, retain_graph: bool
+    outputs: Params, meta: Params, vectors: Params, retain_graph: bool = False
 ) -> Gradients:
     """(∂outputs/∂meta)ᵀ vectors along the graph that `outputs` carry; None for entries it does not reach."""
     pairs = [(out, vectors[name]) for name, out in outputs.items() if out.requires_grad]

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
+from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import (
     Adaptation,
     Dependencies,
@@ -22,8 +24,8 @@ from metaimplicit.methods.base import (
     retry_under_vmap,
 )
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import Iterate, LiftedProblem, OptimizerState, Stream
-from metaimplicit.solvers import State
+from metaimplicit.problem import Stream
+from metaimplicit.solvers import SolverState
 
 Tangents = tuple[
     Params, OptimizerState
@@ -104,7 +106,7 @@ class Forward(Method):
                 break
         report = Report(self.flag, taken, norm)
 
-        def pullback(vectors: Params, _: State) -> tuple[Gradients, Report]:
+        def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             found: Gradients = dict.fromkeys(meta)
             if phi:
                 along = torch.stack(
@@ -118,7 +120,7 @@ class Forward(Method):
             return found, report
 
         return Adaptation(
-            params, report, reads, Iterate(params, state, {"meta": list(phi), "z": z}), pullback
+            params, report, reads, Iterate(params, state, Sensitivity(tuple(phi), *z)), pullback
         )
 
     @staticmethod
@@ -147,17 +149,17 @@ class Forward(Method):
             return self._vmap(
                 partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,)), (basis,)
             )[1], {}
-        if self.carry and start.carried is not None:
-            if not isinstance(start.carried, dict):
+        if self.carry and start.companion is not None:
+            raise ValueError(
+                "start: got the end of 'f2sa', expected that of 'forward' or 'real-time'"
+            )
+        carried = start.sensitivity
+        if self.carry and carried is not None:
+            if carried.meta != tuple(phi):
                 raise ValueError(
-                    "start: got the end of another method, expected that of 'forward' or 'real-time'"
+                    f"start: got the derivative of {list(carried.meta)}, expected that of {list(phi)}"
                 )
-            if start.carried["meta"] != list(phi):
-                raise ValueError(
-                    f"start: got the derivative of {start.carried['meta']}, expected that of {list(phi)}"
-                )
-            carried: Tangents = start.carried["z"]
-            return carried
+            return carried.params, carried.state
         zeros: Tangents = tree_map(
             lambda x: x.new_zeros(_count(phi), *x.shape), (start.params, _split(start.state)[0])
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metaimplicit.inner import InnerLoop
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import (
     Adaptation,
     Gradients,
@@ -14,8 +15,7 @@ from metaimplicit.methods.base import (
     vector_jacobian_product,
 )
 from metaimplicit.params import Params
-from metaimplicit.problem import LiftedProblem
-from metaimplicit.solvers import State
+from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Reptile(Method):
         params = {name: p.detach() for name, p in trajectory.params.items()}
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
 
-        def pullback(_: Params, state: State) -> tuple[Gradients, Report]:
+        def pullback(_: Params, state: SolverState) -> tuple[Gradients, Report]:
             moved = {name: (start[name].detach() - p) / problem.tasks for name, p in params.items()}
-            return vector_jacobian_product(start, meta, moved, retain_graph=False), report
+            return vector_jacobian_product(start, meta, moved), report
 
         return Adaptation(params, report, reads, trajectory.end, pullback)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from metaimplicit.inner import InnerLoop
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Adaptation, Method, Report, run_inner
+from metaimplicit.options import option
 from metaimplicit.params import Params
-from metaimplicit.problem import LiftedProblem
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Unrolled(Method):
         iterates: give the outer loss all of θ_0 … θ_T, stacked as `[T+1, *shape]` (multi-step losses), not θ_T.
     """
 
-    iterates: bool = False
+    iterates: bool = option(False, flag=None)
     flag = "unrolled"
     graph = True
 
@@ -44,7 +45,7 @@ class Truncated(Method):
         steps: K, 0 ≤ K ≤ T; K = T is `Unrolled`, K = 0 is `FirstOrder`.
     """
 
-    steps: int = 1
+    steps: int = option(1, flag="solver_steps")
     flag = "truncated"
     graph = True
     remedy = (

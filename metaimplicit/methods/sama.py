@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from metaimplicit.inner import InnerLoop
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import (
     UNSET,
     Adaptation,
@@ -20,8 +21,7 @@ from metaimplicit.methods.base import (
 )
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import LiftedProblem
-from metaimplicit.solvers import State
+from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SAMA(Method):
         g = {name: x for name, x in zip(theta, found, strict=True) if x is not None}
         report = Report(self.flag, trajectory.steps, flatten(g).norm(dim=-1))
 
-        def pullback(vectors: Params, _: State) -> tuple[Gradients, Report]:
+        def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             def step(gradient: Params) -> Params:
                 stepped = inner.update(end.params, gradient, end.state, fixed)[0]
                 return {name: stepped[name] for name in gradient}
@@ -63,7 +63,7 @@ class SAMA(Method):
                 lambda p: problem.inner(p, meta, data), end.params, flatten(along)
             )
             return vector_jacobian_product(
-                {"f": slope}, meta, {"f": torch.ones_like(slope)}, retain_graph=False
+                {"f": slope}, meta, {"f": torch.ones_like(slope)}
             ), report
 
         return Adaptation(end.params, report, reads, end, pullback)

@@ -9,6 +9,7 @@ import torch
 
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import (
     UNSET,
     Adaptation,
@@ -18,9 +19,9 @@ from metaimplicit.methods.base import (
     data_at_solution,
     run_inner,
 )
+from metaimplicit.options import option
 from metaimplicit.params import Params, leaves
-from metaimplicit.problem import Iterate, LiftedProblem
-from metaimplicit.solvers import State
+from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ValueFunction(Method):
         batch: with a `Stream`, the data of ∂f/∂φ.
     """
 
-    strength: float = 10.0
+    strength: float = option(10.0, flag="penalty")
     batch: Any = field(default=UNSET, repr=False)
     flag = "f2sa"
     reach = frozenset({"loss"})
@@ -50,19 +51,21 @@ class ValueFunction(Method):
         outer = problem.at(inner.steps)
         _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
         fixed = {name: m.detach() for name, m in meta.items()}
-        z, y = trajectory.end, None if problem.start is None else problem.start.carried
+        z, y = trajectory.end, None if problem.start is None else problem.start.companion
 
         def penalised(params: Params, t: int) -> torch.Tensor:
             g, _ = problem.outer(params, fixed, outer)
             return problem.inner(params, fixed, problem.at(t)) + g / self.strength
 
-        if y is not None and not isinstance(y, Iterate):
-            raise ValueError("start: got the end of another method, expected that of 'f2sa'")
+        if problem.start is not None and problem.start.sensitivity is not None:
+            raise ValueError(
+                "start: got the end of 'forward' or 'real-time', expected that of 'f2sa'"
+            )
         y = replace(z, state={}) if y is None else y
         y = inner.run(penalised, y.params, fixed, track=0, state=y.state).end
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
 
-        def pullback(_: Params, __: State) -> tuple[Gradients, Report]:
+        def pullback(_: Params, __: SolverState) -> tuple[Gradients, Report]:
             names = [name for name, m in meta.items() if m.requires_grad]
             at_y, at_z = leaves(y.params), leaves(z.params)
             # the caller adds ∂g/∂φ(z): the difference makes it ∂g/∂φ(y)
@@ -77,4 +80,4 @@ class ValueFunction(Method):
                 lost
             ), report
 
-        return Adaptation(z.params, report, reads, replace(z, carried=y), pullback)
+        return Adaptation(z.params, report, reads, replace(z, companion=y), pullback)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from metaimplicit.graph import check_differentiable
-from metaimplicit.operators.base import LinearOperator
+from metaimplicit.operators.base import Curvature, LinearOperator, LossParts
 from metaimplicit.params import Params, flatten, leaves, unflatten
 
 
-class _Curvature(LinearOperator):
+class _AtPoint(Curvature):
     """Shared by both: the point, as leaves, and the loss gradient at it with its graph.
 
     A column of a parameter tensor differentiates the gradient of that tensor alone, which most of the graph has no
@@ -58,7 +58,7 @@ class _Curvature(LinearOperator):
 Products = Literal["double-backward", "forward-over-reverse", "finite-differences"]
 
 
-class Hessian(_Curvature):
+class Hessian(_AtPoint):
     """∂²ℓ/∂θ² of each task's loss.
 
     Args:
@@ -70,6 +70,8 @@ class Hessian(_Curvature):
             (∇ℓ(θ + hv) − ∇ℓ(θ − hv))/2h with h = ε^⅓ (1 + ‖θ‖)/‖v‖ for each task, ε the unit round-off, which balances
             truncation against cancellation: relative errors of about 1e-10 in float64, 1e-5 in float32.
     """
+
+    needs_outputs = False
 
     def __init__(
         self,
@@ -93,6 +95,10 @@ class Hessian(_Curvature):
         else:
             self._set_gradient([None] * len(targets))
         self._loss = loss
+
+    @classmethod
+    def from_loss(cls, parts: LossParts, **options: Any) -> Hessian:
+        return cls(parts.total, parts.params, **options)
 
     def matvec(self, vector: Tensor) -> Tensor:
         if self.products == "double-backward":
@@ -145,7 +151,7 @@ def central_difference(function: Callable[[Params], Tensor], at: Params, vector:
     return slope
 
 
-class GGN(_Curvature):
+class GGN(_AtPoint):
     """Jᵀ (∂²ℓ/∂z²) J with z = outputs(θ), J = ∂z/∂θ: positive semi-definite wherever ℓ is convex in z.
 
     It is the Hessian less the curvature of the network itself (Schraudolph 2002, §2). J v is the derivative of
@@ -157,6 +163,8 @@ class GGN(_Curvature):
             outputs is taken by autodiff.
         params: the point θ, task axis first.
     """
+
+    semidefinite = True
 
     def __init__(
         self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params
@@ -176,6 +184,10 @@ class GGN(_Curvature):
         )
         self._set_gradient(gradients)
         check_differentiable(gradients)
+
+    @classmethod
+    def from_loss(cls, parts: LossParts, **options: Any) -> GGN:
+        return cls(parts.outputs, parts.loss, parts.params, **options)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self._image(unflatten(vector, self.params), batched=False)
@@ -289,6 +301,14 @@ class Fisher(GGN):
             self._scores = output_scores(
                 z, self._slope.detach(), likelihood, expectation, samples, generator
             )
+
+    @classmethod
+    def from_loss(cls, parts: LossParts, **options: Any) -> Fisher:
+        if parts.weighted:
+            raise ValueError(
+                "Fisher: got an inner loss with weights, which it does not see; use 'gauss-newton'"
+            )
+        return cls(parts.outputs, parts.loss, parts.params, **options)
 
     def check_convex(self, steps: int = 20) -> None:
         """Nothing: it is positive semi-definite whatever the loss."""

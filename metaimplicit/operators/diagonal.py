@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from metaimplicit.operators.base import Invertible, LinearOperator
+from metaimplicit.operators.base import Curvature, Invertible, LinearOperator, LossParts
+from metaimplicit.operators.curvature import GGN
 from metaimplicit.params import Params
 
 
-class Diagonal(Invertible):
+class Diagonal(Curvature, Invertible):
     """diag(B) of another operator: exact, or the mean of z ⊙ Bz over vectors z of random signs (Bekas et al. 2007).
 
     The mean is unbiased; the variance of an entry is the sum of squares of its row off the diagonal, over `samples`.
@@ -23,7 +26,7 @@ class Diagonal(Invertible):
     Attributes:
         values: `[tasks, n]`.
         gradient: the operator's own, if it carries one.
-        products: with B, that it took.
+        setup_products: with B, that it took.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class Diagonal(Invertible):
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
         self.gradient: Params = getattr(operator, "gradient", {})
         tasks, n = operator.shape
-        self.products = n if samples is None else samples
+        self.setup_products = n if samples is None else samples
         if samples is None:
             parts = [
                 operator.columns(index)[torch.arange(len(index)), :, index]
@@ -51,8 +54,19 @@ class Diagonal(Invertible):
             )
             signs = signs.expand(-1, tasks, -1)
             self.values = (signs * operator.matmat(signs)).mean(0)
+        self.semidefinite = semidefinite
         if semidefinite:
             self.values = self.values.clamp(min=0)
+
+    @classmethod
+    def from_loss(cls, parts: LossParts, **options: Any) -> Diagonal:
+        """The diagonal of the Gauss–Newton matrix."""
+        return cls(GGN.from_loss(parts), semidefinite=True, **options)
+
+    @classmethod
+    def preconditioner(cls, core: LinearOperator, parts: LossParts, **options: Any) -> Diagonal:
+        """The diagonal of `core` itself (Jacobi)."""
+        return cls(core, **options)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.values * vector

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaimplicit.operators.base import Invertible
-from metaimplicit.operators.curvature import Expectation, Likelihood, output_scores
+from metaimplicit.operators.base import Curvature, Invertible, LinearOperator, LossParts
+from metaimplicit.operators.curvature import Expectation, Hessian, Likelihood, output_scores
 from metaimplicit.params import Params, flatten, unflatten
 
 Call = Callable[[Params], Tensor]  # one task's outputs of the model
@@ -45,7 +45,7 @@ class _Block:
         return {self.weight: v[..., :-1].reshape(weight.shape), self.bias: v[..., -1]}
 
 
-class KroneckerFactored(Invertible):
+class KroneckerFactored(Curvature, Invertible):
     """F ≈ ⊕_layers G ⊗ A with A = E[ā āᵀ] of a layer's inputs and G = E[g gᵀ] of its outputs' gradients.
 
     Over m examples with R layer_patches each (1 for a linear layer; of a convolution the output pixels, ā its patches),
@@ -67,6 +67,8 @@ class KroneckerFactored(Invertible):
         ValueError: an adapted parameter of another kind of layer; a layer that is called twice, or not at all, is
             grouped, or padded otherwise than by zeros; outputs of more axes.
     """
+
+    semidefinite = True
 
     def __init__(
         self,
@@ -132,6 +134,31 @@ class KroneckerFactored(Invertible):
             _block(name, layer, self.params, inputs[name].detach(), gradients[name], corrected)
             for name, layer in layers.items()
         ]
+
+    @classmethod
+    def from_loss(cls, parts: LossParts, **options: Any) -> KroneckerFactored:
+        gradient = Hessian.from_loss(parts).gradient
+        operator = cls._factor(parts, **options)
+        operator.gradient = gradient
+        return operator
+
+    @classmethod
+    def preconditioner(
+        cls, core: LinearOperator, parts: LossParts, **options: Any
+    ) -> KroneckerFactored:
+        return cls._factor(parts, **options)
+
+    @classmethod
+    def _factor(cls, parts: LossParts, **options: Any) -> KroneckerFactored:
+        if parts.module is None or parts.apply_model is None:
+            raise ValueError(
+                "K-FAC: got an inner loss that hides its layers, expected Composite(…, module=model)"
+            )
+        if parts.weighted:
+            raise ValueError(
+                "K-FAC: got an inner loss with weights, which it does not see; use 'gauss-newton'"
+            )
+        return cls(parts.module, parts.apply_model, parts.loss, parts.params, **options)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self._apply(vector, lambda values: values, 0.0)

@@ -1,7 +1,7 @@
 """A⁻¹b, knowing A only as an operator. A new solver is one file and one row here."""
 
 from metaimplicit.solvers.auto import Auto
-from metaimplicit.solvers.base import ADVICE, Solution, Solver, State, Status
+from metaimplicit.solvers.base import ADVICE, Solution, Solver, SolverState, Status
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.factored import Factored
@@ -25,6 +25,6 @@ __all__ = [
     "Richardson",
     "Solution",
     "Solver",
-    "State",
+    "SolverState",
     "Status",
 ]

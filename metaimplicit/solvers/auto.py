@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, check_limits
+from metaimplicit.options import option
+from metaimplicit.solvers.base import Apply, Solution, Solver, SolverState, Status, check_limits
 from metaimplicit.solvers.cg import CG, conjugate_gradients, continue_with
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.lanczos import Lanczos
@@ -32,7 +33,7 @@ class Auto(Solver):
         memory: bytes that a basis may take, four times over as it is at the peak.
     """
 
-    max_steps: int = 10
+    max_steps: int = option(5, flag="solver_steps")
     tol: float = 1e-6
     dense: int = 256
     memory: int = 2**30
@@ -44,14 +45,15 @@ class Auto(Solver):
                 raise ValueError(f"Auto {name}: got {getattr(self, name)}, expected at least 0")
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         tasks, n = operator.shape
         need = 4 * min(self.max_steps, n) * tasks * n * b.element_size()
+        pairs, record = state.low_rank, state.record
         if n <= self.dense:
             solution, chosen = (
-                Dense()._solve(operator, b, {}, None),
+                Dense()._solve(operator, b, SolverState(), None),
                 f"Dense: n = {n} ≤ {self.dense}",
             )
         elif need > self.memory:
@@ -59,26 +61,28 @@ class Auto(Solver):
                 operator, b, state, None
             )
             chosen = f"CG: a basis of {need / 2**20:.0f} MiB is above {self.memory / 2**20:.0f} MiB"
-        elif "made" in state:
-            solution, chosen = self._recycled(operator, b, state)
+        elif pairs is not None and record is not None:
+            solution, chosen = self._recycled(operator, b, state, pairs, record)
         else:
             solution, chosen = self._lanczos(operator, b, state)
         return replace(solution, chosen=chosen)
 
-    def _lanczos(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[Solution, str]:
-        sequence = "value" in state
+    def _lanczos(
+        self, operator: LinearOperator, b: Tensor, state: SolverState
+    ) -> tuple[Solution, str]:
+        sequence = state.solution is not None
         solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(
             operator, b, state, None
         )
-        kept = {name: tensor for name, tensor in solution.state.items() if name != "value"}
-        if kept and bool(
-            (kept["inverse"] > 0).any()
+        pairs, record = solution.state.low_rank, None
+        if pairs is not None and bool(
+            (pairs.inverse > 0).any()
         ):  # else every task is indefinite, or was solved before
-            kept["made"] = torch.tensor(
+            record = torch.tensor(
                 [float(solution.residual.max()), int(solution.needed.max())]
             ).double()
         else:
-            kept = {}
+            pairs = None
         left = self.max_steps - solution.products
         if left > 0:  # Lanczos is at the end of the precision, which CG corrects as it goes
             broken = solution.status == int(Status.BREAKDOWN)
@@ -94,11 +98,16 @@ class Auto(Solver):
         why = f"Lanczos: n = {b.shape[1]} > {self.dense}" + (
             ", from the solution before" if sequence else ""
         )
-        return replace(solution, state={"value": solution.value, **kept}), why
+        return replace(solution, state=SolverState(solution.value, pairs, record=record)), why
 
-    def _recycled(self, operator: LinearOperator, b: Tensor, state: State) -> tuple[Solution, str]:
-        kept = {name: state[name] for name in ("basis", "inverse", "rayleigh", "made")}
-        known = LowRank(kept["basis"], kept["inverse"], kept["rayleigh"])
+    def _recycled(
+        self,
+        operator: LinearOperator,
+        b: Tensor,
+        state: SolverState,
+        known: LowRank,
+        record: Tensor,
+    ) -> tuple[Solution, str]:
         solution = conjugate_gradients(
             operator, b, state, lambda r: known.precondition(r, 0.0), self.max_steps, self.tol
         )
@@ -108,12 +117,15 @@ class Auto(Solver):
         )
         if bent.any() and left > 0:
             solution = continue_with(solution, bent, Lanczos(left, self.tol), operator, b)
-        reached, spent = kept["made"].tolist()
+        reached, spent = record.tolist()
         worth = (
             float(solution.residual.max()) <= max(reached, self.tol)
             and int(solution.needed.max()) <= spent
         )
-        solution = replace(solution, state={**solution.state, **(kept if worth else {})})
+        if worth:
+            solution = replace(
+                solution, state=replace(solution.state, low_rank=known, record=record)
+            )
         return solution, "CG on kept Ritz vectors, " + (
             "which still pay" if worth else "which pay no more"
         )

@@ -3,17 +3,76 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.low_rank import LowRank
 
-State = dict[str, Tensor]
 Apply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SolverState:
+    """What makes the next solve of a nearby system cheaper. A solver reads the fields that it knows.
+
+    Args:
+        solution: x of the last solve, `[tasks, n]`.
+        low_rank: A sketch of A, or its Ritz pairs.
+        age: The number of solves that `low_rank` has served, a scalar tensor.
+        record: The residual and the products of the solve that made the Ritz pairs, `[2]`.
+        direction: Where a power iteration stands, `[tasks, n]`.
+
+    Example:
+        >>> state = SolverState(solution=torch.ones(1, 2))
+        >>> SolverState.from_dict(state.to_dict()).solution
+        tensor([[1., 1.]])
+    """
+
+    solution: Tensor | None = None
+    low_rank: LowRank | None = None
+    age: Tensor | None = None
+    record: Tensor | None = None
+    direction: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """The tensors by name, without those that are None."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "low_rank"}
+        if self.low_rank is not None:
+            values |= {
+                f"low_rank.{name}": tensor for name, tensor in self.low_rank.to_dict().items()
+            }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Tensor]) -> SolverState:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: `stored` has a name that no state has.
+        """
+        plain = {name: value for name, value in stored.items() if not name.startswith("low_rank.")}
+        unknown = sorted(set(plain) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"state: got {unknown[0]!r}, expected the entries of SolverState.to_dict()"
+            )
+        pairs = {
+            name.removeprefix("low_rank."): value
+            for name, value in stored.items()
+            if name not in plain
+        }
+        return cls(**plain, low_rank=LowRank(**pairs) if pairs else None)
+
+    def to(self, device: torch.device) -> SolverState:
+        """The same state with its vectors on a device."""
+        return SolverState.from_dict(
+            {name: t.to(device) if t.dim() > 1 else t for name, t in self.to_dict().items()}
+        )
 
 
 class Status(IntEnum):
@@ -50,7 +109,7 @@ class Solution:
         products: operator products executed, each over all tasks.
         needed: `[tasks]`, the products each task needed before it ended.
         rayleigh: `[tasks]`, the smallest vᵀAv/vᵀv seen; +inf if none was.
-        state: tensors that make the next solve of a system nearby cheaper: hand them to it, or save them.
+        state: what makes the next solve of a system nearby cheaper: hand it to that solve, or save it.
         chosen: what `Auto` chose, and why.
     """
 
@@ -60,7 +119,7 @@ class Solution:
     products: int
     needed: Tensor
     rayleigh: Tensor
-    state: State = field(default_factory=dict)
+    state: SolverState = field(default_factory=SolverState)
     chosen: str = ""
 
 
@@ -79,7 +138,7 @@ class Solver(ABC):
         operator: LinearOperator,
         b: Tensor,
         *,
-        state: State | None = None,
+        state: SolverState | None = None,
         preconditioner: Apply | None = None,
     ) -> Solution:
         """Solve A x = b.
@@ -106,14 +165,20 @@ class Solver(ABC):
         )  # by the peak first: the square of a tiny norm underflows
         norm = scaled.norm(dim=-1, keepdim=True)
         unit = scaled.div_(torch.where(norm > 0, norm, 1.0))
-        given = {name: t.to(b.device) if t.dim() > 1 else t for name, t in (state or {}).items()}
-        if "value" in given:
-            if given["value"].shape != b.shape:
+        if not isinstance(state, (SolverState, type(None))):
+            raise ValueError(
+                f"state: got {type(state).__name__}, expected a SolverState; SolverState.from_dict makes one of a dict"
+            )
+        given = SolverState() if state is None else state.to(b.device)
+        if given.solution is not None:
+            if given.solution.shape != b.shape:
                 raise ValueError(
-                    f"state: got a solution of shape {tuple(given['value'].shape)}, expected {tuple(b.shape)}; a state "
+                    f"state: got a solution of shape {tuple(given.solution.shape)}, expected {tuple(b.shape)}; a state "
                     "fits the problem it came from"
                 )
-            given["value"] = given["value"] / torch.where(norm > 0, norm * safe, 1.0)
+            given = replace(
+                given, solution=given.solution / torch.where(norm > 0, norm * safe, 1.0)
+            )
         solution = self._solve(operator, unit, given, preconditioner)
         finite = (
             finite
@@ -122,16 +187,14 @@ class Solver(ABC):
         )
         value = torch.where(finite, solution.value * norm * safe, torch.nan)
         status = torch.where(finite.squeeze(-1), solution.status, int(Status.NON_FINITE))
-        kept = (
-            {**solution.state, "value": value.nan_to_num()}
-            if "value" in solution.state
-            else solution.state
-        )
+        kept = solution.state
+        if kept.solution is not None:
+            kept = replace(kept, solution=value.nan_to_num())
         return replace(solution, value=value, status=status, state=kept)
 
     @abstractmethod
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution: ...
 
     def _takes_no(self, preconditioner: Apply | None) -> None:
@@ -164,11 +227,13 @@ def rayleigh_quotient(v: Tensor, av: Tensor) -> Tensor:
     return torch.where(vv > 0, quotient, torch.inf).squeeze(-1)
 
 
-def warm_start(operator: LinearOperator, b: Tensor, state: State) -> tuple[Tensor, Tensor, int]:
+def warm_start(
+    operator: LinearOperator, b: Tensor, state: SolverState
+) -> tuple[Tensor, Tensor, int]:
     """(x, b − Ax, products): the last solution scaled to the smallest residual, so it is never worse than zero."""
-    if "value" not in state:
+    if state.solution is None:
         return torch.zeros_like(b), b, 0
-    x = state["value"].to(b)
+    x = state.solution.to(b)
     ax = operator.matvec(x)
     square = dot(ax, ax)
     scale = torch.where(square > 0, dot(b, ax) / torch.where(square > 0, square, 1.0), 0.0)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.options import option
 from metaimplicit.solvers.base import (
     Apply,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
     check_limits,
     dot,
@@ -40,7 +41,7 @@ class CG(Solver):
             `"raise"` raises FloatingPointError, and `"minres"` goes on from it with as many steps of `MINRES`.
     """
 
-    max_steps: int = 10
+    max_steps: int = option(5, flag="solver_steps")
     tol: float = 1e-6
     negative: Literal["truncate", "raise", "minres"] = "truncate"
 
@@ -52,7 +53,7 @@ class CG(Solver):
             )
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         solution = conjugate_gradients(operator, b, state, preconditioner, self.max_steps, self.tol)
         bent = solution.status == int(Status.NEGATIVE_CURVATURE)
@@ -71,7 +72,7 @@ def continue_with(
     solution: Solution, where: Tensor, solver: Solver, operator: LinearOperator, b: Tensor
 ) -> Solution:
     """The solution, but for the tasks in `where` that of another solver that starts from it, if that is better."""
-    other = solver._solve(operator, b, {"value": solution.value}, None)
+    other = solver._solve(operator, b, SolverState(solution=solution.value), None)
     tried, where = where, where & ~(other.residual > solution.residual)  # NaN goes through
     value = torch.where(where.unsqueeze(-1), other.value, solution.value)
     return Solution(
@@ -81,14 +82,14 @@ def continue_with(
         products=solution.products + other.products,
         needed=solution.needed + torch.where(tried, other.needed, 0),
         rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
-        state={"value": value},
+        state=SolverState(solution=value),
     )
 
 
 def conjugate_gradients(
     operator: LinearOperator,
     b: Tensor,
-    state: State,
+    state: SolverState,
     preconditioner: Apply | None,
     max_steps: int,
     tol: float,
@@ -142,4 +143,4 @@ def conjugate_gradients(
     status = torch.where(negative & (residual > tol), int(Status.NEGATIVE_CURVATURE), status)
     status = torch.where(skewed, int(Status.BREAKDOWN), status).squeeze(-1)
     residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
-    return Solution(x, status, residual, products, needed, rayleigh, {"value": x})
+    return Solution(x, status, residual, products, needed, rayleigh, SolverState(solution=x))

@@ -12,7 +12,7 @@ from metaimplicit.solvers.base import (
     Apply,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
     direct_solution,
     is_asymmetric,
@@ -36,7 +36,7 @@ class Dense(Solver):
     chunk: int = 256
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         n = operator.shape[1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import Invertible, LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, direct_solution
+from metaimplicit.solvers.base import Apply, Solution, Solver, SolverState, Status, direct_solution
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Factored(Solver):
         return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         core, sigma = operator.split()

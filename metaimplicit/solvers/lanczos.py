@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.options import option
 from metaimplicit.solvers.base import (
     Apply,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
     check_limits,
     dot,
     is_asymmetric,
     warm_start,
 )
+from metaimplicit.solvers.low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Lanczos(Solver):
         recycle: whether the state keeps the Ritz vectors of a positive definite T, K·n numbers for each task.
     """
 
-    max_steps: int = 10
+    max_steps: int = option(5, flag="solver_steps")
     tol: float = 1e-6
     recycle: bool = False
 
@@ -47,20 +49,21 @@ class Lanczos(Solver):
         check_limits("Lanczos", self.max_steps, self.tol)
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         x, r, products = warm_start(operator, b, state)
         eps, budget = torch.finfo(b.dtype).eps, self.max_steps
         residual = r.norm(dim=-1, keepdim=True)
         needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
-        rayleigh, kept = b.new_full((len(b),), torch.inf), State()
+        rayleigh = b.new_full((len(b),), torch.inf)
+        kept: LowRank | None = None
         stuck = anew = torch.zeros_like(residual, dtype=torch.bool)
         while budget > 0:
-            run = _iterate(operator, r, budget, self.tol, self.recycle and not kept)
+            run = _iterate(operator, r, budget, self.tol, self.recycle and kept is None)
             if run.products == 0:
                 break
-            kept = kept or run.ritz
+            kept = run.ritz if kept is None else kept
             products, budget, needed = (
                 products + run.products,
                 budget - run.products,
@@ -89,7 +92,7 @@ class Lanczos(Solver):
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(stuck, int(Status.BREAKDOWN), status).squeeze(-1)
         return Solution(
-            x, status, residual.squeeze(-1), products, needed, rayleigh, {"value": x, **kept}
+            x, status, residual.squeeze(-1), products, needed, rayleigh, SolverState(x, kept)
         )
 
 
@@ -105,7 +108,7 @@ class _Run:
     products: int
     needed: Tensor
     rayleigh: Tensor
-    ritz: State
+    ritz: LowRank | None
 
 
 def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: bool) -> _Run:
@@ -168,7 +171,7 @@ def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: 
         basis.append(torch.where(active, w / torch.where(beta > 0, beta, 1.0), 0.0))
     infinite = r.new_full((tasks,), torch.inf)
     if not diagonal:
-        return _Run(torch.zeros_like(r), residual, ended, skewed, skewed, 0, needed, infinite, {})
+        return _Run(torch.zeros_like(r), residual, ended, skewed, skewed, 0, needed, infinite, None)
     closing[-1] = torch.maximum(closing[-1], beside.pop())
     y, values, vectors, sure = _coordinates(diagonal, beside, closing, first, definite.squeeze(-1))
     y = torch.where(started, y, 0.0)
@@ -182,7 +185,7 @@ def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: 
         products=len(diagonal),
         needed=needed,
         rayleigh=torch.where(started.squeeze(-1), values[:, 0].to(r), infinite),
-        ritz=_ritz(values, vectors, known, started) if keep else {},
+        ritz=_ritz(values, vectors, known, started) if keep else None,
     )
 
 
@@ -211,12 +214,12 @@ def _coordinates(
     return torch.where(sure, galerkin, least).squeeze(-1), values, vectors, sure.squeeze(-1)
 
 
-def _ritz(values: Tensor, vectors: Tensor, basis: Tensor, started: Tensor) -> State:
+def _ritz(values: Tensor, vectors: Tensor, basis: Tensor, started: Tensor) -> LowRank:
     """The Ritz pairs as a `LowRank` holds them; none of a task whose T is empty, or not positive definite."""
     definite = started & (values > 0).all(-1, keepdim=True)
     spread = torch.einsum("tkj,ktn->tjn", vectors.to(basis), basis)
-    return {
-        "basis": torch.where(definite.unsqueeze(-1), spread, 0.0),
-        "inverse": torch.where(definite, 1 / torch.where(definite, values, 1.0), 0.0),
-        "rayleigh": values[:, 0].to(basis),
-    }
+    return LowRank(
+        basis=torch.where(definite.unsqueeze(-1), spread, 0.0),
+        inverse=torch.where(definite, 1 / torch.where(definite, values, 1.0), 0.0),
+        rayleigh=values[:, 0].to(basis),
+    )

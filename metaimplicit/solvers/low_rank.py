@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import State
 
 Sketch = Literal["columns", "gaussian"]
 
@@ -139,8 +138,8 @@ class LowRank:
     def _expand(self, coordinates: Tensor) -> Tensor:
         return (self.basis.double().mT @ coordinates.unsqueeze(-1)).squeeze(-1)
 
-    @property
-    def state(self) -> State:
+    def to_dict(self) -> dict[str, Tensor]:
+        """The tensors by name."""
         return {"basis": self.basis, "inverse": self.inverse, "rayleigh": self.rayleigh}
 
 

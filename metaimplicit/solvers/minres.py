@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.options import option
 from metaimplicit.solvers.base import (
     Apply,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
     check_limits,
     dot,
@@ -34,14 +35,14 @@ class MINRES(Solver):
         tol: relative residual at which a task has converged.
     """
 
-    max_steps: int = 10
+    max_steps: int = option(5, flag="solver_steps")
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
         check_limits("MINRES", self.max_steps, self.tol)
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         x, r, products = warm_start(operator, b, state)
@@ -106,4 +107,4 @@ class MINRES(Solver):
             -1
         )
         residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
-        return Solution(x, status, residual, products, needed, rayleigh, {"value": x})
+        return Solution(x, status, residual, products, needed, rayleigh, SolverState(solution=x))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.options import option
 from metaimplicit.solvers.base import (
     Apply,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
     rayleigh_quotient,
     recompute_residual,
@@ -34,7 +35,7 @@ class Neumann(Solver):
         power_steps: used with `scale=None`, ≥ 1.
     """
 
-    terms: int = 10
+    terms: int = option(5, flag="solver_steps")
     scale: float | None = None
     power_steps: int = 5
 
@@ -47,7 +48,7 @@ class Neumann(Solver):
             raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         x, r, products = warm_start(operator, b, state)
@@ -80,7 +81,13 @@ class Neumann(Solver):
         status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
         residual = torch.where(rayleigh.isnan(), torch.nan, residual)
         return Solution(
-            x, status, residual, products, torch.full_like(status, products), rayleigh, {"value": x}
+            x,
+            status,
+            residual,
+            products,
+            torch.full_like(status, products),
+            rayleigh,
+            SolverState(solution=x),
         )
 
     def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.options import option
 from metaimplicit.solvers.base import (
     Apply,
     Solution,
     Solver,
-    State,
+    SolverState,
     Status,
     check_limits,
     direct_solution,
@@ -61,17 +62,22 @@ class _Sketching(Solver):
         return core, shift
 
     def _sketched(
-        self, core: LinearOperator, b: Tensor, shift: float, state: State, tol: float | None = None
-    ) -> tuple[LowRank, int, State]:
+        self,
+        core: LinearOperator,
+        b: Tensor,
+        shift: float,
+        state: SolverState,
+        tol: float | None = None,
+    ) -> tuple[LowRank, int, SolverState]:
         """B_k, the products it took, and the state that keeps it for `refresh` solves."""
-        if "age" in state and int(state["age"]) < self.refresh:
-            if state["basis"].shape[::2] != core.shape:
+        kept = state.low_rank
+        if kept is not None and state.age is not None and int(state.age) < self.refresh:
+            if kept.basis.shape[::2] != core.shape:
                 raise ValueError(
-                    f"state: got a sketch of {tuple(state['basis'].shape[::2])} tasks and parameters, expected "
+                    f"state: got a sketch of {tuple(kept.basis.shape[::2])} tasks and parameters, expected "
                     f"{core.shape}; a state fits the problem it came from"
                 )
-            kept = LowRank(*(state[name] for name in ("basis", "inverse", "rayleigh")))
-            return kept, 0, {**kept.state, "age": state["age"] + 1}
+            return kept, 0, SolverState(low_rank=kept, age=state.age + 1)
         n = core.shape[1]
         draw, rank = Probes(self.sketch, n, self.generator, b), self.rank
         rows, images, taken = draw.rows(0, rank), draw.images(core, 0, rank), rank
@@ -89,7 +95,7 @@ class _Sketching(Solver):
         age = torch.where(
             images.isfinite().all(), 1, self.refresh
         )  # one of NaNs serves no other solve
-        return low_rank, taken, {**low_rank.state, "age": age}
+        return low_rank, taken, SolverState(low_rank=low_rank, age=age)
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,11 @@ class Nystrom(_Sketching):
             )
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         core, shift = self._core(operator)
-        kept: State = {}
+        kept = SolverState()
         if self.chunk is not None and self.chunk < self.rank:
             x, seen, bent = self._streamed(core, b, shift)
             taken = 2 * self.rank + 2
@@ -207,7 +213,7 @@ class NystromCG(_Sketching):
     """
 
     sketch: Sketch = "gaussian"
-    max_steps: int = 10
+    max_steps: int = option(5, flag="solver_steps")
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -215,7 +221,7 @@ class NystromCG(_Sketching):
         check_limits("NystromCG", self.max_steps, self.tol)
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         core, shift = self._core(operator)
@@ -227,5 +233,5 @@ class NystromCG(_Sketching):
             solution,
             products=solution.products + taken,
             needed=solution.needed + taken,
-            state={**solution.state, **kept},
+            state=replace(kept, solution=solution.state.solution),
         )

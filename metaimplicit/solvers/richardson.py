@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, State, Status, rayleigh_quotient
+from metaimplicit.options import option
+from metaimplicit.solvers.base import (
+    Apply,
+    Solution,
+    Solver,
+    SolverState,
+    Status,
+    rayleigh_quotient,
+)
 from metaimplicit.solvers.neumann import power_iteration
 
 
@@ -27,7 +35,7 @@ class Richardson(Solver):
         warm: start from `state`; False, from zero.
     """
 
-    steps: int = 1
+    steps: int = option(1, flag="solver_steps")
     scale: float | None = None
     warm: bool = True
 
@@ -38,11 +46,11 @@ class Richardson(Solver):
             raise ValueError(f"Richardson scale: got {self.scale}, expected a number > 0")
 
     def _solve(
-        self, operator: LinearOperator, b: Tensor, state: State, preconditioner: Apply | None
+        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
         self._takes_no(preconditioner)
         scale, products, kept = self._scale(operator, b, state)
-        x = state["value"].to(b) if self.warm and "value" in state else None
+        x = state.solution.to(b) if self.warm and state.solution is not None else None
         rayleigh = b.new_full((len(b),), torch.inf)
         for _ in range(self.steps):
             if x is None:
@@ -63,14 +71,23 @@ class Richardson(Solver):
         status = torch.where(residual > 1, int(Status.BREAKDOWN), status)
         status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
         needed = torch.full_like(status, products + 1)
-        return Solution(x, status, residual, products + 1, needed, rayleigh, {"value": x, **kept})
+        return Solution(
+            x,
+            status,
+            residual,
+            products + 1,
+            needed,
+            rayleigh,
+            SolverState(solution=x, direction=kept),
+        )
 
     def _scale(
-        self, operator: LinearOperator, b: Tensor, state: State
-    ) -> tuple[float | Tensor, int, State]:
+        self, operator: LinearOperator, b: Tensor, state: SolverState
+    ) -> tuple[float | Tensor, int, Tensor | None]:
         if self.scale is not None:
-            return self.scale, 0, {}
-        warm = "direction" in state
-        v, steps, fresh = (state["direction"].to(b), 1, 0.1) if warm else (b, 5, 1.0)
+            return self.scale, 0, None
+        v, steps, fresh = (
+            (b, 5, 1.0) if state.direction is None else (state.direction.to(b), 1, 0.1)
+        )
         norm, direction = power_iteration(operator, v, steps, fresh)
-        return 1 / torch.where(norm > 0, norm, 1.0), steps, {"direction": direction}
+        return 1 / torch.where(norm > 0, norm, 1.0), steps, direction

@@ -13,19 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaimplicit.inner import GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
+from metaimplicit.inner import InnerLoop, NewtonCG, make_inner
 from metaimplicit.learner import MetaLearner
-from metaimplicit.methods import Implicit, MethodOptions, Report, make_method
+from metaimplicit.methods import Implicit, Report, known_options, make_method
 from metaimplicit.models import MLP, ConvNet
 from metaimplicit.training.options import Options
-
-INNER = {
-    "momentum": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-}
 
 
 class Family(Protocol):
@@ -64,25 +56,23 @@ def build_learner(options: Options, family: Family) -> MetaLearner:
             f"task: its inputs have shape {family.input_shape}, expected an image or a vector"
         )
     inner: InnerLoop
-    if options.inner_optimizer == "sgd":
-        inner = GradientDescent(steps=options.inner_steps, lr=options.inner_lr)
-    elif options.inner_optimizer == "newton-cg":
+    if options.inner_optimizer == "newton-cg":
         inner = NewtonCG(steps=options.inner_steps, cg_steps=options.inner_cg_steps)
     else:
-        extra = {"momentum": 0.9} if options.inner_optimizer == "momentum" else {}
-        inner = TorchOptimizer(
-            INNER[options.inner_optimizer], steps=options.inner_steps, lr=options.inner_lr, **extra
+        inner = make_inner(options.inner_optimizer).updated(
+            steps=options.inner_steps, lr=options.inner_lr
         )
     method = make_method(
         options.method,
-        MethodOptions(
-            options.solver_steps,
-            options.rank,
-            options.rho,
-            options.curvature,
-            options.damping,
-            options.scale,
-            options.penalty,
+        **known_options(
+            options.method,
+            solver_steps=options.solver_steps,
+            rank=options.rank,
+            rho=options.rho,
+            curvature="hessian" if options.curvature == "hessian" else None,
+            damping=options.damping,
+            scale=options.scale,
+            penalty=options.penalty,
         ),
     )
     if options.strict and isinstance(method, Implicit):

@@ -51,8 +51,8 @@ class Options:
     proximal: float = 0.1
     """λ of λ/2 ‖θ − φ‖² in the inner loss (omniglot, sinusoid: 0.5; 0 with a method that is not implicit)."""
     inner_optimizer: Literal[
-        "sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "newton-cg"
-    ] = "sgd"
+        "gradient-descent", "momentum", "adam", "adamw", "rmsprop", "adagrad", "newton-cg"
+    ] = "gradient-descent"
     """The inner loop's optimiser; momentum is SGD with 0.9 (sinusoid with an implicit method: adam). newton-cg, for
     implicit methods, takes no --inner-lr."""
     inner_cg_steps: int = 3

@@ -11,10 +11,11 @@ import torch
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import LBFGS, InnerLoop
+from metaimplicit.iterate import Iterate
 from metaimplicit.methods import Implicit, Report
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Iterate, Stream
-from metaimplicit.solvers import CG, State
+from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.solvers import CG, SolverState
 from metaimplicit.tuning.domains import Domain, FreeMeta, norm
 
 SCHEDULES: dict[str, Callable[[int], float]] = {  # k = 1, 2, …; each has a finite sum
@@ -106,7 +107,7 @@ class HOAG:
         )
         self.free = FreeMeta(meta, domains)
         self.end: Iterate | None = None
-        self.state: State = {}
+        self.state = SolverState()
         self.lipschitz = math.nan  # until the first gradient
         self.steps = 0
         self._last: _Point | None = None  # accepted

@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.methods import Implicit, Method, MethodOptions, Report, make_method
+from metaimplicit.iterate import Iterate
+from metaimplicit.methods import Implicit, Method, Report, make_method
 from metaimplicit.methods.base import UNSET
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, Iterate, Stream
-from metaimplicit.solvers import State
+from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.solvers import SolverState
 from metaimplicit.tuning.domains import Domain, FreeMeta, norm
 
 Source = Callable[[int], Any] | Iterable[Any]  # of batches: pure in their number, or a loader
@@ -54,7 +55,7 @@ class Tuner:
         problem: its inner loss is given training batches, its outer loss validation batches, as data.
         meta: φ, `{name: tensor}`, the values to start from.
         inner: the inner loop; its `steps` are K.
-        method: how the hypergradient is taken, a `Method` or its flag, with `options`. An implicit method takes its
+        method: how the hypergradient is taken, a `Method` or its flag. An implicit method takes its
             curvature from a training batch of its own, Gauss–Newton unless said where the inner loss is a network's.
         optimizer: the outer one, given the free coordinates of φ: `partial(torch.optim.SGD, lr=1.0, momentum=0.9)`.
         domains: where entries of `meta` may lie; any real number unless said.
@@ -74,7 +75,6 @@ class Tuner:
         *,
         inner: InnerLoop,
         method: str | Method = "cg",
-        options: MethodOptions | None = None,
         optimizer: Optimizer = lambda free: torch.optim.Adam(free, lr=0.01),
         domains: Mapping[str, Domain] | None = None,
         warm_start: bool = True,
@@ -90,13 +90,13 @@ class Tuner:
         self.problem, self.inner, self.method = (
             problem,
             inner,
-            _on_network(make_method(method, options), problem),
+            _on_network(make_method(method), problem),
         )
         self.warm_start, self.schedule, self.on_nonfinite = warm_start, schedule, on_nonfinite
         self._free = FreeMeta(meta, domains)
         self.optimizer = optimizer(list(self._free.tensors.values()))
         self.end: Iterate | None = None
-        self.state: State = {}
+        self.state = SolverState()
         self.steps = 0
         self._best, self._waited = math.inf, 0  # of early stopping, as is what it goes back to
         self._kept: dict[str, Any] = {}
@@ -227,24 +227,19 @@ class Tuner:
         )
 
     def _dump(self) -> dict[str, Any]:
-        end = (
-            None
-            if self.end is None
-            else {f.name: getattr(self.end, f.name) for f in fields(self.end)}
-        )
         state = {
             "free": {name: free.detach() for name, free in self._free.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
-            "end": _plain(end),
-            "state": self.state,
+            "end": None if self.end is None else self.end.to_dict(),
+            "state": self.state.to_dict(),
         }
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)  # type: ignore[no-any-return]
 
     def _load(self, state: dict[str, Any]) -> None:
         self._free.load(state["free"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.end = None if state["end"] is None else _iterate(state["end"])
-        self.state = dict(state["state"])
+        self.end = None if state["end"] is None else Iterate.from_dict(state["end"])
+        self.state = SolverState.from_dict(state["state"])
 
 
 def _on_network(method: Method, problem: BilevelProblem) -> Method:
@@ -280,19 +275,3 @@ def _reader(source: Source, first: int) -> Iterator[Any]:
                 "batches: got an iterable without any, or one that is used up, expected a loader"
             )
         empty = True
-
-
-def _plain(tree: Any) -> Any:
-    """The second iterate that a method carries as a dict: state dicts hold plain containers alone."""
-    if isinstance(tree, Iterate):
-        return {f.name: _plain(getattr(tree, f.name)) for f in fields(tree)}
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    return tree
-
-
-def _iterate(plain: dict[str, Any]) -> Iterate:
-    carried = plain["carried"]
-    if isinstance(carried, dict) and "params" in carried:
-        carried = _iterate(carried)
-    return Iterate(plain["params"], plain["state"], carried)

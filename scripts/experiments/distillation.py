@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
 from experiments.networks import class_accuracies, seeded, train
-from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.params import Params
 from metaimplicit.training import fit_tuner, read_metrics, write_atomically
 from metaimplicit.tuning import SyntheticData, TuningProblem
@@ -177,19 +178,18 @@ class Distillation(Experiment):
             )  # fmt: skip
 
     def _tuner(self, problem: TuningProblem, flag: str) -> Tuner:
-        options = MethodOptions(
+        options = known_options(
+            flag,
             solver_steps=self.solver_steps,
             rank=self.rank,
             rho=self.rho,
-            curvature="gauss-newton",
             scale=self.lr if flag == "t1-t2" else None,
         )
         return Tuner(
             problem.problem,
             problem.meta,
             inner=TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9),
-            method=flag,
-            options=options,
+            method=make_method(flag, **options),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
             warm_start=False,
         )

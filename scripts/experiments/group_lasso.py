@@ -16,15 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from metaimplicit import (
-    LBFGS,
-    GradientDescent,
-    MethodOptions,
-    Proximal,
-    Tuner,
-    argmin,
-    tuning_problem,
-)
+from metaimplicit import LBFGS, GradientDescent, Proximal, Tuner, argmin, tuning_problem
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.training import fit_tuner, read_metrics
 from metaimplicit.tuning import GroupStructure, TuningProblem
 
@@ -171,8 +164,9 @@ class GroupLasso(Experiment):
             problem.problem,
             problem.meta,
             inner=GradientDescent(steps=self.inner_steps, lr=self.inner_lr, momentum=0.9),
-            method=method,
-            options=MethodOptions(solver_steps=self.solver_steps, rank=self.rank),
+            method=make_method(
+                method, **known_options(method, solver_steps=self.solver_steps, rank=self.rank)
+            ),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
             domains=problem.domains,
         )

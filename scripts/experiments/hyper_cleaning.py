@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
 from experiments.networks import class_accuracies, joined, seeded, train
-from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.params import Params
 from metaimplicit.training import fit_tuner, read_metrics
 from metaimplicit.tuning import ExampleWeights, Interval
@@ -139,11 +140,11 @@ class HyperCleaning(Experiment):
         problem = tuning_problem(
             model, F.cross_entropy, [weights], penalty=Proximal(self.decay, center="zero")
         )
-        options = MethodOptions(
+        options = known_options(
+            flag,
             solver_steps=self.solver_steps,
             rank=self.rank,
             rho=self.rho,
-            curvature="gauss-newton",
             scale=self.lr if flag == "t1-t2" else None,
             penalty=self.penalty,
         )
@@ -151,8 +152,7 @@ class HyperCleaning(Experiment):
             problem.problem,
             problem.meta,
             inner=TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9),
-            method=flag,
-            options=options,
+            method=make_method(flag, **options),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
             domains=problem.domains,
         )

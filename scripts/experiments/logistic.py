@@ -10,8 +10,8 @@ from torch import nn
 
 import tasks
 from metaimplicit import LBFGS, Box, FromMeta, Proximal, tuning_problem
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
-from metaimplicit.problem import LiftedProblem
 from metaimplicit.tuning import Scalar, TuningProblem
 
 MOST = 20_000  # gradient evaluations of a solve

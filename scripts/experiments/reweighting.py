@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 import tasks
 from experiments.base import Case, Experiment, Row, markdown, select, spread
 from experiments.networks import class_accuracies, conv_net, joined, train
-from metaimplicit import MethodOptions, Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.training import fit_tuner
 from metaimplicit.tuning import ClassWeights, ExampleWeights, TuningProblem, Variable, WeightNetwork
 
@@ -159,19 +160,15 @@ class Reweighting(Experiment):
         return tuning_problem(model, F.cross_entropy, [variables[self.variable]], penalty=decay)
 
     def _tuner(self, problem: TuningProblem, flag: str) -> Tuner:
-        options = MethodOptions(
-            solver_steps=self.solver_steps,
-            rank=self.rank,
-            curvature="gauss-newton",
-            damping=self.damping,
+        options = known_options(
+            flag, solver_steps=self.solver_steps, rank=self.rank, damping=self.damping
         )
         inner = TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9)
         return Tuner(
             problem.problem,
             problem.meta,
             inner=inner,
-            method=flag,
-            options=options,
+            method=make_method(flag, **options),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
             domains=problem.domains,
             schedule=self._cosine,

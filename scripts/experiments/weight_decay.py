@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.base import Case, Experiment, Row, markdown, select, spread
-from metaimplicit import Box, MethodOptions, Tuner, hypergradient
+from metaimplicit import Box, Tuner, hypergradient
+from metaimplicit.methods import known_options, make_method
 from metaimplicit.params import Params
+from metaimplicit.solvers import SolverState
 
 PAPER_STEP = (
     1.0  # the outer step of Hataya & Yamada's code, whose other numbers are the defaults below
@@ -104,17 +106,18 @@ class WeightDecay(Experiment):
     def _tuned(self, found: problems.Case, case: Case, row: Row) -> Params:
         """The decays after the outer steps; on the way, what each hypergradient is beside the exact one there."""
         method = case["method"]
+        options = known_options(
+            method,
+            solver_steps=self.solver_steps,
+            rank=self.rank,
+            rho=self.rho,
+            scale=self.scale if method == "neumann" else None,
+        )
         tuner = Tuner(
             found.problem,
             found.meta,
             inner=found.inner,
-            method=method,
-            options=MethodOptions(
-                solver_steps=self.solver_steps,
-                rank=self.rank,
-                rho=self.rho,
-                scale=self.scale if method == "neumann" else None,
-            ),
+            method=make_method(method, **options),
             optimizer=partial(torch.optim.SGD, lr=case["outer_lr"], momentum=0.9),
             domains={"decay": Box(1e-8)},
             warm_start=False,
@@ -122,7 +125,7 @@ class WeightDecay(Experiment):
         (decay,) = tuner.optimizer.param_groups[0]["params"]
         for _ in range(self.outer_steps):
             before = {name: value.clone() for name, value in tuner.meta.items()}
-            tuner.state = {}  # every solve from zero
+            tuner.state = SolverState()  # every solve from zero
             step = tuner.step(found.data, found.data)
             exact = hypergradient(
                 found.problem,

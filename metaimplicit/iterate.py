@@ -1,0 +1,91 @@
+"""Where an inner loop stands, as values that can be continued from and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from metaimplicit.params import Params
+
+OptimizerState = dict[str, dict[str, Any]]  # by parameter: its slots, tensors and numbers
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Z = ∂(θ, optimiser state)/∂φ, one tangent for every number of φ, which forward mode carries.
+
+    Args:
+        meta: The names of the entries of φ, in the order of the tangents.
+        params: ∂θ/∂φ, `{name: [dim φ, tasks, *shape]}`.
+        state: The derivatives of the optimiser's tensors, likewise.
+    """
+
+    meta: tuple[str, ...]
+    params: Params
+    state: OptimizerState
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers of tensors and strings, which `torch.load(weights_only=True)` reads."""
+        return {"meta": list(self.meta), "params": self.params, "state": self.state}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Sensitivity:
+        """The inverse of `to_dict`."""
+        return cls(tuple(stored["meta"]), stored["params"], stored["state"])
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """s_t = (θ_t, the optimiser's state): all that an inner loop needs to continue.
+
+    Pass it to the next call of `hypergradient` as `start`, instead of starting at `init`.
+
+    Args:
+        params: θ_t, `{name: [tasks, *shape]}`. The task axis comes first, batched or not.
+        state: The optimiser's state, by parameter.
+        sensitivity: The derivative that the method `Forward` carries along.
+        companion: The second iterate that the method `ValueFunction` carries along.
+    """
+
+    params: Params
+    state: OptimizerState = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    companion: Iterate | None = None
+
+    @property
+    def single(self) -> Params:
+        """θ_t of one problem, without the task axis, `{name: [*shape]}`."""
+        return {name: p.squeeze(0) for name, p in self.params.items()}
+
+    def detach(self) -> Iterate:
+        """The same values without a graph."""
+        return Iterate.from_dict(tree_map(_detach, self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers of tensors and numbers, which `torch.load(weights_only=True)` reads."""
+        return {
+            "params": self.params,
+            "state": self.state,
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
+            "companion": None if self.companion is None else self.companion.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Iterate:
+        """The inverse of `to_dict`."""
+        sensitivity = stored["sensitivity"]
+        companion = stored["companion"]
+        return cls(
+            params=stored["params"],
+            state=stored["state"],
+            sensitivity=None if sensitivity is None else Sensitivity.from_dict(sensitivity),
+            companion=None if companion is None else Iterate.from_dict(companion),
+        )
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,216 @@
+"""A bilevel problem lifted over the task axis: every function returns one result for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from metaimplicit.iterate import Iterate
+from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem, Composite, Stream
+
+Vectorize = Literal["vmap", "loop"]
+
+
+class LiftedProblem:
+    """A `BilevelProblem` bound to its data, with each function lifted over the task axis.
+
+    Parameters carry the task axis first, `{name: [tasks, *shape]}`, and losses are `[tasks]`.
+    The summed loss is block-diagonal in the tasks, so one autograd call gives all gradients.
+
+    Args:
+        problem: The problem of one task.
+        data: Any pytree of tensors, or a `Stream` of such. If `batched`, each tensor carries the
+            task axis first.
+        batched: Whether `data` is a batch of tasks. If not, there is one task.
+        vectorize: `"vmap"`, or `"loop"`: one call per task under one graph, which is faster where
+            arithmetic dominates.
+        chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
+        start: Where the inner loop continues. If None, it starts at `problem.init`.
+
+    Raises:
+        ValueError: The tensors of `data` disagree about the number of tasks, or `data` holds arrays
+            that cannot be split by task.
+
+    Example:
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - data).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square(),
+        ... )
+        >>> lifted = LiftedProblem(problem, torch.tensor([1.0, 2.0]), batched=True)
+        >>> lifted.inner(lifted.init({}), {}, lifted.data)
+        tensor([1., 4.])
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        data: Any,
+        *,
+        batched: bool,
+        vectorize: Vectorize = "vmap",
+        chunk_size: int | None = None,
+        start: Iterate | None = None,
+    ) -> None:
+        if vectorize not in ("vmap", "loop"):
+            raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
+        self.problem = problem
+        self.data = data
+        self.batched = batched
+        self.vectorize = vectorize
+        self.chunk_size = chunk_size
+        self.start = start
+        self.tasks = _count_tasks(self.at(0)) if batched else 1
+        self._calls_directly = not batched
+
+        if start is not None:
+            sizes = {len(p) for p in start.params.values()}
+            if sizes != {self.tasks}:
+                raise ValueError(
+                    f"start: got leading sizes {sorted(sizes)}, expected {self.tasks}, the tasks of the data"
+                )
+
+    def vmapped(self) -> LiftedProblem:
+        """The same problem under vmap, even where there is one task or a loop was asked for."""
+        other = copy(self)
+        other.vectorize = "vmap"
+        other._calls_directly = False
+        return other
+
+    def at(self, step: int) -> Any:
+        """The data that inner step `step` sees."""
+        return self.data.fn(step) if isinstance(self.data, Stream) else self.data
+
+    def init(self, meta: Params) -> Params:
+        """θ₀, `{name: [tasks, *shape]}`, with the graph of `problem.init`.
+
+        If the problem has a `start`, its parameters are returned as constants.
+        """
+        if self.start is not None:
+            return {name: p.detach() for name, p in self.start.params.items()}
+        params: Params = self._lift(lambda _, d: self.problem.init(meta, d), {}, self.at(0))
+        valid = all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values())
+        if not params or not valid:
+            raise ValueError(
+                f"init: got {params!r}, expected a non-empty dict of floating-point tensors"
+            )
+        # A copy, because no two parameters may be one tensor, and none may be the caller's.
+        return {name: p.clone() for name, p in params.items()}
+
+    def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
+        """f for each task, `[tasks]`."""
+
+        def one_task(p: Params, d: Any) -> Any:
+            return self.problem.inner_loss(p, meta, d)
+
+        return self._lift_scalar("inner_loss", one_task, params, data)[0]
+
+    def outer(self, params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
+        """g for each task, `[tasks]`, and the aux that it returned (None without one)."""
+
+        def one_task(p: Params, d: Any) -> Any:
+            return self.problem.outer_loss(p, meta, d)
+
+        return self._lift_scalar("outer_loss", one_task, params, data)
+
+    def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
+        """The outputs of a `Composite` for each task, `[tasks, …]`."""
+        outputs = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"outputs: got {type(outputs).__name__}, expected one tensor; leave the others to the loss"
+            )
+        return outputs
+
+    def output_loss(self, composite: Composite, outputs: Tensor, meta: Params, data: Any) -> Tensor:
+        """The loss of a `Composite` as a function of its outputs, `[tasks]`."""
+
+        def one_task(z: Params, d: Any) -> Any:
+            return composite.output_loss(z["outputs"], meta, d)
+
+        return self._lift_scalar("loss", one_task, {"outputs": outputs}, data)[0]
+
+    def penalty(
+        self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params
+    ) -> Tensor:
+        """A penalty for each task, `[tasks]`."""
+        return self._lift_scalar("penalty", lambda p, _: function(p, meta), params, None)[0]
+
+    def apply(
+        self, function: Callable[[Params, Any], Any], params: Params, data: Any = None
+    ) -> Any:
+        """`function(params, data)` of one task, lifted. If `data` is None, the problem's is used."""
+        return self._lift(function, params, self.at(0) if data is None else data)
+
+    def _lift_scalar(
+        self, name: str, function: Callable[..., Any], params: Params, data: Any
+    ) -> tuple[Tensor, Any]:
+        result = self._lift(function, params, data)
+        loss, aux = result if isinstance(result, tuple) else (result, None)
+        if not isinstance(loss, Tensor) or loss.shape != (self.tasks,):
+            shaped = isinstance(loss, Tensor)
+            got = f"shape {tuple(loss.shape[1:])}" if shaped else type(loss).__name__
+            raise ValueError(
+                f"{name}: got {got} per task, expected a scalar tensor; reduce it, e.g. with .mean()"
+            )
+        return loss, aux
+
+    def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
+        if not self.batched and (self._calls_directly or not params):
+            single = {name: p.squeeze(0) for name, p in params.items()}
+            return _map_tensors(lambda x: x.unsqueeze(0), function(single, data))
+        if not self.batched:
+            data = _map_tensors(lambda x: x.unsqueeze(0), data)
+        if self.vectorize == "loop":
+            results = [function(_task(params, i), _task(data, i)) for i in range(self.tasks)]
+            return tree_map(lambda *x: torch.stack(x), *results)
+        axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (params, data))
+        lifted = torch.vmap(
+            function, in_dims=axes, randomness="different", chunk_size=self.chunk_size
+        )
+        return lifted(params, data)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def _task(tree: Any, index: int) -> Any:
+    return _map_tensors(lambda x: x[index], tree)
+
+
+def _count_tasks(data: Any) -> int:
+    leaves = tree_leaves(data)
+    for leaf in leaves:
+        if _hides_tensors(leaf):
+            raise ValueError(
+                f"data: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
+                "in dicts, lists, tuples or classes that torch.utils._pytree knows; use "
+                "torch.as_tensor for arrays"
+            )
+    sizes = {x.shape[0] if x.dim() else None for x in leaves if isinstance(x, Tensor)}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        raise ValueError(
+            f"data: got leading sizes {sorted(map(str, sizes))}, expected every tensor to carry one "
+            "task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
+        )
+    return int(sizes.pop() or 0)
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf is an array, or an object with tensors or arrays in it."""
+    if isinstance(leaf, Tensor):
+        return False
+    if isinstance(leaf, np.ndarray):
+        return True
+    parts = list(getattr(leaf, "__dict__", {}).values())
+    if isinstance(leaf, Mapping):
+        parts.extend(leaf.values())
+    return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)

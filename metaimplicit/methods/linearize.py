@@ -1,0 +1,147 @@
+"""The inner problem linearised at θ*: A = core + σI, and ∂f/∂θ with its graph to φ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.operators import (
+    CurvatureClass,
+    Hessian,
+    LinearOperator,
+    LossParts,
+    find_curvature,
+)
+from metaimplicit.params import Params
+from metaimplicit.problem import Composite, Proximal, resolve
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The inner problem at a point θ.
+
+    Args:
+        core: A without the known multiple of the identity, shape `(tasks, n)`.
+        gradient: ∂f/∂θ, `{name: [tasks, *shape]}`, with its graph to φ.
+        sigma: σ, the strength of a `Proximal` penalty. It is 0 without one.
+        parts: The first term of f, for a preconditioner that looks into it.
+    """
+
+    core: LinearOperator
+    gradient: Params
+    sigma: float
+    parts: LossParts
+
+
+def linearize(
+    problem: LiftedProblem,
+    params: Params,
+    meta: Params,
+    data: Any,
+    *,
+    curvature: str | CurvatureClass,
+    **options: Any,
+) -> Linearization:
+    """The inner problem at θ = `params`, as an implicit method needs it.
+
+    Args:
+        problem: The lifted problem.
+        params: θ, `{name: [tasks, *shape]}`.
+        meta: φ, leaves of autograd.
+        data: What the inner loss sees.
+        curvature: What A is made of. The Hessian of a penalty is always exact.
+        options: Further options of the curvature's class.
+
+    Raises:
+        ValueError: The inner loss draws random numbers, or lacks a part that the curvature needs.
+            The proximal strength is negative.
+    """
+    require_outputs(problem, curvature)
+    parts = _take_apart(problem, params, meta, data)
+    kind, defaults = find_curvature(curvature)
+    core: LinearOperator
+    core = operator = kind.from_loss(parts, **defaults, **options)
+    gradient = operator.gradient
+    sigma = 0.0
+
+    f = problem.problem.inner_loss
+    penalty = f.penalty if isinstance(f, Composite) else None
+    if penalty is not None:
+        penalty_hessian = Hessian(lambda p: problem.penalty(penalty, p, meta), params)
+        # Both gradients belong to copies of θ at one point, so their sum is ∂f/∂θ.
+        gradient = {name: g + penalty_hessian.gradient[name] for name, g in gradient.items()}
+        if isinstance(penalty, Proximal):
+            strength = resolve(penalty.strength, meta)
+            sigma = strength.detach().item() if isinstance(strength, Tensor) else float(strength)
+        else:
+            core = operator + penalty_hessian
+    if not sigma >= 0:
+        raise ValueError(
+            f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say"
+        )
+    return Linearization(core, gradient, sigma, parts)
+
+
+def require_outputs(problem: LiftedProblem, curvature: str | CurvatureClass) -> None:
+    """Raise ValueError if the curvature needs outputs that the inner loss does not show."""
+    kind, _ = find_curvature(curvature)
+    if kind.needs_outputs and not isinstance(problem.problem.inner_loss, Composite):
+        name = curvature if isinstance(curvature, str) else kind.__name__.lower()
+        raise ValueError(
+            f"curvature={name!r}: got an inner_loss that is a plain function, expected a Composite, "
+            "whose outputs and loss are told apart; or use curvature='hessian'"
+        )
+
+
+def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any) -> LossParts:
+    f = problem.problem.inner_loss
+    if not isinstance(f, Composite):
+        whole = reject_random_numbers(lambda p: problem.inner(p, meta, data))
+        return LossParts(params, outputs=whole, loss=lambda z: z)
+
+    def apply_model(function: Callable[..., Any], at: Params) -> Any:
+        def one_task(p: Params, d: Any) -> Any:
+            return function(lambda q: f.outputs(q, meta, d), p)
+
+        return problem.apply(one_task, at, data)
+
+    return LossParts(
+        params,
+        outputs=reject_random_numbers(lambda p: problem.outputs(f, p, meta, data)),
+        loss=lambda z: problem.output_loss(f, z, meta, data),
+        weighted=f.weights is not None,
+        module=f.module,
+        apply_model=apply_model,
+    )
+
+
+def reject_random_numbers(function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
+    """The same function, which raises ValueError if it draws random numbers.
+
+    With dropout, say, A would differ from one evaluation to the next.
+    """
+
+    def checked(params: Params) -> Tensor:
+        device = next(iter(params.values())).device
+        before = _random_state(device)
+        result = function(params)
+        if not torch.equal(before, _random_state(device)):
+            raise ValueError(
+                "inner loss: it draws random numbers (dropout?), so A is not that of the loop; "
+                "switch the model to evaluation mode, or use 'unrolled'"
+            )
+        return result
+
+    return checked
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    if device.type != "cuda":
+        return state
+    return torch.cat([state, torch.cuda.get_rng_state(device)])

@@ -1,0 +1,105 @@
+"""The numbers and words of a method that a command line can set, read off its own dataclass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Value = TypeVar("Value")
+_PLAIN = (int, float, bool, str, NoneType)
+
+
+def option(default: Any, *, flag: str | None) -> Any:
+    """A dataclass field whose option is called `flag` on command lines. If None, it has no option."""
+    return field(default=default, metadata={"flag": flag})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method.
+
+    Args:
+        name: What the option is called: the field's name, unless the field says otherwise.
+        path: The fields that lead to it, such as `("solver", "rank")`.
+        type: The types it takes, of numbers, strings, bools, literals and None.
+        default: Its value now.
+        help: What its class's docstring says of it.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    type: Any
+    default: Any
+    help: str
+
+
+def options_of(value: Any) -> dict[str, Option]:
+    """The options of a method and its parts, by name.
+
+    Example:
+        >>> from metaimplicit.methods import METHODS
+        >>> options_of(METHODS["nystrom"])["rank"].default
+        10
+    """
+    return {option.name: option for option in _walk(value, ())}
+
+
+def with_options(value: Value, values: dict[str, Any]) -> Value:
+    """The method with some options set.
+
+    Raises:
+        KeyError: The method has no such option.
+        ValueError: A value that the method refuses.
+    """
+    known = options_of(value)
+    for name, new in values.items():
+        value = _replace_at(value, known[name].path, new)
+    return value
+
+
+def _walk(value: Any, path: tuple[str, ...]) -> Iterator[Option]:
+    if not is_dataclass(value) or isinstance(value, type):
+        return
+    hints = get_type_hints(type(value))
+    for f in fields(value):
+        current = getattr(value, f.name)
+        name = _flag(f)
+        kind = _plain_type(hints[f.name])
+        if is_dataclass(current):
+            yield from _walk(current, (*path, f.name))
+        elif name is not None and kind is not None:
+            yield Option(name, (*path, f.name), kind, current, _help(type(value), f.name))
+
+
+def _flag(f: Field[Any]) -> str | None:
+    flag: str | None = f.metadata.get("flag", f.name)
+    return flag
+
+
+def _plain_type(hint: Any) -> Any:
+    """The part of a type that a command line can give, or None."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = [part for part in parts if part in _PLAIN or get_origin(part) is Literal]
+    if not plain or plain == [NoneType]:
+        return None
+    return Union[tuple(plain)]  # noqa: UP007  # a union of parts that are known at run time
+
+
+def _help(kind: type, name: str) -> str:
+    """The text of an argument in the docstring of a class, or of one that it inherits from."""
+    for ancestor in kind.__mro__:
+        pattern = rf"^ {{8}}{name}: (.*(?:\n {{12}}.*)*)"
+        match = re.search(pattern, ancestor.__doc__ or "", flags=re.M)
+        if match:
+            return re.sub(r"\s+", " ", match.group(1))
+    return ""
+
+
+def _replace_at(value: Any, path: tuple[str, ...], new: Any) -> Any:
+    name, *rest = path
+    if rest:
+        new = _replace_at(getattr(value, name), tuple(rest), new)
+    return replace(value, **{name: new})
