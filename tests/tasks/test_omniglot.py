@@ -10,7 +10,7 @@ import pytest
 import tasks
 from tasks import omniglot
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "omniglot"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the Omniglot zips are not in {DATA}")
 
 

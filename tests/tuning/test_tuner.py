@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from oracles import quadratic, relative_error
-from test_forward import META, POINT, PROBLEM
+from weighted_logistic import META, POINT, PROBLEM
 
 from metaimplicit import (
     BilevelProblem,

@@ -17,7 +17,7 @@ from torch import nn
 from metaimplicit import Hyperoptimizer
 from metaimplicit.tuning.hyperoptimizers import SGD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size from /proc")

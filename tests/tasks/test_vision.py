@@ -14,7 +14,7 @@ import torch
 import tasks
 from tasks import vision
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR10, MNIST = DATA / "cifar10", DATA / "mnist"
 needs_cifar10 = pytest.mark.skipif(
     not CIFAR10.is_dir(), reason=f"the CIFAR-10 zips are not in {CIFAR10}"

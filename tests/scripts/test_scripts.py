@@ -13,7 +13,7 @@ import torch
 from metaimplicit import METHODS
 from metaimplicit.training import Options
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = [
     "--task=sinusoid",
     "--steps=3",
