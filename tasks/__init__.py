@@ -22,7 +22,7 @@ from typing import Any
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
 from tasks.examples import Batches, Examples
 from tasks.pool import FewShot, ImagePool
-from tasks.splits import check_disjoint, corrupt_labels, long_tailed, long_tailed_counts, per_class
+from tasks.subsets import check_disjoint, corrupt_labels, long_tailed, long_tailed_counts, per_class
 from tasks.vision import cifar10, mnist, standardise
 
 FAMILIES = {  # name: module with `load(*, ways, shots, queries, **options) -> Splits`, imported when it is asked for

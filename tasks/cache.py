@@ -22,7 +22,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metaimplicit"
 
 
-def cached(name: str, build: Callable[[], Arrays]) -> Arrays:
+def load_or_build(name: str, build: Callable[[], Arrays]) -> Arrays:
     """The arrays of `build()`, from `name`.npz in the cache folder where that is whole, else built and saved there.
 
     The file appears complete or not at all. A damaged one is built anew; where nothing can be written the arrays are

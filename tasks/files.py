@@ -81,7 +81,7 @@ class Files:
         return np.asarray(square)
 
 
-def digest(root: Path) -> str:
+def content_digest(root: Path) -> str:
     """Of all the bytes there: another copy, in another format or quality, is another entry in a cache."""
     found = hashlib.sha256()
     if root.is_file():

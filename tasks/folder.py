@@ -65,7 +65,7 @@ def load(
     ) or _by_folder(images)
     classes = {name: paths for part in parts for name, paths in part.items()}
     split = _positions(parts) if len(parts) == 3 else shuffled_split(len(classes), seed)
-    pool = ImagePool.sorted(
+    pool = ImagePool.from_sorted(
         _decode(files, [path for paths in classes.values() for path in paths], size, color),
         [len(paths) for paths in classes.values()],
         classes,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.cache import Arrays, cached
+from tasks.cache import Arrays, load_or_build
 from tasks.episodes import Splits
 from tasks.pool import ImagePool, few_shot_splits, shuffled_split
 
@@ -38,8 +38,8 @@ def load(*, ways: int, shots: int, queries: int) -> Splits:
 
     Images are `[1, 28, 28]`, strokes 1 on 0, and 32 a class. The first call renders them (seconds) into the cache.
     """
-    arrays = cached("glyphs-1", render)
-    pool = ImagePool.sorted(
+    arrays = load_or_build("glyphs-1", render)
+    pool = ImagePool.from_sorted(
         torch.from_numpy(arrays["images"]), arrays["counts"], arrays["names"].tolist()
     )
     return few_shot_splits(

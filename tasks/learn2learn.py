@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tasks.cache import cache_dir
 from tasks.episodes import Episodes, Splits
-from tasks.pool import at_least_one
+from tasks.pool import require_at_least_one
 
 SPLITS = ("train", "validation", "test")
 
@@ -67,7 +67,7 @@ class LearnToLearn:
         split: str,
         name: str = "learn2learn",
     ) -> None:
-        at_least_one(ways=ways, shots=shots, queries=queries)
+        require_at_least_one(ways=ways, shots=shots, queries=queries)
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if all(hasattr(taskset, part) for part in SPLITS):
@@ -212,7 +212,7 @@ def load(
         ImportError: learn2learn is not installed.
         ValueError: an unknown name, or a number the data does not support.
     """
-    at_least_one(ways=ways, shots=shots, queries=queries)
+    require_at_least_one(ways=ways, shots=shots, queries=queries)
     benchmarks = _learn2learn().vision.benchmarks
     known = sorted(benchmarks.list_tasksets())
     if taskset not in known:

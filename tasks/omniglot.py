@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from tasks.cache import Arrays, cache_dir, cached
+from tasks.cache import Arrays, cache_dir, load_or_build
 from tasks.episodes import Splits
-from tasks.files import Files, digest
+from tasks.files import Files, content_digest
 from tasks.pool import ImagePool, few_shot_splits
 
 SIZE = 28
@@ -49,7 +49,9 @@ def load(
     if split not in ("standard", "vinyals"):
         raise ValueError(f"split: got {split!r}, expected 'standard' or 'vinyals'")
     found = _download() if data_root is None else _find(Path(data_root))
-    arrays = cached("-".join(["omniglot-1", *map(digest, found.values())]), lambda: _read(found))
+    arrays = load_or_build(
+        "-".join(["omniglot-1", *map(content_digest, found.values())]), lambda: _read(found)
+    )
     images, names = torch.from_numpy(arrays["images"]), arrays["names"].tolist()
     train, validation, test = standard_split() if split == "standard" else vinyals_split(names)
     if rotations:
@@ -57,7 +59,7 @@ def load(
         images = torch.cat([images, *(upright.rot90(turns, (2, 3)) for turns in (1, 2, 3))])
         names += [f"{names[c]}/rot{90 * turns:03d}" for turns in (1, 2, 3) for c in train]
         train = np.append(train, np.arange(len(validation) + len(train) + len(test), len(names)))
-    pool = ImagePool.sorted(images, np.full(len(names), DRAWINGS), names)
+    pool = ImagePool.from_sorted(images, np.full(len(names), DRAWINGS), names)
     return few_shot_splits(
         "omniglot", pool, (train, validation, test), ways=ways, shots=shots, queries=queries
     )

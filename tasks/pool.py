@@ -31,7 +31,7 @@ class ImagePool:
     ids: np.ndarray
 
     @classmethod
-    def sorted(
+    def from_sorted(
         cls, images: Tensor, counts: Sequence[int] | np.ndarray, names: Iterable[str]
     ) -> ImagePool:
         """A whole pool: `counts[0]` images of class 0, then `counts[1]` of class 1, and so on.
@@ -61,7 +61,7 @@ class ImagePool:
             self.images, self.starts[classes], self.counts[classes], names, self.ids[classes]
         )
 
-    def of(self, position: int) -> Tensor:
+    def images_of(self, position: int) -> Tensor:
         """The images of one class, `[count, channels, height, width]`."""
         return self.images[self.starts[position] :][: self.counts[position]]
 
@@ -85,7 +85,7 @@ class FewShot:
     kind = "classification"
 
     def __init__(self, pool: ImagePool, *, ways: int, shots: int, queries: int, name: str) -> None:
-        at_least_one(ways=ways, shots=shots, queries=queries)
+        require_at_least_one(ways=ways, shots=shots, queries=queries)
         if ways > len(pool):
             raise ValueError(
                 f"ways: got {ways}, but {name} has {len(pool)} classes; ask for fewer ways or give it more classes"
@@ -128,7 +128,7 @@ class FewShot:
         return self.pool.images[rows.flatten(1)].float().div_(255), targets
 
 
-def at_least_one(**numbers: int) -> None:
+def require_at_least_one(**numbers: int) -> None:
     """Refuse a number of ways, shots or queries below 1 (ValueError)."""
     for argument, number in numbers.items():
         if number < 1:

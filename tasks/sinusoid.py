@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tasks.episodes import Episodes, Splits
-from tasks.pool import at_least_one
+from tasks.pool import require_at_least_one
 
 AMPLITUDE, PHASE, RANGE = (0.1, 5.0), (0.0, np.pi), (-5.0, 5.0)
 
@@ -27,7 +27,7 @@ class Sinusoid:
     outputs = 1
 
     def __init__(self, *, shots: int, queries: int, split: str) -> None:
-        at_least_one(shots=shots, queries=queries)
+        require_at_least_one(shots=shots, queries=queries)
         self.shots, self.queries, self.name = shots, queries, f"sinusoid/{split}"
 
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:

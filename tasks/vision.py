@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.cache import Arrays, cache_dir, cached
+from tasks.cache import Arrays, cache_dir, load_or_build
 from tasks.examples import Examples
-from tasks.files import Files, digest
+from tasks.files import Files, content_digest
 from tasks.folder import SUFFIXES
 
 CIFAR10_CLASSES = (
@@ -227,7 +227,9 @@ def _from_images(*roots: Path) -> list[Examples]:
 
 
 def _load_images(files: Files, labels: list[str], paths: list[str]) -> Examples:
-    arrays = cached(f"cifar10-images-1-{digest(files.root)}", lambda: _decode(files, paths))
+    arrays = load_or_build(
+        f"cifar10-images-1-{content_digest(files.root)}", lambda: _decode(files, paths)
+    )
     targets = torch.tensor([CIFAR10_CLASSES.index(label) for label in labels])
     return Examples(torch.from_numpy(arrays["images"]), targets)
 

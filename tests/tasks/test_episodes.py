@@ -17,7 +17,7 @@ COUNTS = (6, 8, 7, 6, 9, 6, 7)
 def pool(counts=COUNTS):
     """Image number i of the pool has every pixel i, so pixels name images."""
     images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 2, 3)
-    return ImagePool.sorted(images, counts, [f"class {c}" for c in range(len(counts))])
+    return ImagePool.from_sorted(images, counts, [f"class {c}" for c in range(len(counts))])
 
 
 def few_shot(ways=4, shots=2, queries=3, name="test/train", of=None):
@@ -77,7 +77,7 @@ def test_subset_shares_pixels_and_keeps_class_numbers():
     part = whole.subset(np.array([4, 1])).subset(np.array([1, 0]))
     assert part.images.data_ptr() == whole.images.data_ptr()
     assert (part.names, part.ids.tolist()) == (("class 1", "class 4"), [1, 4])
-    assert torch.equal(part.of(1), whole.of(4))
+    assert torch.equal(part.images_of(1), whole.images_of(4))
     episodes = few_shot(ways=2, of=part).sample(30, np.random.default_rng(0))
     assert set(episodes.labels["classes"].flatten().tolist()) == {1, 4}
     assert image_numbers(episodes.query[0]).min() >= 6  # class 0 owns images 0 … 5
@@ -104,12 +104,12 @@ def test_numbers_the_data_cannot_serve_are_refused(numbers, message):
 def test_a_pool_whose_parts_do_not_fit_is_refused():
     images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"images: got torch.float32 of shape \(4, 1, 2, 2\)"):
-        ImagePool.sorted(images.float(), [4], ["a"])
+        ImagePool.from_sorted(images.float(), [4], ["a"])
     with pytest.raises(
         ValueError,
         match=r"counts: got 1 classes of 3 images in all, expected 1 classes .* of 4 images",
     ):
-        ImagePool.sorted(images, [3], ["a"])
+        ImagePool.from_sorted(images, [3], ["a"])
 
 
 def test_the_stream_is_set_by_family_seed_and_position():

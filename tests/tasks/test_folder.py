@@ -110,7 +110,7 @@ def test_lists_may_lie_elsewhere_and_name_paths(tmp_path):
     write(tmp_path / "lists", lists)
     splits = load(write(tmp_path / "data", by_class()), split_lists=tmp_path / "lists")
     assert classes(splits) == [["k5", "k6"], ["k1", "k2"], ["k3", "k4"]]
-    assert splits.test.pool.of(0)[:, 0, 0, 0].tolist() == [30, 31, 32]
+    assert splits.test.pool.images_of(0)[:, 0, 0, 0].tolist() == [30, 31, 32]
 
 
 def test_a_zip_reads_as_its_tree_does_and_rubbish_is_passed_over(tmp_path):

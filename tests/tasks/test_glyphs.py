@@ -118,7 +118,7 @@ def test_the_cache_is_read_back_and_holds_one_whole_file(folder):
         calls.append(1)
         return {"a": np.arange(3), "names": np.array(["x", "y"])}
 
-    one, two = cache.cached("thing-1", build), cache.cached("thing-1", build)
+    one, two = cache.load_or_build("thing-1", build), cache.load_or_build("thing-1", build)
     assert len(calls) == 1
     assert one["a"].tolist() == two["a"].tolist() == [0, 1, 2]
     assert two["names"].tolist() == ["x", "y"]
@@ -130,7 +130,7 @@ def test_a_damaged_cache_is_built_anew(folder, damage):
     def build():
         return {"a": np.arange(1000)}
 
-    cache.cached("thing-1", build)
+    cache.load_or_build("thing-1", build)
     path = folder / "thing-1.npz"
     whole = path.read_bytes()
     middle = len(whole) // 2
@@ -139,7 +139,7 @@ def test_a_damaged_cache_is_built_anew(folder, damage):
     elif damage == "flip":
         damage = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
     path.write_bytes(damage)
-    assert cache.cached("thing-1", build)["a"].tolist() == list(range(1000))
+    assert cache.load_or_build("thing-1", build)["a"].tolist() == list(range(1000))
     with np.load(path) as file:
         assert file["a"].tolist() == list(range(1000))
 
@@ -151,14 +151,14 @@ def test_a_failure_leaves_nothing_half_written(folder, monkeypatch):
 
     monkeypatch.setattr(np, "savez_compressed", fail)
     with pytest.raises(KeyboardInterrupt):
-        cache.cached("thing-1", lambda: {"a": np.arange(3)})
+        cache.load_or_build("thing-1", lambda: {"a": np.arange(3)})
     assert list(folder.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("METAIMPLICIT_CACHE", str(tmp_path / "file" / "cache"))
-    assert cache.cached("thing-1", lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
+    assert cache.load_or_build("thing-1", lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
 
 
 def test_the_cache_folder_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):

@@ -103,9 +103,9 @@ def test_rotated_classes_are_the_upright_images_turned_and_only_in_training(load
     upright = next(i for i, name in enumerate(train.names) if "/rot" not in name)
     for degrees, turns in ((90, 1), (180, 2), (270, 3)):
         turned = train.names.index(f"{train.names[upright]}/rot{degrees:03d}")
-        images = train.of(upright).numpy()
-        assert np.array_equal(train.of(turned).numpy(), np.rot90(images, turns, axes=(2, 3)))
-        assert not np.array_equal(train.of(turned).numpy(), images)
+        images = train.images_of(upright).numpy()
+        assert np.array_equal(train.images_of(turned).numpy(), np.rot90(images, turns, axes=(2, 3)))
+        assert not np.array_equal(train.images_of(turned).numpy(), images)
     assert len(set(train.ids)) == len(train.names) == 4400
     assert not any(
         "/rot" in name for family in (splits.validation, splits.test) for name in family.pool.names
@@ -127,7 +127,7 @@ def test_images_are_the_drawings_bright_on_dark_at_28_pixels(load):
             .convert("L")
             .resize((28, 28), Image.Resampling.LANCZOS)
         )
-    assert np.array_equal(pool.of(7)[3, 0].numpy(), 255 - np.asarray(drawing))
+    assert np.array_equal(pool.images_of(7)[3, 0].numpy(), 255 - np.asarray(drawing))
     inputs, _ = (
         tasks.FewShot(pool, ways=5, shots=1, queries=15, name="o")
         .sample(4, np.random.default_rng(0))
