@@ -1,4 +1,4 @@
-"""Work that is slow is done once: arrays kept on disk, downloads, and the bars that show progress."""
+"""Slow work is done once and shows its progress: arrays kept on disk, and downloads."""
 
 from __future__ import annotations
 

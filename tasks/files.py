@@ -18,7 +18,7 @@ from tasks.cache import progress
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .bmp .gif .webp .ppm .pgm .tif .tiff".split())
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 class Files:

@@ -1,4 +1,4 @@
-"""Splits with a flaw or without: long-tailed, balanced, mislabelled. Each depends on its seed alone."""
+"""Seeded subsets and flaws of a labelled set: long-tailed, balanced, mislabelled."""
 
 from __future__ import annotations
 
@@ -14,33 +14,40 @@ from tasks.examples import Examples, random_stream
 
 
 def long_tailed_counts(largest: int, classes: int, imbalance: float) -> list[int]:
-    """Class sizes of an exponential long tail (Cui et al. 2019, section 5.1):
+    """The class sizes of an exponential long tail (Cui et al. 2019, section 5.1).
 
         n_c = ⌊largest · imbalance^(−c/(classes−1))⌋,  c = 0 … classes−1
 
     Args:
-        largest: size of class 0, ≥ 1.
-        classes: ≥ 1.
-        imbalance: n_0 / n_{classes−1} before rounding down, finite and ≥ 1; 1 is balanced.
+        largest: The size n_0 of class 0, ≥ 1.
+        classes: The number of classes, ≥ 1.
+        imbalance: n_0 / n_{classes−1} before rounding down, finite and ≥ 1. With 1, all classes
+            have the same size.
 
     Raises:
-        ValueError: a number out of range, or a class that would be left empty.
+        ValueError: If a number is out of range, or a class would be empty.
+
+    Example:
+        >>> long_tailed_counts(largest=100, classes=3, imbalance=100)
+        [100, 10, 1]
     """
-    if largest < 1 or classes < 1:
-        name, got = ("largest", largest) if largest < 1 else ("classes", classes)
-        raise ValueError(f"{name}: got {got}, expected at least 1")
+    for name, number in {"largest": largest, "classes": classes}.items():
+        if number < 1:
+            raise ValueError(f"{name}: got {number}, expected at least 1")
     if not 1 <= imbalance < math.inf:
         raise ValueError(
             f"imbalance: got {imbalance}, expected a finite n_0 / n_last ≥ 1; 1 is balanced"
         )
-    tail = [imbalance ** (-c / max(classes - 1, 1)) for c in range(classes)]
-    counts = [
-        math.floor(largest * share * (1 + 1e-12)) for share in tail
-    ]  # 1e-12: 49.999999999999996 is 50
+    counts = []
+    for c in range(classes):
+        share = imbalance ** (-c / max(classes - 1, 1))
+        # Round-off must not lose an example: 49.999999999999996 means 50.
+        counts.append(math.floor(largest * share * (1 + 1e-12)))
     if 0 in counts:
         raise ValueError(
-            f"imbalance: got {imbalance} for largest {largest}, which leaves class {counts.index(0)} empty; "
-            f"expected an imbalance of at most {largest}, or a larger class 0"
+            f"imbalance: got {imbalance} for largest {largest}, which leaves class "
+            f"{counts.index(0)} empty; expected an imbalance of at most {largest}, "
+            "or a larger class 0"
         )
     return counts
 
@@ -48,33 +55,59 @@ def long_tailed_counts(largest: int, classes: int, imbalance: float) -> list[int
 def long_tailed(
     examples: Examples, imbalance: float, seed: int, largest: int | None = None
 ) -> Examples:
-    """`long_tailed_counts` of each class, drawn at random, in the order of `examples`.
+    """Draw a long-tailed subset at random, with the class sizes of `long_tailed_counts`.
 
-    One seed's draws are nested: a stronger imbalance, or a smaller `largest`, takes a subset.
+    The subset keeps the order of `examples`. The subsets of one seed are nested: a stronger
+    imbalance, or a smaller `largest`, gives a subset of the same examples.
 
     Args:
-        largest: size of class 0; None: the size of the smallest class, so that `imbalance` alone shapes the set.
+        examples: The set, with at least one example of each class.
+        imbalance: As for `long_tailed_counts`.
+        seed: ≥ 0.
+        largest: The size of class 0. If None, that of the smallest class of `examples`.
 
     Raises:
-        ValueError: a class without examples, too few in one, or what `long_tailed_counts` refuses.
+        ValueError: If a class has no or too few examples, the seed is negative, or
+            `long_tailed_counts` refuses the numbers.
+
+    Example:
+        >>> examples = Examples(torch.rand(30, 2), torch.arange(30) % 3)
+        >>> long_tailed(examples, imbalance=9, seed=0).counts()
+        [10, 3, 1]
     """
-    present = _present(examples)
-    counts = long_tailed_counts(
-        min(present) if largest is None else largest, len(present), imbalance
-    )
-    return examples.take(_draw(examples, counts, random_stream(seed, "long_tailed"), "largest"))
+    sizes = _class_sizes(examples)
+    largest = min(sizes) if largest is None else largest
+    counts = long_tailed_counts(largest, len(sizes), imbalance)
+    order = random_stream(seed, "long_tailed").permutation(len(examples))
+    return examples.take(_first_of_each_class(examples, counts, order, argument="largest"))
 
 
 def per_class(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
-    """Exactly `count` ≥ 1 of each class, drawn at random, and all the others; both in the order of `examples`.
+    """Draw `count` examples of each class at random, and separate them from the others.
+
+    Args:
+        examples: The set, with at least one example of each class.
+        count: ≥ 1.
+        seed: ≥ 0.
+
+    Returns:
+        The drawn examples and all others. Both keep the order of `examples`.
 
     Raises:
-        ValueError: a class without examples, too few in one, or none left over.
+        ValueError: If `count` is below 1, a class has no or too few examples, no example would be
+            left over, or the seed is negative.
+
+    Example:
+        >>> examples = Examples(torch.rand(30, 2), torch.arange(30) % 3)
+        >>> validation, train = per_class(examples, count=2, seed=0)
+        >>> validation.counts(), train.counts()
+        ([2, 2, 2], [8, 8, 8])
     """
     if count < 1:
         raise ValueError(f"count: got {count}, expected at least 1 of each class")
-    present = _present(examples)
-    drawn = _draw(examples, [count] * len(present), random_stream(seed, "per_class"), "count")
+    counts = [count] * len(_class_sizes(examples))
+    order = random_stream(seed, "per_class").permutation(len(examples))
+    drawn = _first_of_each_class(examples, counts, order, argument="count")
     if len(drawn) == len(examples):
         raise ValueError(
             f"count: got {count} of each class, which leaves no others; expected fewer"
@@ -85,92 +118,121 @@ def per_class(examples: Examples, count: int, seed: int) -> tuple[Examples, Exam
 
 
 def corrupt_labels(examples: Examples, share: float, seed: int) -> tuple[Examples, Tensor]:
-    """Exactly round(share · n) examples, drawn at random, get another class, uniform over all the others.
+    """Give exactly round(share · n) random examples another class, uniform over all others.
 
-    One seed's corruptions are nested: a smaller share changes a subset, to the same classes.
+    The corruptions of one seed are nested: a smaller share changes a subset of the same examples,
+    to the same classes.
 
     Args:
-        share: in [0, 1].
+        examples: The set of n examples, with at least one example of each of at least two classes.
+        share: In [0, 1].
+        seed: ≥ 0.
 
     Returns:
-        the set, which shares its inputs with `examples`, and which targets changed: bool `[n]`, on their device.
+        The corrupted set, which shares its inputs with `examples`, and a mask of the examples whose
+        target changed, bool `[n]`, on the device of the targets.
 
     Raises:
-        ValueError: a share out of range, a class without examples, only one class.
+        ValueError: If `share` is out of range, a class has no examples, there is only one class, or
+            the seed is negative.
+
+    Example:
+        >>> examples = Examples(torch.rand(10, 2), torch.arange(10) % 2)
+        >>> corrupted, changed = corrupt_labels(examples, share=0.3, seed=0)
+        >>> int(changed.sum()), torch.equal(corrupted.targets != examples.targets, changed)
+        (3, True)
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share: got {share}, expected a number in [0, 1]")
-    n, classes = len(examples), len(_present(examples))
+    n = len(examples)
+    classes = len(_class_sizes(examples))
     if classes < 2:
         raise ValueError(
             "targets: got 1 class, expected at least 2; a wrong label needs another class"
         )
     random = random_stream(seed, "corrupt_labels")
-    chosen = torch.from_numpy(random.permutation(n)[: round(share * n)])
-    shift = torch.from_numpy(random.integers(1, classes, n)).to(examples.targets.device)
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[chosen] = True
-    mask = mask.to(examples.targets.device)
-    moved = ((examples.targets.long() + shift) % classes).to(examples.targets.dtype)
-    return Examples(examples.inputs, torch.where(mask, moved, examples.targets)), mask
+    changed = torch.zeros(n, dtype=torch.bool)
+    changed[torch.from_numpy(random.permutation(n)[: round(share * n)])] = True
+    shift = torch.from_numpy(random.integers(1, classes, n))  # never 0, so the class changes
+
+    targets = examples.targets
+    changed = changed.to(targets.device)
+    shifted = (targets.long() + shift.to(targets.device)) % classes
+    corrupted = torch.where(changed, shifted.to(targets.dtype), targets)
+    return Examples(examples.inputs, corrupted), changed
 
 
 def check_disjoint(train: Examples, validation: Examples) -> None:
-    """Refuse two sets that share an input, to the bit. Rows are hashed: 16 bytes of memory an example.
+    """Raise if two sets share an input, compared bit by bit.
+
+    Inputs are compared by 16-byte hashes, so the memory needed is 16 bytes for each example.
+
+    Args:
+        train: The first set.
+        validation: The second set, with inputs of the same type and shape.
 
     Raises:
-        ValueError: shared inputs; inputs of two dtypes or shapes, whose bits say nothing.
+        ValueError: If an input is in both sets, or their inputs differ in type or shape.
+
+    Example:
+        >>> examples = Examples(torch.arange(4.0), torch.zeros(4))
+        >>> check_disjoint(examples.take(torch.tensor([0, 1])), examples.take(torch.tensor([2])))
     """
-    kinds = [(str(part.inputs.dtype), tuple(part.inputs.shape[1:])) for part in (train, validation)]
-    if kinds[0] != kinds[1]:
+    expected = (str(train.inputs.dtype), tuple(train.inputs.shape[1:]))
+    got = (str(validation.inputs.dtype), tuple(validation.inputs.shape[1:]))
+    if got != expected:
         raise ValueError(
-            f"validation: got inputs {kinds[1]}, expected {kinds[0]} as in train; compare both before standardising"
+            f"validation: got inputs {got}, expected {expected} as in train; "
+            "compare both before standardising"
         )
-    seen: dict[bytes, int] = {}
+    first_row: dict[bytes, int] = {}
     for row, digest in enumerate(_digests(train.inputs)):
-        seen.setdefault(digest, row)
+        first_row.setdefault(digest, row)
     shared = [
-        (seen[digest], row)
+        (first_row[digest], row)
         for row, digest in enumerate(_digests(validation.inputs))
-        if digest in seen
+        if digest in first_row
     ]
     if shared:
+        train_row, validation_row = shared[0]
         raise ValueError(
-            f"validation: {len(shared)} of {len(validation)} inputs are in train too, the first being train "
-            f"{shared[0][0]} = validation {shared[0][1]}; expected none, so drop them from one set, or split one set "
-            "without repeated inputs by `per_class`"
+            f"validation: {len(shared)} of {len(validation)} inputs are in train too, the first "
+            f"being train {train_row} = validation {validation_row}; expected none, so drop them "
+            "from one set, or split one set without repeated inputs by `per_class`"
         )
 
 
-def _present(examples: Examples) -> list[int]:
-    """Size of each class 0 … max; refuses an absent one."""
-    counts = examples.counts()
-    if 0 in counts:
+def _class_sizes(examples: Examples) -> list[int]:
+    """The size of each class 0 … max. A ValueError names a class without examples."""
+    sizes = examples.counts()
+    if 0 in sizes:
         raise ValueError(
-            f"targets: got no example of class {counts.index(0)} in 0 … {len(counts) - 1}; "
+            f"targets: got no example of class {sizes.index(0)} in 0 … {len(sizes) - 1}; "
             "number the classes without gaps"
         )
-    return counts
+    return sizes
 
 
-def _draw(
-    examples: Examples, counts: Sequence[int], random: np.random.Generator, name: str
+def _first_of_each_class(
+    examples: Examples, counts: Sequence[int], order: np.ndarray, *, argument: str
 ) -> Tensor:
-    """Positions, ascending, of the first `counts[c]` of each class c in a random order."""
-    order = torch.from_numpy(random.permutation(len(examples)))
-    targets = examples.targets.cpu()[order]
+    """The positions, ascending, of the first `counts[c]` examples of each class c in `order`."""
+    positions = torch.from_numpy(order)
+    targets = examples.targets.cpu()[positions]
     drawn = []
     for c, count in enumerate(counts):
-        of_class = order[targets == c]
-        if len(of_class) < count:
+        members = positions[targets == c]
+        if len(members) < count:
             raise ValueError(
-                f"{name}: class {c} needs {count} examples and has {len(of_class)}; lower {name}, or add examples"
+                f"{argument}: class {c} needs {count} examples and has {len(members)}; "
+                f"lower {argument}, or add examples"
             )
-        drawn.append(of_class[:count])
+        drawn.append(members[:count])
     return torch.cat(drawn).sort().values
 
 
 def _digests(inputs: Tensor) -> Iterator[bytes]:
+    """A hash of the bits of each row."""
     for chunk in inputs.detach().split(1024):
         rows = chunk.cpu().reshape(len(chunk), -1).contiguous().view(torch.uint8).numpy()
         yield from (hashlib.blake2b(row, digest_size=16).digest() for row in rows)

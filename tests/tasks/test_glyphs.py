@@ -69,7 +69,7 @@ def test_rendering_again_gives_the_same_bits(rendered):
     faces = glyphs.font_files()[:2]
     plates = [torch.cat([glyphs.draw(face, "Rg")] * 2) for face in faces]
     first, second = (
-        glyphs.warp(plates[0], glyphs._jitter(4, np.random.default_rng(3))) for _ in range(2)
+        glyphs.warp(plates[0], glyphs.jitter(4, np.random.default_rng(3))) for _ in range(2)
     )
     assert torch.equal(first, second)
     assert not torch.equal(first[:2], first[2:])  # the same two letters, jittered otherwise

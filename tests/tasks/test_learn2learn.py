@@ -158,10 +158,11 @@ def test_a_finite_taskset_keeps_its_tasks_and_its_cache() -> None:
 
 def test_nothing_global_is_left_behind() -> None:
     before = globals_now()
-    source = family(FakeTaskset())
+    taskset = FakeTaskset()
+    source = family(taskset)
     draw(source)
     assert globals_now() == before
-    source._taskset.get_task = lambda description: torch.empty(0)[0]
+    taskset.get_task = lambda description: torch.empty(0)[0]
     with pytest.raises(IndexError):
         draw(source)
     assert globals_now() == before
