@@ -27,7 +27,13 @@ from tasks.cifar import cifar10
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
 from tasks.examples import Batches, Examples
 from tasks.pool import FewShot, ImagePool
-from tasks.subsets import check_disjoint, corrupt_labels, long_tailed, long_tailed_counts, per_class
+from tasks.subsets import (
+    check_disjoint,
+    corrupt_labels,
+    long_tailed,
+    long_tailed_counts,
+    per_class,
+)
 from tasks.vision import mnist, standardise
 
 # A family is a module with a function `load(*, ways, shots, queries, **options) -> Splits`. Further
@@ -100,8 +106,14 @@ def load(
         options["data_root"] = data_root
     parameters = inspect.signature(load_family).parameters
     own_options = parameters.keys() - {"ways", "shots", "queries"}
-    _check_options(name, options, {key: parameters[key].default for key in own_options})
-    splits: Splits = load_family(ways=ways, shots=shots, queries=queries, **options)
+    defaults = {option: parameters[option].default for option in own_options}
+    _check_options(name, options, defaults)
+    splits: Splits = load_family(
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        **options,
+    )
     return splits
 
 
@@ -112,14 +124,22 @@ def family_summaries() -> dict[str, str]:
         >>> family_summaries()["sinusoid"]
         "Few-shot regression of sine waves, MAML's toy problem (Finn et al. 2017, section 5.1)."
     """
-    return {name: (_module(name).__doc__ or "").partition("\n")[0] for name in FAMILIES}
+    summaries = {}
+    for name in FAMILIES:
+        docstring = _module(name).__doc__ or ""
+        summaries[name] = docstring.partition("\n")[0]
+    return summaries
 
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(FAMILIES[name])
 
 
-def _check_options(name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check_options(
+    name: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> None:
     """Raise if an option has no default, or another type than its default."""
     unknown = sorted(set(options) - set(defaults))
     if unknown:
@@ -130,8 +150,9 @@ def _check_options(name: str, options: Mapping[str, Any], defaults: Mapping[str,
         kind = {bool: bool, int: Integral, float: Real}.get(type(default))
         if kind is None:
             continue
-        # A bool is an int in Python, but not an option for one.
-        if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
+        # In Python True is an int, but no option takes it for one.
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, kind) or is_bool != (kind is bool):
             raise ValueError(
                 f"{name} {option}: got {value!r}, expected {type(default).__name__}, "
                 f"such as {default}"

@@ -33,7 +33,8 @@ def cache_dir() -> Path:
     """
     if chosen := os.environ.get("METAIMPLICIT_CACHE"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metaimplicit"
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "metaimplicit"
 
 
 def load_or_build(name: str, build: Callable[[], Arrays]) -> Arrays:
@@ -57,7 +58,8 @@ def load_or_build(name: str, build: Callable[[], Arrays]) -> Arrays:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         pass  # The file is absent or damaged.
     arrays = build()
-    with contextlib.suppress(OSError):  # A read-only or full disk costs time, not the run.
+    # A read-only or full disk costs time, but does not end the run.
+    with contextlib.suppress(OSError):
         _save(path, arrays)
     return arrays
 
@@ -88,8 +90,13 @@ def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
 
 def _save(path: Path, arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save: Callable[..., None] = np.savez_compressed  # its stub takes the arrays' names for options
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
+    # NumPy's type stub takes the names of the arrays for options.
+    save: Callable[..., None] = np.savez_compressed
+    handle, partial = tempfile.mkstemp(
+        dir=path.parent,
+        prefix=path.stem,
+        suffix=".partial",
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             save(file, **arrays)

@@ -15,15 +15,30 @@ from tasks.cache import cache_dir, download, load_or_build
 from tasks.examples import Examples
 from tasks.files import Files, content_digest
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 PER_CLASS = {"train": 5000, "test": 1000}  # images
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 ARCHIVE = "cifar-10-binary.tar.gz"
-BINARY_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+BINARY_FILES = {
+    "train": [f"data_batch_{i}.bin" for i in range(1, 6)],
+    "test": ["test_batch.bin"],
+}
 SIDE = 32  # pixels
-RECORD = 1 + 3 * SIDE**2  # bytes: the class, then the red, the green and the blue plane
+# Bytes of an image: its class, then its red, its green and its blue plane.
+RECORD = 1 + 3 * SIDE**2
 
 
 def cifar10(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
@@ -55,7 +70,8 @@ def cifar10(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
         if source.is_file():
             files = _read_archive(source)
         else:
-            files = {path.name: path.read_bytes() for path in _binary_paths(source)}
+            paths = _binary_paths(source)
+            files = {path.name: path.read_bytes() for path in paths}
         train = _from_records(source, files, "train")
         test = _from_records(source, files, "test")
         return train, test
@@ -66,7 +82,9 @@ def cifar10(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
     # Both are checked before either is decoded, which takes time.
     train_classes = _classes_of_images(train_files, "train")
     test_classes = _classes_of_images(test_files, "test")
-    return _from_images(train_files, train_classes), _from_images(test_files, test_classes)
+    train = _from_images(train_files, train_classes)
+    test = _from_images(test_files, test_classes)
+    return train, test
 
 
 def _find(root: Path) -> Path | tuple[Path, Path]:
@@ -79,16 +97,25 @@ def _find(root: Path) -> Path | tuple[Path, Path]:
         if (folder / ARCHIVE).is_file():
             return folder / ARCHIVE
     for folder in folders:
-        train = [path for path in (folder / "train.zip", folder / "train") if path.exists()]
-        test = [path for path in (folder / "test.zip", folder / "test") if path.exists()]
+        train = _zip_or_folder(folder, "train")
+        test = _zip_or_folder(folder, "test")
         if train and test:
-            return train[0], test[0]
+            return train, test
     raise FileNotFoundError(
-        f"data_root: found no CIFAR-10 in {root}, expected {ARCHIVE} or the data_batch_1.bin … "
-        "test_batch.bin extracted from it, or train.zip and test.zip (or folders) of class/image "
-        f"files, there or in cifar10/; get the archive from {URL}, or leave data_root out to "
-        "download it"
+        f"data_root: found no CIFAR-10 in {root}, expected {ARCHIVE} "
+        "or the data_batch_1.bin … test_batch.bin extracted from it, "
+        "or train.zip and test.zip (or folders) of class/image files, "
+        "there or in cifar10/; "
+        f"get the archive from {URL}, or leave data_root out to download it"
     )
+
+
+def _zip_or_folder(folder: Path, part: str) -> Path | None:
+    """The images of a part as a zip, else as a folder, or None."""
+    for path in (folder / f"{part}.zip", folder / part):
+        if path.exists():
+            return path
+    return None
 
 
 def _download() -> Path:
@@ -132,14 +159,15 @@ def _from_records(source: Path, files: dict[str, bytes], split: str) -> Examples
         data = files.get(name, b"")
         if not data or len(data) % RECORD:
             raise ValueError(
-                f"{source}: {name}: got {len(data) or 'no'} bytes, expected records of {RECORD}; "
-                f"download {URL} again"
+                f"{source}: {name}: got {len(data) or 'no'} bytes, "
+                f"expected records of {RECORD}; download {URL} again"
             )
         parts.append(np.frombuffer(data, np.uint8).reshape(-1, RECORD))
     records = np.concatenate(parts)
     targets = records[:, 0].astype(np.int64)
     names = dict(enumerate(CLASSES))
-    _check_counts(source, [names.get(c, f"class {c}") for c in targets.tolist()], split)
+    classes = [names.get(c, f"class {c}") for c in targets.tolist()]
+    _check_counts(source, classes, split)
     inputs = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, SIDE, SIDE)
     return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
 
@@ -158,7 +186,8 @@ def _from_images(files: Files, classes: Sequence[str]) -> Examples:
         images = files.images(files.image_paths, SIDE, color=True)
         return {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
 
-    arrays = load_or_build(f"cifar10-images-1-{content_digest(files.root)}", decode)
+    digest = content_digest(files.root)
+    arrays = load_or_build(f"cifar10-images-1-{digest}", decode)
     targets = torch.tensor([CLASSES.index(name) for name in classes])
     return Examples(torch.from_numpy(arrays["images"]), targets)
 
@@ -170,7 +199,8 @@ def _check_counts(root: Path, classes: Sequence[str], split: str) -> None:
         expected = PER_CLASS[split] if name in CLASSES else 0
         if counts[name] != expected:
             raise ValueError(
-                f"{root}: got {counts[name]} images of {name!r}, expected {expected}: "
+                f"{root}: got {counts[name]} images of {name!r}, "
+                f"expected {expected}: "
                 f"{PER_CLASS[split]} each of {', '.join(CLASSES)}; "
                 "download or extract CIFAR-10 again"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 Pair = tuple[Tensor, Tensor]
+SPLIT_NAMES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,20 @@ class Episodes:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Episodes:
         """The same episodes with support and query on `device`. `labels` stay where they are."""
-        support, query = (
-            (x.to(device, non_blocking=non_blocking), y.to(device, non_blocking=non_blocking))
-            for x, y in (self.support, self.query)
-        )
-        return Episodes(support, query, self.labels)
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Episodes:
         """The same episodes in page-locked memory. A `DataLoader` calls this."""
-        support, query = ((x.pin_memory(), y.pin_memory()) for x, y in (self.support, self.query))
-        return Episodes(support, query, self.labels)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
+        inputs, targets = self.support
+        query_inputs, query_targets = self.query
+        return Episodes(
+            support=(function(inputs), function(targets)),
+            query=(function(query_inputs), function(query_targets)),
+            labels=self.labels,
+        )
 
 
 class TaskFamily(Protocol):
@@ -113,12 +118,15 @@ class Splits:
     test: TaskFamily
 
     def __post_init__(self) -> None:
-        for first, second in combinations((self.train, self.validation, self.test), 2):
-            shared = set(getattr(first, "classes", ())) & set(getattr(second, "classes", ()))
+        families = (self.train, self.validation, self.test)
+        for first, second in combinations(families, 2):
+            classes = set(getattr(first, "classes", ()))
+            shared = classes.intersection(getattr(second, "classes", ()))
             if shared:
                 raise ValueError(
-                    f"splits: {first.name} and {second.name} share {len(shared)} classes, "
-                    f"such as {min(shared)!r}; few-shot splits hold whole classes apart, "
+                    f"splits: {first.name} and {second.name} share "
+                    f"{len(shared)} classes, such as {min(shared)!r}; "
+                    "few-shot splits hold whole classes apart, "
                     "so give every class to one of them"
                 )
 
@@ -128,13 +136,18 @@ class Splits:
 
         A run that stores them can tell later whether its model was trained on other classes.
         """
-        families = {"train": self.train, "validation": self.validation, "test": self.test}
-        digests = {}
-        for split, family in families.items():
-            classes = getattr(family, "classes", ())
-            names = "\n".join(map(str, getattr(family, "class_names", classes)))
-            digests[split] = hashlib.sha256(names.encode()).hexdigest()[:16]
-        return digests
+        return {
+            "train": _class_digest(self.train),
+            "validation": _class_digest(self.validation),
+            "test": _class_digest(self.test),
+        }
+
+
+def _class_digest(family: TaskFamily) -> str:
+    classes = getattr(family, "classes", ())
+    names = getattr(family, "class_names", classes)
+    text = "\n".join(map(str, names))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class EpisodeSampler(Dataset[Episodes]):
@@ -185,7 +198,12 @@ class EpisodeSampler(Dataset[Episodes]):
             self.position += 1
             yield self[self.position - 1]
 
-    def batches(self, count: int, workers: int = 0, pin_memory: bool = False) -> Iterator[Episodes]:
+    def batches(
+        self,
+        count: int,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterator[Episodes]:
         """The next `count` batches of the stream, in its order, drawn by a `DataLoader`.
 
         The position advances when a batch is yielded, not when a worker draws it, so a state that
@@ -197,7 +215,8 @@ class EpisodeSampler(Dataset[Episodes]):
             pin_memory: Whether they come in page-locked memory.
         """
         indices = range(self.position, self.position + count)
-        generator = torch.Generator().manual_seed(self.seed)  # else the loader draws a global seed
+        # Without a generator, the loader would draw a seed from the global one.
+        generator = torch.Generator().manual_seed(self.seed)
         loader = DataLoader(
             Subset(self, indices),
             batch_size=None,
@@ -227,7 +246,8 @@ class EpisodeSampler(Dataset[Episodes]):
         for key, expected in self.state_dict().items():
             if key != "position" and state.get(key) != expected:
                 raise ValueError(
-                    f"sampler state: got {key}={state.get(key)!r}, expected {expected!r}; "
+                    f"sampler state: got {key}={state.get(key)!r}, "
+                    f"expected {expected!r}; "
                     "resume with the options the run was started with"
                 )
         self.position = int(state["position"])

@@ -36,13 +36,15 @@ class Examples:
         n = len(self.inputs) if self.inputs.ndim else 0
         if n == 0:
             raise ValueError(
-                f"inputs: got shape {tuple(self.inputs.shape)}, expected [n, *shape] with n ≥ 1; "
+                f"inputs: got shape {tuple(self.inputs.shape)}, "
+                "expected [n, *shape] with n ≥ 1; "
                 "give at least one example, the example axis first"
             )
         if self.targets.shape != (n,):
             raise ValueError(
-                f"targets: got shape {tuple(self.targets.shape)}, expected [{n}] as there are "
-                f"{n} inputs; give one class number for each input"
+                f"targets: got shape {tuple(self.targets.shape)}, "
+                f"expected [{n}] as there are {n} inputs; "
+                "give one class number for each input"
             )
 
     def __len__(self) -> int:
@@ -67,12 +69,15 @@ class Examples:
         Raises:
             ValueError: If the targets are not integers ≥ 0.
         """
-        if self.targets.is_floating_point() or self.targets.is_complex() or self.targets.min() < 0:
+        targets = self.targets
+        is_integer = not (targets.is_floating_point() or targets.is_complex())
+        if not is_integer or targets.min() < 0:
             raise ValueError(
-                f"targets: got {self.targets.dtype} from {self.targets.min()}, "
-                "expected class numbers, integers ≥ 0; number the classes from 0"
+                f"targets: got {targets.dtype} from {targets.min()}, "
+                "expected class numbers, integers ≥ 0; "
+                "number the classes from 0"
             )
-        counts: list[int] = self.targets.long().bincount().tolist()
+        counts: list[int] = targets.long().bincount().tolist()
         return counts
 
 
@@ -102,19 +107,24 @@ class Batches:
     """
 
     def __init__(
-        self, examples: Examples, size: int | None, seed: int, shuffle: bool = True
+        self,
+        examples: Examples,
+        size: int | None,
+        seed: int,
+        shuffle: bool = True,
     ) -> None:
         if size is not None and not 1 <= size <= len(examples):
             raise ValueError(
-                f"size: got {size}, expected 1 … {len(examples)}, the number of examples; "
-                "None is the whole set"
+                f"size: got {size}, expected 1 … {len(examples)}, "
+                "the number of examples; None is the whole set"
             )
         random_stream(seed)  # raises for a negative seed
         self.examples = examples
         self.size = size
         self.seed = seed
         self.shuffle = shuffle
-        self._orders: dict[int, Tensor] = {}  # of the last two epochs, as a batch can need two
+        # The permutations of the last two epochs, because a batch can need two.
+        self._orders: dict[int, Tensor] = {}
 
     def __call__(self, i: int) -> dict[str, Tensor]:
         """Batch i.
@@ -129,12 +139,18 @@ class Batches:
         if i < 0:
             raise ValueError(f"i: got {i}, expected a batch number ≥ 0")
         if self.size is None:
-            index = torch.arange(len(self.examples), device=self.examples.inputs.device)
+            device = self.examples.inputs.device
+            index = torch.arange(len(self.examples), device=device)
             batch = self.examples
         else:
-            index = torch.cat(list(self._parts(i * self.size, (i + 1) * self.size)))
+            start = i * self.size
+            index = torch.cat(list(self._parts(start, start + self.size)))
             batch = self.examples.take(index)
-        return {"inputs": batch.inputs, "targets": batch.targets, "index": index}
+        return {
+            "inputs": batch.inputs,
+            "targets": batch.targets,
+            "index": index,
+        }
 
     def _parts(self, start: int, stop: int) -> Iterator[Tensor]:
         """The positions `start` … `stop` − 1 of the stream, cut where epochs end."""

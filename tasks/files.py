@@ -18,7 +18,18 @@ from tasks.cache import progress
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".ppm",
+    ".pgm",
+    ".tif",
+    ".tiff",
+)
 
 
 class Files:
@@ -59,7 +70,8 @@ class Files:
             paths = [path.relative_to(root).as_posix() for path in _walk(root)]
         elif root.is_file():
             self._zip = _open_zip(root)
-            paths = [path for path in self._zip.namelist() if not path.endswith("/")]
+            names = self._zip.namelist()
+            paths = [name for name in names if not name.endswith("/")]
         else:
             raise FileNotFoundError(f"{root}: nothing there, expected a folder or a zip of images")
         self.paths = sorted(path for path in paths if not _is_hidden(path))
@@ -108,7 +120,9 @@ class Files:
                 image = _opaque_8_bit(opened).convert("RGB" if color else "L")
                 square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            got = f"{len(data)} bytes that do not decode ({error})" if data else "an empty file"
+            got = "an empty file"
+            if data:
+                got = f"{len(data)} bytes that do not decode ({error})"
             raise ValueError(
                 f"{self.root}: {path}: got {got}, expected an image; replace or remove it"
             ) from error
@@ -116,9 +130,11 @@ class Files:
 
     def images(self, paths: Sequence[str], size: int, *, color: bool) -> np.ndarray:
         """Decode several images as `image` does: uint8 `[n, size, size, channels]`."""
-        decoded = np.empty((len(paths), size, size, 3 if color else 1), np.uint8)
-        for index, path in enumerate(progress(paths, f"decoding {self.root.name}")):
-            decoded[index] = self.image(path, size, color=color)
+        channels = 3 if color else 1
+        decoded = np.empty((len(paths), size, size, channels), np.uint8)
+        bar = progress(paths, f"decoding {self.root.name}")
+        for image, path in zip(decoded, bar, strict=True):
+            image[:] = self.image(path, size, color=color)
         return decoded
 
 
@@ -142,24 +158,22 @@ def _open_zip(root: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(root)
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(
-            f"{root}: got an unreadable zip ({error}), expected a folder or a zip; "
-            "copy or download it again"
+            f"{root}: got an unreadable zip ({error}), "
+            "expected a folder or a zip; copy or download it again"
         ) from error
 
 
 def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
+    parts = path.split("/")
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
 def _walk(root: Path) -> Iterator[Path]:
     """The files in every folder. A link to a folder that contains it would never end."""
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        here = f"{os.path.realpath(folder)}/"
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not here.startswith(f"{os.path.realpath(Path(folder, name))}/")
-        ]
+        here = Path(os.path.realpath(folder))
+        targets = {name: os.path.realpath(Path(folder, name)) for name in subfolders}
+        subfolders[:] = [name for name in subfolders if not here.is_relative_to(targets[name])]
         paths = [Path(folder, name) for name in names]
         yield from (path for path in paths if path.is_file())
 

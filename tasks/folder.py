@@ -82,10 +82,20 @@ def load(
     split = _positions(parts) if len(parts) == 3 else shuffled_split(len(classes), seed)
 
     paths = [path for paths in classes.values() for path in paths]
-    images = torch.from_numpy(files.images(paths, size, color=color)).permute(0, 3, 1, 2)
-    counts = [len(paths) for paths in classes.values()]
-    pool = ImagePool.from_sorted(images, counts, classes)
-    return few_shot_splits("folder", pool, split, ways=ways, shots=shots, queries=queries)
+    images = files.images(paths, size, color=color)
+    pool = ImagePool.from_sorted(
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        counts=[len(paths) for paths in classes.values()],
+        names=classes,
+    )
+    return few_shot_splits(
+        "folder",
+        pool,
+        split,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+    )
 
 
 def _positions(parts: Sequence[Classes]) -> list[np.ndarray]:
@@ -96,7 +106,8 @@ def _positions(parts: Sequence[Classes]) -> list[np.ndarray]:
             if name in split_of:
                 raise ValueError(
                     f"splits: class {name!r} is in {split_of[name]} and in {split}; "
-                    "few-shot splits hold whole classes apart, so give every class to one of them"
+                    "few-shot splits hold whole classes apart, "
+                    "so give every class to one of them"
                 )
             split_of[name] = split
     boundaries = np.cumsum([len(part) for part in parts])[:-1]
@@ -124,7 +135,8 @@ def _classes_by_folder(images: Sequence[str]) -> list[Classes]:
 
     if len(splits) < 3:
         raise ValueError(f"data_root: got only the split folders {split_tops}; {LAYOUT}")
-    if others := sorted(tops - set(split_tops)):
+    others = sorted(tops - set(split_tops))
+    if others:
         raise ValueError(
             f"data_root: got {others[0]!r} beside the split folders {split_tops}; move it; {LAYOUT}"
         )
@@ -132,7 +144,8 @@ def _classes_by_folder(images: Sequence[str]) -> list[Classes]:
     for image, (top, *folders, _) in zip(images, paths, strict=True):
         if not folders:
             raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
-        parts[SPLIT_FOLDERS[top.lower()]]["/".join(folders)].append(image)
+        part = parts[SPLIT_FOLDERS[top.lower()]]
+        part["/".join(folders)].append(image)
     return parts
 
 
@@ -160,8 +173,8 @@ def _classes_by_list(source: Files, images: Sequence[str], *, required: bool) ->
             matches = images_called.get(filename, [])
             if len(matches) != 1:
                 raise ValueError(
-                    f"{where}: {len(matches)} images are called {filename!r}, expected one; "
-                    "give its path from data_root, or add the image"
+                    f"{where}: {len(matches)} images are called {filename!r}, "
+                    "expected one; give its path from data_root, or add the image"
                 )
             image = matches[0]
             # An image that is listed twice could be in both support and query.
@@ -176,7 +189,8 @@ def _classes_by_list(source: Files, images: Sequence[str], *, required: bool) ->
 def _rows(source: Files, path: str) -> Iterator[tuple[str, str, str]]:
     """Where each row of a CSV list stands, its filename and its label."""
     try:
-        rows = csv.DictReader(source.read(path).decode("utf-8-sig").splitlines())
+        text = source.read(path).decode("utf-8-sig")
+        rows = csv.DictReader(text.splitlines())
         columns = list(rows.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(

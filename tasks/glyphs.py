@@ -25,16 +25,16 @@ from tasks.pool import ImagePool, few_shot_splits, shuffled_split
 
 SIDE = 28  # of a frame, in pixels
 EM = 24.0  # font size in a frame, in pixels: capitals are about 17 pixels high
-LARGEST = (
-    20.0  # frame pixels that larger glyphs (‱, box drawing) shrink to: jitter keeps them inside
-)
+# Larger glyphs (‱, box drawing) shrink to this many frame pixels, so that jitter keeps them inside.
+LARGEST = 20.0
 JITTERS = 2  # images of each face
 MAX_ROTATION = np.radians(10)
 MAX_SHEAR = 0.1
 MAX_LOG_SCALE = 0.1
 MAX_SHIFT = 1.5  # frame pixels
-LOOK_ALIKE = 0.41  # distance of two characters that look alike, see `merge_look_alikes`
-SAME_LETTER = 0.75  # the same, of two cases or sizes of one letter
+# Largest distances within a class, see `merge_look_alikes`.
+LOOK_ALIKE = 0.41
+SAME_LETTER = 0.75
 SEED = 0
 
 PLATE_SIDE = 128  # pixels
@@ -60,7 +60,14 @@ def load(*, ways: int, shots: int, queries: int) -> Splits:
     images = torch.from_numpy(arrays["images"])
     pool = ImagePool.from_sorted(images, arrays["counts"], arrays["names"].tolist())
     split = shuffled_split(len(pool), SEED)
-    return few_shot_splits("glyphs", pool, split, ways=ways, shots=shots, queries=queries)
+    return few_shot_splits(
+        "glyphs",
+        pool,
+        split,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+    )
 
 
 def render() -> Arrays:
@@ -73,9 +80,11 @@ def render() -> Arrays:
     """
     faces = font_files()
     characters = shared_characters(faces)
-    plates = [draw(face, characters) for face in progress(faces, "glyphs: drawing")]
-    visible = torch.stack([plate.amax((1, 2, 3)) > 0 for plate in plates]).all(0)
-    characters = [c for c, keep in zip(characters, visible.tolist(), strict=True) if keep]
+    bar = progress(faces, "glyphs: drawing")
+    plates = [draw(face, characters) for face in bar]
+    inked = [plate.amax((1, 2, 3)) > 0 for plate in plates]
+    visible = torch.stack(inked).all(0)  # in every face
+    characters = [characters[i] for i in visible.nonzero().flatten()]
     plates = [plate[visible] for plate in plates]
     groups = merge_look_alikes(characters, plates)
 
@@ -85,11 +94,14 @@ def render() -> Arrays:
     for plate in progress(plates, "glyphs: jitter"):
         glyphs = plate[first]
         for _ in range(JITTERS):
-            images.append(warp(glyphs, _placement(glyphs) @ jitter(len(first), rng)))
+            moved = _placement(glyphs) @ jitter(len(glyphs), rng)
+            images.append(warp(glyphs, moved))
+    by_class = torch.stack(images, 1).flatten(0, 1)
+    codes = [[f"U+{ord(characters[i]):04X}" for i in group] for group in groups]
     return {
-        "images": torch.stack(images, 1).flatten(0, 1).mul(255).round().byte().numpy(),
+        "images": by_class.mul(255).round().byte().numpy(),
         "counts": np.full(len(groups), len(images)),
-        "names": np.array([" ".join(_code(characters[i]) for i in group) for group in groups]),
+        "names": np.array([" ".join(group) for group in codes]),
     }
 
 
@@ -98,11 +110,14 @@ def font_files() -> list[Path]:
     import matplotlib
 
     styles = ("", "-Bold", "-Oblique", "-BoldOblique")
+    serif_styles = ("", "-Bold", "-Italic", "-BoldItalic")
+    stix_styles = ("", "Bol", "Italic", "BolIta")
     names = [f"DejaVuSans{style}" for style in styles]
     names += [f"DejaVuSansMono{style}" for style in styles]
-    names += [f"DejaVuSerif{style.replace('Oblique', 'Italic')}" for style in styles]
-    names += [f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")]
-    return [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in names]
+    names += [f"DejaVuSerif{style}" for style in serif_styles]
+    names += [f"STIXGeneral{style}" for style in stix_styles]
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    return [folder / f"{name}.ttf" for name in names]
 
 
 def shared_characters(faces: Sequence[Path]) -> list[str]:
@@ -114,8 +129,9 @@ def shared_characters(faces: Sequence[Path]) -> list[str]:
     """
     from matplotlib.ft2font import FT2Font
 
-    codes = set.intersection(*(set(FT2Font(str(face)).get_charmap()) for face in faces))
-    return [chr(code) for code in sorted(codes) if unicodedata.category(chr(code))[0] not in "ZC"]
+    codes = [set(FT2Font(str(face)).get_charmap()) for face in faces]
+    characters = map(chr, sorted(set.intersection(*codes)))
+    return [c for c in characters if unicodedata.category(c)[0] not in "ZC"]
 
 
 def draw(face: Path, characters: Sequence[str]) -> Tensor:
@@ -131,12 +147,15 @@ def draw(face: Path, characters: Sequence[str]) -> Tensor:
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.truetype(str(face), PLATE_EM, layout_engine=ImageFont.Layout.BASIC)
+    layout = ImageFont.Layout.BASIC
+    font = ImageFont.truetype(str(face), PLATE_EM, layout_engine=layout)
     middle = (PLATE_SIDE // 2, PLATE_SIDE // 2)
-    plates = np.zeros((len(characters), 1, PLATE_SIDE, PLATE_SIDE), dtype=np.uint8)
+    shape = (len(characters), 1, PLATE_SIDE, PLATE_SIDE)
+    plates = np.zeros(shape, dtype=np.uint8)
     for plate, character in zip(plates[:, 0], characters, strict=True):
         page = Image.new("L", (PLATE_SIDE, PLATE_SIDE))
-        ImageDraw.Draw(page).text(middle, character, fill=255, font=font, anchor="mm")
+        pen = ImageDraw.Draw(page)
+        pen.text(middle, character, fill=255, font=font, anchor="mm")
         box = page.getbbox()
         if box is not None:
             ink = np.asarray(page.crop(box))
@@ -169,12 +188,13 @@ def merge_look_alikes(characters: Sequence[str], plates: Sequence[Tensor]) -> li
     Returns:
         Groups of positions in `characters`, ascending, in the order of their first.
     """
-    letters = np.array([unicodedata.normalize("NFKC", c).casefold() for c in characters])
+    letters = np.array([_letter(c) for c in characters])
     marks = np.array([_combining_marks(c) for c in characters])
     limit = np.where(letters[:, None] == letters, SAME_LETTER, LOOK_ALIKE)
     limit[marks[:, None] != marks] = -1  # no distance is below 0
-    alike = torch.stack([_distances(plate) <= torch.from_numpy(limit) for plate in plates])
-    alike = alike.sum(0) * 2 >= len(plates)
+    limits = torch.from_numpy(limit)
+    faces = torch.stack([_distances(plate) <= limits for plate in plates])
+    alike = faces.sum(0) * 2 >= len(plates)
 
     # Connected components: each takes the least leader among those like it, until none changes.
     leader = torch.arange(len(characters))
@@ -207,10 +227,12 @@ def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
     """
     samples = 2  # a side of a frame pixel
     # Grid coordinates run from -1 to 1, on the frame and on the plate.
-    units = torch.tensor([SIDE / PLATE_SIDE, SIDE / PLATE_SIDE, 2 / PLATE_SIDE])
+    ratio = SIDE / PLATE_SIDE
+    units = torch.tensor([ratio, ratio, 2 / PLATE_SIDE])
     shape = [len(plates), 1, SIDE * samples, SIDE * samples]
     grid = F.affine_grid(frame_to_plate * units, shape, align_corners=False)
-    return F.avg_pool2d(F.grid_sample(plates, grid, align_corners=False), samples)
+    finer = F.grid_sample(plates, grid, align_corners=False)
+    return F.avg_pool2d(finer, samples)
 
 
 def jitter(count: int, rng: np.random.Generator) -> Tensor:
@@ -223,8 +245,9 @@ def jitter(count: int, rng: np.random.Generator) -> Tensor:
         >>> jitter(5, np.random.default_rng(0)).shape
         torch.Size([5, 2, 3])
     """
-    largest = np.array([MAX_ROTATION, MAX_SHEAR, MAX_LOG_SCALE, MAX_SHIFT, MAX_SHIFT])
-    angle, shear, log_scale, x, y = largest[:, None] * rng.uniform(-1, 1, (5, count))
+    largest = [MAX_ROTATION, MAX_SHEAR, MAX_LOG_SCALE, MAX_SHIFT, MAX_SHIFT]
+    drawn = np.array(largest)[:, None] * rng.uniform(-1, 1, (5, count))
+    angle, shear, log_scale, x, y = drawn
     cos = np.cos(angle)
     sin = np.sin(angle)
     scale = np.exp(log_scale)
@@ -260,11 +283,12 @@ def _placement(plates: Tensor) -> Tensor:
     return _scaling(scale)[:, :, :2]
 
 
+def _letter(character: str) -> str:
+    """What characters that differ in case or size only have in common."""
+    return unicodedata.normalize("NFKC", character).casefold()
+
+
 def _combining_marks(character: str) -> str:
     """The accents of a character, such as the acute of É."""
-    return "".join(filter(unicodedata.combining, unicodedata.normalize("NFD", character)))
-
-
-def _code(character: str) -> str:
-    """The code point, such as U+0041."""
-    return f"U+{ord(character):04X}"
+    decomposed = unicodedata.normalize("NFD", character)
+    return "".join(filter(unicodedata.combining, decomposed))

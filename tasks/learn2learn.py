@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from tasks.cache import cache_dir
-from tasks.episodes import Episodes, Pair, Splits
+from tasks.episodes import SPLIT_NAMES, Episodes, Pair, Splits
 from tasks.pool import require_at_least_one, way_targets
 from tasks.taskset import Taskset, UncutTask, root_dataset, seeded_globals
-
-SPLITS = ("train", "validation", "test")
 
 RECIPE = (
     "pip install torch torchvision cython setuptools wheel && "
@@ -83,9 +81,10 @@ class LearnToLearn:
         name: str = "learn2learn",
     ) -> None:
         require_at_least_one(ways=ways, shots=shots, queries=queries)
-        if split not in SPLITS:
-            raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
-        if all(hasattr(taskset, part) for part in SPLITS):
+        if split not in SPLIT_NAMES:
+            known = ", ".join(SPLIT_NAMES)
+            raise ValueError(f"split: got {split!r}, expected one of {known}")
+        if all(hasattr(taskset, part) for part in SPLIT_NAMES):
             taskset = getattr(taskset, split)
         self.name = f"{name}/{split}"
         self.ways = ways
@@ -123,7 +122,8 @@ class LearnToLearn:
         for _ in range(tasks):
             task = self._taskset.draw(rng)
             rows = self._draw_rows(task, rng)
-            inputs.append(task.inputs[torch.from_numpy(rows).to(task.inputs.device)])
+            index = torch.from_numpy(rows).to(task.inputs.device)
+            inputs.append(task.inputs[index])
             classes.append(self._class_numbers(task, rows))
         known = [numbers for numbers in classes if numbers is not None]
         labels = {"classes": torch.stack(known)} if len(known) == tasks else {}
@@ -147,26 +147,30 @@ class LearnToLearn:
             # In the order of their labels, the classes would tell a model which way they are.
             order = rng.permutation(self.ways)
         count = self.shots + self.queries
-        return np.stack([rng.permutation(np.flatnonzero(ways == way))[:count] for way in order])
+        members = [np.flatnonzero(ways == way) for way in order]
+        return np.stack([rng.permutation(samples)[:count] for samples in members])
 
     def _check(self, task: UncutTask, counts: np.ndarray) -> None:
         """Raise if a task, with `counts` samples of each class, cannot be cut as asked."""
         if len(counts) != self.ways:
             raise ValueError(
-                f"ways: got {self.ways}, but the tasks of {self.name} have {len(counts)} classes; "
-                f"ask for ways={len(counts)}, or build the taskset with n={self.ways} ways"
+                f"ways: got {self.ways}, "
+                f"but the tasks of {self.name} have {len(counts)} classes; "
+                f"ask for ways={len(counts)}, "
+                f"or build the taskset with n={self.ways} ways"
             )
         needed = self.shots + self.queries
         if needed > counts.min():
             raise ValueError(
-                f"shots + queries: got {self.shots} + {self.queries} = {needed}, but a class in a "
-                f"task of {self.name} has {counts.min()} samples; ask for fewer shots or queries, "
+                f"shots + queries: got {self.shots} + {self.queries} = {needed}, "
+                f"but a class in a task of {self.name} has {counts.min()} samples; "
+                "ask for fewer shots or queries, "
                 f"or build the taskset with k={needed} shots"
             )
         if len(set(task.indices)) < len(task.indices):
             raise ValueError(
-                f"taskset: a task of {self.name} holds a sample twice, expected distinct ones, "
-                "since support and query may not share any; "
+                f"taskset: a task of {self.name} holds a sample twice, "
+                "expected distinct ones, since support and query may not share any; "
                 "build the taskset with replacement=False"
             )
 
@@ -217,7 +221,8 @@ def load(
     known = sorted(benchmarks.list_tasksets())
     if taskset not in known:
         raise ValueError(f"taskset: got {taskset!r}, expected one of {', '.join(known)}")
-    root = Path(data_root).expanduser() if data_root is not None else cache_dir() / "learn2learn"
+    default = cache_dir() / "learn2learn"
+    root = default if data_root is None else Path(data_root).expanduser()
     root.mkdir(parents=True, exist_ok=True)
     # A global shuffle divides Omniglot's classes. A resumed run must see the same division.
     with seeded_globals(0):
@@ -229,7 +234,7 @@ def load(
             test_samples=shots + queries,
             root=str(root),
         )
-    train, validation, test = (
+    families = [
         LearnToLearn(
             tasksets,
             ways=ways,
@@ -238,9 +243,9 @@ def load(
             split=split,
             name=f"learn2learn-{taskset}",
         )
-        for split in SPLITS
-    )
-    return Splits(train, validation, test)
+        for split in SPLIT_NAMES
+    ]
+    return Splits(*families)
 
 
 def _import_learn2learn() -> Any:

@@ -25,7 +25,13 @@ SEED = 0  # of the standard split
 TRAINING = 1100  # characters of the standard split
 VALIDATION = 100  # characters of the standard split
 TEST = 423  # characters of either split
-VINYALS_VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
+VINYALS_VALIDATION = (
+    "Armenian",
+    "Bengali",
+    "Early_Aramaic",
+    "Hebrew",
+    "Mkhedruli_(Georgian)",
+)
 SOURCE = "https://github.com/brendenlake/omniglot/tree/master/python"
 
 
@@ -69,22 +75,33 @@ def load(
     if split not in ("standard", "vinyals"):
         raise ValueError(f"split: got {split!r}, expected 'standard' or 'vinyals'")
     roots = _download() if data_root is None else _find(Path(data_root))
-    digests = map(content_digest, roots.values())
-    arrays = load_or_build("-".join(["omniglot-1", *digests]), lambda: _read(roots))
+    digests = [content_digest(root) for root in roots.values()]
+    cache_name = "-".join(["omniglot-1", *digests])
+    arrays = load_or_build(cache_name, lambda: _read(roots))
     images = torch.from_numpy(arrays["images"])
     names = arrays["names"].tolist()
 
-    train, validation, test = standard_split() if split == "standard" else vinyals_split(names)
+    if split == "standard":
+        train, validation, test = standard_split()
+    else:
+        train, validation, test = vinyals_split(names)
     if rotations:
         characters = len(names)
         by_class = images.view(characters, DRAWINGS, 1, SIDE, SIDE)
         upright = by_class[torch.from_numpy(train)].flatten(0, 1)
-        images = torch.cat([images, *(upright.rot90(turns, (2, 3)) for turns in (1, 2, 3))])
-        names += [f"{names[c]}/rot{90 * turns:03d}" for turns in (1, 2, 3) for c in train]
+        turned = [upright.rot90(turns, (2, 3)) for turns in (1, 2, 3)]
+        images = torch.cat([images, *turned])
+        for degrees in (90, 180, 270):
+            names += [f"{names[c]}/rot{degrees:03d}" for c in train]
         train = np.append(train, np.arange(characters, len(names)))
-    pool = ImagePool.from_sorted(images, np.full(len(names), DRAWINGS), names)
+    counts = np.full(len(names), DRAWINGS)
     return few_shot_splits(
-        "omniglot", pool, (train, validation, test), ways=ways, shots=shots, queries=queries
+        "omniglot",
+        ImagePool.from_sorted(images, counts, names),
+        (train, validation, test),
+        ways=ways,
+        shots=shots,
+        queries=queries,
     )
 
 
@@ -95,7 +112,8 @@ def standard_split() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         >>> [len(part) for part in standard_split()]
         [1100, 100, 423]
     """
-    order = np.random.default_rng(SEED).permutation(TRAINING + VALIDATION + TEST)
+    rng = np.random.default_rng(SEED)
+    order = rng.permutation(TRAINING + VALIDATION + TEST)
     return order[:TRAINING], order[TRAINING:-TEST], order[-TEST:]
 
 
@@ -107,7 +125,8 @@ def vinyals_split(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndar
     """
     positions = np.arange(len(names))
     is_test = positions >= len(names) - TEST
-    is_validation = np.array([name.split("/")[1] in VINYALS_VALIDATION for name in names])
+    alphabets = [name.split("/")[1] for name in names]
+    is_validation = np.isin(alphabets, VINYALS_VALIDATION)
     is_train = ~is_validation & ~is_test
     return positions[is_train], positions[is_validation], positions[is_test]
 
@@ -122,9 +141,10 @@ def _find(root: Path) -> dict[str, Path]:
         if all(path.exists() for path in roots.values()):
             return roots
     raise FileNotFoundError(
-        f"data_root: found no Omniglot in {root}, expected images_background.zip and "
-        "images_evaluation.zip (or the folders extracted from them) there, in omniglot/ or in "
-        f"omniglot-py/; get the two zips from {SOURCE}, or leave data_root out to download them"
+        f"data_root: found no Omniglot in {root}, "
+        "expected images_background.zip and images_evaluation.zip "
+        "(or the folders extracted from them) there, in omniglot/ or in omniglot-py/; "
+        f"get the two zips from {SOURCE}, or leave data_root out to download them"
     )
 
 
@@ -142,7 +162,8 @@ def _download() -> dict[str, Path]:
         return _find(root)
     except FileNotFoundError:
         zips = "images_background.zip and images_evaluation.zip"
-        download("omniglot", fetch, by_hand=f"put {zips} from {SOURCE} into a folder")
+        by_hand = f"put {zips} from {SOURCE} into a folder"
+        download("omniglot", fetch, by_hand)
         return _find(root)
 
 
@@ -159,11 +180,13 @@ def _read(roots: dict[str, Path]) -> Arrays:
         files = Files(root)
         drawings = [path for path in files.paths if path.endswith(".png")]
         characters = Counter("/".join(path.split("/")[-3:-1]) for path in drawings)
-        if len(characters) != CHARACTERS[part] or set(characters.values()) != {DRAWINGS}:
+        counts = list(characters.values())
+        if counts != [DRAWINGS] * CHARACTERS[part]:
             raise ValueError(
-                f"{root}: got {len(drawings)} images of {len(characters)} characters, expected "
-                f"{CHARACTERS[part]} characters of {DRAWINGS} images "
-                f"({part}/alphabet/character/*.png); download or extract it again"
+                f"{root}: got {len(drawings)} images of {len(characters)} characters, "
+                f"expected {CHARACTERS[part]} characters of {DRAWINGS} images "
+                f"({part}/alphabet/character/*.png); "
+                "download or extract it again"
             )
         names += [f"{part}/{character}" for character in characters]
         images.append(255 - files.images(drawings, SIDE, color=False))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.episodes import Episodes, Pair, Splits
+from tasks.episodes import SPLIT_NAMES, Episodes, Pair, Splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,10 @@ class ImagePool:
 
     @classmethod
     def from_sorted(
-        cls, images: Tensor, counts: Sequence[int] | np.ndarray, names: Iterable[str]
+        cls,
+        images: Tensor,
+        counts: Sequence[int] | np.ndarray,
+        names: Iterable[str],
     ) -> ImagePool:
         """A whole pool of images that are sorted by class.
 
@@ -67,7 +70,8 @@ class ImagePool:
         if len(names) != len(counts) or counts.sum() != len(images):
             raise ValueError(
                 f"counts: got {len(counts)} classes of {counts.sum()} images in all, "
-                f"expected {len(names)} classes (names) of {len(images)} images (images)"
+                f"expected {len(names)} classes (names) "
+                f"of {len(images)} images (images)"
             )
         starts = np.cumsum(counts) - counts
         return cls(images, starts, counts, names, ids=np.arange(len(names)))
@@ -123,7 +127,15 @@ class FewShot:
 
     kind = "classification"
 
-    def __init__(self, pool: ImagePool, *, ways: int, shots: int, queries: int, name: str) -> None:
+    def __init__(
+        self,
+        pool: ImagePool,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        name: str,
+    ) -> None:
         require_at_least_one(ways=ways, shots=shots, queries=queries)
         if ways > len(pool):
             raise ValueError(
@@ -131,10 +143,11 @@ class FewShot:
                 "ask for fewer ways or give it more classes"
             )
         smallest = int(np.argmin(pool.counts))
-        if shots + queries > pool.counts[smallest]:
+        available = pool.counts[smallest]
+        if shots + queries > available:
             raise ValueError(
                 f"shots + queries: got {shots} + {queries} = {shots + queries}, "
-                f"but class {pool.names[smallest]!r} of {name} has {pool.counts[smallest]} images; "
+                f"but class {pool.names[smallest]!r} of {name} has {available} images; "
                 "ask for fewer shots or queries"
             )
         self.pool = pool
@@ -152,20 +165,21 @@ class FewShot:
 
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
         """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
-        classes = [rng.choice(len(self.pool), self.ways, replace=False) for _ in range(tasks)]
+        pool = self.pool
+        classes = [rng.choice(len(pool), self.ways, replace=False) for _ in range(tasks)]
         ways = np.stack(classes)  # [tasks, ways]
 
         # Support and query share no image, because they are cut from one draw without replacement.
-        drawn = self.shots + self.queries
-        rows = [
-            self.pool.starts[c] + rng.choice(self.pool.counts[c], drawn, replace=False)
-            for c in ways.ravel()
+        count = self.shots + self.queries
+        drawn = [
+            pool.starts[c] + rng.choice(pool.counts[c], count, replace=False) for c in ways.ravel()
         ]
-        images = torch.from_numpy(np.stack(rows).reshape(tasks, self.ways, drawn))
+        rows = np.stack(drawn).reshape(tasks, self.ways, count)
+        images = torch.from_numpy(rows)
         return Episodes(
             support=self._inputs_and_targets(images[:, :, : self.shots]),
             query=self._inputs_and_targets(images[:, :, self.shots :]),
-            labels={"classes": torch.from_numpy(self.pool.ids[ways])},
+            labels={"classes": torch.from_numpy(pool.ids[ways])},
         )
 
     def _inputs_and_targets(self, rows: Tensor) -> Pair:
@@ -209,11 +223,18 @@ def shuffled_split(
         [16, 4, 5]
     """
     boundaries = np.round(np.cumsum(shares) * classes).astype(int)
-    return np.split(np.random.default_rng(seed).permutation(classes), boundaries)
+    order = np.random.default_rng(seed).permutation(classes)
+    return np.split(order, boundaries)
 
 
 def few_shot_splits(
-    name: str, pool: ImagePool, split: Sequence[np.ndarray], *, ways: int, shots: int, queries: int
+    name: str,
+    pool: ImagePool,
+    split: Sequence[np.ndarray],
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
 ) -> Splits:
     """Few-shot families on the train, validation and test classes of a pool.
 
@@ -228,10 +249,14 @@ def few_shot_splits(
     Raises:
         ValueError: If a family cannot give such tasks, or two of them share a class.
     """
-    train, validation, test = (
+    families = [
         FewShot(
-            pool.subset(classes), ways=ways, shots=shots, queries=queries, name=f"{name}/{part}"
+            pool.subset(classes),
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            name=f"{name}/{part}",
         )
-        for part, classes in zip(("train", "validation", "test"), split, strict=True)
-    )
-    return Splits(train, validation, test)
+        for part, classes in zip(SPLIT_NAMES, split, strict=True)
+    ]
+    return Splits(*families)

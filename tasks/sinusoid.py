@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tasks.episodes import Episodes, Splits
+from tasks.episodes import SPLIT_NAMES, Episodes, Splits
 from tasks.pool import require_at_least_one
 
 AMPLITUDE = (0.1, 5.0)
@@ -58,7 +58,10 @@ class Sinusoid:
         return Episodes(
             support=(inputs[:, : self.shots], targets[:, : self.shots]),
             query=(inputs[:, self.shots :], targets[:, self.shots :]),
-            labels={"amplitude": torch.from_numpy(amplitude), "phase": torch.from_numpy(phase)},
+            labels={
+                "amplitude": torch.from_numpy(amplitude),
+                "phase": torch.from_numpy(phase),
+            },
         )
 
 
@@ -77,8 +80,5 @@ def load(*, ways: int = 1, shots: int, queries: int) -> Splits:
         >>> load(shots=10, queries=10).train.kind
         'regression'
     """
-    train, validation, test = (
-        Sinusoid(shots=shots, queries=queries, split=split)
-        for split in ("train", "validation", "test")
-    )
-    return Splits(train, validation, test)
+    families = [Sinusoid(shots=shots, queries=queries, split=split) for split in SPLIT_NAMES]
+    return Splits(*families)

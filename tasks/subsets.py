@@ -45,15 +45,18 @@ def long_tailed_counts(largest: int, classes: int, imbalance: float) -> list[int
         counts.append(math.floor(largest * share * (1 + 1e-12)))
     if 0 in counts:
         raise ValueError(
-            f"imbalance: got {imbalance} for largest {largest}, which leaves class "
-            f"{counts.index(0)} empty; expected an imbalance of at most {largest}, "
-            "or a larger class 0"
+            f"imbalance: got {imbalance} for largest {largest}, "
+            f"which leaves class {counts.index(0)} empty; "
+            f"expected an imbalance of at most {largest}, or a larger class 0"
         )
     return counts
 
 
 def long_tailed(
-    examples: Examples, imbalance: float, seed: int, largest: int | None = None
+    examples: Examples,
+    imbalance: float,
+    seed: int,
+    largest: int | None = None,
 ) -> Examples:
     """Draw a long-tailed subset at random, with the class sizes of `long_tailed_counts`.
 
@@ -79,7 +82,8 @@ def long_tailed(
     largest = min(sizes) if largest is None else largest
     counts = long_tailed_counts(largest, len(sizes), imbalance)
     order = random_stream(seed, "long_tailed").permutation(len(examples))
-    return examples.take(_first_of_each_class(examples, counts, order, argument="largest"))
+    drawn = _first_of_each_class(examples, counts, order, argument="largest")
+    return examples.take(drawn)
 
 
 def per_class(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
@@ -151,9 +155,10 @@ def corrupt_labels(examples: Examples, share: float, seed: int) -> tuple[Example
             "targets: got 1 class, expected at least 2; a wrong label needs another class"
         )
     random = random_stream(seed, "corrupt_labels")
+    chosen = random.permutation(n)[: round(share * n)]
+    shift = torch.from_numpy(random.integers(1, classes, n))  # never 0: the class changes
     changed = torch.zeros(n, dtype=torch.bool)
-    changed[torch.from_numpy(random.permutation(n)[: round(share * n)])] = True
-    shift = torch.from_numpy(random.integers(1, classes, n))  # never 0, so the class changes
+    changed[torch.from_numpy(chosen)] = True
 
     targets = examples.targets
     changed = changed.to(targets.device)
@@ -196,9 +201,10 @@ def check_disjoint(train: Examples, validation: Examples) -> None:
     if shared:
         train_row, validation_row = shared[0]
         raise ValueError(
-            f"validation: {len(shared)} of {len(validation)} inputs are in train too, the first "
-            f"being train {train_row} = validation {validation_row}; expected none, so drop them "
-            "from one set, or split one set without repeated inputs by `per_class`"
+            f"validation: {len(shared)} of {len(validation)} inputs are in train too, "
+            f"the first being train {train_row} = validation {validation_row}; "
+            "expected none, so drop them from one set, "
+            "or split one set without repeated inputs by `per_class`"
         )
 
 
@@ -207,14 +213,18 @@ def _class_sizes(examples: Examples) -> list[int]:
     sizes = examples.counts()
     if 0 in sizes:
         raise ValueError(
-            f"targets: got no example of class {sizes.index(0)} in 0 … {len(sizes) - 1}; "
-            "number the classes without gaps"
+            f"targets: got no example of class {sizes.index(0)} "
+            f"in 0 … {len(sizes) - 1}; number the classes without gaps"
         )
     return sizes
 
 
 def _first_of_each_class(
-    examples: Examples, counts: Sequence[int], order: np.ndarray, *, argument: str
+    examples: Examples,
+    counts: Sequence[int],
+    order: np.ndarray,
+    *,
+    argument: str,
 ) -> Tensor:
     """The positions, ascending, of the first `counts[c]` examples of each class c in `order`."""
     positions = torch.from_numpy(order)
@@ -224,8 +234,8 @@ def _first_of_each_class(
         members = positions[targets == c]
         if len(members) < count:
             raise ValueError(
-                f"{argument}: class {c} needs {count} examples and has {len(members)}; "
-                f"lower {argument}, or add examples"
+                f"{argument}: class {c} needs {count} examples "
+                f"and has {len(members)}; lower {argument}, or add examples"
             )
         drawn.append(members[:count])
     return torch.cat(drawn).sort().values
@@ -234,5 +244,6 @@ def _first_of_each_class(
 def _digests(inputs: Tensor) -> Iterator[bytes]:
     """A hash of the bits of each row."""
     for chunk in inputs.detach().split(1024):
-        rows = chunk.cpu().reshape(len(chunk), -1).contiguous().view(torch.uint8).numpy()
-        yield from (hashlib.blake2b(row, digest_size=16).digest() for row in rows)
+        rows = chunk.cpu().reshape(len(chunk), -1).contiguous()
+        for row in rows.view(torch.uint8).numpy():
+            yield hashlib.blake2b(row, digest_size=16).digest()

@@ -49,17 +49,24 @@ class Taskset:
     """
 
     def __init__(self, taskset: Any) -> None:
-        needed = ("dataset", "task_transforms", "num_tasks", "sampled_descriptions", "get_task")
+        needed = (
+            "dataset",
+            "task_transforms",
+            "num_tasks",
+            "sampled_descriptions",
+            "get_task",
+        )
         missing = [name for name in needed if not hasattr(taskset, name)]
         if missing:
             raise TypeError(
-                f"taskset: got {type(taskset).__name__} without {missing[0]}, expected a "
-                "learn2learn Taskset (TaskDataset) or the tasksets of get_tasksets; "
+                f"taskset: got {type(taskset).__name__} without {missing[0]}, "
+                "expected a learn2learn Taskset (TaskDataset) "
+                "or the tasksets of get_tasksets; "
                 "wrap a plain dataset in learn2learn.data.Taskset first"
             )
         self._taskset = taskset
         self._transforms = _confined_transforms(taskset)
-        datasets = (getattr(transform, "dataset", None) for transform in self._transforms)
+        datasets = [getattr(step, "dataset", None) for step in self._transforms]
         self.dataset: Any = next(filter(_is_meta_dataset, datasets), None)
 
     @property
@@ -69,8 +76,9 @@ class Taskset:
             return []
         labels = list(self.dataset.labels)
         for transform in self._transforms:
-            # FusedNWaysKShots has filter_labels, and FilterLabels has labels.
-            allowed = getattr(transform, "filter_labels", getattr(transform, "labels", labels))
+            # FilterLabels has labels, and FusedNWaysKShots has filter_labels.
+            allowed = getattr(transform, "labels", labels)
+            allowed = getattr(transform, "filter_labels", allowed)
             labels = [label for label in labels if label in set(allowed)]
         return labels
 
@@ -123,7 +131,8 @@ def seeded_globals(seed: int) -> Iterator[None]:
     torch_state = torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
+    # torch.manual_seed would seed the devices too.
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -45,7 +45,10 @@ def mnist(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
             f"{root / 'MNIST' / 'raw'}: got idx files that cannot be read ({error}); "
             "remove them, and copy or download them again"
         ) from error
-    return Examples(train.data[:, None], train.targets), Examples(test.data[:, None], test.targets)
+    return (
+        Examples(train.data[:, None], train.targets),
+        Examples(test.data[:, None], test.targets),
+    )
 
 
 def standardise(examples: Examples, like: Examples | None = None) -> Examples:
@@ -81,33 +84,40 @@ def standardise(examples: Examples, like: Examples | None = None) -> Examples:
     std = (frequency * (values - mean[:, None]) ** 2).sum(1).sqrt()
     if (std == 0).any():
         raise ValueError(
-            f"like: got channel {int((std == 0).nonzero()[0])} with one value only, expected "
-            "several; take mean and std from other examples, or leave the channel out"
+            f"like: got channel {int((std == 0).nonzero()[0])} with one value only, "
+            "expected several; "
+            "take mean and std from other examples, or leave the channel out"
         )
 
-    per_channel = (-1, *(1 for _ in examples.inputs.shape[2:]))
-    mean, std = (x.to(examples.inputs.device, torch.float32).view(per_channel) for x in (mean, std))
-    return Examples(examples.inputs.float().div_(255).sub_(mean).div_(std), examples.targets)
+    inputs = examples.inputs.float().div_(255)
+    per_channel = [-1] + [1] * (inputs.ndim - 2)
+    mean = mean.to(inputs).view(per_channel)
+    std = std.to(inputs).view(per_channel)
+    return Examples(inputs.sub_(mean).div_(std), examples.targets)
 
 
 def _check_images(argument: str, images: Examples, other: Examples) -> None:
     """Raise unless the inputs are uint8 images with as many channels as those of `other`."""
     shape = tuple(images.inputs.shape)
-    if images.inputs.dtype != torch.uint8 or len(shape) < 2 or shape[1] != other.inputs.shape[1]:
+    is_uint8 = images.inputs.dtype == torch.uint8
+    if not is_uint8 or len(shape) < 2 or shape[1] != other.inputs.shape[1]:
         raise ValueError(
-            f"{argument}: got {images.inputs.dtype} of shape {shape}, expected torch.uint8 "
-            "[n, channels, *size], both sets of as many channels; give what the loaders return"
+            f"{argument}: got {images.inputs.dtype} of shape {shape}, "
+            "expected torch.uint8 [n, channels, *size], both sets of as many channels; "
+            "give what the loaders return"
         )
 
 
 def _find_mnist(root: Path) -> Path:
     """The folder, `root` or its subfolder, that holds `MNIST/raw` with all files."""
     for folder in (root, root / "mnist"):
-        if all((folder / "MNIST" / "raw" / name).is_file() for name in MNIST_FILES):
+        raw = folder / "MNIST" / "raw"
+        if all((raw / name).is_file() for name in MNIST_FILES):
             return folder
     raise FileNotFoundError(
-        f"data_root: found no MNIST in {root}, expected {', '.join(MNIST_FILES)} in MNIST/raw/, "
-        "there or in mnist/; leave data_root out to download them"
+        f"data_root: found no MNIST in {root}, "
+        f"expected {', '.join(MNIST_FILES)} in MNIST/raw/, there or in mnist/; "
+        "leave data_root out to download them"
     )
 
 
@@ -121,5 +131,6 @@ def _download_mnist() -> Path:
         return _find_mnist(cache_dir())
     except FileNotFoundError:
         files = ", ".join(MNIST_FILES)
-        download("mnist", fetch, by_hand=f"put {files} into the MNIST/raw/ of a folder")
+        by_hand = f"put {files} into the MNIST/raw/ of a folder"
+        download("mnist", fetch, by_hand)
         return cache_dir()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tasks
-from tasks import vision
+from tasks import vision, cifar
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR10, MNIST = DATA / "cifar10", DATA / "mnist"
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(cache, monkeypatch):
-    monkeypatch.setattr(vision, "CIFAR10_PER_CLASS", EACH)
+    monkeypatch.setattr(cifar, "PER_CLASS", EACH)
     return cache
 
 
@@ -62,7 +62,7 @@ def images(format="PNG", offset=0):
     return {
         f"{part}/{name}/{i}.{format.lower()}": encoded(picture(10 * c + i + offset), format)
         for part, each in EACH.items()
-        for c, name in enumerate(vision.CIFAR10_CLASSES)
+        for c, name in enumerate(cifar.CLASSES)
         for i in range(each)
     }
 
@@ -150,7 +150,7 @@ def test_the_real_cifar10_zips(cache, monkeypatch):
 
     with zipfile.ZipFile(CIFAR10 / "test.zip") as file:
         frog = np.asarray(Image.open(io.BytesIO(file.read("test/frog/0123.jpg"))))
-    assert vision.CIFAR10_CLASSES[test.targets[6123]] == "frog"
+    assert cifar.CLASSES[test.targets[6123]] == "frog"
     assert np.array_equal(test.inputs[6123].permute(1, 2, 0).numpy(), frog)
 
     monkeypatch.setattr(vision, "_decode", None)
