@@ -101,7 +101,7 @@ def assert_small_copies(train, test):
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the CIFAR-10 zips are not in {DATA}")
 def test_the_real_zips_have_their_published_counts_means_and_pixels(empty_cache, monkeypatch):
-    """test.zip to the pixel. train.zip takes a quarter of a minute to decode, so that is left out."""
+    """test.zip to the pixel. Decoding train.zip takes a quarter of a minute, so it is left out."""
     decode = Files.images
 
     def decode_test_alone(files, paths, size, *, color):
