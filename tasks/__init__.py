@@ -105,8 +105,8 @@ def load(
     if data_root is not None:
         options["data_root"] = data_root
     parameters = inspect.signature(load_family).parameters
-    own_options = parameters.keys() - {"ways", "shots", "queries"}
-    defaults = {option: parameters[option].default for option in own_options}
+    family_options = parameters.keys() - {"ways", "shots", "queries"}
+    defaults = {option: parameters[option].default for option in family_options}
     _check_options(name, options, defaults)
     splits: Splits = load_family(
         ways=ways,

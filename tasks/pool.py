@@ -73,8 +73,13 @@ class ImagePool:
                 f"expected {len(names)} classes (names) "
                 f"of {len(images)} images (images)"
             )
-        starts = np.cumsum(counts) - counts
-        return cls(images, starts, counts, names, ids=np.arange(len(names)))
+        return cls(
+            images,
+            starts=np.cumsum(counts) - counts,
+            counts=counts,
+            names=names,
+            ids=np.arange(len(names)),
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -199,7 +204,14 @@ def way_targets(tasks: int, ways: int, count: int) -> Tensor:
 
 
 def require_at_least_one(**numbers: int) -> None:
-    """Raise a ValueError that names the first of these arguments that is below 1."""
+    """Raise a ValueError that names the first of these arguments that is below 1.
+
+    Example:
+        >>> require_at_least_one(ways=5, shots=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: shots: got 0, expected at least 1
+    """
     for argument, number in numbers.items():
         if number < 1:
             raise ValueError(f"{argument}: got {number}, expected at least 1")

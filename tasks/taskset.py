@@ -46,6 +46,19 @@ class Taskset:
 
     Raises:
         TypeError: If `taskset` is no taskset.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> stand_in = SimpleNamespace(
+        ...     dataset=None,
+        ...     num_tasks=-1,
+        ...     sampled_descriptions={},
+        ...     task_transforms=lambda description: [SimpleNamespace(index=7)],
+        ...     get_task=lambda description: (torch.zeros(1, 3), torch.tensor([4])),
+        ... )
+        >>> task = Taskset(stand_in).draw(np.random.default_rng(0))
+        >>> task.inputs.shape, task.labels.tolist(), task.indices
+        (torch.Size([1, 3]), [4], [7])
     """
 
     def __init__(self, taskset: Any) -> None:

@@ -59,7 +59,8 @@ def test_tasks_of_any_numbers_are_balanced_labelled_and_disjoint(seed):
     queries = int(rng.integers(1, counts.min() - shots + 1))
     ways = int(rng.integers(1, len(counts) + 1))
     pool = numbered_pool(counts)
-    episodes = few_shot(pool, ways, shots, queries).sample(8, rng)
+    family = few_shot(pool, ways=ways, shots=shots, queries=queries)
+    episodes = family.sample(8, rng)
 
     class_of_image = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
     classes = episodes.labels["classes"]

@@ -160,7 +160,7 @@ def test_a_class_without_examples_is_named(draw):
     ("draw", "message"),
     [
         (
-            lambda e: tasks.long_tailed(e, 2, 0, 40),
+            lambda e: tasks.long_tailed(e, 2, seed=0, largest=40),
             "largest: class 1 needs 28 examples and has 25; lower largest",
         ),
         (lambda e: tasks.long_tailed(e, 0.5, 0), r"imbalance: got 0\.5"),
