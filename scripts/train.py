@@ -44,8 +44,17 @@ from metaimplicit.training import (
 def parse(args: list[str]) -> Options:
     """The command line over the defaults of its task and method, or over the options of the run to be resumed."""
 
+    families = [f"- {name}: {summary}" for name, summary in tasks.family_summaries().items()]
+    description = "\n".join([Options.__doc__ or "", "", "Tasks:", *families])
+
     def over(default: Options) -> Options:
-        return tyro.cli(Options, args=args, default=default, config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.cli(
+            Options,
+            args=args,
+            default=default,
+            description=description,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
 
     options = over(Options())
     options = over(Options.of(options.task))

@@ -1,31 +1,44 @@
-"""Few-shot tasks: `load` a family by name, then draw seeded, resumable batches of it with `EpisodeSampler`.
+"""Few-shot tasks, and labelled sets for bilevel problems.
 
-splits = tasks.load("glyphs", ways=5, shots=1)
-sampler = tasks.EpisodeSampler(splits.train, tasks=8, seed=0)
+`load` a family of few-shot tasks by name, and draw seeded, resumable batches of it:
 
-Whole labelled sets, for bilevel problems over one of them: `cifar10` and `mnist`, cut and flawed by `per_class`,
-`long_tailed` and `corrupt_labels`, drawn in `Batches`.
+    splits = tasks.load("glyphs", ways=5, shots=1)
+    sampler = tasks.EpisodeSampler(splits.train, tasks=8, seed=0)
 
-validation, rest = tasks.per_class(tasks.mnist()[0], 100, seed=0)
-train, wrong = tasks.corrupt_labels(rest, 0.4, seed=0)
-batches = tasks.Batches(train, 128, seed=0)
+Whole labelled sets are `cifar10` and `mnist`. Cut or flaw them with `per_class`, `long_tailed` and
+`corrupt_labels`, and draw `Batches`:
+
+    validation, others = tasks.per_class(tasks.mnist()[0], 100, seed=0)
+    train, wrong = tasks.corrupt_labels(others, 0.4, seed=0)
+    batches = tasks.Batches(train, 128, seed=0)
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from tasks.cifar import cifar10
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
 from tasks.examples import Batches, Examples
 from tasks.pool import FewShot, ImagePool
-from tasks.splits import check_disjoint, corrupt_labels, long_tailed, long_tailed_counts, per_class
-from tasks.vision import cifar10, mnist, standardise
+from tasks.subsets import (
+    check_disjoint,
+    corrupt_labels,
+    long_tailed,
+    long_tailed_counts,
+    per_class,
+)
+from tasks.vision import mnist, standardise
 
-FAMILIES = {  # name: module with `load(*, ways, shots, queries, **options) -> Splits`, imported when it is asked for
+# A family is a module with a function `load(*, ways, shots, queries, **options) -> Splits`. Further
+# options have defaults. The module is imported when the family is asked for.
+FAMILIES = {
     "glyphs": "tasks.glyphs",
     "sinusoid": "tasks.sinusoid",
     "omniglot": "tasks.omniglot",
@@ -46,6 +59,7 @@ __all__ = [
     "check_disjoint",
     "cifar10",
     "corrupt_labels",
+    "family_summaries",
     "load",
     "long_tailed",
     "long_tailed_counts",
@@ -64,38 +78,82 @@ def load(
     data_root: str | Path | None = None,
     **options: Any,
 ) -> Splits:
-    """The train, validation and test families of `name`.
+    """The train, validation and test families of few-shot tasks called `name`.
 
     Args:
-        name: one of `FAMILIES`.
-        ways: classes in a task (no meaning in regression).
-        shots: support examples a class.
-        queries: query examples a class.
-        data_root: where the data is, for the families that read any.
-        options: further ones of the family; its module's `load` explains them.
+        name: One of `FAMILIES`.
+        ways: The number of classes in a task. It has no meaning in regression.
+        shots: The number of support examples of each class.
+        queries: The number of query examples of each class.
+        data_root: Where the data is, for a family that reads any. If None, the family's default.
+        options: Further options of the family, which the `load` of its module documents.
 
     Raises:
-        ValueError: an unknown family or option, numbers the data cannot serve, damaged data.
-        FileNotFoundError: no data.
+        ValueError: If the family or an option is unknown, an option has another type than its
+            default, the data cannot give such tasks, or the data is damaged.
+        FileNotFoundError: If there is no data.
+        ImportError: If the family needs a package that is not installed.
+
+    Example:
+        >>> splits = load("sinusoid", shots=10, queries=10)
+        >>> splits.test.name, splits.test.kind
+        ('sinusoid/test', 'regression')
     """
     if name not in FAMILIES:
         raise ValueError(f"task: got {name!r}, expected one of {', '.join(FAMILIES)}")
-    family_load = importlib.import_module(FAMILIES[name]).load
+    load_family = _module(name).load
     if data_root is not None:
         options["data_root"] = data_root
-    known = set(inspect.signature(family_load).parameters) - {"ways", "shots", "queries"}
-    if unknown := sorted(set(options) - known):
-        raise ValueError(
-            f"{name}: got option {', '.join(unknown)}, expected {', '.join(sorted(known)) or 'none'}"
-        )
-    for option, value in options.items():
-        usual = inspect.signature(family_load).parameters[option].default
-        kinds = {bool: bool, int: Integral, float: Real}.get(type(usual))
-        if kinds is not None and (
-            not isinstance(value, kinds) or isinstance(value, bool) != isinstance(usual, bool)
-        ):
-            raise ValueError(
-                f"{name} {option}: got {value!r}, expected {type(usual).__name__}, such as {usual}"
-            )
-    splits: Splits = family_load(ways=ways, shots=shots, queries=queries, **options)
+    parameters = inspect.signature(load_family).parameters
+    family_options = parameters.keys() - {"ways", "shots", "queries"}
+    defaults = {option: parameters[option].default for option in family_options}
+    _check_options(name, options, defaults)
+    splits: Splits = load_family(
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        **options,
+    )
     return splits
+
+
+def family_summaries() -> dict[str, str]:
+    """What each of `FAMILIES` is: the first line of its module's docstring.
+
+    Example:
+        >>> family_summaries()["sinusoid"]
+        "Few-shot regression of sine waves, MAML's toy problem (Finn et al. 2017, section 5.1)."
+    """
+    summaries = {}
+    for name in FAMILIES:
+        docstring = _module(name).__doc__ or ""
+        summaries[name] = docstring.partition("\n")[0]
+    return summaries
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(FAMILIES[name])
+
+
+def _check_options(
+    name: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> None:
+    """Raise if an option has no default, or another type than its default."""
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        known = ", ".join(sorted(defaults)) or "none"
+        raise ValueError(f"{name}: got option {', '.join(unknown)}, expected {known}")
+    for option, value in options.items():
+        default = defaults[option]
+        kind = {bool: bool, int: Integral, float: Real}.get(type(default))
+        if kind is None:
+            continue
+        # In Python True is an int, but no option takes it for one.
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, kind) or is_bool != (kind is bool):
+            raise ValueError(
+                f"{name} {option}: got {value!r}, expected {type(default).__name__}, "
+                f"such as {default}"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Protocol
@@ -14,17 +14,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 Pair = tuple[Tensor, Tensor]
+SPLIT_NAMES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """A batch of tasks, the task axis first.
+    """A batch of tasks. The task axis comes first, and `len` is the number of tasks.
 
     Args:
-        support: (inputs `[tasks, m, ...]`, targets `[tasks, m, ...]`) a task adapts on.
-        query: (inputs `[tasks, q, ...]`, targets `[tasks, q, ...]`) it is judged on.
-        labels: what names the tasks, each `[tasks, ...]`: `classes` (the family's class index behind each way),
-            or the amplitude and phase of a sinusoid.
+        support: The inputs `[tasks, m, ...]` and targets `[tasks, m, ...]` that a task adapts on.
+        query: The inputs `[tasks, q, ...]` and targets `[tasks, q, ...]` that it is judged on.
+        labels: What identifies the tasks, each `[tasks, ...]`: `classes` (the number of the class
+            behind each way), or the `amplitude` and `phase` of a sinusoid. Empty by default.
+
+    Example:
+        >>> pair = (torch.zeros(3, 5, 2), torch.zeros(3, 5))
+        >>> len(Episodes(support=pair, query=pair))
+        3
     """
 
     support: Pair
@@ -35,51 +41,76 @@ class Episodes:
         return len(self.support[0])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Episodes:
-        """The same episodes on `device`; `labels` stay where they are."""
-        support, query = (
-            (x.to(device, non_blocking=non_blocking), y.to(device, non_blocking=non_blocking))
-            for x, y in (self.support, self.query)
-        )
-        return Episodes(support, query, self.labels)
+        """The same episodes with support and query on `device`. `labels` stay where they are."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Episodes:
-        """The same episodes in page-locked memory (`DataLoader` calls this)."""
-        support, query = ((x.pin_memory(), y.pin_memory()) for x, y in (self.support, self.query))
-        return Episodes(support, query, self.labels)
+        """The same episodes in page-locked memory. A `DataLoader` calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
+        inputs, targets = self.support
+        query_inputs, query_targets = self.query
+        return Episodes(
+            support=(function(inputs), function(targets)),
+            query=(function(query_inputs), function(query_targets)),
+            labels=self.labels,
+        )
 
 
 class TaskFamily(Protocol):
-    """Where tasks come from: `sample` draws `tasks` of them using only `rng`, so equal generators give equal tasks."""
+    """A distribution of tasks: one split of one source.
+
+    A family of classification tasks may also have `classes`, a tuple of the names of its classes.
+    `Splits` compares these. Where the names differ between processes, `class_names` holds names
+    that do not, and `Splits.digests` uses those.
+    """
 
     @property
     def name(self) -> str:
-        """Which family and split this is; part of every episode's seed, so no two splits share a random stream."""
+        """The source and the split, such as "glyphs/train".
+
+        The seed of every episode contains it, so that no two splits share a random stream.
+        """
         ...
 
     @property
     def kind(self) -> str:
-        """ "classification" (int64 targets) or "regression" (float targets)."""
+        """`"classification"` (int64 targets) or `"regression"` (float targets)."""
         ...
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
+        """The shape of one input."""
         ...
 
     @property
     def outputs(self) -> int:
-        """Numbers a model gives for one input: ways, or the width of a target."""
+        """How many numbers a model gives for one input: the ways, or the width of a target."""
         ...
 
-    def sample(self, tasks: int, rng: np.random.Generator) -> Episodes: ...
+    def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
+        """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
+        ...
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The families to train on, to choose by and to report on.
+    """Three families: to train on, to choose by, and to report on.
+
+    Args:
+        train: The family of the training classes.
+        validation: The family of the validation classes.
+        test: The family of the test classes.
 
     Raises:
-        ValueError: two splits share a class (families without `classes`, such as the sinusoid, have none to share).
+        ValueError: If two of them share a class. Families without `classes`, such as the sinusoid,
+            share none.
+
+    Example:
+        >>> import tasks
+        >>> tasks.load("sinusoid", shots=5).validation.name
+        'sinusoid/validation'
     """
 
     train: TaskFamily
@@ -87,34 +118,63 @@ class Splits:
     test: TaskFamily
 
     def __post_init__(self) -> None:
-        for one, other in combinations((self.train, self.validation, self.test), 2):
-            shared = set(getattr(one, "classes", ())) & set(getattr(other, "classes", ()))
+        families = (self.train, self.validation, self.test)
+        for first, second in combinations(families, 2):
+            classes = set(getattr(first, "classes", ()))
+            shared = classes.intersection(getattr(second, "classes", ()))
             if shared:
                 raise ValueError(
-                    f"splits: {one.name} and {other.name} share {len(shared)} classes, such as {min(shared)!r}; "
-                    "few-shot splits hold whole classes apart, so give every class to one of them"
+                    f"splits: {first.name} and {second.name} share "
+                    f"{len(shared)} classes, such as {min(shared)!r}; "
+                    "few-shot splits hold whole classes apart, "
+                    "so give every class to one of them"
                 )
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of each split's classes, by their names: whether a model has been trained on them, or only on others."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        found = {}
-        for part, family in parts.items():
-            names: Iterable[object] = getattr(family, "class_names", getattr(family, "classes", ()))
-            found[part] = hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
-        return found
+        """For each split, 16 hexadecimal digits that identify its classes.
+
+        A run that stores them can tell later whether its model was trained on other classes.
+        """
+        return {
+            "train": _class_digest(self.train),
+            "validation": _class_digest(self.validation),
+            "test": _class_digest(self.test),
+        }
+
+
+def _class_digest(family: TaskFamily) -> str:
+    classes = getattr(family, "classes", ())
+    names = getattr(family, "class_names", classes)
+    text = "\n".join(map(str, names))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class EpisodeSampler(Dataset[Episodes]):
-    """An endless, seeded stream of batches of tasks that can be resumed anywhere.
+    """An endless, seeded stream of batches of tasks, which can be resumed anywhere.
 
-    Batch `i` depends on (family name, `seed`, `i`) alone, so workers, resumption and re-reading change nothing.
+    Batch i depends on the family's name, `tasks`, `seed` and i alone. So neither the number of
+    workers, nor a resumed run, nor reading a batch twice changes a batch.
 
     Args:
-        family: where tasks come from.
-        tasks: tasks in a batch (the meta-batch), ≥ 1.
-        seed: two samplers of one family with different seeds draw different episodes.
+        family: Where the tasks come from.
+        tasks: The number of tasks in a batch (the meta-batch), ≥ 1.
+        seed: ≥ 0. Different seeds give different episodes of the same family.
+
+    Attributes:
+        position: The number of the batch that iteration gives next.
+
+    Raises:
+        ValueError: If `tasks` or `seed` is out of range.
+
+    Example:
+        >>> import tasks
+        >>> sampler = EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=4)
+        >>> inputs, targets = sampler[0].support
+        >>> inputs.shape
+        torch.Size([4, 5, 1])
+        >>> torch.equal(inputs, next(iter(sampler)).support[0])
+        True
     """
 
     def __init__(self, family: TaskFamily, *, tasks: int, seed: int = 0) -> None:
@@ -122,33 +182,54 @@ class EpisodeSampler(Dataset[Episodes]):
             raise ValueError(f"tasks: got {tasks}, expected at least 1 task in a batch")
         if seed < 0:
             raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")
-        self.family, self.tasks, self.seed, self.position = family, tasks, seed, 0
+        self.family = family
+        self.tasks = tasks
+        self.seed = seed
+        self.position = 0
 
     def __getitem__(self, index: int) -> Episodes:
-        """The batch at `index` ≥ 0 of the stream, wherever the stream stands."""
-        stream = [self.seed, index, *self.family.name.encode()]
-        return self.family.sample(self.tasks, np.random.default_rng(stream))
+        """Batch `index` ≥ 0 of the stream. The position stays where it is."""
+        entropy = [self.seed, index, *self.family.name.encode()]
+        return self.family.sample(self.tasks, np.random.default_rng(entropy))
 
     def __iter__(self) -> Iterator[Episodes]:
+        """The batches from the position on, without end."""
         while True:
             self.position += 1
             yield self[self.position - 1]
 
-    def batches(self, count: int, workers: int = 0, pin_memory: bool = False) -> Iterator[Episodes]:
-        """The next `count` batches, drawn by a `DataLoader` with `workers` processes; the order is the stream's.
+    def batches(
+        self,
+        count: int,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterator[Episodes]:
+        """The next `count` batches of the stream, in its order, drawn by a `DataLoader`.
 
-        The position advances as a batch is handed out, so a state taken between two batches resumes exactly.
+        The position advances when a batch is yielded, not when a worker draws it, so a state that
+        is taken between two batches resumes exactly.
+
+        Args:
+            count: How many batches.
+            workers: The number of processes that draw them. If 0, this process draws them.
+            pin_memory: Whether they come in page-locked memory.
         """
-        ahead = Subset(self, range(self.position, self.position + count))
-        own = torch.Generator().manual_seed(self.seed)  # the loader would draw from the global one
+        indices = range(self.position, self.position + count)
+        # Without a generator, the loader would draw a seed from the global one.
+        generator = torch.Generator().manual_seed(self.seed)
         loader = DataLoader(
-            ahead, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=own
+            Subset(self, indices),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=generator,
         )
         for episodes in loader:
             self.position += 1
             yield episodes
 
     def state_dict(self) -> dict[str, Any]:
+        """The position and what identifies the stream, as plain numbers and strings."""
         return {
             "family": self.family.name,
             "tasks": self.tasks,
@@ -157,11 +238,16 @@ class EpisodeSampler(Dataset[Episodes]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position; refuses the state of another stream (ValueError)."""
-        for key, mine in (("family", self.family.name), ("tasks", self.tasks), ("seed", self.seed)):
-            if state.get(key) != mine:
+        """Continue at the position of a saved state.
+
+        Raises:
+            ValueError: If the state is that of another family, number of tasks or seed.
+        """
+        for key, expected in self.state_dict().items():
+            if key != "position" and state.get(key) != expected:
                 raise ValueError(
-                    f"sampler state: got {key}={state.get(key)!r}, expected {mine!r}; "
+                    f"sampler state: got {key}={state.get(key)!r}, "
+                    f"expected {expected!r}; "
                     "resume with the options the run was started with"
                 )
         self.position = int(state["position"])

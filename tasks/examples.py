@@ -1,7 +1,8 @@
-"""Labelled examples in memory, and the seeded batches of them that any step can ask for by number."""
+"""Labelled examples in memory, and seeded batches of them that any step asks for by number."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """A labelled set.
+    """A labelled set. `len` is the number n of examples.
 
     Args:
-        inputs: `[n, *shape]`, n ≥ 1.
-        targets: `[n]`, class numbers from 0.
+        inputs: `[n, *shape]`, n ≥ 1, of any type.
+        targets: `[n]`, the numbers of the classes, from 0.
 
     Raises:
-        ValueError: another number of targets than of inputs, or none.
+        ValueError: If there is no example, or `targets` has not one number for each input.
+
+    Example:
+        >>> examples = Examples(torch.rand(4, 3), torch.tensor([2, 0, 2, 1]))
+        >>> examples.counts()
+        [1, 1, 2]
+        >>> examples.take(examples.targets == 2).inputs.shape
+        torch.Size([2, 3])
     """
 
     inputs: Tensor
@@ -28,20 +36,26 @@ class Examples:
         n = len(self.inputs) if self.inputs.ndim else 0
         if n == 0:
             raise ValueError(
-                f"inputs: got shape {tuple(self.inputs.shape)}, expected [n, *shape] with n ≥ 1; "
+                f"inputs: got shape {tuple(self.inputs.shape)}, "
+                "expected [n, *shape] with n ≥ 1; "
                 "give at least one example, the example axis first"
             )
         if self.targets.shape != (n,):
             raise ValueError(
-                f"targets: got shape {tuple(self.targets.shape)}, expected [{n}] as there are {n} inputs; "
-                "give one class number an input"
+                f"targets: got shape {tuple(self.targets.shape)}, "
+                f"expected [{n}] as there are {n} inputs; "
+                "give one class number for each input"
             )
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def take(self, index: Tensor) -> Examples:
-        """The examples at `index`: positions, int64 `[m]`, or a mask, bool `[n]`."""
+        """Copy the examples at `index`: positions, int64 `[m]`, or a mask, bool `[n]`.
+
+        Raises:
+            ValueError: If `index` selects nothing.
+        """
         index = index.to(self.inputs.device)
         return Examples(self.inputs[index], self.targets[index])
 
@@ -50,79 +64,133 @@ class Examples:
         return Examples(self.inputs.to(device), self.targets.to(device))
 
     def counts(self) -> list[int]:
-        """How many examples each of the classes 0 … max has; ValueError for targets that are no class numbers."""
-        if self.targets.is_floating_point() or self.targets.is_complex() or self.targets.min() < 0:
+        """The number of examples of each of the classes 0 … max(targets).
+
+        Raises:
+            ValueError: If the targets are not integers ≥ 0.
+        """
+        targets = self.targets
+        is_integer = not (targets.is_floating_point() or targets.is_complex())
+        if not is_integer or targets.min() < 0:
             raise ValueError(
-                f"targets: got {self.targets.dtype} from {self.targets.min()}, expected class numbers, integers ≥ 0; "
+                f"targets: got {targets.dtype} from {targets.min()}, "
+                "expected class numbers, integers ≥ 0; "
                 "number the classes from 0"
             )
-        counts: list[int] = self.targets.long().bincount().tolist()
+        counts: list[int] = targets.long().bincount().tolist()
         return counts
 
 
 class Batches:
-    """An endless, seeded stream of batches: `batches(i)` is batch i ≥ 0, whatever was asked for before.
+    """An endless, seeded stream of batches of examples: `batches(i)` is batch i ≥ 0.
 
-    The stream is one permutation of all examples after another, that of epoch e drawn from (seed, e) alone, and batch
-    i is its positions i·size … (i + 1)·size − 1: every batch has exactly `size` examples, and every example comes
-    once an epoch, so a batch may end one epoch and begin the next.
+    The stream is one permutation of all n examples after another. The permutation of epoch e
+    depends on (seed, e) alone. Batch i holds the positions i·size … (i + 1)·size − 1 of the stream,
+    so every batch has exactly `size` examples and may end one epoch and begin the next. A batch
+    does not depend on which batches were asked for before.
 
     Args:
-        examples: the set; batches stay on its device.
-        size: examples in a batch, 1 … n; None: every batch is the whole set, in order.
-        seed: ≥ 0; two seeds give two orders.
-        shuffle: False: each epoch runs through the examples in order.
+        examples: The set. Batches stay on its device.
+        size: The number of examples in a batch, 1 … n. If None, every batch is the whole set in
+            order, without a copy.
+        seed: ≥ 0. Different seeds give different orders.
+        shuffle: If False, every epoch runs through the examples in order.
 
     Raises:
-        ValueError: a size, seed or batch number out of range.
+        ValueError: If `size` or `seed` is out of range.
+
+    Example:
+        >>> examples = Examples(torch.arange(6.0), torch.zeros(6, dtype=torch.int64))
+        >>> batches = Batches(examples, size=4, seed=0, shuffle=False)
+        >>> batches(1)["inputs"]
+        tensor([4., 5., 0., 1.])
     """
 
     def __init__(
-        self, examples: Examples, size: int | None, seed: int, shuffle: bool = True
+        self,
+        examples: Examples,
+        size: int | None,
+        seed: int,
+        shuffle: bool = True,
     ) -> None:
         if size is not None and not 1 <= size <= len(examples):
             raise ValueError(
-                f"size: got {size}, expected 1 … {len(examples)}, the number of examples; None is the whole set"
+                f"size: got {size}, expected 1 … {len(examples)}, "
+                "the number of examples; None is the whole set"
             )
-        random_stream(seed)
-        self.examples, self.size, self.seed, self.shuffle = examples, size, seed, shuffle
-        self._orders: dict[int, Tensor] = {}  # of the last two epochs: a batch can need two
+        random_stream(seed)  # raises for a negative seed
+        self.examples = examples
+        self.size = size
+        self.seed = seed
+        self.shuffle = shuffle
+        # The permutations of the last two epochs, because a batch can need two.
+        self._orders: dict[int, Tensor] = {}
 
     def __call__(self, i: int) -> dict[str, Tensor]:
-        """Batch i: `inputs` `[size, *shape]`, `targets` `[size]`, and `index`, int64 `[size]`: which examples."""
+        """Batch i.
+
+        Returns:
+            `inputs` `[size, *shape]`, `targets` `[size]`, and `index`, int64 `[size]`: the
+            positions of these examples in the set.
+
+        Raises:
+            ValueError: If i is negative.
+        """
         if i < 0:
             raise ValueError(f"i: got {i}, expected a batch number ≥ 0")
-        n, size = len(self.examples), self.size
-        if size is None:
-            index = torch.arange(n, device=self.examples.inputs.device)
-            return {
-                "inputs": self.examples.inputs,
-                "targets": self.examples.targets,
-                "index": index,
-            }
-        begin, end = i * size, (i + 1) * size
-        epochs = range(begin // n, (end - 1) // n + 1)
-        index = torch.cat([self._order(e)[max(begin - e * n, 0) : end - e * n] for e in epochs])
-        batch = self.examples.take(index)
-        return {"inputs": batch.inputs, "targets": batch.targets, "index": index}
+        if self.size is None:
+            device = self.examples.inputs.device
+            index = torch.arange(len(self.examples), device=device)
+            batch = self.examples
+        else:
+            start = i * self.size
+            index = torch.cat(list(self._parts(start, start + self.size)))
+            batch = self.examples.take(index)
+        return {
+            "inputs": batch.inputs,
+            "targets": batch.targets,
+            "index": index,
+        }
+
+    def _parts(self, start: int, stop: int) -> Iterator[Tensor]:
+        """The positions `start` … `stop` − 1 of the stream, cut where epochs end."""
+        n = len(self.examples)
+        for epoch in range(start // n, (stop - 1) // n + 1):
+            first = epoch * n
+            yield self._order(epoch)[max(start - first, 0) : stop - first]
 
     def _order(self, epoch: int) -> Tensor:
+        """The permutation of an epoch, `[n]`, drawn once if epochs are asked for in order."""
         if epoch not in self._orders:
             n = len(self.examples)
-            order = random_stream(self.seed, epoch).permutation(n) if self.shuffle else np.arange(n)
+            stream = random_stream(self.seed, epoch)
+            order = stream.permutation(n) if self.shuffle else np.arange(n)
             while len(self._orders) > 1:
-                del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = torch.from_numpy(order).to(
-                self.examples.inputs.device, torch.int64
-            )
+                oldest = next(iter(self._orders))
+                del self._orders[oldest]
+            device = self.examples.inputs.device
+            self._orders[epoch] = torch.from_numpy(order).to(device, torch.int64)
         return self._orders[epoch]
 
 
 def random_stream(seed: int, *names: int | str) -> np.random.Generator:
-    """A generator of (seed, names) alone; ValueError for a negative seed."""
+    """A random generator that depends on `seed` and `names` alone.
+
+    Args:
+        seed: ≥ 0.
+        names: What the numbers are for. Different names give independent streams of one seed.
+
+    Raises:
+        ValueError: If the seed is negative.
+
+    Example:
+        >>> same = random_stream(0, "split"), random_stream(0, "split")
+        >>> same[0].random() == same[1].random()
+        True
+    """
     if seed < 0:
         raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")
-    words = [
-        word for name in names for word in (name.encode() if isinstance(name, str) else [name])
-    ]
-    return np.random.default_rng([seed, *words])
+    entropy = [seed]
+    for name in names:
+        entropy.extend(name.encode() if isinstance(name, str) else [name])
+    return np.random.default_rng(entropy)

@@ -1,9 +1,10 @@
-"""Few-shot classification of any images sorted into folders: CIFAR-FS, mini-ImageNet, or your own."""
+"""Few-shot classification of any images sorted into folders: CIFAR-FS, mini-ImageNet, your own."""
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from tasks.episodes import Splits
 from tasks.files import Files
 from tasks.pool import ImagePool, few_shot_splits, shuffled_split
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-SPLITS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-LAYOUT = "expected class/image files, train|val|test/class/image files, or images with train.csv, val.csv and test.csv"
+LISTS = ("train.csv", "val.csv", "test.csv")
+SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+LAYOUT = (
+    "expected class/image files, train|val|test/class/image files, "
+    "or images with train.csv, val.csv and test.csv"
+)
 
-Classes = dict[str, list[str]]  # class name: its image files
+Classes = dict[str, list[str]]  # the image files of each class, by its name
 
 
 def load(
@@ -31,23 +35,34 @@ def load(
     split_lists: str | Path | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Images of a folder or zip, `[3, size, size]` or `[1, size, size]` in [0, 1], all decoded into memory (uint8).
+    """Few-shot tasks of the images in a folder or zip. See `tasks.FewShot` for shapes and types.
 
-    Classes are split by the first of these that applies:
+    Images are `[3, size, size]` or `[1, size, size]`, all decoded into memory (uint8). The folder
+    that an image lies in is its class. Folders that wrap everything else are passed over. Classes
+    are split by the first of these that applies:
 
-    1. `train.csv`, `val.csv` and `test.csv` in `split_lists` or among the images, with columns `filename,label`
-       (mini-ImageNet's lists), the filename being a path or a file's unique name;
-    2. top folders `train`, `val` (or `validation`) and `test`, each of class folders (CIFAR-FS);
-    3. a shuffle by `seed` into 64 % train, 16 % validation, 20 % test.
+    1. Lists `train.csv`, `val.csv` and `test.csv`, in `split_lists` or among the images, with
+       columns `filename,label` (those of mini-ImageNet). A filename is a path from `data_root`, or
+       a name that one image has. The label is the class.
+    2. Top folders `train`, `val` (or `valid`, `validation`) and `test`, in upper or lower case,
+       that hold class folders. If only one of these names occurs, it is an ordinary class.
+    3. A shuffle by `seed` into 64 % train, 16 % validation and 20 % test.
 
     Args:
-        data_root: the folder or zip; a zip is read where it is.
-        size: pixels a side, ≥ 1; images are cut to their central square and resized.
-        color: three channels, or one of grey.
+        ways: The number of classes in a task.
+        shots: The number of support images of each class.
+        queries: The number of query images of each class.
+        data_root: A folder, or a zip, which is not extracted. Required.
+        size: Pixels a side, ≥ 1. Images are cut to their central square and resized.
+        color: Whether images have three channels or one of grey.
+        split_lists: The folder or zip with the three lists. If None, they are looked for among the
+            images.
+        seed: Of the shuffle.
 
     Raises:
-        FileNotFoundError: no data_root, or nothing there.
-        ValueError: no images, an undecodable image or zip, a list that does not fit, a class in two splits.
+        FileNotFoundError: If `data_root` is not given, or there is nothing at it.
+        ValueError: If there are no images, an image or zip cannot be read, a list or folder does
+            not fit, a class is in two splits, or the data cannot give such tasks.
     """
     if data_root is None:
         raise FileNotFoundError(
@@ -56,88 +71,126 @@ def load(
     if size < 1:
         raise ValueError(f"size: got {size}, expected at least 1 pixel a side")
     files = Files(Path(data_root))
-    images = [path for path in files.paths if path.lower().endswith(SUFFIXES)]
-    if not images:
+    image_paths = files.image_paths
+    if not image_paths:
         raise ValueError(f"data_root: found no images in {data_root}; {LAYOUT}")
 
-    parts = _listed(
-        files, images, None if split_lists is None else Path(split_lists)
-    ) or _by_folder(images)
+    lists = files if split_lists is None else Files(Path(split_lists))
+    parts = _classes_by_list(lists, image_paths, required=split_lists is not None)
+    parts = parts or _classes_by_folder(image_paths)
     classes = {name: paths for part in parts for name, paths in part.items()}
     split = _positions(parts) if len(parts) == 3 else shuffled_split(len(classes), seed)
-    pool = ImagePool.sorted(
-        _decode(files, [path for paths in classes.values() for path in paths], size, color),
-        [len(paths) for paths in classes.values()],
-        classes,
+
+    paths = [path for paths in classes.values() for path in paths]
+    images = files.images(paths, size, color=color)
+    pool = ImagePool.from_sorted(
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        counts=[len(paths) for paths in classes.values()],
+        names=classes,
     )
-    return few_shot_splits("folder", pool, split, ways=ways, shots=shots, queries=queries)
+    return few_shot_splits(
+        "folder",
+        pool,
+        split,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+    )
 
 
-def _positions(parts: list[Classes]) -> list[np.ndarray]:
-    """Positions of each split's classes in the order of all; refuses a class in two splits."""
-    owner: dict[str, int] = {}
-    for number, part in enumerate(parts):
+def _positions(parts: Sequence[Classes]) -> list[np.ndarray]:
+    """The positions of each part's classes among the classes of all parts, in their order."""
+    split_of: dict[str, str] = {}
+    for split, part in zip(("train", "val", "test"), parts, strict=True):
         for name in part:
-            if name in owner:
-                one, other = ("train", "val", "test")[owner[name]], ("train", "val", "test")[number]
+            if name in split_of:
                 raise ValueError(
-                    f"splits: class {name!r} is in {one} and in {other}; "
-                    "few-shot splits hold whole classes apart, so give every class to one of them"
+                    f"splits: class {name!r} is in {split_of[name]} and in {split}; "
+                    "few-shot splits hold whole classes apart, "
+                    "so give every class to one of them"
                 )
-            owner[name] = number
-    return np.split(np.arange(len(owner)), np.cumsum([len(part) for part in parts])[:-1])
+            split_of[name] = split
+    boundaries = np.cumsum([len(part) for part in parts])[:-1]
+    return np.split(np.arange(len(split_of)), boundaries)
 
 
-def _by_folder(images: list[str]) -> list[Classes]:
-    """Classes by folder: one group, or three where the top folders are train, val and test."""
+def _classes_by_folder(images: Sequence[str]) -> list[Classes]:
+    """Classes by folder: one part, or three if the top folders are train, val and test."""
     paths = [path.split("/") for path in images]
+    # A zip often has one folder that wraps all others.
     while min(map(len, paths)) > 2 and len({path[0] for path in paths}) == 1:
-        paths = [path[1:] for path in paths]  # a lone wrapping folder, as zips have
-    if loose := [image for image, path in zip(images, paths, strict=True) if len(path) < 2]:
-        raise ValueError(f"data_root: {loose[0]} is in no class folder; {LAYOUT}")
+        paths = [path[1:] for path in paths]
+    for image, path in zip(images, paths, strict=True):
+        if len(path) < 2:
+            raise ValueError(f"data_root: {image} is in no class folder; {LAYOUT}")
 
     tops = {path[0] for path in paths}
-    known = {top for top in tops if top.lower() in SPLITS}
-    split = len({SPLITS[top.lower()] for top in known}) > 1  # one alone may be a class
-    if split and len({SPLITS[top.lower()] for top in known}) < 3:
-        raise ValueError(f"data_root: got only the split folders {sorted(known)}; {LAYOUT}")
-    if split and (beside := sorted(tops - known)):
+    split_tops = sorted(top for top in tops if top.lower() in SPLIT_FOLDERS)
+    splits = {SPLIT_FOLDERS[top.lower()] for top in split_tops}
+    if len(splits) < 2:
+        classes: Classes = defaultdict(list)
+        for image, path in zip(images, paths, strict=True):
+            classes["/".join(path[:-1])].append(image)
+        return [classes]
+
+    if len(splits) < 3:
+        raise ValueError(f"data_root: got only the split folders {split_tops}; {LAYOUT}")
+    others = sorted(tops - set(split_tops))
+    if others:
         raise ValueError(
-            f"data_root: got {beside[0]!r} beside the split folders {sorted(known)}; move it; {LAYOUT}"
+            f"data_root: got {others[0]!r} beside the split folders {split_tops}; move it; {LAYOUT}"
         )
-    parts: list[Classes] = [defaultdict(list) for _ in range(3 if split else 1)]
-    for image, path in zip(images, paths, strict=True):
-        if split and len(path) < 3:
+    parts: list[Classes] = [defaultdict(list) for _ in range(3)]
+    for image, (top, *folders, _) in zip(images, paths, strict=True):
+        if not folders:
             raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
-        parts[SPLITS[path[0].lower()] if split else 0]["/".join(path[split:-1])].append(image)
+        part = parts[SPLIT_FOLDERS[top.lower()]]
+        part["/".join(folders)].append(image)
     return parts
 
 
-def _listed(files: Files, images: list[str], split_lists: Path | None) -> list[Classes] | None:
-    """Classes by the three CSV lists, or None where there are none."""
-    source = files if split_lists is None else Files(split_lists)
-    wanted = ("train.csv", "val.csv", "test.csv")
-    lists = {name: path for path in source.paths if (name := path.rsplit("/", 1)[-1]) in wanted}
-    if not lists and split_lists is None:
-        return None
-    if missing := [name for name in wanted if name not in lists]:
+def _classes_by_list(source: Files, images: Sequence[str], *, required: bool) -> list[Classes]:
+    """Classes by the three CSV lists in `source`. If there are none, and they are optional, []."""
+    paths = {path.rsplit("/", 1)[-1]: path for path in source.paths}
+    missing = [name for name in LISTS if name not in paths]
+    if len(missing) == len(LISTS) and not required:
+        return []
+    if missing:
         raise ValueError(
-            f"split lists: {source.root} has no {', '.join(missing)}; expected {', '.join(wanted)}"
+            f"split lists: {source.root} has no {', '.join(missing)}; expected {', '.join(LISTS)}"
         )
 
-    by_name: dict[str, list[str]] = defaultdict(list)
+    images_called: dict[str, list[str]] = defaultdict(list)
     for image in images:
-        by_name[image].append(image)
-        if "/" in image:
-            by_name[image.rsplit("/", 1)[-1]].append(image)
-    used: set[str] = set()
-    return [_read_list(source, lists[name], by_name, used) for name in wanted]
+        for name in {image, image.rsplit("/", 1)[-1]}:
+            images_called[name].append(image)
+
+    parts = []
+    listed: set[str] = set()
+    for name in LISTS:
+        classes: Classes = defaultdict(list)
+        for where, filename, label in _rows(source, paths[name]):
+            matches = images_called.get(filename, [])
+            if len(matches) != 1:
+                raise ValueError(
+                    f"{where}: {len(matches)} images are called {filename!r}, "
+                    "expected one; give its path from data_root, or add the image"
+                )
+            image = matches[0]
+            # An image that is listed twice could be in both support and query.
+            if image in listed:
+                raise ValueError(f"{where}: {filename!r} is listed twice; list every image once")
+            listed.add(image)
+            classes[label].append(image)
+        parts.append(classes)
+    return parts
 
 
-def _read_list(source: Files, path: str, by_name: dict[str, list[str]], used: set[str]) -> Classes:
-    """The classes of one CSV list; `used` collects images, for one listed twice could be in support and query."""
+def _rows(source: Files, path: str) -> Iterator[tuple[str, str, str]]:
+    """Where each row of a CSV list stands, its filename and its label."""
     try:
-        rows = csv.DictReader(source.read(path).decode("utf-8-sig").splitlines())
+        text = source.read(path).decode("utf-8-sig")
+        rows = csv.DictReader(text.splitlines())
         columns = list(rows.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
@@ -145,31 +198,9 @@ def _read_list(source: Files, path: str, by_name: dict[str, list[str]], used: se
         ) from error
     if not {"filename", "label"} <= set(columns):
         raise ValueError(f"{source.root}: {path}: got columns {columns}, expected filename,label")
-    classes: Classes = defaultdict(list)
-    for number, row in enumerate(rows, start=2):
-        where, name = f"{source.root}: {path}, line {number}", row["filename"] or ""
+    for line, row in enumerate(rows, start=2):
+        where = f"{source.root}: {path}, line {line}"
+        filename = row["filename"] or ""
         if not row["label"]:
-            raise ValueError(f"{where}: got no label for {name!r}, expected filename,label")
-        matches = by_name.get(name, [])
-        if len(matches) != 1:
-            raise ValueError(
-                f"{where}: {len(matches)} images are called {name!r}, expected one; "
-                "give its path from data_root, or add the image"
-            )
-        if matches[0] in used:
-            raise ValueError(f"{where}: {name!r} is listed twice; list every image once")
-        used.add(matches[0])
-        classes[row["label"]].append(matches[0])
-    return classes
-
-
-def _decode(files: Files, paths: list[str], size: int, color: bool) -> torch.Tensor:
-    """The images, uint8 `[N, channels, size, size]`."""
-    from tqdm import tqdm
-
-    images = np.empty((len(paths), size, size, 3 if color else 1), dtype=np.uint8)
-    for place, path in zip(
-        images, tqdm(paths, desc="decoding images", leave=False, disable=None), strict=True
-    ):
-        place[:] = files.image(path, size, color=color).reshape(place.shape)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+            raise ValueError(f"{where}: got no label for {filename!r}, expected filename,label")
+        yield where, filename, row["label"]

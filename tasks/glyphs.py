@@ -1,12 +1,16 @@
-"""Few-shot classification of printed characters, made from the fonts that matplotlib ships: nothing to download.
+"""Few-shot classification of printed characters, rendered from the fonts that matplotlib ships.
 
-A class is a character; its images are 16 faces (DejaVu Sans, Sans Mono and Serif, STIX General, each in four styles)
-and 2 affine jitters of each. Only characters that every face has are used, so none is a 'missing glyph' box.
+Nothing is downloaded. A class is a character. Its images are 16 faces (DejaVu Sans, Sans Mono and
+Serif, STIX General, each in four styles) and 2 affine jitters of each. Only characters that every
+face has are used, so that none is a 'missing glyph' box.
+
+Glyphs are drawn once, large, on square plates. Every image, a frame, is resampled from a plate.
 """
 
 from __future__ import annotations
 
 import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,192 +19,276 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.cache import Arrays, cached
+from tasks.cache import Arrays, load_or_build, progress
 from tasks.episodes import Splits
 from tasks.pool import ImagePool, few_shot_splits, shuffled_split
 
-SIZE = 28  # pixels a side
-EM = 24.0  # font size in pixels: capitals are about 17 pixels high
-LARGEST = 20.0  # larger glyphs (‱, box drawing) shrink to this many pixels, so that jitter keeps them in the frame
-JITTERS = 2  # images a face
-ROTATION, SHEAR, SCALE, SHIFT = np.radians(10), 0.1, 0.1, 1.5  # largest jitter; shift in pixels
-LOOK_ALIKE, SAME_LETTER = 0.41, 0.75  # see `merge_look_alikes`
+SIDE = 28  # of a frame, in pixels
+EM = 24.0  # font size in a frame, in pixels: capitals are about 17 pixels high
+# Larger glyphs (‱, box drawing) shrink to this many frame pixels, so that jitter keeps them inside.
+LARGEST = 20.0
+JITTERS = 2  # images of each face
+MAX_ROTATION = np.radians(10)
+MAX_SHEAR = 0.1
+MAX_LOG_SCALE = 0.1
+MAX_SHIFT = 1.5  # frame pixels
+# Largest distances within a class, see `merge_look_alikes`.
+LOOK_ALIKE = 0.41
+SAME_LETTER = 0.75
 SEED = 0
 
-_PLATE, _PLATE_EM = (
-    128,
-    64,
-)  # glyphs are drawn once, this large, and every image is resampled from that
+PLATE_SIDE = 128  # pixels
+PLATE_EM = 64  # font size on a plate, in pixels
 
 
 def load(*, ways: int, shots: int, queries: int) -> Splits:
-    """The glyphs, split by a fixed shuffle of their classes into 64 % train, 16 % validation, 20 % test.
+    """Few-shot tasks of printed characters. See `tasks.FewShot` for shapes and types.
 
-    Images are `[1, 28, 28]`, strokes 1 on 0, and 32 a class. The first call renders them (seconds) into the cache.
+    Images are `[1, 28, 28]`, strokes 1 on 0. A class has 32 images. A fixed shuffle splits the
+    classes into 64 % train, 16 % validation and 20 % test. The first call renders the images, which
+    takes some seconds, and caches them.
+
+    Args:
+        ways: The number of classes in a task.
+        shots: The number of support images of each class.
+        queries: The number of query images of each class.
+
+    Raises:
+        ValueError: If the classes cannot give such tasks.
     """
-    arrays = cached("glyphs-1", render)
-    pool = ImagePool.sorted(
-        torch.from_numpy(arrays["images"]), arrays["counts"], arrays["names"].tolist()
-    )
+    arrays = load_or_build("glyphs-1", render)
+    images = torch.from_numpy(arrays["images"])
+    pool = ImagePool.from_sorted(images, arrays["counts"], arrays["names"].tolist())
+    split = shuffled_split(len(pool), SEED)
     return few_shot_splits(
-        "glyphs", pool, shuffled_split(len(pool), SEED), ways=ways, shots=shots, queries=queries
+        "glyphs",
+        pool,
+        split,
+        ways=ways,
+        shots=shots,
+        queries=queries,
     )
 
 
 def render() -> Arrays:
-    """Draw every class: `images` uint8 `[classes·32, 1, 28, 28]`, `counts` `[classes]`, `names` `[classes]`."""
-    from tqdm import tqdm
+    """Render the images of every class.
 
+    Returns:
+        `images`, uint8 `[classes·32, 1, 28, 28]`, sorted by class; `counts`, int64 `[classes]`, 32
+        each; and `names`, `[classes]`, the code points of the characters of a class, such as
+        "U+0041 U+0391 U+0410".
+    """
     faces = font_files()
     characters = shared_characters(faces)
-    plates = [
-        draw(face, characters)
-        for face in tqdm(faces, desc="glyphs: drawing", leave=False, disable=None)
-    ]
-    inked = torch.stack([plate.amax((1, 2, 3)) > 0 for plate in plates]).all(0)
-    characters = [c for c, visible in zip(characters, inked.tolist(), strict=True) if visible]
-    plates = [plate[inked] for plate in plates]
+    bar = progress(faces, "glyphs: drawing")
+    plates = [draw(face, characters) for face in bar]
+    inked = [plate.amax((1, 2, 3)) > 0 for plate in plates]
+    visible = torch.stack(inked).all(0)  # in every face
+    characters = [characters[i] for i in visible.nonzero().flatten()]
+    plates = [plate[visible] for plate in plates]
     groups = merge_look_alikes(characters, plates)
 
     rng = np.random.default_rng(SEED)
     first = [group[0] for group in groups]
-    images = [
-        warp(plate[first], _placement(plate[first]) @ _jitter(len(first), rng))
-        for plate in tqdm(plates, desc="glyphs: jitter", leave=False, disable=None)
-        for _ in range(JITTERS)
-    ]
+    images = []
+    for plate in progress(plates, "glyphs: jitter"):
+        glyphs = plate[first]
+        for _ in range(JITTERS):
+            moved = _placement(glyphs) @ jitter(len(glyphs), rng)
+            images.append(warp(glyphs, moved))
+    by_class = torch.stack(images, 1).flatten(0, 1)
+    codes = [[f"U+{ord(characters[i]):04X}" for i in group] for group in groups]
     return {
-        "images": torch.stack(images, 1).flatten(0, 1).mul(255).round().byte().numpy(),
+        "images": by_class.mul(255).round().byte().numpy(),
         "counts": np.full(len(groups), len(images)),
-        "names": np.array([" ".join(_code(characters[i]) for i in group) for group in groups]),
+        "names": np.array([" ".join(group) for group in codes]),
     }
 
 
 def font_files() -> list[Path]:
-    """The 16 font files."""
+    """The 16 font files, in a fixed order."""
     import matplotlib
 
     styles = ("", "-Bold", "-Oblique", "-BoldOblique")
+    serif_styles = ("", "-Bold", "-Italic", "-BoldItalic")
+    stix_styles = ("", "Bol", "Italic", "BolIta")
     names = [f"DejaVuSans{style}" for style in styles]
     names += [f"DejaVuSansMono{style}" for style in styles]
-    names += [f"DejaVuSerif{style.replace('Oblique', 'Italic')}" for style in styles]
-    names += [f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")]
-    return [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in names]
+    names += [f"DejaVuSerif{style}" for style in serif_styles]
+    names += [f"STIXGeneral{style}" for style in stix_styles]
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    return [folder / f"{name}.ttf" for name in names]
 
 
 def shared_characters(faces: Sequence[Path]) -> list[str]:
-    """Characters in the character map of every face, in Unicode order; spaces and control characters are left out."""
+    """The characters that every face has, in Unicode order, without spaces and control characters.
+
+    Example:
+        >>> "A" in shared_characters(font_files())
+        True
+    """
     from matplotlib.ft2font import FT2Font
 
-    codes = set.intersection(*(set(FT2Font(str(face)).get_charmap()) for face in faces))
-    return [chr(code) for code in sorted(codes) if unicodedata.category(chr(code))[0] not in "ZC"]
+    codes = [set(FT2Font(str(face)).get_charmap()) for face in faces]
+    characters = map(chr, sorted(set.intersection(*codes)))
+    return [c for c in characters if unicodedata.category(c)[0] not in "ZC"]
 
 
 def draw(face: Path, characters: Sequence[str]) -> Tensor:
-    """Each character large, its ink centred on a square plate: float `[characters, 1, plate, plate]` in [0, 1]."""
+    """Draw each character on a plate of its own, with its ink in the centre.
+
+    Returns:
+        float32 `[characters, 1, 128, 128]` in [0, 1], ink 1 on 0. A character without ink is
+        blank.
+
+    Example:
+        >>> draw(font_files()[0], "Rg").shape
+        torch.Size([2, 1, 128, 128])
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.truetype(str(face), _PLATE_EM, layout_engine=ImageFont.Layout.BASIC)
-    plates = np.zeros((len(characters), 1, _PLATE, _PLATE), dtype=np.uint8)
+    layout = ImageFont.Layout.BASIC
+    font = ImageFont.truetype(str(face), PLATE_EM, layout_engine=layout)
+    middle = (PLATE_SIDE // 2, PLATE_SIDE // 2)
+    shape = (len(characters), 1, PLATE_SIDE, PLATE_SIDE)
+    plates = np.zeros(shape, dtype=np.uint8)
     for plate, character in zip(plates[:, 0], characters, strict=True):
-        page = Image.new("L", (_PLATE, _PLATE))
-        ImageDraw.Draw(page).text(
-            (_PLATE // 2, _PLATE // 2), character, fill=255, font=font, anchor="mm"
-        )
-        if box := page.getbbox():
-            left, top = (_PLATE - (box[2] - box[0])) // 2, (_PLATE - (box[3] - box[1])) // 2
-            plate[top : top + box[3] - box[1], left : left + box[2] - box[0]] = page.crop(box)
+        page = Image.new("L", (PLATE_SIDE, PLATE_SIDE))
+        pen = ImageDraw.Draw(page)
+        pen.text(middle, character, fill=255, font=font, anchor="mm")
+        box = page.getbbox()
+        if box is not None:
+            ink = np.asarray(page.crop(box))
+            height, width = ink.shape
+            top = (PLATE_SIDE - height) // 2
+            left = (PLATE_SIDE - width) // 2
+            plate[top : top + height, left : left + width] = ink
     return torch.from_numpy(plates).float().div_(255)
 
 
 def merge_look_alikes(characters: Sequence[str], plates: Sequence[Tensor]) -> list[list[int]]:
-    """Group characters that are one drawing up to position and size: A of Latin, Greek and Cyrillic, or c and C.
+    """Group characters that differ in position and size only: Latin, Greek and Cyrillic A, or c, C.
 
-    The distance of two glyphs is their largest difference at any point, both scaled to the frame and blurred (the blur
-    forgives outlines a pixel apart). A pair is alike in a face at a distance of at most `LOOK_ALIKE`, or, as thin and
-    bold strokes of the same letter lie further apart, `SAME_LETTER` where Unicode calls one the other in another case
-    or size (c and C, h and ʰ). Pairs alike in at least half of the faces are one class, directly or through others.
-    Accents are small beside their letter, so characters with different combining marks (È, É) are never one class.
+    The distance of two glyphs is their largest difference at any point, after both are scaled to
+    the frame and blurred. (The blur forgives outlines that are a pixel apart.) In a face, two
+    characters are alike if their distance is at most
+
+    - `SAME_LETTER`, if Unicode calls them one letter in two cases or sizes (c and C, h and ʰ),
+      since thin and bold strokes of a letter lie further apart;
+    - `LOOK_ALIKE` otherwise.
+
+    Characters that are alike in at least half of the faces are one class, directly or through
+    others. Characters with different combining marks (È, É) never are alike, because accents are
+    small beside their letter.
 
     Args:
-        characters: the n characters.
-        plates: for each face `[n, 1, plate, plate]`, ink in every one.
+        characters: The n characters.
+        plates: For each face, `[n, 1, 128, 128]`, with some ink on every plate.
 
     Returns:
-        Groups of character positions, each ascending, in order of their first.
+        Groups of positions in `characters`, ascending, in the order of their first.
     """
-    folded = np.array([unicodedata.normalize("NFKC", c).casefold() for c in characters])
-    marks = np.array(
-        [
-            "".join(filter(unicodedata.combining, unicodedata.normalize("NFD", c)))
-            for c in characters
-        ]
-    )
-    limit = torch.from_numpy(np.where(folded[:, None] == folded, SAME_LETTER, LOOK_ALIKE))
-    limit[torch.from_numpy(marks[:, None] != marks)] = -1
-    alike = torch.stack([_distances(plate) <= limit for plate in plates]).sum(0) * 2 >= len(plates)
+    letters = np.array([_letter(c) for c in characters])
+    marks = np.array([_combining_marks(c) for c in characters])
+    limit = np.where(letters[:, None] == letters, SAME_LETTER, LOOK_ALIKE)
+    limit[marks[:, None] != marks] = -1  # no distance is below 0
+    limits = torch.from_numpy(limit)
+    faces = torch.stack([_distances(plate) <= limits for plate in plates])
+    alike = faces.sum(0) * 2 >= len(plates)
 
+    # Connected components: each takes the least leader among those like it, until none changes.
     leader = torch.arange(len(characters))
-    while True:  # each takes the least leader among those like it, until nothing changes
+    while True:
         least = torch.where(alike, leader, len(leader)).amin(1)
         if torch.equal(least, leader):
             break
         leader = least
-    groups: dict[int, list[int]] = {}
+    groups = defaultdict(list)
     for position, head in enumerate(leader.tolist()):
-        groups.setdefault(head, []).append(position)
+        groups[head].append(position)
     return list(groups.values())
 
 
-def _distances(plates: Tensor) -> Tensor:
-    """Distances of all pairs of glyphs in one face, `[n, n]`."""
-    fitted = warp(plates, _scaling(_extent(plates) / SIZE))
-    blurred = F.avg_pool2d(fitted, 3, stride=2, padding=1).flatten(1)
-    return torch.cdist(blurred, blurred, p=float("inf"))
-
-
 def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
-    """Resample plates `[n, 1, plate, plate]` into frames `[n, 1, 28, 28]`, anti-aliased.
+    """Resample plates into frames, without aliasing.
 
-    `frame_to_plate` `[n, 2, 3]` maps pixels from the centre of a frame to pixels from the centre of its plate.
+    Args:
+        plates: `[n, 1, 128, 128]`.
+        frame_to_plate: Affine maps `[n, 2, 3]`, from pixels relative to the centre of a frame to
+            pixels relative to the centre of its plate.
+
+    Returns:
+        `[n, 1, 28, 28]`.
+
+    Example:
+        >>> shrink = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
+        >>> warp(torch.ones(1, 1, 128, 128), shrink).mean()
+        tensor(1.)
     """
-    finer = 2  # samples a side of a pixel
-    units = torch.tensor(
-        [SIZE / _PLATE, SIZE / _PLATE, 2 / _PLATE]
-    )  # grid coordinates run from -1 to 1
-    grid = F.affine_grid(
-        frame_to_plate * units, [len(plates), 1, SIZE * finer, SIZE * finer], align_corners=False
-    )
-    return F.avg_pool2d(F.grid_sample(plates, grid, align_corners=False), finer)
+    samples = 2  # a side of a frame pixel
+    # Grid coordinates run from -1 to 1, on the frame and on the plate.
+    ratio = SIDE / PLATE_SIDE
+    units = torch.tensor([ratio, ratio, 2 / PLATE_SIDE])
+    shape = [len(plates), 1, SIDE * samples, SIDE * samples]
+    grid = F.affine_grid(frame_to_plate * units, shape, align_corners=False)
+    finer = F.grid_sample(plates, grid, align_corners=False)
+    return F.avg_pool2d(finer, samples)
 
 
-def _extent(plates: Tensor) -> Tensor:
-    """Larger side of each glyph's ink in plate pixels, `[n]`."""
-    rows, columns = (plates.amax(axes) > 0 for axes in ((1, 3), (1, 2)))
-    return torch.maximum(rows.sum(1), columns.sum(1)).float()
+def jitter(count: int, rng: np.random.Generator) -> Tensor:
+    """Random rotations, shears, scalings and shifts, uniform up to their largest sizes.
 
+    Returns:
+        Affine maps of frame pixels, float32 `[count, 2, 3]`.
 
-def _scaling(scale: Tensor) -> Tensor:
-    """Maps `[n, 2, 3]` that multiply by `scale` `[n]`."""
-    return scale[:, None, None] * torch.eye(2, 3)
-
-
-def _placement(plates: Tensor) -> Tensor:
-    """Frame to plate at the font size `EM`, `[n, 2, 2]`; larger glyphs are shrunk to `LARGEST`."""
-    return _scaling(torch.clamp(_extent(plates) / LARGEST, min=_PLATE_EM / EM))[:, :, :2]
-
-
-def _jitter(count: int, rng: np.random.Generator) -> Tensor:
-    """Random rotation, shear, scale and shift, `[count, 2, 3]`."""
-    most = np.array([ROTATION, SHEAR, SCALE, SHIFT, SHIFT])
-    angle, shear, scale, x, y = most[:, None] * rng.uniform(-1, 1, (5, count))
-    cos, sin, size = np.cos(angle), np.sin(angle), np.exp(scale)
+    Example:
+        >>> jitter(5, np.random.default_rng(0)).shape
+        torch.Size([5, 2, 3])
+    """
+    largest = [MAX_ROTATION, MAX_SHEAR, MAX_LOG_SCALE, MAX_SHIFT, MAX_SHIFT]
+    drawn = np.array(largest)[:, None] * rng.uniform(-1, 1, (5, count))
+    angle, shear, log_scale, x, y = drawn
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    scale = np.exp(log_scale)
     rows = [
-        [size * cos, size * (shear * cos - sin), x],
-        [size * sin, size * (shear * sin + cos), y],
+        [scale * cos, scale * (shear * cos - sin), x],
+        [scale * sin, scale * (shear * sin + cos), y],
     ]
     return torch.from_numpy(np.array(rows)).permute(2, 0, 1).float()
 
 
-def _code(character: str) -> str:
-    return f"U+{ord(character):04X}"
+def _distances(plates: Tensor) -> Tensor:
+    """The distances of all pairs of glyphs in one face, `[n, n]`."""
+    fitted = warp(plates, _scaling(_extent(plates) / SIDE))
+    blurred = F.avg_pool2d(fitted, 3, stride=2, padding=1).flatten(1)
+    return torch.cdist(blurred, blurred, p=float("inf"))
+
+
+def _extent(plates: Tensor) -> Tensor:
+    """The larger side of each glyph's ink in plate pixels, `[n]`."""
+    rows = (plates.amax((1, 3)) > 0).sum(1)
+    columns = (plates.amax((1, 2)) > 0).sum(1)
+    return torch.maximum(rows, columns).float()
+
+
+def _scaling(scale: Tensor) -> Tensor:
+    """Affine maps `[n, 2, 3]` that multiply by `scale` `[n]`."""
+    return scale[:, None, None] * torch.eye(2, 3)
+
+
+def _placement(plates: Tensor) -> Tensor:
+    """Linear maps from frame to plate, `[n, 2, 2]`, that keep every glyph within `LARGEST`."""
+    scale = torch.clamp(_extent(plates) / LARGEST, min=PLATE_EM / EM)
+    return _scaling(scale)[:, :, :2]
+
+
+def _letter(character: str) -> str:
+    """What characters that differ in case or size only have in common."""
+    return unicodedata.normalize("NFKC", character).casefold()
+
+
+def _combining_marks(character: str) -> str:
+    """The accents of a character, such as the acute of É."""
+    decomposed = unicodedata.normalize("NFD", character)
+    return "".join(filter(unicodedata.combining, decomposed))

@@ -1,12 +1,9 @@
-"""learn2learn's tasksets as our episodes: any `Taskset` (once `TaskDataset`), or one of its benchmarks by name."""
+"""Few-shot tasks of learn2learn: any `Taskset`, or one of its benchmarks by name."""
 
 from __future__ import annotations
 
 import importlib
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ import torch
 from torch import Tensor
 
 from tasks.cache import cache_dir
-from tasks.episodes import Episodes, Splits
-from tasks.pool import at_least_one
-
-SPLITS = ("train", "validation", "test")
+from tasks.episodes import SPLIT_NAMES, Episodes, Pair, Splits
+from tasks.pool import require_at_least_one, way_targets
+from tasks.taskset import Taskset, UncutTask, root_dataset, seeded_globals
 
 RECIPE = (
     "pip install torch torchvision cython setuptools wheel && "
@@ -29,30 +25,47 @@ RECIPE = (
 class LearnToLearn:
     """The tasks of a learn2learn taskset, each cut into support and query.
 
-    Inputs are as the taskset loads them, `[tasks, ways·shots, ...]` (query: `ways·queries`), class-major: all samples
-    of way 0, then of way 1 … Targets are int64 in 0 … ways−1: the taskset's own where it numbers its classes so
-    (`RemapLabels`), else an order drawn for each task. `labels["classes"]`, `[tasks, ways]`, holds the label in the
-    dataset behind each way, or its position in `dataset.labels` where labels are not integers; it is left out where the
-    taskset does not tell.
+    Inputs are as the taskset loads them, `[tasks, ways·shots, ...]` (query: `ways·queries`): first
+    all samples of way 0, then those of way 1, and so on. Targets are int64 in 0 … ways−1. They are
+    the taskset's own labels if these are 0 … ways−1 (`RemapLabels`), else the ways are in an order
+    drawn for each task.
 
-    learn2learn draws from global generators. Here they are seeded from `rng` around each draw and put back after it, so
-    the same `rng` gives the same episodes: for one thread at a time, for random transforms that use Python's, NumPy's
-    or PyTorch's CPU generator, and across processes where labels are integers (a set of strings has no fixed order).
-    A taskset with finite `num_tasks` keeps its tasks: `rng` chooses one of them, a description that learn2learn has
-    cached is used, any other is drawn from its index alone. The taskset itself is never changed.
+    `labels["classes"]`, int64 `[tasks, ways]`, holds the label in the dataset behind each way, or
+    its position in `dataset.labels` if the labels are not integers. It is missing if the taskset
+    does not tell.
 
-    Only classes of `taskset.dataset` are drawn: learn2learn 0.2.0 builds the transforms of its Omniglot benchmark on
-    the undivided dataset, so that its own training tasks hold test classes.
+    `sample` depends on `rng` alone, for one thread at a time, and across processes if the labels
+    are integers (a set of strings has no fixed order). Random transforms may use the CPU generators
+    of Python, NumPy and PyTorch. See `tasks.taskset.Taskset` for how tasks are drawn.
 
     Args:
-        taskset: the taskset, or what `learn2learn.vision.benchmarks.get_tasksets` returns, of which `split` is taken.
-        ways, shots, queries: each ≥ 1; its tasks have `ways` classes of at least shots + queries samples.
+        taskset: A `Taskset` (formerly `TaskDataset`), or what
+            `learn2learn.vision.benchmarks.get_tasksets` returns, of which `split` is taken.
+        ways: The number of classes in a task, ≥ 1: that of the taskset.
+        shots: The number of support samples of each class, ≥ 1.
+        queries: The number of query samples of each class, ≥ 1. The taskset's tasks have at least
+            shots + queries samples of each class; further ones are left out.
         split: "train", "validation" or "test".
-        name: `name`/`split` names the family, and so seeds its episodes.
+        name: The family is called name/split, which seeds its episodes.
 
     Raises:
-        TypeError: `taskset` is no taskset.
-        ValueError: an unknown split, or tasks of other ways or too few samples (one is drawn to see).
+        TypeError: If `taskset` is no taskset.
+        ValueError: If `split` is unknown, a number is below 1, or the tasks have another number of
+            classes, too few samples or one sample twice. One task is drawn to see.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> samples = [SimpleNamespace(index=i) for i in range(8)]
+        >>> taskset = SimpleNamespace(  # stands in for learn2learn.data.Taskset
+        ...     dataset=None,
+        ...     num_tasks=-1,
+        ...     sampled_descriptions={},
+        ...     task_transforms=lambda description: samples,
+        ...     get_task=lambda description: (torch.rand(8, 3), torch.arange(8) // 4),
+        ... )
+        >>> family = LearnToLearn(taskset, ways=2, shots=1, queries=3, split="train")
+        >>> family.sample(5, np.random.default_rng(0)).query[0].shape
+        torch.Size([5, 6, 3])
     """
 
     kind = "classification"
@@ -67,130 +80,116 @@ class LearnToLearn:
         split: str,
         name: str = "learn2learn",
     ) -> None:
-        at_least_one(ways=ways, shots=shots, queries=queries)
-        if split not in SPLITS:
-            raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
-        if all(hasattr(taskset, part) for part in SPLITS):
+        require_at_least_one(ways=ways, shots=shots, queries=queries)
+        if split not in SPLIT_NAMES:
+            known = ", ".join(SPLIT_NAMES)
+            raise ValueError(f"split: got {split!r}, expected one of {known}")
+        if all(hasattr(taskset, part) for part in SPLIT_NAMES):
             taskset = getattr(taskset, split)
-        needed = ("dataset", "task_transforms", "num_tasks", "sampled_descriptions", "get_task")
-        if missing := [part for part in needed if not hasattr(taskset, part)]:
-            raise TypeError(
-                f"taskset: got {type(taskset).__name__} without {missing[0]}, expected a learn2learn Taskset "
-                "(TaskDataset) or the tasksets of get_tasksets; wrap a plain dataset in learn2learn.data.Taskset first"
-            )
-        self.name, self.ways, self.shots, self.queries, self.outputs = (
-            f"{name}/{split}",
-            ways,
-            shots,
-            queries,
-            ways,
-        )
-        self._taskset, self._transforms = taskset, _confined(taskset)
-        self._source = next(
-            filter(_is_labelled, (getattr(t, "dataset", None) for t in self._transforms)), None
-        )
-        probe, _ = self.sample(1, np.random.default_rng(0)).support
-        self.input_shape = tuple(probe.shape[2:])
+        self.name = f"{name}/{split}"
+        self.ways = ways
+        self.shots = shots
+        self.queries = queries
+        self.outputs = ways
+        self._taskset = Taskset(taskset)
+        inputs, _ = self.sample(1, np.random.default_rng(0)).support
+        self.input_shape = tuple(inputs.shape[2:])
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What names the classes tasks are made of, unique to the underlying dataset object; empty if unknown."""
-        if self._source is None:
-            return ()
-        known = list(self._source.labels)
-        for transform in self._transforms:  # FusedNWaysKShots, FilterLabels
-            kept = getattr(transform, "filter_labels", getattr(transform, "labels", known))
-            known = [label for label in known if label in set(kept)]
-        root = self._source
-        while _is_labelled(root) and hasattr(
-            root, "dataset"
-        ):  # under MetaDataset and FilteredMetaDataset
-            root = root.dataset
-        return tuple(f"{type(root).__name__}-{id(root):x}/{label}" for label in known)
+        """The names of the classes that tasks are drawn from; empty if they are unknown.
+
+        They contain the identity of the underlying dataset object, so that equal labels of two
+        datasets are different classes.
+        """
+        root = root_dataset(self._taskset.dataset)
+        dataset = f"{type(root).__name__}-{id(root):x}"
+        return tuple(f"{dataset}/{label}" for label in self._taskset.labels)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The same, alike in every process."""
-        return tuple(name.partition("/")[2] for name in self.classes)
+        """The names of the same classes without the dataset, equal in every process."""
+        return tuple(str(label) for label in self._taskset.labels)
 
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
-        """Draw `tasks` tasks, with `rng` alone."""
-        drawn = [self._task(rng) for _ in range(tasks)]
-        inputs = torch.stack([x for x, _ in drawn])  # [tasks, ways, shots + queries, ...]
-        classes = [c for _, c in drawn if c is not None]
-        labels = {"classes": torch.stack(classes)} if len(classes) == tasks else {}
-        return Episodes(
-            self._pair(inputs[:, :, : self.shots]), self._pair(inputs[:, :, self.shots :]), labels
-        )
+        """Draw `tasks` tasks. Equal states of `rng` give equal tasks.
 
-    def _pair(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs `[tasks, ways, each, ...]` flattened to `[tasks, ways·each, ...]`, and their targets."""
-        tasks, ways, each = inputs.shape[:3]
-        targets = torch.arange(ways, device=inputs.device).repeat_interleave(each).repeat(tasks, 1)
-        return inputs.flatten(1, 2), targets
+        Raises:
+            ValueError: If a task has another number of classes, too few samples or one twice.
+        """
+        inputs = []
+        classes = []
+        for _ in range(tasks):
+            task = self._taskset.draw(rng)
+            rows = self._draw_rows(task, rng)
+            index = torch.from_numpy(rows).to(task.inputs.device)
+            inputs.append(task.inputs[index])
+            classes.append(self._class_numbers(task, rows))
+        known = [numbers for numbers in classes if numbers is not None]
+        labels = {"classes": torch.stack(known)} if len(known) == tasks else {}
 
-    def _task(self, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
-        """One task: inputs `[ways, shots + queries, ...]`, class of each way `[ways]` if known."""
-        seed, count = int(rng.integers(2**63)), self._taskset.num_tasks
-        index = int(rng.integers(count)) if count > 0 else None  # −1: an endless taskset
-        with _seeded(seed if index is None else index):
-            description = self._taskset.sampled_descriptions.get(index)
-            if description is None:
-                description = self._describe()
-        with _seeded(seed):
-            inputs, labels = self._taskset.get_task(description)
-        labels = labels.cpu() if isinstance(labels, Tensor) else labels
-        values, ways = np.unique(np.asarray(labels), return_inverse=True)
-        self._check(ways, description)
+        by_way = torch.stack(inputs)  # [tasks, ways, shots + queries, ...]
+        support = self._inputs_and_targets(by_way[:, :, : self.shots])
+        query = self._inputs_and_targets(by_way[:, :, self.shots :])
+        return Episodes(support, query, labels)
 
+    def _inputs_and_targets(self, by_way: Tensor) -> Pair:
+        """`[tasks, ways, count, ...]` as inputs `[tasks, ways·count, ...]`, with their targets."""
+        targets = way_targets(*by_way.shape[:3]).to(by_way.device)
+        return by_way.flatten(1, 2), targets
+
+    def _draw_rows(self, task: UncutTask, rng: np.random.Generator) -> np.ndarray:
+        """The samples of each way, `[ways, shots + queries]`: first those of the support."""
+        labels, ways = np.unique(task.labels, return_inverse=True)
+        self._check(task, np.bincount(ways))
         order = np.arange(self.ways)
-        if not np.array_equal(values, order):
-            order = rng.permutation(self.ways)  # sorted classes would let a model learn their order
-        each = self.shots + self.queries
-        rows = np.stack([rng.permutation(np.flatnonzero(ways == way))[:each] for way in order])
-        return inputs[torch.from_numpy(rows).to(inputs.device)], self._classes_of(
-            ways, description, rows[:, 0]
-        )
+        if not np.array_equal(labels, order):
+            # In the order of their labels, the classes would tell a model which way they are.
+            order = rng.permutation(self.ways)
+        count = self.shots + self.queries
+        members = [np.flatnonzero(ways == way) for way in order]
+        return np.stack([rng.permutation(samples)[:count] for samples in members])
 
-    def _describe(self) -> Any:
-        """A new task description, as `Taskset.sample_task_description` makes it."""
-        description = None
-        for transform in self._transforms:
-            description = transform(description)
-        return description
-
-    def _check(self, ways: np.ndarray, description: Any) -> None:
-        counts = np.bincount(ways)
+    def _check(self, task: UncutTask, counts: np.ndarray) -> None:
+        """Raise if a task, with `counts` samples of each class, cannot be cut as asked."""
         if len(counts) != self.ways:
             raise ValueError(
-                f"ways: got {self.ways}, but the tasks of {self.name} have {len(counts)} classes; "
-                f"ask for ways={len(counts)}, or build the taskset with n={self.ways} ways"
+                f"ways: got {self.ways}, "
+                f"but the tasks of {self.name} have {len(counts)} classes; "
+                f"ask for ways={len(counts)}, "
+                f"or build the taskset with n={self.ways} ways"
             )
-        each = self.shots + self.queries
-        if each > counts.min():
+        needed = self.shots + self.queries
+        if needed > counts.min():
             raise ValueError(
-                f"shots + queries: got {self.shots} + {self.queries} = {each}, but a class in a task of {self.name} "
-                f"has {counts.min()} samples; ask for fewer shots or queries, or build the taskset with k={each} shots"
+                f"shots + queries: got {self.shots} + {self.queries} = {needed}, "
+                f"but a class in a task of {self.name} has {counts.min()} samples; "
+                "ask for fewer shots or queries, "
+                f"or build the taskset with k={needed} shots"
             )
-        samples = [part.index for part in description]
-        if len(set(samples)) < len(samples):
+        if len(set(task.indices)) < len(task.indices):
             raise ValueError(
-                f"taskset: a task of {self.name} holds a sample twice, expected distinct ones, since support and query "
-                "may not share any; build the taskset with replacement=False"
+                f"taskset: a task of {self.name} holds a sample twice, "
+                "expected distinct ones, since support and query may not share any; "
+                "build the taskset with replacement=False"
             )
 
-    def _classes_of(self, ways: np.ndarray, description: Any, firsts: np.ndarray) -> Tensor | None:
-        """The class of each row of `firsts`, unless several classes of the dataset share a label of the task."""
-        if self._source is None or len(description) != len(ways):
+    def _class_numbers(self, task: UncutTask, rows: np.ndarray) -> Tensor | None:
+        """The class in the dataset of each way, `[ways]`, or None if that is unknown.
+
+        It is unknown if several classes of the dataset share one label of the task.
+        """
+        labels = self._taskset.dataset_labels(task)
+        if not labels:
             return None
-        labels: list[Any] = [self._source.indices_to_labels[part.index] for part in description]
-        if len(set(zip(labels, ways.tolist(), strict=True))) != self.ways:
+        pairs = set(zip(labels, task.labels.tolist(), strict=True))
+        if len(pairs) != self.ways:
             return None
-        known = list(self._source.labels)
-        numbered = all(isinstance(label, (int, np.integer)) for label in known)
-        return torch.tensor(
-            [int(labels[row]) if numbered else known.index(labels[row]) for row in firsts]
-        )
+        of_ways = [labels[row] for row in rows[:, 0]]
+        known = list(self._taskset.dataset.labels)
+        if all(isinstance(label, (int, np.integer)) for label in known):
+            return torch.tensor([int(label) for label in of_ways])
+        return torch.tensor([known.index(label) for label in of_ways])
 
 
 def load(
@@ -201,27 +200,32 @@ def load(
     data_root: Path | str | None = None,
     taskset: str = "omniglot",
 ) -> Splits:
-    """The three tasksets of one of learn2learn's benchmarks, which downloads what `data_root` does not hold.
+    """The three tasksets of one of learn2learn's benchmarks. See `LearnToLearn` for shapes.
+
+    learn2learn downloads what `data_root` does not hold.
 
     Args:
-        ways, shots, queries: as for `LearnToLearn`, the same for all three.
-        data_root: the folder learn2learn keeps its data in; by default `learn2learn` in our cache folder.
-        taskset: a name that `learn2learn.vision.benchmarks.list_tasksets()` gives, such as "omniglot".
+        ways: The number of classes in a task.
+        shots: The number of support samples of each class.
+        queries: The number of query samples of each class.
+        data_root: The folder that learn2learn keeps its data in. If None, `learn2learn` in the
+            cache folder.
+        taskset: The name of a benchmark: one of `learn2learn.vision.benchmarks.list_tasksets()`.
 
     Raises:
-        ImportError: learn2learn is not installed.
-        ValueError: an unknown name, or a number the data does not support.
+        ImportError: If learn2learn is not installed.
+        ValueError: If the name is unknown, or the data cannot give such tasks.
     """
-    at_least_one(ways=ways, shots=shots, queries=queries)
-    benchmarks = _learn2learn().vision.benchmarks
+    require_at_least_one(ways=ways, shots=shots, queries=queries)
+    benchmarks = _import_learn2learn().vision.benchmarks
     known = sorted(benchmarks.list_tasksets())
     if taskset not in known:
         raise ValueError(f"taskset: got {taskset!r}, expected one of {', '.join(known)}")
-    root = Path(data_root).expanduser() if data_root is not None else cache_dir() / "learn2learn"
+    default = cache_dir() / "learn2learn"
+    root = default if data_root is None else Path(data_root).expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    with _seeded(
-        0
-    ):  # Omniglot's classes are divided by a global shuffle: a resumed run must meet the same division
+    # A global shuffle divides Omniglot's classes. A resumed run must see the same division.
+    with seeded_globals(0):
         tasksets = benchmarks.get_tasksets(
             taskset,
             train_ways=ways,
@@ -230,7 +234,7 @@ def load(
             test_samples=shots + queries,
             root=str(root),
         )
-    train, validation, test = (
+    families = [
         LearnToLearn(
             tasksets,
             ways=ways,
@@ -239,59 +243,20 @@ def load(
             split=split,
             name=f"learn2learn-{taskset}",
         )
-        for split in SPLITS
-    )
-    return Splits(train, validation, test)
+        for split in SPLIT_NAMES
+    ]
+    return Splits(*families)
 
 
-def _learn2learn() -> Any:
-    """The package, its warnings on import unheard."""
+def _import_learn2learn() -> Any:
+    """The package. The warnings that its import raises are suppressed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module("learn2learn")
     except ImportError as error:
         raise ImportError(
-            f"learn2learn could not be imported ({error}): it is the extra metaimplicit[learn2learn], and its release "
-            f"builds only after being told to translate its own sources anew: {RECIPE}"
+            f"learn2learn could not be imported ({error}); it is the extra "
+            "metaimplicit[learn2learn]. Its release builds only if its Cython sources are "
+            f"translated again: {RECIPE}"
         ) from error
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The global generators of Python, NumPy and PyTorch (CPU), seeded inside and as they were before afterwards."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the devices too
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
-def _is_labelled(dataset: Any) -> bool:
-    """Whether it is a `MetaDataset`."""
-    return isinstance(getattr(dataset, "indices_to_labels", None), Mapping)
-
-
-def _confined(taskset: Any) -> list[Callable[[Any], Any]]:
-    """The task transforms, a first one that draws classes from outside `taskset.dataset` kept to those inside."""
-    transforms = taskset.task_transforms
-    if callable(transforms):
-        return [transforms]
-    transforms = list(transforms)
-    if transforms and hasattr(transforms[0], "filter_labels") and _is_labelled(taskset.dataset):
-        first, own = transforms[0], set(taskset.dataset.labels)
-        kept = [label for label in first.filter_labels if label in own]
-        if len(kept) < len(first.filter_labels):
-            transforms[0] = type(first)(
-                first.dataset,
-                n=first.n,
-                k=first.k,
-                replacement=first.replacement,
-                filter_labels=kept,
-            )
-    return transforms

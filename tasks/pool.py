@@ -1,4 +1,4 @@
-"""Images by class, and the N-way K-shot classification tasks drawn from them."""
+"""Images by class, and the N-way K-shot classification tasks that are drawn from them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.episodes import Episodes, Splits
+from tasks.episodes import SPLIT_NAMES, Episodes, Pair, Splits
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePool:
-    """Images sorted by class. A subset shares the pixels and keeps the class numbers of the whole.
+    """Images grouped by class. `len` is the number of classes.
+
+    Build a pool with `from_sorted`. A `subset` shares the images of the whole pool and keeps its
+    class numbers.
 
     Args:
         images: uint8 `[N, channels, height, width]`.
-        starts: row of each class's first image, `[classes]`.
-        counts: images of each class, `[classes]`.
-        names: what each class is called; a class belongs to one split, which is checked by name.
-        ids: number of each class in the whole pool, `[classes]`.
+        starts: The row of the first image of each class, int64 `[classes]`.
+        counts: The number of images of each class, int64 `[classes]`.
+        names: The name of each class. `Splits` checks by name that no class is in two splits.
+        ids: The number of each class in the whole pool, int64 `[classes]`.
+
+    Example:
+        >>> images = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
+        >>> pool = ImagePool.from_sorted(images, counts=[2, 3], names=["cat", "dog"])
+        >>> pool.images_of(1).shape
+        torch.Size([3, 1, 8, 8])
+        >>> pool.subset([1]).names
+        ('dog',)
     """
 
     images: Tensor
@@ -31,14 +42,26 @@ class ImagePool:
     ids: np.ndarray
 
     @classmethod
-    def sorted(
-        cls, images: Tensor, counts: Sequence[int] | np.ndarray, names: Iterable[str]
+    def from_sorted(
+        cls,
+        images: Tensor,
+        counts: Sequence[int] | np.ndarray,
+        names: Iterable[str],
     ) -> ImagePool:
-        """A whole pool: `counts[0]` images of class 0, then `counts[1]` of class 1, and so on.
+        """A whole pool of images that are sorted by class.
 
-        Raises ValueError where counts, names and images do not fit together.
+        Args:
+            images: uint8 `[N, channels, height, width]`: `counts[0]` images of class 0, then
+                `counts[1]` images of class 1, and so on.
+            counts: The number of images of each class.
+            names: The name of each class.
+
+        Raises:
+            ValueError: If the images have another type or shape, or if counts, names and images
+                disagree about the number of classes or images.
         """
-        counts, names = np.asarray(counts, dtype=np.int64), tuple(names)
+        counts = np.asarray(counts, dtype=np.int64)
+        names = tuple(names)
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
                 f"images: got {images.dtype} of shape {tuple(images.shape)}, "
@@ -47,89 +70,148 @@ class ImagePool:
         if len(names) != len(counts) or counts.sum() != len(images):
             raise ValueError(
                 f"counts: got {len(counts)} classes of {counts.sum()} images in all, "
-                f"expected {len(names)} classes (names) of {len(images)} images (images)"
+                f"expected {len(names)} classes (names) "
+                f"of {len(images)} images (images)"
             )
-        return cls(images, np.cumsum(counts) - counts, counts, names, np.arange(len(names)))
+        return cls(
+            images,
+            starts=np.cumsum(counts) - counts,
+            counts=counts,
+            names=names,
+            ids=np.arange(len(names)),
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
     def subset(self, classes: Sequence[int] | np.ndarray) -> ImagePool:
-        """The pool of these classes (positions in this pool), without copying an image."""
-        names = tuple(self.names[c] for c in classes)
+        """The pool of some classes, given by their positions in this pool. No image is copied."""
         return ImagePool(
-            self.images, self.starts[classes], self.counts[classes], names, self.ids[classes]
+            images=self.images,
+            starts=self.starts[classes],
+            counts=self.counts[classes],
+            names=tuple(self.names[c] for c in classes),
+            ids=self.ids[classes],
         )
 
-    def of(self, position: int) -> Tensor:
-        """The images of one class, `[count, channels, height, width]`."""
-        return self.images[self.starts[position] :][: self.counts[position]]
+    def images_of(self, position: int) -> Tensor:
+        """The images of the class at `position`, `[count, channels, height, width]`."""
+        start = self.starts[position]
+        return self.images[start : start + self.counts[position]]
 
 
 class FewShot:
-    """N-way K-shot classification: `ways` distinct classes, of each `shots` support and `queries` other query images.
+    """N-way K-shot classification tasks.
 
-    Inputs are float32 in [0, 1], `[tasks, ways·shots, channels, height, width]` (query: `ways·queries`), class-major:
-    all images of way 0, then of way 1 … Targets are int64 `[tasks, ways·shots]` in 0 … ways−1, in the order the
-    classes were drawn. `labels["classes"]`, `[tasks, ways]`, holds the class number (`pool.ids`) behind each way.
+    A task has `ways` distinct classes, drawn uniformly. Of each class it has `shots` support
+    images and `queries` other query images.
+
+    Inputs are float32 in [0, 1], `[tasks, ways·shots, channels, height, width]` (query:
+    `ways·queries`): first all images of way 0, then those of way 1, and so on. Targets are int64
+    `[tasks, ways·shots]` in 0 … ways−1. `labels["classes"]`, int64 `[tasks, ways]`, holds the
+    number in the whole pool (`pool.ids`) of the class behind each way.
 
     Args:
-        pool: the classes of one split.
-        ways, shots, queries: each ≥ 1; every class needs shots + queries images.
-        name: family and split, e.g. "glyphs/train".
+        pool: The classes of one split.
+        ways: The number of classes in a task, 1 … len(pool).
+        shots: The number of support images of each class, ≥ 1.
+        queries: The number of query images of each class, ≥ 1.
+        name: The source and the split, such as "glyphs/train". It seeds the episodes.
 
     Raises:
-        ValueError: a number below 1, more ways than classes, or more shots + queries than images.
+        ValueError: If a number is below 1, there are fewer classes than ways, or a class has fewer
+            than shots + queries images.
+
+    Example:
+        >>> images = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
+        >>> pool = ImagePool.from_sorted(images, counts=[4, 4, 4], names=["a", "b", "c"])
+        >>> family = FewShot(pool, ways=2, shots=1, queries=3, name="letters/train")
+        >>> family.sample(5, np.random.default_rng(0)).query[0].shape
+        torch.Size([5, 6, 1, 8, 8])
     """
 
     kind = "classification"
 
-    def __init__(self, pool: ImagePool, *, ways: int, shots: int, queries: int, name: str) -> None:
-        at_least_one(ways=ways, shots=shots, queries=queries)
+    def __init__(
+        self,
+        pool: ImagePool,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        name: str,
+    ) -> None:
+        require_at_least_one(ways=ways, shots=shots, queries=queries)
         if ways > len(pool):
             raise ValueError(
-                f"ways: got {ways}, but {name} has {len(pool)} classes; ask for fewer ways or give it more classes"
+                f"ways: got {ways}, but {name} has {len(pool)} classes; "
+                "ask for fewer ways or give it more classes"
             )
         smallest = int(np.argmin(pool.counts))
-        if shots + queries > pool.counts[smallest]:
+        available = pool.counts[smallest]
+        if shots + queries > available:
             raise ValueError(
-                f"shots + queries: got {shots} + {queries} = {shots + queries}, but class {pool.names[smallest]!r} of "
-                f"{name} has {pool.counts[smallest]} images; ask for fewer shots or queries"
+                f"shots + queries: got {shots} + {queries} = {shots + queries}, "
+                f"but class {pool.names[smallest]!r} of {name} has {available} images; "
+                "ask for fewer shots or queries"
             )
-        self.pool, self.name = pool, name
-        self.ways, self.shots, self.queries = ways, shots, queries
-        self.input_shape, self.outputs = tuple(pool.images.shape[1:]), ways
+        self.pool = pool
+        self.name = name
+        self.ways = ways
+        self.shots = shots
+        self.queries = queries
+        self.input_shape = tuple(pool.images.shape[1:])
+        self.outputs = ways
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes tasks are made of."""
+        """The names of the classes that tasks are drawn from."""
         return self.pool.names
 
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
-        """Draw `tasks` tasks, with `rng` alone."""
-        each = self.shots + self.queries
-        ways = np.stack(
-            [rng.choice(len(self.pool), self.ways, replace=False) for _ in range(tasks)]
-        )
-        # one draw without replacement, then cut in two, so that support and query share no image
-        rows = [
-            self.pool.starts[c] + rng.choice(self.pool.counts[c], each, replace=False)
-            for c in ways.ravel()
+        """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
+        pool = self.pool
+        classes = [rng.choice(len(pool), self.ways, replace=False) for _ in range(tasks)]
+        ways = np.stack(classes)  # [tasks, ways]
+
+        # Support and query share no image, because they are cut from one draw without replacement.
+        count = self.shots + self.queries
+        drawn = [
+            pool.starts[c] + rng.choice(pool.counts[c], count, replace=False) for c in ways.ravel()
         ]
-        images = torch.from_numpy(np.stack(rows).reshape(tasks, self.ways, each))
-        support = self._pair(images[:, :, : self.shots])
-        query = self._pair(images[:, :, self.shots :])
-        return Episodes(support, query, {"classes": torch.from_numpy(self.pool.ids[ways])})
+        rows = np.stack(drawn).reshape(tasks, self.ways, count)
+        images = torch.from_numpy(rows)
+        return Episodes(
+            support=self._inputs_and_targets(images[:, :, : self.shots]),
+            query=self._inputs_and_targets(images[:, :, self.shots :]),
+            labels={"classes": torch.from_numpy(pool.ids[ways])},
+        )
 
-    def _pair(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of image rows `[tasks, ways, each]`."""
-        tasks, ways, each = rows.shape
-        targets = torch.arange(ways).repeat_interleave(each).repeat(tasks, 1)
-        return self.pool.images[rows.flatten(1)].float().div_(255), targets
+    def _inputs_and_targets(self, rows: Tensor) -> Pair:
+        """The images at `rows`, `[tasks, ways, count]`, and the ways that they belong to."""
+        inputs = self.pool.images[rows.flatten(1)].float().div_(255)
+        return inputs, way_targets(*rows.shape)
 
 
-def at_least_one(**numbers: int) -> None:
-    """Refuse a number of ways, shots or queries below 1 (ValueError)."""
+def way_targets(tasks: int, ways: int, count: int) -> Tensor:
+    """Targets 0 … ways−1, each `count` times in turn: int64 `[tasks, ways·count]`.
+
+    Example:
+        >>> way_targets(tasks=1, ways=3, count=2)
+        tensor([[0, 0, 1, 1, 2, 2]])
+    """
+    return torch.arange(ways).repeat_interleave(count).repeat(tasks, 1)
+
+
+def require_at_least_one(**numbers: int) -> None:
+    """Raise a ValueError that names the first of these arguments that is below 1.
+
+    Example:
+        >>> require_at_least_one(ways=5, shots=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: shots: got 0, expected at least 1
+    """
     for argument, number in numbers.items():
         if number < 1:
             raise ValueError(f"{argument}: got {number}, expected at least 1")
@@ -138,19 +220,55 @@ def at_least_one(**numbers: int) -> None:
 def shuffled_split(
     classes: int, seed: int, shares: tuple[float, float] = (0.64, 0.16)
 ) -> list[np.ndarray]:
-    """Class positions of train, validation and test (the rest), from a seeded shuffle."""
-    cuts = np.round(np.cumsum(shares) * classes).astype(int)
-    return np.split(np.random.default_rng(seed).permutation(classes), cuts)
+    """Split class positions 0 … classes−1 at random into train, validation and test.
+
+    Args:
+        classes: The number of classes.
+        seed: The shuffle depends on this seed alone.
+        shares: The shares of train and validation. Test has the remaining classes.
+
+    Returns:
+        Three arrays of positions, int64, in shuffled order. Any of them may be empty.
+
+    Example:
+        >>> [len(part) for part in shuffled_split(25, seed=0)]
+        [16, 4, 5]
+    """
+    boundaries = np.round(np.cumsum(shares) * classes).astype(int)
+    order = np.random.default_rng(seed).permutation(classes)
+    return np.split(order, boundaries)
 
 
 def few_shot_splits(
-    name: str, pool: ImagePool, split: Sequence[np.ndarray], *, ways: int, shots: int, queries: int
+    name: str,
+    pool: ImagePool,
+    split: Sequence[np.ndarray],
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
 ) -> Splits:
-    """Few-shot families on the train, validation and test classes of `pool`."""
-    train, validation, test = (
+    """Few-shot families on the train, validation and test classes of a pool.
+
+    Args:
+        name: The source. The families are called name/train, name/validation and name/test.
+        pool: All classes.
+        split: The positions in `pool` of the train, validation and test classes.
+        ways: As for `FewShot`, as are `shots` and `queries`.
+        shots: See `ways`.
+        queries: See `ways`.
+
+    Raises:
+        ValueError: If a family cannot give such tasks, or two of them share a class.
+    """
+    families = [
         FewShot(
-            pool.subset(classes), ways=ways, shots=shots, queries=queries, name=f"{name}/{part}"
+            pool.subset(classes),
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            name=f"{name}/{part}",
         )
-        for part, classes in zip(("train", "validation", "test"), split, strict=True)
-    )
-    return Splits(train, validation, test)
+        for part, classes in zip(SPLIT_NAMES, split, strict=True)
+    ]
+    return Splits(*families)

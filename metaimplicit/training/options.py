@@ -19,8 +19,7 @@ class Options:
     """Meta-train a few-shot learner and test it. Defaults depend on the task; shown are those of glyphs."""
 
     task: str = "glyphs"
-    """Where tasks come from: glyphs (printed characters, made on the spot), omniglot, sinusoid, folder (your own
-    images, by --data-root) or learn2learn. Others than glyphs have other defaults."""
+    """Where tasks come from: one of the tasks listed above. Others than glyphs have other defaults."""
     ways: int = 5
     """Classes in a task."""
     shots: int = 1

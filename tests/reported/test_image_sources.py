@@ -66,7 +66,7 @@ def test_a_tar_archive_loads_as_the_folder_in_it(tmp_path, suffix, compression):
 @fails_today(ValueError, "a pool takes images of type uint8 only")
 def test_tasks_of_float_features_hold_the_rows_of_their_classes():
     features = torch.randn(40, 16)
-    pool = tasks.ImagePool.sorted(features, [4] * 10, map(str, range(10)))
+    pool = tasks.ImagePool.from_sorted(features, [4] * 10, map(str, range(10)))
     episodes = sample(tasks.FewShot(pool, name="features", **OPTIONS))
     for inputs, targets in (episodes.support, episodes.query):
         rows = (inputs[:, :, None] == features).all(-1).int().argmax(-1)

@@ -1,4 +1,4 @@
-"""The stream of episodes, N-way K-shot sampling, splits and the registry."""
+"""N-way K-shot tasks, splits of their classes, and the stream of episodes."""
 
 import subprocess
 import sys
@@ -7,80 +7,92 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from episode_checks import assert_class_major, assert_no_input_twice, is_same
 
-import tasks
 from tasks import EpisodeSampler, FewShot, ImagePool, Splits
+from tasks.pool import few_shot_splits, shuffled_split
 
 COUNTS = (6, 8, 7, 6, 9, 6, 7)
 
 
-def pool(counts=COUNTS):
-    """Image number i of the pool has every pixel i, so pixels name images."""
-    images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 2, 3)
-    return ImagePool.sorted(images, counts, [f"class {c}" for c in range(len(counts))])
+def numbered_pool(counts=COUNTS):
+    """A pool whose image number i has every pixel i, so that pixels identify images."""
+    numbers = torch.arange(sum(counts), dtype=torch.uint8)
+    images = numbers[:, None, None, None].repeat(1, 1, 2, 3)
+    return ImagePool.from_sorted(images, counts, [f"class {c}" for c in range(len(counts))])
 
 
-def few_shot(ways=4, shots=2, queries=3, name="test/train", of=None):
-    return FewShot(of or pool(), ways=ways, shots=shots, queries=queries, name=name)
+def few_shot(pool=None, ways=4, shots=2, queries=3, name="test/train"):
+    pool = numbered_pool() if pool is None else pool
+    return FewShot(pool, ways=ways, shots=shots, queries=queries, name=name)
 
 
 def image_numbers(inputs):
     return (inputs[..., 0, 0, 0] * 255).round().long()
 
 
-def same(a, b):
-    pairs = zip(
-        (*a.support, *a.query, *a.labels.values()),
-        (*b.support, *b.query, *b.labels.values()),
-        strict=True,
-    )
-    return all(torch.equal(x, y) for x, y in pairs)
+def first_batches(sampler, count):
+    return list(islice(sampler, count))
 
 
-def test_episode_shapes_types_and_attributes():
+def test_episodes_have_the_documented_shapes_and_types():
     family = few_shot()
     episodes = family.sample(5, np.random.default_rng(0))
-    (x, y), (qx, qy) = episodes.support, episodes.query
-    assert (x.shape, qx.shape, len(episodes)) == ((5, 8, 1, 2, 3), (5, 12, 1, 2, 3), 5)
-    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
-    assert y.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 5
-    assert qy.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]] * 5
-    assert (family.kind, family.input_shape, family.outputs) == ("classification", (1, 2, 3), 4)
+    assert len(episodes) == 5
+    assert episodes.support[0].shape == (5, 8, 1, 2, 3)
+    assert episodes.query[0].shape == (5, 12, 1, 2, 3)
+    assert episodes.support[0].dtype == episodes.query[0].dtype == torch.float32
+    assert_class_major(episodes.support[1], ways=4, count=2)
+    assert_class_major(episodes.query[1], ways=4, count=3)
+    assert episodes.labels["classes"].dtype == torch.int64
+    assert family.kind == "classification"
+    assert family.input_shape == (1, 2, 3)
+    assert family.outputs == 4
 
 
-def test_labels_name_the_class_of_every_image():
-    episodes = few_shot().sample(50, np.random.default_rng(0))
-    class_of_image = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
-    for inputs, targets in (episodes.support, episodes.query):
-        named = episodes.labels["classes"].gather(1, targets)
-        assert torch.equal(class_of_image[image_numbers(inputs)], named)
+@pytest.mark.parametrize("seed", range(20))
+def test_tasks_of_any_numbers_are_balanced_labelled_and_disjoint(seed):
+    """Random pools, ways, shots and queries, up to what the pool allows."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(2, 12, size=rng.integers(1, 20))
+    shots = int(rng.integers(1, counts.min()))
+    queries = int(rng.integers(1, counts.min() - shots + 1))
+    ways = int(rng.integers(1, len(counts) + 1))
+    pool = numbered_pool(counts)
+    family = few_shot(pool, ways=ways, shots=shots, queries=queries)
+    episodes = family.sample(8, rng)
 
-
-def test_no_class_and_no_image_twice_in_an_episode():
-    episodes = few_shot().sample(200, np.random.default_rng(0))
-    drawn = torch.cat([image_numbers(episodes.support[0]), image_numbers(episodes.query[0])], 1)
-    for numbers in (drawn, episodes.labels["classes"]):
-        assert all(len(set(row)) == len(row) for row in numbers.tolist())
+    class_of_image = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
+    classes = episodes.labels["classes"]
+    for (inputs, targets), count in ((episodes.support, shots), (episodes.query, queries)):
+        assert_class_major(targets, ways, count)
+        labelled = classes.gather(1, targets)
+        assert torch.equal(class_of_image[image_numbers(inputs)], labelled)
+    assert_no_input_twice(episodes)
+    assert all(len(set(row)) == ways for row in classes.tolist())
 
 
 def test_every_class_image_and_way_is_drawn_evenly():
-    episodes = few_shot(of=pool((6,) * 7)).sample(3000, np.random.default_rng(0))
-    # 3000 tasks × 4 ways over 7 classes: each (class, way) 3000/7 = 428.6 times, standard deviation 19
-    table = torch.stack([torch.bincount(way, minlength=7) for way in episodes.labels["classes"].T])
+    pool = numbered_pool((6,) * 7)
+    episodes = few_shot(pool).sample(3000, np.random.default_rng(0))
+    # Of 3000 tasks with 4 ways, each (class, way) has 3000/7 = 428.6, standard deviation 19.
+    classes = episodes.labels["classes"]
+    table = torch.stack([torch.bincount(way, minlength=7) for way in classes.T])
     assert (table - 3000 / 7).abs().max() < 4.5 * 19
     images = torch.bincount(image_numbers(episodes.support[0]).flatten(), minlength=42)
     assert (images - 3000 * 8 / 42).abs().max() < 4.5 * (3000 * 8 / 42) ** 0.5
 
 
-def test_subset_shares_pixels_and_keeps_class_numbers():
-    whole = pool()
+def test_a_subset_shares_pixels_and_keeps_class_numbers():
+    whole = numbered_pool()
     part = whole.subset(np.array([4, 1])).subset(np.array([1, 0]))
     assert part.images.data_ptr() == whole.images.data_ptr()
-    assert (part.names, part.ids.tolist()) == (("class 1", "class 4"), [1, 4])
-    assert torch.equal(part.of(1), whole.of(4))
-    episodes = few_shot(ways=2, of=part).sample(30, np.random.default_rng(0))
+    assert part.names == ("class 1", "class 4")
+    assert part.ids.tolist() == [1, 4]
+    assert torch.equal(part.images_of(1), whole.images_of(4))
+    episodes = few_shot(part, ways=2).sample(30, np.random.default_rng(0))
     assert set(episodes.labels["classes"].flatten().tolist()) == {1, 4}
-    assert image_numbers(episodes.query[0]).min() >= 6  # class 0 owns images 0 … 5
+    assert image_numbers(episodes.query[0]).min() >= 6  # class 0 has images 0 … 5
 
 
 @pytest.mark.parametrize(
@@ -92,117 +104,145 @@ def test_subset_shares_pixels_and_keeps_class_numbers():
         ({"ways": 8}, "ways: got 8, but test/train has 7 classes"),
         (
             {"shots": 4},
-            r"shots \+ queries: got 4 \+ 3 = 7, but class 'class 0' of test/train has 6 images",
+            r"shots \+ queries: got 4 \+ 3 = 7, "
+            r"but class 'class 0' of test/train has 6 images",
         ),
     ],
 )
-def test_numbers_the_data_cannot_serve_are_refused(numbers, message):
+def test_numbers_that_the_data_cannot_serve_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         few_shot(**numbers)
 
 
-def test_a_pool_whose_parts_do_not_fit_is_refused():
-    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"images: got torch.float32 of shape \(4, 1, 2, 2\)"):
-        ImagePool.sorted(images.float(), [4], ["a"])
-    with pytest.raises(
-        ValueError,
-        match=r"counts: got 1 classes of 3 images in all, expected 1 classes .* of 4 images",
+@pytest.mark.parametrize(
+    ("dtype", "counts", "message"),
+    [
+        (torch.float32, [4], r"images: got torch.float32 of shape \(4, 1, 2, 2\)"),
+        (torch.uint8, [3], r"counts: got 1 classes of 3 images in all, expected 1 .* of 4 images"),
+    ],
+)
+def test_a_pool_whose_parts_do_not_fit_is_refused(dtype, counts, message):
+    with pytest.raises(ValueError, match=message):
+        ImagePool.from_sorted(torch.zeros(4, 1, 2, 2, dtype=dtype), counts, ["a"])
+
+
+# Splits of the classes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_shuffled_split_has_every_class_once_and_depends_on_its_seed_alone(seed):
+    classes = int(np.random.default_rng(seed).integers(25, 200))
+    split = shuffled_split(classes, seed)
+    assert sorted(np.concatenate(split)) == list(range(classes))
+    for part, share in zip(split, (0.64, 0.16, 0.20), strict=True):
+        assert abs(len(part) - share * classes) <= 1
+    np.random.seed(seed)
+    again = shuffled_split(classes, seed)
+    assert all(np.array_equal(x, y) for x, y in zip(split, again, strict=True))
+    other = shuffled_split(classes, seed + 1)
+    assert not np.array_equal(split[0], other[0])
+
+    pool = numbered_pool([1] * classes)
+    pool = ImagePool.from_sorted(pool.images.repeat_interleave(2, 0), [2] * classes, pool.names)
+    splits = few_shot_splits("test", pool, split, ways=1, shots=1, queries=1)
+    names = [*splits.train.classes, *splits.validation.classes, *splits.test.classes]
+    assert len(set(names)) == len(names) == classes
+
+
+def test_splits_that_share_a_class_are_refused():
+    whole = numbered_pool()
+    families = [
+        few_shot(whole.subset(classes), ways=2, name=f"test/{i}")
+        for i, classes in enumerate(([0, 1], [2, 3], [4, 0]))
+    ]
+    message = "test/0 and test/2 share 1 classes, such as 'class 0'"
+    with pytest.raises(ValueError, match=message):
+        Splits(*families)
+
+
+# The stream
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_batch_depends_on_family_seed_and_number_alone(seed):
+    rng = np.random.default_rng(seed)
+    indices = rng.choice(10_000, 6, replace=False).tolist()
+    expected = [EpisodeSampler(few_shot(), tasks=3, seed=seed)[i] for i in indices]
+
+    sampler = EpisodeSampler(few_shot(), tasks=3, seed=seed)
+    first_batches(sampler, 3)  # moves the position
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    for k in rng.permutation(6):
+        assert is_same(sampler[indices[k]], expected[k])
+    for other in (
+        EpisodeSampler(few_shot(), tasks=3, seed=seed + 1),
+        EpisodeSampler(few_shot(name="test/test"), tasks=3, seed=seed),
     ):
-        ImagePool.sorted(images, [3], ["a"])
-
-
-def test_the_stream_is_set_by_family_seed_and_position():
-    def first(name="test/train", seed=0):
-        return EpisodeSampler(few_shot(name=name), tasks=3, seed=seed)[0]
-
-    assert same(first(), first())
-    assert not same(first(), first(seed=1))
-    assert not same(first(), first(name="test/test"))
-    batches = list(islice(EpisodeSampler(few_shot(), tasks=3), 4))
-    assert not any(same(batches[i], batches[j]) for i in range(4) for j in range(i))
+        assert not is_same(other[indices[0]], expected[0])
+    assert not any(is_same(expected[i], expected[j]) for i in range(6) for j in range(i))
 
 
 def test_a_resumed_stream_continues_to_the_same_bits():
-    whole = list(islice(EpisodeSampler(few_shot(), tasks=3, seed=7), 6))
-    before = EpisodeSampler(few_shot(), tasks=3, seed=7)
-    start = list(islice(before, 2))
-    after = EpisodeSampler(few_shot(), tasks=3, seed=7)
-    after.load_state_dict(before.state_dict())
-    rest = list(islice(after, 4))
-    assert all(same(a, b) for a, b in zip(whole, start + rest, strict=True))
+    whole = first_batches(EpisodeSampler(few_shot(), tasks=3, seed=7), 6)
+    stopped = EpisodeSampler(few_shot(), tasks=3, seed=7)
+    start = first_batches(stopped, 2)
+    resumed = EpisodeSampler(few_shot(), tasks=3, seed=7)
+    resumed.load_state_dict(stopped.state_dict())
+    end = first_batches(resumed, 4)
+    assert all(is_same(x, y) for x, y in zip(whole, start + end, strict=True))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*fork:DeprecationWarning"
-)  # Python 3.12 and later, of any threaded process
+# Python 3.12 and later warn of a fork of any process that has threads.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader_batches_are_the_stream_and_leave_torch_alone(workers):
-    plain = list(islice(EpisodeSampler(few_shot(), tasks=3), 7))
+def test_the_loader_draws_the_stream_and_leaves_the_global_generator_alone(workers):
+    expected = first_batches(EpisodeSampler(few_shot(), tasks=3), 7)
     sampler = EpisodeSampler(few_shot(), tasks=3)
     state = torch.get_rng_state()
     loaded = list(sampler.batches(4, workers=workers))
     assert sampler.position == 4
     loaded += list(sampler.batches(3, workers=workers))
-    assert all(same(a, b) for a, b in zip(plain, loaded, strict=True))
+    assert all(is_same(x, y) for x, y in zip(expected, loaded, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_state_taken_between_two_loaded_batches_resumes_at_the_second():
-    sampler, resumed = (EpisodeSampler(few_shot(), tasks=3) for _ in range(2))
+    sampler = EpisodeSampler(few_shot(), tasks=3)
     batches = sampler.batches(5)
     next(batches)
+    resumed = EpisodeSampler(few_shot(), tasks=3)
     resumed.load_state_dict(sampler.state_dict())
-    assert same(next(batches), next(iter(resumed)))
+    assert is_same(next(batches), next(iter(resumed)))
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 1), ("tasks", 4), ("family", "other/train")])
 def test_the_state_of_another_stream_is_refused(key, value):
     sampler = EpisodeSampler(few_shot(), tasks=3)
+    state = sampler.state_dict()
     with pytest.raises(ValueError, match=f"sampler state: got {key}={value!r}, expected"):
-        sampler.load_state_dict(sampler.state_dict() | {key: value})
+        sampler.load_state_dict(state | {key: value})
+    del state[key]
     with pytest.raises(ValueError, match=f"sampler state: got {key}=None"):
-        sampler.load_state_dict({k: v for k, v in sampler.state_dict().items() if k != key})
+        sampler.load_state_dict(state)
 
 
-def test_sampler_numbers_are_checked():
+def test_a_sampler_refuses_no_tasks_and_a_negative_seed():
     with pytest.raises(ValueError, match="tasks: got 0, expected at least 1"):
         EpisodeSampler(few_shot(), tasks=0)
     with pytest.raises(ValueError, match="seed: got -1"):
         EpisodeSampler(few_shot(), tasks=1, seed=-1)
 
 
-def test_moving_episodes_keeps_labels():
+def test_moved_episodes_keep_their_labels_where_they_are():
     episodes = few_shot().sample(2, np.random.default_rng(0))
     moved = episodes.to("meta")
-    assert (moved.support[0].device.type, moved.query[1].device.type) == ("meta", "meta")
+    for x in (*moved.support, *moved.query):
+        assert x.device.type == "meta"
     assert moved.labels is episodes.labels
 
 
-def test_splits_that_share_a_class_are_refused():
-    whole = pool()
-    parts = [
-        few_shot(2, name=f"test/{i}", of=whole.subset(np.array(c)))
-        for i, c in enumerate(([0, 1], [2, 3], [4, 0]))
-    ]
-    with pytest.raises(ValueError, match="test/0 and test/2 share 1 classes, such as 'class 0'"):
-        Splits(*parts)
-
-
-def test_an_unknown_family_or_option_lists_the_known(tmp_path):
-    with pytest.raises(
-        ValueError,
-        match="task: got 'mnist', expected one of glyphs, sinusoid, omniglot, folder, learn2",
-    ):
-        tasks.load("mnist")
-    with pytest.raises(
-        ValueError, match="omniglot: got option rotation, expected data_root, rotations, split"
-    ):
-        tasks.load("omniglot", rotation=True)
-    with pytest.raises(ValueError, match="sinusoid: got option data_root, expected none"):
-        tasks.load("sinusoid", data_root=tmp_path)
-
-
+@pytest.mark.slow
 def test_importing_tasks_imports_no_plotting_imaging_or_vision_library():
     heavy = "('matplotlib', 'PIL', 'torchvision', 'learn2learn', 'metaimplicit')"
     code = f"import sys, tasks; print([m for m in {heavy} if m in sys.modules])"

@@ -1,0 +1,53 @@
+"""Small image files of known pixels, in folders and zips, and where the real data sets are."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def encode(pixels, format="PNG"):
+    """The bytes of an image file of uint8 pixels `[height, width]` or `[height, width, 3]`."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, format)
+    return file.getvalue()
+
+
+def red_square(value, height=8, width=8):
+    """A PNG file whose pixels are all (value, 0, 0)."""
+    return encode(np.full((height, width, 3), [value, 0, 0]))
+
+
+def class_folders(classes=12, count=3, prefix=""):
+    """Files of class/image. Image i of class c has red 10c + i, so that a pixel tells both."""
+    return {
+        f"{prefix}c{c:02d}/{i}.png": red_square(10 * c + i)
+        for c in range(classes)
+        for i in range(count)
+    }
+
+
+def write_tree(root, files):
+    """Write files, `{path: bytes or str}`, below `root`, which is returned."""
+    for path, data in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return root
+
+
+def write_zip(path, files):
+    """Write files, `{path: bytes}`, into a zip at `path`, which is returned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def no_network(*args, **options):
+    """In place of a download."""
+    raise OSError("no network")

@@ -1,0 +1,171 @@
+"""What every family of `tasks.FAMILIES` keeps. A new row of the registry is tested by all of it."""
+
+import inspect
+import sys
+from importlib import import_module
+from itertools import combinations
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import train
+from episode_checks import assert_class_major, assert_no_input_twice, is_same
+from image_files import REAL_DATA, class_folders, write_tree
+from tasksets import TinyOmniglot, import_learn2learn
+
+import tasks
+from tasks.sinusoid import Sinusoid
+
+SPLITS = ("train", "validation", "test")
+NUMBERS = {"ways": 3, "shots": 2, "queries": 4}
+
+
+def folder_options(tmp_path, monkeypatch):
+    write_tree(tmp_path, class_folders(25, count=8))
+    return {"data_root": tmp_path, "size": 8}
+
+
+def learn2learn_options(tmp_path, monkeypatch):
+    import_learn2learn()
+    monkeypatch.setattr("learn2learn.vision.datasets.full_omniglot.Omniglot", TinyOmniglot)
+    return {"data_root": tmp_path, "shots": 1, "queries": 1}
+
+
+def omniglot_options(tmp_path, monkeypatch):
+    if not (REAL_DATA / "omniglot").is_dir():
+        pytest.skip(f"the Omniglot zips are not in {REAL_DATA / 'omniglot'}")
+    return {"data_root": REAL_DATA}
+
+
+# Families that read data, and what `tasks.load` is given for them.
+DATA = {
+    "folder": folder_options,
+    "learn2learn": learn2learn_options,
+    "omniglot": omniglot_options,
+}
+SLOW = ("glyphs", "learn2learn", "omniglot")
+EVERY_FAMILY = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in tasks.FAMILIES
+]
+
+
+@pytest.fixture(params=EVERY_FAMILY)
+def load(request, tmp_path, monkeypatch, shared_cache):
+    """Load the splits of a family. Different calls give different objects."""
+    numbers = dict(NUMBERS)
+    if request.param in DATA:
+        numbers |= DATA[request.param](tmp_path, monkeypatch)
+    return lambda: tasks.load(request.param, **numbers)
+
+
+def test_every_family_gives_balanced_disjoint_episodes_of_its_shapes(load):
+    splits = load()
+    for split in SPLITS:
+        family = getattr(splits, split)
+        episodes = family.sample(10, np.random.default_rng(0))
+        assert family.name.endswith(f"/{split}")
+        assert len(episodes) == 10
+        for inputs, targets in (episodes.support, episodes.query):
+            assert inputs.dtype == torch.float32
+            assert inputs.shape == (10, targets.shape[1], *family.input_shape)
+            if family.kind == "regression":
+                assert targets.dtype == torch.float32
+                assert targets.shape[2:] == (family.outputs,)
+            else:
+                assert family.kind == "classification"
+                count = targets.shape[1] // family.outputs
+                assert_class_major(targets, family.outputs, count)
+        assert_no_input_twice(episodes)
+        for label in episodes.labels.values():
+            assert len(label) == 10
+
+
+def test_no_class_of_a_family_is_in_two_splits(load):
+    splits = load()
+    for one, other in combinations(SPLITS, 2):
+        first = getattr(splits, one)
+        second = getattr(splits, other)
+        assert first.name != second.name
+        assert not set(getattr(first, "classes", ())) & set(getattr(second, "classes", ()))
+        drawn = [tasks.EpisodeSampler(family, tasks=2)[0] for family in (first, second)]
+        assert not torch.equal(drawn[0].support[0], drawn[1].support[0])
+
+
+def test_a_batch_of_a_family_depends_on_split_seed_and_number_alone(load):
+    splits = load()
+    again = load()
+    assert splits.digests == again.digests
+    for split in SPLITS:
+        sampler = tasks.EpisodeSampler(getattr(splits, split), tasks=2, seed=5)
+        batches = {i: sampler[i] for i in (0, 3, 1000)}
+        torch.manual_seed(1)
+        np.random.seed(1)
+        other = tasks.EpisodeSampler(getattr(again, split), tasks=2, seed=5)
+        for i in (1000, 0, 3):
+            assert is_same(other[i], batches[i])
+        assert not is_same(batches[0], batches[3])
+
+
+# The registry
+
+
+@pytest.mark.parametrize("name", tasks.FAMILIES)
+def test_a_family_is_a_module_with_a_documented_load(name):
+    module = import_module(tasks.FAMILIES[name])
+    assert tasks.family_summaries()[name] == module.__doc__.splitlines()[0]
+    assert module.__doc__.splitlines()[0].endswith(".")
+    assert "Args:" in module.load.__doc__
+    parameters = inspect.signature(module.load).parameters
+    assert {"ways", "shots", "queries"} <= set(parameters)
+    for option, parameter in parameters.items():
+        assert parameter.kind == inspect.Parameter.KEYWORD_ONLY
+        assert f"{option}:" in module.load.__doc__
+        if option not in ("ways", "shots", "queries"):
+            assert parameter.default is not inspect.Parameter.empty
+
+
+def test_an_unknown_family_or_option_lists_the_known(tmp_path):
+    known = ", ".join(tasks.FAMILIES)
+    with pytest.raises(ValueError, match=f"task: got 'mnist', expected one of {known}"):
+        tasks.load("mnist")
+    message = "omniglot: got option rotation, expected data_root, rotations, split"
+    with pytest.raises(ValueError, match=message):
+        tasks.load("omniglot", rotation=True)
+    with pytest.raises(ValueError, match="sinusoid: got option data_root, expected none"):
+        tasks.load("sinusoid", data_root=tmp_path)
+
+
+def load_cosines(*, ways, shots, queries, shift=0.0):
+    families = [Sinusoid(shots=shots, queries=queries, split=split) for split in SPLITS]
+    return tasks.Splits(*families)
+
+
+@pytest.fixture
+def new_family(monkeypatch):
+    """A family that is one module and one row of the registry."""
+    module = ModuleType("cosines", "Waves that are shifted.\n\nMore of them.")
+    module.load = load_cosines
+    monkeypatch.setitem(sys.modules, "cosines", module)
+    monkeypatch.setitem(tasks.FAMILIES, "cosines", "cosines")
+    return "cosines"
+
+
+def test_the_command_line_lists_every_family_and_a_new_one(new_family, capsys):
+    with pytest.raises(SystemExit) as finished:
+        train.parse(["--help"])
+    assert finished.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "- cosines: Waves that are shifted." in text
+    for name, summary in tasks.family_summaries().items():
+        assert f"- {name}: {summary}" in text
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_on_a_new_family(new_family, tmp_path, capsys):
+    options = ["--task", new_family, "--task-options", "shift=0.5"]
+    options += ["--method=first-order", "--inner-lr=0.01"]
+    limits = ["--steps=1", "--test-episodes=2", "--validation-episodes=2", "--meta-batch=2"]
+    train.main([*options, *limits, "--out", str(tmp_path / "run")])
+    assert "cosines, first-order: test" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").exists()
