@@ -32,7 +32,7 @@ class Domain(ABC):
         """The nearest coordinates that are allowed, after a step; in place, if it likes."""
         return free
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         """(∂value/∂free)ᵀ gradient; `value` is that of `free`."""
         with torch.enable_grad():
             at = free.detach().requires_grad_()
@@ -49,7 +49,7 @@ class Real(Domain):
     def free(self, value: Tensor) -> Tensor:
         return value
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -64,7 +64,7 @@ class Positive(Domain):
         _check(value > 0, value, "numbers > 0")
         return value.log()
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient * value
 
 
@@ -101,7 +101,7 @@ class Interval(Domain):
         bound = -math.log(torch.finfo(free.dtype).eps)
         return free.clamp_(-bound, bound)
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient * (value - self.low) * free.neg().sigmoid()
 
 
@@ -129,7 +129,7 @@ class Box(Domain):
     def project(self, free: Tensor) -> Tensor:
         return free.clamp_(self.low, self.high)
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -187,11 +187,12 @@ class FreeMeta:
         return {name: m.clone() if m is own[name] else m for name, m in self.meta().items()}
 
     @torch.no_grad()
-    def pull(self, gradients: Params, values: Params | None = None) -> Params:
+    def pull_back(self, gradients: Params, values: Params | None = None) -> Params:
         """dg/dφ in the coordinates, by the chain rule; `values` are φ there, if they are known."""
         values = self.values() if values is None else values
         return {
-            n: self._domains[n].pull(x, values[n], gradients[n]) for n, x in self.tensors.items()
+            n: self._domains[n].pull_back_gradient(x, values[n], gradients[n])
+            for n, x in self.tensors.items()
         }
 
     def check(self, tensors: Params) -> None:

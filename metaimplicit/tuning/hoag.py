@@ -144,7 +144,7 @@ class HOAG:
             state=self.state,
             start=self.end,
         )
-        g, slope = found.outer_loss.item(), self.free.pull(found.grads)
+        g, slope = found.outer_loss.item(), self.free.pull_back(found.grads)
         length = norm(slope)
         if not math.isfinite(length + g):
             raise FloatingPointError(

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from metaimplicit.tuning.domains import FreeMeta
-from metaimplicit.tuning.levels import SGD, AdaGrad, Adam, AdamW, Level, Numbers, RMSProp, Size
+from metaimplicit.tuning.levels import (
+    SGD,
+    AdaGrad,
+    Adam,
+    AdamW,
+    Granularity,
+    Level,
+    Numbers,
+    RMSProp,
+)
 
 __all__ = ["SGD", "AdaGrad", "Adam", "AdamW", "Hyperoptimizer", "Level", "RMSProp"]
 
@@ -48,7 +57,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], tower: Level) -> None:
         self.tower = tower
         self._towers: list[_Running] = []
-        super().__init__(params, dict(tower.numbers))
+        super().__init__(params, dict(tower.initial_values))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -60,17 +69,19 @@ class Hyperoptimizer(torch.optim.Optimizer):
                 f"{where}: got parameters that are no real floating-point numbers; use torch.view_as_real"
             )
         if foreign := sorted(
-            name for name in _FOREIGN & set(group) - set(self.tower.numbers) if group[name]
+            name for name in _FOREIGN & set(group) - set(self.tower.initial_values) if group[name]
         ):
             raise ValueError(
-                f"{where}: got {foreign}, expected some of the tower's own {sorted(self.tower.numbers)}"
+                f"{where}: got {foreign}, expected some of the tower's own {sorted(self.tower.initial_values)}"
             )
         if len(kinds := {f"{p.dtype} on {p.device}" for p in group["params"]}) > 1:
             raise ValueError(
                 f"{where}: got parameters of {', '.join(sorted(kinds))}; give each its own group"
             )
         tower = _Running(
-            self.tower, group["params"], {name: float(group[name]) for name in self.tower.numbers}
+            self.tower,
+            group["params"],
+            {name: float(group[name]) for name in self.tower.initial_values},
         )
         self.param_groups.append(group)
         self._towers.append(tower)
@@ -192,21 +203,27 @@ class _Running:
         for name, number in numbers.items():
             level.check(name, number)
         self.fixed = {
-            n: torch.full_like(self._like, x) for n, x in numbers.items() if n not in level.sizes
+            n: torch.full_like(self._like, x)
+            for n, x in numbers.items()
+            if n not in level.granularity
         }
         self._absent = {n for n, x in self.fixed.items() if numbers[n] == 0 and n in level.optional}
-        shapes: dict[Size, tuple[int, ...]] = {
+        shapes: dict[Granularity, tuple[int, ...]] = {
             "scalar": (), "per-tensor": (len(variables),), "per-element": (sum(self._counts),),
         }  # fmt: skip
-        start = {name: torch.tensor(numbers[name], dtype=self._like.dtype) for name in level.sizes}
+        start = {
+            name: torch.tensor(numbers[name], dtype=self._like.dtype) for name in level.granularity
+        }
         self._free = FreeMeta(start, {name: level.domain(name) for name in start})
         self._free.tensors = {
-            name: free.detach().expand(shapes[level.sizes[name]]).to(self._like.device, copy=True)
+            name: free.detach()
+            .expand(shapes[level.granularity[name]])
+            .to(self._like.device, copy=True)
             for name, free in self._free.tensors.items()
         }
         self.values = self._free.values()
         above, free = level.optimizer, list(self._free.tensors.values())
-        self.above = None if above is None else _Running(above, free, above.numbers)
+        self.above = None if above is None else _Running(above, free, above.initial_values)
 
     def upwards(self) -> Iterator[_Running]:
         """The levels from this one to the top."""
@@ -259,7 +276,7 @@ class _Running:
             slopes = {name: factor * found[name] for name in names}
         if "lr" in self.values:
             slopes["lr"] = -self._summed(g, self._slots["direction"])
-        pulled = self._free.pull(slopes, self.values)
+        pulled = self._free.pull_back(slopes, self.values)
         self.above.learn(list(pulled.values()))
         self.above.move(list(self._free.tensors.values()))
         self._free.project()
@@ -344,13 +361,13 @@ class _Running:
 
     def _spread(self, lr: Tensor) -> Tensor:
         """lr as it multiplies the flat direction."""
-        if self.level.sizes.get("lr") != "per-tensor":
+        if self.level.granularity.get("lr") != "per-tensor":
             return lr
         return torch.cat([each.expand(n) for each, n in zip(lr, self._counts, strict=True)])
 
     def _summed(self, g: Tensor, u: Tensor) -> Tensor:
         """gᵀu, over what shares a step size."""
-        match self.level.sizes["lr"]:
+        match self.level.granularity["lr"]:
             case "scalar":
                 return g.dot(u)
             case "per-element":
@@ -365,7 +382,7 @@ class _Running:
             least, most = (
                 (x.item() for x in value.aminmax()) if value.dim() else (value.item(),) * 2
             )
-            limit = 1.0 if name in self.level.decays else math.inf
+            limit = 1.0 if name in self.level.unit_interval else math.inf
             if not (least >= 0 and most < limit):
                 late = (
                     ""

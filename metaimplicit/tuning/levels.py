@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive
 
-Size = Literal["scalar", "per-tensor", "per-element"]
+Granularity = Literal["scalar", "per-tensor", "per-element"]
 Numbers = dict[
     str, Tensor
 ]  # h: 0-dim, but for lr, which may have an entry for each tensor or element of θ
@@ -46,40 +46,42 @@ class Level(ABC):
 
     lr: float = 0.01
     optimizer: Level | None = field(default=None, kw_only=True)
-    learn: tuple[str, ...] | Mapping[str, Size] | None = field(default=None, kw_only=True)
+    learn: tuple[str, ...] | Mapping[str, Granularity] | None = field(default=None, kw_only=True)
     domains: Mapping[str, Domain] = field(default_factory=dict, kw_only=True)
 
-    decays: ClassVar[frozenset[str]] = frozenset()  # hyperparameters in [0, 1)
+    unit_interval: ClassVar[frozenset[str]] = frozenset()  # hyperparameters in [0, 1)
     optional: ClassVar[frozenset[str]] = frozenset(
         {"momentum", "weight_decay"}
     )  # no part of h as a constant 0
 
     def __post_init__(self) -> None:
-        for name, value in self.numbers.items():
+        for name, value in self.initial_values.items():
             self.check(name, value)
         for option, given in (("learn", self.learn or ()), ("domains", self.domains)):
-            if unknown := sorted(set(given) - set(self.numbers)):
+            if unknown := sorted(set(given) - set(self.initial_values)):
                 raise ValueError(
-                    f"{self.name} {option}: got {unknown}, expected some of {sorted(self.numbers)}"
+                    f"{self.name} {option}: got {unknown}, expected some of {sorted(self.initial_values)}"
                 )
         wrong = {
-            k: v for k, v in self.sizes.items() if v not in _SIZES or (v != "scalar" and k != "lr")
+            k: v
+            for k, v in self.granularity.items()
+            if v not in _GRANULARITIES or (v != "scalar" and k != "lr")
         }
         if wrong:
             raise ValueError(
-                f"{self.name} learn: got {wrong}, expected 'scalar', or for lr one of {', '.join(_SIZES)}"
+                f"{self.name} learn: got {wrong}, expected 'scalar', or for lr one of {', '.join(_GRANULARITIES)}"
             )
         if self.optimizer is None and self.learn:
             raise ValueError(
                 f"{self.name} learn: got {tuple(self.learn)} and no optimizer; pass optimizer=SGD(…)"
             )
-        if self.optimizer is not None and not self.sizes:
+        if self.optimizer is not None and not self.granularity:
             raise ValueError(
                 f"{self.name}: got an optimizer and nothing to learn, expected one or more names in learn"
             )
-        for name in self.sizes:
+        for name in self.granularity:
             try:
-                self.domain(name).free(torch.tensor(self.numbers[name]))
+                self.domain(name).free(torch.tensor(self.initial_values[name]))
             except ValueError as error:
                 raise ValueError(f"{self.name} {name}: {error}") from error
 
@@ -88,30 +90,38 @@ class Level(ABC):
         return type(self).__name__
 
     @property
-    def numbers(self) -> dict[str, float]:
+    def initial_values(self) -> dict[str, float]:
         """Every hyperparameter's value to start from."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
 
     @property
-    def sizes(self) -> dict[str, Size]:
+    def granularity(self) -> dict[str, Granularity]:
         """What is learnt, and of what size."""
         if isinstance(self.learn, Mapping):
             return dict(self.learn)
         if self.learn is None:
             chosen = [
-                n for n, x in self.numbers.items() if x != 0 and n not in ("eps", "weight_decay")
+                n
+                for n, x in self.initial_values.items()
+                if x != 0 and n not in ("eps", "weight_decay")
             ]
         else:
             chosen = list(self.learn)
         return dict.fromkeys(chosen if self.optimizer is not None else [], "scalar")
 
     def domain(self, name: str) -> Domain:
-        usual = Box(0.0) if name == "lr" else Interval(0, 1) if name in self.decays else Positive()
+        usual = (
+            Box(0.0)
+            if name == "lr"
+            else Interval(0, 1)
+            if name in self.unit_interval
+            else Positive()
+        )
         return self.domains.get(name, usual)
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError for a hyperparameter out of range."""
-        if name in self.decays and not 0 <= value < 1:
+        if name in self.unit_interval and not 0 <= value < 1:
             raise ValueError(f"{self.name} {name}: got {value}, expected a number in [0, 1)")
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{self.name} {name}: got {value}, expected a finite number ≥ 0")
@@ -126,7 +136,7 @@ class Level(ABC):
 
 
 _OWN = ("optimizer", "learn", "domains", "initial")
-_SIZES = ("scalar", "per-tensor", "per-element")
+_GRANULARITIES = ("scalar", "per-tensor", "per-element")
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class SGD(Level):
     momentum: float = field(default=0.0, kw_only=True)
     weight_decay: float = field(default=0.0, kw_only=True)
 
-    decays = frozenset({"momentum"})
+    unit_interval = frozenset({"momentum"})
 
     def direction(self, h: Numbers, slots: Slots, g: Tensor, point: Tensor | None) -> Tensor:
         if point is not None:
@@ -185,7 +195,7 @@ class RMSProp(Level):
     alpha: float = field(default=0.99, kw_only=True)
     eps: float = field(default=1e-8, kw_only=True)
 
-    decays = frozenset({"alpha"})
+    unit_interval = frozenset({"alpha"})
 
     def direction(self, h: Numbers, slots: Slots, g: Tensor, point: Tensor | None) -> Tensor:
         root = torch.sqrt(
@@ -211,7 +221,7 @@ class Adam(Level):
     beta2: float = field(default=0.999, kw_only=True)
     eps: float = field(default=1e-8, kw_only=True)
 
-    decays = frozenset({"beta1", "beta2"})
+    unit_interval = frozenset({"beta1", "beta2"})
 
     def direction(self, h: Numbers, slots: Slots, g: Tensor, point: Tensor | None) -> Tensor:
         slots["step"] = step = slots.get("step", 0) + 1

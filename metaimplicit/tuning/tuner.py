@@ -142,7 +142,7 @@ class Tuner:
             state=self.state,
             start=self.end if self.warm_start else None,
         )
-        slopes = self._free.pull(found.grads)
+        slopes = self._free.pull_back(found.grads)
         length = norm(slopes)
         finite = math.isfinite(length) and math.isfinite(found.outer_loss.item())
         if finite:

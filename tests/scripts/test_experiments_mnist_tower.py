@@ -30,7 +30,7 @@ def test_every_tower_is_compared_with_a_plain_optimiser_that_starts_alike():
         plain = TOWERS[name.split("-")[0]]
         assert plain.optimizer is None
         assert type(plain) is type(tower)
-        assert plain.numbers == tower.numbers, name
+        assert plain.initial_values == tower.initial_values, name
         assert (tower.optimizer is not None) == ("-by-" in name)
 
 

@@ -68,8 +68,10 @@ def autograd_trajectory(level, kind, steps, kappa):
     model, rule = network(), RULES[kind][0]
     defaults = kind([torch.zeros(())]).defaults
     params = {name: p.detach() for name, p in model.named_parameters()}
-    numbers = {name: torch.tensor(x, dtype=torch.float64) for name, x in level.numbers.items()}
-    free = {name: level.domain(name).free(numbers[name]) for name in level.sizes}
+    numbers = {
+        name: torch.tensor(x, dtype=torch.float64) for name, x in level.initial_values.items()
+    }
+    free = {name: level.domain(name).free(numbers[name]) for name in level.granularity}
     slots = {name: {} for name in params}
     trace = []
     for step in range(steps):
@@ -96,7 +98,7 @@ def autograd_trajectory(level, kind, steps, kappa):
 def test_hypergradients_are_those_of_autograd(name):
     """Every hyperparameter at once, ten steps, to round-off."""
     plain, kind = EVERYTHING[name]
-    numbers = {n: x for n, x in plain.numbers.items() if x != 0}
+    numbers = {n: x for n, x in plain.initial_values.items() if x != 0}
     level = replace(plain, optimizer=SGD(0.02), learn=tuple(numbers))
     model = network()
     optimizer = Hyperoptimizer(model.parameters(), level)
@@ -123,14 +125,14 @@ def test_a_hypergradient_is_the_difference_quotient_of_the_next_loss():
         optimizer=SGD(1.0),
         learn=("lr", "beta1", "beta2", "eps"),
     )
-    domains = {name: Real() for name in level.numbers}
-    level = Adam(**level.numbers, optimizer=SGD(1.0), learn=level.learn, domains=domains)
+    domains = {name: Real() for name in level.initial_values}
+    level = Adam(**level.initial_values, optimizer=SGD(1.0), learn=level.learn, domains=domains)
     start = network()
     optimizer = Hyperoptimizer(start.parameters(), level)
     train(start, optimizer, 1)
 
     def next_loss(name, change):
-        model, numbers = network(), dict(level.numbers)
+        model, numbers = network(), dict(level.initial_values)
         train(
             model,
             Hyperoptimizer(model.parameters(), Adam(**numbers | {name: numbers[name] + change})),
@@ -180,7 +182,7 @@ def test_without_a_tower_it_is_torchs_optimiser(name):
     level, kind = EVERYTHING[name]
     ours, theirs = network(), network()
     train(ours, Hyperoptimizer(ours.parameters(), level), 30)
-    train(theirs, kind(theirs.parameters(), **options(level, level.numbers)), 30)
+    train(theirs, kind(theirs.parameters(), **options(level, level.initial_values)), 30)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
@@ -190,7 +192,7 @@ def test_in_single_precision_too(name):
     level, kind = EVERYTHING[name]
     ours, theirs = network(torch.float32), network(torch.float32)
     train(ours, Hyperoptimizer(ours.parameters(), level), 30)
-    train(theirs, kind(theirs.parameters(), **options(level, level.numbers)), 30)
+    train(theirs, kind(theirs.parameters(), **options(level, level.initial_values)), 30)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -224,7 +226,7 @@ def test_zero_gradients_give_finite_hypergradients():
     """A coordinate without a gradient, as of a dead unit, has none in any hyperparameter."""
     for level in (AdaGrad, RMSProp, Adam, AdamW):
         w = nn.Parameter(torch.ones(4))
-        learn = tuple(name for name in level().numbers if name != "weight_decay")
+        learn = tuple(name for name in level().initial_values if name != "weight_decay")
         optimizer = Hyperoptimizer([w], level(optimizer=SGD(1e-4), learn=learn))
         for _ in range(3):
             optimizer.zero_grad()

@@ -34,7 +34,9 @@ def test_a_parameter_that_did_not_move_has_no_part_in_the_derivative():
     """b has no gradient at the second step, so the third loss depends on lr through a alone, and there it is flat."""
     for tower in (SGD(0.1, momentum=0.9), Adam(0.1)):
         a, b = tensor(1.0, 2.0), tensor(3.0)
-        optimizer = Hyperoptimizer([a, b], tower.__class__(**tower.numbers, optimizer=SGD(1e-3)))
+        optimizer = Hyperoptimizer(
+            [a, b], tower.__class__(**tower.initial_values, optimizer=SGD(1e-3))
+        )
         step(optimizer, 1.0, 1.0)
         step(optimizer, 1.0, None)
         before, saved = optimizer.hyperparameters[0][0], copy.deepcopy(optimizer.state_dict())
