@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.tuning.domains import FreeMeta
+from metaimplicit.tuning.free_meta import FreeMeta
 from metaimplicit.tuning.levels import (
     SGD,
     AdaGrad,

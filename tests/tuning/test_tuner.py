@@ -24,7 +24,7 @@ from metaimplicit import (
 )
 from metaimplicit.methods import METHODS, known_options, make_method
 from metaimplicit.tuning import Real
-from metaimplicit.tuning.domains import FreeMeta
+from metaimplicit.tuning.free_meta import FreeMeta
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
 H, B, T = (x[0] for x in ORACLE.data)
