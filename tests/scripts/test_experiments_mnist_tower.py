@@ -81,7 +81,7 @@ def test_a_diverged_run_says_so(tmp_path, digits, monkeypatch):
     rows = {case["method"]: row for case, row in rows_of(tmp_path)}
     for method in ("adam-by-sgd", "height-3"):
         assert rows[method]["error"] is None
-        assert "turned nan after 1 steps" in rows[method]["reason"]
+        assert "got nan after 1 steps" in rows[method]["reason"]
     assert rows["sgd"]["error"] is not None
 
 

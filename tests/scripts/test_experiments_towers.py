@@ -118,7 +118,7 @@ def test_divergence_is_told_with_its_step():
     )  # lr ← 0.1 − (−1)·(gradient · gradient before)
     row = descend(Hyperoptimizer([p], hasty), lambda step: p.sum() * (-1) ** step, 40, 1)
     assert (row["diverged"], row["loss"]) == (1, None)
-    assert "SGD lr: turned -0.9" in row["reason"]
+    assert "SGD lr: got -0.9" in row["reason"]
     json.dumps(row, allow_nan=False)
 
 

@@ -568,7 +568,7 @@ def test_a_step_size_that_turns_negative_or_not_finite_stops_before_the_paramete
         if w.grad is None:
             (w * w).sum().backward()
         before = w.detach().clone()
-        message = rf"SGD lr: turned ({word}).* after 1 steps.*step size of the SGD above it too large.*No parameter was"
+        message = rf"SGD lr: got ({word}).* after 1 steps.*step size of the SGD above is too large.*No parameter was"
         if domain == Positive():
             w.grad = torch.full_like(w, 1e30)
         with pytest.raises(FloatingPointError, match=message):

@@ -207,7 +207,7 @@ def test_no_group_moves_where_one_fails():
     before = a.item()
     with pytest.raises(
         FloatingPointError,
-        match=r"SGD lr: turned -0\.9 after 1 steps, expected a number in \[0, inf\)",
+        match=r"SGD lr: got -0\.9 after 1 steps, expected a number in \[0, inf\)",
     ):
         step(optimizer, 1.0, -1.0)
     assert a.item() == before
@@ -219,7 +219,7 @@ def test_a_beta_of_one_is_an_error():
     step(optimizer, 1.0)
     step(optimizer, -1.0)
     with pytest.raises(
-        FloatingPointError, match=r"Adam beta1: turned 1\.0 after 2 steps, expected .* in \[0, 1\)"
+        FloatingPointError, match=r"Adam beta1: got 1\.0 after 2 steps, expected .* in \[0, 1\)"
     ):
         step(optimizer, 1.0)
     for tower in (Adam(0.1), Adam(0.1, optimizer=SGD(0.1))):
@@ -240,7 +240,7 @@ def test_a_failure_of_many_step_sizes_names_the_worst():
     optimizer = Hyperoptimizer([p], tower)
     step(optimizer, 1.0)
     p.grad = torch.linspace(1.0, -2.0, 1000, dtype=torch.float64)
-    with pytest.raises(FloatingPointError, match=r"SGD lr: turned -1\.9 after") as error:
+    with pytest.raises(FloatingPointError, match=r"SGD lr: got -1\.9 after") as error:
         optimizer.step()
     assert len(str(error.value)) < 300
 
@@ -259,7 +259,7 @@ def test_what_it_cannot_do_is_refused():
         {"params": [tensor(1.0)], "momentum": 0.5, "name": "head", "maximize": False}
     )
     with pytest.raises(
-        ValueError, match="param group 0: got parameters that are no real floating-point numbers"
+        ValueError, match="param group 0: got parameters that are not real floating-point numbers"
     ):
         Hyperoptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))], SGD(0.1))
     embedding = nn.Embedding(5, 3, sparse=True)
