@@ -30,7 +30,7 @@ class Domain(ABC):
 
     @abstractmethod
     def value(self, free: Tensor) -> Tensor:
-        """x at the coordinates `free`, differentiable."""
+        """The values x at the coordinates `free`, differentiable."""
 
     @abstractmethod
     def free(self, value: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ class AdamW(Adam):
 
 
 def _update_average(slots: Slots, name: str, value: Tensor, *, decay: Tensor) -> Tensor:
-    """a = β a₋ + (1 − β) value in place; the slot "… change" holds ∂a/∂β = a₋ − value."""
+    """Update a = β a₋ + (1 − β) value; the slot "NAME change" takes ∂a/∂β = a₋ − value."""
     average = slot(slots, name, value)
     change = torch.sub(average, value, out=slot(slots, f"{name} change", value))
     # As a₋ − (1 − β) change: value + β change would lose the digits of 1 − β.
@@ -270,5 +270,5 @@ def _update_average(slots: Slots, name: str, value: Tensor, *, decay: Tensor) ->
 
 
 def _square(g: Tensor) -> Tensor:
-    """g² + 1e-32, whose average has a differentiable root. The root of 1e-32 is lost beside ε."""
+    """The square g² + 1e-32: its average has a differentiable root, and 1e-16 is lost beside ε."""
     return torch.addcmul(g.new_full((), 1e-32), g, g)

@@ -16,12 +16,12 @@ Batch = dict[str, Tensor]
 
 
 class Variable(ABC):
-    """A hyperparameter: its values to start from, its domains, and its part in the training loss
+    """A hyperparameter: its values to start from, its domains and its part in the training loss.
 
-        f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalty.
+        f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalty
 
-    A subclass implements `meta` and those of the three functions below in which it takes part.
-    A function that is None, as all are by default, belongs to another variable or to none.
+    A subclass implements `meta`, and one or more of the three functions below. All three are None
+    by default, which says that the variable has no such part.
 
     Attributes:
         inputs: `(meta, batch) -> xᵢ`, `[m, *shape]`, what the model is trained on. At most one

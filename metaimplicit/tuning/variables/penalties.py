@@ -138,7 +138,7 @@ class GroupStructure(Variable):
         return {"groups": Simplex(dim=0)}
 
     def penalty(self, params: Params, start: Params, meta: Params) -> Tensor:
-        """strength · Σ_l √(‖s_l ⊙ w‖² + ε²), summed over the leading axes of w, a scalar."""
+        """The penalty, summed over the leading axes of w, a scalar."""
         members = params[self.parameter].unsqueeze(-2) * meta["groups"]
         norms = (members.square().sum(-1) + self.smoothing**2).sqrt()
         return self.strength * norms.sum()
