@@ -79,8 +79,7 @@ class Tuner:
         stopping: The best measurement of `fit`, over all calls.
 
     Raises:
-        ValueError: An option is out of range, a value lies outside its domain, or a domain names no
-            entry of `meta`.
+        ValueError: An option or a value is out of range, or a domain names no entry of `meta`.
 
     Example:
         The argmin of f = (w − φ)² is w = φ, so g = (w − 1)² is minimal at φ = 1.
@@ -271,16 +270,17 @@ class Tuner:
 
     def _position(self) -> dict[str, Any]:
         """A copy of φ, θ, both optimisers and the solver."""
-        position: dict[str, Any] = {
+        position = {
             "free": {name: free.detach() for name, free in self._free.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
             "end": None if self.end is None else self.end.to_dict(),
             "state": self.state.to_dict(),
         }
-        copied: dict[str, Any] = tree_map(_clone, position)
-        return copied
+        return _copy_tensors(position)
 
     def _return_to(self, position: dict[str, Any]) -> None:
+        # Optimisers of torch change in place the state that they have loaded.
+        position = _copy_tensors(position)
         self._free.load(position["free"])
         self.optimizer.load_state_dict(position["optimizer"])
         end = position["end"]
@@ -295,5 +295,6 @@ def _step_size(inner: InnerLoop) -> float:
     raise ValueError(f"schedule: got one for {inner}, expected an inner loop whose lr is a number")
 
 
-def _clone(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _copy_tensors(tree: dict[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+    return copied

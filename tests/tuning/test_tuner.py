@@ -193,6 +193,32 @@ def test_the_patience_that_was_used_up_is_part_of_the_state():
     assert resumed.steps == 3
 
 
+def test_two_tuners_can_load_one_state_in_memory():
+    """What is loaded is a copy: the outer optimiser of the first writes its averages in place."""
+    adam = partial(torch.optim.Adam, lr=0.1)
+    whole = make_tuner(optimizer=adam)
+    whole.fit([DATA], [DATA], steps=3)
+    state = whole.state_dict()
+    ends = []
+    for _ in range(2):
+        tuner = make_tuner(optimizer=adam)
+        tuner.load_state_dict(state)
+        tuner.fit([DATA], [DATA], steps=6)
+        ends.append(tuner.meta["phi"])
+    assert torch.equal(*ends)
+
+
+def test_steps_after_the_best_measurement_leave_it_as_it_was():
+    """A run returns to it twice, and continues in between."""
+    values = iter([1.0, 2.0, 3.0, 4.0])
+    tuner = make_tuner(optimizer=partial(torch.optim.Adam, lr=0.1))
+    tuner.fit([DATA], [DATA], steps=2, metric=lambda *_: next(values), patience=9)
+    averages = copy.deepcopy(tuner.optimizer.state_dict()["state"])
+    tuner.fit([DATA], [DATA], steps=4, metric=lambda *_: next(values), patience=9)
+    for key, average in tuner.optimizer.state_dict()["state"][0].items():
+        assert torch.equal(average, averages[0][key]), key
+
+
 def test_loaders_are_iterated_again_when_they_end():
     loader = torch.utils.data.DataLoader(torch.arange(3.0), batch_size=1)
     batches = []
