@@ -22,7 +22,9 @@ TOWERS = {
     "SGD^3": SGD(0.1, momentum=0.5, optimizer=SGD(0.1, optimizer=SGD(0.1))),
     "Adam/SGD": Adam(0.01, optimizer=SGD(0.1)),
     "AdamW/Adam/SGD": AdamW(
-        0.01, optimizer=Adam(0.01, optimizer=SGD(0.1)), learn=("lr", "beta1", "weight_decay")
+        0.01,
+        optimizer=Adam(0.01, optimizer=SGD(0.1)),
+        learn=("lr", "beta1", "weight_decay"),
     ),
     "RMSProp/RMSProp": RMSProp(0.01, optimizer=RMSProp(0.01)),
     "AdaGrad/SGD": AdaGrad(0.1, optimizer=SGD(0.1), learn={"lr": "per-element"}),
@@ -78,6 +80,11 @@ def step_with(optimizer, *gradients):
     optimizer.step()
 
 
-def learnt(optimizer, name="lr", group=0):
-    """The present value of a hyperparameter of the lowest level."""
-    return optimizer.hyperparameters[group][0][name]
+def learnt_values(optimizer):
+    """The present values of the hyperparameters of the first group's lowest level."""
+    return optimizer.hyperparameters[0][0]
+
+
+def learnt(optimizer, name="lr"):
+    """One of them."""
+    return learnt_values(optimizer)[name]

@@ -121,7 +121,12 @@ class Level(ABC):
 
     @abstractmethod
     def direction(
-        self, h: Hyperparameters, slots: Slots, gradient: Tensor, *, params: Tensor | None
+        self,
+        h: Hyperparameters,
+        slots: Slots,
+        gradient: Tensor,
+        *,
+        params: Tensor | None,
     ) -> Tensor:
         """The direction u, `[n]`. It may be `gradient` itself or a tensor of `slots`.
 
@@ -134,7 +139,12 @@ class Level(ABC):
 
     @abstractmethod
     def pull_back(
-        self, names: Collection[str], h: Hyperparameters, slots: Slots, *, vector: Tensor
+        self,
+        names: Collection[str],
+        h: Hyperparameters,
+        slots: Slots,
+        *,
+        vector: Tensor,
     ) -> Hyperparameters:
         """(∂u/∂h)ᵀ vector at the last step, a scalar for each name.
 

@@ -143,7 +143,9 @@ class _Losses:
 
 
 def _make_losses(
-    model: nn.Module, loss: Callable[..., Tensor], variables: Sequence[Variable]
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    variables: Sequence[Variable],
 ) -> _Losses:
     makers = [v for v in variables if v.inputs is not None]
     if len(makers) > 1:
@@ -177,7 +179,9 @@ def _collect_entries(
 
 
 def _total_penalty(
-    variables: Sequence[Variable], start: Params, fixed: Proximal | None
+    variables: Sequence[Variable],
+    start: Params,
+    fixed: Proximal | None,
 ) -> Penalty | None:
     """The sum of all penalties; a `Proximal`, which solvers know, if it is the only one."""
     penalties = [v.penalty for v in variables if v.penalty is not None]

@@ -35,7 +35,9 @@ def double(*numbers):
 
 
 @pytest.mark.parametrize(
-    ("domain", "inside", "outside", "message"), CASES, ids=lambda x: type(x).__name__
+    ("domain", "inside", "outside", "message"),
+    CASES,
+    ids=lambda x: type(x).__name__,
 )
 def test_a_domain_inverts_its_map_differentiates_it_and_refuses_what_is_outside(
     domain, inside, outside, message

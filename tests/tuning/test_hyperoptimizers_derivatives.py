@@ -6,7 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from tower_network import LEVELS, learnt, loss, network, parameter, step_with, torch_options, train
+from torch.testing import assert_close
+from tower_network import (
+    LEVELS,
+    learnt,
+    learnt_values,
+    loss,
+    network,
+    parameter,
+    step_with,
+    torch_options,
+    train,
+)
 
 from metaimplicit import Hyperoptimizer
 from metaimplicit.inner.rules import RULES
@@ -62,11 +73,15 @@ def test_hypergradients_are_those_of_autograd(name):
     optimizer = Hyperoptimizer(model.parameters(), level)
     for step, expected in enumerate(autograd_trajectory(level, kind, 10, 0.02)):
         train(model, optimizer, 1, step)
-        got = dict(model.named_parameters()) | optimizer.hyperparameters[0][0]
+        got = dict(model.named_parameters()) | learnt_values(optimizer)
         for key, value in expected.items():
             message = f"{key}, step {step}"
-            torch.testing.assert_close(
-                got[key].detach(), value, rtol=1e-11, atol=1e-13, msg=message
+            assert_close(
+                got[key].detach(),
+                value,
+                rtol=1e-11,
+                atol=1e-13,
+                msg=message,
             )
     for name, x in start.items():
         assert abs(math.log(float(learnt(optimizer, name)) / x)) > 1e-7, name
@@ -88,9 +103,9 @@ def test_a_hypergradient_is_the_difference_quotient_of_the_next_loss():
         train(other, Hyperoptimizer(other.parameters(), changed), 1)
         return loss(other, 1).item()
 
-    before = {name: x.item() for name, x in optimizer.hyperparameters[0][0].items()}
+    before = {name: x.item() for name, x in learnt_values(optimizer).items()}
     train(model, optimizer, 1, first=1)
-    for name, x in optimizer.hyperparameters[0][0].items():
+    for name, x in learnt_values(optimizer).items():
         quotient = (next_loss(name, 1e-6) - next_loss(name, -1e-6)) / 2e-6
         assert before[name] - x.item() == pytest.approx(quotient, rel=1e-6, abs=1e-11), name
 
@@ -125,7 +140,7 @@ def test_three_levels_follow_their_recurrence():
         optimizer.zero_grad()
         (0.5 * spectrum * w * w).sum().backward()
         optimizer.step()
-        torch.testing.assert_close(w.detach(), expected, rtol=1e-13, atol=1e-14)
+        assert_close(w.detach(), expected, rtol=1e-13, atol=1e-14)
     first, second, _ = optimizer.hyperparameters[0]
     assert first["lr"].item() == pytest.approx(alpha, rel=1e-13)
     assert second["lr"].item() == pytest.approx(kappa, rel=1e-13)
@@ -150,7 +165,7 @@ def test_step_sizes_of_tensors_and_elements_have_their_parts_of_the_inner_produc
     if granularity == "per-tensor":
         slopes = torch.stack([product.sum() for product in products])
     expected = 0.01 - 1e-3 * slopes
-    torch.testing.assert_close(learnt(optimizer), expected, rtol=1e-9, atol=1e-12)
+    assert_close(learnt(optimizer), expected, rtol=1e-9, atol=1e-12)
     assert all((p - start).abs().min() > 0 for p, start in pairs)
 
 
@@ -166,7 +181,7 @@ def test_a_single_tensor_has_step_sizes_of_each_granularity(granularity):
         optimizer.step()
     second_lr = [0.11, 0.14] if granularity == "per-element" else [0.15, 0.15]
     lrs = 0.1 + torch.tensor(second_lr, dtype=torch.float64)
-    torch.testing.assert_close(p.detach(), 1 - lrs * gradient)
+    assert_close(p.detach(), 1 - lrs * gradient)
 
 
 def test_the_derivative_in_momentum_weighs_each_tensor_by_its_step_size():
@@ -209,7 +224,7 @@ def test_a_parameter_that_did_not_move_has_no_part_in_the_derivative(tower):
     )
     step_with(optimizer, 1.0, 1.0)
     step_with(optimizer, 1.0, None)
-    before = optimizer.hyperparameters[0][0]
+    before = learnt_values(optimizer)
     step_with(optimizer, 0.0, 1.0)
     assert all(learnt(optimizer, name) == x for name, x in before.items())
     step_with(optimizer, 0.0, 1.0)
@@ -252,7 +267,7 @@ def test_zero_gradients_give_finite_hypergradients(level):
         optimizer.zero_grad()
         (w[:2] ** 2).sum().backward()
         optimizer.step()
-    assert all(x.isfinite().all() for x in optimizer.hyperparameters[0][0].values())
+    assert all(x.isfinite().all() for x in learnt_values(optimizer).values())
     assert (w.detach()[2:] >= 0.99).all()
 
 

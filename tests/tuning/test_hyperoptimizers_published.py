@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gradient_descent_the_ultimate_optimizer import gdtuo
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from metaimplicit import Domain, Hyperoptimizer
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam
@@ -96,13 +97,13 @@ def test_trajectories_are_those_of_the_published_package(name):
         pairs = zip(model.named_parameters(), wrapper.parameters.values(), strict=True)
         for (key, p), other in pairs:
             message = f"{key}, step {step}"
-            torch.testing.assert_close(p.detach(), other.detach(), **tolerance, msg=message)
+            assert_close(p.detach(), other.detach(), **tolerance, msg=message)
         learnt = [values for values in optimizer.hyperparameters[0] if values]
         assert len(learnt) == name.count("/")
         for values, parameters in zip(learnt, published_levels(published), strict=False):
             for key, x in values.items():
                 expected = published_value(parameters, key)
                 message = f"{key}, step {step}"
-                torch.testing.assert_close(x, expected, **tolerance, msg=message)
+                assert_close(x, expected, **tolerance, msg=message)
     moved = optimizer.hyperparameters[0][0]["lr"].item() / tower.lr
     assert abs(moved - 1) > 0.1

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from tower_network import TOWERS, learnt, network, parameter, step_with, train
+from tower_network import TOWERS, learnt, learnt_values, network, parameter, step_with, train
 
 from metaimplicit import Hyperoptimizer
 from metaimplicit.tuning import Interval, Positive
@@ -64,7 +64,7 @@ def test_a_tower_can_return_to_its_own_state():
     optimizer = Hyperoptimizer([parameter(1.0, 2.0), parameter(3.0)], tower)
     step_with(optimizer, 1.0, 1.0)
     step_with(optimizer, 1.0, None)
-    before = optimizer.hyperparameters[0][0]
+    before = learnt_values(optimizer)
     state = copy.deepcopy(optimizer.state_dict())
     step_with(optimizer, 0.0, 1.0)
     optimizer.load_state_dict(state)

@@ -70,7 +70,11 @@ def test_a_step_is_a_hypergradient_and_a_step_of_the_outer_optimiser():
     for _ in range(3):
         step = tuner.step(DATA, DATA)
         expected = hypergradient(
-            ORACLE.problem, {"phi": phi}, DATA, inner=tuner.inner, method="unrolled"
+            ORACLE.problem,
+            {"phi": phi},
+            DATA,
+            inner=tuner.inner,
+            method="unrolled",
         )
         velocity = 0.9 * velocity + expected.grads["phi"]
         phi = phi - 0.1 * velocity
