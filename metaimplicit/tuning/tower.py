@@ -45,10 +45,7 @@ class RunningLevel:
     """
 
     def __init__(
-        self,
-        level: Level,
-        variables: Sequence[Tensor],
-        initial_values: dict[str, float],
+        self, level: Level, variables: Sequence[Tensor], initial_values: dict[str, float]
     ) -> None:
         for name, value in initial_values.items():
             level.check_value(name, value)

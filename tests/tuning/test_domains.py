@@ -105,7 +105,11 @@ def test_hyperparameters_stay_in_their_domains_under_long_steps():
         "decay": Box(0.25, 0.5),
         "weights": Box(0.9, 1.1),
     }
-    inner = GradientDescent(steps=5, lr=FromMeta("eta"), momentum=FromMeta("mu"))
+    inner = GradientDescent(
+        steps=5,
+        lr=FromMeta("eta"),
+        momentum=FromMeta("mu"),
+    )
     tuner = Tuner(
         PROBLEM,
         meta,
@@ -119,6 +123,12 @@ def test_hyperparameters_stay_in_their_domains_under_long_steps():
     assert 0 <= tuner.meta["mu"] <= 1
     assert tuner.meta["decay"] == 0.5
     assert set(tuner.meta["weights"].tolist()) == {0.9, 1.1}
-    grads = hypergradient(PROBLEM, meta, POINT, inner=inner, method="unrolled").grads
+    grads = hypergradient(
+        PROBLEM,
+        meta,
+        POINT,
+        inner=inner,
+        method="unrolled",
+    ).grads
     expected = (META["eta"].log() - 100 * META["eta"] * grads["eta"]).exp()
     assert relative_error(tuner.meta["eta"], expected) < 1e-12

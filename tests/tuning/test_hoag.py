@@ -45,7 +45,13 @@ def exact(decay):
 def run(steps, **options):
     """HOAG in log λ, and what its first steps did."""
     options = {"domains": {"decay": Positive()}, **options}
-    hoag = HOAG(RIDGE, START, train=(X, Y), validation=(X_VALIDATION, Y_VALIDATION), **options)
+    hoag = HOAG(
+        RIDGE,
+        START,
+        train=(X, Y),
+        validation=(X_VALIDATION, Y_VALIDATION),
+        **options,
+    )
     return hoag, [hoag.step() for _ in range(steps)]
 
 
@@ -197,10 +203,20 @@ def test_lbfgs_stops_at_its_cap_with_the_best_point_it_has_seen():
         losses.append(float(loss.detach()))
         return loss
 
-    problem = BilevelProblem(oracle.problem.init, inner_loss, oracle.problem.outer_loss)
+    problem = BilevelProblem(
+        oracle.problem.init,
+        inner_loss,
+        oracle.problem.outer_loss,
+    )
     data = tuple(x[0] for x in oracle.data)
     inner = LBFGS(steps=5, tol=1e-12)
-    result = hypergradient(problem, oracle.meta, data, inner=inner, method="dense")
+    result = hypergradient(
+        problem,
+        oracle.meta,
+        data,
+        inner=inner,
+        method="dense",
+    )
     assert result.report.inner_steps.tolist() == [5]
     end = float(oracle.problem.inner_loss(result.params, oracle.meta, data))
     assert end == min(losses[:6])
@@ -211,7 +227,12 @@ def test_lbfgs_refuses_methods_that_differentiate_its_steps():
 
     def ask(method):
         options = {"inner": LBFGS(), "method": method, "batched": True}
-        return hypergradient(oracle.problem, oracle.meta, oracle.data, **options)
+        return hypergradient(
+            oracle.problem,
+            oracle.meta,
+            oracle.data,
+            **options,
+        )
 
     with pytest.raises(ValueError, match=r"inner: got LBFGS.*expected an implicit method"):
         ask("unrolled")

@@ -37,7 +37,11 @@ TOWERS = {
         lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01, optimizer=gdtuo.SGD(0.01))),
     ),
     "Adam/SGD": (
-        Adam(1e-3, optimizer=SGD(1e-4), domains={"beta1": Tanh(), "beta2": Tanh()}),
+        Adam(
+            1e-3,
+            optimizer=SGD(1e-4),
+            domains={"beta1": Tanh(), "beta2": Tanh()},
+        ),
         lambda: gdtuo.Adam(optimizer=gdtuo.SGD(1e-4)),
     ),
 }
@@ -94,7 +98,11 @@ def test_trajectories_are_those_of_the_published_package(name):
         optimizer.step()
 
         tolerance = {"rtol": 1e-5, "atol": 1e-5}
-        pairs = zip(model.named_parameters(), wrapper.parameters.values(), strict=True)
+        pairs = zip(
+            model.named_parameters(),
+            wrapper.parameters.values(),
+            strict=True,
+        )
         for (key, p), other in pairs:
             message = f"{key}, step {step}"
             assert_close(p.detach(), other.detach(), **tolerance, msg=message)

@@ -158,7 +158,12 @@ def test_no_group_moves_if_the_hyperparameters_of_one_fail():
 
 
 def test_a_beta_that_becomes_one_is_an_error():
-    tower = Adam(0.1, optimizer=SGD(1e3), learn=("beta1",), domains={"beta1": Box(0.0, 1.0)})
+    tower = Adam(
+        0.1,
+        optimizer=SGD(1e3),
+        learn=("beta1",),
+        domains={"beta1": Box(0.0, 1.0)},
+    )
     optimizer = Hyperoptimizer([parameter(1.0)], tower)
     step_with(optimizer, 1.0)
     step_with(optimizer, -1.0)
@@ -168,7 +173,12 @@ def test_a_beta_that_becomes_one_is_an_error():
 
 
 def test_a_failure_of_many_step_sizes_names_the_worst():
-    tower = SGD(0.1, optimizer=SGD(1.0), learn={"lr": "per-element"}, domains=LR)
+    tower = SGD(
+        0.1,
+        optimizer=SGD(1.0),
+        learn={"lr": "per-element"},
+        domains=LR,
+    )
     p = nn.Parameter(torch.ones(1000, dtype=torch.float64))
     optimizer = Hyperoptimizer([p], tower)
     step_with(optimizer, 1.0)

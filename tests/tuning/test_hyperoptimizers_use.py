@@ -36,7 +36,11 @@ def test_a_tower_of_one_level_is_torchs_optimiser(name, dtype, tolerance):
     model = network(dtype)
     other = network(dtype)
     train(model, Hyperoptimizer(model.parameters(), level), 30)
-    train(other, kind(other.parameters(), **torch_options(level, level.initial_values)), 30)
+    train(
+        other,
+        kind(other.parameters(), **torch_options(level, level.initial_values)),
+        30,
+    )
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_close(a, b, **tolerance)
 
@@ -133,7 +137,12 @@ def test_values_written_before_the_first_step_and_over_a_zero_take_effect():
     other = network()
     optimizer = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(1e-9)))
     optimizer.param_groups[0].update(lr=0.05, momentum=0.5, weight_decay=0.2)
-    plain = torch.optim.SGD(other.parameters(), 0.05, momentum=0.5, weight_decay=0.2)
+    plain = torch.optim.SGD(
+        other.parameters(),
+        0.05,
+        momentum=0.5,
+        weight_decay=0.2,
+    )
     for step in range(3):
         train(model, optimizer, 1, step)
         train(other, plain, 1, step)
@@ -204,7 +213,12 @@ def _results(model, optimizer):
 
 
 def _train_replica(rank, results, address):
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=2,
+    )
     model = nn.parallel.DistributedDataParallel(network())
     optimizer = Hyperoptimizer(model.parameters(), Adam(0.01, optimizer=SGD(0.1)))
     for step in range(4):

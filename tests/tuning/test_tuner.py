@@ -1,7 +1,5 @@
 """The tuner against loops by hand, closed forms, and itself after a restart."""
 
-import copy
-import io
 import math
 from functools import partial
 
@@ -16,11 +14,10 @@ from metaimplicit import (
     FromMeta,
     GradientDescent,
     Positive,
-    TorchOptimizer,
     Tuner,
     hypergradient,
 )
-from metaimplicit.methods import METHODS, known_options, make_method
+from metaimplicit.methods import known_options, make_method
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
 H, B, T = (x[0] for x in ORACLE.data)
@@ -96,7 +93,13 @@ def test_each_inner_step_sees_its_own_batch_and_the_curvature_another():
         outer_loss=lambda params, meta, data: (params["w"] * data).sum(),
     )
     inner = GradientDescent(steps=2, lr=0.1)
-    tuner = Tuner(problem, {"phi": torch.ones(())}, inner=inner, method="cg", optimizer=SGD)
+    tuner = Tuner(
+        problem,
+        {"phi": torch.ones(())},
+        inner=inner,
+        method="cg",
+        optimizer=SGD,
+    )
     train = [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]
     step = tuner.step(train, torch.tensor(10.0))
     assert list(dict.fromkeys(batches)) == [1, 2, 3]
@@ -106,7 +109,11 @@ def test_each_inner_step_sees_its_own_batch_and_the_curvature_another():
 
 
 def test_real_time_with_one_outer_step_for_the_whole_run_is_forward_mode():
-    inner = GradientDescent(steps=12, lr=FromMeta("eta"), momentum=FromMeta("mu"))
+    inner = GradientDescent(
+        steps=12,
+        lr=FromMeta("eta"),
+        momentum=FromMeta("mu"),
+    )
     tuners = [
         Tuner(PROBLEM, META, inner=inner, method=method, optimizer=SGD)
         for method in ("real-time", "forward")
@@ -115,44 +122,6 @@ def test_real_time_with_one_outer_step_for_the_whole_run_is_forward_mode():
         tuner.step(POINT, POINT)
     for name in META:
         assert torch.equal(tuners[0].meta[name], tuners[1].meta[name])
-
-
-@pytest.mark.parametrize(
-    "method", ["unrolled", "real-time", "cg", "nystrom-cg", "auto", "soba", "sama", "f2sa"]
-)
-def test_a_killed_run_resumes_to_the_same_bits(method):
-    def batch(i):
-        rows = torch.arange(6) + i % 7
-        return POINT[0][rows], POINT[1][rows], *POINT[2:]
-
-    no_curvature_is_named = getattr(METHODS[method], "curvature", "") is None
-    curvature = "hessian" if no_curvature_is_named else None
-
-    def build():
-        return Tuner(
-            PROBLEM,
-            {"decay": META["decay"], "weights": META["weights"][:6]},
-            inner=TorchOptimizer(torch.optim.Adam, steps=2, lr=0.05),
-            method=make_method(method, **known_options(method, rank=3, curvature=curvature)),
-            domains={"decay": Positive(), "weights": Box(0.0)},
-        )
-
-    torch.manual_seed(0)
-    whole = build()
-    whole.fit(batch, lambda i: POINT, steps=3)
-    rng = torch.get_rng_state()
-    file = io.BytesIO()
-    torch.save(whole.state_dict(), file)
-    whole.fit(batch, lambda i: POINT, steps=6)
-
-    torch.set_rng_state(rng)
-    resumed = build()
-    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    assert resumed.steps == 3
-    resumed.fit(batch, lambda i: POINT, steps=6)
-    for name in resumed.meta:
-        assert torch.equal(resumed.meta[name], whole.meta[name])
-    assert torch.equal(resumed.params["w"], whole.params["w"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -171,58 +140,6 @@ def test_a_hypergradient_that_is_not_finite_is_never_applied(bad):
     assert tuner.step(DATA, DATA).applied
 
 
-def test_early_stopping_returns_to_the_best_measurement():
-    tuner = make_tuner("cg", steps=50)
-    values = iter([3.0, 1.0, 2.0, 2.0, 0.0])
-    measured = []
-
-    def metric(params, meta):
-        measured.append((params["theta"], meta["phi"]))
-        return next(values)
-
-    assert tuner.fit([DATA], [DATA], steps=100, metric=metric, patience=2) == 1.0
-    assert len(measured) == 4
-    assert tuner.steps == 4
-    assert torch.equal(tuner.params["theta"], measured[1][0])
-    assert torch.equal(tuner.meta["phi"], measured[1][1])
-
-
-def test_the_patience_that_was_used_up_is_part_of_the_state():
-    values = iter([1.0, 2.0, 3.0])
-    tuner = make_tuner()
-    tuner.fit([DATA], [DATA], steps=2, metric=lambda *_: next(values))
-    resumed = make_tuner()
-    resumed.load_state_dict(copy.deepcopy(tuner.state_dict()))
-    assert resumed.fit([DATA], [DATA], steps=9, metric=lambda *_: next(values), patience=2) == 1.0
-    assert resumed.steps == 3
-
-
-def test_two_tuners_can_load_one_state_in_memory():
-    """What is loaded is a copy: the outer optimiser of the first writes its averages in place."""
-    adam = partial(torch.optim.Adam, lr=0.1)
-    whole = make_tuner(optimizer=adam)
-    whole.fit([DATA], [DATA], steps=3)
-    state = whole.state_dict()
-    ends = []
-    for _ in range(2):
-        tuner = make_tuner(optimizer=adam)
-        tuner.load_state_dict(state)
-        tuner.fit([DATA], [DATA], steps=6)
-        ends.append(tuner.meta["phi"])
-    assert torch.equal(*ends)
-
-
-def test_steps_after_the_best_measurement_leave_it_as_it_was():
-    """A run returns to it twice, and continues in between."""
-    values = iter([1.0, 2.0, 3.0, 4.0])
-    tuner = make_tuner(optimizer=partial(torch.optim.Adam, lr=0.1))
-    tuner.fit([DATA], [DATA], steps=2, metric=lambda *_: next(values), patience=9)
-    averages = copy.deepcopy(tuner.optimizer.state_dict()["state"])
-    tuner.fit([DATA], [DATA], steps=4, metric=lambda *_: next(values), patience=9)
-    for key, average in tuner.optimizer.state_dict()["state"][0].items():
-        assert torch.equal(average, averages[0][key]), key
-
-
 def test_loaders_are_iterated_again_when_they_end():
     loader = torch.utils.data.DataLoader(torch.arange(3.0), batch_size=1)
     batches = []
@@ -237,7 +154,13 @@ def test_loaders_are_iterated_again_when_they_end():
         outer_loss=outer_loss,
     )
     inner = GradientDescent(steps=1)
-    tuner = Tuner(problem, {"phi": torch.ones(())}, inner=inner, method="cg", optimizer=SGD)
+    tuner = Tuner(
+        problem,
+        {"phi": torch.ones(())},
+        inner=inner,
+        method="cg",
+        optimizer=SGD,
+    )
     tuner.fit(loader, loader, steps=5)
     assert batches == [0, 1, 2, 0, 1]
 
@@ -251,7 +174,12 @@ def test_integer_entries_of_meta_are_constant():
         outer_loss=ORACLE.problem.outer_loss,
     )
     meta = {**ORACLE.meta, "twice": torch.tensor(2)}
-    tuner = Tuner(problem, meta, inner=GradientDescent(steps=2), optimizer=SGD)
+    tuner = Tuner(
+        problem,
+        meta,
+        inner=GradientDescent(steps=2),
+        optimizer=SGD,
+    )
     tuner.step(DATA, DATA)
     assert tuner.meta["twice"] == 2
     assert not torch.equal(tuner.meta["phi"], ORACLE.meta["phi"])
@@ -288,7 +216,11 @@ def test_bad_calls_are_refused():
         tuner.fit([DATA], [DATA], steps=1, every=0)
     with pytest.raises(ValueError, match="batches: got an iterable without any"):
         tuner.fit([], [DATA], steps=1)
-    other = Tuner(ORACLE.problem, {"psi": torch.ones(2)}, inner=GradientDescent())
+    other = Tuner(
+        ORACLE.problem,
+        {"psi": torch.ones(2)},
+        inner=GradientDescent(),
+    )
     with pytest.raises(ValueError, match=r"state: got hyperparameters .*phi.*expected .*psi"):
         other.load_state_dict(tuner.state_dict())
     message = r"implicit cannot give the gradient of meta\['eta'\].*use 'unrolled'"

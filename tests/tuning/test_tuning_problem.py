@@ -47,22 +47,41 @@ INNER = GradientDescent(steps=1, lr=0.1)
 
 def make_tuner(*variables, **options):
     problem, meta, domains = make_problem(*variables)
-    return Tuner(problem, meta, **{"domains": domains, "inner": INNER, **options})
+    return Tuner(
+        problem,
+        meta,
+        **{"domains": domains, "inner": INNER, **options},
+    )
 
 
 def test_gauss_newton_sees_the_weights():
     """For softmax regression it is the Hessian."""
     penalty = Proximal(0.1, center="zero")
     model = softmax_regression()
-    problem, _, _ = make_problem(ExampleWeights(9), model=model, penalty=penalty)
+    problem, _, _ = make_problem(
+        ExampleWeights(9),
+        model=model,
+        penalty=penalty,
+    )
     meta = {"example_weights": torch.linspace(0.1, 2.0, 9, dtype=torch.float64)}
     inner = GradientDescent(steps=20, lr=0.5)
     results = {}
     for curvature in ("hessian", "gauss-newton"):
         method = Implicit(Dense(), curvature=curvature, batch=TRAIN)
-        grads = hypergradient(problem, meta, stream(20), inner=inner, method=method).grads
+        grads = hypergradient(
+            problem,
+            meta,
+            stream(20),
+            inner=inner,
+            method=method,
+        ).grads
         results[curvature] = flatten(grads, 0)
-    assert_close(results["hessian"], results["gauss-newton"], rtol=1e-10, atol=1e-14)
+    assert_close(
+        results["hessian"],
+        results["gauss-newton"],
+        rtol=1e-10,
+        atol=1e-14,
+    )
     assert results["hessian"].norm() > 1e-3
 
 
@@ -97,7 +116,11 @@ def test_a_loader_of_pairs_serves_and_the_model_is_not_changed():
     tuner = make_tuner(ClassWeights(3), method="cg")
     start = tuner.meta["class_weights"].clone()
     before = {name: p.clone() for name, p in MODEL.named_parameters()}
-    tuner.fit(loader, [(VALIDATION["inputs"], VALIDATION["targets"])], steps=3)
+    tuner.fit(
+        loader,
+        [(VALIDATION["inputs"], VALIDATION["targets"])],
+        steps=3,
+    )
     assert all(torch.equal(p, before[name]) for name, p in MODEL.named_parameters())
     assert not torch.equal(tuner.meta["class_weights"], start)
 
@@ -199,7 +222,13 @@ def test_curvatures_that_do_not_know_weights_refuse_them(curvature, message):
     problem, meta, _ = make_problem(ClassWeights(3))
     method = Implicit(CG(), batch=TRAIN, damping=0.1, curvature=curvature)
     with pytest.raises(ValueError, match=message):
-        hypergradient(problem, meta, stream(2), inner=GradientDescent(steps=2), method=method)
+        hypergradient(
+            problem,
+            meta,
+            stream(2),
+            inner=GradientDescent(steps=2),
+            method=method,
+        )
 
 
 def test_bad_batches_and_losses_are_refused():

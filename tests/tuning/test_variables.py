@@ -87,7 +87,13 @@ def test_hypergradients_agree_with_finite_differences(name):
     direction = random_like(meta)
     expected = difference_quotient(problem, meta, inner, direction)
     for method in ("unrolled", "forward"):
-        grads = hypergradient(problem, meta, stream(2), inner=inner, method=method).grads
+        grads = hypergradient(
+            problem,
+            meta,
+            stream(2),
+            inner=inner,
+            method=method,
+        ).grads
         assert slope(grads, direction) == pytest.approx(expected, rel=1e-7), method
 
 
@@ -102,7 +108,13 @@ def test_weights_of_losses_agree_with_finite_differences_over_one_step(variable)
     meta = moved(meta, random_like(meta, seed=5), 0.3)
     inner = GradientDescent(steps=1, lr=0.5)
     direction = random_like(meta)
-    grads = hypergradient(problem, meta, stream(1), inner=inner, method="unrolled").grads
+    grads = hypergradient(
+        problem,
+        meta,
+        stream(1),
+        inner=inner,
+        method="unrolled",
+    ).grads
     expected = difference_quotient(problem, meta, inner, direction)
     assert slope(grads, direction) == pytest.approx(expected, rel=1e-7)
 
@@ -192,7 +204,12 @@ def test_decay_around_the_start_is_zero_there_and_quadratic_around_it():
     decay = WeightDecay("tensor", start=2.0, center="start")
     problem, meta, _ = make_problem(decay)
     plain = plain_losses().mean()
-    assert_close(problem.inner_loss(PARAMS, meta, TRAIN), plain, rtol=0, atol=1e-15)
+    assert_close(
+        problem.inner_loss(PARAMS, meta, TRAIN),
+        plain,
+        rtol=0,
+        atol=1e-15,
+    )
     other = {name: p + 0.1 for name, p in PARAMS.items()}
     without = {name: torch.zeros_like(m) for name, m in meta.items()}
     with_decay = problem.inner_loss(other, meta, TRAIN)
