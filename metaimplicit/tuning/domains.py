@@ -150,7 +150,8 @@ class Interval(Domain):
             ValueError: A value is not strictly between the bounds.
         """
         inside = (value > self.low) & (value < self.high)
-        _check_inside(inside, value, f"numbers between {self.low} and {self.high}")
+        expected = f"numbers between {self.low} and {self.high}"
+        _check_inside(inside, value, expected)
         return ((value - self.low) / (self.high - self.low)).logit()
 
     def project(self, free: Tensor) -> Tensor:

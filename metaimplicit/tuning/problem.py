@@ -121,7 +121,8 @@ class _Losses:
     def inner_loss(self, outputs: Tensor, data: Any) -> Tensor:
         """The losses of the examples, `[m]`, if they are weighed, else their mean."""
         targets = self.make_targets(_as_dict(data))
-        return self.loss(outputs, targets, reduction="none" if self.weight_factors else "mean")
+        reduction = "none" if self.weight_factors else "mean"
+        return self.loss(outputs, targets, reduction=reduction)
 
     def weights(self, meta: Params, losses: Tensor, data: Any) -> Tensor:
         batch = _as_dict(data)

@@ -92,8 +92,10 @@ class AdaGrad(Level):
         if "sum" not in slots:
             slots["sum"] = torch.full_like(gradient, self.initial)
         total = slots["sum"].addcmul_(gradient, gradient)
-        denominator = torch.sqrt(total, out=slot(slots, "denominator", gradient)).add_(h["eps"])
-        return torch.div(gradient, denominator, out=slot(slots, "ratio", gradient))
+        denominator = slot(slots, "denominator", gradient)
+        torch.sqrt(total, out=denominator).add_(h["eps"])
+        ratio = slot(slots, "ratio", gradient)
+        return torch.div(gradient, denominator, out=ratio)
 
     def pull_back(
         self, names: Collection[str], h: Hyperparameters, slots: Slots, *, vector: Tensor
@@ -130,10 +132,14 @@ class RMSProp(Level):
         self, h: Hyperparameters, slots: Slots, gradient: Tensor, *, params: Tensor | None
     ) -> Tensor:
         """g/(√v + ε), `[n]`."""
-        square = _update_average(slots, "square", _square(gradient), decay=h["alpha"])
-        root = torch.sqrt(square, out=slot(slots, "root", gradient))
-        denominator = torch.add(root, h["eps"], out=slot(slots, "denominator", gradient))
-        return torch.div(gradient, denominator, out=slot(slots, "ratio", gradient))
+        squares = _square(gradient)
+        average = _update_average(slots, "square", squares, decay=h["alpha"])
+        root = slot(slots, "root", gradient)
+        torch.sqrt(average, out=root)
+        denominator = slot(slots, "denominator", gradient)
+        torch.add(root, h["eps"], out=denominator)
+        ratio = slot(slots, "ratio", gradient)
+        return torch.div(gradient, denominator, out=ratio)
 
     def pull_back(
         self, names: Collection[str], h: Hyperparameters, slots: Slots, *, vector: Tensor
@@ -187,13 +193,17 @@ class Adam(Level):
         slots.update(step=step, correction1=correction1, correction2=correction2)
 
         mean = _update_average(slots, "mean", gradient, decay=h["beta1"])
-        square = _update_average(slots, "square", _square(gradient), decay=h["beta2"])
-        root = torch.sqrt(square, out=slot(slots, "root", gradient))
-        # The denominator of m is (1 − β₁ᵗ)(√v̂ + ε).
+        squares = _square(gradient)
+        average = _update_average(slots, "square", squares, decay=h["beta2"])
+        root = slot(slots, "root", gradient)
+        torch.sqrt(average, out=root)
+
+        # u = m/denominator with the denominator (1 − β₁ᵗ)(√v̂ + ε)
         denominator = slot(slots, "denominator", gradient)
         torch.mul(root, correction1 / correction2.sqrt(), out=denominator)
         denominator.add_(h["eps"] * correction1)
-        return torch.div(mean, denominator, out=slot(slots, "ratio", gradient))
+        ratio = slot(slots, "ratio", gradient)
+        return torch.div(mean, denominator, out=ratio)
 
     def pull_back(
         self, names: Collection[str], h: Hyperparameters, slots: Slots, *, vector: Tensor
