@@ -109,9 +109,8 @@ class RunningLevel:
             written, version = self._last_written[name]
             if group[name] is written and _version(written) == version:
                 continue
-            device = self._prototype.device
-            value = torch.as_tensor(group[name], dtype=self._prototype.dtype, device=device)
-            value = value.detach()
+            like = self._prototype
+            value = torch.as_tensor(group[name], dtype=like.dtype, device=like.device).detach()
             for bound in value.aminmax():
                 self.level.check_value(name, bound.item())
             if name in self.constants:
@@ -123,9 +122,10 @@ class RunningLevel:
                 self.values = self._free.values()
 
     def update_hyperparameters(self, gradients: Sequence[Tensor]) -> None:
-        """Let the level above move the hyperparameters, along the derivative in the last step's.
+        """Let the level above take a step in the hyperparameters.
 
-        With g = ∂ℓ/∂θ now, and u and h of the last step, the loss ℓ has the derivatives
+        Their gradient is the derivative of the present loss ℓ in the values that made the last
+        step. With g = ∂ℓ/∂θ, and the direction u of the last step,
 
             dℓ/dlr = −gᵀu,    dℓ/dh = −(∂u/∂h)ᵀ(lr ∘ g).
 

@@ -222,7 +222,7 @@ def test_the_derivative_in_momentum_weighs_each_tensor_by_its_step_size():
 
 
 def test_the_derivative_is_in_the_values_that_made_the_step():
-    """b = 1 before the second step of lr = 0.1, so dℓ/dμ = −0.1 · 1 · g, whatever lr is now."""
+    """b = 1 before the second step of lr = 0.1, so dℓ/dμ = −0.1 · 1 · g. lr is 0.01 now."""
     tower = SGD(
         0.1,
         momentum=0.5,
