@@ -54,6 +54,16 @@ class Level(ABC):
         ValueError: A value is out of range or outside its domain, `learn` or `domains` names
             something that is not a hyperparameter, or `optimizer` comes without anything to learn
             or the reverse.
+
+    Example:
+        >>> class SignSGD(Level):
+        ...     def direction(self, h, slots, gradient, *, params):
+        ...         return gradient.sign()
+        ...
+        ...     def pull_back(self, names, h, slots, *, vector):
+        ...         return {}  # there is nothing to learn but lr
+        >>> SignSGD(0.1).direction({}, {}, torch.tensor([3.0, -0.5]), params=None)
+        tensor([ 1., -1.])
     """
 
     lr: float = 0.01

@@ -44,6 +44,7 @@ class LineSearch:
     - After two rejections in a row, φ itself is the next trial: its old loss may have been too low,
       because it was computed to a larger tolerance. This trial is always accepted, and L' is then
       measured between it and the trial rejected last.
+    - If φ_k = φ, because a projection undid the step, the trial is accepted and L stays.
 
     Pedregosa 2016 has no estimate: there L only doubles after a rejection and shrinks after an
     acceptance. The paper has 1/2 where the condition above has 1/4. On a quadratic, where the
