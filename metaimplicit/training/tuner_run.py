@@ -14,7 +14,7 @@ from metaimplicit.training.files import write_json
 from metaimplicit.training.log import RunLog, Values
 from metaimplicit.training.loop import CHECKPOINT, CONFIG, require_new_run_folder
 from metaimplicit.tuning import Tuner, TunerStep
-from metaimplicit.tuning.tuner import Source
+from metaimplicit.tuning.batches import Source
 
 
 def fit_tuner(

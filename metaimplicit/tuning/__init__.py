@@ -1,4 +1,4 @@
-"""Tuning: hyperparameters as outer variables of a bilevel problem, moved while the model trains."""
+"""Tuning: hyperparameters are the meta-parameters of a bilevel problem, or learnt by optimisers."""
 
 from metaimplicit.tuning.domains import Box, Domain, Interval, Positive, Real, Simplex
 from metaimplicit.tuning.hoag import HOAG, HOAGStep

@@ -1,76 +1,129 @@
-"""Where a hyperparameter may lie, and the free coordinates in which an optimiser moves it there."""
+"""The sets in which a hyperparameter may lie, and the free coordinates in which it is optimised."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metaimplicit.params import Params
-
 
 class Domain(ABC):
-    """A set of values. The optimiser moves free coordinates; `value(free)` is inside, but for round-off."""
+    """A set of values x = value(z), where an optimiser moves the free coordinates z.
+
+    A subclass implements `value` and `free`; the other methods have defaults. Every method works
+    on tensors of any shape, and z has the shape of x. Up to round-off, `value(z)` lies in the set
+    for every z that `project` has returned.
+
+    Example:
+        >>> class Negative(Domain):
+        ...     def value(self, free):
+        ...         return -free.exp()
+        ...
+        ...     def free(self, value):
+        ...         return (-value).log()
+        >>> Negative().value(torch.tensor(0.0))
+        tensor(-1.)
+    """
 
     @abstractmethod
     def value(self, free: Tensor) -> Tensor:
-        """The hyperparameter at these coordinates, differentiable."""
+        """The values x at the coordinates `free`, differentiable."""
 
     @abstractmethod
     def free(self, value: Tensor) -> Tensor:
-        """Coordinates of a value.
+        """The coordinates z of the values x.
 
         Raises:
-            ValueError: the value is outside.
+            ValueError: A value lies outside the set.
         """
 
     def project(self, free: Tensor) -> Tensor:
-        """The nearest coordinates that are allowed, after a step; in place, if it likes."""
+        """The nearest coordinates that are allowed. It may change `free` in place and return it.
+
+        The optimiser calls it after each of its steps. By default all coordinates are allowed.
+        """
         return free
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        """(∂value/∂free)ᵀ gradient; `value` is that of `free`."""
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """(∂x/∂z)ᵀ gradient, by autograd unless a subclass has a closed form.
+
+        Args:
+            free: z.
+            value: x = value(z), which spares closed forms the evaluation.
+            gradient: The derivative of a scalar in x, of the shape of x.
+        """
         with torch.enable_grad():
-            at = free.detach().requires_grad_()
-            return torch.autograd.grad(self.value(at), at, gradient)[0]
+            leaf = free.detach().requires_grad_()
+            return torch.autograd.grad(self.value(leaf), leaf, gradient)[0]
 
 
 @dataclass(frozen=True)
 class Real(Domain):
-    """All of ℝ, as it is."""
+    """All real numbers: x = z.
+
+    Example:
+        >>> Real().value(torch.tensor(-2.0))
+        tensor(-2.)
+    """
 
     def value(self, free: Tensor) -> Tensor:
+        """The coordinates themselves."""
         return free
 
     def free(self, value: Tensor) -> Tensor:
+        """The values themselves; every one is allowed."""
         return value
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient as it is."""
         return gradient
 
 
 @dataclass(frozen=True)
 class Positive(Domain):
-    """x > 0, x = exp(free): steps multiply."""
+    """x > 0 by x = exp(z), so that an additive step in z multiplies x.
+
+    Example:
+        >>> Positive().free(torch.tensor(1.0))
+        tensor(0.)
+    """
 
     def value(self, free: Tensor) -> Tensor:
+        """The exponential of the coordinates."""
         return free.exp()
 
     def free(self, value: Tensor) -> Tensor:
-        _check(value > 0, value, "numbers > 0")
+        """The logarithm of the values.
+
+        Raises:
+            ValueError: A value is not above 0.
+        """
+        _check_inside(value > 0, value, "numbers > 0")
         return value.log()
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient times ∂x/∂z = x."""
         return gradient * value
 
 
 @dataclass(frozen=True)
 class Interval(Domain):
-    """low < x < high, x = low + (high − low) sigmoid(free)."""
+    """low < x < high by x = low + (high − low) sigmoid(z).
+
+    Args:
+        low: The lower bound, finite.
+        high: The upper bound, finite.
+
+    Raises:
+        ValueError: The bounds are infinite, or low ≥ high.
+
+    Example:
+        >>> Interval(1.0, 3.0).value(torch.tensor(0.0))
+        tensor(2.)
+    """
 
     low: float = 0.0
     high: float = 1.0
@@ -79,35 +132,56 @@ class Interval(Domain):
         _check_bounds("Interval", self.low, self.high)
         if math.isinf(self.low) or math.isinf(self.high):
             raise ValueError(
-                f"Interval: got ({self.low}, {self.high}), expected finite bounds; use Positive or Box"
+                f"Interval: got ({self.low}, {self.high}), expected finite bounds; "
+                "use Positive or Box"
             )
 
     def value(self, free: Tensor) -> Tensor:
+        """The sigmoid of the coordinates, scaled to the interval."""
         share = free.sigmoid()
-        return (
-            share if (self.low, self.high) == (0, 1) else self.low + (self.high - self.low) * share
-        )
+        if (self.low, self.high) == (0, 1):
+            return share
+        return self.low + (self.high - self.low) * share
 
     def free(self, value: Tensor) -> Tensor:
-        _check(
-            (value > self.low) & (value < self.high),
-            value,
-            f"numbers between {self.low} and {self.high}",
-        )
+        """The logit of the position of each value in the interval.
+
+        Raises:
+            ValueError: A value is not strictly between the bounds.
+        """
+        inside = (value > self.low) & (value < self.high)
+        expected = f"numbers between {self.low} and {self.high}"
+        _check_inside(inside, value, expected)
         return ((value - self.low) / (self.high - self.low)).logit()
 
     def project(self, free: Tensor) -> Tensor:
-        """Where the value is still told from the bounds: |free| ≤ −log ε, ε the unit round-off."""
-        bound = -math.log(torch.finfo(free.dtype).eps)
-        return free.clamp_(-bound, bound)
+        """Clamp z in place to |z| ≤ −log ε, where ε is the unit round-off of its type.
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        Beyond it the sigmoid would round to 0 or 1, and x to a bound.
+        """
+        limit = -math.log(torch.finfo(free.dtype).eps)
+        return free.clamp_(-limit, limit)
+
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient times ∂x/∂z = (x − low) sigmoid(−z)."""
         return gradient * (value - self.low) * free.neg().sigmoid()
 
 
 @dataclass(frozen=True)
 class Box(Domain):
-    """low ≤ x ≤ high by projection: x itself moves, and is clamped after a step."""
+    """low ≤ x ≤ high by projection: x = z moves as it is, and is clamped after each step.
+
+    Args:
+        low: The lower bound, which x may reach.
+        high: The upper bound, which x may reach.
+
+    Raises:
+        ValueError: low ≥ high.
+
+    Example:
+        >>> Box(0.0).project(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -116,112 +190,56 @@ class Box(Domain):
         _check_bounds("Box", self.low, self.high)
 
     def value(self, free: Tensor) -> Tensor:
+        """The coordinates themselves."""
         return free
 
     def free(self, value: Tensor) -> Tensor:
-        _check(
-            (value >= self.low) & (value <= self.high),
-            value,
-            f"numbers from {self.low} to {self.high}",
-        )
+        """The values themselves.
+
+        Raises:
+            ValueError: A value is outside the bounds.
+        """
+        inside = (value >= self.low) & (value <= self.high)
+        _check_inside(inside, value, f"numbers from {self.low} to {self.high}")
         return value
 
     def project(self, free: Tensor) -> Tensor:
+        """Clamp x = z to the bounds, in place."""
         return free.clamp_(self.low, self.high)
 
-    def pull(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient as it is."""
         return gradient
 
 
 @dataclass(frozen=True)
 class Simplex(Domain):
-    """x > 0, Σx = 1 along `dim`, x = softmax(free)."""
+    """x > 0 with Σx = 1 along one axis, by x = softmax(z).
+
+    Args:
+        dim: The axis along which the values sum to 1.
+
+    Example:
+        >>> Simplex().value(torch.zeros(4))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
 
     dim: int = -1
 
     def value(self, free: Tensor) -> Tensor:
+        """The softmax of the coordinates along `dim`."""
         return free.softmax(self.dim)
 
     def free(self, value: Tensor) -> Tensor:
-        close = (value.sum(self.dim, keepdim=True) - 1).abs() < 1e-4
-        _check((value > 0) & close, value, f"numbers > 0 that sum to 1 along dim {self.dim}")
+        """The logarithm of the values.
+
+        Raises:
+            ValueError: A value is not above 0, or the sum along `dim` differs from 1 by 1e-4.
+        """
+        normalised = (value.sum(self.dim, keepdim=True) - 1).abs() < 1e-4
+        expected = f"numbers > 0 that sum to 1 along dim {self.dim}"
+        _check_inside((value > 0) & normalised, value, expected)
         return value.log()
-
-
-class FreeMeta:
-    """φ in free coordinates, leaves of autograd; entries that are no floating-point numbers stay as they are.
-
-    Args:
-        meta: φ to start from.
-        domains: where its entries may lie; any real number unless said.
-
-    Raises:
-        ValueError: a value outside its domain, a domain of no entry.
-    """
-
-    def __init__(self, meta: Params, domains: Mapping[str, Domain] | None) -> None:
-        if unknown := sorted(set(domains or {}) - set(meta)):
-            raise ValueError(f"domains: got {unknown}, expected names in meta, {sorted(meta)}")
-        self._fixed = {name: m.detach() for name, m in meta.items() if not m.is_floating_point()}
-        self._domains = {
-            name: (domains or {}).get(name, Real()) for name in meta if name not in self._fixed
-        }
-        self.tensors: Params = {}
-        for name, domain in self._domains.items():
-            try:
-                self.tensors[name] = domain.free(meta[name].detach()).clone().requires_grad_()
-            except ValueError as error:
-                raise ValueError(f"meta[{name!r}]: {error}") from error
-
-    def meta(self) -> Params:
-        """φ, with its graph to the coordinates."""
-        return {
-            **self._fixed,
-            **{name: self._domains[name].value(free) for name, free in self.tensors.items()},
-        }
-
-    @torch.no_grad()
-    def values(self) -> Params:
-        """φ, detached."""
-        own = self._fixed | self.tensors
-        return {name: m.clone() if m is own[name] else m for name, m in self.meta().items()}
-
-    @torch.no_grad()
-    def pull(self, gradients: Params, values: Params | None = None) -> Params:
-        """dg/dφ in the coordinates, by the chain rule; `values` are φ there, if they are known."""
-        values = self.values() if values is None else values
-        return {
-            n: self._domains[n].pull(x, values[n], gradients[n]) for n, x in self.tensors.items()
-        }
-
-    def check(self, tensors: Params) -> None:
-        """ValueError for the coordinates of another φ."""
-        shapes, got = (
-            {n: tuple(x.shape) for n, x in each.items()} for each in (self.tensors, tensors)
-        )
-        if got != shapes:
-            raise ValueError(
-                f"state: got hyperparameters {got}, expected {shapes}; build the tuner as the run did"
-            )
-
-    def load(self, tensors: Params) -> None:
-        """Take other coordinates; ValueError for another φ's."""
-        self.check(tensors)
-        with torch.no_grad():
-            for name, free in self.tensors.items():
-                free.copy_(tensors[name])
-
-    def project(self) -> None:
-        """Bring the coordinates back to where they are allowed, after a step."""
-        with torch.no_grad():
-            for name, free in self.tensors.items():
-                if (projected := self._domains[name].project(free)) is not free:
-                    free.copy_(projected)
-
-
-def norm(gradients: Params) -> float:
-    """The length of all of them together."""
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
 
 
 def _check_bounds(name: str, low: float, high: float) -> None:
@@ -229,9 +247,10 @@ def _check_bounds(name: str, low: float, high: float) -> None:
         raise ValueError(f"{name}: got low {low} and high {high}, expected low < high")
 
 
-def _check(inside: Tensor, value: Tensor, expected: str) -> None:
+def _check_inside(inside: Tensor, value: Tensor, expected: str) -> None:
+    """Raise ValueError unless the mask `inside` holds everywhere; it broadcasts against `value`."""
     if not bool(inside.all()):
-        worst = value.masked_select(~inside.expand_as(value))[0].item()
+        outside = value.masked_select(~inside.expand_as(value))[0].item()
         raise ValueError(
-            f"hyperparameter: got {worst:g}, expected {expected}; start inside its domain"
+            f"hyperparameter: got {outside:g}, expected {expected}; start inside its domain"
         )

@@ -1,4 +1,4 @@
-"""Hyperparameters by gradient steps of a length found on the way, from inner problems solved ever more exactly."""
+"""Hyperparameters by gradient descent, from inner problems that are solved ever more exactly."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any, Literal
 
 import torch
 
-from metaimplicit.hypergradient import hypergradient
+from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import LBFGS, InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.methods import Implicit, Report
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.solvers import CG, SolverState
-from metaimplicit.tuning.domains import Domain, FreeMeta, norm
+from metaimplicit.tuning.domains import Domain
+from metaimplicit.tuning.free_meta import FreeMeta, total_norm
+from metaimplicit.tuning.line_search import LineSearch, Trial
 
-SCHEDULES: dict[str, Callable[[int], float]] = {  # k = 1, 2, …; each has a finite sum
+SCHEDULES: dict[str, Callable[[int], float]] = {  # of k = 1, 2, …; each has a finite sum
     "exponential": lambda k: 0.9**k,
     "quadratic": lambda k: 1 / k**2,
     "cubic": lambda k: 1 / k**3,
 }
-PATIENCE = 2  # steps taken back in turn, before the point they went back to is solved again
 
 
 @dataclass(frozen=True)
 class HOAGStep:
-    """One inner solve and what followed.
+    """What one step of `HOAG` did.
 
     Attributes:
-        outer_loss: g at φ_k.
-        norm: ‖dg/dφ‖ in the free coordinates.
-        tolerance: ε_k.
-        lipschitz: L, the steps being 1/L long for each unit of gradient.
-        accepted: whether φ_k lowered g enough, or is a point solved again; if not, φ went back and L grew.
-        report: of the inner loop and the solve.
+        outer_loss: g(θ_k, φ_k), at the φ_k that the step started from.
+        norm: ‖p_k‖, the norm of the hypergradient in the free coordinates.
+        tolerance: ε_k, to which the inner problem and the linear system were solved.
+        lipschitz: L after the step. The next step has length ‖p‖/L.
+        accepted: Whether φ_k lowered g enough, or was an accepted point solved again. If False, φ
+            went back to the accepted point, and L grew.
+        report: What the inner loop and the linear solve report.
     """
 
     outer_loss: float
@@ -48,32 +50,66 @@ class HOAGStep:
 
 
 class HOAG:
-    """Hyperparameter optimisation with approximate gradient (Pedregosa 2016, alg. 1).
+    """Hyperparameter optimisation with approximate gradient (Pedregosa 2016, algorithm 1).
 
-    At step k: θ to ‖∂f/∂θ‖ ≤ ε_k and the linear system to ‖Au − v‖ ≤ ε_k‖v‖, both from where the last step left them;
-    then φ ← φ − p/L with p the hypergradient. With Σε_k < ∞ φ converges to a stationary point (ibid., theorem 2); with
-    ε_k constant only to within its error.
+    Step k solves the inner problem until ‖∂f/∂θ‖ ≤ ε_k, and the linear system A u = v = ∂g/∂θ of
+    the hypergradient p_k until ‖A u − v‖ ≤ ε_k ‖v‖. Both solves start where those of the last step
+    ended. Then, in the free coordinates of `domains`,
 
-    L is observed: ‖p_k − p‖/‖φ_k − φ‖ between φ_k and the point φ accepted before it, but no less than makes the next
-    step 4 times as long as this one; the first has length one. Where g(φ_k) > g(φ) − L/4 ‖φ_k − φ‖² by more than the
-    tolerances explain, the step is taken back, and L at least doubles (at most × 8). A second time in turn, φ is solved
-    again to the present ε_k, as what was found there may have been too good, and L is observed between the two.
-    A deviation from ibid., §4, where L is not measured, but found by doubling and shrinking alone; and 1/4 for 1/2, as
-    on a quadratic, whose L this finds, a step of 1/L lowers g by L/2 ‖φ_k − φ‖² to the last bit.
+        φ_{k+1} = φ_k − p_k/L.
+
+    If Σ ε_k < ∞, φ converges to a stationary point (theorem 2). If ε_k is constant, φ comes only as
+    close as that error allows.
+
+    There are three deviations from the paper. Its first tolerance bounds ‖θ_k − θ*‖, which is not
+    known; here it bounds the gradient. Its second tolerance is absolute; here it is relative to
+    ‖v‖. Its L is found by doubling and shrinking; here it is estimated, as `LineSearch` describes.
 
     Args:
-        problem: its inner loss is given `train`, its outer loss `validation`.
-        meta: φ, the values to start from.
-        train, validation: the data.
-        inner: solves to a tolerance, which is set here.
-        schedule: ε_k over `tolerance`, "exponential" 0.9ᵏ, "quadratic" 1/k², "cubic" 1/k³, or a function of k ≥ 1; ε_k
-            stays above four times the square root of the working precision.
-        tolerance: what the schedule multiplies, > 0.
-        solver: CG's cap on its steps; its tolerance is set here.
-        domains: of the hyperparameters, as for `Tuner`.
+        problem: Its inner loss receives `train` as data, its outer loss `validation`.
+        meta: φ to start from, `{name: tensor}`.
+        train: The data of the inner loss and of its curvature.
+        validation: The data of the outer loss.
+        inner: An inner loop that stops at a tolerance, which is set here. If None, `LBFGS()`.
+        schedule: ε_k/`tolerance` as a function of k ≥ 1: `"exponential"` 0.9ᵏ, `"quadratic"` 1/k²,
+            `"cubic"` 1/k³, or a function of k. ε_k is at least 4√ε, where ε is the unit round-off
+            of φ: below it the line search of the inner loop cannot compare losses.
+        tolerance: What the schedule is multiplied by, > 0.
+        solver: Solves the linear system, to a tolerance that is set here. If None,
+            `CG(max_steps=100)`.
+        domains: The domain of each entry of `meta`, by name. An entry without one is `Real`.
+
+    Attributes:
+        free: φ in free coordinates.
+        line_search: L and the point accepted last.
+        end: Where the last inner loop ended. None before the first step.
+        state: Where the last linear solve ended.
+        steps: The number of steps taken.
 
     Raises:
-        ValueError: an option out of range; whatever `hypergradient` refuses.
+        ValueError: An option is out of range, or a value lies outside its domain.
+
+    Example:
+        The minimiser of f = (w − 2)² + λw² is w = 2/(1 + λ), so g = (w − 1)² is minimal at λ = 1.
+
+        >>> from metaimplicit.tuning import Positive
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     inner_loss=lambda params, meta, data: (
+        ...         (params["w"] - data).square() + meta["decay"] * params["w"].square()
+        ...     ),
+        ...     outer_loss=lambda params, meta, data: (params["w"] - data).square(),
+        ... )
+        >>> hoag = HOAG(
+        ...     problem,
+        ...     {"decay": torch.tensor(0.1)},
+        ...     train=torch.tensor(2.0),
+        ...     validation=torch.tensor(1.0),
+        ...     domains={"decay": Positive()},
+        ... )
+        >>> steps = [hoag.step() for _ in range(10)]
+        >>> round(hoag.meta["decay"].item(), 2)
+        1.0
     """
 
     def __init__(
@@ -90,126 +126,95 @@ class HOAG:
         domains: Mapping[str, Domain] | None = None,
     ) -> None:
         if not callable(schedule) and schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
             raise ValueError(
-                f"schedule: got {schedule!r}, expected one of {', '.join(SCHEDULES)}, or a function"
+                f"schedule: got {schedule!r}, expected one of {known}, or a function of the step"
             )
         if not tolerance > 0:
             raise ValueError(f"tolerance: got {tolerance}, expected a number > 0")
-        self.problem, self.inner, self.solver = (
-            problem,
-            inner or LBFGS(),
-            solver or CG(max_steps=100),
-        )
-        self.train, self.validation = train, validation
-        self.schedule, self.tolerance = (
-            schedule if callable(schedule) else SCHEDULES[schedule],
-            tolerance,
-        )
+        self.problem = problem
+        self.train = train
+        self.validation = validation
+        self.inner = inner or LBFGS()
+        self.solver = solver or CG(max_steps=100)
+        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        self.tolerance = tolerance
         self.free = FreeMeta(meta, domains)
+        self.line_search = LineSearch()
         self.end: Iterate | None = None
         self.state = SolverState()
-        self.lipschitz = math.nan  # until the first gradient
         self.steps = 0
-        self._last: _Point | None = None  # accepted
-        self._rejected: list[_Point] = []  # since then
 
     @property
     def meta(self) -> Params:
-        """φ as it stands, detached."""
+        """φ at present, detached: the point of the next inner solve."""
         return self.free.values()
 
     @property
     def params(self) -> Params:
-        """θ of the last inner solve, `{name: [*shape]}`; ValueError before the first."""
+        """θ of the last inner solve, `{name: [*shape]}`.
+
+        Raises:
+            ValueError: No step has been taken.
+        """
         if self.end is None:
             raise ValueError("params: there are none before the first step")
         return self.end.single
 
+    @property
+    def lipschitz(self) -> float:
+        """L of the line search; NaN before the first step."""
+        return self.line_search.lipschitz
+
     def step(self) -> HOAGStep:
-        """One inner solve, and a step of φ forward or back.
+        """Solve the inner problem at φ once, and move φ.
 
         Raises:
-            FloatingPointError: a hypergradient with a NaN or an Inf; nothing was changed.
+            FloatingPointError: The outer loss or the hypergradient is not finite. Nothing changes.
+            ValueError: The method cannot give a gradient; see `hypergradient`.
         """
-        # near the square root of the working precision the line search cannot tell losses apart
-        floor = 4 * torch.finfo(next(iter(self.free.tensors.values())).dtype).eps ** 0.5
-        epsilon = max(self.tolerance * self.schedule(self.steps + 1), floor)
+        epsilon = self._tolerance_of_step(self.steps + 1)
+        result = self._solve(epsilon)
+        loss = result.outer_loss.item()
+        gradient = self.free.pull_back(result.grads)
+        norm = total_norm(gradient)
+        if not math.isfinite(norm + loss):
+            raise FloatingPointError(
+                f"step {self.steps}: got a hypergradient of norm {norm} at outer loss {loss}, "
+                "expected finite numbers; nothing was changed"
+            )
+        self.end = result.end
+        self.state = result.report.state
+        self.steps += 1
+
+        point = {name: x.detach().clone() for name, x in self.free.tensors.items()}
+        accepted = self.line_search.add(Trial(point, gradient, loss=loss, tolerance=epsilon))
+        self.free.load(self.line_search.next_point())
+        self.free.project()
+        return HOAGStep(
+            outer_loss=loss,
+            norm=norm,
+            tolerance=epsilon,
+            lipschitz=self.lipschitz,
+            accepted=accepted,
+            report=result.report,
+        )
+
+    def _tolerance_of_step(self, k: int) -> float:
+        first = next(iter(self.free.tensors.values()))
+        smallest = 4 * math.sqrt(torch.finfo(first.dtype).eps)
+        return max(self.tolerance * self.schedule(k), smallest)
+
+    def _solve(self, epsilon: float) -> Hypergradient:
+        """The hypergradient at φ, with both solves to tolerance ε."""
         inner = self.inner.updated(tol=epsilon)
-        found = hypergradient(
+        solver = replace(self.solver, tol=min(epsilon, 1.0))
+        return hypergradient(
             self.problem,
             self.meta,
             Stream(lambda t: self.train if t < inner.steps else self.validation),
             inner=inner,
-            method=Implicit(replace(self.solver, tol=min(epsilon, 1.0)), batch=self.train),
+            method=Implicit(solver, batch=self.train),
             state=self.state,
             start=self.end,
         )
-        g, slope = found.outer_loss.item(), self.free.pull(found.grads)
-        length = norm(slope)
-        if not math.isfinite(length + g):
-            raise FloatingPointError(
-                f"step {self.steps}: got a hypergradient of norm {length} at outer loss {g}, expected finite numbers; "
-                "nothing was changed"
-            )
-        self.end, self.state = found.end, found.report.state
-        here = _Point(
-            {n: x.detach().clone() for n, x in self.free.tensors.items()}, slope, g, epsilon
-        )
-        accepted, self.lipschitz = self._judge(here)
-        if accepted:
-            self._rejected, self._last = [], here
-        else:
-            self._rejected.append(here)
-        self.steps += 1
-        self._move()
-        return HOAGStep(g, length, epsilon, self.lipschitz, accepted, found.report)
-
-    def _judge(self, here: _Point) -> tuple[bool, float]:
-        """Whether to stay here, and the next L."""
-        last = self._last
-        if last is None:
-            return True, max(norm(here.slope), 1e-12)
-        if len(self._rejected) == PATIENCE:  # this is `last` again, solved better
-            return True, self._observed(here, self._rejected[-1])
-        seen = self._observed(here, last)
-        if self._sufficient(last, here):
-            return True, seen
-        return False, min(max(seen, 2 * self.lipschitz), 8 * self.lipschitz)
-
-    def _observed(self, here: _Point, other: _Point) -> float:
-        """L between two points, but no less than makes a step from here 4 times as long as their distance."""
-        moved = norm(_minus(here.at, other.at))
-        if moved == 0:  # projected back to where it was
-            return self.lipschitz
-        return max(norm(_minus(here.slope, other.slope)), norm(here.slope) / 4, 1e-12) / moved
-
-    def _move(self) -> None:
-        """φ to where the next inner problem is solved."""
-        assert self._last is not None
-        length = 0.0 if len(self._rejected) == PATIENCE else 1 / self.lipschitz
-        with torch.no_grad():
-            for name, x in self.free.tensors.items():
-                x.copy_(self._last.at[name] - length * self._last.slope[name])
-        self.free.project()
-
-    def _sufficient(self, last: _Point, here: _Point) -> bool:
-        moved = norm(_minus(here.at, last.at))
-        if moved == 0:
-            return True
-        # ibid., §4: what inexact solves may add
-        slack = here.tolerance / 4 + last.tolerance * (1 / 4 + self.lipschitz) * moved
-        return here.loss <= last.loss + slack - self.lipschitz / 4 * moved**2
-
-
-@dataclass(frozen=True)
-class _Point:
-    """φ in free coordinates, and p, g and ε there."""
-
-    at: Params
-    slope: Params
-    loss: float
-    tolerance: float
-
-
-def _minus(a: Params, b: Params) -> Params:
-    return {name: x - b[name] for name, x in a.items()}

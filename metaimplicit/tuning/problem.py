@@ -1,8 +1,9 @@
-"""The bilevel problem of a model that is trained with some ready-made hyperparameters."""
+"""The bilevel problem of a model whose training has hyperparameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,23 +15,36 @@ from metaimplicit.problem import BilevelProblem, Composite, Proximal
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.variables import Batch, Variable
 
+Penalty = Callable[[Params, Params], Tensor]
+
 
 class TuningProblem(NamedTuple):
-    """What `Tuner(problem, meta, domains=domains, …)` takes."""
+    """What `tuning_problem` returns: `Tuner(problem, meta, domains=domains, …)`.
+
+    Attributes:
+        problem: The inner and outer loss.
+        meta: φ to start from, `{name: tensor}`.
+        domains: The domains of the entries of φ that are not `Real`, by name.
+    """
 
     problem: BilevelProblem
     meta: Params
     domains: dict[str, Domain]
 
     def weights(self, params: Params, meta: Params, data: Any) -> Tensor:
-        """wᵢ of a training batch, `[m]`; ValueError where nothing weighs."""
-        f = self.problem.inner_loss
-        if not isinstance(f, Composite) or f.weights is None:
+        """wᵢ of the examples of a training batch, `[m]`, without a graph.
+
+        Raises:
+            ValueError: No variable of the problem weighs examples.
+        """
+        loss = self.problem.inner_loss
+        if not isinstance(loss, Composite) or loss.weights is None:
             raise ValueError(
                 "weights: got a problem without any, expected a variable that weighs examples"
             )
         with torch.no_grad():
-            return f.weights(meta, f.loss(f.outputs(params, meta, data), data), data)
+            losses = loss.loss(loss.outputs(params, meta, data), data)
+            return loss.weights(meta, losses, data)
 
 
 def tuning_problem(
@@ -40,21 +54,33 @@ def tuning_problem(
     *,
     penalty: Proximal | None = None,
 ) -> TuningProblem:
-    """The bilevel problem of a model's training and validation losses.
+    """The bilevel problem of a model's training loss f and validation loss g.
 
-        f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalties on a training batch,  g = mean ℓ on a validation batch
+        f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalties,    g = (1/m) Σᵢ ℓ(model(xᵢ), yᵢ)
 
-    A batch is a dict with "inputs", "targets" and, for variables that need it, "index", as `tasks.Batches` gives; or a
-    loader's (inputs, targets).
+    f is evaluated on training batches and g on validation batches. A batch is a pair
+    `(inputs, targets)`, as a loader gives, or a dict with the entries `"inputs"`, `"targets"` and,
+    for variables that need the numbers of the examples, `"index"`.
 
     Args:
-        model: θ are its parameters that require grad, starting where they are; it is not changed.
-        loss: ℓ, called as `torch.nn.functional`'s are: (outputs, targets, reduction="none" or "mean").
-        variables: what φ consists of; weights multiply, penalties add up.
-        penalty: a fixed one, whose multiple of the identity solvers then know.
+        model: Its parameters that require grad are θ, and start where they are. The model itself is
+            not changed.
+        loss: ℓ, called as the losses of `torch.nn.functional`: with the outputs, the targets, and
+            `reduction`, which is `"none"` for [m] losses or `"mean"` for their mean.
+        variables: The hyperparameters. Their weights are multiplied and their penalties added.
+        penalty: A penalty that is not a hyperparameter, or reads its strength by `FromMeta`.
 
     Raises:
-        ValueError: no variable, or two of one name; no parameter to train; batch-norm that tracks running statistics.
+        ValueError: There is no hyperparameter, two have one name, two variables make the inputs, no
+            parameter requires grad, or a batch norm tracks running statistics.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> from metaimplicit.tuning import ClassWeights
+        >>> model = nn.Linear(2, 3)
+        >>> problem, meta, domains = tuning_problem(model, F.cross_entropy, [ClassWeights(3)])
+        >>> meta, domains
+        ({'class_weights': tensor([1., 1., 1.])}, {'class_weights': Positive()})
     """
     check_norms(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -62,70 +88,122 @@ def tuning_problem(
         raise ValueError(
             "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
         )
+    meta, domains = _collect_entries(variables, start)
+    losses = _make_losses(model, loss, variables)
+    inner_loss = Composite(
+        outputs=losses.outputs,
+        loss=losses.inner_loss,
+        penalty=_total_penalty(variables, start, penalty),
+        module=model,
+        weights=losses.weights if losses.weight_factors else None,
+    )
+    problem = BilevelProblem(
+        init=lambda meta, data: start,
+        inner_loss=inner_loss,
+        outer_loss=losses.outer_loss,
+    )
+    return TuningProblem(problem, meta, domains)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """The parts of f and g as functions of the parameters, the meta-parameters and a batch."""
+
+    model: nn.Module
+    loss: Callable[..., Tensor]
+    make_inputs: Callable[[Params, Batch], Tensor]
+    make_targets: Callable[[Batch], Tensor]
+    weight_factors: tuple[Callable[[Params, Tensor, Batch], Tensor], ...]
+
+    def outputs(self, params: Params, meta: Params, data: Any) -> Tensor:
+        return self._call(params, self.make_inputs(meta, _as_dict(data)))
+
+    def inner_loss(self, outputs: Tensor, data: Any) -> Tensor:
+        """The losses of the examples, `[m]`, if they are weighed, else their mean."""
+        targets = self.make_targets(_as_dict(data))
+        reduction = "none" if self.weight_factors else "mean"
+        return self.loss(outputs, targets, reduction=reduction)
+
+    def weights(self, meta: Params, losses: Tensor, data: Any) -> Tensor:
+        batch = _as_dict(data)
+        batch = batch | {"targets": self.make_targets(batch)}
+        factors = [weights(meta, losses, batch) for weights in self.weight_factors]
+        return torch.stack(factors).prod(0)
+
+    def outer_loss(self, params: Params, meta: Params, data: Any) -> Tensor:
+        batch = _as_dict(data)
+        outputs = self._call(params, batch["inputs"])
+        return self.loss(outputs, batch["targets"], reduction="mean")
+
+    def _call(self, params: Params, inputs: Tensor) -> Tensor:
+        frozen = {
+            name: p.detach() for name, p in self.model.named_parameters() if name not in params
+        }
+        outputs: Tensor = torch.func.functional_call(self.model, frozen | params, (inputs,))
+        return outputs
+
+
+def _make_losses(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    variables: Sequence[Variable],
+) -> _Losses:
+    makers = [v for v in variables if v.inputs is not None]
+    if len(makers) > 1:
+        raise ValueError(f"variables: got {len(makers)} that make the inputs, expected at most one")
+    make_inputs = makers[0].inputs if makers else None
+    return _Losses(
+        model=model,
+        loss=loss,
+        make_inputs=make_inputs or (lambda meta, batch: batch["inputs"]),
+        make_targets=makers[0].targets if makers else (lambda batch: batch["targets"]),
+        weight_factors=tuple(v.weights for v in variables if v.weights is not None),
+    )
+
+
+def _collect_entries(
+    variables: Sequence[Variable], start: Params
+) -> tuple[Params, dict[str, Domain]]:
+    """φ to start from, and the domains of its entries."""
     meta: Params = {}
     domains: dict[str, Domain] = {}
     for variable in variables:
         entries = variable.meta(start)
-        if twice := sorted(set(entries) & set(meta)):
+        twice = sorted(set(entries) & set(meta))
+        if twice:
             raise ValueError(f"variables: got {twice} twice, expected each hyperparameter once")
         meta |= entries
         domains |= variable.domains(list(entries))
     if not meta:
         raise ValueError("variables: got none, expected at least one hyperparameter")
-    shaped = [v for v in variables if type(v).inputs is not Variable.inputs]
-    if len(shaped) > 1:
-        raise ValueError(f"variables: got {len(shaped)} that make the inputs, expected at most one")
-
-    def call(params: Params, inputs: Tensor) -> Tensor:
-        fixed = {name: p.detach() for name, p in model.named_parameters() if name not in params}
-        outputs: Tensor = torch.func.functional_call(model, fixed | params, (inputs,))
-        return outputs
-
-    def outputs(params: Params, meta: Params, data: Any) -> Tensor:
-        batch = _batch(data)
-        return call(params, shaped[0].inputs(meta, batch) if shaped else batch["inputs"])
-
-    def targets(data: Any) -> Tensor:
-        batch = _batch(data)
-        return shaped[0].targets(batch) if shaped else batch["targets"]
-
-    def weights(meta: Params, losses: Tensor, data: Any) -> Tensor:
-        batch = _batch(data) | {"targets": targets(data)}
-        found = [v.weights(meta, losses, batch) for v in weighing]
-        return torch.stack([w for w in found if w is not None]).prod(0)
-
-    weighing = [v for v in variables if type(v).weights is not Variable.weights]
-    parts = [v for v in variables if type(v).penalty is not Variable.penalty]
-    known = penalty
-    if penalty is None and len(parts) == 1 and parts[0].proximal is not None:
-        known, parts = parts[0].proximal, []
-
-    def penalties(params: Params, meta: Params) -> Tensor:
-        found = [part.penalty(params, start, meta) for part in parts] + (
-            [] if known is None else [known(params, meta)]
-        )
-        return torch.stack([value for value in found if value is not None]).sum()
-
-    return TuningProblem(
-        BilevelProblem(
-            init=lambda meta, data: start,
-            inner_loss=Composite(
-                outputs,
-                lambda z, data: loss(z, targets(data), reduction="none" if weighing else "mean"),
-                penalties if parts else known,
-                model,
-                weights if weighing else None,
-            ),
-            outer_loss=lambda params, meta, data: loss(
-                call(params, _batch(data)["inputs"]), _batch(data)["targets"], reduction="mean"
-            ),
-        ),
-        meta,
-        domains,
-    )
+    return meta, domains
 
 
-def _batch(data: Any) -> Batch:
+def _total_penalty(
+    variables: Sequence[Variable],
+    start: Params,
+    fixed: Proximal | None,
+) -> Penalty | None:
+    """The sum of all penalties; a `Proximal`, which solvers know, if it is the only one."""
+    penalties = [v.penalty for v in variables if v.penalty is not None]
+    if not penalties:
+        return fixed
+    if fixed is None and len(penalties) == 1:
+        known = next(v.proximal for v in variables if v.penalty is not None)
+        if known is not None:
+            return known
+
+    def total(params: Params, meta: Params) -> Tensor:
+        values = [penalty(params, start, meta) for penalty in penalties]
+        if fixed is not None:
+            values.append(fixed(params, meta))
+        return torch.stack(values).sum()
+
+    return total
+
+
+def _as_dict(data: Any) -> Batch:
+    """A batch as a dict; a pair becomes its `"inputs"` and `"targets"`."""
     if isinstance(data, dict):
         return data
     inputs, targets = data

@@ -169,7 +169,9 @@ class MnistTower(Experiment):
             if not found:
                 continue
             start = {
-                name: x for name, x in TOWERS[method].numbers.items() if name in _SHOWN and x != 0
+                name: x
+                for name, x in TOWERS[method].initial_values.items()
+                if name in _SHOWN and x != 0
             }
             levels = found[0].get("levels", [])
             lines.append([

@@ -118,7 +118,7 @@ def test_divergence_is_told_with_its_step():
     )  # lr ← 0.1 − (−1)·(gradient · gradient before)
     row = descend(Hyperoptimizer([p], hasty), lambda step: p.sum() * (-1) ** step, 40, 1)
     assert (row["diverged"], row["loss"]) == (1, None)
-    assert "SGD lr: turned -0.9" in row["reason"]
+    assert "SGD lr: got -0.9" in row["reason"]
     json.dumps(row, allow_nan=False)
 
 
@@ -173,7 +173,7 @@ def test_towers_of_the_methods():
         domains={"lr": Positive()},
     )
     assert found["tower-adam"].tower.optimizer == Adam(CIFAR.outer_adam)
-    assert set(found["tower"].tower.sizes) == {"lr", "momentum"}
+    assert set(found["tower"].tower.granularity) == {"lr", "momentum"}
     assert found["tower-adam"].tower.domain("lr") == Positive()
     assert CHAR.optimizer(START | {"method": "tower"}, p).tower == Adam(
         0.1, optimizer=SGD(CHAR.outer_sgd)
@@ -316,7 +316,7 @@ def test_a_rehearsal_leaves_rows_and_plots(tmp_path, text, kind):
         if case["method"].startswith("tower"):
             assert row["levels"][0] == row["learnt"]
             assert set(row["learnt"]) == set(
-                small.optimizer(case, [torch.ones(1, requires_grad=True)]).tower.sizes
+                small.optimizer(case, [torch.ones(1, requires_grad=True)]).tower.granularity
             )
             assert row["learnt"]["lr"] != case["lr"]
     assert execute(small) == table  # from the rows that are there

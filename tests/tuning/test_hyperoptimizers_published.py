@@ -1,6 +1,6 @@
-"""Towers against the package that Chandra et al. published, gradient-descent-the-ultimate-optimizer 1.0.
+"""Towers against the package of Chandra et al. 2022, gradient-descent-the-ultimate-optimizer 1.0.
 
-Where its definitions are not the paper's, or not ours, the test says how it is brought to ours.
+Where the package differs from the paper or from ours, the test says how it is made equal.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gradient_descent_the_ultimate_optimizer import gdtuo
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from metaimplicit import Domain, Hyperoptimizer
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam
@@ -17,7 +18,10 @@ from metaimplicit.tuning.hyperoptimizers import SGD, Adam
 
 @dataclass(frozen=True)
 class Tanh(Domain):
-    """The package squashes β by (tanh x + 1)/2, the sigmoid of 2x: its steps of β are 4 times those of a logit."""
+    """The package has β = (tanh z + 1)/2, which is sigmoid(2z).
+
+    Its steps of β are therefore four times as long as those of a logit.
+    """
 
     def value(self, free: Tensor) -> Tensor:
         return (free.tanh() + 1) / 2
@@ -26,19 +30,22 @@ class Tanh(Domain):
         return value.logit() / 2
 
 
-BETAS = {"beta1": Tanh(), "beta2": Tanh()}
-PAIRS = {
+TOWERS = {
     "SGD/SGD": (SGD(0.1, optimizer=SGD(0.01)), lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01))),
     "SGD/SGD/SGD": (
         SGD(0.1, optimizer=SGD(0.01, optimizer=SGD(0.01))),
         lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01, optimizer=gdtuo.SGD(0.01))),
     ),
     "Adam/SGD": (
-        Adam(1e-3, optimizer=SGD(1e-4), domains=BETAS),
+        Adam(
+            1e-3,
+            optimizer=SGD(1e-4),
+            domains={"beta1": Tanh(), "beta2": Tanh()},
+        ),
         lambda: gdtuo.Adam(optimizer=gdtuo.SGD(1e-4)),
     ),
 }
-OURS_TO_THEIRS = {"lr": "alpha", "beta1": "beta1", "beta2": "beta2"}
+PUBLISHED_NAMES = {"lr": "alpha", "beta1": "beta1", "beta2": "beta2"}
 
 
 def network():
@@ -47,54 +54,64 @@ def network():
         return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
-def loss(call, step):
-    draws = torch.Generator().manual_seed(step)
-    inputs = torch.randn(32, 8, generator=draws)
-    return F.cross_entropy(call(inputs), inputs[:, :4].argmax(1))
+def loss(model, step):
+    inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+    return F.cross_entropy(model(inputs), inputs[:, :4].argmax(1))
 
 
-def levels(optimizer):
+def published_levels(optimizer):
+    """The hyperparameters of each level of a tower of the package."""
     while not isinstance(optimizer, gdtuo.NoOpOptimizer):
         yield optimizer.parameters
         optimizer = optimizer.optimizer
 
 
-@pytest.mark.parametrize("name", PAIRS)
+def published_value(parameters, name):
+    value = parameters[PUBLISHED_NAMES[name]].detach()
+    return gdtuo.Adam.clamp(value) if name.startswith("beta") else value
+
+
+@pytest.mark.parametrize("name", TOWERS)
 def test_trajectories_are_those_of_the_published_package(name):
-    """100 steps: every weight and every hyperparameter of every level at each, to 1e-5."""
-    tower, make = PAIRS[name]
-    ours, published = network(), make()
-    theirs = gdtuo.ModuleWrapper(network(), optimizer=published)
-    optimizer = Hyperoptimizer(ours.parameters(), tower)
-    theirs.initialize()
-    if (
-        name == "Adam/SGD"
-    ):  # the package starts v at ε, so that √v has a derivative at 0; ours starts at 0
+    """Every weight and every hyperparameter of every level at each of 100 steps, to 1e-5."""
+    tower, make_published = TOWERS[name]
+    model = network()
+    optimizer = Hyperoptimizer(model.parameters(), tower)
+    published = make_published()
+    wrapper = gdtuo.ModuleWrapper(network(), optimizer=published)
+    wrapper.initialize()
+    if name == "Adam/SGD":
+        # The package starts v at ε, so that √v has a derivative at 0. Ours starts at 0.
         published.cache = {
-            n: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-            for n, p in ours.named_parameters()
+            key: {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            for key, p in model.named_parameters()
         }
     for step in range(100):
-        theirs.begin()
-        value = loss(theirs.forward, step)
-        theirs.zero_grad()
+        wrapper.begin()
+        value = loss(wrapper.forward, step)
+        wrapper.zero_grad()
         value.backward()
-        theirs.step()
+        wrapper.step()
+
         optimizer.zero_grad()
-        loss(ours, step).backward()
+        loss(model, step).backward()
         optimizer.step()
-        for (key, a), b in zip(ours.named_parameters(), theirs.parameters.values(), strict=True):
-            torch.testing.assert_close(
-                a.detach(), b.detach(), rtol=1e-5, atol=1e-5, msg=f"{key}, step {step}"
-            )
-        found = [h for h in optimizer.hyperparameters[0] if h]
-        for level, expected in zip(found, levels(published), strict=False):
-            for key, value in level.items():
-                other = expected[OURS_TO_THEIRS[key]].detach()
-                other = gdtuo.Adam.clamp(other) if key.startswith("beta") else other
-                torch.testing.assert_close(
-                    value, other, rtol=1e-5, atol=1e-5, msg=f"{key}, step {step}"
-                )
+
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}
+        pairs = zip(
+            model.named_parameters(),
+            wrapper.parameters.values(),
+            strict=True,
+        )
+        for (key, p), other in pairs:
+            message = f"{key}, step {step}"
+            assert_close(p.detach(), other.detach(), **tolerance, msg=message)
+        learnt = [values for values in optimizer.hyperparameters[0] if values]
+        assert len(learnt) == name.count("/")
+        for values, parameters in zip(learnt, published_levels(published), strict=False):
+            for key, x in values.items():
+                expected = published_value(parameters, key)
+                message = f"{key}, step {step}"
+                assert_close(x, expected, **tolerance, msg=message)
     moved = optimizer.hyperparameters[0][0]["lr"].item() / tower.lr
     assert abs(moved - 1) > 0.1
-    assert len(found) == name.count("/")

@@ -1,0 +1,132 @@
+"""Hyperparameters that make the training inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaimplicit.params import Params
+from metaimplicit.tuning.domains import Domain, Positive
+from metaimplicit.tuning.variables.base import (
+    Batch,
+    Variable,
+    check_choice,
+    example_index,
+    prototype,
+)
+
+
+@dataclass(frozen=True)
+class Augmentation(Variable):
+    """Random contrast, brightness and noise: xᵢ ↦ (1 + c u₂ᵢ)(xᵢ − x̄ᵢ) + x̄ᵢ + b u₁ᵢ + n εᵢ.
+
+    u₁ᵢ, u₂ᵢ and the elements of εᵢ are standard normal, and x̄ᵢ is the mean of xᵢ. The draws depend
+    on nothing but the batch's `"index"`, so that an inner loop can be replayed.
+
+    Args:
+        start: The value of each strength, b, c and n, to start from, > 0.
+        kinds: Those of `"noise"`, `"brightness"` and `"contrast"` that are used. The strength of
+            KIND is `meta["augmentation.KIND"]`.
+
+    Raises:
+        ValueError: A kind is unknown.
+
+    Example:
+        >>> variable = Augmentation(kinds=("brightness",))
+        >>> batch = {"inputs": torch.zeros(2, 3), "index": torch.tensor([7, 8])}
+        >>> brighter = variable.inputs({"augmentation.brightness": torch.tensor(0.1)}, batch)
+        >>> brighter.shape, bool((brighter[:, 0] == brighter[:, 1]).all())
+        (torch.Size([2, 3]), True)
+    """
+
+    start: float = 0.1
+    kinds: tuple[str, ...] = ("noise", "brightness", "contrast")
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            check_choice("kinds", kind, ("noise", "brightness", "contrast"))
+
+    def meta(self, params: Params) -> Params:
+        """A scalar `"augmentation.KIND"` for each kind."""
+        like = prototype(params)
+        return {f"augmentation.{kind}": like.new_tensor(self.start) for kind in self.kinds}
+
+    def domains(self, names: Iterable[str]) -> dict[str, Domain]:
+        """Positive numbers."""
+        return dict.fromkeys(names, Positive())
+
+    def inputs(self, meta: Params, batch: Batch) -> Tensor:
+        """The augmented inputs, `[m, *shape]`.
+
+        Raises:
+            ValueError: The batch has no `"index"`.
+        """
+        x = batch["inputs"]
+        generator = np.random.default_rng(example_index(self, batch).tolist())
+        one_each = (len(x), *[1] * (x.dim() - 1))
+        # All three are drawn, in this order, so that no kind depends on which others are used.
+        shapes = {"brightness": one_each, "contrast": one_each, "noise": x.shape}
+        draws = {kind: generator.standard_normal(shape) for kind, shape in shapes.items()}
+        scaled = {
+            kind: meta[f"augmentation.{kind}"] * torch.from_numpy(draws[kind]).to(x)
+            for kind in self.kinds
+        }
+        if "contrast" in scaled:
+            mean = x.flatten(1).mean(1).reshape(one_each)
+            x = x + scaled["contrast"] * (x - mean)
+        for kind in ("brightness", "noise"):
+            if kind in scaled:
+                x = x + scaled[kind]
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticData(Variable):
+    """The training inputs themselves, `meta["synthetic"]`: dataset distillation (Wang et al. 2018).
+
+    The training batch is not looked at.
+
+    Args:
+        data: The inputs to start from, `[n, *shape]`.
+        labels: Their labels, `[n]`, on the model's device. They are constant.
+
+    Raises:
+        ValueError: There are not as many labels as inputs, or they are on another device than the
+            model.
+
+    Example:
+        >>> distilled = SyntheticData(torch.zeros(2, 5), torch.tensor([0, 1]))
+        >>> distilled.meta({"w": torch.ones(3)})["synthetic"].shape
+        torch.Size([2, 5])
+    """
+
+    data: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.data) != len(self.labels):
+            raise ValueError(
+                f"SyntheticData labels: got {len(self.labels)}, expected {len(self.data)}, "
+                "one for each input"
+            )
+
+    def meta(self, params: Params) -> Params:
+        """`{"synthetic": [n, *shape]}`."""
+        like = prototype(params)
+        if self.labels.device != like.device:
+            raise ValueError(
+                f"SyntheticData labels: got them on {self.labels.device}, expected on {like.device}"
+            )
+        return {"synthetic": self.data.to(like)}
+
+    def inputs(self, meta: Params, batch: Batch) -> Tensor:
+        """The synthetic inputs, `[n, *shape]`."""
+        return meta["synthetic"]
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The labels, `[n]`."""
+        return self.labels

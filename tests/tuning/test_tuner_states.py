@@ -1,0 +1,124 @@
+"""A tuner that is stopped and resumed, and early stopping."""
+
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+from oracles import quadratic
+from weighted_logistic import META, POINT, PROBLEM
+
+from metaimplicit import Box, GradientDescent, Positive, TorchOptimizer, Tuner
+from metaimplicit.methods import METHODS, known_options, make_method
+
+ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
+DATA = tuple(x[0] for x in ORACLE.data)
+ADAM = partial(torch.optim.Adam, lr=0.1)
+
+
+def make_tuner(steps=4):
+    """A tuner of the quadratic problem, under Adam."""
+    inner = GradientDescent(steps=steps, lr=0.4)
+    return Tuner(ORACLE.problem, ORACLE.meta, inner=inner, optimizer=ADAM)
+
+
+@pytest.mark.parametrize(
+    "method", ["unrolled", "real-time", "cg", "nystrom-cg", "auto", "soba", "sama", "f2sa"]
+)
+def test_a_killed_run_resumes_to_the_same_bits(method):
+    def batch(i):
+        rows = torch.arange(6) + i % 7
+        return POINT[0][rows], POINT[1][rows], *POINT[2:]
+
+    no_curvature_is_named = getattr(METHODS[method], "curvature", "") is None
+    curvature = "hessian" if no_curvature_is_named else None
+
+    def build():
+        return Tuner(
+            PROBLEM,
+            {"decay": META["decay"], "weights": META["weights"][:6]},
+            inner=TorchOptimizer(torch.optim.Adam, steps=2, lr=0.05),
+            method=make_method(method, **known_options(method, rank=3, curvature=curvature)),
+            domains={"decay": Positive(), "weights": Box(0.0)},
+        )
+
+    torch.manual_seed(0)
+    whole = build()
+    whole.fit(batch, lambda i: POINT, steps=3)
+    rng = torch.get_rng_state()
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    whole.fit(batch, lambda i: POINT, steps=6)
+
+    torch.set_rng_state(rng)
+    resumed = build()
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert resumed.steps == 3
+    resumed.fit(batch, lambda i: POINT, steps=6)
+    for name in resumed.meta:
+        assert torch.equal(resumed.meta[name], whole.meta[name])
+    assert torch.equal(resumed.params["w"], whole.params["w"])
+
+
+def test_early_stopping_returns_to_the_best_measurement():
+    tuner = make_tuner(steps=50)
+    values = iter([3.0, 1.0, 2.0, 2.0, 0.0])
+    measured = []
+
+    def metric(params, meta):
+        measured.append((params["theta"], meta["phi"]))
+        return next(values)
+
+    assert tuner.fit([DATA], [DATA], steps=100, metric=metric, patience=2) == 1.0
+    assert len(measured) == 4
+    assert tuner.steps == 4
+    assert torch.equal(tuner.params["theta"], measured[1][0])
+    assert torch.equal(tuner.meta["phi"], measured[1][1])
+
+
+def test_the_patience_that_was_used_up_is_part_of_the_state():
+    values = iter([1.0, 2.0, 3.0])
+    tuner = make_tuner()
+    tuner.fit([DATA], [DATA], steps=2, metric=lambda *_: next(values))
+    resumed = make_tuner()
+    resumed.load_state_dict(copy.deepcopy(tuner.state_dict()))
+    assert resumed.fit([DATA], [DATA], steps=9, metric=lambda *_: next(values), patience=2) == 1.0
+    assert resumed.steps == 3
+
+
+def test_two_tuners_can_load_one_state_in_memory():
+    """What is loaded is a copy: the outer optimiser of the first writes its averages in place."""
+    whole = make_tuner()
+    whole.fit([DATA], [DATA], steps=3)
+    state = whole.state_dict()
+    ends = []
+    for _ in range(2):
+        tuner = make_tuner()
+        tuner.load_state_dict(state)
+        tuner.fit([DATA], [DATA], steps=6)
+        ends.append(tuner.meta["phi"])
+    assert torch.equal(*ends)
+
+
+def test_steps_after_the_best_measurement_leave_it_as_it_was():
+    """A run returns to it twice, and continues in between."""
+    values = iter([1.0, 2.0, 3.0, 4.0])
+    tuner = make_tuner()
+    tuner.fit(
+        [DATA],
+        [DATA],
+        steps=2,
+        metric=lambda *_: next(values),
+        patience=9,
+    )
+    averages = copy.deepcopy(tuner.optimizer.state_dict()["state"])
+    tuner.fit(
+        [DATA],
+        [DATA],
+        steps=4,
+        metric=lambda *_: next(values),
+        patience=9,
+    )
+    for key, average in tuner.optimizer.state_dict()["state"][0].items():
+        assert torch.equal(average, averages[0][key]), key
