@@ -30,7 +30,7 @@ class Newton(Damped):
         model: whose parameters that require grad are moved.
         lr: length of the step, > 0.
         damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken, and
+        adapt_damping: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken, and
             with λ = 0 one solves a convex quadratic.
         solver: None, by the number of parameters.
 
@@ -46,10 +46,10 @@ class Newton(Damped):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         solver: Solver | None = None,
     ) -> None:
-        super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver)
+        super().__init__(model, lr=lr, damping=damping, adapt_damping=adapt_damping, solver=solver)
 
     def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor]:
         seen: list[Tensor] = []
