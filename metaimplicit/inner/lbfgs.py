@@ -126,7 +126,7 @@ class _Objective:
         slopes = {}
         for (name, p), gradient in zip(self._points.items(), gradients, strict=True):
             slopes[name] = torch.zeros_like(p) if gradient is None else gradient
-            p.grad = slopes[name]
+            p.grad = slopes[name].contiguous()  # torch views it as a vector
 
         total = value.item()
         norm = flatten(slopes).norm(dim=-1)

@@ -217,3 +217,9 @@ def test_a_changed_copy_keeps_the_other_numbers():
     assert (changed.steps, changed.lr, changed.options["eps"]) == (7, 0.2, 1e-3)
     assert (loop.steps, loop.lr) == (3, 0.1)
     assert GradientDescent(steps=2, lr=0.3).updated(steps=5) == GradientDescent(steps=5, lr=0.3)
+
+
+def test_lbfgs_takes_gradients_in_any_memory_layout():
+    """torch views `.grad` as a vector, and these gradients are slices of a larger tensor."""
+    end = LBFGS(steps=200, tol=1e-6).run(loss, START, {}, differentiated_steps=0)
+    assert (gradient_norm(end.params) <= 1e-6).all()
