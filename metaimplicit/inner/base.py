@@ -105,7 +105,11 @@ class InnerLoop(ABC):
         """
 
     def take_step(
-        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
+        self,
+        params: Params,
+        gradients: Params,
+        state: OptimizerState,
+        meta: Params,
     ) -> tuple[Params, OptimizerState]:
         """One step s_t = Φ(s_{t−1}, φ) as a pure function, s = (θ, the state of the optimiser).
 
@@ -133,15 +137,15 @@ class InnerLoop(ABC):
             TypeError: The loop has no such field.
             ValueError: A value is out of range.
         """
-        dataclass_instance: Any = self  # every subclass is one, which this class does not say
-        changed: InnerLoop = replace(dataclass_instance, **changes)
+        # Every subclass is a dataclass, which the type of this class does not say.
+        instance: Any = self
+        changed: InnerLoop = replace(instance, **changes)
         return changed
 
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`."""
-        return any(
-            isinstance(number, FromMeta) and number.reads(key) for _, number in self._numbers()
-        )
+        numbers = [number for _, number in self._numbers()]
+        return any(isinstance(x, FromMeta) and x.reads(key) for x in numbers)
 
     def check(self) -> None:
         """Raise ValueError if `steps` or `tol` is out of range."""

@@ -25,7 +25,8 @@ from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import FromMeta, resolve
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", SyntaxWarning)  # `higher` compares a literal by `is`
+    # The source of `higher` compares a literal by `is`.
+    warnings.simplefilter("ignore", SyntaxWarning)
     from higher import optim as higher_optim
 
 
@@ -73,7 +74,8 @@ class DifferentiableStep:
         """All options of the optimiser. Options that depend on tensors have stand-ins."""
         constants = {key: x for key, x in self.options.items() if not _holds_tensor(x)}
         if "momentum" in self.options and "momentum" not in constants:
-            constants["momentum"] = 0.5  # torch refuses Nesterov's momentum without a number
+            # A stand-in, because torch refuses Nesterov's momentum without a number.
+            constants["momentum"] = 0.5
         parameter = torch.zeros((), requires_grad=True)
         return self.optimizer([parameter], **constants).defaults
 
@@ -82,7 +84,12 @@ class DifferentiableStep:
         return {key: resolve(value, meta, parameter) for key, value in self.options.items()}
 
     def take(
-        self, params: Params, gradients: Params, *, state: OptimizerState, meta: Params
+        self,
+        params: Params,
+        gradients: Params,
+        *,
+        state: OptimizerState,
+        meta: Params,
     ) -> tuple[Params, OptimizerState]:
         """The step as a pure function; see `InnerLoop.take_step`."""
         rule = RULES[self.optimizer].step
@@ -110,7 +117,13 @@ def run_steps(
 ) -> Trajectory:
     """`InnerLoop.run` for the loop that takes `step` up to `steps` times."""
     loop = _RunningLoop(
-        step, loss, start, state=state, steps=steps, tol=tol, keep_iterates=keep_iterates
+        step,
+        loss,
+        start,
+        state=state,
+        steps=steps,
+        tol=tol,
+        keep_iterates=keep_iterates,
     )
     first_differentiated = steps - differentiated_steps
     if first_differentiated > 0:
@@ -119,7 +132,13 @@ def run_steps(
         loop.params = straight_through(loop.params, start)
     if differentiated_steps > 0:
         loop.advance(range(first_differentiated, steps), meta, differentiated=True)
-    return Trajectory(loop.params, loop.taken, loop.gradient_norm, tuple(loop.iterates), loop.state)
+    return Trajectory(
+        params=loop.params,
+        steps=loop.taken,
+        gradient_norm=loop.gradient_norm,
+        iterates=tuple(loop.iterates),
+        state=loop.state,
+    )
 
 
 class _RunningLoop:
@@ -152,29 +171,37 @@ class _RunningLoop:
         self._keep_iterates = keep_iterates
 
         first = next(iter(start.values()))
+        tasks = len(first)
+        device = first.device
         self.params = start
         self.state = state
-        self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        self.taken = torch.zeros(len(first), dtype=torch.int64, device=first.device)
-        self.gradient_norm = torch.zeros(len(first), device=first.device)
+        self.active = torch.ones(tasks, dtype=torch.bool, device=device)
+        self.taken = torch.zeros(tasks, dtype=torch.int64, device=device)
+        self.gradient_norm = torch.zeros(tasks, device=device)
         self.iterates: list[Params] = []
         # Reading `active` makes the CPU wait for the GPU, so there it is read at intervals.
-        self._check_every = 8 if first.device.type == "cuda" else 1
+        self._check_every = 8 if device.type == "cuda" else 1
 
     def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
         """Take these steps, with their graph or without one, until no task is active."""
-        self.params = _require_grad(self.params) if differentiated else leaves(self.params)
+        make_variables = _require_grad if differentiated else leaves
+        self.params = make_variables(self.params)
         if self._keep_iterates and not self.iterates:
             self.iterates.append(self.params)
 
         stepper = _Stepper(
-            self._step, list(self.params), state=self.state, meta=meta, track=differentiated
+            self._step,
+            list(self.params),
+            state=self.state,
+            meta=meta,
+            track=differentiated,
         )
         for t in steps:
             check = differentiated and t == steps.start
             inspect = partial(self._inspect_gradients, t=t, check=check)
-            losses = self._loss(self.params, t)
-            stepped = stepper.step(losses.sum(), list(self.params.values()), grad_callback=inspect)
+            total = self._loss(self.params, t).sum()
+            variables = list(self.params.values())
+            stepped = stepper.step(total, variables, grad_callback=inspect)
             params = dict(zip(self.params, stepped, strict=True))
 
             if self._tol is not None:
@@ -260,9 +287,10 @@ class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]
 
 def _require_grad(params: Params) -> Params:
     """The same tensors; those that do not require grad are replaced by leaves that do."""
-    return {
-        name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()
-    }
+    variables = {}
+    for name, p in params.items():
+        variables[name] = p if p.requires_grad else p.detach().requires_grad_()
+    return variables
 
 
 def _choose(active: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class LBFGS(InnerLoop):
                 "expected an implicit method"
             )
         # Copies, because torch writes the points of its line search into them.
-        points = leaves({name: p.detach().contiguous().clone() for name, p in start.items()})
+        copies = {name: p.detach().contiguous().clone() for name, p in start.items()}
+        points = leaves(copies)
         objective = _Objective(loss, points, steps=self.steps, tol=self.tol)
         variables = list(points.values())
         optimizer = torch.optim.LBFGS(
@@ -87,9 +88,10 @@ class LBFGS(InnerLoop):
         with suppress(_Finished):
             optimizer.step(objective.evaluate)
 
-        steps = torch.full_like(objective.gradient_norm, objective.calls, dtype=torch.int64)
+        norm = objective.gradient_norm
+        steps = torch.full_like(norm, objective.calls, dtype=torch.int64)
         best = {name: p.detach() for name, p in objective.best.items()}
-        return Trajectory(best, steps, objective.gradient_norm)
+        return Trajectory(best, steps, norm)
 
 
 class _Objective:
@@ -101,7 +103,14 @@ class _Objective:
         gradient_norm: ‖∂f/∂θ‖ of each task at `best`, `[tasks]`.
     """
 
-    def __init__(self, loss: StepLoss, points: Params, *, steps: int, tol: float | None) -> None:
+    def __init__(
+        self,
+        loss: StepLoss,
+        points: Params,
+        *,
+        steps: int,
+        tol: float | None,
+    ) -> None:
         first = next(iter(points.values()))
         self._loss = loss
         self._points = points

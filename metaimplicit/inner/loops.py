@@ -46,7 +46,11 @@ class _StepwiseLoop(InnerLoop):
         )
 
     def take_step(
-        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
+        self,
+        params: Params,
+        gradients: Params,
+        state: OptimizerState,
+        meta: Params,
     ) -> tuple[Params, OptimizerState]:
         """One step as a pure function; see `InnerLoop.take_step`."""
         return self._make_step().take(params, gradients, state=state, meta=meta)

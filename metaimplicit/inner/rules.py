@@ -16,7 +16,9 @@ from torch import Tensor
 
 Group = dict[str, Any]
 Slots = dict[str, Any]
-Value = Any  # A tensor. A type checker cannot follow its algebra with options and slots.
+
+# A tensor. A type checker cannot follow its algebra with options and slots.
+Value = Any
 Rule = Callable[[Group, Slots, Value, Value], Value]
 
 
@@ -136,9 +138,9 @@ def rprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
     shrink, grow = group["etas"]
     least, most = group["step_sizes"]
     agreement = (g * state.get("previous", torch.zeros_like(g))).sign()
-    factor = torch.where(
-        agreement > 0, grow * agreement, torch.where(agreement < 0, -shrink * agreement, 1.0)
-    )
+    # agreement is 1, 0 or −1; the products with it keep the type of g.
+    smaller = torch.where(agreement < 0, -shrink * agreement, 1.0)
+    factor = torch.where(agreement > 0, grow * agreement, smaller)
     size: Value = state.get("size", group["lr"])
     size = (size * factor).clamp(least, most)
     state["size"] = size
@@ -172,26 +174,24 @@ class UpdateRule(NamedTuple):
     """A rule, and the options for which tests compare it with `torch.optim`."""
 
     step: Rule
-    options: frozenset[str]
+    options: set[str]
 
-
-_ADAM_OPTIONS = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: UpdateRule(
-        sgd, frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"})
+        sgd, options={"lr", "momentum", "dampening", "weight_decay", "nesterov"}
     ),
-    torch.optim.Adam: UpdateRule(adam, _ADAM_OPTIONS),
-    torch.optim.AdamW: UpdateRule(adamw, _ADAM_OPTIONS),
-    torch.optim.Adadelta: UpdateRule(adadelta, frozenset({"lr", "rho", "eps", "weight_decay"})),
+    torch.optim.Adam: UpdateRule(adam, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    torch.optim.AdamW: UpdateRule(adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    torch.optim.Adadelta: UpdateRule(adadelta, options={"lr", "rho", "eps", "weight_decay"}),
     torch.optim.Adagrad: UpdateRule(
         adagrad,
-        frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"}),
+        options={"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"},
     ),
-    torch.optim.Adamax: UpdateRule(adamax, frozenset({"lr", "betas", "eps", "weight_decay"})),
-    torch.optim.ASGD: UpdateRule(asgd, frozenset({"lr", "lambd", "alpha", "t0", "weight_decay"})),
+    torch.optim.Adamax: UpdateRule(adamax, options={"lr", "betas", "eps", "weight_decay"}),
+    torch.optim.ASGD: UpdateRule(asgd, options={"lr", "lambd", "alpha", "t0", "weight_decay"}),
     torch.optim.RMSprop: UpdateRule(
-        rmsprop, frozenset({"lr", "alpha", "eps", "weight_decay", "momentum"})
+        rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum"}
     ),
-    torch.optim.Rprop: UpdateRule(rprop, frozenset({"lr", "etas", "step_sizes"})),
+    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}),
 }

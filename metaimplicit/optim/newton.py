@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import Hessian, Identity, LinearOperator
-from metaimplicit.optim.base import ReplayedClosure
-from metaimplicit.optim.damped import Curvature, Damped
+from metaimplicit.operators import Curvature, Hessian, Identity, LinearOperator
+from metaimplicit.optim.checks import check_dependence, check_finite, check_scalar
+from metaimplicit.optim.closure import ReplayedClosure
+from metaimplicit.optim.damped import Damped
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
 
@@ -56,14 +57,15 @@ class Newton(Damped):
 
         def loss(params: Params) -> Tensor:
             value = self._loss_of(evaluate({name: p.squeeze(0) for name, p in params.items()}))
-            self._finite(value)
-            seen.append(self._differentiable(value, "closure").detach())
+            check_finite(self._owner, value)
+            check_dependence(value, self._trainable, source="closure")
+            seen.append(value.detach())
             return value.unsqueeze(0)
 
         return Hessian(loss, self._task_params()), seen[0]
 
     def _loss_of(self, result: Any) -> Tensor:
-        return self._scalar(result, "closure")
+        return check_scalar(result, "closure")
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         if isinstance(self.solver, Dense):
