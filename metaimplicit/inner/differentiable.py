@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +80,7 @@ class DifferentiableStep:
         return self.optimizer([parameter], **constants).defaults
 
     def resolved_options(self, meta: Params, parameter: str) -> dict[str, Any]:
-        """The options that the user gave, with the values that they have for one parameter."""
+        """The options that were given, with their values for one parameter."""
         return {key: resolve(value, meta, parameter) for key, value in self.options.items()}
 
     def take(
@@ -121,7 +121,7 @@ def run_steps(
         loss,
         start,
         state=state,
-        steps=steps,
+        last=steps - 1,
         tol=tol,
         keep_iterates=keep_iterates,
     )
@@ -141,56 +141,51 @@ def run_steps(
     )
 
 
+@dataclass
 class _RunningLoop:
     """An inner loop between two of its steps.
 
     Attributes:
+        step: What it does in a step.
+        loss: `(params, t) -> [tasks]`.
         params: θ_t, `{name: [tasks, *shape]}`.
         state: The state of the optimiser after t steps.
+        last: The number of the last step, T − 1.
+        tol: ‖∂f/∂θ‖ at which a task stops, if it is not None.
+        keep_iterates: Whether `iterates` are kept.
+        iterates: θ_0 … θ_t.
         active: The tasks that go on, `[tasks]`, bool.
         taken: The number of steps that each task took, `[tasks]`.
         gradient_norm: ‖∂f/∂θ‖ of each task, where it was last computed, `[tasks]`.
-        iterates: θ_0 … θ_t, empty unless they are kept.
     """
 
-    def __init__(
-        self,
-        step: DifferentiableStep,
-        loss: StepLoss,
-        start: Params,
-        *,
-        state: OptimizerState,
-        steps: int,
-        tol: float | None,
-        keep_iterates: bool,
-    ) -> None:
-        self._step = step
-        self._loss = loss
-        self._steps = steps
-        self._tol = tol
-        self._keep_iterates = keep_iterates
+    step: DifferentiableStep
+    loss: StepLoss
+    params: Params
+    state: OptimizerState
+    last: int
+    tol: float | None
+    keep_iterates: bool
+    iterates: list[Params] = field(default_factory=list)
+    active: Tensor = field(init=False)
+    taken: Tensor = field(init=False)
+    gradient_norm: Tensor = field(init=False)
 
-        first = next(iter(start.values()))
-        tasks = len(first)
-        device = first.device
-        self.params = start
-        self.state = state
-        self.active = torch.ones(tasks, dtype=torch.bool, device=device)
-        self.taken = torch.zeros(tasks, dtype=torch.int64, device=device)
-        self.gradient_norm = torch.zeros(tasks, device=device)
-        self.iterates: list[Params] = []
-        # Reading `active` makes the CPU wait for the GPU, so there it is read at intervals.
-        self._check_every = 8 if device.type == "cuda" else 1
+    def __post_init__(self) -> None:
+        first = next(iter(self.params.values()))
+        self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        self.taken = torch.zeros_like(self.active, dtype=torch.int64)
+        self.gradient_norm = torch.zeros_like(self.active, dtype=first.dtype)
 
     def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
         """Take these steps, with their graph or without one, until no task is active."""
         make_variables = _require_grad if differentiated else leaves
         self.params = make_variables(self.params)
-        if self._keep_iterates and not self.iterates:
+        if self.keep_iterates and not self.iterates:
             self.iterates.append(self.params)
 
         stepper = _Stepper(
-            self._step,
+            self.step,
             list(self.params),
             state=self.state,
             meta=meta,
@@ -199,13 +194,13 @@ class _RunningLoop:
         for t in steps:
             check = differentiated and t == steps.start
             inspect = partial(self._inspect_gradients, t=t, check=check)
-            total = self._loss(self.params, t).sum()
+            total = self.loss(self.params, t).sum()
             variables = list(self.params.values())
             stepped = stepper.step(total, variables, grad_callback=inspect)
             params = dict(zip(self.params, stepped, strict=True))
 
-            if self._tol is not None:
-                self.active = self.active & (self.gradient_norm > self._tol)
+            if self.tol is not None:
+                self.active = self.active & (self.gradient_norm > self.tol)
                 for name, p in params.items():
                     params[name] = _choose(self.active, p, self.params[name])
             if not differentiated:
@@ -214,7 +209,7 @@ class _RunningLoop:
 
             self.params = params
             self.taken += self.active
-            if self._keep_iterates:
+            if self.keep_iterates:
                 self.iterates.append(params)
             if self._is_finished(t):
                 break
@@ -226,13 +221,15 @@ class _RunningLoop:
         """What `higher` calls with the gradients of step t, before the update."""
         if check:
             check_differentiable(gradients)
-        if self._tol is not None or t == self._steps - 1:
+        if self.tol is not None or t == self.last:
             present = {str(i): g.detach() for i, g in enumerate(gradients) if g is not None}
             self.gradient_norm = flatten(present).norm(dim=-1)
         return gradients
 
     def _is_finished(self, t: int) -> bool:
-        if self._tol is None or (t + 1) % self._check_every != 0:
+        # Reading `active` makes the CPU wait for the GPU, so there it is read at intervals.
+        check_every = 8 if self.active.device.type == "cuda" else 1
+        if self.tol is None or (t + 1) % check_every != 0:
             return False
         return not bool(self.active.any())
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 from oracles import randn, relative_error, symmetric
 
-from metaimplicit import BilevelProblem, FromMeta, GradientDescent, TorchOptimizer, hypergradient
+from metaimplicit import (
+    BilevelProblem,
+    FromMeta,
+    GradientDescent,
+    TorchOptimizer,
+    hypergradient,
+)
 from metaimplicit.inner import LBFGS
 
 TASKS = 3

@@ -1,4 +1,4 @@
-"""Evaluations of a closure within a step: dropout, buffers, random numbers, and its own mistakes."""
+"""Evaluations of a closure within a step: dropout, buffers, random numbers, and mistakes."""
 
 import copy
 import math

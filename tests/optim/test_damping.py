@@ -61,7 +61,12 @@ def test_damping_follows_the_ratio_and_bad_steps_are_taken_back():
     model = Point(x)
     damping = 1e-4
     branches = set()
-    optimizer = GaussNewton(model, lambda z, _: 0.5 * z.square().sum(), lr=0.8, damping=damping)
+    optimizer = GaussNewton(
+        model,
+        lambda z, _: 0.5 * z.square().sum(),
+        lr=0.8,
+        damping=damping,
+    )
     for _ in range(30):
         r = residuals(x)
         J = torch.func.jacrev(residuals)(x)
@@ -107,7 +112,12 @@ def test_the_thresholds_of_the_ratio(rho, moves, factor):
     """x + ½x² + ½(ρ − 1)x³ from 0 to −1: the loss falls by ½ρ, and the model by ½."""
     model = Point(torch.zeros(1).double())
     optimizer = Newton(model, damping=0.1)
-    optimizer.step(lambda: (model.x + 0.5 * model.x**2 + 0.5 * (rho - 1) * model.x**3).sum())
+
+    def loss():
+        x = model.x
+        return (x + 0.5 * x**2 + 0.5 * (rho - 1) * x**3).sum()
+
+    optimizer.step(loss)
     assert optimizer.ratio == pytest.approx(rho, rel=1e-12)
     assert float(model.x.detach()) == pytest.approx(-moves, rel=1e-14)
     assert optimizer.param_groups[0]["damping"] == 0.1 * factor

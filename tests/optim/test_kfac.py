@@ -5,6 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kfac_by_hand import (
+    all_rows,
+    block_diagonal,
+    factors_by_hand,
+    layers_of,
+    write_rows,
+)
 from oracles import generator, randn, relative_error
 from second_order import (
     half_square,
@@ -49,90 +56,6 @@ def image_batches(count):
     return [IMAGES + 0.3 * randn(*IMAGES.shape, seed=20 + i) for i in range(count)]
 
 
-def layers_of(model):
-    return [layer for layer in model if isinstance(layer, (nn.Linear, nn.Conv2d))]
-
-
-def weighted_scores(likelihood, z, label):
-    """[(weight, gradient of −log p(y|z) in z)] of one example, for all y or for one label."""
-    if likelihood == "gaussian":
-        return [(1.0, row) for row in torch.eye(CLASSES).double()]
-    p = z.softmax(-1)
-    if label is not None:
-        return [(1.0, p - F.one_hot(label, CLASSES))]
-    return [(float(p[y]), p - F.one_hot(torch.tensor(y), CLASSES)) for y in range(CLASSES)]
-
-
-def forward_by_hand(model, x):
-    """The outputs of one example, and the input and output of every layer."""
-    inputs = []
-    outputs = []
-    for layer in model:
-        if layer in layers_of(model):
-            inputs.append(x.detach())
-            x = layer(x)
-            outputs.append(x)
-        else:
-            x = x.relu() if isinstance(layer, nn.ReLU) else x.flatten(1)
-    return x, inputs, outputs
-
-
-def input_rows(layer, inputs):
-    """ā of one example, a row for each patch."""
-    rows = inputs
-    if isinstance(layer, nn.Conv2d):
-        unfold = nn.Unfold(layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        rows = unfold(inputs)[0].T
-    if layer.bias is not None:
-        rows = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
-    return rows
-
-
-def second_moment(rows):
-    return sum(torch.outer(row, row) for row in rows)
-
-
-def factors_by_hand(model, inputs, likelihood, labels=None):
-    """(A, G) of each layer, one example after the other."""
-    layers = layers_of(model)
-    A = [0.0] * len(layers)
-    G = [0.0] * len(layers)
-    for example, x in enumerate(inputs):
-        z, layer_inputs, layer_outputs = forward_by_hand(model, x[None])
-        label = None if labels is None else labels[example]
-        for weight, score in weighted_scores(likelihood, z[0].detach(), label):
-            gradients = torch.autograd.grad(z, layer_outputs, score[None], retain_graph=True)
-            for i, gradient in enumerate(gradients):
-                rows = gradient.flatten(2)[0].T if gradient.dim() == 4 else gradient
-                G[i] = G[i] + weight * second_moment(rows) / len(inputs)
-        for i, layer in enumerate(layers):
-            rows = input_rows(layer, layer_inputs[i])
-            A[i] = A[i] + second_moment(rows) / (len(rows) * len(inputs))
-    return list(zip(A, G, strict=True))
-
-
-def weight_rows(layer, part=lambda p: p.detach()):
-    """W̄ = [W, b] of a layer, or the same arrangement of another part of its parameters."""
-    weight = part(layer.weight).flatten(1)
-    return weight if layer.bias is None else torch.cat([weight, part(layer.bias)[:, None]], 1)
-
-
-def all_rows(model, part=lambda p: p.detach()):
-    return torch.cat([weight_rows(layer, part).flatten() for layer in layers_of(model)])
-
-
-def block_diagonal(factors, damping):
-    """⊕ (G + √λ/π I) ⊗ (A + π√λ I), for W̄ row by row."""
-    root = math.sqrt(damping)
-    blocks = []
-    for A, G in factors:
-        pi = math.sqrt(float(A.trace() / len(A)) / float(G.trace() / len(G)))
-        damped_a = A + pi * root * torch.eye(len(A)).double()
-        damped_g = G + root / pi * torch.eye(len(G)).double()
-        blocks.append(torch.kron(damped_g, damped_a))
-    return torch.block_diag(*blocks)
-
-
 def gradients_by_parameter(model, loss):
     parameters = list(model.parameters())
     return dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
@@ -157,16 +80,6 @@ def test_the_step_is_the_dense_one(net, loss, targets, likelihood):
     expected = before - 0.3 * torch.linalg.solve(curvature, g)
     assert relative_error(all_rows(model), expected) < 1e-10
     assert relative_error(all_rows(model, lambda p: p.grad), g) < 1e-13
-
-
-def write_rows(model, rows):
-    """The inverse of `all_rows`, for layers with a bias."""
-    for layer in layers_of(model):
-        size = weight_rows(layer).numel()
-        own = rows[:size].reshape(len(layer.weight), -1)
-        rows = rows[size:]
-        weight = own[:, :-1].reshape(layer.weight.shape)
-        layer.load_state_dict({"weight": weight, "bias": own[:, -1]})
 
 
 @pytest.mark.parametrize("expectation", ["exact", "monte-carlo"])
@@ -295,7 +208,7 @@ def test_empirical_factors_are_those_of_the_targets():
     ],
 )
 def test_the_damping_follows_the_ratio_with_the_exact_fisher_matrix(options, change):
-    """By (19/20)^T or (20/19)^T with m(δ) = L + gᵀδ + ½ δᵀFδ. A step cut short decreases nothing."""
+    """m(δ) = L + gᵀδ + ½ δᵀFδ, and a step that is cut short does not decrease the damping."""
     model = linear_network()
     shared = {"damping": 0.05, "momentum": 0.0, "adapt_every": 2, "expectation": "exact"}
     optimizer = KFAC(model, F.cross_entropy, **shared, **options)

@@ -7,7 +7,15 @@ import pickle
 import pytest
 import torch
 from oracles import relative_error
-from second_order import LABELS, OPTIMIZERS, X, closure_for, network, tanh_network, vector
+from second_order import (
+    LABELS,
+    OPTIMIZERS,
+    X,
+    closure_for,
+    network,
+    tanh_network,
+    vector,
+)
 from torch import nn
 
 

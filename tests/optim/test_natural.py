@@ -70,9 +70,11 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step_as_newton_does():
         return nn.Linear(INPUTS, CLASSES).double()
 
     one = start()
-    GaussNewton(one, half_square, damping=0.0, adapt_damping=False).step(lambda: (one(X), TARGETS))
+    gauss_newton = GaussNewton(one, half_square, damping=0.0, adapt_damping=False)
+    gauss_newton.step(lambda: (one(X), TARGETS))
     two = start()
-    Newton(two, damping=0.0, adapt_damping=False).step(lambda: half_square(two(X), TARGETS))
+    newton = Newton(two, damping=0.0, adapt_damping=False)
+    newton.step(lambda: half_square(two(X), TARGETS))
     design = torch.cat([X, torch.ones(EXAMPLES, 1).double()], 1)
     best = torch.linalg.lstsq(design, TARGETS).solution.T
     for model in (one, two):

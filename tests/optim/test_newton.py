@@ -5,8 +5,22 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import krylov_basis, krylov_minimiser, randn, relative_error, symmetric
-from second_order import EXACT, LABELS, Point, X, dense_curvature, tanh_network, vector
+from oracles import (
+    krylov_basis,
+    krylov_minimiser,
+    randn,
+    relative_error,
+    symmetric,
+)
+from second_order import (
+    EXACT,
+    LABELS,
+    Point,
+    X,
+    dense_curvature,
+    tanh_network,
+    vector,
+)
 from torch import nn
 
 from metaimplicit.optim import Newton

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import randn, relative_error
-from second_order import EXAMPLES, LABELS, Point, X, network, tanh_network, vector
+from second_order import (
+    EXAMPLES,
+    LABELS,
+    Point,
+    X,
+    network,
+    tanh_network,
+    vector,
+)
 from torch import nn
 
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient, Newton
@@ -38,6 +46,28 @@ BINARY = (randn(EXAMPLES, 1, seed=2) > 0).double()
 def test_numbers_out_of_range_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(tanh_network(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr: got 0.0, expected a finite number > 0"),
+        ({"damping": 0.0}, "damping: got 0.0, expected a finite number > 0"),
+        ({"damping": math.inf}, "damping: got inf, expected a finite number > 0"),
+        ({"kl_clip": 0.0}, "kl_clip: got 0.0, expected a finite number > 0"),
+        ({"momentum": 1.0}, r"momentum: got 1.0, expected a number in \[0, 1\)"),
+        ({"decay": -0.1}, r"decay: got -0.1, expected a number in \[0, 1\)"),
+        ({"update_every": 0}, "update_every: got 0, expected at least 1 step"),
+        ({"invert_every": 0}, "invert_every: got 0, expected at least 1 step"),
+        ({"adapt_every": 0}, "adapt_every: got 0, expected at least 1 step"),
+        ({"others": "zero"}, "others: got 'zero', expected 'raise' or 'gradient'"),
+        ({"likelihood": "poisson"}, "likelihood: got 'poisson', expected one of softmax, gaussian"),
+        ({"expectation": "mean"}, "expectation: got 'mean', expected one of exact"),
+    ],
+)
+def test_options_of_kfac_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"KFAC {message}"):
+        KFAC(network(), F.cross_entropy, **options)
 
 
 def mixed_precision():
