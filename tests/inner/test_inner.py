@@ -140,7 +140,6 @@ def gradient_norm(params):
     return torch.cat(gradients, dim=1).norm(dim=1)
 
 
-@pytest.mark.slow
 def test_a_stopped_task_keeps_the_derivative_of_the_steps_it_took():
     problem = BilevelProblem(
         init=lambda meta, data: {"theta": meta["start"]},
