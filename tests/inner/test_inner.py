@@ -186,9 +186,10 @@ def test_undifferentiated_steps_leave_no_graph():
 
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
     loop = TorchOptimizer(torch.optim.SGD, steps=6, **options)
-    loop.run(recorded, START, {}, differentiated_steps=0)
+    trajectory = loop.run(recorded, START, {}, differentiated_steps=0)
     gc.collect()
     assert [reference() for reference in seen] == [None] * 6
+    assert not trajectory.state["a"]["buffer"].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -228,3 +229,27 @@ def test_lbfgs_takes_gradients_in_any_memory_layout():
     """torch views `.grad` as a vector, and these gradients are slices of a larger tensor."""
     end = LBFGS(steps=200, tol=1e-6).run(loss, START, {}, differentiated_steps=0)
     assert (gradient_norm(end.params) <= 1e-6).all()
+
+
+def test_lbfgs_without_a_solution_returns_the_point_with_the_lowest_loss():
+    """Rosenbrock's valley, where a line search may end at a point that is not the best."""
+
+    def rosenbrock(params, _):
+        x, y = params["x"].unbind(1)
+        return 100 * (y - x**2) ** 2 + (1 - x) ** 2
+
+    start = {"x": torch.tensor([[-1.2, 1.0]], dtype=torch.float64)}
+    last_is_best = []
+    for steps in range(1, 21):
+        losses = []
+
+        def recorded(params, t, losses=losses):
+            value = rosenbrock(params, t)
+            losses.append(value.item())
+            return value
+
+        end = LBFGS(steps=steps, tol=1e-12).run(recorded, start, {}, differentiated_steps=0)
+        assert len(losses) == steps == int(end.steps)
+        assert rosenbrock(end.params, 0).item() == min(losses)
+        last_is_best.append(losses[-1] == min(losses))
+    assert not all(last_is_best)

@@ -21,6 +21,7 @@ from second_order import (
 from torch import nn
 
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient, Newton
+from metaimplicit.optim.closure import ReplayedClosure
 
 
 class Noisy(nn.Module):
@@ -71,6 +72,22 @@ def test_every_evaluation_of_a_step_sees_the_same_dropout_and_buffers(make):
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(model.norm, key), getattr(called_once.norm, key))
     assert model.norm.num_batches_tracked == 1
+
+
+def test_every_replay_begins_with_the_buffers_of_the_first_call():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self):
+            self.calls += 1
+            return self.calls.item()
+
+    model = Counting()
+    replay = ReplayedClosure(model, model, torch.device("cpu"))
+    assert [replay() for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert model.calls == 1
 
 
 def test_random_numbers_of_later_evaluations_leave_the_global_generator_alone():
