@@ -34,7 +34,7 @@ def sgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
     momentum = group["momentum"]
     g = _add_weight_decay(group, p, g)
     if isinstance(momentum, Tensor) or momentum != 0:
-        # m_t = μ m_{t−1} + (1 − dampening) g_t, but m_1 = g_1 whatever the dampening.
+        # m_t = μ m_{t−1} + (1 − dampening) g_t, but the first step is not dampened: m_1 = g_1.
         dampening = group["dampening"] if "buffer" in state else 0.0
         buffer = momentum * state.get("buffer", 0.0) + (1 - dampening) * g
         state["buffer"] = buffer

@@ -45,7 +45,7 @@ class ReplayedClosure:
 
         Args:
             params: Tensors to use as the model's parameters, `{name: [*shape]}`. A parameter that
-                is not among them, or any if None, is the model's own.
+                is not among them is the model's own. If None, all are.
         """
         swapped = {f"model.{name}": p for name, p in (params or {}).items()}
         if not self._was_called:

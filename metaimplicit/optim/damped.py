@@ -41,7 +41,7 @@ class Damped(SecondOrder):
         seed: The seed of random numbers, if the subclass draws some.
 
     Raises:
-        ValueError: A number is out of range, or the solver is none.
+        ValueError: A number is out of range, or `solver` is no `Solver`.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Damped(SecondOrder):
         Raises:
             FloatingPointError: The loss, its gradient or the step is not finite. No parameter was
                 changed.
-            ValueError: The closure does not return what it should, or the model or the loss is of
-                no use to this optimiser.
+            ValueError: The closure does not return what it should, its result does not depend on
+                the model, or the loss is not of the kind that the optimiser needs.
         """
         group = self.param_groups[0]
         closure = self._check_closure(closure)

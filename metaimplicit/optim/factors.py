@@ -159,7 +159,7 @@ def precondition(
     layers: Mapping[str, FactoredLayer],
     gradients: Params,
 ) -> Params:
-    """u = (G + √λ/π I)⁻¹ ∇W̄ (A + π√λ I)⁻¹ of every layer, with W̄ = [W, b].
+    """The direction u = (G + √λ/π I)⁻¹ ∇W̄ (A + π√λ I)⁻¹ of every layer, with W̄ = [W, b].
 
     Args:
         states: The states of the layers, with their inverses.

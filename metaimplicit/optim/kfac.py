@@ -39,8 +39,7 @@ from metaimplicit.optim.factors import (
 )
 from metaimplicit.params import Params, flatten
 
-# These first steps renew factors and inverses whatever the intervals, since the first averages
-# change most.
+# The first steps renew factors and inverses at any intervals, because the averages change most.
 EARLY_STEPS = 3
 
 
@@ -78,7 +77,7 @@ class KFAC(SecondOrder):
         adapt_every: T. Every T steps λ follows ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), where m(δ) =
             L + ∇Lᵀδ + ½ δᵀFδ with the exact Fisher matrix. λ is multiplied by (20/19)^T if ρ < ¼.
             It is multiplied by (19/20)^T if ρ > ¾ and ν = 1, because a step that is cut short fits
-            its model whatever λ. (In §6.5 λ is part of m, and no step is cut.) No step is taken
+            its model for any λ. (In §6.5 λ is part of m, and no step is cut.) No step is taken
             back. If None, λ is fixed.
         likelihood: p(y|z), `"softmax"`, or `"gaussian"` with unit variance.
         expectation: The expectation over y in G: `"monte-carlo"`, with one draw for each example;
@@ -90,8 +89,8 @@ class KFAC(SecondOrder):
         seed: The seed of the draws.
 
     Raises:
-        ValueError: A number is out of range, a parameter is in another kind of layer, or two layers
-            share a parameter.
+        ValueError: A number is out of range, a parameter is in another kind of layer, two layers
+            share a parameter, or the loss does not fit the likelihood.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -290,7 +289,7 @@ class KFAC(SecondOrder):
         return {name: -group["lr"] * v for name, v in directions.items()}, nu
 
     def _add_momentum(self, name: str, u: Tensor) -> Tensor:
-        """v ← μv + u, which starts at u."""
+        """The velocity v ← μv + u, which starts at u."""
         state = self.state[self._trainable[name]]
         if "momentum" in state:
             v: Tensor = self.param_groups[0]["momentum"] * state["momentum"] + u

@@ -64,7 +64,8 @@ class GaussNewton(_GeneralisedGaussNewton):
             most 50 products above.
 
     Raises:
-        ValueError: A number is out of range, or the model or the loss is of no use.
+        ValueError: A number is out of range, the loss is no function, or the model has no
+            parameters in single or double precision.
 
     Example:
         >>> import torch
@@ -139,7 +140,8 @@ class NaturalGradient(_GeneralisedGaussNewton):
         seed: The seed of the draws.
 
     Raises:
-        ValueError: A number is out of range, or the model or the loss is of no use.
+        ValueError: A number is out of range, the loss does not fit the likelihood, or the model has
+            no parameters in single or double precision.
 
     Example:
         >>> import torch
