@@ -1,10 +1,10 @@
-"""What an inner loop is: a point and a loss in, the iterates of an optimiser out."""
+"""What an inner loop is: a loss and a starting point in, the iterates of an optimiser out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,14 +18,21 @@ StepLoss = Callable[[Params, int], Tensor]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where an inner loop went.
+    """The result of an inner loop.
 
     Attributes:
         params: θ_T, `{name: [tasks, *shape]}`.
-        steps: `[tasks]`, the steps each task took.
-        gradient_norm: `[tasks]`, ‖∂f/∂θ‖ at the last iterate at which it was computed, θ_{T−1}.
-        iterates: θ_0 … θ_T if asked for.
-        state: the optimiser's after the last step.
+        steps: The number of steps that each task took, `[tasks]`, int64.
+        gradient_norm: ‖∂f/∂θ‖ of each task at the last point where it was computed, `[tasks]`.
+            That point is θ_{T−1} for loops of gradient steps.
+        iterates: θ_0 … θ_T. Empty unless they were asked for.
+        state: The state of the optimiser after the last step. Empty for loops without one.
+
+    Example:
+        >>> import torch
+        >>> end = Trajectory({"w": torch.ones(1, 2)}, torch.tensor([5]), torch.tensor([0.1])).end
+        >>> end.params["w"]
+        tensor([[1., 1.]])
     """
 
     params: Params
@@ -36,16 +43,36 @@ class Trajectory:
 
     @property
     def end(self) -> Iterate:
-        """(θ_T, the optimiser's state), without a graph."""
+        """θ_T and the state of the optimiser, without a graph."""
         return Iterate(self.params, self.state).detach()
 
 
 class InnerLoop(ABC):
-    """θ₀ → θ_T. Leaves are frozen dataclasses with a field `steps`, the cap T ≥ 1."""
+    """An optimiser of the inner loss, θ_0 → θ_T.
+
+    Subclasses are frozen dataclasses. They have a field `steps`, and may have a field `tol`.
+
+    Attributes:
+        steps: T ≥ 1, the largest number of steps.
+        tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes all steps.
+        differentiable: Whether a gradient can pass through the steps. If False, the loop serves
+            implicit methods only.
+
+    Example:
+        >>> import torch
+        >>> from metaimplicit import GradientDescent
+        >>> loop = GradientDescent(steps=2, lr=0.5)
+        >>> start = {"w": torch.tensor([[1.0], [2.0]])}  # two tasks
+        >>> def loss(params, t):
+        ...     return 0.5 * params["w"].square().sum(1)
+        >>> loop.run(loss, start, {}, differentiated_steps=0).params["w"]
+        tensor([[0.2500],
+                [0.5000]])
+    """
 
     steps: int
     tol: float | None = None
-    differentiable: ClassVar[bool] = True  # its steps; else it is for implicit methods
+    differentiable: ClassVar[bool] = True
 
     @abstractmethod
     def run(
@@ -54,72 +81,126 @@ class InnerLoop(ABC):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
-        """Run the loop.
+        """Run the loop from `start`.
 
         Args:
-            loss: `(params, t) -> [tasks]`, the inner loss that step t sees.
-            start: θ₀, `{name: [tasks, *shape]}`.
-            meta: where `FromMeta` numbers are read.
-            track: the last `track` steps leave their graph; the T − track before them pass gradients to `start` as
-                the identity and to nothing else.
-            keep: hand back all iterates.
-            state: the optimiser's, from an earlier run; None, a fresh one.
-        """
+            loss: `(params, t) -> [tasks]`, the inner loss that step t = 0 … T−1 sees.
+            start: θ_0, `{name: [tasks, *shape]}`.
+            meta: The meta-parameters, where `FromMeta` numbers are read.
+            differentiated_steps: K. The last K steps keep their graph. The T − K steps before them
+                pass a gradient to `start` as the identity, and to nothing else.
+            keep_iterates: Whether the trajectory holds all iterates.
+            state: The state of the optimiser after an earlier run. If None, it starts empty.
 
-    def update(
-        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
-    ) -> tuple[Params, OptimizerState]:
-        """One step s_t = Φ(s_{t−1}, φ) as a pure function; parameters without a gradient stay.
+        Returns:
+            θ_T with its graph, and how the loop went.
 
         Raises:
-            ValueError: a loop whose steps are no such function (a line search).
+            ValueError: The loop cannot do what is asked: its steps are not differentiable, or it
+                does not keep its iterates.
+        """
+
+    def take_step(
+        self,
+        params: Params,
+        gradients: Params,
+        state: OptimizerState,
+        meta: Params,
+    ) -> tuple[Params, OptimizerState]:
+        """One step s_t = Φ(s_{t−1}, φ) as a pure function, s = (θ, the state of the optimiser).
+
+        Args:
+            params: θ_{t−1}, `{name: [tasks, *shape]}`.
+            gradients: ∂f/∂θ at θ_{t−1}. A parameter that is not among them keeps its value.
+            state: The state of the optimiser, empty before the first step.
+            meta: The meta-parameters, where `FromMeta` numbers are read.
+
+        Returns:
+            θ_t and the new state. The arguments are left as they are.
+
+        Raises:
+            ValueError: The steps of this loop are no such function, as with a line search.
         """
         raise ValueError(
-            f"inner: got {type(self).__name__}, whose steps are not differentiable; use GradientDescent"
+            f"inner: got {type(self).__name__}, whose steps are not differentiable; "
+            "use GradientDescent"
         )
 
     def updated(self, **changes: Any) -> InnerLoop:
-        """The same loop with some of its numbers changed."""
-        return replace(self, **changes)  # type: ignore[type-var]
+        """A copy of this loop in which some fields have other values.
+
+        Raises:
+            TypeError: The loop has no such field.
+            ValueError: A value is out of range.
+        """
+        # Every subclass is a dataclass, which the type of this class does not say.
+        instance: Any = self
+        changed: InnerLoop = replace(instance, **changes)
+        return changed
 
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`."""
-        return any(
-            isinstance(number, FromMeta) and number.reads(key) for _, number in self._numbers()
-        )
+        numbers = [number for _, number in self._numbers()]
+        return any(isinstance(x, FromMeta) and x.reads(key) for x in numbers)
 
     def check(self) -> None:
-        """Raise ValueError for a cap or a tolerance out of range."""
+        """Raise ValueError if `steps` or `tol` is out of range."""
         if self.steps < 1:
             raise ValueError(f"steps: got {self.steps}, expected at least 1 inner step")
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"tol: got {self.tol}, expected a gradient norm > 0, or None")
 
     def check_captured(self) -> None:
-        """Raise ValueError for a number that requires grad but is no part of `meta`: its gradient would be lost."""
+        """Raise ValueError if a number of this loop is a tensor that requires grad.
+
+        Its gradient would be lost, because methods differentiate with respect to `meta` only.
+        """
         for name, number in self._numbers():
             if isinstance(number, Tensor) and number.requires_grad:
                 raise ValueError(
-                    f"{name}: got a tensor that requires grad, expected FromMeta({name!r}) and meta[{name!r}]"
+                    f"{name}: got a tensor that requires grad, expected FromMeta({name!r}) and "
+                    f"meta[{name!r}]"
                 )
 
     def _numbers(self) -> Iterator[tuple[str, Any]]:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            for name, parts in value.items() if isinstance(value, dict) else [(f.name, value)]:
-                for part in parts if isinstance(parts, tuple) else (parts,):
-                    yield name, part
+        """All numbers of this loop with their names. Dicts and tuples of numbers are unpacked."""
+        for field_name, value in vars(self).items():
+            entries = value if isinstance(value, dict) else {field_name: value}
+            for name, entry in entries.items():
+                for number in entry if isinstance(entry, tuple) else (entry,):
+                    yield name, number
 
 
 def straight_through(params: Params, start: Params) -> Params:
-    """θ with the gradient of θ₀: the steps between them pulled back as the identity."""
-    return {
-        name: p.detach() + (start[name] - start[name].detach())
-        if start[name].requires_grad
-        else p.detach()
-        for name, p in params.items()
-    }
+    """The values of `params` with the gradient of `start`.
+
+    The steps between the two points are pulled back as the identity on `start`, and as zero on
+    everything else.
+
+    Args:
+        params: θ_T, `{name: [tasks, *shape]}`.
+        start: θ_0, of the same names and shapes.
+
+    Returns:
+        θ_T. Its entries require grad where those of `start` do.
+
+    Example:
+        >>> import torch
+        >>> start = {"w": torch.zeros(1, requires_grad=True)}
+        >>> end = straight_through({"w": torch.tensor([3.0])}, start)["w"]
+        >>> end.square().sum().backward()  # d(w²)/dw = 6 at w = 3
+        >>> end.item(), start["w"].grad
+        (3.0, tensor([6.]))
+    """
+    result = {}
+    for name, p in params.items():
+        result[name] = p.detach()
+        initial = start[name]
+        if initial.requires_grad:
+            # This difference is zero, and its derivative in θ_0 is the identity.
+            result[name] = result[name] + (initial - initial.detach())
+    return result

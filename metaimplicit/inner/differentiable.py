@@ -1,14 +1,17 @@
 """Optimiser steps that autograd can pass through: the one module that imports `higher`.
 
-`higher` steps the stacked parameters `[tasks, …]` as they are, and holds their state. The update itself is one of our
-`RULES`: `higher`'s own cut a derivative here and there, are NaN at a zero gradient or differ from `torch.optim`; only
-options held against `torch.optim` are let through.
+`higher` takes the gradients of the stacked parameters `[tasks, …]` and holds the state of the
+optimiser. The update itself is one of our `RULES`. The updates of `higher` lose some derivatives,
+give NaN at a zero gradient, or differ from `torch.optim`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,185 +25,277 @@ from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import FromMeta, resolve
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", SyntaxWarning)  # `is` with a literal, in its source
+    # The source of `higher` compares a literal by `is`.
+    warnings.simplefilter("ignore", SyntaxWarning)
     from higher import optim as higher_optim
 
 
-class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]
-    """`higher`'s optimiser around one of our rules; one group for each tensor."""
+@dataclass(frozen=True)
+class DifferentiableStep:
+    """One step of an optimiser of `torch.optim`, differentiable in all that it reads.
 
-    rule: Any
+    Args:
+        optimizer: A class in `RULES`.
+        options: Its options, each a number, a tensor, `FromMeta`, or a tuple of these.
 
-    def _update(self, grouped_grads: Any, **_: Any) -> None:
-        for index, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
-            for i, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
-                if g is not None:
-                    group["params"][i] = self.rule(group, self.state[index][i], p, g)
+    Raises:
+        ValueError: The optimiser or an option is not known to agree with `torch.optim`, or a
+            constant is out of range.
 
+    Example:
+        >>> step = DifferentiableStep(torch.optim.SGD, {"lr": 0.5})
+        >>> gradients = {"w": torch.tensor([[2.0]])}
+        >>> params, state = step.take({"w": torch.tensor([[3.0]])}, gradients, state={}, meta={})
+        >>> params["w"]
+        tensor([[2.]])
+    """
 
-def check_optimizer(optimizer: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an optimiser or option that is not known to agree with `torch.optim`."""
-    if optimizer not in RULES:
-        known = ", ".join(sorted(cls.__name__ for cls in RULES))
-        raise ValueError(f"optimizer: got {optimizer!r}, expected one of torch.optim's {known}")
-    if unknown := sorted(set(options) - RULES[optimizer][1]):
-        raise ValueError(
-            f"{optimizer.__name__} options: got {unknown}, expected some of {sorted(RULES[optimizer][1])}; the others "
-            "have no derivative that could be tested against torch.optim"
-        )
-    _reference(optimizer, options, [""])
+    optimizer: type[torch.optim.Optimizer]
+    options: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in RULES:
+            known = ", ".join(sorted(cls.__name__ for cls in RULES))
+            raise ValueError(
+                f"optimizer: got {self.optimizer!r}, expected one of torch.optim's {known}"
+            )
+        tested = RULES[self.optimizer].options
+        unknown = sorted(set(self.options) - tested)
+        if unknown:
+            raise ValueError(
+                f"{self.optimizer.__name__} options: got {unknown}, expected some of "
+                f"{sorted(tested)}; the others have no derivative that could be tested against "
+                "torch.optim"
+            )
+        _ = self.defaults  # torch checks the range of constants
 
-def update(
-    optimizer: type[torch.optim.Optimizer],
-    options: Mapping[str, Any],
-    params: Params,
-    gradients: Params,
-    state: OptimizerState,
-    meta: Params,
-) -> tuple[Params, OptimizerState]:
-    """`InnerLoop.update` for any optimiser in the table: the step that `run` takes, as a pure function."""
-    rule, defaults = RULES[optimizer][0], _reference(optimizer, options, [""]).defaults
-    stepped, after = dict(params), dict(state)
-    for name, g in gradients.items():
-        group = {**defaults, **{key: resolve(value, meta, name) for key, value in options.items()}}
-        after[name] = dict(state.get(name, {}))
-        stepped[name] = rule(group, after[name], params[name], g)
-    return stepped, after
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """All options of the optimiser. Options that depend on tensors have stand-ins."""
+        constants = {key: x for key, x in self.options.items() if not _holds_tensor(x)}
+        if "momentum" in self.options and "momentum" not in constants:
+            # A stand-in, because torch refuses Nesterov's momentum without a number.
+            constants["momentum"] = 0.5
+        parameter = torch.zeros((), requires_grad=True)
+        return self.optimizer([parameter], **constants).defaults
 
+    def resolved_options(self, meta: Params, parameter: str) -> dict[str, Any]:
+        """The options that were given, with their values for one parameter."""
+        return {key: resolve(value, meta, parameter) for key, value in self.options.items()}
 
-def _reference(
-    optimizer: type[torch.optim.Optimizer], options: Mapping[str, Any], names: list[str]
-) -> torch.optim.Optimizer:
-    """torch's optimiser, whose own range checks the constants pass."""
-    constants = {key: value for key, value in options.items() if not _is_tensor(value)}
-    if "momentum" in options and "momentum" not in constants:
-        constants["momentum"] = 0.5  # a stand-in: Nesterov's check wants one
-    return optimizer(
-        [{"params": [torch.zeros((), requires_grad=True)]} for _ in names], **constants
-    )
-
-
-def _build(
-    optimizer: type[torch.optim.Optimizer],
-    options: Mapping[str, Any],
-    meta: Params,
-    names: list[str],
-    state: OptimizerState,
-    track: bool,
-) -> Any:
-    """A differentiable optimiser with one group for each tensor, going on from `state`."""
-    reference = _reference(optimizer, options, names)
-    override = {
-        key: [resolve(value, meta, name) for name in names] for key, value in options.items()
-    }
-    reference.state.clear()  # Adagrad fills its state at birth; ours is made in the first step
-    slots = [
-        object() for _ in names
-    ]  # `higher` copies the groups deeply and asks of a parameter only which it is
-    for group, slot in zip(reference.param_groups, slots, strict=True):
-        group["params"] = [slot]
-    stepper = _Stepper(reference, slots, override=override, track_higher_grads=track)
-    stepper.rule = RULES[optimizer][0]
-    for slot, name in zip(stepper.state, names, strict=True):
-        slot[0] = dict(state.get(name, {}))
-    return stepper
+    def take(
+        self,
+        params: Params,
+        gradients: Params,
+        *,
+        state: OptimizerState,
+        meta: Params,
+    ) -> tuple[Params, OptimizerState]:
+        """The step as a pure function; see `InnerLoop.take_step`."""
+        rule = RULES[self.optimizer].step
+        new_params = dict(params)
+        new_state = dict(state)
+        for name, gradient in gradients.items():
+            group = self.defaults | self.resolved_options(meta, name)
+            slots = dict(state.get(name, {}))
+            new_params[name] = rule(group, slots, params[name], gradient)
+            new_state[name] = slots
+        return new_params, new_state
 
 
-def _is_tensor(value: Any) -> bool:
-    return (
-        any(map(_is_tensor, value))
-        if isinstance(value, tuple)
-        else isinstance(value, (Tensor, FromMeta))
-    )
-
-
-def run(
-    optimizer: type[torch.optim.Optimizer],
-    options: Mapping[str, Any],
+def run_steps(
+    step: DifferentiableStep,
     loss: StepLoss,
     start: Params,
-    meta: Params,
     *,
+    meta: Params,
+    state: OptimizerState,
     steps: int,
     tol: float | None,
-    track: int,
-    keep: bool,
-    state: OptimizerState,
+    differentiated_steps: int,
+    keep_iterates: bool,
 ) -> Trajectory:
-    """`InnerLoop.run` for any optimiser in the table."""
-    names, tasks = list(start), len(next(iter(start.values())))
-    device = next(iter(start.values())).device
-    active = torch.ones(tasks, dtype=torch.bool, device=device)
-    taken = torch.zeros(tasks, dtype=torch.int64, device=device)
-    norm = torch.zeros(tasks, device=device)
-    frozen = {name: value.detach() for name, value in meta.items()}
-    params, free = start, steps - track
-    stepper = _build(
-        optimizer, options, meta if free == 0 else frozen, names, state, track=free == 0
+    """`InnerLoop.run` for the loop that takes `step` up to `steps` times."""
+    loop = _RunningLoop(
+        step,
+        loss,
+        start,
+        state=state,
+        last=steps - 1,
+        tol=tol,
+        keep_iterates=keep_iterates,
     )
-    if free > 0:
-        params = leaves(start)
-    elif not all(p.requires_grad for p in start.values()):
-        params = {
-            name: p if p.requires_grad else p.detach().requires_grad_() for name, p in start.items()
-        }
-    iterates = [params] if keep else []
-    check_every = 8 if device.type == "cuda" else 1
+    first_differentiated = steps - differentiated_steps
+    if first_differentiated > 0:
+        constants = {name: value.detach() for name, value in meta.items()}
+        loop.advance(range(first_differentiated), constants, differentiated=False)
+        loop.params = straight_through(loop.params, start)
+    if differentiated_steps > 0:
+        loop.advance(range(first_differentiated, steps), meta, differentiated=True)
+    return Trajectory(
+        params=loop.params,
+        steps=loop.taken,
+        gradient_norm=loop.gradient_norm,
+        iterates=tuple(loop.iterates),
+        state=loop.state,
+    )
 
-    def look(gradients: Any) -> Any:
-        nonlocal norm
-        if t == free:
+
+@dataclass
+class _RunningLoop:
+    """An inner loop between two of its steps.
+
+    Attributes:
+        step: What it does in a step.
+        loss: `(params, t) -> [tasks]`.
+        params: θ_t, `{name: [tasks, *shape]}`.
+        state: The state of the optimiser after t steps.
+        last: The number of the last step, T − 1.
+        tol: ‖∂f/∂θ‖ at which a task stops, if it is not None.
+        keep_iterates: Whether `iterates` are kept.
+        iterates: θ_0 … θ_t.
+        active: The tasks that go on, `[tasks]`, bool.
+        taken: The number of steps that each task took, `[tasks]`.
+        gradient_norm: ‖∂f/∂θ‖ of each task, where it was last computed, `[tasks]`.
+    """
+
+    step: DifferentiableStep
+    loss: StepLoss
+    params: Params
+    state: OptimizerState
+    last: int
+    tol: float | None
+    keep_iterates: bool
+    iterates: list[Params] = field(default_factory=list)
+    active: Tensor = field(init=False)
+    taken: Tensor = field(init=False)
+    gradient_norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.params.values()))
+        self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        self.taken = torch.zeros_like(self.active, dtype=torch.int64)
+        self.gradient_norm = torch.zeros_like(self.active, dtype=first.dtype)
+
+    def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
+        """Take these steps, with their graph or without one, until no task is active."""
+        make_variables = _require_grad if differentiated else leaves
+        self.params = make_variables(self.params)
+        if self.keep_iterates and not self.iterates:
+            self.iterates.append(self.params)
+
+        stepper = _Stepper(
+            self.step,
+            list(self.params),
+            state=self.state,
+            meta=meta,
+            track=differentiated,
+        )
+        for t in steps:
+            check = differentiated and t == steps.start
+            inspect = partial(self._inspect_gradients, t=t, check=check)
+            total = self.loss(self.params, t).sum()
+            variables = list(self.params.values())
+            stepped = stepper.step(total, variables, grad_callback=inspect)
+            params = dict(zip(self.params, stepped, strict=True))
+
+            if self.tol is not None:
+                self.active = self.active & (self.gradient_norm > self.tol)
+                for name, p in params.items():
+                    params[name] = _choose(self.active, p, self.params[name])
+            if not differentiated:
+                stepper.detach_state()
+                params = leaves(params)
+
+            self.params = params
+            self.taken += self.active
+            if self.keep_iterates:
+                self.iterates.append(params)
+            if self._is_finished(t):
+                break
+        self.state = stepper.slots()
+
+    def _inspect_gradients(
+        self, gradients: Sequence[Tensor | None], *, t: int, check: bool
+    ) -> Sequence[Tensor | None]:
+        """What `higher` calls with the gradients of step t, before the update."""
+        if check:
             check_differentiable(gradients)
-        if tol is not None or t == steps - 1:
-            norm = flatten(
-                {str(i): g.detach() for i, g in enumerate(gradients) if g is not None}
-            ).norm(dim=-1)
+        if self.tol is not None or t == self.last:
+            present = {str(i): g.detach() for i, g in enumerate(gradients) if g is not None}
+            self.gradient_norm = flatten(present).norm(dim=-1)
         return gradients
 
-    for t in range(steps):
-        if t == free and free > 0:
-            params = straight_through(params, start)
-            params = {
-                name: p if p.requires_grad else p.requires_grad_() for name, p in params.items()
-            }
-            stepper = _build(optimizer, options, meta, names, _state(stepper, names), track=True)
-        losses = loss(params, t)
-        stepped = dict(
-            zip(
-                names,
-                stepper.step(losses.sum(), list(params.values()), grad_callback=look),
-                strict=True,
-            )
+    def _is_finished(self, t: int) -> bool:
+        # Reading `active` makes the CPU wait for the GPU, so there it is read at intervals.
+        check_every = 8 if self.active.device.type == "cuda" else 1
+        if self.tol is None or (t + 1) % check_every != 0:
+            return False
+        return not bool(self.active.any())
+
+
+class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]
+    """The optimiser of `higher` with one of our rules. Every parameter has its own group."""
+
+    def __init__(
+        self,
+        step: DifferentiableStep,
+        names: list[str],
+        *,
+        state: OptimizerState,
+        meta: Params,
+        track: bool,
+    ) -> None:
+        self._rule = RULES[step.optimizer].step
+        self._names = names
+        # `higher` copies the groups, and asks of a parameter only which one it is. So the names
+        # stand for the parameters, and the options, which may have a graph, come afterwards.
+        groups = [step.defaults | {"params": [name]} for name in names]
+        resolved = [step.resolved_options(meta, name) for name in names]
+        override = {key: [options[key] for options in resolved] for key in step.options}
+        super().__init__(
+            SimpleNamespace(param_groups=groups, state={}),
+            names,
+            override=override,
+            track_higher_grads=track,
         )
-        if tol is not None:
-            active = active & (norm > tol)
-            stepped = {name: _where(active, new, params[name]) for name, new in stepped.items()}
-        if t < free:
-            _detach(stepper.state)
-            stepped = leaves(stepped)
-        params = stepped
-        taken += active
-        if keep:
-            iterates.append(params)
-        if tol is not None and (t + 1) % check_every == 0 and not active.any():
-            break
-    if track == 0:
-        params = straight_through(params, start)
-    return Trajectory(params, taken, norm, tuple(iterates), _state(stepper, names))
+        for name, group_state in zip(names, self.state, strict=True):
+            group_state[0] = dict(state.get(name, {}))
+
+    def _update(self, grouped_grads: Any, **_: Any) -> None:
+        groups = zip(self.param_groups, self.state, grouped_grads, strict=True)
+        for group, group_state, (gradient,) in groups:
+            (p,) = group["params"]
+            if gradient is not None:
+                group["params"] = [self._rule(group, group_state[0], p, gradient)]
+
+    def slots(self) -> OptimizerState:
+        """The state of the optimiser, by parameter."""
+        pairs = zip(self._names, self.state, strict=True)
+        return {name: dict(group_state[0]) for name, group_state in pairs}
+
+    def detach_state(self) -> None:
+        """Detach the slots: without this, weight decay would chain them through all steps."""
+        for group_state in self.state:
+            slots = group_state[0]
+            for key, value in slots.items():
+                slots[key] = value.detach() if isinstance(value, Tensor) else value
 
 
-def _state(stepper: Any, names: list[str]) -> OptimizerState:
-    return {name: dict(slots[0]) for name, slots in zip(names, stepper.state, strict=True)}
+def _require_grad(params: Params) -> Params:
+    """The same tensors; those that do not require grad are replaced by leaves that do."""
+    variables = {}
+    for name, p in params.items():
+        variables[name] = p if p.requires_grad else p.detach().requires_grad_()
+    return variables
 
 
-def _where(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def _choose(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` for the active tasks, `old` for the others."""
     return torch.where(active.reshape(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def _detach(state: list[Any]) -> None:
-    """Cut the graph that `higher` builds through the optimiser's state even where it tracks nothing."""
-    for group in state:
-        for slot in group.values():
-            for key, value in slot.items():
-                slot[key] = value.detach() if isinstance(value, Tensor) else value
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(_holds_tensor(part) for part in value)
+    return isinstance(value, (Tensor, FromMeta))

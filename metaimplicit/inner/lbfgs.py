@@ -14,16 +14,30 @@ from metaimplicit.params import Params, flatten, leaves
 
 @dataclass(frozen=True)
 class LBFGS(InnerLoop):
-    """Limited-memory BFGS with a strong Wolfe line search (torch's), until ‖∂f/∂θ‖ ≤ tol in every task.
+    """Limited-memory BFGS with a strong Wolfe line search, that of torch.
 
-    All tasks share the line search. Its steps are not differentiable: for implicit methods.
+    The tasks are solved as one problem: they share the line search. The loop ends at a point with
+    ‖∂f/∂θ‖ ≤ tol in every task. If it ends without one, its result is the point with the lowest sum
+    of losses. The steps are not differentiable, so the loop serves implicit methods only.
 
     Args:
-        steps: gradient evaluations at most, ≥ 1; then the point of the lowest loss stands. `Report.inner_steps` counts
-            those made.
-        tol: stop once ‖∂f/∂θ‖ ≤ tol. The line search compares losses, so far below the square root of the working
-            precision it stalls; `Report.inner_gradient_norm` says where.
-        history: pairs kept.
+        steps: The largest number of gradient evaluations, ≥ 1. `Report.inner_steps` is their
+            number.
+        tol: ‖∂f/∂θ‖ at which the loop ends. If None, it does not end before `steps` gradients,
+            unless the line search makes no more progress. The line search compares losses, so it
+            makes none far below the square root of the working precision.
+        history: The number of pairs (step, change of the gradient) that model the curvature, ≥ 1.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> loop = LBFGS(steps=20, tol=1e-6)
+        >>> def loss(params, t):
+        ...     return (params["w"] - 3).square().sum(1)
+        >>> start = {"w": torch.zeros(1, 2)}
+        >>> loop.run(loss, start, {}, differentiated_steps=0).params["w"]
+        tensor([[3., 3.]])
     """
 
     steps: int = 500
@@ -43,54 +57,97 @@ class LBFGS(InnerLoop):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
-        if track or keep:
+        """Run the loop; see `InnerLoop.run`. There is no state, so `state` is not read.
+
+        Raises:
+            ValueError: Differentiated steps or the iterates are asked for.
+        """
+        if differentiated_steps or keep_iterates:
             raise ValueError(
-                "inner: got LBFGS with a method that needs its iterates, expected an implicit method"
+                "inner: got LBFGS with a method that needs its iterates, "
+                "expected an implicit method"
             )
-        points = leaves(
-            {name: p.detach().contiguous().clone() for name, p in start.items()}
-        )  # written in place
+        # Copies, because torch writes the points of its line search into them.
+        copies = {name: p.detach().contiguous().clone() for name, p in start.items()}
+        points = leaves(copies)
+        objective = _Objective(loss, points, steps=self.steps, tol=self.tol)
         variables = list(points.values())
-        eps = torch.finfo(variables[0].dtype).eps
         optimizer = torch.optim.LBFGS(
-            variables, max_iter=self.steps, max_eval=2 * self.steps, history_size=self.history, tolerance_grad=0,
-            tolerance_change=eps, line_search_fn="strong_wolfe",
-        )  # fmt: skip
-        best, lowest, calls = points, float("inf"), 0
-        norm = torch.full((len(variables[0]),), torch.inf, device=variables[0].device)
+            variables,
+            max_iter=self.steps,
+            max_eval=2 * self.steps,
+            history_size=self.history,
+            tolerance_grad=0,
+            tolerance_change=torch.finfo(variables[0].dtype).eps,
+            line_search_fn="strong_wolfe",
+        )
+        with suppress(_Finished):
+            optimizer.step(objective.evaluate)
 
-        def evaluate() -> float:
-            nonlocal best, lowest, calls, norm
-            with torch.enable_grad():
-                value = loss(points, calls).sum()
-                gradients = torch.autograd.grad(value, variables, allow_unused=True)
-            calls += 1
-            for p, g in zip(variables, gradients, strict=True):
-                p.grad = torch.zeros_like(p) if g is None else g
-            total = value.item()
-            slope = flatten(
-                {str(i): p.grad for i, p in enumerate(variables) if p.grad is not None}
-            ).norm(dim=-1)
-            solved = self.tol is not None and bool((slope <= self.tol).all())
-            if solved or total < lowest:
-                best, lowest, norm = (
-                    {name: p.detach().clone() for name, p in points.items()},
-                    total,
-                    slope,
-                )
-            if solved or calls == self.steps:
-                raise _Done
-            return total
-
-        with suppress(_Done):
-            optimizer.step(evaluate)
-        taken = torch.full_like(norm, calls, dtype=torch.int64)
-        return Trajectory({name: p.detach() for name, p in best.items()}, taken, norm)
+        norm = objective.gradient_norm
+        steps = torch.full_like(norm, objective.calls, dtype=torch.int64)
+        best = {name: p.detach() for name, p in objective.best.items()}
+        return Trajectory(best, steps, norm)
 
 
-class _Done(Exception):  # noqa: N818  # leaves a line search in the middle
-    pass
+class _Objective:
+    """The sum of the losses at `points` as a closure for torch, which remembers the best point.
+
+    Attributes:
+        calls: The number of evaluations.
+        best: The point to return: one that meets the tolerance, or the one with the lowest loss.
+        gradient_norm: ‖∂f/∂θ‖ of each task at `best`, `[tasks]`.
+    """
+
+    def __init__(
+        self,
+        loss: StepLoss,
+        points: Params,
+        *,
+        steps: int,
+        tol: float | None,
+    ) -> None:
+        first = next(iter(points.values()))
+        self._loss = loss
+        self._points = points
+        self._steps = steps
+        self._tol = tol
+        self._lowest = float("inf")
+        self.calls = 0
+        self.best = points
+        self.gradient_norm = torch.full((len(first),), torch.inf, device=first.device)
+
+    def evaluate(self) -> float:
+        """The loss at `points`, with its gradient in `.grad`.
+
+        Raises:
+            _Finished: The tolerance is met, or this was the last evaluation that is allowed.
+        """
+        variables = list(self._points.values())
+        with torch.enable_grad():
+            value = self._loss(self._points, self.calls).sum()
+            gradients = torch.autograd.grad(value, variables, allow_unused=True)
+        self.calls += 1
+        slopes = {}
+        for (name, p), gradient in zip(self._points.items(), gradients, strict=True):
+            slopes[name] = torch.zeros_like(p) if gradient is None else gradient
+            p.grad = slopes[name].contiguous()  # torch views it as a vector
+
+        total = value.item()
+        norm = flatten(slopes).norm(dim=-1)
+        solved = self._tol is not None and bool((norm <= self._tol).all())
+        if solved or total < self._lowest:
+            self._lowest = total
+            self.best = {name: p.detach().clone() for name, p in self._points.items()}
+            self.gradient_norm = norm
+        if solved or self.calls == self._steps:
+            raise _Finished
+        return total
+
+
+class _Finished(Exception):  # noqa: N818
+    """Leaves torch in the middle of its line search. It is no error."""

@@ -1,24 +1,26 @@
-"""The inner loops."""
+"""Inner loops that take the steps of an optimiser of `torch.optim`."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
-from metaimplicit.inner.differentiable import check_optimizer, run, update
+from metaimplicit.inner.differentiable import DifferentiableStep, run_steps
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
 from metaimplicit.problem import Number
 
 
-class _Stepped(InnerLoop):
-    """A loop whose every step is one of an optimiser's."""
+class _StepwiseLoop(InnerLoop):
+    """A loop that takes the same differentiable step up to T times."""
 
-    optimizer: type[torch.optim.Optimizer]
-    options: dict[str, Any]
+    @abstractmethod
+    def _make_step(self) -> DifferentiableStep:
+        """The step, whose construction checks the options."""
 
     def run(
         self,
@@ -26,38 +28,50 @@ class _Stepped(InnerLoop):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
-        return run(
-            self.optimizer,
-            self.options,
+        """Run the loop; see `InnerLoop.run`."""
+        return run_steps(
+            self._make_step(),
             loss,
             start,
-            meta,
+            meta=meta,
+            state=state or {},
             steps=self.steps,
             tol=self.tol,
-            track=track,
-            keep=keep,
-            state=state or {},
+            differentiated_steps=differentiated_steps,
+            keep_iterates=keep_iterates,
         )
 
-    def update(
-        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
+    def take_step(
+        self,
+        params: Params,
+        gradients: Params,
+        state: OptimizerState,
+        meta: Params,
     ) -> tuple[Params, OptimizerState]:
-        return update(self.optimizer, self.options, params, gradients, state, meta)
+        """One step as a pure function; see `InnerLoop.take_step`."""
+        return self._make_step().take(params, gradients, state=state, meta=meta)
 
 
 @dataclass(frozen=True)
-class GradientDescent(_Stepped):
-    """θ_{t+1} = θ_t − η m_{t+1}, m_{t+1} = μ m_t + ∂f/∂θ(θ_t), m_0 = 0 (torch's SGD).
+class GradientDescent(_StepwiseLoop):
+    """θ_{t+1} = θ_t − η m_{t+1} with m_{t+1} = μ m_t + ∂f/∂θ(θ_t) and m_0 = 0 (SGD of torch).
 
     Args:
         steps: T ≥ 1.
-        lr: η, a float, a tensor, or `FromMeta` (scalar, per tensor, or per element).
-        momentum: μ.
-        tol: stop a task once ‖∂f/∂θ‖ ≤ tol; None, never.
+        lr: η, a float, a tensor or `FromMeta` (one number, or one for each tensor or element).
+        momentum: μ, likewise.
+        tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes T steps.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> GradientDescent(steps=10, lr=0.5).updated(lr=0.1)
+        GradientDescent(steps=10, lr=0.1, momentum=0.0, tol=None)
     """
 
     steps: int = 5
@@ -67,29 +81,33 @@ class GradientDescent(_Stepped):
 
     def __post_init__(self) -> None:
         self.check()
-        check_optimizer(torch.optim.SGD, {"lr": self.lr, "momentum": self.momentum})
+        self._make_step()
 
-    @property
-    def optimizer(self) -> type[torch.optim.Optimizer]:  # type: ignore[override]
-        return torch.optim.SGD
-
-    @property
-    def options(self) -> dict[str, Any]:  # type: ignore[override]
-        return {"lr": self.lr, "momentum": self.momentum}
+    def _make_step(self) -> DifferentiableStep:
+        options = {"lr": self.lr, "momentum": self.momentum}
+        return DifferentiableStep(torch.optim.SGD, options)
 
 
 @dataclass(frozen=True, init=False)
-class TorchOptimizer(_Stepped):
-    """An optimiser of `torch.optim` as the inner loop, its whole state part of the graph.
+class TorchOptimizer(_StepwiseLoop):
+    """An optimiser of `torch.optim` as the inner loop. Gradients pass through its whole state.
 
     Args:
-        optimizer: SGD, Adam, AdamW, Adadelta, Adagrad, Adamax or RMSprop, from `torch.optim`.
+        optimizer: `torch.optim.SGD`, `Adam`, `AdamW`, `Adadelta`, `Adagrad`, `Adamax`, `ASGD`,
+            `RMSprop` or `Rprop`.
         steps: T ≥ 1.
-        tol: stop a task once ‖∂f/∂θ‖ ≤ tol; None, never.
-        options: the optimiser's own, each a float, a tensor or `FromMeta` (`lr=0.01, betas=(FromMeta("b1"), 0.999)`).
+        tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes T steps.
+        options: The options of the optimiser, each a float, a tensor or `FromMeta`, as in
+            `lr=0.01, betas=(FromMeta("beta1"), 0.999)`.
 
     Raises:
-        ValueError: an optimiser or an option that does not agree with `torch.optim`, or is out of range.
+        ValueError: The optimiser or an option is not known to agree with `torch.optim`, or a number
+            is out of range.
+
+    Example:
+        >>> loop = TorchOptimizer(torch.optim.Adam, steps=3, lr=0.01)
+        >>> loop.updated(steps=5).options
+        {'lr': 0.01}
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -105,22 +123,27 @@ class TorchOptimizer(_Stepped):
         tol: float | None = None,
         **options: Any,
     ) -> None:
-        for name, value in {
-            "optimizer": optimizer,
-            "steps": steps,
-            "tol": tol,
-            "options": options,
-        }.items():
-            object.__setattr__(self, name, value)
+        # A frozen dataclass allows no plain assignment.
+        object.__setattr__(self, "optimizer", optimizer)
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "tol", tol)
+        object.__setattr__(self, "options", options)
         self.check()
-        check_optimizer(optimizer, options)
+        self._make_step()
+
+    def _make_step(self) -> DifferentiableStep:
+        return DifferentiableStep(self.optimizer, self.options)
 
     @property
     def lr(self) -> Any:
-        """The step size given, or None for the optimiser's own default."""
+        """The step size that was given. If None, it is the default of the optimiser."""
         return self.options.get("lr")
 
     def updated(self, **changes: Any) -> TorchOptimizer:
-        return TorchOptimizer(
-            self.optimizer, **({"steps": self.steps, "tol": self.tol} | self.options | changes)
-        )
+        """A copy of this loop in which `steps`, `tol` or some options have other values.
+
+        Raises:
+            ValueError: An option is unknown, or a value is out of range.
+        """
+        arguments = {"steps": self.steps, "tol": self.tol, **self.options}
+        return TorchOptimizer(self.optimizer, **(arguments | changes))

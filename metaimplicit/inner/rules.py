@@ -1,144 +1,197 @@
-"""One step of each optimiser as a pure function of tensors, `rule(group, state, p, g) -> p`, a line of algebra a line.
+"""One step of each optimiser as a pure function of tensors, `rule(group, state, p, g) -> p`.
 
-`group` holds the options, numbers or tensors; `state` this parameter's own slots, empty before the first step, and is
-filled in place. Every derivative in an option exists where the formula has one, at zero gradients as well.
+`p` is a parameter and `g` its gradient, both `[tasks, *shape]`. `group` holds the options, each a
+number or a tensor. `state` holds the slots of this parameter. It is empty before the first step,
+and a rule fills it in place. The derivative with respect to every option exists wherever the
+formula has one, at zero gradients as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Group = dict[str, Any]
 Slots = dict[str, Any]
-Value = Any  # a tensor: its algebra with slots and options, numbers or tensors, is beyond a type checker
+
+# A tensor. A type checker cannot follow its algebra with options and slots.
+Value = Any
 Rule = Callable[[Group, Slots, Value, Value], Value]
 
 
 def sgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
-    """SGD with momentum; a constant 0 costs nothing."""
-    lr, momentum = group["lr"], group["momentum"]
-    g = _decayed(group, p, g)
+    """SGD with momentum. A constant momentum of 0 costs nothing.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+        >>> sgd(group, {}, torch.tensor([1.0]), torch.tensor([2.0]))
+        tensor([0.8000])
+    """
+    lr = group["lr"]
+    momentum = group["momentum"]
+    g = _add_weight_decay(group, p, g)
     if isinstance(momentum, Tensor) or momentum != 0:
+        # m_t = μ m_{t−1} + (1 − dampening) g_t, but the first step is not dampened: m_1 = g_1.
         dampening = group["dampening"] if "buffer" in state else 0.0
-        state["buffer"] = buffer = momentum * state.get("buffer", 0.0) + (1 - dampening) * g
+        buffer = momentum * state.get("buffer", 0.0) + (1 - dampening) * g
+        state["buffer"] = buffer
         g = g + momentum * buffer if group["nesterov"] else buffer
     return p - lr * g if isinstance(lr, Tensor) else p.add(g, alpha=-lr)
 
 
 def adam(group: Group, state: Slots, p: Value, g: Value) -> Value:
-    """Adam (Kingma & Ba 2015), bias corrections in tensor operations so that β₁ and β₂ have their derivatives."""
-    return _adam(group, state, p, _decayed(group, p, g))
+    """Adam (Kingma & Ba 2015)."""
+    return _adam_step(group, state, p, _add_weight_decay(group, p, g))
 
 
 def adamw(group: Group, state: Slots, p: Value, g: Value) -> Value:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return _adam(group, state, p * (1 - group["lr"] * group["weight_decay"]), g)
+    shrunk = p * (1 - group["lr"] * group["weight_decay"])
+    return _adam_step(group, state, shrunk, g)
 
 
-def _adam(group: Group, state: Slots, p: Value, g: Value) -> Value:
+def _adam_step(group: Group, state: Slots, p: Value, g: Value) -> Value:
     beta1, beta2 = group["betas"]
-    state["step"] = step = state.get("step", 0) + 1
-    state["mean"] = mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
-    state["square"] = square = beta2 * state.get("square", 0.0) + (1 - beta2) * g * g
+    step = _count_step(state)
+    mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
+    state["mean"] = mean
+    square = beta2 * state.get("square", 0.0) + (1 - beta2) * g * g
+    state["square"] = square
     if group["amsgrad"]:
-        state["largest"] = square = torch.maximum(state.get("largest", square), square)
+        square = torch.maximum(state.get("largest", square), square)
+        state["largest"] = square
+    # The bias corrections are powers of β₁ and β₂, so that both have their derivatives.
     scale = _root(square) / (1 - beta2**step) ** 0.5 + group["eps"]
     return p - group["lr"] / (1 - beta1**step) * mean / scale
 
 
 def adadelta(group: Group, state: Slots, p: Value, g: Value) -> Value:
     """Adadelta (Zeiler 2012)."""
-    rho, eps = group["rho"], group["eps"]
-    g = _decayed(group, p, g)
-    state["square"] = square = rho * state.get("square", 0.0) + (1 - rho) * g * g
-    moved = state.get("moved", torch.zeros_like(g))
-    step = (moved + eps).sqrt() / (square + eps).sqrt() * g
-    state["moved"] = rho * moved + (1 - rho) * step * step
+    rho = group["rho"]
+    eps = group["eps"]
+    g = _add_weight_decay(group, p, g)
+    square = rho * state.get("square", 0.0) + (1 - rho) * g * g
+    state["square"] = square
+    squared_steps = state.get("squared_steps", torch.zeros_like(g))
+    step = (squared_steps + eps).sqrt() / (square + eps).sqrt() * g
+    state["squared_steps"] = rho * squared_steps + (1 - rho) * step * step
     return p - group["lr"] * step
 
 
 def adagrad(group: Group, state: Slots, p: Value, g: Value) -> Value:
     """Adagrad (Duchi, Hazan & Singer 2011)."""
-    g = _decayed(group, p, g)
-    state["step"] = step = state.get("step", 0) + 1
-    state["sum"] = total = state.get("sum", group["initial_accumulator_value"]) + g * g
-    return p - group["lr"] / (1 + (step - 1) * group["lr_decay"]) * g / (
-        _root(total) + group["eps"]
-    )
+    g = _add_weight_decay(group, p, g)
+    step = _count_step(state)
+    total = state.get("sum", group["initial_accumulator_value"]) + g * g
+    state["sum"] = total
+    lr = group["lr"] / (1 + (step - 1) * group["lr_decay"])
+    return p - lr * g / (_root(total) + group["eps"])
 
 
 def adamax(group: Group, state: Slots, p: Value, g: Value) -> Value:
     """Adamax (Kingma & Ba 2015, §7.1)."""
     beta1, beta2 = group["betas"]
-    g = _decayed(group, p, g)
-    state["step"] = step = state.get("step", 0) + 1
-    state["mean"] = mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
-    state["norm"] = norm = torch.maximum(
-        beta2 * state.get("norm", torch.zeros_like(g)), g.abs() + group["eps"]
-    )
+    g = _add_weight_decay(group, p, g)
+    step = _count_step(state)
+    mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
+    state["mean"] = mean
+    past = beta2 * state.get("norm", torch.zeros_like(g))
+    norm = torch.maximum(past, g.abs() + group["eps"])
+    state["norm"] = norm
     return p - group["lr"] / (1 - beta1**step) * mean / norm
 
 
 def rmsprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
     """RMSprop (Hinton 2012, lecture 6e), uncentred."""
-    alpha, momentum = group["alpha"], group["momentum"]
-    g = _decayed(group, p, g)
-    state["square"] = square = alpha * state.get("square", 0.0) + (1 - alpha) * g * g
-    state["buffer"] = buffer = momentum * state.get("buffer", 0.0) + g / (
-        _root(square) + group["eps"]
-    )
+    alpha = group["alpha"]
+    g = _add_weight_decay(group, p, g)
+    square = alpha * state.get("square", 0.0) + (1 - alpha) * g * g
+    state["square"] = square
+    scaled = g / (_root(square) + group["eps"])
+    buffer = group["momentum"] * state.get("buffer", 0.0) + scaled
+    state["buffer"] = buffer
     return p - group["lr"] * buffer
 
 
 def asgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
-    """Averaged SGD (Polyak & Juditsky 1992), the iterate itself: the average does not feed back."""
-    g, lr, lambd = _decayed(group, p, g), group["lr"], group["lambd"]
+    """Averaged SGD (Polyak & Juditsky 1992).
+
+    This is the iterate itself. Its average is not computed, because no step depends on it.
+    """
+    lr = group["lr"]
+    lambd = group["lambd"]
+    g = _add_weight_decay(group, p, g)
     eta = state.get("eta", lr)
-    state["step"] = step = state.get("step", 0) + 1
+    step = _count_step(state)
     state["eta"] = lr / (1 + lambd * lr * step) ** group["alpha"]
     return p * (1 - lambd * eta) - eta * g
 
 
 def rprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
-    """Rprop (Riedmiller & Braun 1993): only signs of gradients act, so it is differentiable in lr and θ₀ alone."""
-    (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
-    turn = (g * state.get("previous", torch.zeros_like(g))).sign()
-    factor = torch.where(turn > 0, grow * turn, torch.where(turn < 0, -shrink * turn, 1.0))
+    """Rprop (Riedmiller & Braun 1993).
+
+    It uses the signs of the gradients only, so it has derivatives in lr and θ_0 alone.
+    """
+    shrink, grow = group["etas"]
+    least, most = group["step_sizes"]
+    agreement = (g * state.get("previous", torch.zeros_like(g))).sign()
+    # agreement is 1, 0 or −1; the products with it keep the type of g.
+    smaller = torch.where(agreement < 0, -shrink * agreement, 1.0)
+    factor = torch.where(agreement > 0, grow * agreement, smaller)
     size: Value = state.get("size", group["lr"])
-    state["size"] = size = (size * factor).clamp(least, most)
-    state["previous"] = g = torch.where(turn < 0, 0.0, g)
+    size = (size * factor).clamp(least, most)
+    state["size"] = size
+    # After a change of sign the coordinate rests for one step.
+    g = torch.where(agreement < 0, 0.0, g)
+    state["previous"] = g
     return p - g.sign() * size
 
 
-def _decayed(group: Group, p: Value, g: Value) -> Value:
+def _add_weight_decay(group: Group, p: Value, g: Value) -> Value:
     decay = group["weight_decay"]
     return g + decay * p if isinstance(decay, Tensor) or decay != 0 else g
 
 
+def _count_step(state: Slots) -> int:
+    step: int = state.get("step", 0) + 1
+    state["step"] = step
+    return step
+
+
 def _root(x: Tensor) -> Tensor:
-    """√x whose derivative at 0 is 0, not infinite: a coordinate whose gradient has always been zero stays put."""
+    """√x with the derivative 0 at x = 0, where that of √ is infinite.
+
+    So a coordinate whose gradients have all been zero keeps its value and passes no NaN.
+    """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
-_ADAM = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
-RULES: dict[
-    type[torch.optim.Optimizer], tuple[Rule, frozenset[str]]
-] = {  # and the options held against torch.optim
-    torch.optim.SGD: (sgd, frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"})),
-    torch.optim.Adam: (adam, _ADAM),
-    torch.optim.AdamW: (adamw, _ADAM),
-    torch.optim.Adadelta: (adadelta, frozenset({"lr", "rho", "eps", "weight_decay"})),
-    torch.optim.Adagrad: (
-        adagrad,
-        frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"}),
+class UpdateRule(NamedTuple):
+    """A rule, and the options for which tests compare it with `torch.optim`."""
+
+    step: Rule
+    options: set[str]
+
+
+RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
+    torch.optim.SGD: UpdateRule(
+        sgd, options={"lr", "momentum", "dampening", "weight_decay", "nesterov"}
     ),
-    torch.optim.Adamax: (adamax, frozenset({"lr", "betas", "eps", "weight_decay"})),
-    torch.optim.ASGD: (asgd, frozenset({"lr", "lambd", "alpha", "t0", "weight_decay"})),
-    torch.optim.RMSprop: (rmsprop, frozenset({"lr", "alpha", "eps", "weight_decay", "momentum"})),
-    torch.optim.Rprop: (rprop, frozenset({"lr", "etas", "step_sizes"})),
+    torch.optim.Adam: UpdateRule(adam, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    torch.optim.AdamW: UpdateRule(adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    torch.optim.Adadelta: UpdateRule(adadelta, options={"lr", "rho", "eps", "weight_decay"}),
+    torch.optim.Adagrad: UpdateRule(
+        adagrad,
+        options={"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"},
+    ),
+    torch.optim.Adamax: UpdateRule(adamax, options={"lr", "betas", "eps", "weight_decay"}),
+    torch.optim.ASGD: UpdateRule(asgd, options={"lr", "lambd", "alpha", "t0", "weight_decay"}),
+    torch.optim.RMSprop: UpdateRule(
+        rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum"}
+    ),
+    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}),
 }

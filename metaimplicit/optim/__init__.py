@@ -1,4 +1,4 @@
-"""Second-order optimisers of one model, in the ordinary training loop: `loss = optimizer.step(closure)`."""
+"""Second-order optimisers of one model, for the ordinary loop: `loss = optimizer.step(closure)`."""
 
 from metaimplicit.optim.kfac import KFAC
 from metaimplicit.optim.natural import GaussNewton, NaturalGradient

@@ -1,4 +1,4 @@
-"""One step by a curvature of the whole model, and a damping that learns from it."""
+"""One step with a damped curvature of the whole model, and a damping that learns from it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import GGN, Hessian, Identity
-from metaimplicit.optim.base import (
-    Closure,
-    ReplayedClosure,
-    SecondOrder,
-    check_numbers,
+from metaimplicit.operators import Curvature, Identity
+from metaimplicit.optim.base import SecondOrder
+from metaimplicit.optim.checks import check_nonnegative, check_positive, raise_if
+from metaimplicit.optim.closure import Closure, ReplayedClosure
+from metaimplicit.optim.damping import (
     levenberg_marquardt,
-    raise_if,
-    ratio,
+    predicted_reduction,
+    reduction_ratio,
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers import CG, Dense, Solver
 
-DENSE = 1024  # parameters up to which a factorisation costs less than the products of an iteration
-Curvature = Hessian | GGN
+# Up to here a factorisation is cheaper than the products of CG.
+MAX_DENSE_PARAMETERS = 1024
 
 
 class Damped(SecondOrder):
-    """θ ← θ + δ, δ = −lr (C + λI)⁻¹∇L, with λ after Levenberg and Marquardt.
+    """θ ← θ + δ with δ = −lr (C + λI)⁻¹∇L, where λ follows the rule of Levenberg and Marquardt.
 
-    With the model m(δ) = L + ∇Lᵀδ + ½ δᵀCδ, free of λ, and ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), λ becomes 4λ where
-    ρ < ¼ and ½λ where ρ > ¾ (the rule of trust regions, Nocedal & Wright 2006, Alg. 4.1); where ρ ≤ 0 the step is
-    taken back. L(θ + δ) is one more evaluation of the closure, with the buffers and random numbers of the first.
+    The model of the loss is m(δ) = L + ∇Lᵀδ + ½ δᵀCδ, without λ. With ρ = (L(θ) − L(θ + δ))/(m(0) −
+    m(δ)), λ becomes 4λ if ρ < ¼ and ½λ if ρ > ¾ (Nocedal & Wright 2006, Alg. 4.1). If ρ ≤ 0, the
+    step is taken back. L(θ + δ) costs one more evaluation of the closure.
+
+    Args:
+        model: The model whose parameters that require grad are moved.
+        lr: The length of the step, > 0.
+        damping: λ at the start.
+        adapt_damping: Whether λ follows ρ. If False, λ ≥ 0 is fixed and every step is taken.
+        solver: What solves (C + λI) d = ∇L. If None, `Dense` for up to 1024 parameters, and CG with
+            at most 50 products above.
+        seed: The seed of random numbers, if the subclass draws some.
+
+    Raises:
+        ValueError: A number is out of range, or `solver` is no `Solver`.
     """
 
     def __init__(
@@ -39,93 +50,128 @@ class Damped(SecondOrder):
         *,
         lr: float,
         damping: float,
-        adapt: bool,
+        adapt_damping: bool,
         solver: Solver | None,
         seed: int | None = None,
     ) -> None:
         owner = type(self).__name__
-        check_numbers(owner, above=0, lr=lr)
-        check_numbers(owner, above=0 if adapt else -1, damping=damping)
+        check_positive(owner, lr=lr)
+        if adapt_damping:
+            check_positive(owner, damping=damping)
+        else:
+            check_nonnegative(owner, damping=damping)
         if solver is not None and not isinstance(solver, Solver):
             raise ValueError(
                 f"{owner} solver: got {solver!r}, expected one of metaimplicit.solvers, or None"
             )
-        super().__init__(model, {"lr": lr, "damping": damping, "adapt": adapt}, seed)
-        n = sum(p.numel() for p in self._own.values())
-        self.solver = solver or (Dense() if n <= DENSE else CG(max_steps=50, tol=1e-3))
+        defaults = {"lr": lr, "damping": damping, "adapt_damping": adapt_damping}
+        super().__init__(model, defaults, seed)
+        self.solver = solver or self._default_solver()
+
+    def _default_solver(self) -> Solver:
+        n = sum(p.numel() for p in self._trainable.values())
+        if n <= MAX_DENSE_PARAMETERS:
+            return Dense()
+        return CG(max_steps=50, tol=1e-3)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """One step, on one batch.
+        """Take one step on one batch.
 
         Args:
-            closure: calls the model, and no backward; several times a step, so of the same batch each time.
+            closure: It calls the model, but not `backward`. A step calls it more than once, so it
+                must see the same batch every time.
 
         Returns:
-            The loss before the step, a detached scalar. Its gradient there is left in `.grad`, and ρ in `ratio`.
+            The loss before the step, a detached scalar. The gradient of that loss is in `.grad`,
+            and ρ is in `ratio` if the damping adapts.
 
         Raises:
-            FloatingPointError: the loss, its gradient or the step is not finite; no parameter has moved.
+            FloatingPointError: The loss, its gradient or the step is not finite. No parameter was
+                changed.
+            ValueError: The closure does not return what it should, its result does not depend on
+                the model, or the loss is not of the kind that the optimiser needs.
         """
-        group, evaluate = (
-            self.param_groups[0],
-            ReplayedClosure(self._model, self._closure(closure), self._device),
-        )
-        with torch.enable_grad():
-            try:
-                operator, loss = self._linearise(evaluate)
-            except RuntimeError as error:
-                if "second time" not in str(error):
-                    raise
-                raise ValueError(
-                    "closure: it has used its graph up; call no backward() there, step does"
-                ) from error
+        group = self.param_groups[0]
+        closure = self._check_closure(closure)
+        evaluate = ReplayedClosure(self._model, closure, self._device)
+        operator, loss = self._curvature_and_loss(evaluate)
         g = flatten(operator.gradient).detach()
         raise_if(
-            ~g.isfinite(), f"{type(self).__name__}: the gradient is not finite; nothing was moved"
+            ~g.isfinite(), f"{self._owner}: the gradient is not finite; no parameter was changed"
         )
-        for name, p in self._own.items():
+        for name, p in self._trainable.items():
             p.grad = operator.gradient[name].detach().squeeze(0)
+
         delta = -group["lr"] * self._direction(operator, g, group["damping"])
         raise_if(
             ~delta.isfinite(),
-            f"{type(self).__name__}: the step is not finite; nothing was moved; raise damping",
+            f"{self._owner}: the step is not finite; no parameter was changed; raise damping",
         )
-        parts = unflatten(delta, operator.params)
-        if not group["adapt"]:
-            self._move(parts)
+        change = unflatten(delta, operator.params)
+        if not group["adapt_damping"]:
+            self._add(change)
             return loss
-        predicted = -((g + 0.5 * operator.matvec(delta)) * delta).sum()
-        del operator  # and its graph
-        kept = {name: p.clone() for name, p in self._own.items()}
-        self._move(parts)
-        self.ratio = None
-        try:
-            self.ratio = ratio(
-                torch.stack([loss, self._value(evaluate()), predicted]),
-                torch.finfo(self._dtype).eps,
-            )
-        finally:  # a closure may raise_if the trial point
-            if self.ratio is None or not self.ratio > 0:
-                for name, p in self._own.items():
-                    p.copy_(kept[name])
-        floor = torch.finfo(self._dtype).eps * self.defaults["damping"]
+
+        predicted = predicted_reduction(operator, g, delta)
+        # It holds a graph, which is not needed while the closure is evaluated again.
+        del operator
+        ratio = self._try_change(change, evaluate, loss, predicted=predicted)
         group["damping"] = levenberg_marquardt(
-            group["damping"], self.ratio, easier=0.5, harder=4.0, floor=floor
+            group["damping"],
+            ratio,
+            decrease=0.5,
+            increase=4.0,
+            floor=torch.finfo(self._dtype).eps * self.defaults["damping"],
         )
         return loss
 
-    def _move(self, parts: Params) -> None:
-        for name, p in self._own.items():
-            p.add_(parts[name].squeeze(0))
+    def _curvature_and_loss(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
+        try:
+            with torch.enable_grad():
+                return self._linearise(evaluate)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise ValueError(
+                "closure: it has freed its graph; do not call backward() in it, because step() does"
+            ) from error
+
+    def _try_change(
+        self,
+        change: Params,
+        evaluate: ReplayedClosure,
+        loss: Tensor,
+        *,
+        predicted: Tensor,
+    ) -> float:
+        """Make the change, take it back unless the loss falls, and return ρ."""
+        before = {name: p.clone() for name, p in self._trainable.items()}
+        self._add(change)
+        self.ratio = None
+        try:
+            after = self._loss_of(evaluate())
+            eps = torch.finfo(self._dtype).eps
+            self.ratio = reduction_ratio(loss, after, predicted, eps=eps)
+        finally:  # The closure may raise at the new parameters.
+            if self.ratio is None or not self.ratio > 0:
+                for name, p in self._trainable.items():
+                    p.copy_(before[name])
+        return self.ratio
+
+    def _add(self, change: Params) -> None:
+        for name, p in self._trainable.items():
+            p.add_(change[name].squeeze(0))
 
     @abstractmethod
     def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
-        """C at θ, which knows ∇L, and L."""
+        """C at θ, which knows ∇L, and L, a detached scalar."""
 
     @abstractmethod
-    def _value(self, found: Any) -> Tensor:
-        """L of what the closure returned."""
+    def _loss_of(self, result: Any) -> Tensor:
+        """L, a scalar, from what the closure returned."""
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
-        return self.solver.solve(operator + Identity(operator, damping), g).value
+        """(C + λI)⁻¹ g, `[1, n]`."""
+        shifted = operator + Identity(operator, damping)
+        return self.solver.solve(shifted, g).value

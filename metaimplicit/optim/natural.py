@@ -1,4 +1,4 @@
-"""Gauss–Newton and the natural gradient: curvature through the outputs, positive semi-definite."""
+"""Gauss–Newton and the natural gradient: positive semi-definite curvature through the outputs."""
 
 from __future__ import annotations
 
@@ -7,61 +7,76 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metaimplicit import operators
-from metaimplicit.operators import Expectation, Fisher, Identity, Likelihood
-from metaimplicit.optim.base import Loss, ReplayedClosure, check_likelihood, check_loss
-from metaimplicit.optim.damped import Curvature, Damped
+from metaimplicit.operators import (
+    GGN,
+    Curvature,
+    Expectation,
+    Fisher,
+    Identity,
+    Likelihood,
+)
+from metaimplicit.optim.base import BatchLoss, Loss
+from metaimplicit.optim.checks import check_likelihood, check_loss, check_scalar
+from metaimplicit.optim.closure import ReplayedClosure
+from metaimplicit.optim.damped import Damped
 from metaimplicit.solvers import Solver
 
 
-class _Generalised(Damped):
-    """A curvature through the outputs: positive semi-definite."""
+class _GeneralisedGaussNewton(Damped):
+    """A damped step with C = Jᵀ C_z J, where J = ∂z/∂θ and C_z is a curvature in the outputs z."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        *,
-        lr: float,
-        damping: float,
-        adapt: bool,
-        solver: Solver | None,
-        **more: Any,
-    ) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
         check_loss(type(self).__name__, loss)
-        super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver, **more)
+        super().__init__(model, **options)
         self.loss = loss
 
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[operators.GGN, Tensor]:
-        outputs, loss, seen = self._split(evaluate, self.loss)
-        operator = self._curvature(outputs, loss)
-        return operator, seen["loss"]
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
+        batch = BatchLoss(self, evaluate, self.loss)
+        operator = self._make_curvature(batch)
+        return operator, batch.value
 
     @abstractmethod
-    def _curvature(self, outputs: Any, loss: Any) -> operators.GGN: ...
+    def _make_curvature(self, batch: BatchLoss) -> Curvature: ...
 
-    def _value(self, found: Any) -> Tensor:
-        z, targets = self._pair(found)
-        return self._scalar(self.loss(z, targets), "loss")
+    def _loss_of(self, result: Any) -> Tensor:
+        outputs, targets = self._unpack(result)
+        return check_scalar(self.loss(outputs, targets), "loss")
 
 
-class GaussNewton(_Generalised):
-    """θ ← θ − lr (G + λI)⁻¹∇L with G = Jᵀ (∂²ℓ/∂z²) J, z the outputs, J = ∂z/∂θ (Schraudolph 2002).
+class GaussNewton(_GeneralisedGaussNewton):
+    """θ ← θ − lr (G + λI)⁻¹∇L with G = Jᵀ (∂²ℓ/∂z²) J and J = ∂z/∂θ (Schraudolph 2002).
 
-    λ follows ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), m(δ) = L + ∇Lᵀδ + ½ δᵀGδ: 4λ where ρ < ¼, ½λ where ρ > ¾; where ρ ≤ 0
-    the step is taken back. For ½‖z − y‖² this is the method of Levenberg (1944) and Marquardt (1963).
+    z are the outputs of the model and ℓ is the loss as a function of them. For ½‖z − y‖² this is
+    the method of Levenberg (1944) and Marquardt (1963).
+
+    The model of the loss is m(δ) = L + ∇Lᵀδ + ½ δᵀGδ. With ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), λ
+    becomes 4λ if ρ < ¼ and ½λ if ρ > ¾. If ρ ≤ 0, the step is taken back.
 
     Args:
-        model: whose parameters that require grad are moved.
-        loss: `(outputs, targets) -> scalar`, the mean over examples of one convex in the outputs.
-        lr: length of the step, > 0.
-        damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken.
-        solver: None for `Dense` up to 1024 parameters and CG of at most 50 products above.
+        model: The model whose parameters that require grad are moved.
+        loss: `(outputs, targets) -> scalar`, the mean over examples of a loss that is convex in the
+            outputs.
+        lr: The length of the step, > 0.
+        damping: λ at the start. The present one is `param_groups[0]["damping"]`.
+        adapt_damping: Whether λ follows ρ, which costs one more evaluation of the closure. If
+            False, λ ≥ 0 is fixed and every step is taken.
+        solver: What solves with G + λI. If None, `Dense` for up to 1024 parameters, and CG with at
+            most 50 products above.
 
     Raises:
-        ValueError: a number out of range; on a step, a closure that is none of `closure() -> (outputs, targets)`, or a
-            loss that is not scalar, or seen not to be convex.
+        ValueError: A number is out of range, the loss is no function, or the model has no
+            parameters in single or double precision.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> model = nn.Linear(1, 1)
+        >>> optimizer = GaussNewton(model, nn.functional.mse_loss, damping=1e-6)
+        >>> for _ in range(2):
+        ...     loss = optimizer.step(lambda: (model(x), 3 * x))
+        >>> abs(model.weight.item() - 3) < 1e-3
+        True
     """
 
     def __init__(
@@ -71,52 +86,77 @@ class GaussNewton(_Generalised):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         solver: Solver | None = None,
     ) -> None:
-        super().__init__(model, loss, lr=lr, damping=damping, adapt=adapt, solver=solver)
+        super().__init__(
+            model,
+            loss,
+            lr=lr,
+            damping=damping,
+            adapt_damping=adapt_damping,
+            solver=solver,
+        )
 
-    def _curvature(self, outputs: Any, loss: Any) -> operators.GGN:
-        return operators.GGN(outputs, loss, self._leaves())
+    def _make_curvature(self, batch: BatchLoss) -> Curvature:
+        return GGN(batch.outputs, batch.loss, self._task_params())
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         solution = self.solver.solve(operator + Identity(operator, damping), g)
-        if isinstance(operator, operators.GGN) and bool(
-            (solution.rayleigh < 0.999 * damping).any()
-        ):
+        # λ is the smallest eigenvalue that G + λI can have if the loss is convex.
+        if bool((solution.rayleigh < 0.999 * damping).any()):
             try:
                 operator.check_convex()
             except ValueError as error:
                 raise ValueError(
-                    "GaussNewton loss: got one not convex in the outputs; use Newton"
+                    "GaussNewton loss: got one that is not convex in the outputs; use Newton"
                 ) from error
         return solution.value
 
 
-class NaturalGradient(_Generalised):
-    """θ ← θ − lr (F + λI)⁻¹∇L with F = E[∇log p ∇log pᵀ] of p(y|z), the Fisher matrix (Amari 1998; Martens 2020).
+class NaturalGradient(_GeneralisedGaussNewton):
+    """θ ← θ − lr (F + λI)⁻¹∇L with the Fisher matrix F = E[∇log p ∇log pᵀ] of p(y|z).
 
-    At λ = 0 and a small lr the step is the same in any coordinates of the parameters. λ follows ρ = (L(θ) − L(θ + δ))/
-    (m(0) − m(δ)), m(δ) = L + ∇Lᵀδ + ½ δᵀFδ: 4λ where ρ < ¼, ½λ where ρ > ¾; where ρ ≤ 0 the step is taken back.
+    z are the outputs of the model (Amari 1998; Martens 2020). With λ = 0 and a small lr, the step
+    is the same in all coordinates of the parameters.
+
+    The model of the loss is m(δ) = L + ∇Lᵀδ + ½ δᵀFδ. With ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), λ
+    becomes 4λ if ρ < ¼ and ½λ if ρ > ¾. If ρ ≤ 0, the step is taken back.
 
     Args:
-        model: whose parameters that require grad are moved.
-        loss: `(outputs, targets) -> scalar`, the mean of −log p over examples: of outputs `[m, …, d]`, cross-entropy
-            over the last axis, or for `"gaussian"` ½ Σ_d (z − y)², which is d/2 times `F.mse_loss`.
-        lr: length of the step, > 0.
-        damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken.
-        likelihood: p(y|z), `"softmax"`, or `"gaussian"` of unit variance.
-        expectation: over y, `"exact"`; `"monte-carlo"`, of one draw for each example; or `"empirical"`, the targets.
-        solver: None for `Dense` up to 1024 parameters and CG of at most 50 products above.
-        seed: of the draws.
+        model: The model whose parameters that require grad are moved. Its outputs are `[m, …, d]`.
+        loss: `(outputs, targets) -> scalar`, the mean of −log p over examples. For `"softmax"` it
+            is cross-entropy over the last axis. For `"gaussian"` it is ½ Σ_d (z − y)², which is d/2
+            times `F.mse_loss`.
+        lr: The length of the step, > 0.
+        damping: λ at the start. The present one is `param_groups[0]["damping"]`.
+        adapt_damping: Whether λ follows ρ, which costs one more evaluation of the closure. If
+            False, λ ≥ 0 is fixed and every step is taken.
+        likelihood: p(y|z), `"softmax"`, or `"gaussian"` with unit variance.
+        expectation: The expectation over y: `"exact"`; `"monte-carlo"`, with one draw for each
+            example; or `"empirical"`, with the targets in the place of y.
+        solver: What solves with F + λI. If None, `Dense` for up to 1024 parameters, and CG with at
+            most 50 products above.
+        seed: The seed of the draws.
 
     Raises:
-        ValueError: a number out of range; on a step, a closure that is none of `closure() -> (outputs, targets)`, or a
-            loss that is not scalar.
+        ValueError: A number is out of range, the loss does not fit the likelihood, or the model has
+            no parameters in single or double precision.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.tensor([[-1.0], [1.0], [2.0]])
+        >>> y = torch.tensor([0, 1, 0])
+        >>> model = nn.Linear(1, 2)
+        >>> optimizer = NaturalGradient(model, nn.functional.cross_entropy)
+        >>> losses = [optimizer.step(lambda: (model(x), y)).item() for _ in range(2)]
+        >>> losses[1] < losses[0]
+        True
     """
 
-    axes = 2
+    min_output_dims = 2
+    likelihood: Likelihood
 
     def __init__(
         self,
@@ -125,23 +165,33 @@ class NaturalGradient(_Generalised):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         likelihood: Likelihood = "softmax",
         expectation: Expectation = "exact",
         solver: Solver | None = None,
         seed: int = 0,
     ) -> None:
-        check_likelihood("NaturalGradient", loss, likelihood, expectation)
-        super().__init__(model, loss, lr=lr, damping=damping, adapt=adapt, solver=solver, seed=seed)
+        check_likelihood("NaturalGradient", loss, likelihood, expectation=expectation)
+        super().__init__(
+            model,
+            loss,
+            lr=lr,
+            damping=damping,
+            adapt_damping=adapt_damping,
+            solver=solver,
+            seed=seed,
+        )
         self.likelihood = likelihood
         self.expectation: Expectation = expectation
 
-    def _curvature(self, outputs: Any, loss: Any) -> Fisher:
+    def _make_curvature(self, batch: BatchLoss) -> Curvature:
+        samples = self.expectation == "monte-carlo"
+        generator = self._make_generator() if samples else None
         return Fisher(
-            outputs,
-            loss,
-            self._leaves(),
+            batch.outputs,
+            batch.loss,
+            self._task_params(),
             likelihood=self.likelihood,
             expectation=self.expectation,
-            generator=self._generator() if self.expectation == "monte-carlo" else None,
+            generator=generator,
         )

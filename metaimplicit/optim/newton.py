@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import Hessian, Identity, LinearOperator
-from metaimplicit.optim.base import ReplayedClosure
-from metaimplicit.optim.damped import Curvature, Damped
+from metaimplicit.operators import Curvature, Hessian, Identity, LinearOperator
+from metaimplicit.optim.checks import check_dependence, check_finite, check_scalar
+from metaimplicit.optim.closure import ReplayedClosure
+from metaimplicit.optim.damped import Damped
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
 
@@ -30,7 +31,7 @@ class Newton(Damped):
         model: whose parameters that require grad are moved.
         lr: length of the step, > 0.
         damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken, and
+        adapt_damping: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken, and
             with λ = 0 one solves a convex quadratic.
         solver: None, by the number of parameters.
 
@@ -38,7 +39,7 @@ class Newton(Damped):
         ValueError: a number out of range; on a step, a closure that is none of `closure() -> scalar loss`.
     """
 
-    wants = "closure() -> scalar loss, as in step(lambda: loss(model(x), y))"
+    closure_signature = "closure() -> scalar loss, as in step(lambda: loss(model(x), y))"
 
     def __init__(
         self,
@@ -46,24 +47,25 @@ class Newton(Damped):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         solver: Solver | None = None,
     ) -> None:
-        super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver)
+        super().__init__(model, lr=lr, damping=damping, adapt_damping=adapt_damping, solver=solver)
 
     def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor]:
         seen: list[Tensor] = []
 
         def loss(params: Params) -> Tensor:
-            value = self._value(evaluate({name: p.squeeze(0) for name, p in params.items()}))
-            self._finite(value)
-            seen.append(self._differentiable(value, "closure").detach())
+            value = self._loss_of(evaluate({name: p.squeeze(0) for name, p in params.items()}))
+            check_finite(self._owner, value)
+            check_dependence(value, self._trainable, source="closure")
+            seen.append(value.detach())
             return value.unsqueeze(0)
 
-        return Hessian(loss, self._leaves()), seen[0]
+        return Hessian(loss, self._task_params()), seen[0]
 
-    def _value(self, found: Any) -> Tensor:
-        return self._scalar(found, "closure")
+    def _loss_of(self, result: Any) -> Tensor:
+        return check_scalar(result, "closure")
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         if isinstance(self.solver, Dense):

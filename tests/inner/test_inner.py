@@ -1,4 +1,4 @@
-"""Inner loops against `torch.optim`, and what they do at zero gradients, at a tolerance, without a graph."""
+"""Inner loops against `torch.optim`; at zero gradients, at a tolerance, and without a graph."""
 
 import gc
 import weakref
@@ -7,9 +7,18 @@ import pytest
 import torch
 from oracles import randn, relative_error, symmetric
 
-from metaimplicit import BilevelProblem, FromMeta, GradientDescent, TorchOptimizer, hypergradient
+from metaimplicit import (
+    BilevelProblem,
+    FromMeta,
+    GradientDescent,
+    TorchOptimizer,
+    hypergradient,
+)
+from metaimplicit.inner import LBFGS
 
-TASKS, N, STEPS = 3, 5, 12
+TASKS = 3
+N = 5
+STEPS = 12
 H = symmetric([[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]])
 B = randn(TASKS, N, seed=1)
 START = {"a": randn(TASKS, 2, seed=2), "b": randn(TASKS, 3, seed=3)}
@@ -17,11 +26,8 @@ START = {"a": randn(TASKS, 2, seed=2), "b": randn(TASKS, 3, seed=3)}
 
 def loss(params, _=0):
     theta = torch.cat([params["a"], params["b"]], dim=1)
-    return (
-        0.5 * torch.einsum("ti,tij,tj->t", theta, H, theta)
-        - (theta * B).sum(1)
-        + 0.1 * theta.sin().sum(1)
-    )
+    quadratic = 0.5 * torch.einsum("ti,tij,tj->t", theta, H, theta)
+    return quadratic - (theta * B).sum(1) + 0.1 * theta.sin().sum(1)
 
 
 OPTIMIZERS = [
@@ -49,6 +55,11 @@ OPTIMIZERS = [
     (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "weight_decay": 0.1}),
     (torch.optim.Rprop, {"lr": 0.01, "etas": (0.4, 1.3), "step_sizes": (1e-4, 0.1)}),
 ]
+LEARNABLE = [(cls, options) for cls, options in OPTIMIZERS if cls is not torch.optim.Rprop]
+
+
+def name_of(parameter):
+    return getattr(parameter, "__name__", str(parameter))
 
 
 def torch_steps(optimizer, options, steps):
@@ -61,35 +72,30 @@ def torch_steps(optimizer, options, steps):
     return params
 
 
-@pytest.mark.parametrize("track", [0, 5, STEPS])
-@pytest.mark.parametrize(
-    ("optimizer", "options"), OPTIMIZERS, ids=lambda x: getattr(x, "__name__", str(x))
-)
-def test_steps_are_those_of_torch(optimizer, options, track):
-    end = TorchOptimizer(optimizer, steps=STEPS, **options).run(loss, START, {}, track=track).params
+@pytest.mark.parametrize("differentiated_steps", [0, 5, STEPS])
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS, ids=name_of)
+def test_steps_are_those_of_torch(optimizer, options, differentiated_steps):
+    loop = TorchOptimizer(optimizer, steps=STEPS, **options)
+    end = loop.run(loss, START, {}, differentiated_steps=differentiated_steps).params
+    # torch keeps the step size of ASGD in float32.
+    tolerance = 1e-6 if optimizer is torch.optim.ASGD else 1e-12
     for name, p in torch_steps(optimizer, options, STEPS).items():
-        # torch keeps ASGD's step size in float32
-        assert relative_error(end[name].detach(), p.detach()) < (
-            1e-6 if optimizer is torch.optim.ASGD else 1e-12
-        )
+        assert relative_error(end[name].detach(), p.detach()) < tolerance
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_gradient_descent_is_torch_sgd(momentum):
-    end = GradientDescent(steps=STEPS, lr=0.05, momentum=momentum).run(loss, START, {}, track=0)
-    for name, p in torch_steps(torch.optim.SGD, {"lr": 0.05, "momentum": momentum}, STEPS).items():
+def test_gradient_descent_is_the_sgd_of_torch(momentum):
+    loop = GradientDescent(steps=STEPS, lr=0.05, momentum=momentum)
+    end = loop.run(loss, START, {}, differentiated_steps=0)
+    options = {"lr": 0.05, "momentum": momentum}
+    for name, p in torch_steps(torch.optim.SGD, options, STEPS).items():
         assert relative_error(end.params[name], p.detach()) < 1e-13
     assert end.steps.tolist() == [STEPS] * TASKS
 
 
-LEARNABLE = [(o, x) for o, x in OPTIMIZERS if o is not torch.optim.Rprop]
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "options"), LEARNABLE, ids=lambda x: getattr(x, "__name__", str(x))
-)
-def test_zero_gradients_do_not_make_nan(optimizer, options):
-    """A coordinate no loss ever touches: every optimiser divides by √0 there, or differentiates it."""
+@pytest.mark.parametrize(("optimizer", "options"), LEARNABLE, ids=name_of)
+def test_a_coordinate_with_zero_gradients_has_a_finite_hypergradient(optimizer, options):
+    """Every optimiser divides by √0 there, or differentiates it."""
     problem = BilevelProblem(
         init=lambda meta, data: {"theta": meta["start"]},
         inner_loss=lambda params, meta, data: params["theta"][0] ** 2 * data,
@@ -99,90 +105,100 @@ def test_zero_gradients_do_not_make_nan(optimizer, options):
         "start": torch.tensor([1.0, 0.0], dtype=torch.float64),
         "lr": torch.tensor(0.1, dtype=torch.float64),
     }
+    data = torch.tensor(1.0, dtype=torch.float64)
     inner = TorchOptimizer(optimizer, steps=3, **(options | {"lr": FromMeta("lr")}))
-    grads = hypergradient(
-        problem, meta, torch.tensor(1.0).double(), inner=inner, method="unrolled"
-    ).grads
+    grads = hypergradient(problem, meta, data, inner=inner, method="unrolled").grads
     assert grads["start"].isfinite().all()
     assert grads["lr"].isfinite()
     assert grads["start"][1] == 0
 
 
-def test_tolerance_stops_each_task_by_itself():
-    free = GradientDescent(steps=1500, lr=0.1).run(loss, START, {}, track=0, keep=True)
-    stopped = GradientDescent(steps=1500, lr=0.1, tol=1e-3).run(loss, START, {}, track=0, keep=True)
+@pytest.mark.slow
+def test_a_tolerance_stops_each_task_by_itself():
+    def run(tol):
+        loop = GradientDescent(steps=1500, lr=0.1, tol=tol)
+        return loop.run(loss, START, {}, differentiated_steps=0, keep_iterates=True)
+
+    free = run(None)
+    stopped = run(1e-3)
     assert len(set(stopped.steps.tolist())) == TASKS
-    assert (
-        len(stopped.iterates) == int(stopped.steps.max()) + 2 < 1501
-    )  # θ₀, the steps, and the look that ended it
+    # The iterates are θ_0, one for each step, and one for the gradient that ended the loop.
+    assert len(stopped.iterates) == int(stopped.steps.max()) + 2 < 1501
     for task, steps in enumerate(stopped.steps.tolist()):
-        point = {name: free.iterates[steps][name][task] for name in START}
         for name in START:
-            assert torch.equal(stopped.params[name][task], point[name])
-        norms = [gradient_norm(free.iterates[t])[task] for t in (steps - 1, steps)]
-        assert norms[1] <= 1e-3 < norms[0]
+            expected = free.iterates[steps][name][task]
+            assert torch.equal(stopped.params[name][task], expected)
+        before = gradient_norm(free.iterates[steps - 1])[task]
+        after = gradient_norm(free.iterates[steps])[task]
+        assert after <= 1e-3 < before
     assert (stopped.gradient_norm <= 1e-3).all()
 
 
 def gradient_norm(params):
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    return torch.cat(torch.autograd.grad(loss(leaves).sum(), list(leaves.values())), dim=1).norm(
-        dim=1
+    gradients = torch.autograd.grad(loss(leaves).sum(), list(leaves.values()))
+    return torch.cat(gradients, dim=1).norm(dim=1)
+
+
+def test_a_stopped_task_keeps_the_derivative_of_the_steps_it_took():
+    problem = BilevelProblem(
+        init=lambda meta, data: {"theta": meta["start"]},
+        inner_loss=lambda params, meta, data: (
+            0.5 * params["theta"] @ data[0] @ params["theta"] - params["theta"] @ data[1]
+        ),
+        outer_loss=lambda params, meta, data: params["theta"].sum(),
     )
-
-
-def test_a_stopped_task_keeps_the_derivative_of_its_own_steps():
-    def problem(task):
-        return BilevelProblem(
-            init=lambda meta, data: {"theta": meta["start"]},
-            inner_loss=lambda params, meta, data: (
-                0.5 * params["theta"] @ data[0] @ params["theta"] - params["theta"] @ data[1]
-            ),
-            outer_loss=lambda params, meta, data: params["theta"].sum(),
-        )
-
     meta = {"start": randn(N, seed=4)}
     batch = hypergradient(
-        problem(0),
+        problem,
         meta,
         (H, B),
         inner=GradientDescent(steps=300, lr=0.1, tol=1e-2),
         method="unrolled",
         batched=True,
     )
-    each = [
-        hypergradient(
-            problem(i),
-            meta,
-            (H[i], B[i]),
-            inner=GradientDescent(steps=int(s), lr=0.1),
-            method="unrolled",
-        ).grads["start"]
-        for i, s in enumerate(batch.report.inner_steps)
-    ]
-    assert relative_error(batch.grads["start"], torch.stack(each).mean(0)) < 1e-12
+    gradients = []
+    for task, steps in enumerate(batch.report.inner_steps.tolist()):
+        inner = GradientDescent(steps=steps, lr=0.1)
+        data = (H[task], B[task])
+        alone = hypergradient(problem, meta, data, inner=inner, method="unrolled")
+        gradients.append(alone.grads["start"])
+    assert relative_error(batch.grads["start"], torch.stack(gradients).mean(0)) < 1e-12
 
 
-def test_untracked_steps_leave_no_graph():
-    """The optimiser's state must not chain the steps together when nothing is tracked."""
+def test_a_loop_that_stops_before_its_differentiated_steps_is_the_identity_in_its_start():
+    start = {name: p.clone().requires_grad_() for name, p in START.items()}
+    loop = GradientDescent(steps=400, lr=0.1, tol=0.5)
+    end = loop.run(loss, start, {}, differentiated_steps=2)
+    assert (end.steps < 398).all()
+    total = sum(p.sum() for p in end.params.values())
+    for gradient in torch.autograd.grad(total, list(start.values())):
+        assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_undifferentiated_steps_leave_no_graph():
+    """Without differentiated steps, the optimiser's state must not chain the steps together."""
     seen = []
 
-    def watched(params, t):
+    def recorded(params, t):
         seen.append(weakref.ref(params["a"]))
         return loss(params)
 
-    TorchOptimizer(torch.optim.SGD, steps=6, lr=0.1, momentum=0.9, weight_decay=0.1).run(
-        watched, START, {}, track=0
-    )
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    loop = TorchOptimizer(torch.optim.SGD, steps=6, **options)
+    trajectory = loop.run(recorded, START, {}, differentiated_steps=0)
     gc.collect()
-    assert [ref() for ref in seen] == [None] * 6
+    assert [reference() for reference in seen] == [None] * 6
+    assert not trajectory.state["a"]["buffer"].requires_grad
 
 
-def test_bad_loops_are_refused():
-    cases = [
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
         (lambda: GradientDescent(steps=0), "steps: got 0, expected at least 1"),
         (lambda: GradientDescent(tol=0.0), "tol: got 0.0, expected a gradient norm > 0"),
         (lambda: GradientDescent(lr=-0.1), "Invalid learning rate"),
+        (lambda: LBFGS(history=0), "LBFGS history: got 0, expected at least 1 pair"),
         (lambda: TorchOptimizer(torch.optim.LBFGS), "expected one of torch.optim's ASGD, Adadelta"),
         (
             lambda: TorchOptimizer(torch.optim.SGD, lr=0.1, maximize=True),
@@ -194,15 +210,46 @@ def test_bad_loops_are_refused():
             r"RMSprop options: got \['centered'\]",
         ),
         (lambda: TorchOptimizer(torch.optim.Adam, betas=(1.5, 0.9)), "Invalid beta"),
-    ]
-    for make, message in cases:
-        with pytest.raises(ValueError, match=message):
-            make()
+    ],
+)
+def test_numbers_and_options_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
-def test_loops_can_be_changed():
+def test_a_changed_copy_keeps_the_other_numbers():
     loop = TorchOptimizer(torch.optim.Adam, steps=3, lr=0.1, eps=1e-3)
     changed = loop.updated(steps=7, lr=0.2)
     assert (changed.steps, changed.lr, changed.options["eps"]) == (7, 0.2, 1e-3)
     assert (loop.steps, loop.lr) == (3, 0.1)
     assert GradientDescent(steps=2, lr=0.3).updated(steps=5) == GradientDescent(steps=5, lr=0.3)
+
+
+def test_lbfgs_takes_gradients_in_any_memory_layout():
+    """torch views `.grad` as a vector, and these gradients are slices of a larger tensor."""
+    end = LBFGS(steps=200, tol=1e-6).run(loss, START, {}, differentiated_steps=0)
+    assert (gradient_norm(end.params) <= 1e-6).all()
+
+
+def test_lbfgs_without_a_solution_returns_the_point_with_the_lowest_loss():
+    """Rosenbrock's valley, where a line search may end at a point that is not the best."""
+
+    def rosenbrock(params, _):
+        x, y = params["x"].unbind(1)
+        return 100 * (y - x**2) ** 2 + (1 - x) ** 2
+
+    start = {"x": torch.tensor([[-1.2, 1.0]], dtype=torch.float64)}
+    last_is_best = []
+    for steps in range(1, 21):
+        losses = []
+
+        def recorded(params, t, losses=losses):
+            value = rosenbrock(params, t)
+            losses.append(value.item())
+            return value
+
+        end = LBFGS(steps=steps, tol=1e-12).run(recorded, start, {}, differentiated_steps=0)
+        assert len(losses) == steps == int(end.steps)
+        assert rosenbrock(end.params, 0).item() == min(losses)
+        last_is_best.append(losses[-1] == min(losses))
+    assert not all(last_is_best)

@@ -1,0 +1,92 @@
+"""A closure that can be called again, as a function of the model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Closure = Callable[[], Any]
+
+
+class ReplayedClosure:
+    """A closure as a function of the model's parameters. Every call repeats the first one.
+
+    The first call runs with the model's buffers and the global random generators, and leaves them
+    as a forward pass does. Later calls run with the buffers and the random numbers that the first
+    call began with, and change neither. So dropout draws one mask for all evaluations of a step.
+
+    Args:
+        model: The model that the closure calls.
+        closure: A function without arguments.
+        device: The device of the parameters. Its random numbers are replayed beside the CPU's.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+        >>> replay = ReplayedClosure(model, lambda: model(torch.ones(1, 4)), torch.device("cpu"))
+        >>> torch.equal(replay(), replay())  # one mask
+        True
+        >>> replay({"0.weight": torch.zeros(3, 4), "0.bias": torch.zeros(3)})
+        tensor([[0., 0., 0.]])
+    """
+
+    def __init__(self, model: nn.Module, closure: Closure, device: torch.device) -> None:
+        self._module = _ClosureModule(model, closure)
+        self._device = device
+        self._was_called = False
+        self._buffers = {f"model.{name}": b.clone() for name, b in model.named_buffers()}
+        self._random_state = _RandomState.read(device)
+
+    def __call__(self, params: Mapping[str, Tensor] | None = None) -> Any:
+        """What the closure returns.
+
+        Args:
+            params: Tensors to use as the model's parameters, `{name: [*shape]}`. A parameter that
+                is not among them is the model's own. If None, all are.
+        """
+        swapped = {f"model.{name}": p for name, p in (params or {}).items()}
+        if not self._was_called:
+            self._was_called = True
+            return torch.func.functional_call(self._module, swapped, ())
+
+        swapped |= {name: b.clone() for name, b in self._buffers.items()}
+        current = _RandomState.read(self._device)
+        self._random_state.restore()
+        try:
+            return torch.func.functional_call(self._module, swapped, ())
+        finally:
+            current.restore()
+
+
+class _ClosureModule(nn.Module):
+    """A module around the model that calls the closure, so that parameters can be swapped in it."""
+
+    def __init__(self, model: nn.Module, closure: Closure) -> None:
+        super().__init__()
+        self.model = model
+        self.closure = closure
+
+    def forward(self) -> Any:
+        return self.closure()
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """The states of the global generators, of the CPU and of one CUDA device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def read(cls, device: torch.device) -> _RandomState:
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda, device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)

@@ -1,0 +1,153 @@
+"""The layers of a model that have Kronecker factors, and what a forward pass records of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from metaimplicit.operators.kronecker import is_supported
+from metaimplicit.params import Params
+
+ADVICE = "use optim.GaussNewton, or freeze it (requires_grad_(False))"
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """A layer whose block of the Fisher matrix is G ⊗ A.
+
+    Attributes:
+        module: The layer.
+        weight: The name of its weight in the model.
+        bias: The name of its bias, if it has one that requires grad.
+    """
+
+    module: nn.Linear | nn.Conv2d
+    weight: str
+    bias: str | None
+
+
+def find_factored_layers(
+    model: nn.Module, trainable: Mapping[str, Tensor], *, others: str
+) -> dict[str, FactoredLayer]:
+    """The layers of a model that have Kronecker factors, by name.
+
+    Args:
+        model: The model.
+        trainable: Its parameters that require grad, by name.
+        others: What happens if a parameter is in no such layer. With `"raise"` that is an error,
+            with `"gradient"` it is left out.
+
+    Raises:
+        ValueError: Two layers share a parameter, there is no layer with factors, or a parameter is
+            in no such layer and `others` is `"raise"`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1, bias=False))
+        >>> layers = find_factored_layers(model, dict(model.named_parameters()), others="raise")
+        >>> [(layer.weight, layer.bias) for layer in layers.values()]
+        [('0.weight', '0.bias'), ('2.weight', None)]
+    """
+    layers: dict[str, FactoredLayer] = {}
+    paths: dict[int, str] = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        keys = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if not keys:
+            continue
+        for key in keys:
+            path = f"{prefix}{key}"
+            first_path = paths.setdefault(id(module.get_parameter(key)), path)
+            if first_path != path:
+                raise ValueError(
+                    f"KFAC: {first_path!r} and {path!r} are one parameter of two layers; {ADVICE}"
+                )
+        objection = _objection(module, keys)
+        if objection and others == "raise":
+            raise ValueError(
+                f"KFAC: layer {name!r} ({type(module).__name__}): {objection}; {ADVICE}, or give "
+                "it the plain gradient with others='gradient'"
+            )
+        if not objection and isinstance(module, (nn.Linear, nn.Conv2d)):
+            bias = f"{prefix}bias" if f"{prefix}bias" in trainable else None
+            layers[name] = FactoredLayer(module, f"{prefix}weight", bias)
+    if not layers:
+        raise ValueError(
+            f"KFAC model: got no linear or 2-d convolutional layer that requires grad; {ADVICE}"
+        )
+    return layers
+
+
+def _objection(module: nn.Module, keys: list[str]) -> str:
+    """Why a layer with these parameters has no factors, or nothing if it has some."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return (
+            "a recurrent layer uses its weights at every time step, so its block of F is no G ⊗ A"
+        )
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return "only linear and 2-d convolutional layers have a block G ⊗ A here"
+    if not is_supported(module):
+        return (
+            "it is grouped, or its padding is not a number of zeros, "
+            "or its class defines another forward"
+        )
+    unknown = sorted(set(keys) - {"weight", "bias"})
+    if unknown:
+        return f"{unknown[0]!r} is neither the weight nor the bias of such a layer"
+    if "weight" not in keys:
+        return f"{keys[0]!r} requires grad without a weight that does"
+    return ""
+
+
+@dataclass(frozen=True)
+class LayerRecording:
+    """What a forward pass leaves for the factors; `record` is the callback of `record_layers`.
+
+    Attributes:
+        inputs: The input of each layer, `{layer: [m, …]}`.
+        edges: Where each layer's output stands in the graph. An edge serves where the tensor would
+            not, because an activation may change that in place.
+    """
+
+    inputs: Params = field(default_factory=dict)
+    edges: dict[str, GradientEdge] = field(default_factory=dict)
+
+    def record(self, name: str, layer_input: Tensor, output: Tensor) -> None:
+        """Note the input and the output of the layer `name`."""
+        self.inputs[name] = layer_input.detach()
+        if output.requires_grad:
+            self.edges[name] = get_gradient_edge(output)
+
+    def output_gradients(self, outputs: Tensor, scores: Tensor) -> dict[str, Tensor]:
+        """The gradients of sᵀ outputs in each layer's output, for each s of `scores`.
+
+        Args:
+            outputs: The model's outputs, with their graph, which is retained.
+            scores: `[count, *outputs.shape]`.
+
+        Returns:
+            `{layer: [count, m, …]}`.
+
+        Raises:
+            ValueError: The outputs do not depend on a layer.
+        """
+        is_batched = len(scores) > 1
+        gradients = torch.autograd.grad(
+            outputs,
+            list(self.edges.values()),
+            scores if is_batched else scores[0],
+            is_grads_batched=is_batched,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        output_gradients = {}
+        for name, gradient in zip(self.edges, gradients, strict=True):
+            if gradient is not None:
+                output_gradients[name] = gradient if is_batched else gradient.unsqueeze(0)
+        unused = [name for name in self.inputs if name not in output_gradients]
+        if unused:
+            raise ValueError(f"KFAC: the outputs do not depend on layer {unused[0]!r}; {ADVICE}")
+        return output_gradients

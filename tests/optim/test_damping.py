@@ -1,0 +1,160 @@
+"""The ratio of actual to predicted reduction, and the damping that follows it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import randn, relative_error, symmetric
+from second_order import LABELS, Point, X
+from torch import nn
+
+from metaimplicit.optim import KFAC, GaussNewton, Newton
+from metaimplicit.optim.damping import levenberg_marquardt, reduction_ratio
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def ratio(*losses):
+    return reduction_ratio(*torch.tensor(losses, dtype=torch.float64), eps=EPS)
+
+
+def test_the_ratio_at_a_minimum_is_one():
+    assert ratio(0.0, 0.0, 0.0) == 1.0
+    assert ratio(0.0, 1e-9, 0.0) == -math.inf
+    assert ratio(1.0, 1.0 + EPS, EPS) == pytest.approx(1, abs=0.2)
+
+
+def test_the_damping_does_not_decrease_below_its_floor():
+    rule = {"decrease": 0.5, "increase": 4.0, "floor": 1e-3}
+    assert levenberg_marquardt(1.5e-3, 1.0, **rule) == 1e-3
+    assert levenberg_marquardt(1e-30, 1.0, **rule) == 1e-30
+    assert levenberg_marquardt(1e-30, 0.0, **rule) == 4e-30
+
+
+def test_the_damping_of_kfac_does_not_decrease_below_its_floor():
+    model = nn.Linear(3, 4).double()
+    options = {"kl_clip": None, "lr": 1e-3, "damping": 1e-2, "momentum": 0.0}
+    optimizer = KFAC(model, F.cross_entropy, adapt_every=1, **options)
+    floor = EPS * 1e-2
+    optimizer.param_groups[0]["damping"] = 1.01 * floor
+    optimizer.step(lambda: (model(X), LABELS))
+    assert optimizer.ratio > 0.75
+    assert optimizer.param_groups[0]["damping"] == floor
+
+
+def branch_of(rho):
+    if rho <= 0:
+        return "taken back"
+    if rho < 0.25:
+        return "increased"
+    return "decreased" if rho > 0.75 else "kept"
+
+
+def test_damping_follows_the_ratio_and_bad_steps_are_taken_back():
+    """Gauss–Newton on Rosenbrock's residuals, step by step against the formulae."""
+
+    def residuals(x):
+        return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+    x = torch.tensor([-1.2, 1.0]).double()
+    model = Point(x)
+    damping = 1e-4
+    branches = set()
+    optimizer = GaussNewton(
+        model,
+        lambda z, _: 0.5 * z.square().sum(),
+        lr=0.8,
+        damping=damping,
+    )
+    for _ in range(30):
+        r = residuals(x)
+        J = torch.func.jacrev(residuals)(x)
+        g = J.T @ r
+        G = J.T @ J
+        delta = -0.8 * torch.linalg.solve(G + damping * torch.eye(2).double(), g)
+        before = 0.5 * r.square().sum()
+        after = 0.5 * residuals(x + delta).square().sum()
+        slack = 10 * EPS * before
+        predicted = -g @ delta - 0.5 * delta @ G @ delta
+        rho = (before - after + slack) / (predicted + slack)
+        branches.add(branch_of(rho))
+        x = x + delta if rho > 0 else x
+        if rho < 0.25:
+            damping = 4 * damping
+        elif rho > 0.75:
+            damping = damping / 2
+
+        old = model.x.detach().clone()
+        loss = optimizer.step(lambda: (residuals(model.x), None))
+        assert float(loss) == pytest.approx(float(before), rel=1e-9)
+        assert optimizer.ratio == pytest.approx(float(rho), rel=1e-6)
+        assert torch.equal(model.x, old) == (rho <= 0)
+        assert relative_error(model.x.detach(), x) < 1e-9
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(damping, rel=1e-12)
+    assert branches == {"taken back", "increased", "kept", "decreased"}
+    assert float(loss) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rho", "moves", "factor"),
+    [
+        (-0.01, 0, 4),
+        (0.01, 1, 4),
+        (0.249, 1, 4),
+        (0.251, 1, 1),
+        (0.749, 1, 1),
+        (0.751, 1, 0.5),
+        (1.3, 1, 0.5),
+    ],
+)
+def test_the_thresholds_of_the_ratio(rho, moves, factor):
+    """x + ½x² + ½(ρ − 1)x³ from 0 to −1: the loss falls by ½ρ, and the model by ½."""
+    model = Point(torch.zeros(1).double())
+    optimizer = Newton(model, damping=0.1)
+
+    def loss():
+        x = model.x
+        return (x + 0.5 * x**2 + 0.5 * (rho - 1) * x**3).sum()
+
+    optimizer.step(loss)
+    assert optimizer.ratio == pytest.approx(rho, rel=1e-12)
+    assert float(model.x.detach()) == pytest.approx(-moves, rel=1e-14)
+    assert optimizer.param_groups[0]["damping"] == 0.1 * factor
+
+
+def test_a_step_to_a_loss_that_is_not_finite_is_taken_back():
+    model = Point(torch.tensor([0.5]).double())
+    optimizer = Newton(model, damping=1e-3)
+    start = model.x.detach().clone()
+    loss = optimizer.step(lambda: (model.x + 4 * model.x.sqrt()).sum())  # to a negative x
+    assert math.isfinite(loss)
+    assert optimizer.ratio == -math.inf
+    assert torch.equal(model.x.detach(), start)
+    assert optimizer.param_groups[0]["damping"] == 4e-3
+
+
+def test_a_closure_that_raises_at_the_new_parameters_leaves_the_old_ones():
+    model = nn.ParameterList([nn.Parameter(torch.tensor([0.5], dtype=torch.float64))])
+
+    def loss():
+        x = model[0]
+        if x.item() > 1:
+            raise ArithmeticError("x > 1")
+        return (x - 3).square().sum()
+
+    with pytest.raises(ArithmeticError, match="x > 1"):
+        Newton(model).step(loss)
+    assert model[0].item() == 0.5
+
+
+def test_at_a_minimum_roundoff_takes_no_step_back():
+    A = symmetric([[1.0, 2.0, 3.0]])[0]
+    b = randn(3, seed=3)
+    model = Point(torch.linalg.solve(A, b))
+    optimizer = Newton(model, damping=1e-2)
+    for _ in range(200):
+        optimizer.step(lambda: 0.5 * model.x @ A @ model.x - b @ model.x)
+        assert optimizer.ratio > 0.75
+    floor = 1e-2 * EPS
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(floor, rel=1e-12, abs=0)
