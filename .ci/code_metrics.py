@@ -69,7 +69,9 @@ def long_functions(path: Path, tree: ast.AST) -> list[str]:
 
 def main(paths: list[str]) -> None:
     roots = [Path(path) for path in paths or ["metaimplicit", "tasks", "scripts"]]
-    files = sorted(file for root in roots for file in (root.rglob("*.py") if root.is_dir() else [root]))
+    files = sorted(
+        file for root in roots for file in (root.rglob("*.py") if root.is_dir() else [root])
+    )
     lengths: list[int] = []
     packed = 0
     functions: list[str] = []

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
-from metaimplicit.operators.curvature import output_scores
-from metaimplicit.operators.kronecker import (
+from metaimplicit.operators.fisher import output_scores
+from metaimplicit.operators.layers import (
     is_supported,
     layer_patches,
     record_layers,

@@ -337,7 +337,7 @@ def test_bad_arguments_are_refused():
         Augmentation(kinds=("hue",))
     with pytest.raises(ValueError, match="GroupStructure parameter: got 'w'"):
         made(GroupStructure("w", 2))
-    with pytest.raises(ValueError, match="K-FAC: got an inner loss with weights"):
+    with pytest.raises(ValueError, match="KFAC: got an inner loss with weights"):
         implicit(curvature="kfac")
     with pytest.raises(ValueError, match="Fisher: got an inner loss with weights"):
         implicit(curvature=Fisher)
