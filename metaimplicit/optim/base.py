@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Likelihood
 from metaimplicit.params import Params
+from metaimplicit.solvers.trust_region import decrease_ratio
 
 _LIKELIHOODS = {  # of losses whose name says it
     "cross_entropy": "softmax",
@@ -287,14 +288,8 @@ def ratio(numbers: Tensor, eps: float) -> float:
     −∞ where the model m does not fall, or L(θ + δ) is not finite. Both differences are widened by 10 ε|L|, what
     round-off may make of them, so that ρ → 1 at a minimum (Conn, Gould & Toint 2000, §17.4.2).
     """
-    before, after, predicted = (float(number) for number in numbers.tolist())
-    slack = 10 * eps * abs(before)
-    fall, expected = before - after + slack, predicted + slack
-    if not (math.isfinite(fall) and math.isfinite(expected)) or expected < 0:
-        return -math.inf
-    if expected == 0:
-        return 1.0 if fall >= 0 else -math.inf
-    return fall / expected
+    before, after, predicted = numbers.double()
+    return float(decrease_ratio(before, after, predicted, eps=eps))
 
 
 def levenberg_marquardt(
