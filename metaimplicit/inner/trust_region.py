@@ -57,7 +57,7 @@ class NewtonCG(InnerLoop):
     Example:
         >>> start = {"x": torch.tensor([[3.0]])}
         >>> loop = NewtonCG(steps=2, radius=10.0)
-        >>> loop.run(lambda p, t: (p["x"] - 1).square().sum(1), start, {}, track=0).params
+        >>> loop.run(lambda p, t: (p["x"] - 1).square().sum(1), start, {}, differentiated_steps=0).params
         {'x': tensor([[1.]])}
     """
 
@@ -87,12 +87,12 @@ class NewtonCG(InnerLoop):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
-        """Run the loop; see `InnerLoop.run`. `track` has to be 0, and `state` is not used."""
-        if track:
+        """Run the loop; see `InnerLoop.run`. `differentiated_steps` has to be 0."""
+        if differentiated_steps:
             raise ValueError(
                 "inner: got NewtonCG with a method that differentiates steps, expected an "
                 "implicit method"
@@ -130,7 +130,7 @@ class NewtonCG(InnerLoop):
             gradient = torch.where(moves, trial_gradient, gradient)
             value = trial_value  # of tasks that refuse it is evaluated again below
             radius = _next_radius(radius, ratio, result, active=active)
-            if keep:
+            if keep_iterates:
                 iterates.append(unflatten(theta, start))
             if t < self.steps - 1 and bool((active & ~moves).any()):
                 del hessian
@@ -138,7 +138,7 @@ class NewtonCG(InnerLoop):
 
         params = straight_through(unflatten(theta, start), start)
         final_norm = norm(gradient).squeeze(-1)
-        return Trajectory(params, taken, final_norm, tuple(iterates) if keep else ())
+        return Trajectory(params, taken, final_norm, tuple(iterates) if keep_iterates else ())
 
     def _solve_model(
         self, hessian: Hessian, gradient: Tensor, radius: Tensor, *, active: Tensor

@@ -28,7 +28,7 @@ def point(*rows):
 
 
 def run(loop, loss, start, *, keep=False):
-    return loop.run(loss, start, {}, track=0, keep=keep)
+    return loop.run(loss, start, {}, differentiated_steps=0, keep_iterates=keep)
 
 
 def quadratic(h, b=B):
