@@ -39,18 +39,20 @@ class Damped(SecondOrder):
         *,
         lr: float,
         damping: float,
-        adapt: bool,
+        adapt_damping: bool,
         solver: Solver | None,
         seed: int | None = None,
     ) -> None:
         owner = type(self).__name__
         check_numbers(owner, above=0, lr=lr)
-        check_numbers(owner, above=0 if adapt else -1, damping=damping)
+        check_numbers(owner, above=0 if adapt_damping else -1, damping=damping)
         if solver is not None and not isinstance(solver, Solver):
             raise ValueError(
                 f"{owner} solver: got {solver!r}, expected one of metaimplicit.solvers, or None"
             )
-        super().__init__(model, {"lr": lr, "damping": damping, "adapt": adapt}, seed)
+        super().__init__(
+            model, {"lr": lr, "damping": damping, "adapt_damping": adapt_damping}, seed
+        )
         n = sum(p.numel() for p in self._own.values())
         self.solver = solver or (Dense() if n <= DENSE else CG(max_steps=50, tol=1e-3))
 
@@ -92,7 +94,7 @@ class Damped(SecondOrder):
             f"{type(self).__name__}: the step is not finite; nothing was moved; raise damping",
         )
         parts = unflatten(delta, operator.params)
-        if not group["adapt"]:
+        if not group["adapt_damping"]:
             self._move(parts)
             return loss
         predicted = -((g + 0.5 * operator.matvec(delta)) * delta).sum()

@@ -24,12 +24,14 @@ class _Generalised(Damped):
         *,
         lr: float,
         damping: float,
-        adapt: bool,
+        adapt_damping: bool,
         solver: Solver | None,
         **more: Any,
     ) -> None:
         check_loss(type(self).__name__, loss)
-        super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver, **more)
+        super().__init__(
+            model, lr=lr, damping=damping, adapt_damping=adapt_damping, solver=solver, **more
+        )
         self.loss = loss
 
     def _linearise(self, evaluate: ReplayedClosure) -> tuple[operators.GGN, Tensor]:
@@ -56,7 +58,7 @@ class GaussNewton(_Generalised):
         loss: `(outputs, targets) -> scalar`, the mean over examples of one convex in the outputs.
         lr: length of the step, > 0.
         damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken.
+        adapt_damping: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken.
         solver: None for `Dense` up to 1024 parameters and CG of at most 50 products above.
 
     Raises:
@@ -71,10 +73,12 @@ class GaussNewton(_Generalised):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         solver: Solver | None = None,
     ) -> None:
-        super().__init__(model, loss, lr=lr, damping=damping, adapt=adapt, solver=solver)
+        super().__init__(
+            model, loss, lr=lr, damping=damping, adapt_damping=adapt_damping, solver=solver
+        )
 
     def _curvature(self, outputs: Any, loss: Any) -> operators.GGN:
         return operators.GGN(outputs, loss, self._leaves())
@@ -105,7 +109,7 @@ class NaturalGradient(_Generalised):
             over the last axis, or for `"gaussian"` ½ Σ_d (z − y)², which is d/2 times `F.mse_loss`.
         lr: length of the step, > 0.
         damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken.
+        adapt_damping: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken.
         likelihood: p(y|z), `"softmax"`, or `"gaussian"` of unit variance.
         expectation: over y, `"exact"`; `"monte-carlo"`, of one draw for each example; or `"empirical"`, the targets.
         solver: None for `Dense` up to 1024 parameters and CG of at most 50 products above.
@@ -125,14 +129,22 @@ class NaturalGradient(_Generalised):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         likelihood: Likelihood = "softmax",
         expectation: Expectation = "exact",
         solver: Solver | None = None,
         seed: int = 0,
     ) -> None:
         check_likelihood("NaturalGradient", loss, likelihood, expectation)
-        super().__init__(model, loss, lr=lr, damping=damping, adapt=adapt, solver=solver, seed=seed)
+        super().__init__(
+            model,
+            loss,
+            lr=lr,
+            damping=damping,
+            adapt_damping=adapt_damping,
+            solver=solver,
+            seed=seed,
+        )
         self.likelihood = likelihood
         self.expectation: Expectation = expectation
 

@@ -35,9 +35,9 @@ class Newton(Damped):
     Args:
         model: The model, whose parameters that require grad are moved.
         lr: The length of the step, > 0.
-        damping: λ at the start, > 0 (≥ 0 without `adapt`). Its present value is
+        damping: λ at the start, > 0 (≥ 0 without `adapt_damping`). Its present value is
             `param_groups[0]["damping"]`.
-        adapt: Whether λ follows ρ, which costs one evaluation more for each step. If False, λ is
+        adapt_damping: Whether λ follows ρ, which costs one evaluation more for each step. If False, λ is
             fixed, every step is taken, and with λ = 0 one step solves a convex quadratic.
         solver: How the system is solved. If None, the number of parameters decides.
 
@@ -47,7 +47,7 @@ class Newton(Damped):
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
-        >>> optimizer = Newton(model, damping=0.0, adapt=False)
+        >>> optimizer = Newton(model, damping=0.0, adapt_damping=False)
         >>> loss = optimizer.step(lambda: (model.weight - 3.0).square().sum())
         >>> round(model.weight.item(), 4)
         3.0
@@ -61,10 +61,10 @@ class Newton(Damped):
         *,
         lr: float = 1.0,
         damping: float = 1e-2,
-        adapt: bool = True,
+        adapt_damping: bool = True,
         solver: Solver | None = None,
     ) -> None:
-        super().__init__(model, lr=lr, damping=damping, adapt=adapt, solver=solver)
+        super().__init__(model, lr=lr, damping=damping, adapt_damping=adapt_damping, solver=solver)
 
     def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor]:
         seen: list[Tensor] = []

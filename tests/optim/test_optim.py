@@ -77,7 +77,7 @@ def dense(model, loss, targets, kind, likelihood="softmax"):
 def test_newton_solves_a_convex_quadratic_in_one_step(solver):
     A, b = symmetric([[0.5, 1.0, 3.0, 10.0, 40.0]])[0], randn(5, seed=3)
     model = Point(randn(5, seed=4))
-    optimizer = Newton(model, damping=0.0, adapt=False, solver=solver)
+    optimizer = Newton(model, damping=0.0, adapt_damping=False, solver=solver)
     before = (0.5 * model.x @ A @ model.x - b @ model.x).detach()
     g = (A @ model.x - b).detach()
     loss = optimizer.step(lambda: 0.5 * model.x @ A @ model.x - b @ model.x)
@@ -93,7 +93,7 @@ def test_newton_on_an_indefinite_quadratic_takes_the_modified_step(damping):
     values = [-3.0, -0.2, 0.0, 0.5, 2.0]
     A, b, start = symmetric([values], seed=5)[0], randn(5, seed=3), randn(5, seed=4)
     model = Point(start)
-    Newton(model, lr=0.3, damping=damping, adapt=False).step(
+    Newton(model, lr=0.3, damping=damping, adapt_damping=False).step(
         lambda: 0.5 * model.x @ A @ model.x - b @ model.x
     )
     basis = torch.linalg.qr(randn(1, 5, 5, seed=5)).Q[0]
@@ -110,7 +110,9 @@ def test_newton_cg_ends_at_negative_curvature_and_descends():
     shifted, lengths = A + 0.1 * torch.eye(6).double(), set()
     for seed in range(12):
         g, model = randn(6, seed=seed), Point(torch.zeros(6).double())
-        optimizer = Newton(model, damping=0.1, adapt=False, solver=CG(max_steps=6, tol=1e-12))
+        optimizer = Newton(
+            model, damping=0.1, adapt_damping=False, solver=CG(max_steps=6, tol=1e-12)
+        )
         optimizer.step(lambda model=model, g=g: g @ model.x + 0.5 * model.x @ A @ model.x)
         bases = [krylov_basis(shifted, g, k) for k in range(1, 7)]
         # a direction of CG has negative curvature as soon as the space does
@@ -125,7 +127,7 @@ def test_newton_cg_ends_at_negative_curvature_and_descends():
     g, model = torch.linalg.qr(randn(1, 6, 6, seed=5)).Q[0, :, 0], Point(torch.zeros(6).double())
     for solver in (CG(max_steps=6), MINRES(max_steps=6)):  # along the eigenvector of −0.5 + 0.1
         model = Point(torch.zeros(6).double())
-        optimizer = Newton(model, damping=0.1, adapt=False, solver=solver)
+        optimizer = Newton(model, damping=0.1, adapt_damping=False, solver=solver)
         optimizer.step(lambda model=model: g @ model.x + 0.5 * model.x @ A @ model.x)
         assert relative_error(model.x.detach(), -g / 0.4) < 1e-10
 
@@ -136,12 +138,14 @@ def test_newton_of_a_network_is_the_dense_step_either_way():
     shift = 1.1 * float(torch.linalg.eigvalsh(H)[0].abs())
     start = vector(model)
     other = copy.deepcopy(model)
-    Newton(other, damping=shift, adapt=False, solver=EXACT).step(
+    Newton(other, damping=shift, adapt_damping=False, solver=EXACT).step(
         lambda: F.cross_entropy(other(X), LABELS)
     )
     eye = torch.eye(len(g)).to(g)
     assert relative_error(vector(other), start - torch.linalg.solve(H + shift * eye, g)) < 1e-10
-    Newton(model, damping=shift, adapt=False).step(lambda: F.cross_entropy(model(X), LABELS))
+    Newton(model, damping=shift, adapt_damping=False).step(
+        lambda: F.cross_entropy(model(X), LABELS)
+    )
     values, Q = torch.linalg.eigh(H)
     assert (
         relative_error(vector(model), start - Q @ ((Q.T @ g) / values.abs().clamp(min=shift)))
@@ -251,7 +255,9 @@ def test_the_step_is_the_dense_one(make, loss, targets, kind, likelihood, solver
     g, C = dense(model, loss, targets, kind, likelihood)
     expected = vector(model) - 0.7 * torch.linalg.solve(C + 1e-2 * torch.eye(len(g)).to(g), g)
     options = {"likelihood": likelihood} if likelihood else {}
-    optimizer = make(model, loss, lr=0.7, damping=1e-2, adapt=False, solver=solver, **options)
+    optimizer = make(
+        model, loss, lr=0.7, damping=1e-2, adapt_damping=False, solver=solver, **options
+    )
     value = loss(model(X), targets).detach()
     assert float(optimizer.step(lambda: (model(X), targets))) == float(value)
     assert relative_error(vector(model), expected) < 1e-9
@@ -277,8 +283,8 @@ def test_on_linear_least_squares_gauss_newton_is_newton_and_ends_at_once():
         return nn.Linear(INPUTS, CLASSES).double()
 
     one, two = start(), start()
-    GaussNewton(one, half_square, damping=0.0, adapt=False).step(lambda: (one(X), TARGETS))
-    Newton(two, damping=0.0, adapt=False).step(lambda: half_square(two(X), TARGETS))
+    GaussNewton(one, half_square, damping=0.0, adapt_damping=False).step(lambda: (one(X), TARGETS))
+    Newton(two, damping=0.0, adapt_damping=False).step(lambda: half_square(two(X), TARGETS))
     best = torch.linalg.lstsq(
         torch.cat([X, torch.ones(EXAMPLES, 1).double()], 1), TARGETS
     ).solution.T
@@ -308,7 +314,7 @@ def test_the_natural_gradient_does_not_see_the_coordinates():
     for transform in (eye, eye + 0.3 * randn(20, 20, seed=10)):
         model = Reparametrised(transform, theta)
         fisher = NaturalGradient(
-            model, half_square, lr=0.5, damping=0.0, adapt=False, likelihood="gaussian"
+            model, half_square, lr=0.5, damping=0.0, adapt_damping=False, likelihood="gaussian"
         )
         fisher.step(lambda model=model: (model(inputs), targets))
         natural.append(model(inputs).detach())
@@ -333,7 +339,7 @@ def test_the_empirical_fisher_is_that_of_the_examples_own_gradients():
     fisher = each.T @ each / EXAMPLES + 0.1 * torch.eye(each.shape[1]).double()
     expected = vector(model) - torch.linalg.solve(fisher, each.mean(0))
     optimizer = NaturalGradient(
-        model, F.cross_entropy, damping=0.1, adapt=False, expectation="empirical"
+        model, F.cross_entropy, damping=0.1, adapt_damping=False, expectation="empirical"
     )
     optimizer.step(lambda: (model(X), LABELS))
     assert relative_error(vector(model), expected) < 1e-10
@@ -342,7 +348,13 @@ def test_the_empirical_fisher_is_that_of_the_examples_own_gradients():
 def test_sampled_targets_are_drawn_anew_at_every_step():
     model, random = network(), generator(3)
     optimizer = NaturalGradient(
-        model, F.cross_entropy, lr=0.3, damping=0.1, adapt=False, expectation="monte-carlo", seed=3
+        model,
+        F.cross_entropy,
+        lr=0.3,
+        damping=0.1,
+        adapt_damping=False,
+        expectation="monte-carlo",
+        seed=3,
     )
     for _ in range(3):
         own = generator(int(torch.randint(2**62, (), generator=random)))
@@ -390,7 +402,9 @@ def test_gauss_newton_of_a_recurrent_network():
         J.T @ J / 5 + 0.1 * torch.eye(J.shape[1]).double(), J.T @ residual / 5
     )
     expected = vector(model) - step
-    GaussNewton(model, half_square, damping=0.1, adapt=False).step(lambda: (model(inputs), targets))
+    GaussNewton(model, half_square, damping=0.1, adapt_damping=False).step(
+        lambda: (model(inputs), targets)
+    )
     assert relative_error(vector(model), expected) < 1e-10
 
 
@@ -617,9 +631,12 @@ def test_numbers_and_models_out_of_range_are_named():
             ({"lr": 0.0}, "lr: got 0.0, expected a finite number > 0"),
             ({"lr": math.inf}, "lr: got inf, expected a finite number > 0"),
             ({"damping": 0.0}, "damping: got 0.0, expected a finite number > 0"),
-            ({"damping": -1.0, "adapt": False}, "damping: got -1.0, expected a finite number ≥ 0"),
             (
-                {"damping": math.nan, "adapt": False},
+                {"damping": -1.0, "adapt_damping": False},
+                "damping: got -1.0, expected a finite number ≥ 0",
+            ),
+            (
+                {"damping": math.nan, "adapt_damping": False},
                 "damping: got nan, expected a finite number ≥ 0",
             ),
             ({"solver": "cg"}, "solver: got 'cg', expected one of metaimplicit.solvers"),
@@ -672,7 +689,7 @@ def test_a_step_that_is_not_finite_moves_nothing():
     with pytest.raises(
         FloatingPointError, match="the step is not finite; nothing was moved; raise damping"
     ):
-        Newton(model, damping=0.0, adapt=False, solver=CG()).step(lambda: model.x.sum())
+        Newton(model, damping=0.0, adapt_damping=False, solver=CG()).step(lambda: model.x.sum())
     assert torch.equal(model.x.detach(), start)
 
 

@@ -167,7 +167,7 @@ def test_a_history_is_of_the_losses_after_the_steps_marked():
 
 def test_a_second_order_step_is_taken_by_its_own_closure():
     setting, _ = quadratic()
-    optimizer = GaussNewton(setting.model, half_squares, damping=0.0, adapt=False)
+    optimizer = GaussNewton(setting.model, half_squares, damping=0.0, adapt_damping=False)
     row = descend(optimizer, setting, lambda steps, seconds: steps >= 1, lambda steps: steps + 1)
     assert row["history"]["loss"] == [2.0, 0.0]
 
