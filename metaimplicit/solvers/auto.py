@@ -62,6 +62,10 @@ class Auto(Solver):
             if value < 0:
                 raise ValueError(f"Auto {name}: got {value}, expected at least 0")
 
+    def with_budget(self, products: int) -> Auto:
+        """The same solver with this many products, none of them dense."""
+        return replace(self, max_steps=products, tol=0.0, dense=0)
+
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""
         tasks, n = system.operator.shape

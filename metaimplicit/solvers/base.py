@@ -161,13 +161,22 @@ class Solver(ABC):
 
     Attributes:
         takes_preconditioner: Whether `solve` accepts a preconditioner.
+        sketches: Whether it multiplies A by a batch of vectors, n at most.
     """
 
     takes_preconditioner: ClassVar[bool] = False
+    sketches: ClassVar[bool] = False
 
     def damping(self, sigma: float) -> float:
         """The damping ρ that this solver adds to σ, for A = B + σI. Most solvers add none."""
         return 0.0
+
+    def with_budget(self, products: int) -> Solver | None:
+        """The same solver, which spends `products` ≥ 1 products with A whatever the residual.
+
+        One product more may give the residual. If None, a budget makes no sense for this solver.
+        """
+        return None
 
     def solve(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from metaimplicit.options import option
@@ -51,6 +51,10 @@ class CG(Solver):
             raise ValueError(
                 f"CG negative: got {self.negative!r}, expected 'truncate', 'raise' or 'minres'"
             )
+
+    def with_budget(self, products: int) -> CG:
+        """The same solver with this many steps."""
+        return replace(self, max_steps=products, tol=0.0)
 
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class MINRES(Solver):
 
     def __post_init__(self) -> None:
         check_limits("MINRES", self.max_steps, self.tol)
+
+    def with_budget(self, products: int) -> MINRES:
+        """The same solver with this many steps."""
+        return replace(self, max_steps=products, tol=0.0)
 
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""

@@ -51,6 +51,11 @@ class Neumann(Solver):
         if self.power_steps < 1:
             raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
 
+    def with_budget(self, products: int) -> Neumann:
+        """The same solver with the terms that are left beside the products for its scale."""
+        for_scale = self.power_steps if self.scale is None else 0
+        return replace(self, terms=max(1, products - for_scale))
+
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""
         x, r, products = warm_start(system)

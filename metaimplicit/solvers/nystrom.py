@@ -67,6 +67,10 @@ class Nystrom(SketchingSolver):
                 "expected None"
             )
 
+    def with_budget(self, products: int) -> Nystrom:
+        """The same solver with this rank."""
+        return replace(self, rank=products, chunk=None, tol=None)
+
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""
         b = system.b
@@ -171,6 +175,11 @@ class NystromCG(SketchingSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_limits("NystromCG", self.max_steps, self.tol)
+
+    def with_budget(self, products: int) -> NystromCG:
+        """The same solver with half of the products for its rank, and half for its steps."""
+        rank = (products + 1) // 2
+        return replace(self, rank=rank, max_steps=max(1, products // 2), tol=0.0)
 
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,8 @@ class SketchingSolver(CoreSolver):
         refresh: The number of solves that one sketch serves, given the state of the solve before.
         generator: The CPU generator that Ω is drawn from. If None, torch's default.
     """
+
+    sketches: ClassVar[bool] = True
 
     rank: int = 10
     rho: float | None = None
