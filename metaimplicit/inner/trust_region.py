@@ -7,13 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, straight_through
+from metaimplicit.inner.base import (
+    InnerLoop,
+    StepLoss,
+    Trajectory,
+    straight_through,
+)
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.operators import Hessian
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers.arithmetic import norm
 from metaimplicit.solvers.iteration import all_ended
-from metaimplicit.solvers.trust_region import TruncatedStep, decrease_ratio, truncated_cg
+from metaimplicit.solvers.trust_region import (
+    TruncatedStep,
+    decrease_ratio,
+    truncated_cg,
+)
 
 ACCEPT = 1e-4  # a step is taken if its ratio of decreases exceeds this
 
@@ -57,7 +66,9 @@ class NewtonCG(InnerLoop):
     Example:
         >>> start = {"x": torch.tensor([[3.0]])}
         >>> loop = NewtonCG(steps=2, radius=10.0)
-        >>> loop.run(lambda p, t: (p["x"] - 1).square().sum(1), start, {}, differentiated_steps=0).params
+        >>> def loss(params, t):
+        ...     return (params["x"] - 1).square().sum(1)
+        >>> loop.run(loss, start, {}, differentiated_steps=0).params
         {'x': tensor([[1.]])}
     """
 
@@ -138,7 +149,8 @@ class NewtonCG(InnerLoop):
 
         params = straight_through(unflatten(theta, start), start)
         final_norm = norm(gradient).squeeze(-1)
-        return Trajectory(params, taken, final_norm, tuple(iterates) if keep_iterates else ())
+        kept = tuple(iterates) if keep_iterates else ()
+        return Trajectory(params, taken, final_norm, iterates=kept)
 
     def _solve_model(
         self, hessian: Hessian, gradient: Tensor, radius: Tensor, *, active: Tensor
@@ -160,14 +172,23 @@ class NewtonCG(InnerLoop):
         )
 
 
-def _next_radius(radius: Tensor, ratio: Tensor, result: TruncatedStep, *, active: Tensor) -> Tensor:
+def _next_radius(
+    radius: Tensor,
+    ratio: Tensor,
+    result: TruncatedStep,
+    *,
+    active: Tensor,
+) -> Tensor:
     """A quarter of the step if the model was poor, twice the radius if it held at the boundary."""
     poor = active & (ratio < 0.25)
     radius = torch.where(poor, norm(result.step) / 4, radius)
     return torch.where(result.at_boundary & (ratio > 0.75), 2 * radius, radius)
 
 
-def _expand(loss: StepLoss, params: Params) -> tuple[Hessian, Tensor, Tensor]:
+def _expand(
+    loss: StepLoss,
+    params: Params,
+) -> tuple[Hessian, Tensor, Tensor]:
     """H, f `[tasks, 1]` and g `[tasks, n]` at a point."""
     values = []
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from metaimplicit.operators.base import Identity, Invertible, LinearOperator, Scaled, Sum
+from metaimplicit.operators.base import (
+    Identity,
+    Invertible,
+    LinearOperator,
+    Scaled,
+    Sum,
+)
 from metaimplicit.operators.curvature import Curvature, LossParts
 from metaimplicit.operators.diagonal import Diagonal
 from metaimplicit.operators.fisher import Expectation, Fisher, Likelihood
 from metaimplicit.operators.gauss_newton import GGN
-from metaimplicit.operators.hessian import Hessian, Products, central_difference
+from metaimplicit.operators.hessian import (
+    Hessian,
+    Products,
+    central_difference,
+)
 from metaimplicit.operators.kronecker import KroneckerFactored
 
 CurvatureClass = type[Curvature] | partial[Any]  # a class, or a class with some of its options

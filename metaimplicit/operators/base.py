@@ -96,7 +96,11 @@ class Identity(LinearOperator):
         tensor([[3., 3.]])
     """
 
-    def __init__(self, like: LinearOperator | Tensor, scale: float | Tensor = 1.0) -> None:
+    def __init__(
+        self,
+        like: LinearOperator | Tensor,
+        scale: float | Tensor = 1.0,
+    ) -> None:
         tasks, n = like.shape
         self.shape = (tasks, n)
         self.dtype = like.dtype
@@ -132,7 +136,11 @@ class Sum(LinearOperator):
         tensor([[2., 2.]])
     """
 
-    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+    def __init__(
+        self,
+        first: LinearOperator,
+        second: LinearOperator,
+    ) -> None:
         if first.shape != second.shape:
             raise ValueError(
                 f"operator sum: got shapes {first.shape} and {second.shape}, expected equal ones"
@@ -187,7 +195,11 @@ class Scaled(LinearOperator):
         tensor([[2., 2.]])
     """
 
-    def __init__(self, factor: float | Tensor, operator: LinearOperator) -> None:
+    def __init__(
+        self,
+        factor: float | Tensor,
+        operator: LinearOperator,
+    ) -> None:
         self.shape = operator.shape
         self.dtype = operator.dtype
         self.device = operator.device

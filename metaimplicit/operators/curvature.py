@@ -167,7 +167,13 @@ class RetainedGraphCurvature(Curvature):
         self.gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
-def flat_vjp(outputs: Params, inputs: Params, vectors: Params, *, batched: bool = False) -> Tensor:
+def flat_vjp(
+    outputs: Params,
+    inputs: Params,
+    vectors: Params,
+    *,
+    batched: bool = False,
+) -> Tensor:
     """(∂outputs/∂inputs)ᵀ vectors, `[tasks, n]`. It is zero for inputs that nothing connects.
 
     Args:

@@ -95,7 +95,11 @@ def _exact(operator: LinearOperator) -> Tensor:
     return torch.cat(parts).T
 
 
-def _estimate(operator: LinearOperator, samples: int, generator: torch.Generator | None) -> Tensor:
+def _estimate(
+    operator: LinearOperator,
+    samples: int,
+    generator: torch.Generator | None,
+) -> Tensor:
     tasks, n = operator.shape
     bits = torch.randint(2, (samples, 1, n), generator=generator)
     signs = 1 - 2 * bits.to(operator.device, operator.dtype)

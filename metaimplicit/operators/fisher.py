@@ -25,8 +25,8 @@ class Fisher(GGN):
     Args:
         outputs: z, `{name: [tasks, *shape]} -> [tasks, …, d]`, task by task. Every axis between the
             first and the last is an axis of examples.
-        loss: `[tasks, …, d] -> [tasks]`, the mean over examples of one loss each. Its gradient is
-            kept, and the empirical Fisher is made of it.
+        loss: `[tasks, …, d] -> [tasks]`, the mean over examples of one loss each. The empirical
+            Fisher matrix consists of their gradients.
         params: The point θ, `{name: [tasks, *shape]}`.
         likelihood: p(y|z): `"softmax"` over the last axis, or `"gaussian"` with mean z and unit
             variance.
@@ -93,9 +93,13 @@ class Fisher(GGN):
         return cls(parts.outputs, parts.loss, parts.params, **options)
 
     def check_convex(self, steps: int = 20) -> None:
-        """Do nothing: F is positive semi-definite whatever the loss."""
+        """Do nothing: F is positive semi-definite for any loss."""
 
-    def _output_hessian_product(self, tangent: Tensor, batched: bool) -> Tensor:
+    def _output_hessian_product(
+        self,
+        tangent: Tensor,
+        batched: bool,
+    ) -> Tensor:
         if self._scores is not None:  # F_z = Σ s sᵀ
             terms = [score * (score * tangent).sum(-1, keepdim=True) for score in self._scores]
             return torch.stack(terms).sum(0) / self._examples

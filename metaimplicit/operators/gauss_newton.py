@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from metaimplicit.graph import check_differentiable
-from metaimplicit.operators.curvature import LossParts, RetainedGraphCurvature, flat_vjp
+from metaimplicit.operators.curvature import (
+    LossParts,
+    RetainedGraphCurvature,
+    flat_vjp,
+)
 from metaimplicit.params import Params, unflatten
 
 
@@ -119,17 +123,26 @@ class GGN(RetainedGraphCurvature):
     def _product(self, vector: Params, batched: bool) -> Tensor:
         # Jv: the gradient is Jᵀr at r = ∂ℓ/∂z, so its derivative in r, pulled back from v, is Jv.
         gradient = {name: self.gradient[name] for name in vector}
-        tangent = _vjp_in(self._slope, gradient, vector, batched)
+        tangent = _vjp_in(self._slope, gradient, vector, batched=batched)
         cotangent = self._output_hessian_product(tangent, batched)
         outputs = {"outputs": self._outputs}
         return flat_vjp(outputs, self.params, {"outputs": cotangent}, batched=batched)
 
-    def _output_hessian_product(self, tangent: Tensor, batched: bool) -> Tensor:
+    def _output_hessian_product(
+        self,
+        tangent: Tensor,
+        batched: bool,
+    ) -> Tensor:
         """(∂²ℓ/∂z²) ż, in the shape of the outputs (with k vectors first, if `batched`)."""
-        return _vjp_in(self._outputs, {"slope": self._slope}, {"slope": tangent}, batched)
+        return _vjp_in(self._outputs, {"slope": self._slope}, {"slope": tangent}, batched=batched)
 
 
-def _vjp_in(at: Tensor, outputs: Params, vectors: Params, batched: bool) -> Tensor:
+def _vjp_in(
+    at: Tensor,
+    outputs: Params,
+    vectors: Params,
+    batched: bool,
+) -> Tensor:
     """(∂outputs/∂at)ᵀ vectors in the shape of `at`."""
     flat = flat_vjp(outputs, {"at": at}, vectors, batched=batched)
     return flat.reshape(*flat.shape[:-1], *at.shape[1:])

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from metaimplicit.graph import check_differentiable
 from metaimplicit.operators.base import LinearOperator
-from metaimplicit.operators.curvature import LossParts, RetainedGraphCurvature, flat_vjp
+from metaimplicit.operators.curvature import (
+    LossParts,
+    RetainedGraphCurvature,
+    flat_vjp,
+)
 from metaimplicit.params import Params, flatten, leaves, unflatten
 
 Products = Literal["double-backward", "forward-over-reverse", "finite-differences"]
@@ -110,7 +114,11 @@ class Hessian(RetainedGraphCurvature):
         return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
-def central_difference(function: Callable[[Params], Tensor], at: Params, vector: Tensor) -> Tensor:
+def central_difference(
+    function: Callable[[Params], Tensor],
+    at: Params,
+    vector: Tensor,
+) -> Tensor:
     """(F(θ + hv) − F(θ − hv))/2h ≈ (∂F/∂θ) v for each task, with h = ε^⅓ (1 + ‖θ‖)/‖v‖.
 
     ε is the unit round-off. This h balances truncation against cancellation: relative errors are

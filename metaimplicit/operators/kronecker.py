@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.curvature import Curvature, LossParts
-from metaimplicit.operators.fisher import Expectation, Likelihood, output_scores
+from metaimplicit.operators.fisher import (
+    Expectation,
+    Likelihood,
+    output_scores,
+)
 from metaimplicit.operators.hessian import Hessian
 from metaimplicit.operators.layers import (
     Layers,
@@ -53,6 +57,10 @@ class KroneckerFactored(Curvature, Invertible):
             (George et al. 2018).
         others: What to do with adapted parameters of any other layer: `"raise"`, or `"zero"`, which
             gives them a zero block.
+
+    Attributes:
+        blocks: The eigenvectors and eigenvalues of G ⊗ A, one block for each layer.
+        gradient: ∂ℓ/∂θ with its graph. Only `from_loss` sets it.
 
     Raises:
         ValueError: A parameter of another kind of layer adapts. A layer is called twice, or not at
@@ -174,7 +182,12 @@ class KroneckerFactored(Curvature, Invertible):
         inverses = [1 / (block.values + shift) for block in self.blocks]
         return self._apply(vector, inverses, other=1 / shift)
 
-    def _apply(self, vector: Tensor, values: Sequence[Tensor], other: float) -> Tensor:
+    def _apply(
+        self,
+        vector: Tensor,
+        values: Sequence[Tensor],
+        other: float,
+    ) -> Tensor:
         """The product with the blocks of these eigenvalues, and `other` times what has no block."""
         parts = unflatten(vector, self.params)
         product = {name: other * part for name, part in parts.items()}
@@ -208,7 +221,11 @@ class _Block:
         return {self.weight: v[..., :-1].reshape(weight.shape), self.bias: v[..., -1]}
 
 
-def _adapted_layers(module: nn.Module, params: Params, others: str) -> Layers:
+def _adapted_layers(
+    module: nn.Module,
+    params: Params,
+    others: str,
+) -> Layers:
     """The linear and convolutional layers whose weights adapt, by name."""
     layers: Layers = {}
     covered = set()
@@ -260,7 +277,11 @@ def _make_block(
     return _Block(f"{prefix}weight", bias, left=left, right=right, values=values)
 
 
-def _moments_in_basis(rotated_a: Tensor, g: Tensor, left: Tensor) -> Tensor:
+def _moments_in_basis(
+    rotated_a: Tensor,
+    g: Tensor,
+    left: Tensor,
+) -> Tensor:
     """Σ (U_Gᵀ (Σ_r g āᵀ) U_A)² over the draws and examples, `[tasks, out, in (+ 1)]`."""
     moments = []
     for draw in g:

@@ -1,4 +1,4 @@
-"""What Kronecker factors are made of: inputs and output gradients of layers."""
+"""The inputs and output gradients of layers, which Kronecker factors consist of."""
 
 from __future__ import annotations
 
@@ -113,7 +113,13 @@ class ProbedPass:
         return dict(zip(self.probes, gradients, strict=True))
 
 
-def record_with_probes(layers: Layers, lift: Lift, params: Params, *, advice: str) -> ProbedPass:
+def record_with_probes(
+    layers: Layers,
+    lift: Lift,
+    params: Params,
+    *,
+    advice: str,
+) -> ProbedPass:
     """Run a model with a probe at the output of each layer. It runs twice, first for the shapes.
 
     Args:
@@ -146,10 +152,17 @@ def record_with_probes(layers: Layers, lift: Lift, params: Params, *, advice: st
         record_layers(layers, lambda: call(own), record, advice=advice)
         return outputs
 
-    def outputs_and_inputs(call: Call, both: Params) -> tuple[Tensor, Params]:
+    def outputs_and_inputs(
+        call: Call,
+        both: Params,
+    ) -> tuple[Tensor, Params]:
         inputs: Params = {}
 
-        def record(name: str, layer_input: Tensor, output: Tensor) -> Tensor:
+        def record(
+            name: str,
+            layer_input: Tensor,
+            output: Tensor,
+        ) -> Tensor:
             inputs[name] = layer_input
             return output + both[f"probe {name}"]
 
@@ -228,7 +241,11 @@ def layer_patches(
     return a, g
 
 
-def second_moments(a: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+def second_moments(
+    a: Tensor,
+    g: Tensor,
+    examples: int,
+) -> tuple[Tensor, Tensor]:
     """The Kronecker factors A = E[ā āᵀ] and G = Σ g gᵀ/examples of a layer.
 
     Args:

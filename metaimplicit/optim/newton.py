@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import Hessian, Identity, LinearOperator
+from metaimplicit.operators import (
+    Hessian,
+    Identity,
+    LinearOperator,
+)
 from metaimplicit.optim.base import ReplayedClosure
 from metaimplicit.optim.damped import Curvature, Damped
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
-from metaimplicit.solvers.arithmetic import dot, norm, reciprocal
+from metaimplicit.solvers.arithmetic import (
+    dot,
+    norm,
+    reciprocal,
+)
 from metaimplicit.solvers.trust_region import truncated_cg
 
 
@@ -37,8 +45,8 @@ class Newton(Damped):
         lr: The length of the step, > 0.
         damping: λ at the start, > 0 (≥ 0 without `adapt_damping`). Its present value is
             `param_groups[0]["damping"]`.
-        adapt_damping: Whether λ follows ρ, which costs one evaluation more for each step. If False, λ is
-            fixed, every step is taken, and with λ = 0 one step solves a convex quadratic.
+        adapt_damping: Whether λ follows ρ, which costs one evaluation more for each step. If False,
+            λ is fixed, every step is taken, and with λ = 0 one step solves a convex quadratic.
         solver: How the system is solved. If None, the number of parameters decides.
 
     Raises:
@@ -80,7 +88,12 @@ class Newton(Damped):
     def _loss_of(self, result: Any) -> Tensor:
         return self._scalar(result, "closure")
 
-    def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
+    def _direction(
+        self,
+        operator: Curvature,
+        g: Tensor,
+        damping: float,
+    ) -> Tensor:
         if isinstance(self.solver, Dense):
             matrix = self.solver.matrix(operator)[0]
             return _modified_newton(matrix, g[0], damping).unsqueeze(0)
@@ -93,7 +106,11 @@ class Newton(Damped):
         return direction
 
 
-def _modified_newton(matrix: Tensor, g: Tensor, damping: float) -> Tensor:
+def _modified_newton(
+    matrix: Tensor,
+    g: Tensor,
+    damping: float,
+) -> Tensor:
     """The direction Q max(|Λ|, λ)⁻¹ Qᵀg for H = QΛQᵀ, `[n]`. Zero eigenvalues move nothing."""
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
     size = values.abs().clamp(min=damping)
@@ -102,7 +119,11 @@ def _modified_newton(matrix: Tensor, g: Tensor, damping: float) -> Tensor:
     return direction
 
 
-def _truncated_newton(operator: LinearOperator, g: Tensor, solver: CG) -> Tensor:
+def _truncated_newton(
+    operator: LinearOperator,
+    g: Tensor,
+    solver: CG,
+) -> Tensor:
     """A⁻¹g by conjugate gradients from zero, up to the first direction of negative curvature."""
     tol = solver.tol * norm(g)
     result = truncated_cg(operator.matvec, g, tol=tol, max_steps=solver.max_steps)
@@ -113,6 +134,6 @@ def _truncated_newton(operator: LinearOperator, g: Tensor, solver: CG) -> Tensor
 
 
 def _cauchy_step(g: Tensor, curvature: Tensor) -> Tensor:
-    """The step g ‖g‖²/|gᵀAg|, given the curvature gᵀAg. It descends whatever the sign of that."""
+    """The step g ‖g‖²/|gᵀAg|, given the curvature gᵀAg. It descends for either sign of that."""
     square = dot(g, g)
     return torch.where(square > 0, square / curvature.abs(), 0.0) * g

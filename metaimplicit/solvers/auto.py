@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState, Status
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Solver,
+    SolverState,
+    Status,
+)
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.dense import Dense
@@ -111,7 +117,12 @@ class Auto(Solver):
         state = SolverState(solution.value, low_rank, record=record)
         return replace(solution, state=state, chosen=chosen)
 
-    def _solve_recycling(self, system: LinearSystem, low_rank: LowRank, record: Tensor) -> Solution:
+    def _solve_recycling(
+        self,
+        system: LinearSystem,
+        low_rank: LowRank,
+        record: Tensor,
+    ) -> Solution:
         def precondition(r: Tensor) -> Tensor:
             return low_rank.precondition(r, 0.0)
 

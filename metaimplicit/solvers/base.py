@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.arithmetic import divisor, norm
 from metaimplicit.solvers.low_rank import LowRank
+from metaimplicit.solvers.normalise import NormalisedRHS
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -86,9 +86,7 @@ class Status(IntEnum):
 
     CONVERGED = 0  # the residual met the tolerance, or the method is direct
     MAX_STEPS = 1  # steps, terms, rank or precision ran out before the tolerance was met
-    NEGATIVE_CURVATURE = (
-        2  # a vector with vᵀAv ≤ 0, to working precision: A is not positive definite
-    )
+    NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 for some v, to working precision
     BREAKDOWN = 3  # it diverged, A is singular or not symmetric, or the result is worse than zero
     NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
 
@@ -145,6 +143,12 @@ class LinearSystem:
         b: Right-hand sides of norm one or zero, `[tasks, n]`.
         state: What an earlier solve left, scaled to this b.
         preconditioner: r ↦ P r with P ≈ A⁻¹, or None.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> b = torch.tensor([[1.0, 0.0]])
+        >>> LinearSystem(Identity(b, scale=2.0), b).operator.matvec(b)
+        tensor([[2., 0.]])
     """
 
     operator: LinearOperator
@@ -154,7 +158,7 @@ class LinearSystem:
 
 
 class Solver(ABC):
-    """A⁻¹b for each task.
+    """A⁻¹b for each task, where A is known by its products alone.
 
     Subclasses are frozen dataclasses that implement `solve_unit`. A new solver is one file, one
     export, and one row of `METHODS`.
@@ -162,6 +166,14 @@ class Solver(ABC):
     Attributes:
         takes_preconditioner: Whether `solve` accepts a preconditioner.
         sketches: Whether it multiplies A by a batch of vectors, n at most.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> from metaimplicit.solvers import CG
+        >>> b = torch.tensor([[1.0, 2.0]])
+        >>> solution = CG().solve(Identity(b, scale=2.0), b)
+        >>> solution.value, Status(int(solution.status))
+        (tensor([[0.5000, 1.0000]]), <Status.CONVERGED: 0>)
     """
 
     takes_preconditioner: ClassVar[bool] = False
@@ -172,7 +184,7 @@ class Solver(ABC):
         return 0.0
 
     def with_budget(self, products: int) -> Solver | None:
-        """The same solver, which spends `products` ≥ 1 products with A whatever the residual.
+        """The same solver with a budget of `products` ≥ 1 products with A and no tolerance.
 
         One product more may give the residual. If None, a budget makes no sense for this solver.
         """
@@ -207,8 +219,10 @@ class Solver(ABC):
             )
         if preconditioner is not None and not self.takes_preconditioner:
             raise ValueError(f"preconditioner: {type(self).__name__} takes none; use CG")
-        rhs = _Normalised.of(b)
-        start = rhs.scale_state(_checked(state, b))
+        rhs = NormalisedRHS.of(b)
+        start = _checked(state, b)
+        if start.solution is not None:
+            start = replace(start, solution=rhs.scale(start.solution))
         system = LinearSystem(operator, rhs.unit, state=start, preconditioner=preconditioner)
         solution = self.solve_unit(system)
 
@@ -228,7 +242,12 @@ class Solver(ABC):
         `solve` checks the shapes, scales b and the result, and flags results that are not finite.
         """
 
-    def continue_from(self, system: LinearSystem, solution: Solution, where: Tensor) -> Solution:
+    def continue_from(
+        self,
+        system: LinearSystem,
+        solution: Solution,
+        where: Tensor,
+    ) -> Solution:
         """Continue the tasks in `where` with this solver, started from another solver's solution.
 
         A task keeps its old result if the new residual is larger.
@@ -251,35 +270,6 @@ class Solver(ABC):
             rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
             state=SolverState(solution=value),
         )
-
-
-@dataclass(frozen=True)
-class _Normalised:
-    """Right-hand sides b = unit · norm · peak, since the square of a tiny norm would underflow."""
-
-    unit: Tensor  # b/‖b‖, or 0 where b is zero or not finite, [tasks, n]
-    norm: Tensor  # ‖b/peak‖, [tasks, 1]
-    peak: Tensor  # max |bᵢ|, or 1 where b is zero or not finite, [tasks, 1]
-    finite: Tensor  # whether b is finite, [tasks, 1]
-
-    @classmethod
-    def of(cls, b: Tensor) -> _Normalised:
-        peak = b.abs().amax(-1, keepdim=True)
-        finite = peak.isfinite()
-        peak = torch.where(finite & (peak > 0), peak, 1.0)
-        scaled = torch.where(finite, b / peak, 0.0)
-        length = norm(scaled)
-        return cls(scaled / divisor(length), length, peak=peak, finite=finite)
-
-    def scale_state(self, state: SolverState) -> SolverState:
-        """The state of a solve for b, as that of a solve for `unit`."""
-        if state.solution is None:
-            return state
-        return replace(state, solution=state.solution / divisor(self.norm * self.peak))
-
-    def unscale(self, x: Tensor) -> Tensor:
-        """The solution for b from that for `unit`. It is 0 where b is zero."""
-        return x * self.norm * self.peak
 
 
 def _checked(state: SolverState | None, b: Tensor) -> SolverState:

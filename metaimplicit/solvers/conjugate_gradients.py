@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import dot, norm, rayleigh_quotient
-from metaimplicit.solvers.base import Apply, LinearSystem, Solution, Status
+from metaimplicit.solvers.arithmetic import (
+    dot,
+    norm,
+    rayleigh_quotient,
+)
+from metaimplicit.solvers.base import (
+    Apply,
+    LinearSystem,
+    Solution,
+    Status,
+)
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,
@@ -46,7 +55,12 @@ class CGIteration:
         tensor([[0.5000, 1.0000]])
     """
 
-    def __init__(self, x: Tensor, r: Tensor, preconditioner: Apply | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        r: Tensor,
+        preconditioner: Apply | None = None,
+    ) -> None:
         self._precondition = preconditioner or (lambda r: r)
         self.x = x
         self.r = r
@@ -57,7 +71,13 @@ class CGIteration:
         """The step length that minimises along p, `[tasks, 1]`, given pᵀAp."""
         return self.rz / curvature
 
-    def step(self, ap: Tensor, length: Tensor, *, where: Tensor) -> None:
+    def step(
+        self,
+        ap: Tensor,
+        length: Tensor,
+        *,
+        where: Tensor,
+    ) -> None:
         """Step along p in the tasks `where`. The others stay as they are.
 
         Args:
@@ -74,10 +94,15 @@ class CGIteration:
         self.rz = torch.where(where, rz, self.rz)
 
 
-def conjugate_gradients(system: LinearSystem, max_steps: int, tol: float) -> Solution:
-    """The solve of `CG`, which stops a task at a direction of negative curvature.
+def conjugate_gradients(
+    system: LinearSystem,
+    max_steps: int,
+    tol: float,
+) -> Solution:
+    """Solve a system by conjugate gradients, as `CG` does.
 
-    Such a task gets its iterate with the smallest residual.
+    A task that meets a direction of negative curvature stops, with the status NEGATIVE_CURVATURE
+    and its iterate of the smallest residual.
 
     Args:
         system: A, b of norm one or zero, the state and the preconditioner.
@@ -109,7 +134,7 @@ def conjugate_gradients(system: LinearSystem, max_steps: int, tol: float) -> Sol
             break
         ap = progress.multiply(system, cg.p)
         quotient = rayleigh_quotient(cg.p, ap)
-        progress.see(quotient)
+        progress.record_quotient(quotient)
         largest = torch.maximum(largest, torch.where(progress.active, quotient, 0.0))
 
         if step == 0:
@@ -133,7 +158,7 @@ def conjugate_gradients(system: LinearSystem, max_steps: int, tol: float) -> Sol
     x = torch.where(indefinite, best, cg.x)
     residual = torch.where(indefinite, best_residual, residual)
     small = residual <= max(tol, eps**0.5)
-    residual = progress.check_residual(system, x, residual, doubtful=small)
+    residual = progress.recompute_residual(system, x, residual, doubtful=small)
     exceptions = {
         Status.NEGATIVE_CURVATURE: indefinite & (residual > tol),
         Status.BREAKDOWN: asymmetric,

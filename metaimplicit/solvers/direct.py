@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import norm, rayleigh_quotient, reciprocal
-from metaimplicit.solvers.base import LinearSystem, Solution, Status
+from metaimplicit.solvers.arithmetic import (
+    norm,
+    rayleigh_quotient,
+    reciprocal,
+)
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Status,
+)
 
 
 def direct_solution(
@@ -43,7 +51,10 @@ def direct_solution(
     )
 
 
-def solve_by_eigenvalues(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def solve_by_eigenvalues(
+    matrix: Tensor,
+    b: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """A⁺b for symmetric matrices, with the pseudo-inverse of those that are singular.
 
     Args:

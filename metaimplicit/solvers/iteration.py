@@ -1,4 +1,4 @@
-"""What the iterative solvers share: where they start, which tasks go on, and how a task ended."""
+"""What the iterative solvers share: their start, which tasks are active, and how a task ended."""
 
 from __future__ import annotations
 
@@ -8,19 +8,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import divisor, dot, norm
-from metaimplicit.solvers.base import LinearSystem, Solution, SolverState, Status
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    dot,
+    norm,
+)
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    SolverState,
+    Status,
+)
 
 
 @dataclass
 class Progress:
-    """Which tasks are still active, and what each has needed and shown so far.
+    """Which tasks are still active, and what the iteration has counted and seen so far.
 
     Attributes:
-        active: Whether a task goes on, `[tasks, 1]`.
+        active: Whether a task still iterates, `[tasks, 1]`.
         needed: The products that each task needed, `[tasks, 1]`.
-        rayleigh: The smallest vᵀAv/vᵀv that each task has seen, `[tasks, 1]`.
+        rayleigh: The smallest vᵀAv/vᵀv that was seen for each task, `[tasks, 1]`.
         products: The products that were executed, each over all tasks.
+
+    Example:
+        >>> progress = Progress.start(torch.tensor([[1.0], [0.0]]), tol=1e-6, products=0)
+        >>> progress.active.tolist()
+        [[True], [False]]
+        >>> progress.stop(torch.tensor([[True], [False]]))
+        >>> all_ended(progress.active, step=0)
+        True
     """
 
     active: Tensor
@@ -29,13 +46,18 @@ class Progress:
     products: int
 
     @classmethod
-    def start(cls, residual: Tensor, tol: float, products: int) -> Progress:
-        """The progress after `products` products: tasks above the tolerance are active.
+    def start(
+        cls,
+        residual: Tensor,
+        tol: float,
+        products: int,
+    ) -> Progress:
+        """The progress before the first step. Tasks above the tolerance are active.
 
         Args:
             residual: ‖b − Ax‖, `[tasks, 1]`.
             tol: The residual at which a task has converged.
-            products: The products that found the residual.
+            products: The products that were executed so far.
         """
         return cls(
             active=residual > tol,
@@ -45,13 +67,13 @@ class Progress:
         )
 
     def multiply(self, system: LinearSystem, v: Tensor) -> Tensor:
-        """A v, `[tasks, n]`, which every active task needs."""
+        """A v, `[tasks, n]`, by one product, which every active task needs."""
         self.products += 1
         self.needed = self.needed + self.active
         return system.operator.matvec(v)
 
-    def see(self, quotient: Tensor) -> None:
-        """Record the quotients vᵀAv/vᵀv `[tasks, 1]` of the active tasks."""
+    def record_quotient(self, quotient: Tensor) -> None:
+        """Take the minimum with the quotients vᵀAv/vᵀv `[tasks, 1]` of the active tasks."""
         seen = torch.where(self.active, quotient, torch.inf)
         self.rayleigh = torch.minimum(self.rayleigh, seen)
 
@@ -59,12 +81,13 @@ class Progress:
         """End the tasks in `where`, `[tasks, 1]`."""
         self.active = self.active & ~where
 
-    def check_residual(
+    def recompute_residual(
         self, system: LinearSystem, x: Tensor, residual: Tensor, *, doubtful: Tensor
     ) -> Tensor:
-        """The residual by its recurrence, or ‖b − Ax‖ if a task is doubtful, `[tasks, 1]`.
+        """‖b − Ax‖ of all tasks, `[tasks, 1]`, if one is doubtful. Otherwise `residual` itself.
 
-        Round-off makes the recurrence drift from b − Ax. One product more tells.
+        Round-off makes the recurrence of a residual drift from b − Ax, so a small one is computed
+        by one product more before it is reported.
         """
         if not doubtful.any():
             return residual
@@ -78,7 +101,7 @@ class Progress:
 
         If `state` is None, it holds x.
         """
-        # A product that was not finite has made the quotient NaN.
+        # The quotient is NaN if a product was not finite.
         residual = torch.where(self.rayleigh.isnan(), torch.nan, residual)
         return Solution(
             value=x,
@@ -134,7 +157,11 @@ def warm_start(system: LinearSystem) -> tuple[Tensor, Tensor, int]:
     return c * x, b - c * ax, 1
 
 
-def final_status(residual: Tensor, tol: float, exceptions: Mapping[Status, Tensor]) -> Tensor:
+def final_status(
+    residual: Tensor,
+    tol: float,
+    exceptions: Mapping[Status, Tensor],
+) -> Tensor:
     """CONVERGED where the residual is within the tolerance, and MAX_STEPS elsewhere.
 
     Args:

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.arithmetic import divisor, dot, norm, reciprocal
-from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState, Status
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    dot,
+    norm,
+    reciprocal,
+)
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Solver,
+    SolverState,
+    Status,
+)
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,
@@ -99,7 +110,7 @@ class Lanczos(Solver):
             progress.products += 1
             budget -= 1
             true_residual = norm(r)
-            # A restart has to improve a task. NaN must not be hidden.
+            # The first space always counts. A restart has to improve the task, or to show a NaN.
             better = ~(true_residual >= residual) | (not restarted)
             halved = (true_residual <= 0.5 * residual) | (not restarted)
             x = torch.where(better, x_next, x)
@@ -112,15 +123,15 @@ class Lanczos(Solver):
             restarted = True
 
         status = final_status(residual, self.tol, {Status.BREAKDOWN: broken})
-        return progress.solution(x, residual, status, SolverState(x, low_rank))
+        return progress.solution(x, residual, status, state=SolverState(x, low_rank))
 
 
 class _KrylovSpace:
     """span{r, Ar, …} by Lanczos's process, for tasks that end at different steps.
 
     A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1}, where every v is orthogonalised against all
-    before it. A task that has ended goes on with zero vectors, and beside its T stands a multiple
-    of the identity.
+    before it. A task that has ended continues with zero vectors, and T continues as a multiple of
+    the identity.
 
     Attributes:
         needed: The products that each task needed, `[tasks, 1]`.
@@ -167,38 +178,49 @@ class _KrylovSpace:
             self._step(system.operator.matvec(self.basis[-1]))
 
     def _step(self, av: Tensor) -> None:
-        alpha = dot(av, self.basis[-1])
-        filler = self.alphas[0] if self.alphas else 1.0
-        alpha = torch.where(self.active, alpha, filler)
+        """Extend the basis by what is new in A v_k."""
+        # A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1}
+        filler = self.alphas[0] if self.alphas else 1.0  # for tasks that have ended
+        alpha = torch.where(self.active, dot(av, self.basis[-1]), filler)
         if self.steps == 1:
-            # v₁ᵀA v₂ is β₂, unless A is not symmetric.
-            skew = dot(av, self.basis[0]) - self.betas[0]
-            self.asymmetric = self.active & is_asymmetric(skew, norm(av))
-            self.active = self.active & ~self.asymmetric
-            self.ended = self.ended | self.asymmetric
-
+            self._check_symmetry(av)
         w = self._orthogonalise(av)
         self._size = torch.maximum(self._size, alpha.abs())
-        pivot = self._galerkin.add_pivot(alpha)
-        positive = pivot > self._eps**0.75 * self._size
-        self.definite = self.definite & (positive | ~self.active)
+        self._check_definite(alpha)
 
         beta = torch.where(self.active, norm(w), 0.0)
         self._size = torch.maximum(self._size, beta)
-        beta = torch.where(beta > 10 * self._eps * self._size, beta, 0.0)  # else: round-off
-        column = self._qr.append(alpha, beta)
-        least_squares = column.sine * self._least_squares
-        self._least_squares = torch.where(self.active, least_squares, self._least_squares)
-        residual = torch.where(self.definite, self._galerkin.norm(beta), self._least_squares)
-        self.residual = torch.where(self.active, residual, self.residual)
+        # A smaller β is round-off: the space is exhausted.
+        beta = torch.where(beta > 10 * self._eps * self._size, beta, 0.0)
+        self._update_residual(alpha, beta)
+        self.ended = self.ended | (self.active & ~(beta > 0))
+        self.active = self.active & (beta > 0) & (self.residual > self.tol)
 
-        exhausted = ~(beta > 0)
-        self.ended = self.ended | (self.active & exhausted)
-        self.active = self.active & ~exhausted & (self.residual > self.tol)
         self.alphas.append(alpha)
         self.betas.append(torch.where(self.active, beta, 0.0))
         self.last_betas.append(torch.where(self.active, 0.0, beta))
         self.basis.append(torch.where(self.active, w / divisor(beta), 0.0))
+
+    def _check_symmetry(self, av: Tensor) -> None:
+        # v₁ᵀA v₂ = β₂ for a symmetric A.
+        skew = dot(av, self.basis[0]) - self.betas[0]
+        self.asymmetric = self.active & is_asymmetric(skew, norm(av))
+        self.active = self.active & ~self.asymmetric
+        self.ended = self.ended | self.asymmetric
+
+    def _check_definite(self, alpha: Tensor) -> None:
+        # T = L D Lᵀ is as definite as the pivots D.
+        pivot = self._galerkin.add_pivot(alpha)
+        positive = pivot > self._eps**0.75 * self._size
+        self.definite = self.definite & (positive | ~self.active)
+
+    def _update_residual(self, alpha: Tensor, beta: Tensor) -> None:
+        column = self._qr.append(alpha, beta)
+        least_squares = column.sine * self._least_squares
+        self._least_squares = torch.where(self.active, least_squares, self._least_squares)
+        galerkin = self._galerkin.norm(beta)
+        residual = torch.where(self.definite, galerkin, self._least_squares)
+        self.residual = torch.where(self.active, residual, self.residual)
 
     def _orthogonalise(self, w: Tensor) -> Tensor:
         """The part of w that is orthogonal to the basis, by Gram–Schmidt's process run twice."""
@@ -272,5 +294,5 @@ class _Projection:
 
 
 def _joined(numbers: list[Tensor]) -> Tensor:
-    """Numbers `[tasks, 1]` of each step, `[tasks, k]` in float64, with 0 in the place of NaN."""
+    """Numbers `[tasks, 1]` of k steps as `[tasks, k]`, float64. NaN and infinity become 0."""
     return torch.cat(numbers, dim=-1).double().nan_to_num(0.0, 0.0, 0.0)

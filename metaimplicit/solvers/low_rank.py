@@ -62,7 +62,12 @@ class Probes:
         rows = [torch.randn(self._n, generator=generator) for generator in generators]
         return torch.nn.functional.normalize(torch.stack(rows).to(self._like))
 
-    def products(self, operator: LinearOperator, start: int, stop: int) -> Tensor:
+    def products(
+        self,
+        operator: LinearOperator,
+        start: int,
+        stop: int,
+    ) -> Tensor:
         """B ω for each of these rows ω, `[tasks, stop − start, n]`."""
         if self._columns is not None:
             return operator.columns(self._columns[start:stop]).transpose(0, 1)
@@ -77,7 +82,13 @@ class Probes:
         blocks = zip(v.split(BLOCK, -1), self.rows(start, stop).split(BLOCK, -1), strict=True)
         return torch.stack([part.double() @ rows.double().mT for part, rows in blocks]).sum(0)
 
-    def add(self, total: Tensor, c: Tensor, start: int, stop: int) -> None:
+    def add(
+        self,
+        total: Tensor,
+        c: Tensor,
+        start: int,
+        stop: int,
+    ) -> None:
         """Add Ω c, c `[tasks, stop − start]`, to `total` `[tasks, n]` in place."""
         if self._columns is not None:
             total[:, self._columns[start:stop].to(total.device)] += c.to(total)
@@ -151,7 +162,11 @@ class LowRank:
         weights = 1 - (smallest + shift) * inverse / (1 + shift * inverse)
         return r - self._expand(weights * self._coordinates(r)).to(r.dtype)
 
-    def error(self, operator: LinearOperator, steps: int = 4) -> tuple[Tensor, int]:
+    def error(
+        self,
+        operator: LinearOperator,
+        steps: int = 4,
+    ) -> tuple[Tensor, int]:
         """An estimate of ‖B − B_k‖ from below, `[tasks]`, and the number of products it took.
 
         Args:
@@ -183,7 +198,12 @@ class LowRank:
         return (self.basis.double().mT @ coordinates.unsqueeze(-1)).squeeze(-1)
 
 
-def whiten(r: Tensor, gram: Tensor, *, tolerance: float) -> tuple[Tensor, Tensor]:
+def whiten(
+    r: Tensor,
+    gram: Tensor,
+    *,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
     """W with orthonormal YW, and 1/d with diag(1/d) = Wᵀ(ΩᵀY)W.
 
     Args:

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.arithmetic import divisor, dot, norm
-from metaimplicit.solvers.base import LinearSystem, Solution, Solver, Status
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    dot,
+    norm,
+)
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Solver,
+    Status,
+)
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,
@@ -73,31 +82,31 @@ class MINRES(Solver):
             av = progress.multiply(system, v)
             asymmetric = progress.active & lanczos.is_asymmetric(av, step, eps)
             alpha, beta = lanczos.advance(av)
-            progress.see(alpha)
+            progress.record_quotient(alpha)
 
-            # The columns of W = V R⁻¹ follow from W R = V.
+            # x_k = x_{k−1} + c_k φ_{k−1} w_k with the residual φ_k = s_k φ_{k−1}. Since W R = V,
+            # w_k = (v_k − ε_k w_{k−2} − δ_k w_{k−1})/γ_k.
             column = qr.append(alpha, beta)
             w_next = (v - column.epsilon * w_old - column.delta * w) / column.gamma
             w_old = w
             w = w_next
             x_next = x + column.cosine * residual * w
 
-            # A step gains nothing at a least-squares solution, and is wrong if only round-off
-            # makes it.
+            # At a least-squares solution a step gains nothing, and a vast one is round-off.
             least_squares = column.slope <= 100 * eps * lanczos.size
             vast = lanczos.size * norm(x_next) * eps**0.75 > 1
-            useless = progress.active & (least_squares | vast | asymmetric)
-            progress.stop(useless)
+            stalled = progress.active & (least_squares | vast | asymmetric)
+            progress.stop(stalled)
             x = torch.where(progress.active, x_next, x)
             residual = torch.where(progress.active, column.sine * residual, residual)
 
             # With β = 0 the Krylov space does not grow any further.
             exhausted = progress.active & (beta <= 10 * eps * lanczos.size)
-            broken = broken | useless | (exhausted & (residual > self.tol))
+            broken = broken | stalled | (exhausted & (residual > self.tol))
             progress.stop(exhausted | ~(residual > self.tol))
 
         doubtful = (residual <= max(self.tol, eps**0.5)) | broken
-        residual = progress.check_residual(system, x, residual, doubtful=doubtful)
+        residual = progress.recompute_residual(system, x, residual, doubtful=doubtful)
         exceptions = {Status.BREAKDOWN: broken & (residual > self.tol)}
         return progress.solution(x, residual, final_status(residual, self.tol, exceptions))
 
@@ -122,7 +131,12 @@ class _LanczosProcess:
         self._beta = beta
         return alpha, beta
 
-    def is_asymmetric(self, av: Tensor, step: int, eps: float) -> Tensor:
+    def is_asymmetric(
+        self,
+        av: Tensor,
+        step: int,
+        eps: float,
+    ) -> Tensor:
         """Whether v₁ᵀA v₂ differs from β₂, `[tasks, 1]`, which only the second step can tell."""
         if step != 1:
             return torch.zeros_like(self._beta, dtype=torch.bool)

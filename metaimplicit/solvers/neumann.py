@@ -8,9 +8,22 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.arithmetic import divisor, norm, rayleigh_quotient
-from metaimplicit.solvers.base import LinearSystem, Solution, Solver, Status
-from metaimplicit.solvers.iteration import Progress, final_status, warm_start
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    norm,
+    rayleigh_quotient,
+)
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Solver,
+    Status,
+)
+from metaimplicit.solvers.iteration import (
+    Progress,
+    final_status,
+    warm_start,
+)
 from metaimplicit.solvers.power_iteration import largest_eigenvalue
 
 
@@ -68,7 +81,7 @@ class Neumann(Solver):
         for _ in range(self.terms):
             # From zero, r = (I − sA)ᵏ b is both the term k and the residual after k terms.
             ar = progress.multiply(system, r)
-            progress.see(rayleigh_quotient(r, ar))
+            progress.record_quotient(rayleigh_quotient(r, ar))
             r_next = r - scale * ar
             residual_next = norm(r_next)
             shrinks = residual_next <= residual * (1 + eps**0.5)  # not where it is NaN
@@ -80,7 +93,7 @@ class Neumann(Solver):
             progress.stop(~(residual > eps))
 
         tol = eps**0.5
-        residual = progress.check_residual(system, x, residual, doubtful=residual <= tol)
+        residual = progress.recompute_residual(system, x, residual, doubtful=residual <= tol)
         exceptions = {
             Status.BREAKDOWN: grew,
             Status.NEGATIVE_CURVATURE: progress.rayleigh <= 0,

@@ -10,11 +10,21 @@ from torch import Tensor
 from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import norm
-from metaimplicit.solvers.base import LinearSystem, Solution, SolverState, Status
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    SolverState,
+    Status,
+)
 from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.direct import direct_solution
 from metaimplicit.solvers.iteration import check_limits, final_status
-from metaimplicit.solvers.low_rank import Probes, Sketch, is_indefinite, whiten
+from metaimplicit.solvers.low_rank import (
+    Probes,
+    Sketch,
+    is_indefinite,
+    whiten,
+)
 from metaimplicit.solvers.sketching import SketchingSolver
 
 
@@ -103,7 +113,7 @@ class Nystrom(SketchingSolver):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, the smallest quotient ωᵀBω/ωᵀω, and whether B_k is indefinite, κ products at a time.
 
-        x = (b − B Ω F Ωᵀ B b)/s with F = W diag(1/(1 + s|e|)) Wᵀ, where W and e = 1/d are made of
+        x = (b − B Ω F Ωᵀ B b)/s with F = W diag(1/(1 + s|e|)) Wᵀ, where W and e = 1/d follow from
         ΩᵀY and YᵀY.
         """
         tasks, n = core.shape
@@ -135,7 +145,7 @@ class Nystrom(SketchingSolver):
         c = weights @ ((weights.mT @ c) / (1 + shift * inverse.abs()).unsqueeze(-1))
         spread = torch.zeros_like(b)
         for start, stop in parts:
-            probes.add(spread, c[:, start:stop, 0], start, stop)
+            probes.add(spread, c[:, start:stop, 0], start=start, stop=stop)
         x = core.matvec(spread).sub_(b).div_(-shift)
         smallest = gram.diagonal(dim1=-2, dim2=-1).amin(-1).to(b)
         return x, smallest, is_indefinite(inverse, b.dtype)

@@ -58,8 +58,9 @@ def largest_eigenvalue(
     Example:
         >>> from metaimplicit.operators import Identity
         >>> v = torch.tensor([[1.0, 0.0]])
-        >>> largest_eigenvalue(Identity(v, scale=3.0), v, steps=2)[0]
-        tensor([[3.]])
+        >>> estimate, _ = largest_eigenvalue(Identity(v, scale=3.0), v, steps=2)
+        >>> round(estimate.item(), 4)
+        3.0
     """
     direction = fixed_direction(v)
     sign = torch.where(v @ direction < 0, -random_part, random_part).unsqueeze(-1)

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.arithmetic import divisor, norm, rayleigh_quotient
-from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState, Status
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    norm,
+    rayleigh_quotient,
+)
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Solver,
+    SolverState,
+    Status,
+)
 from metaimplicit.solvers.iteration import final_status
 from metaimplicit.solvers.power_iteration import largest_eigenvalue
 

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import divisor, dot, norm
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    dot,
+    norm,
+)
 from metaimplicit.solvers.conjugate_gradients import CGIteration
 from metaimplicit.solvers.iteration import all_ended
 
@@ -105,7 +109,12 @@ def _length_to_boundary(s: Tensor, p: Tensor, radius: Tensor) -> Tensor:
     return room / (sp + (sp.square() + dot(p, p) * room).sqrt())
 
 
-def decrease_ratio(before: Tensor, after: Tensor, predicted: Tensor, eps: float) -> Tensor:
+def decrease_ratio(
+    before: Tensor,
+    after: Tensor,
+    predicted: Tensor,
+    eps: float,
+) -> Tensor:
     """ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)): the decrease of the loss over that of its model m.
 
     Both decreases are widened by 10 ε|L(θ)|, what round-off may make of them, so that ρ → 1 at a

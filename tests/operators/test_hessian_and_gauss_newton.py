@@ -150,7 +150,7 @@ def test_a_loss_that_holds_single_precision_is_checked_in_it():
         concave.check_convex()
 
 
-def test_a_fisher_matrix_is_semidefinite_whatever_the_loss():
+def test_a_fisher_matrix_is_semidefinite_for_a_concave_loss_too():
     concave = Fisher(outputs, lambda z: -z.square().mean((1, 2)), PARAMS)
     concave.check_convex()
     assert torch.linalg.eigvalsh(dense(concave)).min() > -1e-13

@@ -1,4 +1,4 @@
-"""What holds for every solver, whatever its method."""
+"""What holds for every solver."""
 
 from dataclasses import replace
 
