@@ -7,7 +7,11 @@ from oracles import randn
 from metaimplicit.operators import LossParts
 from metaimplicit.params import flatten, unflatten
 
-TASKS, POINTS, INPUTS, HIDDEN, CLASSES = 3, 7, 4, 5, 3
+TASKS = 3
+POINTS = 7
+INPUTS = 4
+HIDDEN = 5
+CLASSES = 3
 X = randn(TASKS, POINTS, INPUTS, seed=0)
 LABELS = torch.arange(POINTS).remainder(CLASSES).expand(TASKS, -1)
 TARGETS = randn(TASKS, POINTS, CLASSES, seed=1)

@@ -7,21 +7,27 @@ DOUBLE = torch.float64
 
 def boundary(s, d, radius):
     """The positive root of ‖s + τd‖² = Δ² by the eigenvalues of the companion matrix."""
-    a, b, c = float(d @ d), float(2 * s @ d), float(s @ s - radius**2)
+    a = float(d @ d)
+    b = float(2 * s @ d)
+    c = float(s @ s - radius**2)
     companion = torch.tensor([[0.0, -c / a], [1.0, -b / a]], dtype=DOUBLE)
     return float(torch.linalg.eigvals(companion).real.max())
 
 
 def steihaug(g, h, radius, tol, steps):
     """Algorithm 7.2: the step, and whether it is at the boundary."""
-    z, r, d = torch.zeros_like(g), g.clone(), -g
+    z = torch.zeros_like(g)
+    r = g.clone()
+    d = -g
     for _ in range(steps):
         if float(d @ h @ d) <= 0:
             return z + boundary(z, d, radius) * d, True
         alpha = float(r @ r) / float(d @ h @ d)
         if float((z + alpha * d).norm()) >= radius:
             return z + boundary(z, d, radius) * d, True
-        z, before, r = z + alpha * d, r, r + alpha * h @ d
+        z = z + alpha * d
+        before = r
+        r = r + alpha * h @ d
         if float(r.norm()) <= tol:
             break
         d = -r + float(r @ r) / float(before @ before) * d
@@ -30,7 +36,9 @@ def steihaug(g, h, radius, tol, steps):
 
 def trust_region(f, theta, *, steps, cg_steps, radius, forcing=None, tol=1e-6):
     """Algorithm 4.1: the iterates, the radii, and which of the steps were taken."""
-    path, radii, taken = [theta], [radius], []
+    path = [theta]
+    radii = [radius]
+    taken = []
     for _ in range(steps):
         g = torch.func.grad(f)(theta)
         if float(g.norm()) <= tol:

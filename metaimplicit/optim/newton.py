@@ -7,20 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import (
-    Hessian,
-    Identity,
-    LinearOperator,
-)
+from metaimplicit.operators import Hessian, Identity, LinearOperator
 from metaimplicit.optim.base import ReplayedClosure
 from metaimplicit.optim.damped import Curvature, Damped
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
-from metaimplicit.solvers.arithmetic import (
-    dot,
-    norm,
-    reciprocal,
-)
+from metaimplicit.solvers.arithmetic import dot, norm, reciprocal
 from metaimplicit.solvers.trust_region import truncated_cg
 
 

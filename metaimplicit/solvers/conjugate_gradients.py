@@ -5,17 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import (
-    dot,
-    norm,
-    rayleigh_quotient,
-)
-from metaimplicit.solvers.base import (
-    Apply,
-    LinearSystem,
-    Solution,
-    Status,
-)
+from metaimplicit.solvers.arithmetic import dot, norm, rayleigh_quotient
+from metaimplicit.solvers.base import Apply, LinearSystem, Solution, Status
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,

@@ -10,11 +10,7 @@ from metaimplicit.solvers.arithmetic import (
     rayleigh_quotient,
     reciprocal,
 )
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Status
 
 
 def direct_solution(

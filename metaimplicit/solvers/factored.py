@@ -7,11 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from metaimplicit.operators import Invertible
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Status
 from metaimplicit.solvers.core import CoreSolver
 from metaimplicit.solvers.direct import direct_solution
 

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import (
-    divisor,
-    dot,
-    norm,
-)
+from metaimplicit.solvers.arithmetic import divisor, dot, norm
 from metaimplicit.solvers.base import (
     LinearSystem,
     Solution,

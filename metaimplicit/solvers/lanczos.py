@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.arithmetic import (
-    divisor,
-    dot,
-    norm,
-    reciprocal,
-)
+from metaimplicit.solvers.arithmetic import divisor, dot, norm, reciprocal
 from metaimplicit.solvers.base import (
     LinearSystem,
     Solution,

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.arithmetic import (
-    divisor,
-    dot,
-    norm,
-)
+from metaimplicit.solvers.arithmetic import divisor, dot, norm
 from metaimplicit.solvers.base import (
     LinearSystem,
     Solution,

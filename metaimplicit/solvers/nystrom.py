@@ -134,7 +134,7 @@ class Nystrom(SketchingSolver):
             square[:, start:stop] = coordinates(twice)
             del images, twice  # before the next are allocated
 
-        # R with RᵀR = YᵀY. The precision of a square is half of that of its root.
+        # R with RᵀR = YᵀY. Eigenvalues of YᵀY known to ε give roots known to √ε.
         square = (0.5 * (square + square.mT)).nan_to_num(0.0, 0.0, 0.0)
         values, vectors = torch.linalg.eigh(square)
         root = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT

@@ -10,11 +10,7 @@ import torch
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import LinearSystem, SolverState
 from metaimplicit.solvers.core import CoreSolver
-from metaimplicit.solvers.low_rank import (
-    LowRank,
-    Probes,
-    Sketch,
-)
+from metaimplicit.solvers.low_rank import LowRank, Probes, Sketch
 
 
 @dataclass(frozen=True)

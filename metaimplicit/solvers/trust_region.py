@@ -8,11 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.solvers.arithmetic import (
-    divisor,
-    dot,
-    norm,
-)
+from metaimplicit.solvers.arithmetic import divisor, dot, norm
 from metaimplicit.solvers.conjugate_gradients import CGIteration
 from metaimplicit.solvers.iteration import all_ended
 

@@ -14,7 +14,9 @@ DOUBLE = torch.float64
 EPS = torch.finfo(DOUBLE).eps
 SPECTRA = [[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]]
 INDEFINITE = [[-2, -1, 1, 3, 4], [1, 2, 3, 4, 5], [-0.1, 0.5, 1, 2, 30]]
-TASKS, N, M = 3, 5, 12
+TASKS = 3
+N = 5
+M = 12
 B = randn(TASKS, N, seed=1)
 START = {"a": randn(TASKS, 2, seed=2), "b": randn(TASKS, 1, 3, seed=3)}
 
@@ -40,7 +42,8 @@ def quadratic(h, b=B):
 
 
 def logistic(offset=0.0):
-    x, y = randn(TASKS, M, N, seed=0), (randn(TASKS, M, seed=1) > 0).double()
+    x = randn(TASKS, M, N, seed=0)
+    y = (randn(TASKS, M, seed=1) > 0).double()
 
     def loss(params, _=0):
         theta = joined(params)
@@ -55,7 +58,8 @@ def wavy(tasks=slice(None)):
 
     Steps are cut, refused and lengthened, in each task at other times.
     """
-    h, b = symmetric(INDEFINITE)[tasks], B[tasks]
+    h = symmetric(INDEFINITE)[tasks]
+    b = B[tasks]
     width = torch.tensor([1.0, 3.0, 0.5], dtype=DOUBLE)[tasks]
 
     def loss(params, _=0):
@@ -131,7 +135,9 @@ def test_the_loop_is_that_of_each_task_alone(options):
 
 
 def test_convergence_is_newtons_and_quadratic():
-    loss, near, calls = logistic(), {name: 0.1 * p for name, p in START.items()}, []
+    loss = logistic()
+    near = {name: 0.1 * p for name, p in START.items()}
+    calls = []
 
     def counted(params, t):
         calls.append(t)
@@ -142,7 +148,9 @@ def test_convergence_is_newtons_and_quadratic():
     # Where no task refuses its step, the trial point is the point of the next model.
     assert calls == [0] * (int(end.steps.max()) + 1)
     for i in range(TASKS):
-        f, theta, norms = loss_of_task(loss, i), joined(near)[i], []
+        f = loss_of_task(loss, i)
+        theta = joined(near)[i]
+        norms = []
         for iterate in end.iterates:
             g = torch.func.grad(f)(theta)
             norms.append(float(g.norm()))
@@ -159,7 +167,8 @@ def test_convergence_is_newtons_and_quadratic():
 
 def test_a_refused_step_moves_nothing_and_the_next_is_a_quarter_as_long():
     """Newton's step on √(1 + x²) from x = 2 is to −8, uphill; from 0.5 it is to −0.125."""
-    start, calls = point([2.0], [0.5]), []
+    start = point([2.0], [0.5])
+    calls = []
 
     def loss(params, t):
         calls.append(t)

@@ -60,7 +60,8 @@ def test_the_exact_matrix_is_the_expectation_over_the_classes():
             theta, log_p = of_task(
                 lambda p, t=task, i=i: torch.log_softmax(network(p, X[t]), -1)[i], task
             )
-            scores, probabilities = torch.func.jacrev(log_p)(theta), log_p(theta).exp()
+            scores = torch.func.jacrev(log_p)(theta)
+            probabilities = log_p(theta).exp()
             expected = expected + scores.T @ torch.diag(probabilities) @ scores / POINTS
         assert relative_error(matrix[task], expected) < 1e-12
 
@@ -103,7 +104,8 @@ def test_it_is_the_hessian_of_the_symmetrised_divergence():
         theta, log_p = of_task(lambda p, t=task: torch.log_softmax(network(p, X[t]), -1), task)
 
         def divergence(delta, theta=theta, log_p=log_p):
-            here, there = log_p(theta), log_p(theta + delta)
+            here = log_p(theta)
+            there = log_p(theta + delta)
             return 0.5 * ((here.exp() - there.exp()) * (here - there)).sum(-1).mean()
 
         expected = torch.func.hessian(divergence)(torch.zeros_like(theta))

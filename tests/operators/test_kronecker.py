@@ -12,7 +12,9 @@ from metaimplicit.operators import Fisher, KroneckerFactored, LossParts
 from metaimplicit.params import flatten
 from metaimplicit.solvers import CG, Factored, Status
 
-TASKS, EXAMPLES, CLASSES = 2, 4, 3
+TASKS = 2
+EXAMPLES = 4
+CLASSES = 3
 
 
 class Net(nn.Module):
@@ -59,18 +61,21 @@ def kfac(model=MODEL, inputs=IMAGES, params=PARAMS, loss=cross_entropy, **option
 
 def layer_statistics(task, name, conv):
     """The inputs ā of each example at every position, and its weighted gradients of each class."""
-    inputs, outputs = {}, {}
+    inputs = {}
+    outputs = {}
     layer = dict(MODEL.named_modules())[name]
 
     def record(_, given, out):
-        inputs["a"], outputs["z"] = given[0], out
+        inputs["a"] = given[0]
+        outputs["z"] = out
 
     handle = layer.register_forward_hook(record)
     own = {n: p[task].requires_grad_() for n, p in PARAMS.items()}
     statistics = []
     for i in range(EXAMPLES):
         logits = torch.func.functional_call(MODEL, own, (IMAGES[task, i : i + 1],))
-        log_p, g = torch.log_softmax(logits[0], -1), []
+        log_p = torch.log_softmax(logits[0], -1)
+        g = []
         for c in range(CLASSES):
             (slope,) = torch.autograd.grad(-log_p[c], outputs["z"], retain_graph=True)
             g.append(log_p[c].exp().sqrt().detach() * (slope[0].flatten(1).T if conv else slope))
@@ -201,7 +206,8 @@ def test_a_preconditioner_of_factors_saves_products():
         return torch.vmap(F.cross_entropy)(z, labels)
 
     fisher = Fisher(lambda p: lift(lambda call, q: call(q), p), loss, params)
-    operator, b = fisher + Identity(fisher, 1e-5), randn(*fisher.shape, seed=3)
+    operator = fisher + Identity(fisher, 1e-5)
+    b = randn(*fisher.shape, seed=3)
     factors = kfac(model, inputs, params, loss)
     plain = CG(max_steps=299, tol=1e-8).solve(operator, b)
     helped = CG(max_steps=299, tol=1e-8).solve(

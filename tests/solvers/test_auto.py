@@ -16,7 +16,8 @@ ZERO_STATE = SolverState(torch.zeros(1, 40).double())
 
 
 def test_small_systems_are_solved_densely():
-    matrix, b = symmetric(BOTH), randn(2, 40, seed=1)
+    matrix = symmetric(BOTH)
+    b = randn(2, 40, seed=1)
     solution = Auto(max_steps=3).solve(Matrix(matrix), b)
     assert relative_error(solution.value, torch.linalg.solve(matrix, b)) < 1e-10
     assert solution.chosen == "Dense: n = 40 ≤ 256"
@@ -24,7 +25,8 @@ def test_small_systems_are_solved_densely():
 
 
 def test_larger_ones_are_solved_by_lanczos_which_keeps_nothing_without_a_state():
-    matrix, b = symmetric(BOTH), randn(2, 40, seed=1)
+    matrix = symmetric(BOTH)
+    b = randn(2, 40, seed=1)
     auto = Auto(7, dense=39).solve(Matrix(matrix), b)
     assert torch.equal(auto.value, Lanczos(7).solve(Matrix(matrix), b).value)
     assert auto.chosen == "Lanczos: n = 40 > 39"
@@ -34,7 +36,8 @@ def test_larger_ones_are_solved_by_lanczos_which_keeps_nothing_without_a_state()
 
 @pytest.mark.parametrize("spectra", [INDEFINITE, BOTH])
 def test_cg_solves_where_the_basis_of_all_tasks_is_above_the_memory(spectra):
-    matrix, tasks = symmetric(spectra), len(spectra)
+    matrix = symmetric(spectra)
+    tasks = len(spectra)
     b = randn(tasks, 40, seed=1)
     basis = 4 * 7 * tasks * 40 * 8  # four copies of 7 vectors of 40 numbers of 8 bytes
     auto = Auto(7, dense=0, memory=basis - 1).solve(Matrix(matrix), b)
@@ -44,7 +47,8 @@ def test_cg_solves_where_the_basis_of_all_tasks_is_above_the_memory(spectra):
 
 
 def test_a_system_that_is_solved_already_takes_one_product():
-    matrix, solver = symmetric(DEFINITE), Auto(60, dense=0)
+    matrix = symmetric(DEFINITE)
+    solver = Auto(60, dense=0)
     state = solver.solve(Matrix(matrix), B).state
     again = solver.solve(Matrix(matrix), B, state=state)
     assert again.products == 1
@@ -66,8 +70,11 @@ def test_cg_continues_where_precision_ends_lanczos():
 
 
 def test_ritz_vectors_are_kept_while_they_save_products():
-    matrix, solver = symmetric(DEFINITE), Auto(60, tol=1e-6, dense=0)
-    state, chosen, products = None, [], []
+    matrix = symmetric(DEFINITE)
+    solver = Auto(60, tol=1e-6, dense=0)
+    state = None
+    chosen = []
+    products = []
     for i in range(4):
         operator = Matrix(matrix)
         solution = solver.solve(operator, B + 0.1 * randn(1, 40, seed=7 + i), state=state)
@@ -101,7 +108,8 @@ def test_ritz_vectors_are_kept_while_they_save_products():
     ],
 )
 def test_ritz_vectors_that_solve_worse_or_slower_are_dropped(steps, tol, same_matrix, kept):
-    matrix, other = symmetric(DEFINITE), symmetric(DEFINITE.flip(1), seed=5)
+    matrix = symmetric(DEFINITE)
+    other = symmetric(DEFINITE.flip(1), seed=5)
     solver = Auto(steps, tol=tol, dense=0)
     state = solver.solve(Matrix(matrix), B, state=ZERO_STATE).state
     residual, products = state.record.tolist()
@@ -119,7 +127,8 @@ def test_ritz_vectors_that_solve_worse_or_slower_are_dropped(steps, tol, same_ma
 
 
 def test_of_an_indefinite_task_no_ritz_vector_is_kept():
-    matrix, b = symmetric(BOTH), randn(2, 40, seed=1)
+    matrix = symmetric(BOTH)
+    b = randn(2, 40, seed=1)
     state = SolverState(torch.zeros(2, 40).double())
     state = Auto(30, dense=0).solve(Matrix(matrix), b, state=state).state
     assert (state.low_rank.inverse[0] > 0).all()
@@ -132,7 +141,8 @@ def test_of_an_indefinite_task_no_ritz_vector_is_kept():
 
 
 def test_a_system_that_has_become_indefinite_is_solved_too():
-    matrix, solver = symmetric(DEFINITE), Auto(200, tol=1e-8, dense=0)
+    matrix = symmetric(DEFINITE)
+    solver = Auto(200, tol=1e-8, dense=0)
     state = solver.solve(Matrix(matrix), B, state=ZERO_STATE).state
     indefinite = matrix - 0.05 * torch.eye(40).double()
     operator = Matrix(indefinite)

@@ -7,7 +7,8 @@ from solver_cases import SPECTRA, positive_systems
 
 from metaimplicit import CG, Lanczos, Status
 
-DEFINITE, INDEFINITE = torch.linspace(1, 10, 12), torch.linspace(-4, 5, 12)
+DEFINITE = torch.linspace(1, 10, 12)
+INDEFINITE = torch.linspace(-4, 5, 12)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -40,7 +41,8 @@ def test_a_preconditioner_changes_the_krylov_space(steps):
 
 
 def test_it_counts_what_each_task_needed():
-    few, many = torch.full((12,), 3.0), SPECTRA[1]
+    few = torch.full((12,), 3.0)
+    many = SPECTRA[1]
     matrix = symmetric(torch.stack([few, many]))
     solution = CG(max_steps=30, tol=1e-10).solve(Matrix(matrix), randn(2, 12, seed=6))
     assert solution.needed[0] == 1

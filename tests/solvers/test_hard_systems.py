@@ -48,7 +48,8 @@ CASES = {  # a solver, and its status on each of the systems
 def test_every_solver_says_how_it_ended(name, system):
     solver, statuses = CASES[name]
     expected = statuses[list(SYSTEMS).index(system)]
-    matrix, b = SYSTEMS[system], randn(1, 12, seed=1)
+    matrix = SYSTEMS[system]
+    b = randn(1, 12, seed=1)
     solution = solver.solve(Matrix(matrix), b)
     status = Status(int(solution.status))
     assert status in (expected if isinstance(expected, set) else {expected})

@@ -100,7 +100,8 @@ def test_on_a_singular_system_they_end_at_a_least_squares_solution(solver):
 
 def tridiagonal(k, seed):
     """α and β of a random (k+1) × k matrix T, and T."""
-    alphas, betas = randn(k, seed=seed), randn(k, seed=seed + 1).abs()
+    alphas = randn(k, seed=seed)
+    betas = randn(k, seed=seed + 1).abs()
     t = torch.zeros(k + 1, k, dtype=torch.float64)
     for j in range(k):
         t[j, j] = alphas[j]

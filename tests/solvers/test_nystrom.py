@@ -83,7 +83,8 @@ def test_negative_eigenvalues_count_by_their_size(chunk):
 def test_a_sketch_beyond_the_rank_of_the_matrix_keeps_no_round_off(sketch, chunk):
     """In single precision, 10 columns of matrices of rank 3: seven directions are noise."""
     factors = randn(64, 3, 40, seed=1)
-    matrix, b = factors.mT @ factors, randn(64, 40, seed=2)
+    matrix = factors.mT @ factors
+    b = randn(64, 40, seed=2)
     solver = Nystrom(rank=10, rho=0.1, sketch=sketch, chunk=chunk, generator=generator(1))
     solution = solver.solve(Matrix(matrix.float()), b.float())
     assert (solution.status != Status.NEGATIVE_CURVATURE).all()
@@ -128,7 +129,8 @@ def test_the_preconditioner_is_its_formula(sketch):
     rows = draw(sketch, 4, 1, b)
     y = matrix @ rows.mT
     values, vectors = torch.linalg.eigh(y @ torch.linalg.solve(rows @ y, y.mT))
-    d, u = values[:, -4:], vectors[:, :, -4:]
+    d = values[:, -4:]
+    u = vectors[:, :, -4:]
     p = u @ torch.diag_embed((d[:, :1] + 0.7) / (d + 0.7)) @ u.mT + EYE - u @ u.mT
     expected = (p @ b.unsqueeze(-1)).squeeze(-1)
     actual = LowRank.from_products(rows, y.mT).precondition(b, 0.7)
@@ -138,7 +140,8 @@ def test_the_preconditioner_is_its_formula(sketch):
 
 def test_preconditioned_cg_is_fast_where_the_spectrum_decays_fast():
     """n = 1000, eigenvalues 5·0.8ⁱ, ρ = 0.1: rank 20 and 10 steps (median of five sketches)."""
-    matrix, b = symmetric(5 * 0.8 ** torch.arange(1000.0).unsqueeze(0)), randn(1, 1000, seed=1)
+    matrix = symmetric(5 * 0.8 ** torch.arange(1000.0).unsqueeze(0))
+    b = randn(1, 1000, seed=1)
     operator = Matrix(matrix) + Identity(Matrix(matrix), 0.1)
     exact = torch.linalg.solve(matrix + 0.1 * torch.eye(1000, dtype=torch.float64), b)
     errors = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Auto, Lanczos, Neumann, Nystrom, NystromCG
+from metaimplicit import CG, MINRES, Auto, Lanczos, Neumann, Nystrom, NystromCG, Richardson
 from metaimplicit.solvers import SolverState
 from metaimplicit.solvers.low_rank import LowRank, Probes
 
@@ -39,7 +39,8 @@ def fast_decay(n):
 @pytest.mark.parametrize("solver", ITERATIVE, ids=name_of)
 def test_a_solve_continues_from_the_last(solver):
     matrix, b = system()
-    residual, state = torch.ones(2, dtype=torch.float64), None
+    residual = torch.ones(2, dtype=torch.float64)
+    state = None
     for _ in range(4):
         solution = solver.solve(Matrix(matrix), b, state=state)
         state = solution.state
@@ -88,10 +89,24 @@ def test_a_useless_state_costs_a_product_and_nothing_else(size):
 def test_a_state_of_tiny_numbers_is_still_a_start():
     """In float32 the squares of numbers of size 1e-30 are zero."""
     matrix, b = system()
-    matrix, b = matrix.float(), 1e-30 * b.float()
+    matrix = matrix.float()
+    b = 1e-30 * b.float()
     first = CG(max_steps=4, tol=0.0).solve(Matrix(matrix), b)
     second = CG(max_steps=1, tol=0.0).solve(Matrix(matrix), b, state=first.state)
     assert (second.residual < first.residual).all()
+
+
+@pytest.mark.parametrize(
+    "solver", [Richardson(), Nystrom(rank=4, rho=0.5), Auto(6, dense=0)], ids=name_of
+)
+def test_all_that_a_solve_multiplies_with_moves_to_the_device(solver):
+    matrix, b = system()
+    state = solver.solve(Matrix(matrix), b, state=SolverState(0 * b)).state
+    moved = state.to(torch.device("meta")).to_dict()
+    assert moved.keys() == state.to_dict().keys()
+    scalars = {"age", "record"}  # read as numbers
+    assert {t.device.type for name, t in moved.items() if name not in scalars} == {"meta"}
+    assert {t.device.type for name, t in moved.items() if name in scalars} <= {"cpu"}
 
 
 # sketches
@@ -111,7 +126,8 @@ def test_a_sketch_of_another_problem_is_refused():
 )
 def test_a_sketch_serves_as_many_solves_as_asked(solver):
     matrix, b = system()
-    state, counts = None, []
+    state = None
+    counts = []
     for _ in range(4):
         operator = Matrix(matrix)
         solution = solver.solve(operator, b, state=state)
@@ -173,15 +189,19 @@ def test_a_larger_damping_needs_a_smaller_rank():
 def test_a_drifting_sequence_costs_less_than_half_of_cold_cg(solver):
     """Fifty systems of condition 1000, each 1e-4 away from the one before."""
     cold = CG(max_steps=999, tol=1e-6)
-    a, b = symmetric(torch.logspace(-3, 0, 200).unsqueeze(0)), randn(1, 200, seed=3)
-    state, warm_products, cold_products = None, 0, 0
+    a = symmetric(torch.logspace(-3, 0, 200).unsqueeze(0))
+    b = randn(1, 200, seed=3)
+    state = None
+    warm_products = 0
+    cold_products = 0
     for t in range(50):
         solution = solver.solve(Matrix(a), b, state=state)
         assert float(solution.residual) <= 1e-6
         state = solution.state
         warm_products += solution.products
         cold_products += cold.solve(Matrix(a), b).products
-        noise, shift = randn(1, 200, 200, seed=100 + t), randn(1, 200, seed=1000 + t)
+        noise = randn(1, 200, 200, seed=100 + t)
+        shift = randn(1, 200, seed=1000 + t)
         noise = noise + noise.mT
         a = a + 1e-4 * torch.linalg.matrix_norm(a, 2) * noise / torch.linalg.matrix_norm(noise, 2)
         b = b + 1e-4 * b.norm() * shift / shift.norm()

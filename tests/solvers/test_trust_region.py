@@ -12,7 +12,8 @@ from metaimplicit.solvers.trust_region import decrease_ratio, truncated_cg
 
 SPECTRA = [[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]]
 INDEFINITE = [[-2, -1, 1, 3, 4], [1, 2, 3, 4, 5], [-0.1, 0.5, 1, 2, 30]]
-TASKS, N = 3, 5
+TASKS = 3
+N = 5
 G = randn(TASKS, N, seed=1)
 ONES = torch.ones(TASKS, 1, dtype=torch.float64)
 
@@ -46,7 +47,8 @@ def test_a_step_is_that_of_steihaugs_algorithm(spectra, scale, steps, tol):
 
 
 def test_one_step_is_cauchys_and_n_steps_in_a_wide_region_are_newtons():
-    h, small = symmetric(SPECTRA), 1e-3 * ONES
+    h = symmetric(SPECTRA)
+    small = 1e-3 * ONES
     cauchy = minimise(Matrix(h), G, small, 0 * ONES, steps=1).step
     assert relative_error(cauchy, -small * F.normalize(G, dim=1)) < 1e-14
     newton = minimise(Matrix(h), G, 1e3 * ONES, 0 * ONES, steps=N).step
@@ -117,7 +119,8 @@ def test_the_ratio_is_that_of_the_decreases(before, after, predicted, expected):
 
 def test_at_round_off_the_ratio_tends_to_one():
     eps = torch.finfo(torch.float64).eps
-    before, predicted = torch.tensor(1e8).double(), torch.tensor(1e-12).double()
+    before = torch.tensor(1e8).double()
+    predicted = torch.tensor(1e-12).double()
     for rounding in (-1, 0, 1):
         after = before * (1 + rounding * eps)
         assert 0.8 < float(decrease_ratio(before, after, predicted, eps=eps)) < 1.2
