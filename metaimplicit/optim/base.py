@@ -27,8 +27,8 @@ Loss = Callable[[Tensor, Any], Tensor]  # (outputs, targets) -> scalar, the mean
 class SecondOrder(torch.optim.Optimizer):
     """The parameters of `model` that require grad, in one group, and the random numbers of a sampled Fisher matrix."""
 
-    closure_signature = "closure() -> (outputs, targets), as in step(lambda: (model(x), y))"
-    min_output_dims = 0  # of the outputs, at least
+    wants = "closure() -> (outputs, targets), as in step(lambda: (model(x), y))"
+    axes = 0  # of the outputs, at least
     likelihood: Likelihood = (
         "gaussian"  # whose −log the loss has to be; of "gaussian" it cannot be seen
     )
@@ -40,16 +40,14 @@ class SecondOrder(torch.optim.Optimizer):
                 f"{owner} model: got {type(model).__name__}, expected an nn.Module, whose names it needs"
             )
         self._model = model
-        self._trainable: Params = {
-            name: p for name, p in model.named_parameters() if p.requires_grad
-        }
-        if not self._trainable:
+        self._own: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._own:
             raise ValueError(
                 f"{owner} model: got no parameter that requires grad, expected at least one"
             )
-        first = next(iter(self._trainable.values()))
+        first = next(iter(self._own.values()))
         self._dtype, self._device = first.dtype, first.device
-        for name, p in self._trainable.items():
+        for name, p in self._own.items():
             if (p.dtype, p.device) != (first.dtype, first.device) or p.dtype not in (
                 torch.float32,
                 torch.float64,
@@ -60,7 +58,7 @@ class SecondOrder(torch.optim.Optimizer):
                 )
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self.ratio: float | None = None
-        super().__init__(list(self._trainable.values()), defaults)
+        super().__init__(list(self._own.values()), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -102,8 +100,8 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _closure(self, closure: Closure | None) -> Closure:
         if not callable(closure):
-            raise ValueError(f"step: got {closure!r}, expected {self.closure_signature}")
-        if frozen := [name for name, p in self._trainable.items() if not p.requires_grad]:
+            raise ValueError(f"step: got {closure!r}, expected {self.wants}")
+        if frozen := [name for name, p in self._own.items() if not p.requires_grad]:
             raise ValueError(
                 f"step: {frozen[0]!r} was frozen after the optimiser was built; build it anew"
             )
@@ -119,9 +117,9 @@ class SecondOrder(torch.optim.Optimizer):
                 f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             )
             raise ValueError(
-                f"closure: returned {got}, expected a pair (outputs, targets): {self.closure_signature}"
+                f"closure: returned {got}, expected a pair (outputs, targets): {self.wants}"
             )
-        if found[0].dim() < self.min_output_dims:
+        if found[0].dim() < self.axes:
             raise ValueError(
                 f"closure: returned outputs of shape {tuple(found[0].shape)}, expected [examples, …, d]; unsqueeze(-1)"
             )
@@ -174,9 +172,9 @@ class SecondOrder(torch.optim.Optimizer):
                 "with gradients on, and detach nothing"
             )
         found = torch.autograd.grad(
-            value.sum(), list(self._trainable.values()), retain_graph=True, allow_unused=True
+            value.sum(), list(self._own.values()), retain_graph=True, allow_unused=True
         )
-        if reads := [name for name, g in zip(self._trainable, found, strict=True) if g is not None]:
+        if reads := [name for name, g in zip(self._own, found, strict=True) if g is not None]:
             raise ValueError(
                 f"{source}: it reads {reads[0]!r} past the model, so its gradient would be lost; call the model, or "
                 "take the parameter from it inside the closure"
@@ -205,8 +203,8 @@ class SecondOrder(torch.optim.Optimizer):
 
         return outputs, of_outputs, seen
 
-    def _task_params(self) -> Params:
-        return {name: p.unsqueeze(0) for name, p in self._trainable.items()}
+    def _leaves(self) -> Params:
+        return {name: p.unsqueeze(0) for name, p in self._own.items()}
 
 
 class ReplayedClosure:
@@ -284,7 +282,7 @@ def raise_if(bad: Tensor, message: str, kind: type[Exception] = FloatingPointErr
         raise kind(message)
 
 
-def reduction_ratio(numbers: Tensor, eps: float) -> float:
+def ratio(numbers: Tensor, eps: float) -> float:
     """ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)) of L(θ), L(θ + δ) and m(0) − m(δ).
 
     −∞ where the model m does not fall, or L(θ + δ) is not finite. Both differences are widened by 10 ε|L|, what

@@ -16,14 +16,12 @@ from metaimplicit.optim.base import (
     check_numbers,
     levenberg_marquardt,
     raise_if,
-    reduction_ratio,
+    ratio,
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers import CG, Dense, Solver
 
-MAX_DENSE_PARAMETERS = (
-    1024  # parameters up to which a factorisation costs less than the products of an iteration
-)
+DENSE = 1024  # parameters up to which a factorisation costs less than the products of an iteration
 Curvature = Hessian | GGN
 
 
@@ -55,10 +53,8 @@ class Damped(SecondOrder):
         super().__init__(
             model, {"lr": lr, "damping": damping, "adapt_damping": adapt_damping}, seed
         )
-        n = sum(p.numel() for p in self._trainable.values())
-        self.solver = solver or (
-            Dense() if n <= MAX_DENSE_PARAMETERS else CG(max_steps=50, tol=1e-3)
-        )
+        n = sum(p.numel() for p in self._own.values())
+        self.solver = solver or (Dense() if n <= DENSE else CG(max_steps=50, tol=1e-3))
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -90,7 +86,7 @@ class Damped(SecondOrder):
         raise_if(
             ~g.isfinite(), f"{type(self).__name__}: the gradient is not finite; nothing was moved"
         )
-        for name, p in self._trainable.items():
+        for name, p in self._own.items():
             p.grad = operator.gradient[name].detach().squeeze(0)
         delta = -group["lr"] * self._direction(operator, g, group["damping"])
         raise_if(
@@ -103,17 +99,17 @@ class Damped(SecondOrder):
             return loss
         predicted = -((g + 0.5 * operator.matvec(delta)) * delta).sum()
         del operator  # and its graph
-        kept = {name: p.clone() for name, p in self._trainable.items()}
+        kept = {name: p.clone() for name, p in self._own.items()}
         self._move(parts)
         self.ratio = None
         try:
-            self.ratio = reduction_ratio(
-                torch.stack([loss, self._loss_of(evaluate()), predicted]),
+            self.ratio = ratio(
+                torch.stack([loss, self._value(evaluate()), predicted]),
                 torch.finfo(self._dtype).eps,
             )
         finally:  # a closure may raise_if the trial point
             if self.ratio is None or not self.ratio > 0:
-                for name, p in self._trainable.items():
+                for name, p in self._own.items():
                     p.copy_(kept[name])
         floor = torch.finfo(self._dtype).eps * self.defaults["damping"]
         group["damping"] = levenberg_marquardt(
@@ -122,7 +118,7 @@ class Damped(SecondOrder):
         return loss
 
     def _move(self, parts: Params) -> None:
-        for name, p in self._trainable.items():
+        for name, p in self._own.items():
             p.add_(parts[name].squeeze(0))
 
     @abstractmethod
@@ -130,7 +126,7 @@ class Damped(SecondOrder):
         """C at θ, which knows ∇L, and L."""
 
     @abstractmethod
-    def _loss_of(self, result: Any) -> Tensor:
+    def _value(self, found: Any) -> Tensor:
         """L of what the closure returned."""
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:

@@ -26,7 +26,7 @@ from metaimplicit.optim.base import (
     check_numbers,
     levenberg_marquardt,
     raise_if,
-    reduction_ratio,
+    ratio,
 )
 from metaimplicit.params import Params, flatten
 
@@ -73,7 +73,7 @@ class KFAC(SecondOrder):
             called twice or not at all, or a closure that is none of `closure() -> (outputs, targets)`.
     """
 
-    min_output_dims = 2
+    axes = 2
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class KFAC(SecondOrder):
         }  # fmt: skip
         super().__init__(model, defaults, seed)
         self.loss, self.likelihood, self.expectation = loss, likelihood, expectation
-        self._layers = _layers(model, self._trainable, others)
+        self._layers = _layers(model, self._own, others)
         if not self._layers:
             raise ValueError(
                 f"KFAC model: got no linear or 2-d convolutional layer that requires grad; {_ADVICE}"
@@ -164,9 +164,9 @@ class KFAC(SecondOrder):
         if step == 0:
             self._check_softmax(loss, outputs)
         slopes = self._slopes(outputs, loss, edges) if update else {}
-        own = list(self._trainable.values())
+        own = list(self._own.values())
         gradients = dict(
-            zip(self._trainable, torch.autograd.grad(loss, own, allow_unused=True), strict=True)
+            zip(self._own, torch.autograd.grad(loss, own, allow_unused=True), strict=True)
         )
         if unused := [name for name, g in gradients.items() if g is None]:
             raise ValueError(
@@ -183,7 +183,7 @@ class KFAC(SecondOrder):
         del outputs
         if step < EARLY or step % group["invert_every"] == 0:
             self._invert(group["damping"])
-        for name, p in self._trainable.items():
+        for name, p in self._own.items():
             p.grad = gradients[name]
         delta, nu = self._step(gradients)
         predicted = (
@@ -239,7 +239,7 @@ class KFAC(SecondOrder):
                 x.to(self._dtype) for x in (inputs[name].unsqueeze(0), slopes[name].unsqueeze(1))
             )
             a, g = layer_patches(layer, given, slope, bias is not None)
-            state = self.state[self._trainable[weight]]
+            state = self.state[self._own[weight]]
             for key, new in zip(("A", "G"), second_moments(a, g, examples), strict=True):
                 state[key] = state[key].lerp_(new[0], 1 - decay) if key in state else new[0]
 
@@ -247,7 +247,7 @@ class KFAC(SecondOrder):
         made: list[tuple[Any, str, Tensor]] = []
         failed = []
         for name in self._layers:
-            state = self.state[self._trainable[self._names(name)[0]]]
+            state = self.state[self._own[self._names(name)[0]]]
             mean_a, mean_g = state["A"].diagonal().mean(), state["G"].diagonal().mean()
             pi = torch.where((mean_a > 0) & (mean_g > 0), mean_a.sqrt() / mean_g.sqrt(), 1.0)
             for key, shift in (("A", pi * math.sqrt(damping)), ("G", math.sqrt(damping) / pi)):
@@ -273,7 +273,7 @@ class KFAC(SecondOrder):
         )
         for name in self._layers:
             weight, bias = self._names(name)
-            state, v = self.state[self._trainable[weight]], gradients[weight].flatten(1)
+            state, v = self.state[self._own[weight]], gradients[weight].flatten(1)
             v = v if bias is None else torch.cat([v, gradients[bias].unsqueeze(-1)], dim=-1)
             v = state["G inverse"] @ v @ state["A inverse"]
             directions[weight] = (v if bias is None else v[:, :-1]).reshape_as(gradients[weight])
@@ -290,7 +290,7 @@ class KFAC(SecondOrder):
             directions = {name: nu * u for name, u in directions.items()}
         if group["momentum"] > 0:
             for name, u in directions.items():
-                state = self.state[self._trainable[name]]
+                state = self.state[self._own[name]]
                 past = state.get("momentum")
                 directions[name] = state["momentum"] = (
                     u.clone() if past is None else group["momentum"] * past + u
@@ -301,17 +301,16 @@ class KFAC(SecondOrder):
         """m(0) − m(δ)."""
         with torch.enable_grad():
             outputs, loss, _ = self._split(evaluate, self.loss)
-            fisher = Fisher(outputs, loss, self._task_params(), likelihood=self.likelihood)
+            fisher = Fisher(outputs, loss, self._leaves(), likelihood=self.likelihood)
         d, g = (
-            flatten({name: p[name].unsqueeze(0) for name in self._trainable})
-            for p in (delta, gradients)
+            flatten({name: p[name].unsqueeze(0) for name in self._own}) for p in (delta, gradients)
         )
         return -((g + 0.5 * fisher.matvec(d)) * d).sum()
 
     def _adapt(self, loss: Tensor, found: Any, predicted: Tensor, nu: Tensor) -> None:
         group, eps = self.param_groups[0], torch.finfo(self._dtype).eps
         after = self._scalar(self.loss(*self._pair(found)), "loss")
-        self.ratio = reduction_ratio(torch.stack([loss, after, predicted]), eps)
+        self.ratio = ratio(torch.stack([loss, after, predicted]), eps)
         omega = (19 / 20) ** group["adapt_every"]
         easier = omega if bool(nu == 1) else 1.0
         group["damping"] = levenberg_marquardt(
@@ -325,7 +324,7 @@ class KFAC(SecondOrder):
     def _names(self, layer: str) -> tuple[str, str | None]:
         """Of its weight, and of its bias if that is moved."""
         prefix = f"{layer}." if layer else ""
-        return f"{prefix}weight", f"{prefix}bias" if f"{prefix}bias" in self._trainable else None
+        return f"{prefix}weight", f"{prefix}bias" if f"{prefix}bias" in self._own else None
 
 
 def _layers(model: nn.Module, own: Params, others: str) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -42,8 +42,8 @@ class _Generalised(Damped):
     @abstractmethod
     def _curvature(self, outputs: Any, loss: Any) -> operators.GGN: ...
 
-    def _loss_of(self, result: Any) -> Tensor:
-        z, targets = self._pair(result)
+    def _value(self, found: Any) -> Tensor:
+        z, targets = self._pair(found)
         return self._scalar(self.loss(z, targets), "loss")
 
 
@@ -81,7 +81,7 @@ class GaussNewton(_Generalised):
         )
 
     def _curvature(self, outputs: Any, loss: Any) -> operators.GGN:
-        return operators.GGN(outputs, loss, self._task_params())
+        return operators.GGN(outputs, loss, self._leaves())
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         solution = self.solver.solve(operator + Identity(operator, damping), g)
@@ -120,7 +120,7 @@ class NaturalGradient(_Generalised):
             loss that is not scalar.
     """
 
-    min_output_dims = 2
+    axes = 2
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class NaturalGradient(_Generalised):
         return Fisher(
             outputs,
             loss,
-            self._task_params(),
+            self._leaves(),
             likelihood=self.likelihood,
             expectation=self.expectation,
             generator=self._generator() if self.expectation == "monte-carlo" else None,

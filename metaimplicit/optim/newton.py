@@ -53,7 +53,7 @@ class Newton(Damped):
         3.0
     """
 
-    closure_signature = "closure() -> scalar loss, as in step(lambda: loss(model(x), y))"
+    wants = "closure() -> scalar loss, as in step(lambda: loss(model(x), y))"
 
     def __init__(
         self,
@@ -70,15 +70,15 @@ class Newton(Damped):
         seen: list[Tensor] = []
 
         def loss(params: Params) -> Tensor:
-            value = self._loss_of(evaluate({name: p.squeeze(0) for name, p in params.items()}))
+            value = self._value(evaluate({name: p.squeeze(0) for name, p in params.items()}))
             self._finite(value)
             seen.append(self._differentiable(value, "closure").detach())
             return value.unsqueeze(0)
 
-        return Hessian(loss, self._task_params()), seen[0]
+        return Hessian(loss, self._leaves()), seen[0]
 
-    def _loss_of(self, result: Any) -> Tensor:
-        return self._scalar(result, "closure")
+    def _value(self, found: Any) -> Tensor:
+        return self._scalar(found, "closure")
 
     def _direction(
         self,

@@ -11,7 +11,7 @@ from oracles import randn, relative_error
 from torch import nn
 
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient, Newton
-from metaimplicit.optim.base import levenberg_marquardt, reduction_ratio
+from metaimplicit.optim.base import levenberg_marquardt, ratio
 from metaimplicit.solvers import CG
 
 X, LABELS = randn(12, 3, seed=1), torch.arange(12).remainder(4)
@@ -301,11 +301,11 @@ def test_the_clip_counts_every_parameter():
 
 def test_the_ratio_at_a_minimum_and_its_floor():
     eps = torch.finfo(torch.float64).eps
-    assert reduction_ratio(torch.tensor([0.0, 0.0, 0.0]), eps) == 1.0
-    assert reduction_ratio(torch.tensor([0.0, 1e-9, 0.0]), eps) == -math.inf
-    assert reduction_ratio(
-        torch.tensor([1.0, 1.0 + eps, eps], dtype=torch.float64), eps
-    ) == pytest.approx(1, abs=0.2)
+    assert ratio(torch.tensor([0.0, 0.0, 0.0]), eps) == 1.0
+    assert ratio(torch.tensor([0.0, 1e-9, 0.0]), eps) == -math.inf
+    assert ratio(torch.tensor([1.0, 1.0 + eps, eps], dtype=torch.float64), eps) == pytest.approx(
+        1, abs=0.2
+    )
     rule = {"easier": 0.5, "harder": 4.0, "floor": 1e-3}
     assert levenberg_marquardt(1.5e-3, 1.0, **rule) == 1e-3
     assert levenberg_marquardt(1e-30, 1.0, **rule) == 1e-30
