@@ -315,8 +315,8 @@ class MetaLearner(nn.Module):
                     lambda params, _: lifted.inner(params, meta, lifted.data),
                     lifted.init(meta),
                     meta,
-                    track=0,
-                    keep=True,
+                    differentiated_steps=0,
+                    keep_iterates=True,
                 )
                 .iterates
             )

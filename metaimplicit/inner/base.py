@@ -54,8 +54,8 @@ class InnerLoop(ABC):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
         """Run the loop.
@@ -64,9 +64,9 @@ class InnerLoop(ABC):
             loss: `(params, t) -> [tasks]`, the inner loss that step t sees.
             start: θ₀, `{name: [tasks, *shape]}`.
             meta: where `FromMeta` numbers are read.
-            track: the last `track` steps leave their graph; the T − track before them pass gradients to `start` as
+            differentiated_steps: the last `differentiated_steps` steps leave their graph; the T − differentiated_steps before them pass gradients to `start` as
                 the identity and to nothing else.
-            keep: hand back all iterates.
+            keep_iterates: hand back all iterates.
             state: the optimiser's, from an earlier run; None, a fresh one.
         """
 

@@ -124,8 +124,8 @@ def run(
     *,
     steps: int,
     tol: float | None,
-    track: int,
-    keep: bool,
+    differentiated_steps: int,
+    keep_iterates: bool,
     state: OptimizerState,
 ) -> Trajectory:
     """`InnerLoop.run` for any optimiser in the table."""
@@ -135,7 +135,7 @@ def run(
     taken = torch.zeros(tasks, dtype=torch.int64, device=device)
     norm = torch.zeros(tasks, device=device)
     frozen = {name: value.detach() for name, value in meta.items()}
-    params, free = start, steps - track
+    params, free = start, steps - differentiated_steps
     stepper = _build(
         optimizer, options, meta if free == 0 else frozen, names, state, track=free == 0
     )
@@ -145,7 +145,7 @@ def run(
         params = {
             name: p if p.requires_grad else p.detach().requires_grad_() for name, p in start.items()
         }
-    iterates = [params] if keep else []
+    iterates = [params] if keep_iterates else []
     check_every = 8 if device.type == "cuda" else 1
 
     def look(gradients: Any) -> Any:
@@ -181,11 +181,11 @@ def run(
             stepped = leaves(stepped)
         params = stepped
         taken += active
-        if keep:
+        if keep_iterates:
             iterates.append(params)
         if tol is not None and (t + 1) % check_every == 0 and not active.any():
             break
-    if track == 0:
+    if differentiated_steps == 0:
         params = straight_through(params, start)
     return Trajectory(params, taken, norm, tuple(iterates), _state(stepper, names))
 

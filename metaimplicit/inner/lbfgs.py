@@ -43,11 +43,11 @@ class LBFGS(InnerLoop):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
-        if track or keep:
+        if differentiated_steps or keep_iterates:
             raise ValueError(
                 "inner: got LBFGS with a method that needs its iterates, expected an implicit method"
             )

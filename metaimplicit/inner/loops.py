@@ -26,8 +26,8 @@ class _Stepped(InnerLoop):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
         return run(
@@ -38,8 +38,8 @@ class _Stepped(InnerLoop):
             meta,
             steps=self.steps,
             tol=self.tol,
-            track=track,
-            keep=keep,
+            differentiated_steps=differentiated_steps,
+            keep_iterates=keep_iterates,
             state=state or {},
         )
 

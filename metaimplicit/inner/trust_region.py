@@ -66,11 +66,11 @@ class NewtonCG(InnerLoop):
         start: Params,
         meta: Params,
         *,
-        track: int,
-        keep: bool = False,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
         state: OptimizerState | None = None,
     ) -> Trajectory:
-        if track:
+        if differentiated_steps:
             raise ValueError(
                 "inner: got NewtonCG with a method that differentiates steps, expected an implicit method"
             )
@@ -113,12 +113,12 @@ class NewtonCG(InnerLoop):
             poor = active & ~(ratio >= 0.25)  # NaN, too
             radius = torch.where(poor, step.norm(dim=-1, keepdim=True) / 4, radius)
             radius = torch.where(bound & (ratio > 0.75), 2 * radius, radius)
-            iterates = [*iterates, unflatten(theta, start)] if keep else iterates
+            iterates = [*iterates, unflatten(theta, start)] if keep_iterates else iterates
             if t < self.steps - 1 and bool((active & ~moved).any()):
                 del hessian
                 hessian, value, gradient = _expand(loss, unflatten(theta, start))
         params = straight_through(unflatten(theta, start), start)
-        return Trajectory(params, taken, norm.squeeze(-1), tuple(iterates) if keep else ())
+        return Trajectory(params, taken, norm.squeeze(-1), tuple(iterates) if keep_iterates else ())
 
 
 def steihaug(

@@ -129,8 +129,8 @@ def run_inner(
     inner: InnerLoop,
     meta: Params,
     *,
-    track: int,
-    keep: bool = False,
+    differentiated_steps: int,
+    keep_iterates: bool = False,
     detach: bool = False,
 ) -> tuple[Params, Trajectory, Dependencies]:
     """Run the inner loop on the problem's inner loss from θ₀ = init(meta), cut off from `meta` if `detach`.
@@ -151,7 +151,18 @@ def run_inner(
     inner.check_captured()
     start = {name: p.detach() for name, p in initial.items()} if detach else initial
     state = None if problem.start is None else problem.start.state
-    return initial, inner.run(loss, start, meta, track=track, keep=keep, state=state), reads
+    return (
+        initial,
+        inner.run(
+            loss,
+            start,
+            meta,
+            differentiated_steps=differentiated_steps,
+            keep_iterates=keep_iterates,
+            state=state,
+        ),
+        reads,
+    )
 
 
 def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:

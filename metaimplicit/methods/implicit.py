@@ -120,7 +120,7 @@ class Implicit(Method):
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         data_at_solution(problem, self.batch, "Implicit")
         require_outputs(problem, self.curvature or "hessian")
-        _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        _, trajectory, reads = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
         return self.at_solution(trajectory.end, problem, meta, report=report, reads=reads)
 

@@ -27,7 +27,9 @@ class Reptile(Method):
     remedy = "it moves the initialisation towards θ_T and knows no other gradient; use 'unrolled' or an implicit method"
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        start, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        start, trajectory, reads = run_inner(
+            problem, inner, meta, differentiated_steps=0, detach=True
+        )
         params = {name: p.detach() for name, p in trajectory.params.items()}
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
 

@@ -96,10 +96,12 @@ def _reverse(
     problem: LiftedProblem,
     inner: InnerLoop,
     meta: Params,
-    track: int,
+    differentiated_steps: int,
     iterates: bool = False,
 ) -> Adaptation:
-    _, trajectory, reads = run_inner(problem, inner, meta, track=track, keep=iterates)
+    _, trajectory, reads = run_inner(
+        problem, inner, meta, differentiated_steps=differentiated_steps, keep_iterates=iterates
+    )
     params = trajectory.params
     if iterates:
         params = {

@@ -42,7 +42,7 @@ class SAMA(Method):
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         data = data_at_solution(problem, self.batch, "SAMA")
-        _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        _, trajectory, reads = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         end = trajectory.end
         fixed, theta = {name: m.detach() for name, m in meta.items()}, leaves(end.params)
         loss = problem.inner(theta, fixed, data).sum()

@@ -49,7 +49,7 @@ class ValueFunction(Method):
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         data = data_at_solution(problem, self.batch, "ValueFunction")
         outer = problem.at(inner.steps)
-        _, trajectory, reads = run_inner(problem, inner, meta, track=0, detach=True)
+        _, trajectory, reads = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         fixed = {name: m.detach() for name, m in meta.items()}
         z, y = trajectory.end, None if problem.start is None else problem.start.companion
 
@@ -62,7 +62,7 @@ class ValueFunction(Method):
                 "start: got the end of 'forward' or 'real-time', expected that of 'f2sa'"
             )
         y = replace(z, state={}) if y is None else y
-        y = inner.run(penalised, y.params, fixed, track=0, state=y.state).end
+        y = inner.run(penalised, y.params, fixed, differentiated_steps=0, state=y.state).end
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
 
         def pullback(_: Params, __: SolverState) -> tuple[Gradients, Report]:

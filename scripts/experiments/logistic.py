@@ -50,7 +50,7 @@ class Judge:
         if start is not None:
             begin = {name: p[None] for name, p in self._solutions[start].items()}
         found = LBFGS(steps=MOST, tol=self.tol).run(
-            lambda p, t: lifted.inner(p, meta, batch), begin, meta, track=0
+            lambda p, t: lifted.inner(p, meta, batch), begin, meta, differentiated_steps=0
         )
         if not float(found.gradient_norm) <= self.tol:
             raise FloatingPointError(

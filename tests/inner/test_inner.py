@@ -61,12 +61,16 @@ def torch_steps(optimizer, options, steps):
     return params
 
 
-@pytest.mark.parametrize("track", [0, 5, STEPS])
+@pytest.mark.parametrize("differentiated_steps", [0, 5, STEPS])
 @pytest.mark.parametrize(
     ("optimizer", "options"), OPTIMIZERS, ids=lambda x: getattr(x, "__name__", str(x))
 )
-def test_steps_are_those_of_torch(optimizer, options, track):
-    end = TorchOptimizer(optimizer, steps=STEPS, **options).run(loss, START, {}, track=track).params
+def test_steps_are_those_of_torch(optimizer, options, differentiated_steps):
+    end = (
+        TorchOptimizer(optimizer, steps=STEPS, **options)
+        .run(loss, START, {}, differentiated_steps=differentiated_steps)
+        .params
+    )
     for name, p in torch_steps(optimizer, options, STEPS).items():
         # torch keeps ASGD's step size in float32
         assert relative_error(end[name].detach(), p.detach()) < (
@@ -76,7 +80,9 @@ def test_steps_are_those_of_torch(optimizer, options, track):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_gradient_descent_is_torch_sgd(momentum):
-    end = GradientDescent(steps=STEPS, lr=0.05, momentum=momentum).run(loss, START, {}, track=0)
+    end = GradientDescent(steps=STEPS, lr=0.05, momentum=momentum).run(
+        loss, START, {}, differentiated_steps=0
+    )
     for name, p in torch_steps(torch.optim.SGD, {"lr": 0.05, "momentum": momentum}, STEPS).items():
         assert relative_error(end.params[name], p.detach()) < 1e-13
     assert end.steps.tolist() == [STEPS] * TASKS
@@ -109,8 +115,12 @@ def test_zero_gradients_do_not_make_nan(optimizer, options):
 
 
 def test_tolerance_stops_each_task_by_itself():
-    free = GradientDescent(steps=1500, lr=0.1).run(loss, START, {}, track=0, keep=True)
-    stopped = GradientDescent(steps=1500, lr=0.1, tol=1e-3).run(loss, START, {}, track=0, keep=True)
+    free = GradientDescent(steps=1500, lr=0.1).run(
+        loss, START, {}, differentiated_steps=0, keep_iterates=True
+    )
+    stopped = GradientDescent(steps=1500, lr=0.1, tol=1e-3).run(
+        loss, START, {}, differentiated_steps=0, keep_iterates=True
+    )
     assert len(set(stopped.steps.tolist())) == TASKS
     assert (
         len(stopped.iterates) == int(stopped.steps.max()) + 2 < 1501
@@ -172,7 +182,7 @@ def test_untracked_steps_leave_no_graph():
         return loss(params)
 
     TorchOptimizer(torch.optim.SGD, steps=6, lr=0.1, momentum=0.9, weight_decay=0.1).run(
-        watched, START, {}, track=0
+        watched, START, {}, differentiated_steps=0
     )
     gc.collect()
     assert [ref() for ref in seen] == [None] * 6

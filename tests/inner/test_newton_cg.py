@@ -203,7 +203,7 @@ def test_products_past_convergence_do_no_harm():
 def test_one_step_solves_a_quadratic():
     h = symmetric(SPECTRA)
     end = NewtonCG(steps=1, cg_steps=N, radius=1e3, forcing=0.0).run(
-        quadratic(h), START, {}, track=0
+        quadratic(h), START, {}, differentiated_steps=0
     )
     exact = torch.linalg.solve(h, B)
     for i in range(TASKS):
@@ -226,7 +226,9 @@ def test_one_step_solves_a_quadratic():
 def test_the_loop_is_that_of_each_task_alone(options):
     """Iterates, radii by what they do to the next step, and stops are those of the algorithm written out."""
     seen = set()
-    found = NewtonCG(steps=12, **options).run(wavy(), START, {}, track=0, keep=True)
+    found = NewtonCG(steps=12, **options).run(
+        wavy(), START, {}, differentiated_steps=0, keep_iterates=True
+    )
     for i in range(TASKS):
         path, radii, taken = trust_region_by_hand(
             one(wavy(), i), joined(START)[i], steps=12, **options
@@ -236,7 +238,10 @@ def test_the_loop_is_that_of_each_task_alone(options):
         for t, iterate in enumerate(found.iterates):
             assert relative_error(joined(iterate)[i], path[min(t, len(path) - 1)]) < 1e-8
         alone = NewtonCG(steps=12, **options).run(
-            wavy(slice(i, i + 1)), {name: p[i : i + 1] for name, p in START.items()}, {}, track=0
+            wavy(slice(i, i + 1)),
+            {name: p[i : i + 1] for name, p in START.items()},
+            {},
+            differentiated_steps=0,
         )
         assert relative_error(joined(alone.params)[0], joined(found.params)[i]) < 1e-12
         assert abs(float(alone.gradient_norm - found.gradient_norm[i])) < 1e-12 * max(
@@ -257,7 +262,7 @@ def test_convergence_is_newtons_and_quadratic():
         return loss(params)
 
     inner = NewtonCG(steps=7, cg_steps=50, radius=1e3, forcing=0.0, tol=1e-11)
-    found = inner.run(counted, near, {}, track=0, keep=True)
+    found = inner.run(counted, near, {}, differentiated_steps=0, keep_iterates=True)
     assert calls == [0] * (
         int(found.steps.max()) + 1
     )  # where no task refuses, a trial is the next expansion
@@ -279,7 +284,7 @@ def test_convergence_is_newtons_and_quadratic():
 def test_losses_equal_to_round_off_do_not_stop_it():
     """Beside 10⁸ a loss cannot tell points apart whose gradients are below 10⁻⁴."""
     end = NewtonCG(steps=8, cg_steps=20, radius=1e3, tol=1e-10).run(
-        logistic(offset=1e8), START, {}, track=0
+        logistic(offset=1e8), START, {}, differentiated_steps=0
     )
     assert end.gradient_norm.max() < 1e-10
 
@@ -293,12 +298,12 @@ def test_a_refused_step_moves_nothing_and_the_next_is_a_quarter_as_long():
         calls.append(t)
         return (1 + params["x"].square()).sqrt().sum(1)
 
-    first = NewtonCG(steps=1, radius=100.0).run(loss, start, {}, track=0)
+    first = NewtonCG(steps=1, radius=100.0).run(loss, start, {}, differentiated_steps=0)
     assert first.params["x"][0].item() == 2.0
     assert abs(first.params["x"][1].item() + 0.125) < 1e-14
     assert abs(first.gradient_norm[0].item() - 2 / 5**0.5) < 1e-15
     assert calls == [0, 0]
-    second = NewtonCG(steps=2, radius=100.0).run(loss, start, {}, track=0)
+    second = NewtonCG(steps=2, radius=100.0).run(loss, start, {}, differentiated_steps=0)
     assert abs(second.params["x"][0].item() - (2 - 10 / 4)) < 1e-14
     assert len(calls) == 2 + 4  # one more expansion where a task refused
     assert second.steps.tolist() == [2, 2]
@@ -310,7 +315,7 @@ def test_a_task_at_its_tolerance_or_not_finite_stays_to_the_bit():
     exact = torch.linalg.solve(h, B)[0]
     start["a"][0], start["b"][0, 0], start["a"][1, 0] = exact[:2], exact[2:], torch.nan
     end = NewtonCG(steps=2, cg_steps=N, radius=1e3, forcing=0.0).run(
-        quadratic(h), start, {}, track=0
+        quadratic(h), start, {}, differentiated_steps=0
     )
     assert end.steps.tolist() == [0, 0, 1]
     for name, p in start.items():
@@ -326,7 +331,7 @@ def test_a_loss_that_is_not_finite_at_the_trial_refuses_it():
         return 5 * x - x.log()
 
     start = {"x": torch.tensor([[1.5], [0.25]], dtype=DOUBLE)}
-    end = NewtonCG(steps=20, radius=5.0).run(loss, start, {}, track=0)
+    end = NewtonCG(steps=20, radius=5.0).run(loss, start, {}, differentiated_steps=0)
     assert relative_error(end.params["x"][:, 0], torch.full((2,), 0.2, dtype=DOUBLE)) < 1e-7
 
 
@@ -339,7 +344,7 @@ def point(*rows):
 def test_a_radius_without_bound_bounds_nothing(radius, dtype):
     start = {"x": torch.tensor([[3.0, 4.0]], dtype=dtype)}
     end = NewtonCG(steps=10, radius=radius).run(
-        lambda p, _: (p["x"] - 1).square().sum(1), start, {}, track=0
+        lambda p, _: (p["x"] - 1).square().sum(1), start, {}, differentiated_steps=0
     )
     assert end.params["x"].tolist() == [[1.0, 1.0]]
 
@@ -351,7 +356,7 @@ def test_where_there_is_no_second_derivative_the_model_is_linear():
         lambda p, _: (p["x"] - 1).square().sum(1) + 0.1 * p["x"].norm(dim=1),
         point([0.0, 0.0]),
         {},
-        track=0,
+        differentiated_steps=0,
     )
     assert torch.allclose(
         first.params["x"], torch.full((1, 2), 0.5 / 2**0.5, dtype=DOUBLE), rtol=1e-12
@@ -366,7 +371,7 @@ def test_where_there_is_no_second_derivative_the_model_is_linear():
     ],
 )
 def test_a_point_from_which_there_is_no_way_on_is_refused(loss, start):
-    end = NewtonCG(steps=3, radius=1.0).run(loss, point(start), {}, track=0)
+    end = NewtonCG(steps=3, radius=1.0).run(loss, point(start), {}, differentiated_steps=0)
     assert end.gradient_norm.isfinite().all()
     assert end.steps.tolist() == [3]
     assert end.params["x"].abs().sum() > 0
@@ -380,8 +385,8 @@ def test_the_ratio_is_blurred_by_ten_units_of_the_loss_and_no_more():
         lambda p, _: 1e8 - c * (torch.pi * p["x"]).sin().sum(1) / torch.pi,
         point([0.0]),
         {},
-        track=0,
-        keep=True,
+        differentiated_steps=0,
+        keep_iterates=True,
     )
     assert [round(at["x"].item(), 12) for at in end.iterates] == [0.0, 1.0, 0.0]
 
@@ -391,7 +396,10 @@ def test_without_a_tolerance_it_goes_on_to_round_off():
     loop = NewtonCG(steps=30, tol=None)
     with torch.no_grad():  # of the caller
         end = loop.run(
-            lambda p, _: (p["x"].cosh() - b * p["x"]).sum(1), point([3.0, 4.0]), {}, track=0
+            lambda p, _: (p["x"].cosh() - b * p["x"]).sum(1),
+            point([3.0, 4.0]),
+            {},
+            differentiated_steps=0,
         )
     assert end.gradient_norm.item() < 1e-12
     assert relative_error(end.params["x"][0], b.asinh()) < 1e-14
@@ -400,7 +408,7 @@ def test_without_a_tolerance_it_goes_on_to_round_off():
 def test_at_its_tolerance_a_task_is_done():
     """‖∂f/∂θ‖ = 5 ≤ 5."""
     end = NewtonCG(tol=5.0).run(
-        lambda p, _: 0.5 * p["x"].square().sum(1), point([3.0, 4.0]), {}, track=0
+        lambda p, _: 0.5 * p["x"].square().sum(1), point([3.0, 4.0]), {}, differentiated_steps=0
     )
     assert end.steps.tolist() == [0]
 
@@ -408,7 +416,11 @@ def test_at_its_tolerance_a_task_is_done():
 def test_a_step_that_all_refuse_is_an_iterate_too():
     loop = NewtonCG(steps=2, radius=100.0)
     end = loop.run(
-        lambda p, _: (1 + p["x"].square()).sqrt().sum(1), point([2.0]), {}, track=0, keep=True
+        lambda p, _: (1 + p["x"].square()).sqrt().sum(1),
+        point([2.0]),
+        {},
+        differentiated_steps=0,
+        keep_iterates=True,
     )
     assert [at["x"].item() for at in end.iterates[:2]] == [2.0, 2.0]
     assert len(end.iterates) == 3
@@ -464,7 +476,7 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
 
 def test_gradients_pass_to_the_start_as_the_identity():
     start = {name: p.clone().requires_grad_() for name, p in START.items()}
-    end = NewtonCG().run(logistic(), start, {}, track=0)
+    end = NewtonCG().run(logistic(), start, {}, differentiated_steps=0)
     weights = randn(TASKS, N, seed=5)
     grads = torch.autograd.grad((joined(end.params) * weights).sum(), list(start.values()))
     assert torch.equal(joined(dict(zip(start, grads, strict=True))), weights)
@@ -508,7 +520,9 @@ def test_what_it_cannot_do_is_refused():
         ValueError,
         match=r"NewtonCG: got parameters of \['torch.float32', 'torch.float64'\], expected one",
     ):
-        NewtonCG().run(lambda p, _: p["w"].sum(1) + p["v"].sum(1), mixed, {}, track=0)
+        NewtonCG().run(
+            lambda p, _: p["w"].sum(1) + p["v"].sum(1), mixed, {}, differentiated_steps=0
+        )
     problem = BilevelProblem(
         init=lambda meta, data: {"w": torch.zeros(2)},
         inner_loss=lambda params, meta, data: (params["w"] - meta["c"]).square().sum(),
