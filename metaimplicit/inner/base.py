@@ -70,7 +70,7 @@ class InnerLoop(ABC):
             state: the optimiser's, from an earlier run; None, a fresh one.
         """
 
-    def update(
+    def take_step(
         self, params: Params, gradients: Params, state: OptimizerState, meta: Params
     ) -> tuple[Params, OptimizerState]:
         """One step s_t = Φ(s_{t−1}, φ) as a pure function; parameters without a gradient stay.

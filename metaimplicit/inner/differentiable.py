@@ -51,7 +51,7 @@ def check_optimizer(optimizer: type[torch.optim.Optimizer], options: Mapping[str
     _reference(optimizer, options, [""])
 
 
-def update(
+def take_step(
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],
     params: Params,
@@ -59,7 +59,7 @@ def update(
     state: OptimizerState,
     meta: Params,
 ) -> tuple[Params, OptimizerState]:
-    """`InnerLoop.update` for any optimiser in the table: the step that `run` takes, as a pure function."""
+    """`InnerLoop.take_step` for any optimiser in the table: the step that `run` takes, as a pure function."""
     rule, defaults = RULES[optimizer][0], _reference(optimizer, options, [""]).defaults
     stepped, after = dict(params), dict(state)
     for name, g in gradients.items():

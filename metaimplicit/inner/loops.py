@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
-from metaimplicit.inner.differentiable import check_optimizer, run, update
+from metaimplicit.inner.differentiable import check_optimizer, run, take_step
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
 from metaimplicit.problem import Number
@@ -43,10 +43,10 @@ class _Stepped(InnerLoop):
             state=state or {},
         )
 
-    def update(
+    def take_step(
         self, params: Params, gradients: Params, state: OptimizerState, meta: Params
     ) -> tuple[Params, OptimizerState]:
-        return update(self.optimizer, self.options, params, gradients, state, meta)
+        return take_step(self.optimizer, self.options, params, gradients, state, meta)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ class _Step:
         gradients = torch.func.grad(lambda p: self.problem.inner(p, meta, self.data).sum())(params)
         state = {name: {**self.numbers.get(name, {}), **slots.get(name, {})} for name in params}
         used = {name: g for name, g in gradients.items() if name not in self.unused}
-        stepped, after = self.inner.update(params, used, state, meta)
+        stepped, after = self.inner.take_step(params, used, state, meta)
         norm = flatten(gradients).norm(dim=-1)
         if (tol := self.inner.tol) is not None:
             go = self.active & ~(norm.detach() <= tol)

@@ -52,7 +52,7 @@ class SAMA(Method):
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             def step(gradient: Params) -> Params:
-                stepped = inner.update(end.params, gradient, end.state, fixed)[0]
+                stepped = inner.take_step(end.params, gradient, end.state, fixed)[0]
                 return {name: stepped[name] for name in gradient}
 
             moved = torch.func.jvp(step, (g,), ({name: vectors[name] for name in g},))[
