@@ -44,6 +44,9 @@ class Auto(Solver):
             if getattr(self, name) < 0:
                 raise ValueError(f"Auto {name}: got {getattr(self, name)}, expected at least 0")
 
+    def with_budget(self, products: int) -> Auto:
+        return replace(self, max_steps=products, tol=0.0, dense=0)
+
     def _solve(
         self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:

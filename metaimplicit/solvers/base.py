@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -129,9 +130,18 @@ class Solver(ABC):
     A solver that approximates the core B of A = B + σI owns one damping ρ, added to σ; all others have none.
     """
 
+    sketches: ClassVar[bool] = False  # whether it multiplies A by a batch of vectors, n at most
+
     def damping(self, sigma: float) -> float:
         """ρ as used beside a shift σ."""
         return 0.0
+
+    def with_budget(self, products: int) -> Solver | None:
+        """The same solver, which spends `products` ≥ 1 products with A whatever the residual.
+
+        One product more may measure the residual. If None, a budget makes no sense for this solver.
+        """
+        return None
 
     def solve(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,6 +51,9 @@ class CG(Solver):
             raise ValueError(
                 f"CG negative: got {self.negative!r}, expected 'truncate', 'raise' or 'minres'"
             )
+
+    def with_budget(self, products: int) -> CG:
+        return replace(self, max_steps=products, tol=0.0)
 
     def _solve(
         self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class MINRES(Solver):
 
     def __post_init__(self) -> None:
         check_limits("MINRES", self.max_steps, self.tol)
+
+    def with_budget(self, products: int) -> MINRES:
+        return replace(self, max_steps=products, tol=0.0)
 
     def _solve(
         self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Neumann(Solver):
             raise ValueError(f"Neumann scale: got {self.scale}, expected a number > 0")
         if self.power_steps < 1:
             raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
+
+    def with_budget(self, products: int) -> Neumann:
+        for_scale = self.power_steps if self.scale is None else 0
+        return replace(self, terms=max(1, products - for_scale))
 
     def _solve(
         self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None

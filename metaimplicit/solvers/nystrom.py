@@ -24,6 +24,8 @@ from metaimplicit.solvers.low_rank import LowRank, Probes, Sketch, indefinite, w
 
 @dataclass(frozen=True)
 class _Sketching(Solver):
+    sketches = True
+
     rank: int = 10
     rho: float | None = None
     sketch: Sketch = "columns"
@@ -136,6 +138,9 @@ class Nystrom(_Sketching):
                 f"Nystrom chunk: got {self.chunk} beside tol or refresh, which keep Y; expected None"
             )
 
+    def with_budget(self, products: int) -> Nystrom:
+        return replace(self, rank=products, chunk=None, tol=None)
+
     def _solve(
         self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
     ) -> Solution:
@@ -219,6 +224,10 @@ class NystromCG(_Sketching):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_limits("NystromCG", self.max_steps, self.tol)
+
+    def with_budget(self, products: int) -> NystromCG:
+        rank = (products + 1) // 2
+        return replace(self, rank=rank, max_steps=max(1, products // 2), tol=0.0)
 
     def _solve(
         self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
