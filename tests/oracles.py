@@ -25,6 +25,13 @@ class Matrix(LinearOperator):
         return (self.matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
+def dense(operator: LinearOperator) -> Tensor:
+    """The matrix of an operator, `[tasks, n, n]`, by products with unit vectors."""
+    tasks, n = operator.shape
+    units = torch.eye(n, dtype=operator.dtype)[:, None, :].expand(-1, tasks, -1)
+    return operator.matmat(units).transpose(0, 1)
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -18,7 +18,6 @@ from metaimplicit.hypergradient import outer_gradients
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Curvature, Gradients, Implicit, Report
-from metaimplicit.operators import LinearOperator
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import (
@@ -28,16 +27,15 @@ from metaimplicit.solvers import (
     Dense,
     Factored,
     Lanczos,
+    LinearSystem,
     Neumann,
     Nystrom,
     NystromCG,
     Solution,
     Solver,
-    SolverState,
     Status,
 )
-from metaimplicit.solvers.base import Apply, direct_solution
-from metaimplicit.solvers.dense import by_eigenvalues
+from metaimplicit.solvers.direct import direct_solution, solve_by_eigenvalues
 
 Make = Callable[[int], Solver]
 SOLVERS: dict[str, Make] = {  # of a number of products P
@@ -234,10 +232,8 @@ class _Exact(Dense):
 
     values: Tensor
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        matrix = self.matrix(operator)
-        x, values, _ = by_eigenvalues(0.5 * (matrix + matrix.mT), b)
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        matrix = self.matrix(system.operator)
+        x, values, _ = solve_by_eigenvalues(0.5 * (matrix + matrix.mT), system.b)
         object.__setattr__(self, "values", values)
-        return direct_solution(operator, b, x, products=b.shape[1])
+        return direct_solution(system, x, products=x.shape[1])

@@ -1,4 +1,4 @@
-"""Curvature as linear operators on `[tasks, n]`. A new operator is one file and one row of `CURVATURES`."""
+"""Curvatures as linear operators. A new one is one file and one row of `CURVATURES`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from functools import partial
 from typing import Any
 
 from metaimplicit.operators.base import (
-    Curvature,
     Identity,
     Invertible,
     LinearOperator,
-    LossParts,
     Scaled,
     Sum,
 )
-from metaimplicit.operators.curvature import (
-    GGN,
-    Expectation,
-    Fisher,
+from metaimplicit.operators.curvature import Curvature, LossParts
+from metaimplicit.operators.diagonal import Diagonal
+from metaimplicit.operators.fisher import Expectation, Fisher, Likelihood
+from metaimplicit.operators.gauss_newton import GGN
+from metaimplicit.operators.hessian import (
     Hessian,
-    Likelihood,
     Products,
     central_difference,
 )
-from metaimplicit.operators.diagonal import Diagonal
 from metaimplicit.operators.kronecker import KroneckerFactored
 
 CurvatureClass = type[Curvature] | partial[Any]  # a class, or a class with some of its options
@@ -40,20 +37,33 @@ CURVATURES: dict[str, CurvatureClass] = {
 def find_curvature(
     curvature: str | CurvatureClass, *, argument: str = "curvature"
 ) -> tuple[type[Curvature], dict[str, Any]]:
-    """The class that a flag, a class or a `partial` of a class means, and its options.
+    """The class of curvature and its options that a flag, a class or a `partial` of a class means.
+
+    Args:
+        curvature: A key of `CURVATURES`, a subclass of `Curvature`, or a `partial` of one.
+        argument: The name of the argument in an error's message.
 
     Raises:
-        ValueError: an unknown flag, or an object that is no class of curvature.
+        ValueError: The flag is unknown, or the object is no class of curvature.
+
+    Example:
+        >>> kind, options = find_curvature("ekfac")
+        >>> kind.__name__, options
+        ('KroneckerFactored', {'others': 'zero', 'corrected': True})
     """
-    made: Any = CURVATURES.get(curvature, curvature) if isinstance(curvature, str) else curvature
-    options = dict(made.keywords) if isinstance(made, partial) else {}
-    kind = made.func if isinstance(made, partial) else made
-    if not (isinstance(kind, type) and issubclass(kind, Curvature)):
+    value: Any = curvature
+    if isinstance(curvature, str):
+        value = CURVATURES.get(curvature)
+    options: dict[str, Any] = {}
+    if isinstance(value, partial):
+        options = dict(value.keywords)
+        value = value.func
+    if not (isinstance(value, type) and issubclass(value, Curvature)):
         known = ", ".join(CURVATURES)
         raise ValueError(
             f"{argument}: got {curvature!r}, expected one of {known}, or a class of curvature"
         )
-    return kind, options
+    return value, options
 
 
 __all__ = [

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-
-from metaimplicit.params import Params
-
-Operator = TypeVar("Operator", bound="Curvature")
+from torch import Tensor
 
 
 class LinearOperator(ABC):
     """A symmetric matrix for each task, known by its products: `[tasks, n] -> [tasks, n]`.
 
+    A subclass sets `shape`, `dtype` and `device`, and implements `matvec`. Operators add and
+    scale: `first + second`, `2.0 * operator`.
+
     Attributes:
         shape: `(tasks, n)`.
-        dtype, device: Those of the vectors that it multiplies.
+        dtype: The type of the vectors that it multiplies.
+        device: The device of these vectors.
         semidefinite: Whether the matrix is known to be positive semi-definite.
         setup_products: The products with another operator that its construction took.
+
+    Example:
+        >>> like = torch.zeros(1, 2)
+        >>> operator = 2.0 * Identity(like) + Identity(like, scale=3.0)
+        >>> operator.matvec(torch.ones(1, 2))
+        tensor([[5., 5.]])
     """
 
     shape: tuple[int, int]
@@ -40,12 +43,16 @@ class LinearOperator(ABC):
         return torch.stack([self.matvec(vector) for vector in vectors])
 
     def columns(self, index: Tensor) -> Tensor:
-        """A[:, i] for each i of `index` `[k]`, on the CPU: `[k, tasks, n]`."""
+        """Columns of A for each task, `[k, tasks, n]`.
+
+        Args:
+            index: The numbers of k columns, `[k]`, int64, on the CPU. The tasks share them.
+        """
         unit = torch.nn.functional.one_hot(index, self.shape[1]).to(self.device, self.dtype)
         return self.matmat(unit[:, None, :].expand(-1, self.shape[0], -1))
 
     def split(self) -> tuple[LinearOperator, float | Tensor]:
-        """(B, σ) with A = B + σI, σ all that is known to be a multiple of the identity."""
+        """(B, σ) with A = B + σI, where σ is all that is known to be a multiple of the identity."""
         return self, 0.0
 
     def check_convex(self) -> None:
@@ -63,147 +70,157 @@ class LinearOperator(ABC):
 
 
 class Invertible(LinearOperator):
-    """A linear operator that knows its own damped inverse."""
+    """A linear operator that knows the inverse of itself plus a positive multiple of the identity.
+
+    Example:
+        >>> from metaimplicit.operators import Diagonal
+        >>> diagonal = Diagonal(Identity(torch.zeros(1, 2), scale=3.0), samples=None)
+        >>> diagonal.inverse(torch.ones(1, 2), shift=1.0)
+        tensor([[0.2500, 0.2500]])
+    """
 
     @abstractmethod
     def inverse(self, vector: Tensor, shift: float) -> Tensor:
-        """(B + sI)⁻¹ v for each task, s > 0."""
-
-
-@dataclass(frozen=True)
-class LossParts:
-    """A loss at a point, in the parts that a curvature operator is built from, over the task axis.
-
-    Args:
-        params: The point θ, `{name: [tasks, *shape]}`.
-        outputs: z(θ), `{name: [tasks, *shape]} -> [tasks, …]`. For a loss without parts, the loss.
-        loss: ℓ(z), `[tasks, …] -> [tasks]`. For a loss without parts, the identity.
-        weighted: Whether the loss weighs its examples.
-        module: The model whose layers are seen, if there is one.
-        apply_model: Lifts a function of one task's model over the task axis: `(function, params)`,
-            where `function(call, params)` receives the model as `call(params) -> outputs`.
-    """
-
-    params: Params
-    outputs: Callable[[Params], Tensor]
-    loss: Callable[[Tensor], Tensor]
-    weighted: bool = False
-    module: nn.Module | None = None
-    apply_model: Callable[[Callable[..., Any], Params], Any] | None = None
-
-    def total(self, params: Params) -> Tensor:
-        """ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`."""
-        return self.loss(self.outputs(params))
-
-
-class Curvature(LinearOperator):
-    """A linear operator made of the derivatives of a loss at a point.
-
-    Attributes:
-        params: The point θ, `{name: [tasks, *shape]}`.
-        gradient: ∂ℓ/∂θ in the same layout, with the graph through which further derivatives go.
-        needs_outputs: Whether it needs a loss whose outputs are told apart (a `Composite`).
-    """
-
-    needs_outputs: bool = True
-
-    params: Params
-    gradient: Params
-
-    @classmethod
-    @abstractmethod
-    def from_loss(cls: type[Operator], parts: LossParts, **options: Any) -> Operator:
-        """The curvature of a loss, with the options of the class.
-
-        Raises:
-            ValueError: The loss lacks a part that this curvature needs.
-        """
-
-    @classmethod
-    def preconditioner(cls, core: LinearOperator, parts: LossParts, **options: Any) -> Invertible:
-        """An invertible stand-in for `core`, to precondition conjugate gradients.
-
-        Raises:
-            ValueError: The class does not know its inverse.
-        """
-        operator = cls.from_loss(parts, **options)
-        if not isinstance(operator, Invertible):
-            raise ValueError(
-                f"preconditioner: got {cls.__name__}, expected K-FAC, EKFAC or a diagonal, which know their inverse"
-            )
-        return operator
+        """(B + sI)⁻¹ v for each task, `[tasks, n] -> [tasks, n]`, with s = `shift` > 0."""
 
 
 class Identity(LinearOperator):
-    """σI; `like` is any operator, or a `[tasks, n]` tensor, of the shape wanted."""
+    """σI.
 
-    def __init__(self, like: LinearOperator | Tensor, scale: float | Tensor = 1.0) -> None:
+    Args:
+        like: Any operator, or a `[tasks, n]` tensor, whose shape, type and device it takes.
+        scale: σ, a number or a scalar tensor.
+
+    Example:
+        >>> Identity(torch.zeros(1, 2), scale=3.0).matvec(torch.ones(1, 2))
+        tensor([[3., 3.]])
+    """
+
+    def __init__(
+        self,
+        like: LinearOperator | Tensor,
+        scale: float | Tensor = 1.0,
+    ) -> None:
         tasks, n = like.shape
-        self.shape, self.dtype, self.device, self.scale = (tasks, n), like.dtype, like.device, scale
+        self.shape = (tasks, n)
+        self.dtype = like.dtype
+        self.device = like.device
+        self.scale = scale
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """The product σv."""
         return self.scale * vector
 
     def matmat(self, vectors: Tensor) -> Tensor:
+        """The products σV."""
         return self.scale * vectors
 
     def split(self) -> tuple[LinearOperator, float | Tensor]:
+        """(0, σ)."""
         return Identity(self, 0.0), self.scale
 
 
 class Sum(LinearOperator):
-    """A + B; damping is `operator + Identity(operator, damping)`."""
+    """A + B. Damping is `operator + Identity(operator, damping)`.
 
-    def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
+    Args:
+        first: A.
+        second: B, of the same shape.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> identity = Identity(torch.zeros(1, 2))
+        >>> Sum(identity, identity).matvec(torch.ones(1, 2))
+        tensor([[2., 2.]])
+    """
+
+    def __init__(
+        self,
+        first: LinearOperator,
+        second: LinearOperator,
+    ) -> None:
         if first.shape != second.shape:
             raise ValueError(
                 f"operator sum: got shapes {first.shape} and {second.shape}, expected equal ones"
             )
-        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
-        self.first, self.second = first, second
+        self.shape = first.shape
+        self.dtype = first.dtype
+        self.device = first.device
+        self.first = first
+        self.second = second
         self.semidefinite = first.semidefinite and second.semidefinite
         self.setup_products = first.setup_products + second.setup_products
 
     def check_convex(self) -> None:
+        """Check both terms."""
         self.first.check_convex()
         self.second.check_convex()
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """The product Av + Bv."""
         return self.first.matvec(vector) + self.second.matvec(vector)
 
     def matmat(self, vectors: Tensor) -> Tensor:
+        """The products AV + BV."""
         return self.first.matmat(vectors) + self.second.matmat(vectors)
 
     def columns(self, index: Tensor) -> Tensor:
+        """The sum of the columns of A and of B."""
         return self.first.columns(index) + self.second.columns(index)
 
     def split(self) -> tuple[LinearOperator, float | Tensor]:
-        (first, a), (second, b) = self.first.split(), self.second.split()
+        """The sum of the cores, and the sum of the multiples of the identity."""
+        first, first_shift = self.first.split()
+        second, second_shift = self.second.split()
+        shift = first_shift + second_shift
+        # The core of a multiple of the identity is zero, and is left out.
         if isinstance(first, Identity):
-            return second, a + b
+            return second, shift
         if isinstance(second, Identity):
-            return first, a + b
-        return Sum(first, second), a + b
+            return first, shift
+        return Sum(first, second), shift
 
 
 class Scaled(LinearOperator):
-    """c A, c a scalar."""
+    """c A.
 
-    def __init__(self, factor: float | Tensor, operator: LinearOperator) -> None:
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        self.factor, self.operator = factor, operator
+    Args:
+        factor: c, a number or a scalar tensor.
+        operator: A.
+
+    Example:
+        >>> Scaled(2.0, Identity(torch.zeros(1, 2))).matvec(torch.ones(1, 2))
+        tensor([[2., 2.]])
+    """
+
+    def __init__(
+        self,
+        factor: float | Tensor,
+        operator: LinearOperator,
+    ) -> None:
+        self.shape = operator.shape
+        self.dtype = operator.dtype
+        self.device = operator.device
+        self.factor = factor
+        self.operator = operator
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """The product with A, times c."""
         return self.factor * self.operator.matvec(vector)
 
     def matmat(self, vectors: Tensor) -> Tensor:
+        """The products with A, times c."""
         return self.factor * self.operator.matmat(vectors)
 
     def columns(self, index: Tensor) -> Tensor:
+        """The columns of A, times c."""
         return self.factor * self.operator.columns(index)
 
     def split(self) -> tuple[LinearOperator, float | Tensor]:
+        """(cB, cσ)."""
         core, shift = self.operator.split()
-        return core if isinstance(core, Identity) else Scaled(
-            self.factor, core
-        ), self.factor * shift
+        if not isinstance(core, Identity):
+            core = Scaled(self.factor, core)
+        return core, self.factor * shift

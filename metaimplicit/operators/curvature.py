@@ -1,389 +1,209 @@
-"""Curvature of a loss at a point, as operators: the Hessian, the Gauss–Newton and the Fisher matrix."""
+"""What a curvature is: an operator made of the derivatives of a loss at a point."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metaimplicit.graph import check_differentiable
-from metaimplicit.operators.base import Curvature, LinearOperator, LossParts
-from metaimplicit.params import Params, flatten, leaves, unflatten
+from metaimplicit.operators.base import Invertible, LinearOperator
+from metaimplicit.params import Params, flatten, leaves
+
+Operator = TypeVar("Operator", bound="Curvature")
 
 
-class _AtPoint(Curvature):
-    """Shared by both: the point, as leaves, and the loss gradient at it with its graph.
+@dataclass(frozen=True)
+class LossParts:
+    """A loss at a point, in the parts that a curvature is built from, over the task axis.
 
-    A column of a parameter tensor differentiates the gradient of that tensor alone, which most of the graph has no
-    part in: `columns` is cheaper than as many products.
+    Args:
+        params: The point θ, `{name: [tasks, *shape]}`.
+        outputs: z(θ), `{name: [tasks, *shape]} -> [tasks, …]`. For a loss without parts, the loss.
+        loss: ℓ(z), `[tasks, …] -> [tasks]`. For a loss without parts, the identity.
+        weighted: Whether the loss weighs its examples.
+        module: The model whose layers are seen, if there is one.
+        apply_model: Lifts a function of one task's model over the task axis: `(function, params)`,
+            where `function(call, params)` receives the model as `call(params) -> outputs`.
+
+    Example:
+        >>> parts = LossParts(
+        ...     params={"w": torch.tensor([[1.0, 2.0]])},
+        ...     outputs=lambda params: 3 * params["w"],
+        ...     loss=lambda z: z.square().sum(1),
+        ... )
+        >>> parts.total(parts.params)
+        tensor([45.])
+    """
+
+    params: Params
+    outputs: Callable[[Params], Tensor]
+    loss: Callable[[Tensor], Tensor]
+    weighted: bool = False
+    module: nn.Module | None = None
+    apply_model: Callable[[Callable[..., Any], Params], Any] | None = None
+
+    def total(self, params: Params) -> Tensor:
+        """ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`."""
+        return self.loss(self.outputs(params))
+
+
+class Curvature(LinearOperator):
+    """A linear operator made of the derivatives of a loss at a point.
+
+    A new curvature implements `from_loss` and `matvec`, and has a row in `CURVATURES`.
 
     Attributes:
-        params: `{name: [tasks, *shape]}`, leaves of autograd.
-        gradient: ∂ℓ/∂θ in the same layout, with the graph that further derivatives are taken through.
+        params: The point θ, `{name: [tasks, *shape]}`.
+        gradient: ∂ℓ/∂θ in the same layout, with the graph through which further derivatives go.
+        needs_outputs: Whether it needs a loss whose outputs are visible (a `Composite`).
+
+    Example:
+        >>> from metaimplicit.operators import Hessian
+        >>> parts = LossParts(
+        ...     params={"w": torch.tensor([[1.0, 2.0]])},
+        ...     outputs=lambda params: params["w"],
+        ...     loss=lambda z: z.square().sum(1),
+        ... )
+        >>> Hessian.from_loss(parts).matvec(torch.ones(1, 2))
+        tensor([[2., 2.]])
+    """
+
+    needs_outputs: bool = True
+
+    params: Params
+    gradient: Params
+
+    @classmethod
+    @abstractmethod
+    def from_loss(cls: type[Operator], parts: LossParts, **options: Any) -> Operator:
+        """The curvature of a loss.
+
+        Args:
+            parts: The loss and the point.
+            options: Further arguments of the class's constructor.
+
+        Raises:
+            ValueError: The loss lacks a part that this curvature needs.
+        """
+
+    @classmethod
+    def preconditioner(cls, core: LinearOperator, parts: LossParts, **options: Any) -> Invertible:
+        """An invertible approximation of `core`, to precondition conjugate gradients.
+
+        Args:
+            core: The operator to approximate. By default it is not looked at: the approximation
+                is the curvature of `parts`.
+            parts: The loss and the point.
+            options: Further arguments of the class's constructor.
+
+        Raises:
+            ValueError: The class does not know its inverse.
+        """
+        operator = cls.from_loss(parts, **options)
+        if not isinstance(operator, Invertible):
+            raise ValueError(
+                f"preconditioner: got {cls.__name__}, expected K-FAC, EKFAC or a diagonal, "
+                "which know their inverse"
+            )
+        return operator
+
+
+class RetainedGraphCurvature(Curvature):
+    """A curvature whose products run through graphs that are kept from its construction.
+
+    A column differentiates the gradient with respect to one parameter tensor alone, and most of
+    the graph has no part in that: `columns` is cheaper than as many products.
+
+    Args:
+        params: The point θ, `{name: [tasks, *shape]}`.
+
+    Attributes:
+        params: The point θ, as leaves of autograd.
+        gradient: ∂ℓ/∂θ, `{name: [tasks, *shape]}`, with the graph to further derivatives.
     """
 
     def __init__(self, params: Params) -> None:
         self.params = leaves(params)
         first = next(iter(params.values()))
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
-        self.dtype, self.device = first.dtype, first.device
+        self.dtype = first.dtype
+        self.device = first.device
         self.gradient: Params = {}
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Columns of A, `[k] -> [k, tasks, n]`, the tensors of `params` one after another."""
+        start = 0
+        parts = []
+        positions = []
+        for name, p in self.params.items():
+            size = p[0].numel()
+            inside = (index >= start) & (index < start + size)
+            position = inside.nonzero().squeeze(-1)
+            if len(position):
+                unit = p.new_zeros(len(position), size)
+                unit[torch.arange(len(position)), index[position] - start] = 1.0
+                vectors = unit.reshape(-1, 1, *p.shape[1:]).expand(-1, *p.shape)
+                parts.append(self._product({name: vectors}, batched=True))
+                positions.append(position)
+            start += size
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.cat(positions).argsort()]
+
+    @abstractmethod
+    def _product(self, vector: Params, batched: bool) -> Tensor:
+        """The product with a vector, `[tasks, n]`.
+
+        Entries that `vector` lacks are zero. If `batched`, its tensors lead with an axis of k
+        vectors, and so does the result, `[k, tasks, n]`.
+        """
 
     def _set_gradient(self, gradients: Sequence[Tensor | None]) -> None:
         pairs = zip(self.params.items(), gradients, strict=True)
         self.gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
-    def columns(self, index: Tensor) -> Tensor:
-        start, order, found = 0, [], []
-        for name, p in self.params.items():
-            size = p[0].numel()
-            mine = ((index >= start) & (index < start + size)).nonzero().squeeze(-1)
-            if len(mine):
-                unit = p.new_zeros(len(mine), size)
-                unit[torch.arange(len(mine)), index[mine] - start] = 1.0
-                part = unit.reshape(-1, 1, *p.shape[1:]).expand(-1, *p.shape)
-                found.append(self._image({name: part}, batched=True))
-                order.append(mine)
-            start += size
-        return found[0] if len(found) == 1 else torch.cat(found)[torch.cat(order).argsort()]
 
-    @abstractmethod
-    def _image(self, vector: Params, batched: bool) -> Tensor:
-        """The product with a vector whose further entries are zero, flat."""
-
-
-Products = Literal["double-backward", "forward-over-reverse", "finite-differences"]
-
-
-class Hessian(_AtPoint):
-    """∂²ℓ/∂θ² of each task's loss.
-
-    Args:
-        loss: `{name: [tasks, *shape]} -> [tasks]`, task i's loss depending on task i's parameters alone.
-        params: the point θ, task axis first.
-        products: `"double-backward"` differentiates the retained graph of the gradient, Hv = ∂(gᵀv)/∂θ.
-            `"forward-over-reverse"` is the tangent of the gradient along v (`torch.func.jvp` of `grad`): no graph is
-            kept between products, but each evaluates the loss again. `"finite-differences"` is
-            (∇ℓ(θ + hv) − ∇ℓ(θ − hv))/2h with h = ε^⅓ (1 + ‖θ‖)/‖v‖ for each task, ε the unit round-off, which balances
-            truncation against cancellation: relative errors of about 1e-10 in float64, 1e-5 in float32.
-    """
-
-    needs_outputs = False
-
-    def __init__(
-        self,
-        loss: Callable[[Params], Tensor],
-        params: Params,
-        products: Products = "double-backward",
-    ) -> None:
-        if products not in get_args(Products):
-            raise ValueError(
-                f"Hessian products: got {products!r}, expected one of {', '.join(get_args(Products))}"
-            )
-        super().__init__(params)
-        self.products = products
-        total, targets = loss(self.params).sum(), list(self.params.values())
-        if total.requires_grad:
-            self._set_gradient(
-                torch.autograd.grad(total, targets, create_graph=True, allow_unused=True)
-            )
-            if products != "finite-differences":
-                check_differentiable(self.gradient.values())
-        else:
-            self._set_gradient([None] * len(targets))
-        self._loss = loss
-
-    @classmethod
-    def from_loss(cls, parts: LossParts, **options: Any) -> Hessian:
-        return cls(parts.total, parts.params, **options)
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        if self.products == "double-backward":
-            return self._image(unflatten(vector, self.params), batched=False)
-        point = {name: p.detach() for name, p in self.params.items()}
-        if self.products == "finite-differences":
-            return central_difference(lambda p: flatten(self._slope(p)), point, vector)
-        gradient = torch.func.grad(lambda p: self._loss(p).sum())
-        return flatten(
-            torch.func.jvp(gradient, (point,), (unflatten(vector, self.params),))[1]
-        ).detach()
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        if self.products == "double-backward":
-            return self._image(unflatten(vectors, self.params), batched=True)
-        if self.products == "finite-differences":
-            return super().matmat(vectors)
-        return torch.vmap(self.matvec)(vectors)
-
-    def columns(self, index: Tensor) -> Tensor:
-        return (
-            super().columns(index)
-            if self.products == "double-backward"
-            else LinearOperator.columns(self, index)
-        )
-
-    def _image(self, vector: Params, batched: bool) -> Tensor:
-        return _pull({name: self.gradient[name] for name in vector}, self.params, vector, batched)
-
-    def _slope(self, params: Params) -> Params:
-        at = leaves(params)
-        with torch.enable_grad():
-            found = torch.autograd.grad(self._loss(at).sum(), list(at.values()), allow_unused=True)
-        return {
-            n: torch.zeros_like(p) if g is None else g
-            for (n, p), g in zip(at.items(), found, strict=True)
-        }
-
-
-def central_difference(function: Callable[[Params], Tensor], at: Params, vector: Tensor) -> Tensor:
-    """(F(θ + hv) − F(θ − hv))/2h for each task, F: `{name: [tasks, *shape]} -> [tasks, …]`; h as in `Hessian`."""
-    theta = flatten(at).detach()
-    length = vector.norm(dim=-1, keepdim=True)
-    h = torch.finfo(theta.dtype).eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
-    h = h / torch.where(length > 0, length, 1.0)
-    difference = function(unflatten(theta + h * vector, at)) - function(
-        unflatten(theta - h * vector, at)
-    )
-    slope: Tensor = difference / (2 * h.reshape(-1, *[1] * (difference.dim() - 1)))
-    return slope
-
-
-class GGN(_AtPoint):
-    """Jᵀ (∂²ℓ/∂z²) J with z = outputs(θ), J = ∂z/∂θ: positive semi-definite wherever ℓ is convex in z.
-
-    It is the Hessian less the curvature of the network itself (Schraudolph 2002, §2). J v is the derivative of
-    r ↦ Jᵀr, so every product runs on retained graphs and no forward pass is repeated.
-
-    Args:
-        outputs: `{name: [tasks, *shape]} -> [tasks, ...]`, task by task.
-        loss: `[tasks, ...] -> [tasks]`, convex in the outputs (cross-entropy, squared error, …); its Hessian in the
-            outputs is taken by autodiff.
-        params: the point θ, task axis first.
-    """
-
-    semidefinite = True
-
-    def __init__(
-        self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params
-    ) -> None:
-        super().__init__(params)
-        self._outputs, self._loss = outputs(self.params), loss
-        self._slope = torch.autograd.grad(
-            loss(self._outputs).sum(), self._outputs, create_graph=True
-        )[0]
-        if (
-            not self._slope.requires_grad
-        ):  # a loss linear in z still needs a node to differentiate Jᵀr at
-            self._slope = self._slope.requires_grad_()
-        targets = list(self.params.values())
-        gradients = torch.autograd.grad(
-            self._outputs, targets, self._slope, create_graph=True, allow_unused=True
-        )
-        self._set_gradient(gradients)
-        check_differentiable(gradients)
-
-    @classmethod
-    def from_loss(cls, parts: LossParts, **options: Any) -> GGN:
-        return cls(parts.outputs, parts.loss, parts.params, **options)
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        return self._image(unflatten(vector, self.params), batched=False)
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return self._image(unflatten(vectors, self.params), batched=True)
-
-    def _image(self, vector: Params, batched: bool) -> Tensor:
-        tangent = _derivative(
-            {name: self.gradient[name] for name in vector}, self._slope, vector, batched
-        )
-        return _pull(
-            {"outputs": self._outputs},
-            self.params,
-            {"outputs": self._bend(tangent, batched)},
-            batched,
-        )
-
-    def check_convex(self, steps: int = 20) -> None:
-        """ValueError if power iterations, in float64 if the loss can, find negative curvature of it in the outputs."""
-        with torch.enable_grad():
-            try:
-                z = self._outputs.detach().double().requires_grad_()
-                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
-            except RuntimeError:  # as where it holds tensors of its own
-                z = self._outputs.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
-        if not slope.requires_grad:  # linear
-            return
-
-        def bend(v: Tensor) -> Tensor:
-            return torch.autograd.grad(slope, z, v, retain_graph=True)[0].reshape(len(z), -1)
-
-        draws = torch.randn(
-            2, *z.shape[1:], generator=torch.Generator().manual_seed(0), dtype=z.dtype
-        ).to(z.device)
-        largest = z.new_zeros(len(z), 1)
-        for (
-            draw
-        ) in draws:  # the largest |λ|, then the smallest λ, of which |λ|_max − λ is the largest
-            v, shift = draw.expand(z.shape).reshape(len(z), -1), largest
-            for _ in range(steps):
-                v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
-                bent = bend(v.reshape(z.shape))
-                lowest, v = (v * bent).sum(1), shift * v - bent
-            largest = v.norm(dim=1, keepdim=True)
-        if bool((lowest < -1e-3 * shift.squeeze(1) - 1e-13).any()):
-            raise ValueError(
-                f"Gauss–Newton: got a loss that is not convex in the outputs (curvature {float(lowest.min()):.2g}), "
-                "expected one that is; use curvature='hessian'"
-            )
-
-    def _bend(self, tangent: Tensor, batched: bool) -> Tensor:
-        """The output curvature times a change of the outputs."""
-        return _derivative({"slope": self._slope}, self._outputs, {"slope": tangent}, batched)
-
-
-Likelihood = Literal["softmax", "gaussian"]
-Expectation = Literal["exact", "monte-carlo", "empirical"]
-
-
-class Fisher(GGN):
-    """F = (1/m) Σᵢ E[(∂ log p(y|zᵢ)/∂θ)(∂ log p(y|zᵢ)/∂θ)ᵀ] over the m examples of each task: Jᵀ F_z J.
-
-    Exact, it is the Gauss–Newton matrix of the mean negative log-likelihood (Martens 2020, §9), and the Hessian of the
-    symmetrised KL divergence at zero displacement.
-
-    Args:
-        outputs: `{name: [tasks, *shape]} -> [tasks, …, d]`, task by task; every axis between is one of examples.
-        loss: `[tasks, …, d] -> [tasks]`, the mean over examples of a loss each; its gradient is kept, and the
-            empirical Fisher is made of it.
-        params: the point θ, task axis first.
-        likelihood: p(y|z): `"softmax"` over the last axis, or `"gaussian"` with mean z and unit variance.
-        expectation: over y, `"exact"`; `"monte-carlo"`, `samples` draws from p(y|z), the same in every product; or
-            `"empirical"`, the data's own targets (which is no expectation: Kunstner et al. 2019).
-        samples: draws for each example.
-        generator: of the draws, on the outputs' device.
-    """
-
-    def __init__(
-        self,
-        outputs: Callable[[Params], Tensor],
-        loss: Callable[[Tensor], Tensor],
-        params: Params,
-        *,
-        likelihood: Likelihood = "softmax",
-        expectation: Expectation = "exact",
-        samples: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if likelihood not in get_args(Likelihood):
-            raise ValueError(
-                f"Fisher likelihood: got {likelihood!r}, expected one of {', '.join(get_args(Likelihood))}"
-            )
-        if expectation not in get_args(Expectation):
-            raise ValueError(
-                f"Fisher expectation: got {expectation!r}, expected one of {', '.join(get_args(Expectation))}"
-            )
-        if samples < 1:
-            raise ValueError(f"Fisher samples: got {samples}, expected at least 1")
-        super().__init__(outputs, loss, params)
-        z = self._outputs.detach()
-        if z.dim() < 3:
-            raise ValueError(
-                f"Fisher outputs: got shape {tuple(z.shape)}, expected [tasks, examples, …, d]"
-            )
-        self.likelihood, self._examples = likelihood, z[0, ..., 0].numel()
-        self._mean = z.softmax(-1)
-        self._scores: Tensor | None = None
-        if expectation != "exact":
-            self._scores = output_scores(
-                z, self._slope.detach(), likelihood, expectation, samples, generator
-            )
-
-    @classmethod
-    def from_loss(cls, parts: LossParts, **options: Any) -> Fisher:
-        if parts.weighted:
-            raise ValueError(
-                "Fisher: got an inner loss with weights, which it does not see; use 'gauss-newton'"
-            )
-        return cls(parts.outputs, parts.loss, parts.params, **options)
-
-    def check_convex(self, steps: int = 20) -> None:
-        """Nothing: it is positive semi-definite whatever the loss."""
-
-    def _bend(self, tangent: Tensor, batched: bool) -> Tensor:
-        if self._scores is not None:
-            each = [score * (score * tangent).sum(-1, keepdim=True) for score in self._scores]
-            return torch.stack(each).sum(0) / self._examples
-        if self.likelihood == "gaussian":
-            return tangent / self._examples
-        weighted = self._mean * tangent
-        return (weighted - self._mean * weighted.sum(-1, keepdim=True)) / self._examples
-
-
-def output_scores(
-    z: Tensor,
-    slope: Tensor,
-    likelihood: Likelihood,
-    expectation: Expectation,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
+def flat_vjp(
+    outputs: Params,
+    inputs: Params,
+    vectors: Params,
+    *,
+    batched: bool = False,
 ) -> Tensor:
-    """Vectors s whose Σ s sᵀ is the Fisher matrix in the outputs of each example, `[count, *z.shape]`.
+    """(∂outputs/∂inputs)ᵀ vectors, `[tasks, n]`. It is zero for inputs that nothing connects.
 
-    `slope` is the gradient in z of the mean loss over examples; the arguments are those of `Fisher`.
+    Args:
+        outputs: Tensors with their graph, `{name: [tasks, …]}`. The graph is retained.
+        inputs: Tensors in that graph, `{name: [tasks, *shape]}`, n numbers for each task.
+        vectors: One for each output, of its shape.
+        batched: Whether each vector leads with an axis of k vectors. So does the result then,
+            `[k, tasks, n]`.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> flat_vjp({"square": x.square()}, {"x": x}, {"square": torch.ones(1, 2)})
+        tensor([[2., 4.]])
     """
-    d = z.shape[-1]
-    if expectation == "empirical":
-        return slope.unsqueeze(0) * z[0, ..., 0].numel()
-    if expectation == "monte-carlo" and likelihood == "gaussian":
-        noise = torch.randn(samples, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
-        return noise * torch.tensor(samples**-0.5).to(noise)
-    if likelihood == "gaussian":
-        return (
-            torch.eye(d, dtype=z.dtype, device=z.device)
-            .reshape(d, *[1] * (z.dim() - 1), d)
-            .expand(d, *z.shape)
-        )
-    p = z.softmax(-1)
-    if expectation == "exact":
-        labels = (
-            torch.arange(d, device=z.device)
-            .reshape(d, *[1] * (z.dim() - 1))
-            .expand(d, *z.shape[:-1])
-        )
-        weight = p.movedim(-1, 0).sqrt().unsqueeze(-1)
-    else:
-        drawn = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
-        labels, weight = drawn.T.reshape(samples, *z.shape[:-1]), torch.tensor(samples**-0.5).to(z)
-    scores: Tensor = weight * (p - torch.nn.functional.one_hot(labels, d).to(z))
-    return scores
-
-
-def _pull(outputs: Params, inputs: Params, vectors: Params, batched: bool = False) -> Tensor:
-    """(∂ outputs/∂ inputs)ᵀ vectors, flat; zero where nothing connects them."""
-    pairs = [(out, vectors[name]) for name, out in outputs.items() if out.requires_grad]
-    if not pairs:
-        lead = next(iter(vectors.values())).shape[:1] if batched else ()
-        return flatten(inputs).detach().new_zeros(*lead, *flatten(inputs).shape)
+    lead = next(iter(vectors.values())).shape[:1] if batched else ()
+    connected = [name for name, output in outputs.items() if output.requires_grad]
+    if not connected:
+        flat = flatten(inputs).detach()
+        return flat.new_zeros(*lead, *flat.shape)
     products = torch.autograd.grad(
-        [out for out, _ in pairs],
+        [outputs[name] for name in connected],
         list(inputs.values()),
-        [v for _, v in pairs],
+        [vectors[name] for name in connected],
         retain_graph=True,
         allow_unused=True,
         is_grads_batched=batched,
     )
-    lead = pairs[0][1].shape[:1] if batched else ()
+    pairs = zip(inputs.items(), products, strict=True)
     filled = {
-        name: p.new_zeros(*lead, *p.shape) if g is None else g
-        for (name, p), g in zip(inputs.items(), products, strict=True)
+        name: x.new_zeros(*lead, *x.shape) if product is None else product
+        for (name, x), product in pairs
     }
     return flatten(filled, batch=2 if batched else 1)
-
-
-def _derivative(outputs: Params, at: Tensor, vectors: Params, batched: bool) -> Tensor:
-    flat = _pull(outputs, {"at": at}, vectors, batched)
-    return flat.reshape(*flat.shape[:-1], *at.shape[1:])

@@ -7,26 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.operators.base import Curvature, Invertible, LinearOperator, LossParts
-from metaimplicit.operators.curvature import GGN
+from metaimplicit.operators.base import Invertible, LinearOperator
+from metaimplicit.operators.curvature import Curvature, LossParts
+from metaimplicit.operators.gauss_newton import GGN
 from metaimplicit.params import Params
+
+CHUNK = 256  # columns that the exact diagonal takes at a time
 
 
 class Diagonal(Curvature, Invertible):
-    """diag(B) of another operator: exact, or the mean of z ⊙ Bz over vectors z of random signs (Bekas et al. 2007).
+    """diag(B) of an operator B, exact or estimated as the mean of z ⊙ Bz over random signs z.
 
-    The mean is unbiased; the variance of an entry is the sum of squares of its row off the diagonal, over `samples`.
+    The mean is unbiased. The variance of an entry is the sum of the squares of the other entries of
+    its row, divided by `samples` (Bekas et al. 2007).
 
     Args:
-        operator: B.
-        samples: products, taken in one batch. None: n of them, 256 at a time, for the exact diagonal.
-        semidefinite: B ⪰ 0: what is estimated below zero is zero.
-        generator: the CPU generator of the signs; None, torch's default.
+        operator: B, shape `(tasks, n)`.
+        samples: The number of products with B, in one batch, ≥ 1. If None, the diagonal is exact
+            and takes n products, 256 at a time.
+        semidefinite: Whether B is positive semi-definite. If so, estimates below zero become zero.
+        generator: The CPU generator of the signs. If None, torch's default.
 
     Attributes:
-        values: `[tasks, n]`.
-        gradient: the operator's own, if it carries one.
-        setup_products: with B, that it took.
+        values: The diagonal, `[tasks, n]`.
+        gradient: The gradient that `operator` carries. It is empty if there is none.
+        setup_products: The products with B that the construction took.
+
+    Raises:
+        ValueError: `samples` is below 1.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> Diagonal(Identity(torch.zeros(1, 2), scale=3.0)).values
+        tensor([[3., 3.]])
     """
 
     def __init__(
@@ -38,42 +51,57 @@ class Diagonal(Curvature, Invertible):
     ) -> None:
         if samples is not None and samples < 1:
             raise ValueError(f"Diagonal samples: got {samples}, expected at least 1, or None")
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+        self.shape = operator.shape
+        self.dtype = operator.dtype
+        self.device = operator.device
         self.gradient: Params = getattr(operator, "gradient", {})
-        tasks, n = operator.shape
-        self.setup_products = n if samples is None else samples
-        if samples is None:
-            parts = [
-                operator.columns(index)[torch.arange(len(index)), :, index]
-                for index in torch.arange(n).split(256)
-            ]
-            self.values = torch.cat(parts).T
-        else:
-            signs = 1 - 2 * torch.randint(2, (samples, 1, n), generator=generator).to(
-                self.device, self.dtype
-            )
-            signs = signs.expand(-1, tasks, -1)
-            self.values = (signs * operator.matmat(signs)).mean(0)
         self.semidefinite = semidefinite
+        self.setup_products = self.shape[1] if samples is None else samples
+        if samples is None:
+            self.values = _exact(operator)
+        else:
+            self.values = _estimate(operator, samples, generator)
         if semidefinite:
             self.values = self.values.clamp(min=0)
 
     @classmethod
     def from_loss(cls, parts: LossParts, **options: Any) -> Diagonal:
-        """The diagonal of the Gauss–Newton matrix."""
+        """The diagonal of the Gauss–Newton matrix; `options` may hold `samples` and `generator`."""
         return cls(GGN.from_loss(parts), semidefinite=True, **options)
 
     @classmethod
     def preconditioner(cls, core: LinearOperator, parts: LossParts, **options: Any) -> Diagonal:
-        """The diagonal of `core` itself (Jacobi)."""
+        """The diagonal of `core` itself (Jacobi's preconditioner). It does not look at `parts`."""
         return cls(core, **options)
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """The product diag(B) v, `[tasks, n] -> [tasks, n]`."""
         return self.values * vector
 
     def matmat(self, vectors: Tensor) -> Tensor:
+        """The products with k vectors, `[k, tasks, n] -> [k, tasks, n]`."""
         return self.values * vectors
 
     def inverse(self, vector: Tensor, shift: float) -> Tensor:
-        """(D₊ + sI)⁻¹ v with s > 0 and D₊ = max(D, 0)."""
+        """(D₊ + sI)⁻¹ v with s = `shift` > 0 and D₊ = max(D, 0), `[tasks, n] -> [tasks, n]`."""
         return vector / (self.values.clamp(min=0) + shift)
+
+
+def _exact(operator: LinearOperator) -> Tensor:
+    parts = []
+    for index in torch.arange(operator.shape[1]).split(CHUNK):
+        columns = operator.columns(index)
+        parts.append(columns[torch.arange(len(index)), :, index])
+    return torch.cat(parts).T
+
+
+def _estimate(
+    operator: LinearOperator,
+    samples: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    tasks, n = operator.shape
+    bits = torch.randint(2, (samples, 1, n), generator=generator)
+    signs = 1 - 2 * bits.to(operator.device, operator.dtype)
+    signs = signs.expand(-1, tasks, -1)
+    return (signs * operator.matmat(signs)).mean(0)

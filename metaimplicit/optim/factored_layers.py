@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from metaimplicit.operators.kronecker import is_supported
+from metaimplicit.operators.layers import is_supported
 from metaimplicit.params import Params
 
 ADVICE = "use optim.GaussNewton, or freeze it (requires_grad_(False))"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import Expectation, Likelihood
-from metaimplicit.operators.curvature import output_scores
-from metaimplicit.operators.kronecker import layer_patches, second_moments
+from metaimplicit.operators.fisher import output_scores
+from metaimplicit.operators.layers import layer_patches, second_moments
 from metaimplicit.optim.checks import raise_if
 from metaimplicit.optim.factored_layers import FactoredLayer
 from metaimplicit.params import Params

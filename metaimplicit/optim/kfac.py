@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
-from metaimplicit.operators.kronecker import record_layers
+from metaimplicit.operators.layers import record_layers
 from metaimplicit.optim.base import BatchLoss, Loss, SecondOrder
 from metaimplicit.optim.checks import (
     check_count,
@@ -24,7 +24,6 @@ from metaimplicit.optim.closure import Closure, ReplayedClosure
 from metaimplicit.optim.damping import (
     levenberg_marquardt,
     predicted_reduction,
-    reduction_ratio,
 )
 from metaimplicit.optim.factored_layers import (
     ADVICE,
@@ -38,6 +37,7 @@ from metaimplicit.optim.factors import (
     update_factors,
 )
 from metaimplicit.params import Params, flatten
+from metaimplicit.solvers.trust_region import decrease_ratio
 
 # The first steps renew factors and inverses at any intervals, because the averages change most.
 EARLY_STEPS = 3
@@ -322,7 +322,7 @@ class KFAC(SecondOrder):
     ) -> None:
         group = self.param_groups[0]
         eps = torch.finfo(self._dtype).eps
-        self.ratio = reduction_ratio(before, after, predicted, eps=eps)
+        self.ratio = decrease_ratio(before, after, predicted, eps=eps).item()
         omega = (19 / 20) ** group["adapt_every"]
         group["damping"] = levenberg_marquardt(
             group["damping"],

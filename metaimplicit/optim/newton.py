@@ -1,4 +1,4 @@
-"""Newton's method, where the Hessian may be indefinite."""
+"""Newton's method for functions whose Hessian may be indefinite."""
 
 from __future__ import annotations
 
@@ -13,30 +13,45 @@ from metaimplicit.optim.closure import ReplayedClosure
 from metaimplicit.optim.damped import Damped
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
+from metaimplicit.solvers.arithmetic import dot, norm, reciprocal
+from metaimplicit.solvers.trust_region import truncated_cg
 
 
 class Newton(Damped):
-    """θ ← θ − lr H⁻¹∇L with H = ∂²L/∂θ², modified so that the step is one of descent where H is indefinite.
+    """θ ← θ − lr H⁻¹∇L with H = ∂²L/∂θ², modified to descend where H is indefinite.
 
-    With `Dense`, the default for n ≤ 1024: H = QΛQᵀ has its eigenvalues replaced by max(|Λ|, λ) (Nocedal & Wright 2006,
-    §3.4; with |Λ| saddle points repel, Dauphin et al. 2014), and nothing moves along one that is zero, to working
-    precision, with λ. With `CG`, the default above: (H + λI)⁻¹∇L by its iteration from zero, up to the first direction
-    of negative curvature (Newton-CG, ibid. Alg. 7.1). Where that is ∇L itself, or what another solver finds does not
-    descend: ∇L ‖∇L‖²/|∇Lᵀ(H + λI)∇L|.
+    - With `Dense`, the default for n ≤ 1024, H = QΛQᵀ has its eigenvalues replaced by max(|Λ|, λ)
+      (Nocedal & Wright 2006, §3.4). With |Λ|, saddle points repel (Dauphin et al. 2014). Nothing
+      moves along an eigenvector whose eigenvalue, with λ, is zero to working precision.
+    - With `CG`, the default above, the step is (H + λI)⁻¹∇L by its iteration from zero, up to the
+      first direction of negative curvature (Newton-CG, ibid. Alg. 7.1).
+    - With another solver, the step is what it finds for (H + λI)⁻¹∇L, if that descends.
 
-    λ follows ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), m the model of second order: 4λ where ρ < ¼, ½λ where ρ > ¾; where
-    ρ ≤ 0 the step is taken back.
+    Where ∇L itself has negative curvature, or the step does not descend, it is
+    ∇L ‖∇L‖²/|∇Lᵀ(H + λI)∇L|.
+
+    λ follows ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), where m is the model of second order: it becomes
+    4λ if ρ < ¼ and λ/2 if ρ > ¾. If ρ ≤ 0, the step is taken back.
 
     Args:
-        model: whose parameters that require grad are moved.
-        lr: length of the step, > 0.
-        damping: λ to start from; it is `param_groups[0]["damping"]`.
-        adapt_damping: let λ follow ρ, at one evaluation more for each step; else λ ≥ 0 is fixed and every step is taken, and
-            with λ = 0 one solves a convex quadratic.
-        solver: None, by the number of parameters.
+        model: The model, whose parameters that require grad are moved.
+        lr: The length of the step, > 0.
+        damping: λ at the start, > 0 (≥ 0 without `adapt_damping`). Its present value is
+            `param_groups[0]["damping"]`.
+        adapt_damping: Whether λ follows ρ, which costs one evaluation more for each step. If False,
+            λ is fixed, every step is taken, and with λ = 0 one step solves a convex quadratic.
+        solver: How the system is solved. If None, the number of parameters decides.
 
     Raises:
-        ValueError: a number out of range; on a step, a closure that is none of `closure() -> scalar loss`.
+        ValueError: A number out of range. On a step: a closure that is not
+            `closure() -> scalar loss`.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> optimizer = Newton(model, damping=0.0, adapt_damping=False)
+        >>> loss = optimizer.step(lambda: (model.weight - 3.0).square().sum())
+        >>> round(model.weight.item(), 4)
+        3.0
     """
 
     closure_signature = "closure() -> scalar loss, as in step(lambda: loss(model(x), y))"
@@ -67,45 +82,52 @@ class Newton(Damped):
     def _loss_of(self, result: Any) -> Tensor:
         return check_scalar(result, "closure")
 
-    def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
+    def _direction(
+        self,
+        operator: Curvature,
+        g: Tensor,
+        damping: float,
+    ) -> Tensor:
         if isinstance(self.solver, Dense):
-            return _modified(self.solver.matrix(operator)[0], g[0], damping).unsqueeze(0)
+            matrix = self.solver.matrix(operator)[0]
+            return _modified_newton(matrix, g[0], damping).unsqueeze(0)
         shifted = operator + Identity(operator, damping)
         if isinstance(self.solver, CG):
-            return _truncated(shifted, g, self.solver.max_steps, self.solver.tol)
+            return _truncated_newton(shifted, g, self.solver)
         direction = self.solver.solve(shifted, g).value
-        return _steepest(g, shifted.matvec(g)) if bool((direction * g).sum() <= 0) else direction
+        if bool(dot(direction, g) <= 0):
+            return _cauchy_step(g, curvature=dot(g, shifted.matvec(g)))
+        return direction
 
 
-def _modified(matrix: Tensor, g: Tensor, damping: float) -> Tensor:
-    """Q max(|Λ|, λ)⁻¹ Qᵀ g."""
+def _modified_newton(
+    matrix: Tensor,
+    g: Tensor,
+    damping: float,
+) -> Tensor:
+    """The direction Q max(|Λ|, λ)⁻¹ Qᵀg for H = QΛQᵀ, `[n]`. Zero eigenvalues move nothing."""
     values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
     size = values.abs().clamp(min=damping)
-    kept = size > len(g) * torch.finfo(g.dtype).eps * size.max()
-    inverse = torch.where(kept, 1 / torch.where(kept, size, 1.0), 0.0)
-    direction: Tensor = vectors @ (inverse * (vectors.mT @ g))
+    nonzero = size > len(g) * torch.finfo(g.dtype).eps * size.max()
+    direction: Tensor = vectors @ (reciprocal(size, where=nonzero) * (vectors.mT @ g))
     return direction
 
 
-def _truncated(operator: LinearOperator, g: Tensor, steps: int, tol: float) -> Tensor:
-    """Conjugate gradients on A d = g from zero, up to a direction with pᵀAp ≤ 0: every iterate has dᵀg > 0."""
-    d, r, p = torch.zeros_like(g), g, g
-    square = first = g.square().sum()
-    for step in range(steps):
-        if not bool(square > tol**2 * first):
-            break
-        ap = operator.matvec(p)
-        curvature = (p * ap).sum()
-        if not bool(curvature > 0):
-            return d if step else _steepest(g, ap)
-        d, r = d + square / curvature * p, r - square / curvature * ap
-        before, square = square, r.square().sum()
-        p = r + square / before * p
-    return d
+def _truncated_newton(
+    operator: LinearOperator,
+    g: Tensor,
+    solver: CG,
+) -> Tensor:
+    """A⁻¹g by conjugate gradients from zero, up to the first direction of negative curvature."""
+    tol = solver.tol * norm(g)
+    result = truncated_cg(operator.matvec, g, tol=tol, max_steps=solver.max_steps)
+    first_is_negative = ~result.step.any() & ~(result.curvature > 0)
+    if bool(first_is_negative):
+        return _cauchy_step(g, result.curvature)
+    return result.step
 
 
-def _steepest(g: Tensor, ag: Tensor) -> Tensor:
-    """g ‖g‖²/|gᵀAg|, the step of the curvature along g, whatever its sign."""
-    square = g.square().sum()
-    step: Tensor = torch.where(square > 0, square / (g * ag).sum().abs(), 0.0) * g
-    return step
+def _cauchy_step(g: Tensor, curvature: Tensor) -> Tensor:
+    """The step g ‖g‖²/|gᵀAg|, given the curvature gᵀAg. It descends for either sign of that."""
+    square = dot(g, g)
+    return torch.where(square > 0, square / curvature.abs(), 0.0) * g

@@ -1,7 +1,17 @@
-"""A⁻¹b, knowing A only as an operator. A new solver is one file and one row here."""
+"""Solvers of A x = b that know A only by its products.
+
+A new solver is one file, one export here, and one row of `metaimplicit.methods.METHODS`.
+"""
 
 from metaimplicit.solvers.auto import Auto
-from metaimplicit.solvers.base import ADVICE, Solution, Solver, SolverState, Status
+from metaimplicit.solvers.base import (
+    ADVICE,
+    LinearSystem,
+    Solution,
+    Solver,
+    SolverState,
+    Status,
+)
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.factored import Factored
@@ -19,6 +29,7 @@ __all__ = [
     "Dense",
     "Factored",
     "Lanczos",
+    "LinearSystem",
     "Neumann",
     "Nystrom",
     "NystromCG",

@@ -7,30 +7,53 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
-from metaimplicit.solvers.base import Apply, Solution, Solver, SolverState, Status, check_limits
-from metaimplicit.solvers.cg import CG, conjugate_gradients, continue_with
+from metaimplicit.solvers.base import (
+    LinearSystem,
+    Solution,
+    Solver,
+    SolverState,
+    Status,
+)
+from metaimplicit.solvers.cg import CG
+from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.dense import Dense
+from metaimplicit.solvers.iteration import check_limits
 from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.low_rank import LowRank
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Auto(Solver):
-    """What size, memory and the residuals so far ask for; `Solution.chosen` says what, and why.
+    """Choose a solver by size, memory and the residuals so far. `Solution.chosen` says which.
 
-    n ≤ `dense`: `Dense`. A basis above `memory`: `CG`, and `MINRES` from where it meets negative curvature. Else
-    `Lanczos`, A definite or not, and CG from where the precision stops it. Given the state of a solve before, it
-    starts from there and keeps its Ritz vectors; from then on these precondition CG (Krylov recycling, Parks et al.
-    2006), for as long as the residual gets as low, in as few products, as in the solve that made them; where they meet
-    negative curvature, Lanczos goes on.
+    - `Dense` if n ≤ `dense`.
+    - `CG` if Lanczos's basis would exceed `memory`, and `MINRES` from where CG meets negative
+      curvature.
+    - `Lanczos` otherwise, definite or not, and CG from where the precision stops it.
+
+    Given the state of an earlier solve, Lanczos starts from its solution and keeps its Ritz
+    vectors. From then on these precondition CG (Krylov recycling, Parks et al. 2006), and Lanczos
+    continues the tasks where CG meets negative curvature. The Ritz vectors are reused until a solve
+    needs more products, or ends with a larger residual, than the solve that produced them.
 
     Args:
-        max_steps: steps at the most, ≥ 1, as `Lanczos` counts them, unless it is dense.
-        tol: relative residual at which a task has converged.
-        dense: the largest n for a dense solve of n products in batches; 0: never.
-        memory: bytes that a basis may take, four times over as it is at the peak.
+        max_steps: Steps at most, ≥ 1, counted as `Lanczos` counts them, unless the solve is dense.
+        tol: The relative residual at which a task has converged, ≥ 0.
+        dense: The largest n for a dense solve of n products in batches. If 0, none is dense.
+        memory: The bytes that a basis may take at its peak, where there are four copies of it.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> b = torch.tensor([[1.0, 2.0]])
+        >>> solution = Auto().solve(Identity(b, scale=2.0), b)
+        >>> solution.value, solution.chosen
+        (tensor([[0.5000, 1.0000]]), 'Dense: n = 2 ≤ 256')
     """
 
     max_steps: int = option(5, flag="solver_steps")
@@ -41,91 +64,86 @@ class Auto(Solver):
     def __post_init__(self) -> None:
         check_limits("Auto", self.max_steps, self.tol)
         for name in ("dense", "memory"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Auto {name}: got {getattr(self, name)}, expected at least 0")
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"Auto {name}: got {value}, expected at least 0")
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        self._takes_no(preconditioner)
-        tasks, n = operator.shape
-        need = 4 * min(self.max_steps, n) * tasks * n * b.element_size()
-        pairs, record = state.low_rank, state.record
+    def with_budget(self, products: int) -> Auto:
+        """The same solver with this many products, none of them dense."""
+        return replace(self, max_steps=products, tol=0.0, dense=0)
+
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve for right-hand sides of norm one or zero."""
+        tasks, n = system.operator.shape
         if n <= self.dense:
-            solution, chosen = (
-                Dense()._solve(operator, b, SolverState(), None),
-                f"Dense: n = {n} ≤ {self.dense}",
-            )
-        elif need > self.memory:
-            solution = CG(self.max_steps, self.tol, negative="minres")._solve(
-                operator, b, state, None
-            )
-            chosen = f"CG: a basis of {need / 2**20:.0f} MiB is above {self.memory / 2**20:.0f} MiB"
-        elif pairs is not None and record is not None:
-            solution, chosen = self._recycled(operator, b, state, pairs, record)
-        else:
-            solution, chosen = self._lanczos(operator, b, state)
-        return replace(solution, chosen=chosen)
+            solution = Dense().solve_unit(replace(system, state=SolverState()))
+            return replace(solution, chosen=f"Dense: n = {n} ≤ {self.dense}")
 
-    def _lanczos(
-        self, operator: LinearOperator, b: Tensor, state: SolverState
-    ) -> tuple[Solution, str]:
-        sequence = state.solution is not None
-        solution = Lanczos(self.max_steps, self.tol, recycle=sequence)._solve(
-            operator, b, state, None
-        )
-        pairs, record = solution.state.low_rank, None
-        if pairs is not None and bool(
-            (pairs.inverse > 0).any()
-        ):  # else every task is indefinite, or was solved before
-            record = torch.tensor(
-                [float(solution.residual.max()), int(solution.needed.max())]
-            ).double()
-        else:
-            pairs = None
+        basis = 4 * min(self.max_steps, n) * tasks * n * system.b.element_size()
+        if basis > self.memory:
+            cg = CG(self.max_steps, self.tol, negative="minres")
+            chosen = f"CG: a basis of {basis / MIB:.0f} MiB is above {self.memory / MIB:.0f} MiB"
+            return replace(cg.solve_unit(system), chosen=chosen)
+
+        low_rank = system.state.low_rank
+        record = system.state.record
+        if low_rank is not None and record is not None:
+            return self._solve_recycling(system, low_rank, record)
+        return self._solve_by_lanczos(system)
+
+    def _solve_by_lanczos(self, system: LinearSystem) -> Solution:
+        in_sequence = system.state.solution is not None
+        lanczos = Lanczos(self.max_steps, self.tol, recycle=in_sequence)
+        solution = lanczos.solve_unit(system)
+        low_rank = solution.state.low_rank
+        record = None
+        if low_rank is not None and bool((low_rank.inverse > 0).any()):
+            record = _record(solution)
+        else:  # every task is indefinite, or was solved before
+            low_rank = None
+
+        # Lanczos has reached the end of the precision. CG corrects itself as it goes.
+        broken = solution.status == int(Status.BREAKDOWN)
         left = self.max_steps - solution.products
-        if left > 0:  # Lanczos is at the end of the precision, which CG corrects as it goes
-            broken = solution.status == int(Status.BREAKDOWN)
-            solution = (
-                continue_with(solution, broken, CG(left, self.tol), operator, b)
-                if broken.any()
-                else solution
-            )
+        if left > 0 and broken.any():
+            solution = CG(left, self.tol).continue_from(system, solution, broken)
             singular = broken & (solution.status == int(Status.NEGATIVE_CURVATURE))
-            solution = replace(
-                solution, status=torch.where(singular, int(Status.BREAKDOWN), solution.status)
-            )
-        why = f"Lanczos: n = {b.shape[1]} > {self.dense}" + (
-            ", from the solution before" if sequence else ""
-        )
-        return replace(solution, state=SolverState(solution.value, pairs, record=record)), why
+            status = torch.where(singular, int(Status.BREAKDOWN), solution.status)
+            solution = replace(solution, status=status)
 
-    def _recycled(
+        chosen = f"Lanczos: n = {system.b.shape[1]} > {self.dense}"
+        if in_sequence:
+            chosen += ", from the last solution"
+        state = SolverState(solution.value, low_rank, record=record)
+        return replace(solution, state=state, chosen=chosen)
+
+    def _solve_recycling(
         self,
-        operator: LinearOperator,
-        b: Tensor,
-        state: SolverState,
-        known: LowRank,
+        system: LinearSystem,
+        low_rank: LowRank,
         record: Tensor,
-    ) -> tuple[Solution, str]:
-        solution = conjugate_gradients(
-            operator, b, state, lambda r: known.precondition(r, 0.0), self.max_steps, self.tol
-        )
-        bent, left = (
-            solution.status == int(Status.NEGATIVE_CURVATURE),
-            self.max_steps - solution.products,
-        )
-        if bent.any() and left > 0:
-            solution = continue_with(solution, bent, Lanczos(left, self.tol), operator, b)
-        reached, spent = record.tolist()
-        worth = (
-            float(solution.residual.max()) <= max(reached, self.tol)
-            and int(solution.needed.max()) <= spent
-        )
-        if worth:
-            solution = replace(
-                solution, state=replace(solution.state, low_rank=known, record=record)
-            )
-        return solution, "CG on kept Ritz vectors, " + (
-            "which still pay" if worth else "which pay no more"
-        )
+    ) -> Solution:
+        def precondition(r: Tensor) -> Tensor:
+            return low_rank.precondition(r, 0.0)
+
+        preconditioned = replace(system, preconditioner=precondition)
+        solution = conjugate_gradients(preconditioned, self.max_steps, self.tol)
+        indefinite = solution.status == int(Status.NEGATIVE_CURVATURE)
+        left = self.max_steps - solution.products
+        if left > 0 and indefinite.any():
+            solution = Lanczos(left, self.tol).continue_from(system, solution, indefinite)
+
+        residual, products = _record(solution).tolist()
+        first_residual, first_products = record.tolist()
+        chosen = "CG with recycled Ritz vectors, "
+        as_accurate = residual <= max(first_residual, self.tol)
+        if not as_accurate or products > first_products:
+            return replace(solution, chosen=chosen + "which are dropped")
+        state = replace(solution.state, low_rank=low_rank, record=record)
+        return replace(solution, state=state, chosen=chosen + "which are kept")
+
+
+def _record(solution: Solution) -> Tensor:
+    """The largest residual of a task, and the most products that a task needed, `[2]`, float64."""
+    numbers = [float(solution.residual.max()), int(solution.needed.max())]
+    return torch.tensor(numbers).double()

@@ -5,47 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from metaimplicit.operators import Invertible, LinearOperator
-from metaimplicit.solvers.base import Apply, Solution, Solver, SolverState, Status, direct_solution
+from metaimplicit.operators import Invertible
+from metaimplicit.solvers.base import LinearSystem, Solution, Status
+from metaimplicit.solvers.core import CoreSolver
+from metaimplicit.solvers.direct import direct_solution
 
 
 @dataclass(frozen=True)
-class Factored(Solver):
-    """(B + sI)⁻¹ b with s = σ + ρ, for a core B that knows its inverse: K-FAC, EKFAC, a diagonal.
+class Factored(CoreSolver):
+    """(B + sI)⁻¹b with s = σ + ρ, for a core B that knows its inverse: K-FAC, EKFAC, a diagonal.
+
+    It is A⁻¹b if ρ = 0.
 
     Args:
-        rho: ρ ≥ 0, the damping this solver owns. None: 0 if σ > 0, else 0.01.
+        rho: ρ ≥ 0, the damping that this solver adds. If None, it is 0 where σ > 0, else 0.01.
 
     Raises:
-        ValueError: on solving, if the core is of another kind, or σ + ρ ≤ 0.
+        ValueError: ρ is negative. On a solve: the core knows no inverse, or σ + ρ ≤ 0.
+
+    Example:
+        >>> from metaimplicit.operators import Diagonal, Identity
+        >>> b = torch.tensor([[1.0, 2.0]])
+        >>> diagonal = Diagonal(Identity(b, scale=3.0), samples=None)
+        >>> Factored().solve(diagonal + Identity(b, scale=1.0), b).value
+        tensor([[0.2500, 0.5000]])
     """
 
     rho: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rho is not None and not self.rho >= 0:
-            raise ValueError(f"Factored rho: got {self.rho}, expected a number ≥ 0, or None")
+        self.check_rho()
 
-    def damping(self, sigma: float) -> float:
-        return self.rho if self.rho is not None else (0.0 if sigma > 0 else 0.01)
-
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        self._takes_no(preconditioner)
-        core, sigma = operator.split()
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve for right-hand sides of norm one or zero."""
+        core, shift = self.split(system.operator)
         if not isinstance(core, Invertible):
             raise ValueError(
-                f"Factored: got {type(core).__name__}, expected K-FAC, EKFAC or a diagonal, which know their inverse; "
-                "use CG"
+                f"Factored: got {type(core).__name__}, expected K-FAC, EKFAC or a diagonal, which "
+                "know their inverse; use CG"
             )
-        shift = float(sigma) + self.damping(float(sigma))
-        if not shift > 0:
-            raise ValueError(
-                f"Factored: got σ + ρ = {shift}, expected > 0; give rho > 0 or a proximal strength"
-            )
-        solution = direct_solution(operator, b, core.inverse(b, shift), products=0)
-        exact = solution.residual <= torch.finfo(b.dtype).eps ** 0.5
+        solution = direct_solution(system, core.inverse(system.b, shift), products=0)
+        exact = solution.residual <= torch.finfo(system.b.dtype).eps ** 0.5
         return replace(solution, status=torch.where(exact, solution.status, int(Status.MAX_STEPS)))

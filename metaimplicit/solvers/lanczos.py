@@ -1,44 +1,62 @@
-"""The best of a Krylov space, from a basis of it that is kept."""
+"""The best of a Krylov space, from a basis that is stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
+from metaimplicit.solvers.arithmetic import divisor, dot, norm, reciprocal
 from metaimplicit.solvers.base import (
-    Apply,
+    LinearSystem,
     Solution,
     Solver,
     SolverState,
     Status,
+)
+from metaimplicit.solvers.iteration import (
+    Progress,
+    all_ended,
     check_limits,
-    dot,
+    final_status,
     is_asymmetric,
     warm_start,
 )
 from metaimplicit.solvers.low_rank import LowRank
+from metaimplicit.solvers.tridiagonal import GalerkinResidual, GivensQR
 
 
 @dataclass(frozen=True)
 class Lanczos(Solver):
-    """Galerkin or minimum-residual solutions in span{b, Ab, …, A^{K−1}b}, with full reorthogonalisation.
+    """Galerkin or minimum-residual solutions in span{b, Ab, …, A^{K−1}b}, reorthogonalised fully.
 
-    From A V = V T + β v eᵀ with orthonormal V (Lanczos 1950): where T is positive definite, x = V T⁻¹ Vᵀ b, in exact
-    arithmetic the iterate of CG; elsewhere x = V argmin ‖b − A V y‖, that of MINRES. Those two lose the orthogonality
-    of their directions to round-off, and with it digits where the spectrum decays fast: here V is kept, some 3 K·n
-    numbers for each task at the peak, and every step counts.
+    Lanczos's process (1950) gives A V = V T + β v eᵀ with orthonormal V. Where T is positive
+    definite, x = V T⁻¹ Vᵀ b, in exact arithmetic the iterate of CG. Elsewhere
+    x = V argmin_y ‖b − A V y‖, that of MINRES. Round-off costs these two the orthogonality of
+    their directions, and with it digits where the spectrum decays fast. Here V is stored, about
+    3 K·n numbers for each task at the peak, and every step counts.
 
-    Where A is so ill-conditioned for the precision that a space closes before b is solved, the iteration starts again
-    from what it has, once, and as long as that halves the residual.
+    If the Krylov space is exhausted before the tolerance is met, since A is too ill-conditioned for
+    the precision, the iteration restarts from the current solution. It restarts again only while
+    each restart halves the residual.
 
     Args:
-        max_steps: steps at the most, ≥ 1, a product each; a state, and a residual that is measured, cost one more.
-        tol: relative residual at which a task has converged.
-        recycle: whether the state keeps the Ritz vectors of a positive definite T, K·n numbers for each task.
+        max_steps: Steps at most, ≥ 1, with one product each. A state costs one product more, and
+            so does the check of a small residual.
+        tol: The relative residual at which a task has converged, ≥ 0.
+        recycle: Whether the state keeps the Ritz vectors of a positive definite T, K·n numbers for
+            each task.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> b = torch.tensor([[1.0, 0.0]])
+        >>> Lanczos(max_steps=10).solve(Identity(b, scale=2.0), b).value
+        tensor([[0.5000, 0.0000]])
     """
 
     max_steps: int = option(5, flag="solver_steps")
@@ -48,178 +66,228 @@ class Lanczos(Solver):
     def __post_init__(self) -> None:
         check_limits("Lanczos", self.max_steps, self.tol)
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        self._takes_no(preconditioner)
-        x, r, products = warm_start(operator, b, state)
-        eps, budget = torch.finfo(b.dtype).eps, self.max_steps
-        residual = r.norm(dim=-1, keepdim=True)
-        needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
-        rayleigh = b.new_full((len(b),), torch.inf)
-        kept: LowRank | None = None
-        stuck = anew = torch.zeros_like(residual, dtype=torch.bool)
+    def with_budget(self, products: int) -> Lanczos:
+        """The same solver with this many steps."""
+        return replace(self, max_steps=products, tol=0.0)
+
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve for right-hand sides of norm one or zero."""
+        x, r, products = warm_start(system)
+        residual = norm(r)
+        progress = Progress.start(residual, self.tol, products)
+        small = max(self.tol, torch.finfo(x.dtype).eps ** 0.5)
+        budget = self.max_steps
+        low_rank: LowRank | None = None
+        restarted = False
+        broken = torch.zeros_like(progress.active)
+
         while budget > 0:
-            run = _iterate(operator, r, budget, self.tol, self.recycle and kept is None)
-            if run.products == 0:
+            space = _KrylovSpace(r, self.tol)
+            space.expand(system, max_steps=budget)
+            if not space.steps:
                 break
-            kept = run.ritz if kept is None else kept
-            products, budget, needed = (
-                products + run.products,
-                budget - run.products,
-                needed + run.needed,
-            )
-            rayleigh, ahead = torch.minimum(rayleigh, run.rayleigh), x + run.correction
-            doubtful = run.doubtful | run.ended | (run.residual <= max(self.tol, eps**0.5))
+            budget -= space.steps
+            progress.products += space.steps
+            progress.needed = progress.needed + space.needed
+            projection = space.project()
+            if low_rank is None and self.recycle:
+                low_rank = projection.ritz_pairs()
+            progress.rayleigh = torch.minimum(progress.rayleigh, projection.smallest)
+            x_next = x + projection.correction
+
+            doubtful = projection.doubtful | space.ended | (space.residual <= small)
             if not doubtful.any():
-                x, residual = ahead, run.residual
+                x = x_next
+                residual = space.residual
                 break
-            r = b - operator.matvec(ahead)
-            products, budget, before = products + 1, budget - 1, residual
-            measured = r.norm(dim=-1, keepdim=True)
-            taken = ~anew | ~(measured >= before)  # a new start has to be better; NaN goes through
-            x, residual = torch.where(taken, ahead, x), torch.where(taken, measured, before)
-            again = (
-                run.ended
-                & ~run.skewed
-                & (residual > self.tol)
-                & (~anew | (measured <= 0.5 * before))
-            )
-            stuck = stuck | (run.ended & ~again & (residual > max(self.tol, eps**0.5)))
+
+            r = system.b - system.operator.matvec(x_next)
+            progress.products += 1
+            budget -= 1
+            true_residual = norm(r)
+            # The first space always counts. A restart has to improve the task, or to show a NaN.
+            better = ~(true_residual >= residual) | (not restarted)
+            halved = (true_residual <= 0.5 * residual) | (not restarted)
+            x = torch.where(better, x_next, x)
+            residual = torch.where(better, true_residual, residual)
+            again = space.ended & ~space.asymmetric & (residual > self.tol) & halved
+            broken = broken | (space.ended & ~again & (residual > small))
             if not again.any():
                 break
-            r, anew = torch.where(again, r, 0.0), torch.ones_like(again)
-        status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(stuck, int(Status.BREAKDOWN), status).squeeze(-1)
-        return Solution(
-            x, status, residual.squeeze(-1), products, needed, rayleigh, SolverState(x, kept)
+            r = torch.where(again, r, 0.0)
+            restarted = True
+
+        status = final_status(residual, self.tol, {Status.BREAKDOWN: broken})
+        return progress.solution(x, residual, status, state=SolverState(x, low_rank))
+
+
+class _KrylovSpace:
+    """span{r, Ar, …} by Lanczos's process, for tasks that end at different steps.
+
+    A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1}, where every v is orthogonalised against all
+    before it. A task that has ended continues with zero vectors, and T continues as a multiple of
+    the identity.
+
+    Attributes:
+        needed: The products that each task needed, `[tasks, 1]`.
+        residual: The residual of the solution in the space, by recurrence, `[tasks, 1]`.
+        ended: Whether the space is exhausted, or A is not symmetric, `[tasks, 1]`.
+        asymmetric: Whether A is not symmetric, `[tasks, 1]`.
+        definite: Whether T is positive definite so far, `[tasks, 1]`.
+    """
+
+    def __init__(self, r: Tensor, tol: float) -> None:
+        length = norm(r)
+        self.tol = tol
+        self.length = length
+        self.started = length > tol
+        self.active = self.started
+        self.needed = torch.zeros_like(length, dtype=torch.int64)
+        self.residual = length
+        self.definite = torch.ones_like(self.active)
+        self.asymmetric = torch.zeros_like(self.active)
+        self.ended = torch.zeros_like(self.active)
+
+        self.basis = [r / divisor(length)]
+        self.alphas: list[Tensor] = []  # the diagonal of T
+        self.betas: list[Tensor] = []  # beside it; 0 from where a task ended
+        self.last_betas: list[Tensor] = []  # β_{k+1} in the step k at which a task ended, else 0
+
+        self._eps = torch.finfo(r.dtype).eps
+        self._size = torch.zeros_like(length)  # the largest |α| or β so far
+        self._galerkin = GalerkinResidual(length)
+        self._least_squares = length
+        self._qr = GivensQR(length)
+
+    @property
+    def steps(self) -> int:
+        """The size of T."""
+        return len(self.alphas)
+
+    def expand(self, system: LinearSystem, *, max_steps: int) -> None:
+        """Take steps until all tasks have ended, or there were `max_steps` or n of them."""
+        for step in range(min(max_steps, system.b.shape[1])):
+            if all_ended(self.active, step):
+                return
+            self.needed = self.needed + self.active
+            self._step(system.operator.matvec(self.basis[-1]))
+
+    def _step(self, av: Tensor) -> None:
+        """Extend the basis by what is new in A v_k."""
+        # A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1}
+        filler = self.alphas[0] if self.alphas else 1.0  # for tasks that have ended
+        alpha = torch.where(self.active, dot(av, self.basis[-1]), filler)
+        if self.steps == 1:
+            self._check_symmetry(av)
+        w = self._orthogonalise(av)
+        self._size = torch.maximum(self._size, alpha.abs())
+        self._check_definite(alpha)
+
+        beta = torch.where(self.active, norm(w), 0.0)
+        self._size = torch.maximum(self._size, beta)
+        # A smaller β is round-off: the space is exhausted.
+        beta = torch.where(beta > 10 * self._eps * self._size, beta, 0.0)
+        self._update_residual(alpha, beta)
+        self.ended = self.ended | (self.active & ~(beta > 0))
+        self.active = self.active & (beta > 0) & (self.residual > self.tol)
+
+        self.alphas.append(alpha)
+        self.betas.append(torch.where(self.active, beta, 0.0))
+        self.last_betas.append(torch.where(self.active, 0.0, beta))
+        self.basis.append(torch.where(self.active, w / divisor(beta), 0.0))
+
+    def _check_symmetry(self, av: Tensor) -> None:
+        # v₁ᵀA v₂ = β₂ for a symmetric A.
+        skew = dot(av, self.basis[0]) - self.betas[0]
+        self.asymmetric = self.active & is_asymmetric(skew, norm(av))
+        self.active = self.active & ~self.asymmetric
+        self.ended = self.ended | self.asymmetric
+
+    def _check_definite(self, alpha: Tensor) -> None:
+        # T = L D Lᵀ is as definite as the pivots D.
+        pivot = self._galerkin.add_pivot(alpha)
+        positive = pivot > self._eps**0.75 * self._size
+        self.definite = self.definite & (positive | ~self.active)
+
+    def _update_residual(self, alpha: Tensor, beta: Tensor) -> None:
+        column = self._qr.append(alpha, beta)
+        least_squares = column.sine * self._least_squares
+        self._least_squares = torch.where(self.active, least_squares, self._least_squares)
+        galerkin = self._galerkin.norm(beta)
+        residual = torch.where(self.definite, galerkin, self._least_squares)
+        self.residual = torch.where(self.active, residual, self.residual)
+
+    def _orthogonalise(self, w: Tensor) -> Tensor:
+        """The part of w that is orthogonal to the basis, by Gram–Schmidt's process run twice."""
+        basis = torch.stack(self.basis)
+        for _ in range(2):
+            coordinates = torch.einsum("ktn,tn->kt", basis, w)
+            w = w - torch.einsum("kt,ktn->tn", coordinates, basis)
+        return w
+
+    def project(self) -> _Projection:
+        """The solution in the space, by float64 algebra with T."""
+        off_diagonal = self.betas[:-1]
+        # After the last step, β_{k+1} closes the tasks that are still active.
+        last_betas = [*self.last_betas[:-1], torch.maximum(self.last_betas[-1], self.betas[-1])]
+        t = torch.diag_embed(_joined(self.alphas))
+        if off_diagonal:
+            upper = torch.diag_embed(_joined(off_diagonal), offset=1)
+            t = t + upper + upper.mT
+        right = torch.zeros_like(t[..., :1])  # Vᵀr = ‖r‖e₁
+        right[:, 0] = self.length.double()
+
+        cutoff = self._eps**0.75
+        values, vectors = torch.linalg.eigh(t)
+        definite = self.definite & (values[:, :1] > cutoff * values[:, -1:])
+        # Galerkin's y solves T y = ‖r‖e₁.
+        eye = torch.eye(t.shape[-1]).to(t)
+        galerkin = torch.linalg.solve(torch.where(definite.unsqueeze(-1), t, eye), right)
+        # Least squares: y minimises the distance of (T; β eᵀ) y to ‖r‖e₁.
+        tall = torch.cat([t, _joined(last_betas).unsqueeze(-2)], dim=-2)
+        right = torch.cat([right, torch.zeros_like(right[:, :1])], dim=-2)
+        least_squares = torch.linalg.pinv(tall, rtol=cutoff) @ right
+
+        y = torch.where(definite.unsqueeze(-1), galerkin, least_squares).squeeze(-1)
+        y = torch.where(self.started, y, 0.0)
+        basis = torch.stack(self.basis[:-1])
+        return _Projection(
+            correction=torch.einsum("tk,ktn->tn", y.to(basis), basis),
+            doubtful=self.started & self.definite & ~definite,
+            started=self.started,
+            values=values,
+            vectors=vectors,
+            basis=basis,
         )
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One Krylov space: A⁻¹r in it, and how it ended; `doubtful` where the residual is not that of the correction."""
+class _Projection:
+    """The solution in a Krylov space."""
 
-    correction: Tensor
-    residual: Tensor
-    ended: Tensor
-    skewed: Tensor
-    doubtful: Tensor
-    products: int
-    needed: Tensor
-    rayleigh: Tensor
-    ritz: LowRank | None
+    correction: Tensor  # V y ≈ A⁻¹r, [tasks, n]
+    doubtful: Tensor  # whether the residual by recurrence is not that of y, [tasks, 1]
+    started: Tensor  # whether the task took a step, [tasks, 1]
+    values: Tensor  # the eigenvalues of T, [tasks, k], float64
+    vectors: Tensor  # its eigenvectors, [tasks, k, k], float64
+    basis: Tensor  # V, [k, tasks, n]
 
+    @property
+    def smallest(self) -> Tensor:
+        """The smallest eigenvalue of T, `[tasks, 1]`, or +inf for a task that took no step."""
+        return torch.where(self.started, self.values[:, :1].to(self.basis), torch.inf)
 
-def _iterate(operator: LinearOperator, r: Tensor, steps: int, tol: float, keep: bool) -> _Run:
-    eps, (tasks, n) = torch.finfo(r.dtype).eps, r.shape
-    first = r.norm(dim=-1, keepdim=True)
-    basis = [r / torch.where(first > 0, first, 1.0)]
-    diagonal: list[Tensor] = []
-    beside: list[Tensor] = []  # of T: 0 after a task has ended
-    closing: list[Tensor] = []  # the β where it ended
-    started = active = first > tol
-    definite, skewed, ended = (
-        torch.ones_like(active),
-        torch.zeros_like(active),
-        torch.zeros_like(active),
-    )
-    needed = torch.zeros(tasks, dtype=torch.int64, device=r.device)
-    residual, least, last = first, first, first
-    pivot, beta, size = torch.ones_like(first), torch.zeros_like(first), torch.zeros_like(first)
-    cosine, sine, delta_bar = (
-        -torch.ones_like(first),
-        torch.zeros_like(first),
-        torch.zeros_like(first),
-    )
-    check_every = 8 if r.is_cuda else 1
-    for step in range(min(steps, n)):
-        if step % check_every == 0 and not active.any():
-            break
-        w = operator.matvec(basis[-1])
-        needed += active.squeeze(-1)
-        # a task that has ended goes on with a zero vector, beside its T a multiple of the identity
-        alpha = torch.where(active, dot(w, basis[-1]), diagonal[0] if diagonal else 1.0)
-        known = torch.stack(basis)
-        if step == 1:  # vᵀAv of the first two basis vectors is β, unless A is not symmetric
-            skewed = active & is_asymmetric(dot(w, basis[0]) - beta, w.norm(dim=-1, keepdim=True))
-            active, ended = active & ~skewed, ended | skewed
-        for _ in range(2):
-            w = w - torch.einsum("kt,ktn->tn", torch.einsum("ktn,tn->kt", known, w), known)
-        size = torch.maximum(size, alpha.abs())
-        # T = L D Lᵀ is as definite as D, and the last entry of T⁻¹e₁ gives Galerkin's residual
-        last = beta / pivot * last if diagonal else last
-        pivot = alpha - beta * (beta / pivot)
-        definite = definite & (~active | (pivot > eps**0.75 * size))
-        pivot = torch.where(pivot.abs() > 0, pivot, 1.0)
-        gamma_bar = sine * delta_bar - cosine * alpha
-        beta = torch.where(active, w.norm(dim=-1, keepdim=True), 0.0)
-        size = torch.maximum(size, beta)
-        beta = torch.where(beta > 10 * eps * size, beta, 0.0)  # else the Krylov space is whole
-        delta_bar, gamma = -cosine * beta, torch.hypot(gamma_bar, beta)
-        gamma = torch.where(gamma > 0, gamma, 1.0)
-        cosine, sine = gamma_bar / gamma, beta / gamma
-        least = torch.where(active, sine * least, least)
-        residual = torch.where(
-            active, torch.where(definite, beta * (last / pivot).abs(), least), residual
+    def ritz_pairs(self) -> LowRank:
+        """Eigenpairs of V T Vᵀ. A task has none if T is empty, or not positive definite."""
+        definite = self.started & (self.values > 0).all(-1, keepdim=True)
+        vectors = torch.einsum("tkj,ktn->tjn", self.vectors.to(self.basis), self.basis)
+        return LowRank(
+            basis=torch.where(definite.unsqueeze(-1), vectors, 0.0),
+            inverse=reciprocal(self.values, where=definite),
+            rayleigh=self.values[:, 0].to(self.basis),
         )
-        ended = ended | (active & ~(beta > 0))
-        active = active & (beta > 0) & (residual > tol)
-        diagonal.append(alpha)
-        beside.append(torch.where(active, beta, 0.0))
-        closing.append(torch.where(active, 0.0, beta))
-        basis.append(torch.where(active, w / torch.where(beta > 0, beta, 1.0), 0.0))
-    infinite = r.new_full((tasks,), torch.inf)
-    if not diagonal:
-        return _Run(torch.zeros_like(r), residual, ended, skewed, skewed, 0, needed, infinite, None)
-    closing[-1] = torch.maximum(closing[-1], beside.pop())
-    y, values, vectors, sure = _coordinates(diagonal, beside, closing, first, definite.squeeze(-1))
-    y = torch.where(started, y, 0.0)
-    known = torch.stack(basis[:-1])
-    return _Run(
-        correction=torch.einsum("tk,ktn->tn", y.to(r), known),
-        residual=residual,
-        ended=ended,
-        skewed=skewed,
-        doubtful=started & definite & ~sure,
-        products=len(diagonal),
-        needed=needed,
-        rayleigh=torch.where(started.squeeze(-1), values[:, 0].to(r), infinite),
-        ritz=_ritz(values, vectors, known, started) if keep else None,
-    )
 
 
-def _coordinates(
-    diagonal: list[Tensor],
-    beside: list[Tensor],
-    closing: list[Tensor],
-    first: Tensor,
-    definite: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y of x = V y, the eigenvalues and eigenvectors of T, in float64, and whether y is Galerkin's."""
-    t = torch.diag_embed(torch.cat(diagonal, -1).double().nan_to_num(0.0, 0.0, 0.0))
-    if beside:
-        off = torch.diag_embed(torch.cat(beside, -1).double().nan_to_num(0.0, 0.0, 0.0), 1)
-        t = t + off + off.mT
-    right = torch.zeros_like(t[..., :1])
-    right[:, 0] = first.double()
-    (values, vectors), eps = torch.linalg.eigh(t), torch.finfo(first.dtype).eps
-    sure = (definite & (values[:, 0] > eps**0.75 * values[:, -1]))[:, None, None]
-    galerkin = torch.linalg.solve(torch.where(sure, t, torch.eye(t.shape[-1]).to(t)), right)
-    tall = torch.cat(
-        [t, torch.cat(closing, -1).double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-2)], dim=-2
-    )
-    inverse = torch.linalg.pinv(tall, rtol=eps**0.75)
-    least = inverse @ torch.cat([right, torch.zeros_like(right[:, :1])], dim=-2)
-    return torch.where(sure, galerkin, least).squeeze(-1), values, vectors, sure.squeeze(-1)
-
-
-def _ritz(values: Tensor, vectors: Tensor, basis: Tensor, started: Tensor) -> LowRank:
-    """The Ritz pairs as a `LowRank` holds them; none of a task whose T is empty, or not positive definite."""
-    definite = started & (values > 0).all(-1, keepdim=True)
-    spread = torch.einsum("tkj,ktn->tjn", vectors.to(basis), basis)
-    return LowRank(
-        basis=torch.where(definite.unsqueeze(-1), spread, 0.0),
-        inverse=torch.where(definite, 1 / torch.where(definite, values, 1.0), 0.0),
-        rayleigh=values[:, 0].to(basis),
-    )
+def _joined(numbers: list[Tensor]) -> Tensor:
+    """Numbers `[tasks, 1]` of k steps as `[tasks, k]`, float64. NaN and infinity become 0."""
+    return torch.cat(numbers, dim=-1).double().nan_to_num(0.0, 0.0, 0.0)

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.arithmetic import reciprocal
+from metaimplicit.solvers.power_iteration import fixed_direction, power_iteration
 
 Sketch = Literal["columns", "gaussian"]
 
-
-_BLOCK = 2**14  # of entries that are float64 at a time
+BLOCK = 2**14  # entries of a Gaussian vector that are float64 at a time
 
 
 class Probes:
-    """The columns of Ω `[n, k]`, unit vectors, of the basis or Gaussian; the same whenever asked for."""
+    """The columns of Ω `[n, k]`: unit vectors, of the basis or Gaussian.
+
+    A row of Ωᵀ is the same whenever it is asked for, and the same for all tasks.
+
+    Args:
+        sketch: `"columns"`, sampled without replacement, or `"gaussian"`.
+        n: The length of a vector.
+        generator: The CPU generator that Ω is drawn from. If None, torch's default.
+        like: A tensor of the type and device wanted.
+        most: The largest number of `"columns"` that will be asked for. If None, n.
+
+    Example:
+        >>> probes = Probes("columns", 3, torch.Generator().manual_seed(0), torch.zeros(1))
+        >>> probes.rows(0, 2).sum(1)
+        tensor([1., 1.])
+    """
 
     def __init__(
         self,
@@ -27,53 +43,74 @@ class Probes:
         like: Tensor,
         most: int | None = None,
     ) -> None:
-        self._n, self._like, self._chosen, self._seed = n, like, None, 0
+        self._n = n
+        self._like = like
+        self._columns: Tensor | None = None
+        self._seed = 0
         if sketch == "columns":
-            self._chosen = torch.randperm(n, generator=generator)[
-                :most
-            ].clone()  # not all n of them, for most columns
+            # A copy, since a slice would hold all n numbers.
+            self._columns = torch.randperm(n, generator=generator)[:most].clone()
         else:
             self._seed = int(torch.randint(2**62, (), generator=generator))
 
-    def rows(self, a: int, z: int) -> Tensor:
-        """Rows a … z − 1 of Ωᵀ, `[z − a, n]`."""
-        if self._chosen is not None:
-            return torch.nn.functional.one_hot(self._chosen[a:z], self._n).to(self._like)
-        draws = [torch.Generator().manual_seed(self._seed + i) for i in range(a, z)]
-        rows = torch.stack([torch.randn(self._n, generator=draw) for draw in draws]).to(self._like)
-        return torch.nn.functional.normalize(rows)
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` … `stop` − 1 of Ωᵀ, `[stop − start, n]`."""
+        if self._columns is not None:
+            chosen = self._columns[start:stop]
+            return torch.nn.functional.one_hot(chosen, self._n).to(self._like)
+        generators = [torch.Generator().manual_seed(self._seed + i) for i in range(start, stop)]
+        rows = [torch.randn(self._n, generator=generator) for generator in generators]
+        return torch.nn.functional.normalize(torch.stack(rows).to(self._like))
 
-    def coordinates(self, v: Tensor, a: int, z: int) -> Tensor:
-        """Ωᵀ v for `[tasks, m, n]`, in float64: `[tasks, m, z − a]`."""
-        if self._chosen is not None:
-            found: Tensor = v[..., self._chosen[a:z].to(v.device)].double()
-            return found
-        parts = zip(v.split(_BLOCK, -1), self.rows(a, z).split(_BLOCK, -1), strict=True)
-        return torch.stack([v_.double() @ row.double().mT for v_, row in parts]).sum(0)
+    def products(
+        self,
+        operator: LinearOperator,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """B ω for each of these rows ω, `[tasks, stop − start, n]`."""
+        if self._columns is not None:
+            return operator.columns(self._columns[start:stop]).transpose(0, 1)
+        rows = self.rows(start, stop)[:, None, :].expand(-1, operator.shape[0], -1)
+        return operator.matmat(rows).transpose(0, 1)
 
-    def add(self, total: Tensor, c: Tensor, a: int, z: int) -> None:
-        """Add Ω c to `total` `[tasks, n]`, c `[tasks, z − a]`."""
-        if self._chosen is not None:
-            total[:, self._chosen[a:z].to(total.device)] += c.to(total)
+    def coordinates(self, v: Tensor, start: int, stop: int) -> Tensor:
+        """Ωᵀ v for these rows, `[tasks, m, n] -> [tasks, m, stop − start]`, in float64."""
+        if self._columns is not None:
+            chosen: Tensor = v[..., self._columns[start:stop].to(v.device)]
+            return chosen.double()
+        blocks = zip(v.split(BLOCK, -1), self.rows(start, stop).split(BLOCK, -1), strict=True)
+        return torch.stack([part.double() @ rows.double().mT for part, rows in blocks]).sum(0)
+
+    def add(
+        self,
+        total: Tensor,
+        c: Tensor,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Add Ω c, c `[tasks, stop − start]`, to `total` `[tasks, n]` in place."""
+        if self._columns is not None:
+            total[:, self._columns[start:stop].to(total.device)] += c.to(total)
         else:
-            total += c.to(total) @ self.rows(a, z)
-
-    def images(self, operator: LinearOperator, a: int, z: int) -> Tensor:
-        """B ω for each such row ω and each task: `[tasks, z − a, n]`."""
-        if self._chosen is not None:
-            return operator.columns(self._chosen[a:z]).transpose(0, 1)
-        spread = self.rows(a, z)[:, None, :].expand(-1, operator.shape[0], -1)
-        return operator.matmat(spread).transpose(0, 1)
+            total += c.to(total) @ self.rows(start, stop)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """B_k = Y (ΩᵀY)⁺ Yᵀ = Σ_j d_j u_j u_jᵀ for each task, Y = BΩ (Nyström).
+    """B_k = Y (ΩᵀY)⁺ Yᵀ = Σ_j d_j u_j u_jᵀ for each task, with Y = BΩ (Nyström's approximation).
 
     Attributes:
-        basis: u_j, `[tasks, k, n]`, orthonormal; zero for directions that Y does not span to working precision.
-        inverse: 1/d_j, `[tasks, k]`, float64; 0 where `basis` is zero.
-        rayleigh: the smallest ωᵀBω/ωᵀω of the columns of Ω, `[tasks]`.
+        basis: u_j, `[tasks, k, n]`, orthonormal. It is zero for directions that Y does not span to
+            working precision.
+        inverse: 1/d_j, `[tasks, k]`, float64. It is 0 where `basis` is zero.
+        rayleigh: The smallest ωᵀBω/ωᵀω over the columns of Ω, `[tasks]`.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([4.0, 1.0]))
+        >>> rows = torch.tensor([[1.0, 0.0]])  # Ω selects the first column
+        >>> LowRank.from_products(rows, (rows @ matrix)[None]).inverse.float()
+        tensor([[0.2500]])
     """
 
     basis: Tensor
@@ -81,56 +118,78 @@ class LowRank:
     rayleigh: Tensor
 
     @staticmethod
-    def from_products(rows: Tensor, images: Tensor) -> LowRank:
-        """From Ωᵀ `[k, n]` and (BΩ)ᵀ `[tasks, k, n]`: Y = QR, then the eigenvalues of R⁻ᵀ(ΩᵀY)R⁻¹, which are 1/d.
+    def from_products(rows: Tensor, products: Tensor) -> LowRank:
+        """The approximation from Ωᵀ and (BΩ)ᵀ.
 
-        The QR decomposition does what a shift does for a Cholesky factor (Frangella et al. 2021, alg. 2.1), and
-        serves indefinite B as well.
+        With Y = QR, the eigenvalues of R⁻ᵀ(ΩᵀY)R⁻¹ are 1/d. The QR decomposition does what a shift
+        does for a Cholesky factor (Frangella et al. 2021, Alg. 2.1), and serves indefinite B too.
+
+        Args:
+            rows: Ωᵀ, `[k, n]`.
+            products: (BΩ)ᵀ, `[tasks, k, n]`.
         """
-        y = images.double().nan_to_num(0.0, 0.0, 0.0)
+        y = products.double().nan_to_num(0.0, 0.0, 0.0)
         gram = y @ rows.double().mT
         q, r = torch.linalg.qr(y.mT)
-        weights, inverse = whitened(
-            r, gram, len(rows) * torch.finfo(images.dtype).eps
-        )  # below is round-off
+        roundoff = len(rows) * torch.finfo(products.dtype).eps
+        weights, inverse = whiten(r, gram, tolerance=roundoff)
         basis = (q @ (r @ weights)).mT
         quotients = gram.diagonal(dim1=-2, dim2=-1) / rows.double().square().sum(-1)
-        return LowRank(basis.to(images), inverse, quotients.amin(-1).to(images))
+        return LowRank(basis.to(products), inverse, quotients.amin(-1).to(products))
 
     @property
     def indefinite(self) -> Tensor:
         """Whether some d_j is clearly negative, `[tasks]`."""
-        return indefinite(self.inverse, self.basis.dtype)
+        return is_indefinite(self.inverse, self.basis.dtype)
 
     def damped_inverse(self, b: Tensor, shift: float) -> Tensor:
-        """(|B_k| + sI)⁻¹ b, |B_k| with |d_j| in place of d_j; s > 0."""
+        """(|B_k| + sI)⁻¹ b with s = `shift` > 0, `[tasks, n]`. |B_k| has |d_j| in place of d_j."""
+        # 1/(|d| + s) = 1/s − 1/s · 1/(1 + s/|d|)
         weights = 1 / (1 + shift * self.inverse.abs())
-        return ((b.double() - self._expand(weights * self._coordinates(b))) / shift).to(b.dtype)
+        inside = self._expand(weights * self._coordinates(b))
+        return ((b.double() - inside) / shift).to(b.dtype)
 
     def precondition(self, r: Tensor, shift: float) -> Tensor:
-        """(d_min + s)(|B_k| + sI)⁻¹ r on the span of the basis, r itself off it (Frangella et al. 2021, eq. 5.1)."""
+        """(d_min + s)(|B_k| + sI)⁻¹ r on the span of the basis, and r itself off it, `[tasks, n]`.
+
+        This is the preconditioner of Frangella et al. 2021, eq. 5.1.
+        """
         inverse = self.inverse.abs()
         largest = inverse.amax(-1, keepdim=True)
-        least = torch.where(largest > 0, 1 / torch.where(largest > 0, largest, 1.0), 0.0)
+        smallest = reciprocal(largest, where=largest > 0)  # d_min
         inverse = inverse.clamp(min=torch.finfo(r.dtype).eps * largest)
-        weights = 1 - (least + shift) * inverse / (1 + shift * inverse)
+        # (d_min + s)/(d + s) = 1 − weights
+        weights = 1 - (smallest + shift) * inverse / (1 + shift * inverse)
         return r - self._expand(weights * self._coordinates(r)).to(r.dtype)
 
-    def error(self, operator: LinearOperator, steps: int = 4) -> tuple[Tensor, int]:
-        """An estimate, from below, of ‖B − B_k‖ for each task by as many power iterations, and their number."""
-        v = torch.randn(self.basis.shape[-1], generator=torch.Generator().manual_seed(0)).to(
-            self.basis
-        )
-        v = (v / v.norm()).expand(operator.shape)
-        values = torch.where(
-            self.inverse != 0, 1 / torch.where(self.inverse != 0, self.inverse, 1.0), 0.0
-        )
-        norm = torch.zeros_like(v[:, :1])
-        for _ in range(steps):
-            v = operator.matvec(v) - self._expand(values * self._coordinates(v)).to(v)
-            norm = v.norm(dim=-1, keepdim=True)
-            v = v / torch.where(norm > 0, norm, 1.0)
-        return norm.squeeze(-1), steps
+    def error(
+        self,
+        operator: LinearOperator,
+        steps: int = 4,
+    ) -> tuple[Tensor, int]:
+        """An estimate of ‖B − B_k‖ from below, `[tasks]`, and the number of products it took.
+
+        Args:
+            operator: B.
+            steps: Power iterations, one product each.
+        """
+        values = reciprocal(self.inverse, where=self.inverse != 0)
+
+        def remainder(v: Tensor) -> Tensor:
+            approximation = self._expand(values * self._coordinates(v))
+            return operator.matvec(v) - approximation.to(v)
+
+        start = fixed_direction(self.basis[:, 0]).expand(operator.shape)
+        size, _ = power_iteration(remainder, start, steps)
+        return size.squeeze(-1), steps
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same tensors on a device."""
+        return LowRank(**{name: tensor.to(device) for name, tensor in self.to_dict().items()})
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _coordinates(self, v: Tensor) -> Tensor:
         return (self.basis.double() @ v.double().unsqueeze(-1)).squeeze(-1)
@@ -138,21 +197,49 @@ class LowRank:
     def _expand(self, coordinates: Tensor) -> Tensor:
         return (self.basis.double().mT @ coordinates.unsqueeze(-1)).squeeze(-1)
 
-    def to_dict(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {"basis": self.basis, "inverse": self.inverse, "rayleigh": self.rayleigh}
 
+def whiten(
+    r: Tensor,
+    gram: Tensor,
+    *,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """W with orthonormal YW, and 1/d with diag(1/d) = Wᵀ(ΩᵀY)W.
 
-def whitened(r: Tensor, gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """(W, 1/d): YW orthonormal with RᵀR = YᵀY, diag(1/d) = Wᵀ(ΩᵀY)W; 0 where R is singular to `tolerance`."""
+    Args:
+        r: R with RᵀR = YᵀY, `[tasks, k, k]`.
+        gram: ΩᵀY, `[tasks, k, k]`.
+        tolerance: Singular values of R below this part of the largest count as zero. W and 1/d are
+            zero for their directions.
+
+    Returns:
+        W `[tasks, k, k]` and 1/d `[tasks, k]`.
+
+    Example:
+        >>> weights, inverse = whiten(2 * torch.eye(1)[None], torch.eye(1)[None], tolerance=0.0)
+        >>> weights.abs(), inverse
+        (tensor([[[0.5000]]]), tensor([[0.2500]]))
+    """
     _, size, v = torch.linalg.svd(r)
     kept = size > tolerance * size[..., :1]
-    w = v.mT * torch.where(kept, 1 / torch.where(kept, size, 1.0), 0.0).unsqueeze(-2)
-    inverse, rotation = torch.linalg.eigh(w.mT @ (0.5 * (gram + gram.mT)) @ w)
+    w = v.mT * reciprocal(size, where=kept).unsqueeze(-2)
+    symmetric = 0.5 * (gram + gram.mT)
+    inverse, rotation = torch.linalg.eigh(w.mT @ symmetric @ w)
     return w @ rotation, inverse
 
 
-def indefinite(inverse: Tensor, dtype: torch.dtype) -> Tensor:
-    values = torch.where(inverse != 0, 1 / torch.where(inverse != 0, inverse, 1.0), 0.0)
-    negative: Tensor = values.amin(-1) < -(torch.finfo(dtype).eps ** 0.5) * values.abs().amax(-1)
+def is_indefinite(inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether some of the eigenvalues d_j is negative beyond round-off, `[tasks]`.
+
+    Args:
+        inverse: 1/d_j, or 0 for directions without an eigenvalue, `[tasks, k]`.
+        dtype: The type that the products were computed in.
+
+    Example:
+        >>> is_indefinite(torch.tensor([[1.0, 2.0], [1.0, -2.0]]), torch.float32)
+        tensor([False,  True])
+    """
+    values = reciprocal(inverse, where=inverse != 0)
+    roundoff = torch.finfo(dtype).eps ** 0.5 * values.abs().amax(-1)
+    negative: Tensor = values.amin(-1) < -roundoff
     return negative

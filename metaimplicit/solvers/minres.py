@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
+from metaimplicit.solvers.arithmetic import divisor, dot, norm
 from metaimplicit.solvers.base import (
-    Apply,
+    LinearSystem,
     Solution,
     Solver,
-    SolverState,
     Status,
+)
+from metaimplicit.solvers.iteration import (
+    Progress,
+    all_ended,
     check_limits,
-    dot,
+    final_status,
     is_asymmetric,
-    recompute_residual,
     warm_start,
 )
+from metaimplicit.solvers.tridiagonal import GivensQR
 
 
 @dataclass(frozen=True)
 class MINRES(Solver):
     """The minimum-residual method (Paige & Saunders 1975) for symmetric systems, definite or not.
 
-    K steps from zero give the x in span{b, Ab, …, A^{K−1}b} of the smallest ‖b − Ax‖, so the residual never grows.
-    On a singular system it ends at a least-squares solution, and says BREAKDOWN if that leaves a residual.
+    K steps from zero give the x in span{b, Ab, …, A^{K−1}b} with the smallest ‖b − Ax‖, so the
+    residual never grows. On a singular system it ends at a least-squares solution, with the status
+    BREAKDOWN if that leaves a residual.
 
     Args:
-        max_steps: steps at the most, ≥ 1, a product each; a state, and a residual that is measured, cost one more.
-        tol: relative residual at which a task has converged.
+        max_steps: Steps at most, ≥ 1, with one product each. A state costs one product more, and
+            so does the check of a small residual.
+        tol: The relative residual at which a task has converged, ≥ 0.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> b = torch.tensor([[1.0, 2.0]])
+        >>> MINRES(max_steps=10).solve(Identity(b, scale=-2.0), b).value
+        tensor([[-0.5000, -1.0000]])
     """
 
     max_steps: int = option(5, flag="solver_steps")
@@ -41,70 +55,86 @@ class MINRES(Solver):
     def __post_init__(self) -> None:
         check_limits("MINRES", self.max_steps, self.tol)
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        self._takes_no(preconditioner)
-        x, r, products = warm_start(operator, b, state)
-        residual = r.norm(dim=-1, keepdim=True)
-        active, ended = residual > self.tol, torch.zeros_like(residual, dtype=torch.bool)
-        v, v_old, w, w_old = (
-            r / torch.where(residual > 0, residual, 1.0),
-            *(torch.zeros_like(b) for _ in range(3)),
-        )
-        beta, size = torch.zeros_like(residual), torch.zeros_like(residual)
-        cosine, sine, delta_bar, epsilon = (
-            -torch.ones_like(beta),
-            *(torch.zeros_like(beta) for _ in range(3)),
-        )
-        rayleigh = b.new_full((len(b),), torch.inf)
-        needed = torch.full((len(b),), products, dtype=torch.int64, device=b.device)
-        check_every, eps = 8 if b.is_cuda else 1, torch.finfo(b.dtype).eps
+    def with_budget(self, products: int) -> MINRES:
+        """The same solver with this many steps."""
+        return replace(self, max_steps=products, tol=0.0)
+
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve for right-hand sides of norm one or zero."""
+        x, r, products = warm_start(system)
+        residual = norm(r)
+        progress = Progress.start(residual, self.tol, products)
+        lanczos = _LanczosProcess(r / divisor(residual))
+        qr = GivensQR(residual)
+        w = torch.zeros_like(x)
+        w_old = torch.zeros_like(x)
+        eps = torch.finfo(x.dtype).eps
+        broken = torch.zeros_like(progress.active)
+
         for step in range(self.max_steps):
-            if step % check_every == 0 and not active.any():
+            if all_ended(progress.active, step):
                 break
-            av = operator.matvec(v)
-            products += 1
-            needed += active.squeeze(-1)
-            # Lanczos: A v = β_next v_next + α v + β v_old
-            alpha = dot(v, av)
-            skewed = torch.zeros_like(active)
-            if (
-                step == 1
-            ):  # vᵀAv of the first two is β, unless A is not symmetric; v is known to eps size/β
-                blur = 1e3 * eps * size * (size / beta)
-                skewed = active & is_asymmetric(
-                    dot(v_old, av) - beta, av.norm(dim=-1, keepdim=True) + blur
-                )
-            rayleigh = torch.minimum(rayleigh, torch.where(active, alpha, torch.inf).squeeze(-1))
-            ahead = av - alpha * v - beta * v_old
-            beta_next = ahead.norm(dim=-1, keepdim=True)
-            size = torch.maximum(size, torch.maximum(alpha.abs(), beta_next))
-            # the last column of the tridiagonal matrix, rotated; ‖A r‖ = slope ‖r‖ for the residual r so far
-            delta = cosine * delta_bar + sine * alpha
-            gamma_bar = sine * delta_bar - cosine * alpha
-            epsilon_old, epsilon, delta_bar = epsilon, sine * beta_next, -cosine * beta_next
-            slope = torch.hypot(gamma_bar, delta_bar)
-            gamma = torch.hypot(gamma_bar, beta_next)
-            gamma = torch.where(gamma > 0, gamma, 1.0)
-            cosine, sine = gamma_bar / gamma, beta_next / gamma
-            w, w_old = (v - epsilon_old * w_old - delta * w) / gamma, w
-            ahead_x = x + cosine * residual * w
-            # a least-squares solution, or a step that only rounding makes: nothing further to gain
-            vast = size * ahead_x.norm(dim=-1, keepdim=True) * eps**0.75 > 1
-            stuck = active & ((slope <= 100 * eps * size) | vast | skewed)
-            ended, active = ended | stuck, active & ~stuck
-            x = torch.where(active, ahead_x, x)
-            residual = torch.where(active, sine * residual, residual)
-            closed = active & (beta_next <= 10 * eps * size)  # the Krylov space is whole
-            ended = ended | (closed & (residual > self.tol))
-            active = active & ~closed & (residual > self.tol)
-            v, v_old, beta = ahead / torch.where(beta_next > 0, beta_next, 1.0), v, beta_next
-        small = residual <= max(self.tol, eps**0.5)
-        residual, products = recompute_residual(operator, b, x, residual, small | ended, products)
-        status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(ended & (residual > self.tol), int(Status.BREAKDOWN), status).squeeze(
-            -1
-        )
-        residual = torch.where(rayleigh.isnan(), torch.nan, residual.squeeze(-1))
-        return Solution(x, status, residual, products, needed, rayleigh, SolverState(solution=x))
+            v = lanczos.v
+            av = progress.multiply(system, v)
+            asymmetric = progress.active & lanczos.is_asymmetric(av, step, eps)
+            alpha, beta = lanczos.advance(av)
+            progress.record_quotient(alpha)
+
+            # x_k = x_{k−1} + c_k φ_{k−1} w_k with the residual φ_k = s_k φ_{k−1}. Since W R = V,
+            # w_k = (v_k − ε_k w_{k−2} − δ_k w_{k−1})/γ_k.
+            column = qr.append(alpha, beta)
+            w_next = (v - column.epsilon * w_old - column.delta * w) / column.gamma
+            w_old = w
+            w = w_next
+            x_next = x + column.cosine * residual * w
+
+            # At a least-squares solution a step gains nothing, and a vast one is round-off.
+            least_squares = column.slope <= 100 * eps * lanczos.size
+            vast = lanczos.size * norm(x_next) * eps**0.75 > 1
+            stalled = progress.active & (least_squares | vast | asymmetric)
+            progress.stop(stalled)
+            x = torch.where(progress.active, x_next, x)
+            residual = torch.where(progress.active, column.sine * residual, residual)
+
+            # With β = 0 the Krylov space does not grow any further.
+            exhausted = progress.active & (beta <= 10 * eps * lanczos.size)
+            broken = broken | stalled | (exhausted & (residual > self.tol))
+            progress.stop(exhausted | ~(residual > self.tol))
+
+        doubtful = (residual <= max(self.tol, eps**0.5)) | broken
+        residual = progress.recompute_residual(system, x, residual, doubtful=doubtful)
+        exceptions = {Status.BREAKDOWN: broken & (residual > self.tol)}
+        return progress.solution(x, residual, final_status(residual, self.tol, exceptions))
+
+
+class _LanczosProcess:
+    """A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1} for symmetric A (Lanczos 1950)."""
+
+    def __init__(self, v: Tensor) -> None:
+        self.v = v
+        self.size = torch.zeros_like(v[:, :1])  # the largest |α| or β so far, `[tasks, 1]`
+        self._v_old = torch.zeros_like(v)
+        self._beta = torch.zeros_like(v[:, :1])
+
+    def advance(self, av: Tensor) -> tuple[Tensor, Tensor]:
+        """From A v_k to v_{k+1}. Returns α_k and β_{k+1}, `[tasks, 1]`."""
+        alpha = dot(self.v, av)
+        v_next = av - alpha * self.v - self._beta * self._v_old
+        beta = norm(v_next)
+        self.size = torch.maximum(self.size, torch.maximum(alpha.abs(), beta))
+        self._v_old = self.v
+        self.v = v_next / divisor(beta)
+        self._beta = beta
+        return alpha, beta
+
+    def is_asymmetric(
+        self,
+        av: Tensor,
+        step: int,
+        eps: float,
+    ) -> Tensor:
+        """Whether v₁ᵀA v₂ differs from β₂, `[tasks, 1]`, which only the second step can tell."""
+        if step != 1:
+            return torch.zeros_like(self._beta, dtype=torch.bool)
+        roundoff = 1e3 * eps * self.size * (self.size / self._beta)  # of v₂
+        return is_asymmetric(dot(self._v_old, av) - self._beta, norm(av) + roundoff)

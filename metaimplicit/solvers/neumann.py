@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    norm,
+    rayleigh_quotient,
+)
 from metaimplicit.solvers.base import (
-    Apply,
+    LinearSystem,
     Solution,
     Solver,
-    SolverState,
     Status,
-    rayleigh_quotient,
-    recompute_residual,
+)
+from metaimplicit.solvers.iteration import (
+    Progress,
+    final_status,
     warm_start,
 )
+from metaimplicit.solvers.power_iteration import largest_eigenvalue
 
 
 @dataclass(frozen=True)
 class Neumann(Solver):
-    """K terms of the Neumann series, x = s Σ_{k=0}^{K−1} (I − sA)ᵏ b (Lorraine, Vicol & Duvenaud 2020, alg. 3).
+    """K terms of the Neumann series: x = s Σ_{k=0}^{K−1} (I − sA)ᵏ b.
 
-    It converges if 0 < s < 2/λ_max(A) and A is positive definite; K terms leave the residual (I − sA)ᴷ b. A task whose
-    residual grows ends there, with what it has.
+    It is Alg. 3 of Lorraine, Vicol & Duvenaud (2020). It converges if 0 < s < 2/λ_max(A) and A is
+    positive definite. K terms leave the residual (I − sA)ᴷ b. A task whose residual grows ends
+    before that, with the status BREAKDOWN.
 
     Args:
-        terms: K ≥ 1, exactly; one product each, the last one for the residual.
-        scale: s > 0. None: 1/λ̂, λ̂ = ‖Av‖ of `power_steps` power iterations for each task from b plus a fixed vector;
-            their products are counted.
-        power_steps: used with `scale=None`, ≥ 1.
+        terms: K ≥ 1, exactly, with one product each: the last one gives the residual. A state costs
+            one product more, and so does the check of a small residual.
+        scale: s > 0. If None, it is 1/λ̂ with λ̂ = ‖Av‖ of `power_steps` power iterations for each
+            task, whose products are counted.
+        power_steps: The number of power iterations with `scale=None`, ≥ 1.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> b = torch.tensor([[1.0, 0.0]])
+        >>> Neumann(terms=2, scale=0.5).solve(Identity(b), b).value  # 0.5 (1 + 0.5) b
+        tensor([[0.7500, 0.0000]])
     """
 
     terms: int = option(5, flag="solver_steps")
@@ -47,70 +64,46 @@ class Neumann(Solver):
         if self.power_steps < 1:
             raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        self._takes_no(preconditioner)
-        x, r, products = warm_start(operator, b, state)
-        scale, spent = self._scale(operator, b)
-        products += spent
-        rayleigh = b.new_full((len(b),), torch.inf)
-        residual = r.norm(dim=-1, keepdim=True)
-        eps = torch.finfo(b.dtype).eps
-        active, grew = residual > eps, torch.zeros_like(residual, dtype=torch.bool)
-        for _ in range(
-            self.terms
-        ):  # from zero, r = (I − sA)ᵏ b: the term k, and the residual after k terms
-            ar = operator.matvec(r)
-            products += 1
-            seen = torch.where(active.squeeze(-1), rayleigh_quotient(r, ar), torch.inf)
-            rayleigh = torch.minimum(rayleigh, seen)
-            ahead = r - scale * ar
-            norm = ahead.norm(dim=-1, keepdim=True)
-            grew = grew | (active & ~(norm <= residual * (1 + eps**0.5)))
-            active = active & ~grew
-            x = torch.where(active, x + scale * r, x)
-            r, residual = torch.where(active, ahead, r), torch.where(active, norm, residual)
-            active = active & (residual > eps)
-        residual, products = recompute_residual(
-            operator, b, x, residual, residual <= eps**0.5, products
-        )
-        residual, grew = residual.squeeze(-1), grew.squeeze(-1)
-        status = torch.where(residual <= eps**0.5, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(grew, int(Status.BREAKDOWN), status)
-        status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
-        residual = torch.where(rayleigh.isnan(), torch.nan, residual)
-        return Solution(
-            x,
-            status,
-            residual,
-            products,
-            torch.full_like(status, products),
-            rayleigh,
-            SolverState(solution=x),
-        )
+    def with_budget(self, products: int) -> Neumann:
+        """The same solver with the terms that are left beside the products for its scale."""
+        for_scale = self.power_steps if self.scale is None else 0
+        return replace(self, terms=max(1, products - for_scale))
 
-    def _scale(self, operator: LinearOperator, b: Tensor) -> tuple[float | Tensor, int]:
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve for right-hand sides of norm one or zero."""
+        x, r, products = warm_start(system)
+        scale, scale_products = self._scale(system)
+        eps = torch.finfo(x.dtype).eps
+        residual = norm(r)
+        progress = Progress.start(residual, eps, products + scale_products)
+        grew = torch.zeros_like(progress.active)
+
+        for _ in range(self.terms):
+            # From zero, r = (I − sA)ᵏ b is both the term k and the residual after k terms.
+            ar = progress.multiply(system, r)
+            progress.record_quotient(rayleigh_quotient(r, ar))
+            r_next = r - scale * ar
+            residual_next = norm(r_next)
+            shrinks = residual_next <= residual * (1 + eps**0.5)  # not where it is NaN
+            grew = grew | (progress.active & ~shrinks)
+            progress.stop(grew)
+            x = torch.where(progress.active, x + scale * r, x)
+            r = torch.where(progress.active, r_next, r)
+            residual = torch.where(progress.active, residual_next, residual)
+            progress.stop(~(residual > eps))
+
+        tol = eps**0.5
+        residual = progress.recompute_residual(system, x, residual, doubtful=residual <= tol)
+        exceptions = {
+            Status.BREAKDOWN: grew,
+            Status.NEGATIVE_CURVATURE: progress.rayleigh <= 0,
+        }
+        solution = progress.solution(x, residual, final_status(residual, tol, exceptions))
+        return replace(solution, needed=torch.full_like(solution.status, solution.products))
+
+    def _scale(self, system: LinearSystem) -> tuple[float | Tensor, int]:
+        """The scale s, and the products that it took."""
         if self.scale is not None:
             return self.scale, 0
-        norm, _ = power_iteration(operator, b, self.power_steps)
-        return 1 / torch.where(norm > 0, norm, 1.0), self.power_steps
-
-
-def power_iteration(
-    operator: LinearOperator, v: Tensor, steps: int, fresh: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """λ̂ = ‖Av‖ ≤ λ_max, `[tasks, 1]`, and v after `steps` products; v is of norm one, or zero.
-
-    v alone may be blind to the largest eigenvalue: `fresh` times a fixed random vector is added, with v's own sign.
-    """
-    start = torch.randn(v.shape[1], generator=torch.Generator().manual_seed(0)).to(v)
-    v = v + torch.where(v @ start < 0, -fresh, fresh).unsqueeze(-1) * start / start.norm()
-    v, norm = v / v.norm(dim=-1, keepdim=True), torch.ones_like(v[:, :1])
-    for _ in range(steps):
-        v = operator.matvec(v).nan_to_num(
-            0.0, 0.0, 0.0
-        )  # or no later call, going on from here, would recover
-        norm = v.norm(dim=-1, keepdim=True)
-        v = v / torch.where(norm > 0, norm, 1.0)
-    return norm, v
+        size, _ = largest_eigenvalue(system.operator, system.b, self.power_steps)
+        return 1 / divisor(size), self.power_steps

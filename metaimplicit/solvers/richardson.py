@@ -7,32 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
+from metaimplicit.solvers.arithmetic import (
+    divisor,
+    norm,
+    rayleigh_quotient,
+)
 from metaimplicit.solvers.base import (
-    Apply,
+    LinearSystem,
     Solution,
     Solver,
     SolverState,
     Status,
-    rayleigh_quotient,
 )
-from metaimplicit.solvers.neumann import power_iteration
+from metaimplicit.solvers.iteration import final_status
+from metaimplicit.solvers.power_iteration import largest_eigenvalue
 
 
 @dataclass(frozen=True)
 class Richardson(Solver):
-    """x ← x + s(b − Ax), K steps of gradient descent on ½xᵀAx − bᵀx, from the last solution.
+    """x ← x + s(b − Ax): K steps of gradient descent on ½xᵀAx − bᵀx, from the last solution.
 
-    The linear half of stochastic bilevel optimisation: where A and b come from another minibatch at every call, x runs
-    along; one step a call is SOBA (Dagréou et al. 2022, eq. 5), a few are AmIGO (Arbel & Mairal 2022). From zero, K
-    steps are K terms of Neumann's series, and one, x = sb, takes A for the identity over s: T1–T2 (Luketina 2016).
-    It converges if 0 < s < 2/λ_max(A) and A is positive definite; nothing is held back where it does not.
+    It is the linear half of stochastic bilevel optimisation, where every call takes A and b from
+    another minibatch and x moves along. One step a call is SOBA (Dagréou et al. 2022, eq. 5), and
+    a few are AmIGO (Arbel & Mairal 2022). From zero, K steps are K terms of the Neumann series, and
+    one step, x = sb, takes A for the identity over s: T1–T2 (Luketina et al. 2016). It converges if
+    0 < s < 2/λ_max(A) and A is positive definite, and does not stop where it diverges.
 
     Args:
-        steps: K ≥ 1, a product each, but the first from zero; one product more measures the residual.
-        scale: s > 0. None: 1/λ̂, λ̂ by a power iteration that goes on from call to call, a product each.
-        warm: start from `state`; False, from zero.
+        steps: K ≥ 1, with one product each, except that the first step from zero takes none. One
+            product more gives the residual.
+        scale: s > 0. If None, it is 1/λ̂ with λ̂ from a power iteration. The first call takes five
+            products for it; later calls continue it with one product each.
+        warm: Whether to start from the state. If False, every solve starts from zero.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> b = torch.tensor([[1.0, 0.0]])
+        >>> solver = Richardson(scale=0.5)
+        >>> first = solver.solve(Identity(b), b)
+        >>> second = solver.solve(Identity(b), b, state=first.state)
+        >>> first.value, second.value
+        (tensor([[0.5000, 0.0000]]), tensor([[0.7500, 0.0000]]))
     """
 
     steps: int = option(1, flag="solver_steps")
@@ -45,49 +64,53 @@ class Richardson(Solver):
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"Richardson scale: got {self.scale}, expected a number > 0")
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: Apply | None
-    ) -> Solution:
-        self._takes_no(preconditioner)
-        scale, products, kept = self._scale(operator, b, state)
-        x = state.solution.to(b) if self.warm and state.solution is not None else None
-        rayleigh = b.new_full((len(b),), torch.inf)
-        for _ in range(self.steps):
-            if x is None:
-                x = scale * b
-                continue
-            ax = operator.matvec(x)
-            products += 1
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve for right-hand sides of norm one or zero."""
+        b = system.b
+        scale, products, direction = self._scale(system)
+        rayleigh = torch.full_like(b[:, :1], torch.inf)
+        steps = self.steps
+        if self.warm and system.state.solution is not None:
+            x = system.state.solution.to(b)
+        else:
+            x = scale * b  # the first step from zero
+            steps -= 1
+
+        for _ in range(steps):
+            ax = system.operator.matvec(x)
             rayleigh = torch.minimum(rayleigh, rayleigh_quotient(x, ax))
             x = x + scale * (b - ax)
-        assert x is not None
-        ax = operator.matvec(x)
-        residual, rayleigh = (
-            (b - ax).norm(dim=-1),
-            torch.minimum(rayleigh, rayleigh_quotient(x, ax)),
-        )
-        solved = residual <= torch.finfo(b.dtype).eps ** 0.5
-        status = torch.where(solved, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(residual > 1, int(Status.BREAKDOWN), status)
-        status = torch.where(rayleigh <= 0, int(Status.NEGATIVE_CURVATURE), status)
-        needed = torch.full_like(status, products + 1)
+        ax = system.operator.matvec(x)
+        rayleigh = torch.minimum(rayleigh, rayleigh_quotient(x, ax))
+        residual = norm(b - ax)
+
+        exceptions = {
+            Status.BREAKDOWN: residual > 1,
+            Status.NEGATIVE_CURVATURE: rayleigh <= 0,
+        }
+        status = final_status(residual, torch.finfo(b.dtype).eps ** 0.5, exceptions).squeeze(-1)
+        products += steps + 1
         return Solution(
-            x,
-            status,
-            residual,
-            products + 1,
-            needed,
-            rayleigh,
-            SolverState(solution=x, direction=kept),
+            value=x,
+            status=status,
+            residual=residual.squeeze(-1),
+            products=products,
+            needed=torch.full_like(status, products),
+            rayleigh=rayleigh.squeeze(-1),
+            state=SolverState(solution=x, direction=direction),
         )
 
-    def _scale(
-        self, operator: LinearOperator, b: Tensor, state: SolverState
-    ) -> tuple[float | Tensor, int, Tensor | None]:
+    def _scale(self, system: LinearSystem) -> tuple[float | Tensor, int, Tensor | None]:
+        """The scale s, the products that it took, and the vector for the next call."""
         if self.scale is not None:
             return self.scale, 0, None
-        v, steps, fresh = (
-            (b, 5, 1.0) if state.direction is None else (state.direction.to(b), 1, 0.1)
-        )
-        norm, direction = power_iteration(operator, v, steps, fresh)
-        return 1 / torch.where(norm > 0, norm, 1.0), steps, direction
+        if system.state.direction is None:
+            start = system.b
+            steps = 5
+            random_part = 1.0
+        else:
+            start = system.state.direction.to(system.b)
+            steps = 1
+            random_part = 0.1
+        size, direction = largest_eigenvalue(system.operator, start, steps, random_part=random_part)
+        return 1 / divisor(size), steps, direction

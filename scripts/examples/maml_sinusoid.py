@@ -41,7 +41,9 @@ def main(meta_steps: int = META_STEPS) -> float:
 
     losses, _ = learner.evaluate(test[0], steps=10)
     errors = losses.mean(dim=1)
-    print(f"test error before adapting {errors[0]:.2f}, after 1 step {errors[1]:.2f}, after 10 {errors[10]:.2f}")
+    print(
+        f"test error before adapting {errors[0]:.2f}, after 1 step {errors[1]:.2f}, after 10 {errors[10]:.2f}"
+    )
     return float(errors[1])
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from metaimplicit import GradientDescent, Implicit, MetaLearner
-from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers import Solution, Solver, SolverState, Status
+from metaimplicit.solvers import LinearSystem, Solution, Solver, Status
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,13 @@ class SteepestDescent(Solver):
 
     steps: int = 20
 
-    def _solve(
-        self, operator: LinearOperator, b: Tensor, state: SolverState, preconditioner: object
-    ) -> Solution:
+    def solve_unit(self, system: LinearSystem) -> Solution:
+        b = system.b
         u = torch.zeros_like(b)
         r = b
         smallest = torch.full((len(b),), torch.inf, dtype=b.dtype)
         for _ in range(self.steps):
-            ar = operator.matvec(r)
+            ar = system.operator.matvec(r)
             rr = (r * r).sum(dim=-1)
             curvature = (r * ar).sum(dim=-1)
             smallest = torch.minimum(smallest, curvature / rr)

@@ -419,7 +419,7 @@ def test_kronecker_factors_where_they_are_exact(flag):
 
 def test_kronecker_factors_are_refused_where_there_are_none():
     run = partial(hypergradient, data=DATA, inner=GradientDescent(steps=3, lr=0.1), batched=True)
-    with pytest.raises(ValueError, match="K-FAC: got an inner loss that hides its layers"):
+    with pytest.raises(ValueError, match="KFAC: got an inner loss that hides its layers"):
         run(network(Proximal(0.5)), INITIAL, method="kfac")
     with pytest.raises(
         ValueError, match="curvature='kfac': got an inner_loss that is a plain function"

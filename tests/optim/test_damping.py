@@ -10,13 +10,14 @@ from second_order import LABELS, Point, X
 from torch import nn
 
 from metaimplicit.optim import KFAC, GaussNewton, Newton
-from metaimplicit.optim.damping import levenberg_marquardt, reduction_ratio
+from metaimplicit.optim.damping import levenberg_marquardt
+from metaimplicit.solvers.trust_region import decrease_ratio
 
 EPS = torch.finfo(torch.float64).eps
 
 
 def ratio(*losses):
-    return reduction_ratio(*torch.tensor(losses, dtype=torch.float64), eps=EPS)
+    return decrease_ratio(*torch.tensor(losses, dtype=torch.float64), eps=EPS).item()
 
 
 def test_the_ratio_at_a_minimum_is_one():

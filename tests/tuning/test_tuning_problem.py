@@ -214,7 +214,7 @@ def test_a_bad_problem_is_refused(variables, model, message):
 @pytest.mark.parametrize(
     ("curvature", "message"),
     [
-        ("kfac", "K-FAC: got an inner loss with weights"),
+        ("kfac", "KFAC: got an inner loss with weights"),
         (Fisher, "Fisher: got an inner loss with weights"),
     ],
 )

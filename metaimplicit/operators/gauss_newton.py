@@ -1,0 +1,160 @@
+"""The generalised Gauss–Newton matrix of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaimplicit.graph import check_differentiable
+from metaimplicit.operators.curvature import (
+    LossParts,
+    RetainedGraphCurvature,
+    flat_vjp,
+)
+from metaimplicit.params import Params, unflatten
+
+
+class GGN(RetainedGraphCurvature):
+    """Jᵀ (∂²ℓ/∂z²) J with z = outputs(θ) and J = ∂z/∂θ (Schraudolph 2002, §2).
+
+    It is the Hessian without the curvature of the network itself, and positive semi-definite if ℓ
+    is convex in z. Jv is the derivative of r ↦ Jᵀr, so every product runs through retained graphs
+    and no forward pass is repeated.
+
+    Args:
+        outputs: z, `{name: [tasks, *shape]} -> [tasks, …]`, task by task.
+        loss: ℓ, `[tasks, …] -> [tasks]`, convex in the outputs (cross-entropy, squared error, …).
+            Its Hessian in the outputs is taken by autograd.
+        params: The point θ, `{name: [tasks, *shape]}`.
+
+    Raises:
+        ValueError: The outputs use an operation without a second derivative.
+
+    Example:
+        >>> params = {"w": torch.tensor([[1.0, 2.0]])}
+        >>> ggn = GGN(lambda p: p["w"].square(), lambda z: z.square().sum(1), params)
+        >>> ggn.matvec(torch.ones(1, 2))  # J = diag(2w), ∂²ℓ/∂z² = 2I
+        tensor([[ 8., 32.]])
+    """
+
+    semidefinite = True
+
+    def __init__(
+        self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params
+    ) -> None:
+        super().__init__(params)
+        self._outputs = outputs(self.params)
+        self._loss = loss
+        total = loss(self._outputs).sum()
+        (self._slope,) = torch.autograd.grad(total, self._outputs, create_graph=True)  # ∂ℓ/∂z
+        if not self._slope.requires_grad:
+            # The loss is linear in z. Jᵀr still needs a tensor r to be differentiated at.
+            self._slope = self._slope.requires_grad_()
+
+        gradients = torch.autograd.grad(
+            self._outputs,
+            list(self.params.values()),
+            self._slope,
+            create_graph=True,
+            allow_unused=True,
+        )
+        self._set_gradient(gradients)
+        check_differentiable(gradients)
+
+    @classmethod
+    def from_loss(cls, parts: LossParts, **options: Any) -> GGN:
+        """The Gauss–Newton matrix of a loss; it has no options."""
+        return cls(parts.outputs, parts.loss, parts.params, **options)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Jᵀ (∂²ℓ/∂z²) J v, `[tasks, n] -> [tasks, n]`."""
+        return self._product(unflatten(vector, self.params), batched=False)
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """The products with k vectors at once, `[k, tasks, n] -> [k, tasks, n]`."""
+        return self._product(unflatten(vectors, self.params), batched=True)
+
+    def check_convex(self, steps: int = 20) -> None:
+        """Raise ValueError if the loss has negative curvature in the outputs.
+
+        Power iterations look for it, in float64 where the loss can be evaluated in float64.
+
+        Args:
+            steps: The number of power iterations for each end of the spectrum.
+        """
+        z, slope = self._output_gradient_in_double()
+        if not slope.requires_grad:  # a linear loss
+            return
+
+        def product(v: Tensor) -> Tensor:
+            """(∂²ℓ/∂z²) v, `[tasks, size] -> [tasks, size]`."""
+            (hv,) = torch.autograd.grad(slope, z, v.reshape(z.shape), retain_graph=True)
+            return hv.reshape(len(z), -1)
+
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randn(2, *z.shape[1:], generator=generator, dtype=z.dtype).to(z.device)
+        first, second = (draw.expand(z.shape).reshape(len(z), -1) for draw in draws)
+        # The largest |λ| comes first. Then |λ|_max I − ∂²ℓ/∂z² has its largest eigenvalue at the
+        # smallest λ.
+        zero = z.new_zeros(len(z), 1)
+        _, largest = _power_iteration(product, first, shift=zero, steps=steps)
+        smallest, _ = _power_iteration(product, second, shift=largest, steps=steps)
+        roundoff = 1e-3 * largest.squeeze(1) + 1e-13
+        if bool((smallest < -roundoff).any()):
+            raise ValueError(
+                "Gauss–Newton: got a loss that is not convex in the outputs (curvature "
+                f"{float(smallest.min()):.2g}), expected one that is; use curvature='hessian'"
+            )
+
+    def _output_gradient_in_double(self) -> tuple[Tensor, Tensor]:
+        """The outputs as a leaf, and ∂ℓ/∂z there with its graph."""
+        with torch.enable_grad():
+            try:
+                z = self._outputs.detach().double().requires_grad_()
+                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
+            except RuntimeError:  # the loss holds tensors of another type
+                z = self._outputs.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
+        return z, slope
+
+    def _product(self, vector: Params, batched: bool) -> Tensor:
+        # Jv: the gradient is Jᵀr at r = ∂ℓ/∂z, so its derivative in r, pulled back from v, is Jv.
+        gradient = {name: self.gradient[name] for name in vector}
+        tangent = _vjp_in(self._slope, gradient, vector, batched=batched)
+        cotangent = self._output_hessian_product(tangent, batched)
+        outputs = {"outputs": self._outputs}
+        return flat_vjp(outputs, self.params, {"outputs": cotangent}, batched=batched)
+
+    def _output_hessian_product(
+        self,
+        tangent: Tensor,
+        batched: bool,
+    ) -> Tensor:
+        """(∂²ℓ/∂z²) ż, in the shape of the outputs (with k vectors first, if `batched`)."""
+        return _vjp_in(self._outputs, {"slope": self._slope}, {"slope": tangent}, batched=batched)
+
+
+def _vjp_in(
+    at: Tensor,
+    outputs: Params,
+    vectors: Params,
+    batched: bool,
+) -> Tensor:
+    """(∂outputs/∂at)ᵀ vectors in the shape of `at`."""
+    flat = flat_vjp(outputs, {"at": at}, vectors, batched=batched)
+    return flat.reshape(*flat.shape[:-1], *at.shape[1:])
+
+
+def _power_iteration(
+    product: Callable[[Tensor], Tensor], v: Tensor, *, shift: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Power iterations on sI − H: vᵀHv `[tasks]` and ‖(sI − H)v‖ `[tasks, 1]` of the last v."""
+    for _ in range(steps):
+        v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+        hv = product(v)
+        quotient = (v * hv).sum(1)
+        v = shift * v - hv
+    return quotient, v.norm(dim=1, keepdim=True)

@@ -1,0 +1,47 @@
+"""The dense solve of matrices that are not positive definite."""
+
+import pytest
+import torch
+from oracles import Matrix, randn, relative_error, symmetric
+
+from metaimplicit import Dense, Status
+
+
+def test_indefinite_systems_are_solved_and_singular_ones_flagged():
+    matrix = symmetric(torch.stack([torch.linspace(-1, 10.5, 12), torch.linspace(0, 11, 12)]))
+    b = randn(2, 12, seed=7)
+    solution = Dense().solve(Matrix(matrix), b)
+    assert relative_error(solution.value[0], torch.linalg.solve(matrix[0], b[0])) < 1e-10
+    assert solution.status[0] == Status.CONVERGED
+    assert float(solution.rayleigh[0]) == pytest.approx(-1.0)
+    # To round-off the zero eigenvalue of the second task may pass Cholesky with a positive pivot.
+    # A clear zero must not pass unseen.
+    zero = torch.zeros(1, 4, 4, dtype=torch.float64)
+    status = Dense().solve(Matrix(zero), torch.ones(1, 4).double()).status
+    assert status.tolist() == [Status.BREAKDOWN]
+
+
+def test_a_factor_that_round_off_let_through_is_not_used():
+    """A = diag(1, ε²): Cholesky succeeds, and x would be 1/ε² long along what is zero."""
+    tiny = torch.finfo(torch.float64).eps ** 2
+    matrix = torch.diag(torch.tensor([1.0, tiny], dtype=torch.float64))[None]
+    assert int(torch.linalg.cholesky_ex(matrix)[1]) == 0
+    solution = Dense().solve(Matrix(matrix), torch.ones(1, 2, dtype=torch.float64))
+    assert solution.status.tolist() == [Status.BREAKDOWN]
+    expected = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(solution.value, expected, rtol=0, atol=1e-15)
+
+
+def test_it_uses_the_symmetric_part():
+    matrix = symmetric([[2.0, 3.0, 4.0]])
+    matrix[0, 0, 1] += 0.1
+    b = randn(1, 3, seed=5)
+    expected = torch.linalg.solve(0.5 * (matrix + matrix.mT), b)
+    assert relative_error(Dense().solve(Matrix(matrix), b).value, expected) < 1e-13
+
+
+def test_an_n_above_its_limit_is_refused():
+    operator = Matrix(symmetric([[1.0, 2.0]]))
+    message = r"n = 2 adapted parameters, expected at most max_size = 1"
+    with pytest.raises(ValueError, match=message):
+        Dense(max_size=1).solve(operator, torch.ones(1, 2).double())
