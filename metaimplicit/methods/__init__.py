@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "auto": Implicit(Auto()),
     "neumann": Implicit(Neumann()),
     "nystrom": Implicit(Nystrom()),
+    "nystrom-gaussian": Implicit(Nystrom(sketch="gaussian")),
     "nystrom-cg": Implicit(NystromCG()),
     "lanczos": Implicit(Lanczos()),
     "minres": Implicit(MINRES()),
