@@ -29,11 +29,13 @@ from metaimplicit import (
     Status,
     hypergradient,
 )
-from metaimplicit.diagnostics.compare import FACTORED, SOLVERS, compare
+from metaimplicit.diagnostics.compare import comparable_methods, compare
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.methods import METHODS, make_method
 
 SPECTRA = [[0.5, 1, 2, 3, 5, 8, 9, 10], [1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
+FACTORED = {"kfac", "ekfac", "diagonal"}
+SOLVERS = set(comparable_methods()) - FACTORED
 STAY = GradientDescent(steps=400, lr=0.15)
 
 
@@ -185,7 +187,7 @@ def test_every_implicit_flag_can_be_compared():
         "soba",
         "amigo",
     }
-    assert flags == (set(SOLVERS) | set(FACTORED)) - {"nystrom-gaussian"}
+    assert flags == set(comparable_methods())
 
 
 @pytest.mark.parametrize(

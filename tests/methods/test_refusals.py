@@ -113,7 +113,7 @@ def test_bad_arguments_are_refused():
             {"method": "sgd"},
             "method: got 'sgd', expected one of unrolled, truncated, forward, real-time, first-order",
         ),
-        ({"method": Truncated(4)}, "Truncated steps: got 4, expected at most the inner loop's 3"),
+        ({"method": Truncated(4)}, "Truncated steps: got 4, expected at most 3"),
         (
             {"method": Truncated(1), "inner": GradientDescent(steps=3, tol=0.1)},
             "Truncated: got an inner loop with tol=0.1",
