@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,8 +118,10 @@ def _captured(function: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
 def _variables(function: Any) -> dict[str, Any]:
     """The variables that a function, bound method, partial or callable object holds."""
     if inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        return {**variables.nonlocals, **variables.globals}
+        nonlocals = inspect.getclosurevars(function).nonlocals
+        module = function.__globals__
+        names = _global_names(function.__code__)
+        return {**nonlocals, **{name: module[name] for name in names if name in module}}
     if inspect.ismethod(function):
         attributes = getattr(function.__self__, "__dict__", {})
         return {"__func__": function.__func__, **attributes}
@@ -126,3 +129,11 @@ def _variables(function: Any) -> dict[str, Any]:
         positional = {str(i): argument for i, argument in enumerate(function.args)}
         return {"func": function.func, **function.keywords, **positional}
     return dict(getattr(function, "__dict__", {}))
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """The global names in the code of a function, its comprehensions and its inner functions."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)
