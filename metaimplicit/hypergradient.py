@@ -193,9 +193,19 @@ def argmin(
 ) -> Params:
     """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ.
 
-    Compose it with any torch code and call `.backward()`. The arguments are those of
-    `hypergradient`. Gradients flow to the tensors of `meta` that require grad. With `unrolled`,
-    the result can be differentiated any number of times, with an implicit method once.
+    Compose it with any torch code and call `.backward()`. With `unrolled`, the result can be
+    differentiated any number of times, with an implicit method once.
+
+    Args:
+        inner_loss: f, of one task: `(params, meta, data) -> scalar`, a function or a `Composite`.
+        init: `(meta, data) -> params` of one task, where the inner loop starts.
+        meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
+        data: As for `hypergradient`.
+        inner: The inner loop that approximates θ*, or its flag.
+        method: How the derivative of θ* is computed, or the flag of that method.
+        batched: As for `hypergradient`.
+        vectorize: As for `hypergradient`.
+        chunk_size: As for `hypergradient`.
 
     Returns:
         θ*, `{name: [tasks, *shape]}`. Unless `batched`, they have no task axis.

@@ -1,4 +1,4 @@
-"""The numbers and words of a method that a command line can set, read off its own dataclass."""
+"""The numbers and words of a method that a command line can set, read from its dataclass."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Check:
             it says nothing.
         dense_error: The error of the gradient against that of a dense solve of the same system.
             None if the method has no system, or one that is too large.
-        cosine: That of the angle between these two gradients. None likewise.
+        cosine: That of the angle between these two gradients. None in the same cases.
         residual: The largest residual of the solve over the tasks. None without a solve.
         inner_gradient_norm: The largest over the tasks.
         negative_curvature: The share of tasks whose solve met negative curvature.

@@ -29,8 +29,8 @@ class Row:
     Attributes:
         method: A key of `comparable_methods()`.
         products: P, the number of products asked for. One product more may measure the residual.
-            Neumann takes five for its scale, so it takes at least six. Methods with a curvature of
-            their own take as many as that needs, whatever P is.
+            Neumann takes five for its scale, so it takes at least six. Methods whose curvature is
+            fixed take as many as that needs, for any P.
         error: ‖h − h*‖/‖h*‖ of the hypergradient h, where h* is that of a dense solve of the same
             system at the same θ.
         cosine: That of the angle between h and h*.
@@ -88,7 +88,7 @@ def comparable_methods() -> dict[str, Implicit]:
     """The rows of `METHODS` that `compare` runs, by flag.
 
     They are the implicit methods whose solver takes a budget of products (`Solver.with_budget`),
-    and those with a curvature of their own.
+    and those whose curvature is fixed (K-FAC, EKFAC, the diagonal).
 
     Example:
         >>> methods = comparable_methods()
@@ -124,8 +124,8 @@ def compare(
         inner: As for `hypergradient`.
         curvature: What A is made of; see `Implicit`. It must not be a random one.
         damping: Added to A, ≥ 0.
-        methods: Keys of `comparable_methods()`. If None, all of them; but those with a curvature of
-            their own only if the problem has a `Composite` with a module.
+        methods: Keys of `comparable_methods()`. If None, all of them; but those whose curvature is
+            fixed only if the inner loss is a `Composite` with a module.
         products: Numbers P of products with A, each ≥ 1. Solvers that sketch A are left out where P
             exceeds n.
         seeds: The number of seeds, ≥ 1, over which a method that draws random numbers takes its
@@ -203,7 +203,7 @@ def _takes_budget(method: Implicit) -> bool:
 def _with_budget(
     method: Implicit, products: int, *, curvature: Curvature, damping: float
 ) -> Implicit:
-    """A method at a number of products, with its own curvature if it has one."""
+    """A method at a number of products. Its curvature is `curvature` unless it is fixed."""
     solver = method.solver.with_budget(products)
     return replace(
         method,

@@ -33,8 +33,8 @@ class Report:
     Attributes:
         method: The method as it was used, with its solver.
         inner_steps: The steps that each task took.
-        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for implicit methods (whose theorem requires 0), at
-            θ_{T−1} for all others.
+        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for `Implicit` (whose theorem requires 0) and `SAMA`,
+            at θ_{T−1} for all others.
         curvature: What A is made of.
         chosen: What the solver `Auto` chose, and why.
         products: The products with A that were executed, each over all tasks.
@@ -84,6 +84,10 @@ class Dependencies:
         start: Those that θ₀ = init(φ) depends on.
         loss: Those that the inner loss depends on.
         loop: Those that numbers of the inner loop are read from, such as a step size.
+
+    Example:
+        >>> Dependencies(loss={"decay"}, loop={"lr"}).routes("lr")
+        {'loop'}
     """
 
     start: set[str] = field(default_factory=set)
@@ -93,6 +97,9 @@ class Dependencies:
     def routes(self, name: str) -> set[str]:
         """By which of the routes "start", "loss" and "loop" θ* depends on a meta-parameter."""
         return {route for route, names in vars(self).items() if name in names}
+
+
+ALL_ROUTES = frozenset({"start", "loss", "loop"})
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,6 @@ class Adaptation:
         if self.pullback is not None:
             return self.pullback(vectors, state or SolverState())
         return vector_jacobian_product(self.params, meta, vectors), self.report
-
-
-ALL_ROUTES = frozenset({"start", "loss", "loop"})
 
 
 class Method(ABC):
@@ -174,16 +178,16 @@ class Method(ABC):
     def check_reach(
         self, name: str, dependencies: Dependencies, *, has_direct: bool = False
     ) -> None:
-        """Raise ValueError if a gradient of None does not mean that the gradient is zero.
+        """Raise ValueError if the method leaves out a route by which θ* depends on an entry of φ.
 
-        It means zero if the method differentiates every route by which θ* depends on the entry
-        `name` of φ.
+        It is called for entries whose gradient is None. If no route is left out, None means zero.
 
         Args:
             name: The entry of φ.
             dependencies: Those of the adaptation.
-            has_direct: Whether the outer loss depends on the entry directly. If so, what the inner
-                loss adds may be left out: first-order methods keep the direct gradient alone.
+            has_direct: Whether the outer loss depends on the entry directly. If so, the route
+                through the inner loss may be left out: first-order methods keep the direct
+                gradient alone.
         """
         missed = dependencies.routes(name) - self.reach
         if has_direct:
@@ -204,6 +208,12 @@ def vector_jacobian_product(outputs: Params, meta: Params, vectors: Params) -> G
 
     Returns:
         A gradient for each entry of `meta`, or None where no path leads to it.
+
+    Example:
+        >>> phi = {"a": torch.tensor(2.0, requires_grad=True), "b": torch.tensor(1.0)}
+        >>> v = {"theta": torch.tensor(1.0)}
+        >>> vector_jacobian_product({"theta": phi["a"] ** 3}, phi, v)
+        {'a': tensor(12.), 'b': None}
     """
     variable = {name: out for name, out in outputs.items() if out.requires_grad}
     targets = {name: m for name, m in meta.items() if m.requires_grad}

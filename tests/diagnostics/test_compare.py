@@ -34,8 +34,8 @@ SPECTRA = [[0.5, 1, 2, 3, 5, 8, 9, 10], [1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5
 SOLVED = GradientDescent(steps=400, lr=0.15)
 SHORT = GradientDescent(steps=3, lr=0.05)
 
-OWN_CURVATURE = {"kfac", "ekfac", "diagonal"}
-AT_BUDGET = set(comparable_methods()) - OWN_CURVATURE
+FIXED_CURVATURE = {"kfac", "ekfac", "diagonal"}
+AT_BUDGET = set(comparable_methods()) - FIXED_CURVATURE
 SKETCHES = {"nystrom", "nystrom-gaussian", "nystrom-cg"}
 
 
@@ -202,7 +202,7 @@ def classifier():
     return problem, {"scale": torch.ones(40).double()}, x
 
 
-def test_methods_with_a_curvature_of_their_own_are_damped_as_the_others_are():
+def test_methods_of_fixed_curvature_are_damped_as_the_others_are():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)
     flags = ["kfac", "ekfac"]
@@ -226,11 +226,11 @@ def test_the_memory_of_lanczos_is_that_of_its_basis():
     assert 2 * basis < row.mebibytes < 5 * basis
 
 
-def test_methods_with_a_curvature_of_their_own_need_a_module():
+def test_methods_of_fixed_curvature_need_a_module():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)
     with_module = compare(problem, meta, data, inner=inner, products=[2], seeds=1)
-    assert methods_of(with_module, 2) == AT_BUDGET | OWN_CURVATURE
+    assert methods_of(with_module, 2) == AT_BUDGET | FIXED_CURVATURE
     without_module = compare_quadratic(inner=SHORT, products=[2], seeds=1)
     assert methods_of(without_module, 2) == AT_BUDGET
 

@@ -90,7 +90,7 @@ def test_truncated_is_first_order_at_k_0_and_unrolled_at_k_t():
 
 
 def test_truncated_is_the_unrolled_gradient_of_the_last_steps():
-    """K = 2 of 5: the derivative of two steps that start at θ₃, as if θ₃ were the initialisation."""
+    """With K = 2 of 5, two steps that start at θ₃, as if θ₃ were the initialisation."""
     inner = GradientDescent(steps=5, lr=FromMeta("lr"))
     lr = torch.tensor(0.1, dtype=torch.float64)
     truncated = hypergradient(
