@@ -63,6 +63,7 @@ SOLVED = {
     "amigo": {"solver_steps": 400, "scale": 0.2},
     "t1-t2": {"solver_steps": 400, "scale": 0.2},
 }
+SLOW = {"forward", "real-time"}
 # These are exact for a damped system, for other curvatures or in other limits, or never.
 TESTED_ELSEWHERE = {
     *("first-order", "reptile", "sama", "f2sa", "nystrom", "nystrom-gaussian"),
@@ -75,13 +76,11 @@ def test_every_method_is_exact_or_tested_elsewhere():
     assert not set(SOLVED) & TESTED_ELSEWHERE
 
 
-def slow_in_forward_mode(flag):
-    is_slow = flag in ("forward", "real-time")
-    return pytest.param(flag, marks=pytest.mark.slow if is_slow else ())
-
-
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-@pytest.mark.parametrize("flag", map(slow_in_forward_mode, SOLVED))
+@pytest.mark.parametrize(
+    "flag",
+    [pytest.param(flag, marks=pytest.mark.slow if flag in SLOW else ()) for flag in SOLVED],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_a_method_agrees_with_the_closed_form(name, flag, vectorize):
     case = CASES[name]
