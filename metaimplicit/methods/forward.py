@@ -88,7 +88,7 @@ class Forward(Method):
         streams = isinstance(problem.data, Stream)
         initial = problem.init(meta)
         dependencies = start_and_loop_dependencies(problem, inner, initial, meta)
-        in_loss, unread = read_by_loss(problem, initial, meta, step=0)
+        in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
         dependencies.loss.update(in_loss)
 
         # An entry that only the outer loss reads needs no tangents. A stream may read entries at a
@@ -112,12 +112,11 @@ class Forward(Method):
         steps = torch.zeros_like(active, dtype=torch.int64)
         norm = torch.zeros_like(active, dtype=torch.float32)
         for t in range(inner.steps):
+            data = problem.at(t)
             if streams and t > 0:
-                in_loss, unread = read_by_loss(problem, iterate.params, meta, step=t)
+                in_loss, unread = read_by_loss(problem, iterate.params, meta, data=data)
                 dependencies.loss.update(in_loss)
-            step = InnerStep(
-                problem, inner, fixed=fixed, unread=unread, active=active, data=problem.at(t)
-            )
+            step = InnerStep(problem, inner, fixed=fixed, unread=unread, active=active, data=data)
             iterate, z, norm = self._push(step, iterate, z, phi=phi, units=units)
             if inner.tol is not None:
                 active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task

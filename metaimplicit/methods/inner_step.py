@@ -69,7 +69,7 @@ class InnerStep:
 
 
 def read_by_loss(
-    problem: LiftedProblem, params: Params, meta: Params, *, step: int
+    problem: LiftedProblem, params: Params, meta: Params, *, data: Any
 ) -> tuple[set[str], set[str]]:
     """What the inner loss depends on.
 
@@ -77,7 +77,7 @@ def read_by_loss(
         problem: The lifted problem.
         params: θ, `{name: [tasks, *shape]}`.
         meta: φ, tensors of which those that require grad are looked for.
-        step: The inner step, which chooses the data of a `Stream`.
+        data: What the inner loss sees.
 
     Returns:
         The names of the meta-parameters that it depends on, and those of the parameters that it
@@ -87,7 +87,7 @@ def read_by_loss(
         ValueError: It depends on a tensor that requires grad and is not in `meta`.
     """
     variables = leaves(params)
-    losses = [problem.inner(variables, meta, problem.at(step))]
+    losses = [problem.inner(variables, meta, data)]
     in_loss = find_dependencies(
         losses, meta, params=variables.values(), functions=[problem.problem.inner_loss]
     )
