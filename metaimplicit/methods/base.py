@@ -78,25 +78,32 @@ class Report:
 
 @dataclass(frozen=True)
 class Dependencies:
-    """The names of the meta-parameters that θ* depends on, by the route of the dependence.
+    """What θ* depends on.
 
     Attributes:
-        start: Those that θ₀ = init(φ) depends on.
-        loss: Those that the inner loss depends on.
-        loop: Those that numbers of the inner loop are read from, such as a step size.
+        inner: The inner loop, whose numbers may be meta-parameters, such as a step size.
+        start: The names of the meta-parameters that θ₀ = init(φ) depends on.
+        loss: The names of those that the inner loss depends on.
 
     Example:
-        >>> Dependencies(loss={"decay"}, loop={"lr"}).routes("lr")
+        >>> from metaimplicit import FromMeta, GradientDescent
+        >>> inner = GradientDescent(lr=FromMeta("lr"))
+        >>> Dependencies(inner, loss={"decay"}).routes("lr")
         {'loop'}
     """
 
+    inner: InnerLoop
     start: set[str] = field(default_factory=set)
     loss: set[str] = field(default_factory=set)
-    loop: set[str] = field(default_factory=set)
 
     def routes(self, name: str) -> set[str]:
         """By which of the routes "start", "loss" and "loop" θ* depends on a meta-parameter."""
-        return {route for route, names in vars(self).items() if name in names}
+        depends = {
+            "start": name in self.start,
+            "loss": name in self.loss,
+            "loop": self.inner.reads(name),
+        }
+        return {route for route, does in depends.items() if does}
 
 
 ALL_ROUTES = frozenset({"start", "loss", "loop"})
@@ -156,7 +163,7 @@ class Method(ABC):
 
     @property
     def reach(self) -> frozenset[str]:
-        """The routes from φ to θ* that it differentiates, fields of `Dependencies`.
+        """The routes from φ to θ* that it differentiates; see `Dependencies.routes`.
 
         By default, all of them.
         """

@@ -22,7 +22,7 @@ from metaimplicit.methods.inner_step import (
     read_by_loss,
     tensors_of,
 )
-from metaimplicit.methods.shared import retry_under_vmap, start_and_loop_dependencies
+from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
 from metaimplicit.solvers import SolverState
@@ -87,7 +87,7 @@ class Forward(Method):
     def _adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         streams = isinstance(problem.data, Stream)
         initial = problem.init(meta)
-        dependencies = start_and_loop_dependencies(problem, inner, initial, meta)
+        dependencies = initial_dependencies(problem, inner, initial, meta)
         in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
         dependencies.loss.update(in_loss)
 

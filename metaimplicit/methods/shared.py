@@ -58,7 +58,7 @@ def run_inner(
     """
     inner_loss = problem.problem.inner_loss
     initial = problem.init(meta)
-    dependencies = start_and_loop_dependencies(problem, inner, initial, meta)
+    dependencies = initial_dependencies(problem, inner, initial, meta)
 
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
@@ -80,17 +80,18 @@ def run_inner(
     return InnerRun(initial, trajectory, dependencies)
 
 
-def start_and_loop_dependencies(
+def initial_dependencies(
     problem: LiftedProblem, inner: InnerLoop, initial: Params, meta: Params
 ) -> Dependencies:
-    """What θ₀ = `initial` and the numbers of the inner loop depend on; nothing for the loss yet.
+    """What θ₀ = `initial` and the loop depend on. What the loss depends on is to be added.
 
     Raises:
-        ValueError: θ₀ or a number depends on a tensor that requires grad and is not in `meta`.
+        ValueError: θ₀ or a number of the loop depends on a tensor that requires grad and is not in
+            `meta`.
     """
     start = find_dependencies(initial.values(), meta, functions=[problem.problem.init])
     inner.check_captured()
-    return Dependencies(start, loop={name for name in meta if inner.reads(name)})
+    return Dependencies(inner, start)
 
 
 def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
