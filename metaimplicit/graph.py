@@ -1,9 +1,11 @@
-"""Walking autograd's graph, to find what a loss depends on and to name what it should not."""
+"""Walks along autograd's graph: what a loss depends on, and what has no second derivative."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,49 +14,62 @@ from torch.autograd.graph import get_gradient_edge
 
 def find_dependencies(
     outputs: Iterable[Tensor],
-    meta: dict[str, Tensor],
-    params: Iterable[Tensor],
-    sources: Iterable[Any] | None,
+    meta: Mapping[str, Tensor],
+    *,
+    params: Iterable[Tensor] = (),
+    functions: Iterable[Any] | None = None,
 ) -> set[str]:
     """The names of the entries of `meta` that `outputs` depend on.
 
     Args:
-        outputs: tensors with their graph.
-        meta, params: what they may depend on; the walk ends there.
-        sources: the functions that made them, searched for the name of a culprit; None, nothing is one.
+        outputs: Tensors with their graph. Those that do not require grad depend on nothing.
+        meta: The tensors to look for. The walk ends at them, so an entry is not found if `outputs`
+            depend on it through another entry alone.
+        params: Further tensors at which the walk ends.
+        functions: The functions that computed `outputs`. Their closures are searched to name an
+            undeclared tensor. If None, undeclared tensors are allowed.
 
     Raises:
-        ValueError: they depend on another tensor that requires grad: a derivative would silently leave it out.
+        ValueError: `outputs` depend on a leaf that requires grad and that is neither in `meta` nor
+            in `params`. Its gradient would be lost.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.ones(2), torch.ones(2, requires_grad=True)
+        >>> find_dependencies([a * b], {"a": a, "b": b})
+        {'b'}
     """
-    known = {_key(m): name for name, m in meta.items() if m.requires_grad}
-    ends = set(known) | {_key(p) for p in params if p.requires_grad}
-    pending = [_key(out) for out in outputs if out.requires_grad]
+    names = {_edge(m): name for name, m in meta.items() if m.requires_grad}
+    ends = set(names) | {_edge(p) for p in params if p.requires_grad}
+    pending = [_edge(output) for output in outputs if output.requires_grad]
     seen = set(pending)
-    names: set[str] = set()
+    dependencies: set[str] = set()
     while pending:
         edge = pending.pop()
         if edge in ends:
-            if edge in known:
-                names.add(known[edge])
+            if edge in names:
+                dependencies.add(names[edge])
             continue
-        node = edge[0]
-        if not hasattr(node, "next_functions"):
-            continue
-        if hasattr(node, "variable") and sources is not None:
+        node, _ = edge
+        is_leaf = hasattr(node, "variable")
+        if is_leaf and functions is not None:
             raise ValueError(
-                f"{_name(node.variable, sources)} requires grad and is captured by a loss, so its gradient would be "
-                "lost; pass it in meta, or detach() it"
+                f"{_describe(node.variable, functions)} requires grad and is captured by a "
+                "loss, so its gradient would be lost; pass it in meta, or detach() it"
             )
-        new = [e for e in node.next_functions if e[0] is not None and e not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return names
+        inputs = [e for e in node.next_functions if e[0] is not None and e not in seen]
+        seen.update(inputs)
+        pending.extend(inputs)
+    return dependencies
 
 
 def check_differentiable(gradients: Iterable[Tensor | None]) -> None:
-    """Raise ValueError where the graph of `gradients` ends in an operation marked `once_differentiable`.
+    """Raise ValueError if `gradients` depend on an operation marked `once_differentiable`.
 
-    Autograd does not: nothing leads from such a node on, so a second derivative through it is silently zero.
+    Autograd itself says nothing: it takes the second derivative of such an operation for zero.
+
+    Args:
+        gradients: First derivatives with their graph (`create_graph=True`). None is skipped.
     """
     pending = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
     seen = set(pending)
@@ -62,22 +77,25 @@ def check_differentiable(gradients: Iterable[Tensor | None]) -> None:
         node = pending.pop()
         if node.name() == "torch::autograd::Error":
             raise ValueError(
-                "inner loss: it uses an operation whose backward is once_differentiable, so second derivatives would "
-                "silently leave it out; replace it, or use 'first-order' or Implicit(products='finite-differences')"
+                "inner loss: it uses an operation whose backward is once_differentiable, "
+                "so second derivatives would silently leave it out; replace it, or use "
+                "'first-order' or Implicit(products='finite-differences')"
             )
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
-        pending.extend(new)
+        inputs = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= inputs
+        pending.extend(inputs)
 
 
-def _key(tensor: Tensor) -> tuple[Any, int]:
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """Where the gradient of a tensor enters the graph: a node, and the number of its output."""
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 
-def _name(tensor: Tensor, sources: Iterable[Any]) -> str:
-    for source in sources:
-        for name, value in _captured(source):
+def _describe(tensor: Tensor, functions: Iterable[Any]) -> str:
+    """The tensor by the name of the variable or parameter that holds it, or else by its shape."""
+    for function in functions:
+        for name, value in _captured(function):
             if value is tensor:
                 return f"tensor {name!r}"
             if isinstance(value, nn.Module):
@@ -87,24 +105,35 @@ def _name(tensor: Tensor, sources: Iterable[Any]) -> str:
     return f"a tensor of shape {tuple(tensor.shape)}"
 
 
-def _captured(source: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """The variables a function sees, through partials, bound methods and functions it calls by name."""
+def _captured(function: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """The variables that a function sees, and those of the functions among them."""
     if depth == 0:
         return
-    if not inspect.isfunction(source):
-        parts: dict[str, Any] = dict(getattr(source, "__dict__", {}))
-        if inspect.ismethod(source):
-            parts = {"__func__": source.__func__, **vars(source.__self__)}
-        elif hasattr(source, "func"):
-            parts = {
-                "func": source.func,
-                **source.keywords,
-                **{str(i): a for i, a in enumerate(source.args)},
-            }
-    else:
-        variables = inspect.getclosurevars(source)
-        parts = {**variables.nonlocals, **variables.globals}
-    for name, value in parts.items():
+    for name, value in _variables(function).items():
         yield name, value
-        if isinstance(value, Callable) and not isinstance(value, (type, nn.Module)):  # type: ignore[arg-type]
+        if callable(value) and not isinstance(value, (type, nn.Module)):
             yield from _captured(value, depth - 1)
+
+
+def _variables(function: Any) -> dict[str, Any]:
+    """The variables that a function, bound method, partial or callable object holds."""
+    if inspect.isfunction(function):
+        nonlocals = inspect.getclosurevars(function).nonlocals
+        module = function.__globals__
+        names = _global_names(function.__code__)
+        return {**nonlocals, **{name: module[name] for name in names if name in module}}
+    if inspect.ismethod(function):
+        attributes = getattr(function.__self__, "__dict__", {})
+        return {"__func__": function.__func__, **attributes}
+    if isinstance(function, partial):
+        positional = {str(i): argument for i, argument in enumerate(function.args)}
+        return {"func": function.func, **function.keywords, **positional}
+    return dict(getattr(function, "__dict__", {}))
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    """The global names in the code of a function, its comprehensions and its inner functions."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _global_names(constant)

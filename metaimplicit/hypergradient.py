@@ -8,23 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem, Vectorize
-from metaimplicit.methods import (
-    Adaptation,
-    Gradients,
-    Method,
-    Report,
-    Reptile,
-    ValueFunction,
-    make_method,
-)
-from metaimplicit.params import Params, leaves
+from metaimplicit.methods import Gradients, Method, Report, make_method
+from metaimplicit.methods.pullback import attach_pullback
+from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
 from metaimplicit.solvers import SolverState
 
@@ -34,13 +26,13 @@ class Hypergradient:
     """What `hypergradient` returns.
 
     Attributes:
-        outer_loss: mean over tasks of g(θ*(φ), φ), a scalar.
-        losses: g for each task, `[tasks]`.
-        grads: d outer_loss/dφ, named and shaped as `meta`.
-        params: θ*, `{name: [tasks, *shape]}`; without the task axis unless `batched`.
-        report: residuals, statuses, counts, the inner gradient norm.
-        end: where the inner loop ended, for the `start` of another call.
-        aux: what the outer loss returned beside its scalar, detached.
+        outer_loss: mean_tasks g(θ*(φ), φ), a scalar.
+        losses: g of each task, `[tasks]`.
+        grads: d outer_loss/dφ, with the names and shapes of `meta`.
+        params: θ*, `{name: [tasks, *shape]}`. Unless `batched`, they have no task axis.
+        report: Residuals, statuses, counts, and the inner gradient norm.
+        end: Where the inner loop ended, for the `start` of another call.
+        aux: What the outer loss returned beside its scalar, detached. None without it.
     """
 
     outer_loss: Tensor
@@ -65,75 +57,126 @@ def hypergradient(
     state: SolverState | None = None,
     start: Iterate | None = None,
 ) -> Hypergradient:
-    """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ = `meta`.
+    """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ.
 
     Args:
-        problem: init, inner and outer loss, each written for one problem.
-        meta: φ, `{name: tensor}`; not changed, and no graph of theirs is touched.
-        data: any pytree of tensors, or a `Stream` of them; with `batched` each carries the task axis first.
-        inner: the inner loop that approximates θ*, or its flag with all defaults.
-        method: how the derivative is taken, a `Method` or its flag.
-        batched: whether `data` is a batch of tasks.
-        vectorize: `"vmap"` over tasks, or a `"loop"` under one graph.
-        chunk_size: tasks vmapped at a time, to bound memory.
-        state: `report.state` of the call before, from where an implicit method's solver goes on (Arbel & Mairal 2022);
-            of use where `meta` moves little and the data are the same.
-        start: `end` of the call before, from where the inner loop goes on, its optimiser's state included, rather than
-            from init; `meta` is then no cause of it.
+        problem: Initialisation, inner loss and outer loss, each written for one task.
+        meta: φ, `{name: tensor}`. The tensors are not changed, nor is their `.grad`.
+        data: Any pytree of tensors, or a `Stream` of such. If `batched`, each tensor carries the
+            task axis first.
+        inner: The inner loop that approximates θ*, or its flag.
+        method: How the derivative of θ* is computed, or the flag of that method.
+        batched: Whether `data` is a batch of tasks. If not, there is one task.
+        vectorize: `"vmap"` over the tasks, or `"loop"`: one call per task under one graph.
+        chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
+        state: `report.state` of the last call, where the solver of an implicit method starts
+            (Arbel & Mairal 2022). It helps if φ moved little and the data are the same.
+        start: `end` of the last call, where the inner loop continues, optimiser state included. It
+            is a constant: φ has no gradient through it. If None, the loop starts at `init`.
+
+    Returns:
+        The gradients with losses, θ* and report. An entry of φ that is not floating-point, or that
+        nothing reads, has a gradient of zero.
 
     Raises:
-        ValueError: a gradient the method cannot give; a loss that is not a scalar per task; a tensor that requires
-            grad and reaches a loss otherwise than through `meta`; any option out of its range.
-        FloatingPointError: from a strict implicit method.
+        ValueError: The method cannot give the gradient of an entry of φ. A loss is not a scalar per
+            task. A loss depends on a tensor that requires grad and is not in `meta`. An option is
+            out of range.
+        FloatingPointError: A strict implicit method could not solve its system.
+
+    Example:
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square(),
+        ... )
+        >>> result = hypergradient(
+        ...     problem, {"target": torch.tensor(3.0)}, data=None, inner="newton-cg", method="dense"
+        ... )
+        >>> result.params, result.grads  # θ* = target, so dg/dφ = 2 target
+        ({'w': tensor(3.)}, {'target': tensor(6.)})
     """
-    inner, method = make_inner(inner), make_method(method)
+    inner = make_inner(inner)
+    method = make_method(method)
     lifted = LiftedProblem(
         problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start
     )
     with torch.enable_grad():
-        phi = _meta_leaves(meta)
+        phi = meta_leaves(meta)
         adaptation = method.adapt(lifted, inner, phi)
-        losses, aux, of_theta, direct = outer_gradients(
-            lifted, adaptation.params, phi, lifted.at(inner.steps)
-        )
-        indirect, report = adaptation.pull_back(of_theta, phi, state)
-    total = {name: _add_gradients(direct.get(name), indirect[name], m) for name, m in phi.items()}
+        outer = outer_gradients(lifted, adaptation.params, phi, data=lifted.at(inner.steps))
+        indirect, report = adaptation.pull_back(outer.of_params, phi, state)
+
     for name, m in phi.items():
         if m.requires_grad and indirect[name] is None:
-            _check_reachable(name, method, inner, adaptation, direct=direct.get(name) is not None)
+            has_direct = outer.of_meta[name] is not None
+            method.check_reach(name, adaptation.dependencies, has_direct=has_direct)
+
+    # dg/dφ = ∂g/∂φ + (dθ*/dφ)ᵀ ∂g/∂θ.
+    direct = outer.of_meta
+    grads = {name: _add(direct[name], indirect[name], like=m) for name, m in phi.items()}
+    params = detached(adaptation.params)
     return Hypergradient(
-        outer_loss=losses.mean(),
-        losses=losses,
-        grads=total,
-        params={
-            n: p.detach() if batched else p.detach().squeeze(0)
-            for n, p in adaptation.params.items()
-        },
+        outer_loss=outer.losses.mean(),
+        losses=outer.losses,
+        grads=grads,
+        params=params if batched else _squeeze(params),
         report=report,
         end=adaptation.end,
-        aux=_detach(aux, batched),
+        aux=_detach(outer.aux, batched),
     )
+
+
+@dataclass(frozen=True)
+class OuterGradients:
+    """The outer loss at θ*, and its partial derivatives.
+
+    Attributes:
+        losses: g of each task, `[tasks]`, detached.
+        aux: What the outer loss returned beside its scalar.
+        of_params: v = ∂(mean_tasks g)/∂θ, `{name: [tasks, *shape]}`.
+        of_meta: ∂(mean_tasks g)/∂φ at fixed θ. None where g does not depend on the entry.
+    """
+
+    losses: Tensor
+    aux: Any
+    of_params: Params
+    of_meta: Gradients
 
 
 def outer_gradients(
-    problem: LiftedProblem, params: Params, phi: Params, data: Any
-) -> tuple[Tensor, Any, Params, Gradients]:
-    """g for each task, its aux, and the gradients of its mean: in θ, v of the pullback, and in φ with θ held, ∂g/∂φ."""
+    problem: LiftedProblem, params: Params, meta: Params, *, data: Any
+) -> OuterGradients:
+    """The outer loss and its partial derivatives in θ and φ.
+
+    Args:
+        problem: The lifted problem.
+        params: θ*, `{name: [tasks, *shape]}`. Their graph is ignored.
+        meta: φ, leaves of autograd.
+        data: What the outer loss sees.
+
+    Raises:
+        ValueError: The outer loss is not a scalar per task, or depends on a tensor that requires
+            grad and is not in `meta`.
+    """
     theta = leaves(params)
-    losses, aux = problem.outer(theta, phi, data)
-    find_dependencies([losses], phi, theta.values(), [problem.problem.outer_loss])
-    names = [name for name, m in phi.items() if m.requires_grad]
-    sources, outer = [*theta.values(), *(phi[name] for name in names)], losses.mean()
-    grads = (
-        torch.autograd.grad(outer, sources, allow_unused=True)
-        if outer.requires_grad
-        else [None] * len(sources)
-    )
-    of_theta = {
-        n: torch.zeros_like(p) if g is None else g
-        for (n, p), g in zip(theta.items(), grads, strict=False)
-    }
-    return losses.detach(), aux, of_theta, dict(zip(names, grads[len(theta) :], strict=True))
+    losses, aux = problem.outer(theta, meta, data)
+    functions = [problem.problem.outer_loss]
+    find_dependencies([losses], meta, params=theta.values(), functions=functions)
+
+    phi = {name: m for name, m in meta.items() if m.requires_grad}
+    targets = [*theta.values(), *phi.values()]
+    gradients: list[Tensor | None] = [None] * len(targets)
+    if losses.requires_grad:
+        outer_loss = losses.mean()
+        gradients = list(torch.autograd.grad(outer_loss, targets, allow_unused=True))
+
+    of_params = {}
+    for (name, p), g in zip(theta.items(), gradients[: len(theta)], strict=True):
+        of_params[name] = torch.zeros_like(p) if g is None else g
+    of_meta: Gradients = dict.fromkeys(meta)
+    of_meta |= dict(zip(phi, gradients[len(theta) :], strict=True))
+    return OuterGradients(losses.detach(), aux, of_params, of_meta)
 
 
 def argmin(
@@ -148,139 +191,116 @@ def argmin(
     vectorize: Vectorize = "vmap",
     chunk_size: int | None = None,
 ) -> Params:
-    """θ*(φ) = argmin_θ f(θ, φ) as a function that autograd knows: compose it with any torch code and `.backward()`.
+    """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ.
 
-    Args are those of `hypergradient`; gradients flow to the tensors of `meta` that require them. With `unrolled` the
-    result is differentiable at will, with an implicit method once.
+    Compose it with any torch code and call `.backward()`. With `unrolled`, the result can be
+    differentiated any number of times, with an implicit method once.
+
+    Args:
+        inner_loss: f, of one task: `(params, meta, data) -> scalar`, a function or a `Composite`.
+        init: `(meta, data) -> params` of one task, where the inner loop starts.
+        meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
+        data: As for `hypergradient`.
+        inner: The inner loop that approximates θ*, or its flag.
+        method: How the derivative of θ* is computed, or the flag of that method.
+        batched: As for `hypergradient`.
+        vectorize: As for `hypergradient`.
+        chunk_size: As for `hypergradient`.
 
     Returns:
-        `{name: [*shape]}`, or `[tasks, *shape]` if `batched`.
+        θ*, `{name: [tasks, *shape]}`. Unless `batched`, they have no task axis.
 
     Raises:
-        ValueError: as `hypergradient`, or method "reptile", which is no derivative.
-        RuntimeError: on a second backward through an implicit method.
+        ValueError: As in `hypergradient`, or the method is "reptile" or "f2sa", which do not
+            differentiate θ*. If the method has a pullback, a gradient that it cannot give is an
+            error of the backward pass.
+        RuntimeError: On a second derivative with a method that has a pullback, as implicit methods
+            have; or if a tensor of `meta` was changed in place before the backward pass.
+
+    Example:
+        >>> target = torch.tensor(3.0, requires_grad=True)
+        >>> params = argmin(
+        ...     lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     meta={"target": target},
+        ...     data=None,
+        ...     inner="newton-cg",
+        ...     method="dense",
+        ... )
+        >>> params["w"].square().backward()
+        >>> target.grad
+        tensor(6.)
     """
-    inner, method = make_inner(inner), make_method(method)
-    if isinstance(method, (Reptile, ValueFunction)):
-        what = (
-            "no derivative"
-            if isinstance(method, Reptile)
-            else "no derivative without its outer loss"
-        )
+    inner = make_inner(inner)
+    method = make_method(method)
+    if method.argmin_objection:
         raise ValueError(
-            f"argmin method: got {method.flag!r}, which is {what}; use 'unrolled' or an implicit method"
+            f"argmin method: got {method.flag!r}, which is {method.argmin_objection}; "
+            "use 'unrolled' or an implicit method"
         )
-    problem = BilevelProblem(init, inner_loss, lambda *_: None)
+    problem = BilevelProblem(init, inner_loss, outer_loss=lambda *_: None)
     lifted = LiftedProblem(
         problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size
     )
-    phi = {
-        name: m.requires_grad_(meta[name].requires_grad) for name, m in _meta_leaves(meta).items()
-    }
-    # a pullback differentiates leaves of its own: entries of `meta` may depend on one another
+    phi = meta_leaves(meta)
+    for name, m in phi.items():
+        m.requires_grad_(meta[name].requires_grad)
     with torch.enable_grad():
-        adaptation = method.adapt(lifted, inner, meta if method.graph else phi)
-    params = adaptation.params
+        # A pullback differentiates with respect to its own leaves, since entries of `meta` may
+        # depend on one another.
+        adaptation = method.adapt(lifted, inner, meta if method.carries_graph else phi)
+
     if adaptation.pullback is not None:
-        names = [name for name, m in meta.items() if m.requires_grad]
-        values = _Pullback.apply(adaptation, method, inner, names, *(meta[name] for name in names))
-        params = dict(zip(params, values, strict=True))
-    elif not torch.is_grad_enabled():
-        params = {name: p.detach() for name, p in params.items()}
-    else:
-        for name in set(meta) - find_dependencies(params.values(), meta, [], None):
+        params = attach_pullback(adaptation, method, meta)
+    elif torch.is_grad_enabled():
+        params = adaptation.params
+        for name in set(meta) - find_dependencies(params.values(), meta):
             if meta[name].requires_grad:
-                _check_reachable(name, method, inner, adaptation)
-    return params if batched else {name: p.squeeze(0) for name, p in params.items()}
+                method.check_reach(name, adaptation.dependencies)
+    else:
+        params = detached(adaptation.params)
+    return params if batched else _squeeze(params)
 
 
-class _Pullback(torch.autograd.Function):
-    """θ*(φ), whose derivative is the adaptation's pullback."""
+def meta_leaves(meta: Params) -> Params:
+    """φ without its graph, as leaves of autograd. Floating-point entries require grad.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        adaptation: Adaptation,
-        method: Method,
-        inner: InnerLoop,
-        names: list[str],
-        *meta: Tensor,
-    ) -> Any:
-        ctx.adaptation, ctx.method, ctx.inner, ctx.names = adaptation, method, inner, names
-        ctx.save_for_backward(*meta)
-        return tuple(p.clone() for p in adaptation.params.values())
-
-    @staticmethod
-    def backward(ctx: Any, *vectors: Tensor) -> Any:
-        meta, twice = (
-            ctx.saved_tensors,
-            torch.is_grad_enabled(),
-        )  # an error where one was changed in place
-        with torch.enable_grad():
-            v = dict(
-                zip(ctx.adaptation.params, (vector.detach() for vector in vectors), strict=True)
-            )
-            gradients, _ = ctx.adaptation.pull_back(v, {})
-        for name in ctx.names:
-            if gradients[name] is None:
-                _check_reachable(name, ctx.method, ctx.inner, ctx.adaptation)
-        found = [gradients[name] for name in ctx.names]
-        if twice:
-            found = [None if g is None else _Once.apply(g, *meta, *vectors) for g in found]
-        return None, None, None, None, *found
-
-
-class _Once(torch.autograd.Function):
-    """The identity, but an error to differentiate."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, value: Tensor, *_: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "argmin is differentiable once under an implicit method; for more, use method='unrolled'"
-        )
-
-
-def _meta_leaves(meta: Params) -> Params:
+    Raises:
+        ValueError: `meta` is empty, or holds anything but real tensors.
+    """
     if not meta or not all(isinstance(m, Tensor) for m in meta.values()):
         raise ValueError(
             f"meta: got {type(meta).__name__} {list(meta)}, expected a non-empty dict of tensors"
         )
-    if wrong := [name for name, m in meta.items() if m.is_complex()]:
-        raise ValueError(
-            f"meta[{wrong[0]!r}]: got {meta[wrong[0]].dtype}, expected real numbers; use torch.view_as_real"
-        )
-    return {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
+    for name, m in meta.items():
+        if m.is_complex():
+            raise ValueError(
+                f"meta[{name!r}]: got {m.dtype}, expected real numbers; use torch.view_as_real"
+            )
+    phi = detached(meta)
+    for m in phi.values():
+        m.requires_grad_(m.is_floating_point())
+    return phi
 
 
-def _check_reachable(
-    name: str, method: Method, inner: InnerLoop, adaptation: Adaptation, direct: bool = False
-) -> None:
-    """A gradient of None is zero where the method reaches all that reads the entry; else it just cannot give it.
-
-    First-order is content with the `direct` gradient of what its two losses share.
-    """
-    reads, reach = adaptation.reads, method.reach
-    if (
-        (name in reads.start and "start" not in reach)
-        or (inner.reads(name) and "loop" not in reach)
-        or (name in reads.loss and "loss" not in reach and not direct)
-    ):
-        raise ValueError(
-            f"{method.flag} cannot give the gradient of meta[{name!r}]: {method.remedy}"
-        )
+def _add(direct: Tensor | None, indirect: Tensor | None, *, like: Tensor) -> Tensor:
+    """The sum of two gradients, of which None is zero."""
+    if direct is None:
+        return torch.zeros_like(like) if indirect is None else indirect.detach()
+    return direct.detach() if indirect is None else (direct + indirect).detach()
 
 
-def _add_gradients(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
-    if a is None and b is None:
-        return torch.zeros_like(like)
-    return (b if a is None else a if b is None else a + b).detach()  # type: ignore[union-attr]
+def _squeeze(params: Params) -> Params:
+    """The parameters of the only task, without the task axis."""
+    return {name: p.squeeze(0) for name, p in params.items()}
 
 
 def _detach(aux: Any, batched: bool) -> Any:
-    return tree_map(
-        lambda x: (x if batched else x.squeeze(0)).detach() if isinstance(x, Tensor) else x, aux
-    )
+    """`aux` without its graph and, unless `batched`, without its task axis."""
+
+    def detached(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach() if batched else leaf.squeeze(0).detach()
+
+    return tree_map(detached, aux)

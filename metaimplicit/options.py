@@ -1,4 +1,4 @@
-"""The numbers and words of a method that a command line can set, read off its own dataclass."""
+"""The numbers and words of a method that a command line can set, read from its dataclass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ _PLAIN = (int, float, bool, str, NoneType)
 
 
 def option(default: Any, *, flag: str | None) -> Any:
-    """A dataclass field whose option is called `flag` on command lines. If None, it has no option."""
+    """A dataclass field with a default, whose option command lines call `flag`.
+
+    If `flag` is None, the field has no option.
+
+    Example:
+        >>> @dataclass
+        ... class Truncated:
+        ...     steps: int = option(1, flag="solver_steps")
+        >>> list(options_of(Truncated()))
+        ['solver_steps']
+    """
     return field(default=default, metadata={"flag": flag})
 
 

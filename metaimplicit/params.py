@@ -1,4 +1,4 @@
-"""Parameter dicts ↔ flat task-batched vectors, and choosing by name which parameters adapt."""
+"""Dicts of parameters: as one vector for each task, as leaves of autograd, and chosen by name."""
 
 from __future__ import annotations
 
@@ -13,35 +13,85 @@ Adapt = Callable[[str], bool] | str | Iterable[str] | None
 
 
 def flatten(params: Mapping[str, Tensor], batch: int = 1) -> Tensor:
-    """One vector per task: `{name: [tasks, *shape]} -> [tasks, n]`, tensors in the dict's order.
+    """Concatenate parameters to one vector for each task, in the order of the dict.
 
-    `batch` leading axes are kept (2 for `[k, tasks, *shape] -> [k, tasks, n]`).
+    Args:
+        params: `{name: [tasks, *shape]}`.
+        batch: How many leading axes every tensor keeps. With 2, `{name: [k, tasks, *shape]}`
+            becomes `[k, tasks, n]`.
+
+    Returns:
+        `[tasks, n]`, where n is the number of parameters of a task.
+
+    Example:
+        >>> flatten({"weight": torch.ones(1, 2, 2), "bias": torch.zeros(1)})
+        tensor([[1., 1., 1., 1., 0.]])
     """
-    return torch.cat(
-        [p.flatten(batch) if p.dim() > batch else p.unsqueeze(-1) for p in params.values()], dim=-1
-    )
+    parts = []
+    for p in params.values():
+        parts.append(p.flatten(batch) if p.dim() > batch else p.unsqueeze(-1))
+    return torch.cat(parts, dim=-1)
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
-    """The inverse of `flatten`: `[..., tasks, n] -> {name: [..., tasks, *shape]}` with the shapes of `like`."""
+    """Split vectors into parameters: the inverse of `flatten`.
+
+    Args:
+        vector: `[..., tasks, n]`.
+        like: `{name: [tasks, *shape]}`, which gives the names, their order and their shapes.
+
+    Returns:
+        `{name: [..., tasks, *shape]}`, views of `vector`.
+
+    Example:
+        >>> like = {"weight": torch.ones(1, 2, 2), "bias": torch.zeros(1)}
+        >>> unflatten(torch.arange(5.0).unsqueeze(0), like)["bias"]
+        tensor([4.])
+    """
     batch = vector.shape[:-1]
-    parts = torch.split(vector, [p[0].numel() for p in like.values()], dim=-1)
+    sizes = [p[0].numel() for p in like.values()]
+    parts = torch.split(vector, sizes, dim=-1)
     return {
         name: part.reshape(*batch, *p.shape[1:])
         for part, (name, p) in zip(parts, like.items(), strict=True)
     }
 
 
+def detached(tensors: Mapping[str, Tensor]) -> Params:
+    """The same values without a graph.
+
+    Example:
+        >>> detached({"w": torch.ones(2, requires_grad=True)})
+        {'w': tensor([1., 1.])}
+    """
+    return {name: t.detach() for name, t in tensors.items()}
+
+
 def leaves(tensors: Mapping[str, Tensor]) -> Params:
-    """The same values as fresh leaves of autograd that require gradients."""
+    """The same values, without a graph, as new leaves of autograd that require gradients.
+
+    Example:
+        >>> leaves({"w": torch.ones(2)})
+        {'w': tensor([1., 1.], requires_grad=True)}
+    """
     return {name: t.detach().requires_grad_() for name, t in tensors.items()}
 
 
 def select(names: Iterable[str], adapt: Adapt) -> list[str]:
-    """The names that `adapt` chooses: a predicate, a glob pattern or several (`"head.*"`), or None for all of them.
+    """The names that `adapt` chooses, in the order of `names`.
+
+    Args:
+        names: The names to choose from.
+        adapt: A predicate of a name, or a glob pattern such as `"head.*"`, or several patterns.
+            If None, all names are chosen.
 
     Raises:
-        ValueError: a pattern, or the predicate, matches no parameter.
+        ValueError: A pattern matches no name, the predicate chooses none, or the list of patterns
+            is empty.
+
+    Example:
+        >>> select(["body.weight", "head.weight", "head.bias"], "head.*")
+        ['head.weight', 'head.bias']
     """
     names = list(names)
     if adapt is None:
@@ -51,12 +101,11 @@ def select(names: Iterable[str], adapt: Adapt) -> list[str]:
         unmatched = [] if chosen else ["the predicate"]
     else:
         patterns = [adapt] if isinstance(adapt, str) else list(adapt)
-        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        unmatched = (
-            [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
-            if patterns
-            else ["[]"]
-        )
+        matches = {p: [name for name in names if fnmatchcase(name, p)] for p in patterns}
+        chosen = [name for name in names if any(name in m for m in matches.values())]
+        unmatched = [p for p, matching in matches.items() if not matching]
+        if not patterns:
+            unmatched = ["[]"]
     if unmatched:
         raise ValueError(
             f"adapt: {unmatched[0]!r} matches no parameter that requires grad; there are {names}"

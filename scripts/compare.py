@@ -18,7 +18,7 @@ import torch
 import tyro
 from problems import Case, problems, quadratic
 
-from metaimplicit.diagnostics.compare import SOLVERS, Comparison, compare
+from metaimplicit.diagnostics.compare import Comparison, compare
 from metaimplicit.training import write_atomically, write_json
 
 Lines = dict[str, list[tuple[float, float]]]
@@ -138,6 +138,7 @@ def compare_conditioning(settings: Settings) -> dict[str, Comparison]:
         f"1e{i}": run(quadratic(torch.logspace(-i, 0, 300).double()), settings) for i in range(1, 7)
     }
     panels: dict[str, Lines] = {}
+    methods = sorted({row.method for c in found.values() for row in c.rows})
     for p in settings.products:
         panels[f"{p} products"] = {
             m: [
@@ -146,7 +147,7 @@ def compare_conditioning(settings: Settings) -> dict[str, Comparison]:
                 for r in found[c].rows
                 if (r.method, r.products) == (m, p)
             ]
-            for m in SOLVERS
+            for m in methods
         }
     for name, c in found.items():
         print(table(f"condition {name}", c))

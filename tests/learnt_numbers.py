@@ -1,81 +1,97 @@
-"""Inner loops whose numbers are meta-parameters, and the values that those take."""
+"""Inner loops of four steps whose numbers are meta-parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from metaimplicit import FromMeta, GradientDescent, TorchOptimizer
+from metaimplicit import FromMeta, GradientDescent, InnerLoop, TorchOptimizer
 
-NUMBERS = {
-    "gradient-descent": (
-        GradientDescent(steps=4, lr=FromMeta("lr"), momentum=FromMeta("mu")),
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class LearntLoop:
+    """An inner loop, and the values of the meta-parameters that it reads."""
+
+    inner: InnerLoop
+    numbers: dict[str, float]
+
+    @property
+    def meta(self) -> dict[str, Tensor]:
+        return {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in self.numbers.items()
+        }
+
+
+def torch_loop(optimizer: type[torch.optim.Optimizer], **options: object) -> TorchOptimizer:
+    """`STEPS` steps of an optimiser whose step size is the meta-parameter "lr"."""
+    return TorchOptimizer(optimizer, steps=STEPS, lr=FromMeta("lr"), **options)
+
+
+LEARNT_LOOPS = {
+    "gradient-descent": LearntLoop(
+        GradientDescent(steps=STEPS, lr=FromMeta("lr"), momentum=FromMeta("mu")),
         {"lr": 0.1, "mu": 0.5},
     ),
-    "momentum-from-zero": (GradientDescent(steps=4, lr=0.1, momentum=FromMeta("mu")), {"mu": 0.0}),
-    "transformed": (GradientDescent(steps=4, lr=FromMeta("log_lr", torch.exp)), {"log_lr": -2.0}),
-    "sgd": (
-        TorchOptimizer(
+    "momentum-from-zero": LearntLoop(
+        GradientDescent(steps=STEPS, lr=0.1, momentum=FromMeta("mu")),
+        {"mu": 0.0},
+    ),
+    "transformed": LearntLoop(
+        GradientDescent(steps=STEPS, lr=FromMeta("log_lr", torch.exp)),
+        {"log_lr": -2.0},
+    ),
+    "sgd": LearntLoop(
+        torch_loop(
             torch.optim.SGD,
-            steps=4,
-            lr=FromMeta("lr"),
             momentum=FromMeta("mu"),
             weight_decay=FromMeta("wd"),
             nesterov=True,
         ),
         {"lr": 0.1, "mu": 0.5, "wd": 0.01},
     ),
-    "adam": (
-        TorchOptimizer(
+    "adam": LearntLoop(
+        torch_loop(
             torch.optim.Adam,
-            steps=4,
-            lr=FromMeta("lr"),
             betas=(FromMeta("b1"), FromMeta("b2")),
             weight_decay=FromMeta("wd"),
             eps=FromMeta("eps"),
         ),
         {"lr": 0.05, "b1": 0.8, "b2": 0.95, "wd": 0.1, "eps": 0.01},
     ),
-    "amsgrad": (
-        TorchOptimizer(
-            torch.optim.Adam, steps=4, lr=FromMeta("lr"), betas=(0.8, FromMeta("b2")), amsgrad=True
-        ),
+    "amsgrad": LearntLoop(
+        torch_loop(torch.optim.Adam, betas=(0.8, FromMeta("b2")), amsgrad=True),
         {"lr": 0.05, "b2": 0.95},
     ),
-    "adamw": (
-        TorchOptimizer(
-            torch.optim.AdamW,
-            steps=4,
-            lr=FromMeta("lr"),
-            betas=(0.8, FromMeta("b2")),
-            weight_decay=FromMeta("wd"),
-        ),
+    "adamw": LearntLoop(
+        torch_loop(torch.optim.AdamW, betas=(0.8, FromMeta("b2")), weight_decay=FromMeta("wd")),
         {"lr": 0.05, "b2": 0.95, "wd": 0.1},
     ),
-    "adagrad": (
-        TorchOptimizer(torch.optim.Adagrad, steps=4, lr=FromMeta("lr"), eps=FromMeta("eps")),
+    "adagrad": LearntLoop(
+        torch_loop(torch.optim.Adagrad, eps=FromMeta("eps")),
         {"lr": 0.1, "eps": 0.1},
     ),
-    "rmsprop": (
-        TorchOptimizer(
-            torch.optim.RMSprop,
-            steps=4,
-            lr=FromMeta("lr"),
-            alpha=FromMeta("a"),
-            momentum=FromMeta("mu"),
-        ),
+    "rmsprop": LearntLoop(
+        torch_loop(torch.optim.RMSprop, alpha=FromMeta("a"), momentum=FromMeta("mu")),
         {"lr": 0.02, "a": 0.9, "mu": 0.5},
     ),
-    "adadelta": (
-        TorchOptimizer(torch.optim.Adadelta, steps=4, lr=FromMeta("lr"), rho=FromMeta("rho")),
+    "adadelta": LearntLoop(
+        torch_loop(torch.optim.Adadelta, rho=FromMeta("rho")),
         {"lr": 1.0, "rho": 0.9},
     ),
-    "adamax": (
-        TorchOptimizer(
-            torch.optim.Adamax, steps=4, lr=FromMeta("lr"), betas=(FromMeta("b1"), 0.99)
-        ),
+    "adamax": LearntLoop(
+        torch_loop(torch.optim.Adamax, betas=(FromMeta("b1"), 0.99)),
         {"lr": 0.05, "b1": 0.8},
     ),
-    "asgd": (
-        TorchOptimizer(torch.optim.ASGD, steps=4, lr=FromMeta("lr"), lambd=FromMeta("l")),
+    "asgd": LearntLoop(
+        torch_loop(torch.optim.ASGD, lambd=FromMeta("l")),
         {"lr": 0.1, "l": 0.01},
     ),
-    "rprop": (TorchOptimizer(torch.optim.Rprop, steps=4, lr=FromMeta("lr")), {"lr": 0.01}),
+    "rprop": LearntLoop(
+        torch_loop(torch.optim.Rprop),
+        {"lr": 0.01},
+    ),
 }

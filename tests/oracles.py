@@ -1,8 +1,8 @@
-"""Closed forms in float64 that everything else is held against."""
+"""Closed forms in float64 that everything else is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,11 @@ class Matrix(LinearOperator):
     """A dense `[tasks, n, n]` matrix as an operator that counts its products."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.products = matrix, 0
+        self.matrix = matrix
+        self.products = 0
         self.shape = (matrix.shape[0], matrix.shape[1])
-        self.dtype, self.device = matrix.dtype, matrix.device
+        self.dtype = matrix.dtype
+        self.device = matrix.device
 
     def matvec(self, vector: Tensor) -> Tensor:
         self.products += 1
@@ -41,29 +43,40 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def symmetric(spectra: Sequence[Sequence[float]] | Tensor, seed: int = 0) -> Tensor:
-    """One symmetric matrix for each row of eigenvalues, in random orthogonal bases: `[tasks, n, n]`."""
+    """A symmetric matrix in a random basis for each row of eigenvalues, `[tasks, n, n]`."""
     values = torch.as_tensor(spectra, dtype=torch.float64)
-    basis = torch.linalg.qr(randn(values.shape[0], values.shape[1], values.shape[1], seed=seed)).Q
+    tasks, n = values.shape
+    basis = torch.linalg.qr(randn(tasks, n, n, seed=seed)).Q
     return basis @ torch.diag_embed(values) @ basis.mT
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖. It is NaN if both are zero."""
+    return float((actual - expected).norm() / expected.norm())
+
+
+def largest_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest relative error of an entry of `expected`. A NaN is the largest."""
+    errors = [relative_error(actual[name], expected[name]) for name in expected]
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def krylov_basis(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
-    """An orthonormal basis of span{b, Ab, …, A^{steps−1}b} for one task, by Arnoldi's process run twice over."""
+    """An orthonormal basis of span{b, Ab, …, A^{steps−1}b} for one task, `[n, steps]`.
+
+    Arnoldi's process orthogonalises every vector twice.
+    """
     basis = (b / b.norm()).unsqueeze(1)
     for _ in range(steps - 1):
-        ahead = matrix @ basis[:, -1]
+        vector = matrix @ basis[:, -1]
         for _ in range(2):
-            ahead = ahead - basis @ (basis.T @ ahead)
-        basis = torch.cat([basis, (ahead / ahead.norm()).unsqueeze(1)], dim=1)
+            vector = vector - basis @ (basis.T @ vector)
+        basis = torch.cat([basis, (vector / vector.norm()).unsqueeze(1)], dim=1)
     return basis
 
 
 def krylov_minimiser(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
-    """argmin ½xᵀAx − bᵀx over the Krylov space for one task."""
+    """argmin ½xᵀAx − bᵀx over the Krylov space, for one task."""
     basis = krylov_basis(matrix, b, steps)
     return basis @ torch.linalg.solve(basis.T @ matrix @ basis, basis.T @ b)
 
@@ -71,11 +84,12 @@ def krylov_minimiser(matrix: Tensor, b: Tensor, steps: int) -> Tensor:
 def finite_difference(
     function: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor, step: float = 1e-3
 ) -> Tensor:
-    """The derivative along `direction` by central differences, Richardson-extrapolated: error O(step⁴)."""
+    """The derivative along `direction`, by central differences with an error of O(step⁴)."""
 
     def central(h: float) -> Tensor:
         return (function(at + h * direction) - function(at - h * direction)) / (2 * h)
 
+    # Richardson's extrapolation cancels the error in h².
     return (4 * central(step / 2) - central(step)) / 3
 
 
@@ -84,8 +98,11 @@ class Oracle:
     """A problem whose hypergradient is known.
 
     Attributes:
+        problem: The problem of one task.
+        meta: φ.
+        data: A batch of tasks.
         exact: d mean_tasks g/dφ at θ*, by name.
-        shifted: the same with A + ρI in place of A, for a given ρ.
+        shifted: The same with A + ρI in place of A, as a function of ρ.
     """
 
     problem: BilevelProblem
@@ -96,40 +113,47 @@ class Oracle:
 
 
 def quadratic(spectra: Sequence[Sequence[float]], d: int = 3, seed: int = 0) -> Oracle:
-    """f = ½θᵀHθ − θᵀBφ, g = ½‖θ − t‖² + ½‖φ‖²:  θ* = H⁻¹Bφ,  dg/dφ = φ + BᵀH⁻¹(θ* − t)."""
+    """f = ½θᵀHθ − θᵀBφ and g = ½‖θ − t‖² + ½‖φ‖², with φ of dimension d.
+
+    θ* = H⁻¹Bφ, so dg/dφ = φ + BᵀH⁻¹(θ* − t). The data are (H, B, t).
+    """
     h = symmetric(spectra, seed)
     tasks, n = h.shape[:2]
-    b, t, phi = (
-        randn(tasks, n, d, seed=seed + 1),
-        randn(tasks, n, seed=seed + 2),
-        randn(d, seed=seed + 3),
-    )
-    problem = BilevelProblem(
-        init=lambda meta, data: {"theta": torch.zeros(n, dtype=torch.float64)},
-        inner_loss=lambda params, meta, data: (
-            0.5 * params["theta"] @ data[0] @ params["theta"]
-            - params["theta"] @ data[1] @ meta["phi"]
-        ),
-        outer_loss=lambda params, meta, data: (
-            0.5 * (params["theta"] - data[2]).square().sum() + 0.5 * meta["phi"].square().sum()
-        ),
-    )
+    b = randn(tasks, n, d, seed=seed + 1)
+    t = randn(tasks, n, seed=seed + 2)
+    phi = randn(d, seed=seed + 3)
+
+    def inner_loss(params, meta, data):
+        theta = params["theta"]
+        return 0.5 * theta @ data[0] @ theta - theta @ data[1] @ meta["phi"]
+
+    def outer_loss(params, meta, data):
+        distance = (params["theta"] - data[2]).square().sum()
+        return 0.5 * distance + 0.5 * meta["phi"].square().sum()
 
     def gradient(rho: float) -> dict[str, Tensor]:
         star = torch.linalg.solve(h, b @ phi)
         shifted = h + rho * torch.eye(n, dtype=torch.float64)
-        return {
-            "phi": phi
-            + (b.mT @ torch.linalg.solve(shifted, star - t).unsqueeze(-1)).squeeze(-1).mean(0)
-        }
+        u = torch.linalg.solve(shifted, star - t)
+        return {"phi": phi + torch.einsum("tij,ti->tj", b, u).mean(0)}
 
+    problem = BilevelProblem(
+        init=lambda meta, data: {"theta": torch.zeros(n, dtype=torch.float64)},
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+    )
     return Oracle(problem, {"phi": phi}, (h, b, t), gradient(0.0), gradient)
 
 
 def ridge(tasks: int = 3, m: int = 20, n: int = 6, seed: int = 0) -> Oracle:
-    """f = ‖Xw − y‖²/2m + eᵠ‖w‖²/2, g the validation loss:  dg/dφ = −eᵠ w*ᵀA⁻¹∇g,  A = XᵀX/m + eᵠI."""
-    x, y = randn(tasks, m, n, seed=seed), randn(tasks, m, seed=seed + 1)
-    x_val, y_val = randn(tasks, m, n, seed=seed + 2), randn(tasks, m, seed=seed + 3)
+    """f = ‖Xw − y‖²/2m + eᵠ‖w‖²/2, and g = ‖X'w − y'‖²/2m on validation data.
+
+    With A = XᵀX/m + eᵠI, dg/dφ = −eᵠ w*ᵀA⁻¹∇g. The data are (X, y, X', y').
+    """
+    x = randn(tasks, m, n, seed=seed)
+    y = randn(tasks, m, seed=seed + 1)
+    x_val = randn(tasks, m, n, seed=seed + 2)
+    y_val = randn(tasks, m, seed=seed + 3)
     log_decay = torch.tensor(-1.0, dtype=torch.float64)
     problem = BilevelProblem(
         init=lambda meta, data: {"w": torch.zeros(n, dtype=torch.float64)},
@@ -144,11 +168,14 @@ def ridge(tasks: int = 3, m: int = 20, n: int = 6, seed: int = 0) -> Oracle:
     )
 
     def gradient(rho: float) -> dict[str, Tensor]:
-        eye, decay = torch.eye(n, dtype=torch.float64), log_decay.exp()
+        eye = torch.eye(n, dtype=torch.float64)
+        decay = log_decay.exp()
         a = x.mT @ x / m + decay * eye
         w = torch.linalg.solve(a, (x.mT @ y.unsqueeze(-1)).squeeze(-1) / m)
-        slope = (x_val.mT @ (x_val @ w.unsqueeze(-1) - y_val.unsqueeze(-1))).squeeze(-1) / m
+        residual = x_val @ w.unsqueeze(-1) - y_val.unsqueeze(-1)
+        slope = (x_val.mT @ residual).squeeze(-1) / m
         u = torch.linalg.solve(a + rho * eye, slope)
         return {"log_decay": -decay * (w * u).sum(-1).mean()}
 
-    return Oracle(problem, {"log_decay": log_decay}, (x, y, x_val, y_val), gradient(0.0), gradient)
+    data = (x, y, x_val, y_val)
+    return Oracle(problem, {"log_decay": log_decay}, data, gradient(0.0), gradient)

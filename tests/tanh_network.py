@@ -1,4 +1,4 @@
-"""A small tanh network that adapts from a learnt initialisation, three tasks of it."""
+"""A small tanh network that adapts from a learnt initialisation to three tasks."""
 
 import torch
 import torch.nn.functional as F
@@ -6,23 +6,25 @@ from oracles import randn
 
 from metaimplicit import CG, BilevelProblem, Composite, Implicit
 
-TASKS, POINTS = 3, 6
-X, Y = randn(TASKS, POINTS, 2, seed=10), randn(TASKS, POINTS, 1, seed=11)
-XQ, YQ = randn(TASKS, POINTS, 2, seed=12), randn(TASKS, POINTS, 1, seed=13)
+TASKS = 3
+POINTS = 6  # in the support set and in the query set of a task
+X = randn(TASKS, POINTS, 2, seed=10)
+Y = randn(TASKS, POINTS, 1, seed=11)
+XQ = randn(TASKS, POINTS, 2, seed=12)
+YQ = randn(TASKS, POINTS, 1, seed=13)
+DATA = (X, Y, XQ, YQ)
 INITIAL = {
     "0.weight": randn(4, 2, seed=14),
     "0.bias": randn(4, seed=15),
     "2.weight": randn(1, 4, seed=16),
     "2.bias": randn(1, seed=17),
 }
+GAUSS_NEWTON = Implicit(CG(max_steps=10), curvature="gauss-newton")
 
 
 def forward(params, x):
-    return F.linear(
-        torch.tanh(F.linear(x, params["0.weight"], params["0.bias"])),
-        params["2.weight"],
-        params["2.bias"],
-    )
+    hidden = torch.tanh(F.linear(x, params["0.weight"], params["0.bias"]))
+    return F.linear(hidden, params["2.weight"], params["2.bias"])
 
 
 def outer(params, meta, data):
@@ -30,6 +32,7 @@ def outer(params, meta, data):
 
 
 def network(penalty=None):
+    """The problem of one task, with a penalty in the inner loss if one is given."""
     return BilevelProblem(
         init=lambda meta, data: {name: meta[name] for name in INITIAL},
         inner_loss=Composite(
@@ -39,7 +42,3 @@ def network(penalty=None):
         ),
         outer_loss=outer,
     )
-
-
-DATA = (X, Y, XQ, YQ)
-GAUSS_NEWTON = Implicit(CG(max_steps=10), curvature="gauss-newton")

@@ -1,4 +1,4 @@
-"""Logistic regression with learnt weights of its examples, decay, step size and momentum."""
+"""Logistic regression whose example weights, decay, step size and momentum are learnt."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,13 @@ from oracles import randn
 
 from metaimplicit import BilevelProblem, FromMeta, GradientDescent
 
-N, POINTS = 4, 12
-X, Y = randn(POINTS, N, seed=1), (randn(POINTS, seed=2) > 0).double()
-XV, YV = randn(POINTS, N, seed=3), (randn(POINTS, seed=4) > 0).double()
+N = 4  # features
+POINTS = 12  # in the training set and in the validation set
+X = randn(POINTS, N, seed=1)
+Y = (randn(POINTS, seed=2) > 0).double()
+XV = randn(POINTS, N, seed=3)
+YV = (randn(POINTS, seed=4) > 0).double()
+POINT = (X, Y, XV, YV)
 META = {
     "eta": torch.tensor(0.4, dtype=torch.float64),
     "mu": torch.tensor(0.6, dtype=torch.float64),
@@ -18,16 +22,19 @@ META = {
 LOOP = GradientDescent(steps=15, lr=FromMeta("eta"), momentum=FromMeta("mu"))
 
 
-def weighted(params, meta, data):
-    losses = F.binary_cross_entropy_with_logits(data[0] @ params["w"], data[1], reduction="none")
-    return (meta["weights"] * losses).mean() + 0.5 * meta["decay"] * params["w"].square().sum()
+def training_loss(params, meta, data):
+    logits = data[0] @ params["w"]
+    losses = F.binary_cross_entropy_with_logits(logits, data[1], reduction="none")
+    decay = 0.5 * meta["decay"] * params["w"].square().sum()
+    return (meta["weights"] * losses).mean() + decay
+
+
+def validation_loss(params, meta, data):
+    return F.binary_cross_entropy_with_logits(data[2] @ params["w"], data[3])
 
 
 PROBLEM = BilevelProblem(
     init=lambda meta, data: {"w": torch.zeros(N, dtype=torch.float64)},
-    inner_loss=weighted,
-    outer_loss=lambda params, meta, data: F.binary_cross_entropy_with_logits(
-        data[2] @ params["w"], data[3]
-    ),
+    inner_loss=training_loss,
+    outer_loss=validation_loss,
 )
-POINT = (X, Y, XV, YV)

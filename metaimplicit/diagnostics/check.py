@@ -1,4 +1,4 @@
-"""Is this hypergradient right? A method against finite differences and against the dense solve, with a verdict."""
+"""Is a hypergradient right? Finite differences, a dense solve, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.hypergradient import hypergradient
+from metaimplicit.diagnostics.differences import (
+    central_differences,
+    dot,
+    random_directions,
+    relative_error,
+    step_size,
+)
+from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import FirstOrder, Implicit, Method, Unrolled, make_method
-from metaimplicit.params import Params
+from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Dense, Status
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `check_hypergradient` found; errors are relative.
+    """What `check_hypergradient` returns. All errors are relative.
 
     Attributes:
-        slopes: d outer_loss along each direction by the method, `[directions]`.
-        differences: the same by finite differences of the whole procedure, inner loop included.
+        slopes: The derivative of the outer loss along each direction, by the method,
+            `[directions]`.
+        differences: The same by finite differences of the whole procedure, inner loop included.
         error: ‖slopes − differences‖ / ‖differences‖.
-        noise: what two step sizes of the differences disagree by: no error below it means anything.
-        dense_error: of the gradient against that of a dense solve of the same system; None where n is too large, or
-            for methods without a system.
-        cosine: of the angle between those two; None likewise.
-        residual: the worst of the tasks', of the solve; None without one.
-        inner_gradient_norm: the largest of the tasks'.
-        negative_curvature: the share of tasks whose solve met it.
-        verdict: in words, and what to do.
+        noise: The relative difference of `differences` from those of one step size. An error below
+            it says nothing.
+        dense_error: The error of the gradient against that of a dense solve of the same system.
+            None if the method has no system, or one that is too large.
+        cosine: That of the angle between these two gradients. None in the same cases.
+        residual: The largest residual of the solve over the tasks. None without a solve.
+        inner_gradient_norm: The largest over the tasks.
+        negative_curvature: The share of tasks whose solve met negative curvature.
+        verdict: Whether the hypergradient is right; if not, why, and what to do.
     """
 
     slopes: Tensor
@@ -44,7 +53,7 @@ class Check:
     residual: float | None
     inner_gradient_norm: float
     negative_curvature: float
-    verdict: str
+    verdict: str = ""
 
     def __str__(self) -> str:
         lines = [f"against finite differences  {self.error:.1e} (known to {self.noise:.1e})"]
@@ -71,137 +80,190 @@ def check_hypergradient(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> Check:
-    """Hold a hypergradient against central differences of the procedure, and against the dense solve if n allows it.
+    """Compare a hypergradient with finite differences, and with a dense solve if n allows it.
 
-    The differences are of φ ↦ mean_tasks g(θ_T(φ), φ) along random unit directions, at two steps, ε^⅓ (1 + ‖φ‖) with ε
-    the unit round-off, and half of it, extrapolated. An implicit method differentiates the argmin and not θ_T, so far
-    from a stationary point the two disagree; the verdict says which of the reasons it is. Give it float64 tensors:
-    in float32 the differences themselves are known to a few digits.
+    The function φ ↦ mean_tasks g(θ_T(φ), φ) is differentiated along random unit directions by
+    central differences at two step sizes, h = ε^⅓ (1 + ‖φ‖) and h/2 with ε the unit round-off,
+    which are then extrapolated. Use float64: in float32 the differences themselves are known to a
+    few digits. An implicit method differentiates the argmin and not θ_T, so the two disagree far
+    from a stationary point. The verdict says which of the reasons for a disagreement applies.
 
     Args:
-        problem, meta, data, inner, method, batched: as for `hypergradient`; the problem must be deterministic.
-        directions: how many, ≥ 1.
-        tolerance: the relative error up to which the verdict is "right".
-        seed: of the directions.
+        problem: As for `hypergradient`. Its losses must be deterministic.
+        meta: As for `hypergradient`.
+        data: As for `hypergradient`.
+        inner: As for `hypergradient`.
+        method: As for `hypergradient`.
+        batched: As for `hypergradient`.
+        directions: The number of random directions, ≥ 1.
+        tolerance: The relative error up to which the verdict is "Right".
+        seed: Seeds the random directions.
 
     Raises:
-        ValueError: as `hypergradient`; no direction; a problem whose losses are others in a second call.
+        ValueError: As in `hypergradient`; `meta` has no floating-point entry; `directions` is less
+            than 1; the outer loss receives all iterates; a loss has another value in a second call.
+
+    Example:
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros((), dtype=torch.float64)},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square(),
+        ... )
+        >>> meta = {"target": torch.tensor(3.0, dtype=torch.float64)}
+        >>> check_hypergradient(problem, meta, None, inner="newton-cg", method="dense").verdict
+        'Right: it agrees with finite differences.'
     """
     if directions < 1:
         raise ValueError(f"directions: got {directions}, expected at least 1")
     if isinstance(method, Unrolled) and method.iterates:
         raise ValueError(
-            "method: got Unrolled(iterates=True), whose outer loss has no θ_T to be compared at"
+            "method: got Unrolled(iterates=True), expected a method whose outer loss "
+            "receives θ_T, so that it can be compared"
         )
-    method, loop = make_method(method), make_inner(inner)
+    method = make_method(method)
+    inner = make_inner(inner)
+    result = hypergradient(problem, meta, data, inner=inner, method=method, batched=batched)
 
     lifted = LiftedProblem(problem, data, batched=batched)
+    values = detached(meta)
+    procedure = _Procedure(lifted, inner)
+    procedure.check_deterministic(values, params=_with_task_axis(result, batched))
 
-    def outer_loss(phi: Params) -> Tensor:
-        params = FirstOrder().adapt(lifted, loop, phi).params
-        return lifted.outer(params, phi, lifted.at(loop.steps))[0].mean().detach()
-
-    result = hypergradient(problem, meta, data, inner=loop, method=method, batched=batched)
-    values = {name: m.detach() for name, m in meta.items()}
-    theta = {name: p if batched else p.unsqueeze(0) for name, p in result.params.items()}
-    if not torch.equal(*(lifted.inner(theta, values, lifted.at(0)).detach() for _ in range(2))):
-        raise ValueError(
-            "inner loss: got two values in two calls, expected one; fix the seed, or switch dropout off"
-        )
-    if not torch.equal(outer_loss(values), outer_loss(values)):
-        raise ValueError(
-            "outer loss: got two values in two calls, expected one; fix the seed, or switch dropout off"
-        )
     entries = {name: m for name, m in values.items() if m.is_floating_point()}
-    draw = torch.Generator().manual_seed(seed)
-    size = torch.stack([m.norm() for m in entries.values()]).norm()
-    dtype = next(iter(entries.values())).dtype
-    h = torch.finfo(dtype).eps ** (1 / 3) * (1 + float(size))
-    slopes: list[Tensor] = []
-    wholes: list[Tensor] = []
-    halves: list[Tensor] = []
-    for _ in range(directions):
-        d = {name: torch.randn(m.shape, generator=draw).to(m) for name, m in entries.items()}
-        norm = torch.stack([part.norm() for part in d.values()]).norm()
-        d = {name: part / norm for name, part in d.items()}
-        slopes.append(
-            torch.stack([(result.grads[name] * part).sum() for name, part in d.items()]).sum()
-        )
-        for step, found in ((h, wholes), (h / 2, halves)):
-            ahead, behind = (
-                outer_loss(values | {n: m + sign * step * d[n] for n, m in entries.items()})
-                for sign in (1, -1)
-            )
-            found.append((ahead - behind) / (2 * step))
-    slope, half, whole = (torch.stack(x) for x in (slopes, halves, wholes))
+    if not entries:
+        raise ValueError(f"meta: got {list(meta)}, expected a floating-point entry")
+    units = random_directions(entries, count=directions, seed=seed)
+    slopes = torch.stack([dot(result.grads, unit) for unit in units])
+
+    h = step_size(entries)
+    whole = central_differences(procedure.outer_loss, values, units, step=h)
+    half = central_differences(procedure.outer_loss, values, units, step=h / 2)
+    # Richardson's extrapolation cancels the error in h².
     differences = (4 * half - whole) / 3
-    error, noise = _relative(slope, differences), _relative(half, differences)
-    dense_error, cosine = None, None
+
+    dense = _compare_with_dense(
+        result, problem, values, data=data, inner=inner, method=method, batched=batched
+    )
     report = result.report
-    if (
-        isinstance(method, Implicit)
-        and sum(p[0].numel() for p in _stacked(result.params, batched)) <= Dense().max_size
-    ):
-        dense = replace(method, solver=Dense())
-        exact = hypergradient(problem, meta, data, inner=loop, method=dense, batched=batched)
-        got, want = (
-            torch.cat([r.grads[name].flatten() for name in entries]) for r in (result, exact)
+    check = Check(
+        slopes=slopes,
+        differences=differences,
+        error=relative_error(slopes, differences),
+        noise=relative_error(half, differences),
+        dense_error=None if dense is None else dense.error,
+        cosine=None if dense is None else dense.cosine,
+        residual=None if report.residual is None else float(report.residual.max()),
+        inner_gradient_norm=float(report.inner_gradient_norm.max()),
+        negative_curvature=report.share(Status.NEGATIVE_CURVATURE),
+    )
+    return replace(check, verdict=_verdict(check, method, tolerance))
+
+
+@dataclass(frozen=True)
+class _Procedure:
+    """φ ↦ mean_tasks g(θ_T(φ), φ), the function that the hypergradient is the gradient of."""
+
+    problem: LiftedProblem
+    inner: InnerLoop
+
+    def outer_loss(self, meta: Params) -> Tensor:
+        params = FirstOrder().adapt(self.problem, self.inner, meta).params
+        data = self.problem.at(self.inner.steps)
+        losses, _ = self.problem.outer(params, meta, data)
+        return losses.mean().detach()
+
+    def check_deterministic(self, meta: Params, params: Params) -> None:
+        """Raise ValueError if a loss has another value in a second call."""
+
+        def inner_losses() -> Tensor:
+            return self.problem.inner(params, meta, self.problem.at(0)).detach()
+
+        both = {
+            "inner loss": (inner_losses(), inner_losses()),
+            "outer loss": (self.outer_loss(meta), self.outer_loss(meta)),
+        }
+        for name, (first, second) in both.items():
+            if not torch.equal(first, second):
+                raise ValueError(
+                    f"{name}: got two values in two calls, expected one; "
+                    "fix the seed, or switch dropout off"
+                )
+
+
+@dataclass(frozen=True)
+class _DenseComparison:
+    """The relative error of a gradient against that of a dense solve, and the cosine of both."""
+
+    error: float
+    cosine: float
+
+
+def _compare_with_dense(
+    result: Hypergradient,
+    problem: BilevelProblem,
+    meta: Params,
+    *,
+    data: Any,
+    inner: InnerLoop,
+    method: Method,
+    batched: bool,
+) -> _DenseComparison | None:
+    """A result of an implicit method against that of a dense solve. None if there can be none."""
+    n = sum(p[0].numel() for p in _with_task_axis(result, batched).values())
+    if not isinstance(method, Implicit) or n > Dense().max_size:
+        return None
+    method = replace(method, solver=Dense())
+    exact = hypergradient(problem, meta, data, inner=inner, method=method, batched=batched)
+    names = [name for name, m in meta.items() if m.is_floating_point()]
+    gradient = torch.cat([result.grads[name].flatten() for name in names])
+    expected = torch.cat([exact.grads[name].flatten() for name in names])
+    cosine = torch.nn.functional.cosine_similarity(gradient, expected, dim=0)
+    return _DenseComparison(relative_error(gradient, expected), float(cosine))
+
+
+def _verdict(check: Check, method: Method, tolerance: float) -> str:
+    """The first reason that applies for an error above the tolerance, and what to do."""
+    if check.error <= tolerance:
+        return "Right: it agrees with finite differences."
+    if check.noise > tolerance:
+        return (
+            f"Undecided: the finite differences are known to {check.noise:.1e} only; "
+            "use float64, or a smoother problem without kinks between their points."
         )
-        dense_error, cosine = (
-            _relative(got, want),
-            float(torch.nn.functional.cosine_similarity(got, want, dim=0)),
+    if not isinstance(method, Implicit):
+        complete = {"loop", "loss"} <= method.reach
+        reason = "" if complete else ", as this method leaves out part of it"
+        return f"Wrong by {check.error:.1e}{reason}; 'unrolled' is exact."
+    if check.negative_curvature > 0:
+        return (
+            "Wrong: the curvature is not positive definite; "
+            "use curvature='gauss-newton', more damping, or MINRES."
         )
-    residual = None if report.residual is None else float(report.residual.max())
-    stationarity = float(report.inner_gradient_norm.max())
-    bent = report.share(Status.NEGATIVE_CURVATURE)
-    words = _verdict(method, error, noise, dense_error, residual, stationarity, bent, tolerance)
-    return Check(
-        slope, differences, error, noise, dense_error, cosine, residual, stationarity, bent, words
+    solve_error = check.residual if check.dense_error is None else check.dense_error
+    if solve_error is not None and solve_error > tolerance:
+        return (
+            "Wrong: the linear system is not solved; "
+            "use more solver steps, more rank, or NystromCG."
+        )
+    if check.inner_gradient_norm > tolerance:
+        return (
+            "Wrong: the solve is fine, but θ_T is no stationary point "
+            f"(‖∂f/∂θ‖ = {check.inner_gradient_norm:.1e}); use more inner steps, a larger "
+            "step size, or 'unrolled', which differentiates θ_T as it is."
+        )
+    if method.curvature_name != "hessian" or method.damping > 0:
+        return (
+            f"Wrong by {check.error:.1e}: solved and stationary, so it is A "
+            f"({method.curvature_name}, damping {method.damping})."
+        )
+    return (
+        f"Wrong by {check.error:.1e}, although the solve, stationarity and A are in order; "
+        "look for a dependence on φ that the losses hide, such as a detach()."
     )
 
 
-def _verdict(
-    method: Method,
-    error: float,
-    noise: float,
-    dense_error: float | None,
-    residual: float | None,
-    stationarity: float,
-    bent: float,
-    tolerance: float,
-) -> str:
-    if error <= tolerance:
-        return "Right: it agrees with finite differences."
-    if noise > tolerance:
-        return (
-            f"Undecided: the finite differences are known to {noise:.1e} only; use float64, or a smoother problem, "
-            "where their steps cross no kinks."
-        )
-    if not isinstance(method, Implicit):
-        cut = (
-            ""
-            if "loop" in method.reach and "loss" in method.reach
-            else ", as this method leaves out part of it"
-        )
-        return f"Wrong by {error:.1e}{cut}; 'unrolled' is exact."
-    if bent > 0:
-        return "Wrong: the curvature is not positive definite; use curvature='gauss-newton', more damping, or MINRES."
-    if (dense_error if dense_error is not None else residual or 0.0) > tolerance:
-        return "Wrong: the linear system is not solved; more solver steps, more rank, or NystromCG."
-    if stationarity > tolerance:
-        return (
-            f"Wrong: the solve is fine, but θ_T is no stationary point (‖∂f/∂θ‖ = {stationarity:.1e}); more inner "
-            "steps, a larger step size, or 'unrolled', which differentiates θ_T as it is."
-        )
-    if method.curvature_name != "hessian" or method.damping > 0:
-        return f"Wrong by {error:.1e}: solved and stationary, so it is A ({method.curvature_name}, damping {method.damping})."
-    return f"Wrong by {error:.1e}, and solve, stationarity and A are in order: look at the losses for what they hide."
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    size = float(expected.norm())
-    return float((got - expected).norm()) / (size if size > 0 else 1.0)
-
-
-def _stacked(params: Params, batched: bool) -> list[Tensor]:
-    return [p if batched else p.unsqueeze(0) for p in params.values()]
+def _with_task_axis(result: Hypergradient, batched: bool) -> Params:
+    """θ*, `{name: [tasks, *shape]}`, batched or not."""
+    if batched:
+        return result.params
+    return {name: p.unsqueeze(0) for name, p in result.params.items()}

@@ -1,11 +1,10 @@
-"""Inverse curvature–vector products side by side, on one problem, from one state, at equal numbers of products."""
+"""Implicit methods side by side: on one problem, from one state, at equal numbers of products."""
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -14,59 +13,32 @@ import torch
 from torch import Tensor
 
 from metaimplicit.diagnostics.memory import LiveBytes
-from metaimplicit.hypergradient import outer_gradients
+from metaimplicit.diagnostics.starting_point import RecordingDense, StartingPoint, solve_inner
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods import Curvature, Gradients, Implicit, Report
+from metaimplicit.methods import METHODS, Curvature, Implicit
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem
-from metaimplicit.solvers import (
-    CG,
-    MINRES,
-    Auto,
-    Dense,
-    Factored,
-    Lanczos,
-    LinearSystem,
-    Neumann,
-    Nystrom,
-    NystromCG,
-    Solution,
-    Solver,
-    Status,
-)
-from metaimplicit.solvers.direct import direct_solution, solve_by_eigenvalues
-
-Make = Callable[[int], Solver]
-SOLVERS: dict[str, Make] = {  # of a number of products P
-    "cg": lambda p: CG(p, tol=0.0),
-    "minres": lambda p: MINRES(p, tol=0.0),
-    "lanczos": lambda p: Lanczos(p, tol=0.0),
-    "neumann": lambda p: Neumann(terms=max(1, p - Neumann.power_steps)),
-    "nystrom": lambda p: Nystrom(rank=p),
-    "nystrom-gaussian": lambda p: Nystrom(rank=p, sketch="gaussian"),
-    "nystrom-cg": lambda p: NystromCG(rank=(p + 1) // 2, max_steps=max(1, p // 2), tol=0.0),
-    "auto": lambda p: Auto(p, tol=0.0, dense=0),
-}
-# a curvature of their own, whatever the number of products
-FACTORED: dict[str, Curvature] = {"kfac": "kfac", "ekfac": "ekfac", "diagonal": "diagonal"}
+from metaimplicit.solvers import Status
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one number of products; medians over the seeds.
+    """One method at one number of products. Its numbers are medians over the seeds.
 
     Attributes:
-        method: a key of `SOLVERS`, or "kfac", "ekfac" or "diagonal".
-        products: P, asked for; a product more may measure the residual. Neumann takes five for its scale, P ≥ 6, and
-            "diagonal" always ten.
-        error: ‖h − h*‖/‖h*‖ of the hypergradient h, h* from the dense solve of the same curvature at the same θ.
-        cosine: of the angle between h and h*.
-        residual: the worst of the tasks' ‖v − Au‖/‖v‖, A the method's own.
-        status: names of the tasks' statuses, the most frequent first.
-        seconds: of the solve and the mixed product.
-        mebibytes: the peak of live tensors meanwhile, above what lived before.
-        chosen: by "auto".
+        method: A key of `comparable_methods()`.
+        products: P, the number of products asked for. One product more may measure the residual.
+            Neumann takes five for its scale, so it takes at least six. Methods whose curvature is
+            fixed take as many as that needs, for any P.
+        error: ‖h − h*‖/‖h*‖ of the hypergradient h, where h* is that of a dense solve of the same
+            system at the same θ.
+        cosine: That of the angle between h and h*.
+        residual: The largest ‖v − Au‖/‖v‖ over the tasks, with the method's own A.
+        status: The names of the tasks' statuses, the most frequent first.
+        seconds: The duration of the solve and the mixed product.
+        mebibytes: The peak of the memory of tensors in the meantime, above what lived before.
+        chosen: What the solver `Auto` chose, and why.
     """
 
     method: str
@@ -82,16 +54,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """What `compare` returns.
 
     Attributes:
-        rows: of each number of products, best error first.
-        size: n, the adapted parameters of a task.
-        tasks: how many.
-        curvature: what A is made of.
-        direct: the error of ∂g/∂φ alone, without any solve.
-        smallest, largest: eigenvalues of A over all tasks.
-        inner_gradient_norm: the largest of the tasks'; h* is the hypergradient only as far as it is 0.
+        rows: By number of products, the smallest error first.
+        size: n, the number of parameters that adapt in one task.
+        tasks: The number of tasks.
+        curvature: What A is made of.
+        direct: The error of ∂g/∂φ alone, without any solve.
+        smallest: The smallest eigenvalue of A over all tasks.
+        largest: The largest eigenvalue of A over all tasks.
+        inner_gradient_norm: The largest over the tasks. Only if it is 0, h* is the hypergradient.
     """
 
     rows: list[Row]
@@ -104,11 +77,29 @@ class Comparison:
     inner_gradient_norm: float
 
     def error(self, method: str, products: int) -> float:
-        """The relative error of a method at a number of products; KeyError if it did not run."""
+        """The relative error of a method at a number of products. KeyError if it did not run."""
         for row in self.rows:
             if (row.method, row.products) == (method, products):
                 return row.error
         raise KeyError((method, products))
+
+
+def comparable_methods() -> dict[str, Implicit]:
+    """The rows of `METHODS` that `compare` runs, by flag.
+
+    They are the implicit methods whose solver takes a budget of products (`Solver.with_budget`),
+    and those whose curvature is fixed (K-FAC, EKFAC, the diagonal).
+
+    Example:
+        >>> methods = comparable_methods()
+        >>> "cg" in methods, "kfac" in methods, "dense" in methods
+        (True, True, False)
+    """
+    return {
+        flag: method
+        for flag, method in METHODS.items()
+        if isinstance(method, Implicit) and (_takes_budget(method) or method.curvature is not None)
+    }
 
 
 def compare(
@@ -124,116 +115,141 @@ def compare(
     seeds: int = 5,
     batched: bool = False,
 ) -> Comparison:
-    """Run the inner loop once, and every method from where it ended.
+    """Compare implicit methods: the inner loop runs once, and every method from where it ended.
 
     Args:
-        problem, meta, data, inner, batched: as for `hypergradient`.
-        curvature, damping: of A, see `Implicit`; not a random one.
-        methods: keys of `SOLVERS`, and of `FACTORED` where the problem's `Composite` has a module. None: all.
-        products: numbers P of products with A; methods that sketch more than n columns are left out.
-        seeds: sketches of which the median counts, ≥ 1.
+        problem: As for `hypergradient`.
+        meta: As for `hypergradient`.
+        data: As for `hypergradient`.
+        inner: As for `hypergradient`.
+        curvature: What A is made of; see `Implicit`. It must not be a random one.
+        damping: Added to A, ≥ 0.
+        methods: Keys of `comparable_methods()`. If None, all of them; but those whose curvature is
+            fixed only if the inner loss is a `Composite` with a module.
+        products: Numbers P of products with A, each ≥ 1. Solvers that sketch A are left out where P
+            exceeds n.
+        seeds: The number of seeds, ≥ 1, over which a method that draws random numbers takes its
+            medians. The others run once.
+        batched: As for `hypergradient`.
 
     Raises:
-        ValueError: as `hypergradient`; an unknown method; n too large for a dense solve.
+        ValueError: As in `hypergradient`; a method that cannot be compared; n too large for a dense
+            solve.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(2)},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square().sum(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square().sum(),
+        ... )
+        >>> meta = {"target": torch.ones(2)}
+        >>> inner = GradientDescent(steps=20, lr=0.25)
+        >>> compare(problem, meta, None, inner=inner, products=[1]).error("cg", 1) < 1e-6
+        True
     """
-    known = [*SOLVERS, *FACTORED]
-    module = getattr(problem.inner_loss, "module", None)
-    names = list(methods) if methods is not None else known if module is not None else list(SOLVERS)
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"methods: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    chosen = _choose_methods(methods, problem)
     if seeds < 1 or min(products) < 1:
         raise ValueError(f"seeds, products: got {seeds}, {tuple(products)}, expected at least 1")
-    solver = _Exact()
-    exact = Implicit(solver, curvature=curvature, damping=damping)
-    lifted = LiftedProblem(problem, data, batched=batched)
-    phi = {name: m.detach().requires_grad_(m.is_floating_point()) for name, m in meta.items()}
-    with torch.enable_grad():
-        found = exact.adapt(lifted, inner, phi)
-        _, _, vectors, along = outer_gradients(lifted, found.params, phi, lifted.at(inner.steps))
+    exact_solver = RecordingDense()
+    exact = Implicit(exact_solver, curvature=curvature, damping=damping)
+    point = solve_inner(exact, LiftedProblem(problem, data, batched=batched), inner, meta)
+    exact_run = point.run(exact, seed=0)
+    expected = exact_run.hypergradient
+    n = flatten(point.adaptation.params).shape[1]
 
-    def flat(gradients: Gradients) -> Tensor:
-        parts = [m if gradients[n] is None else gradients[n] for n, m in zeros.items()]
-        return torch.cat([part.flatten() for part in parts])  # type: ignore[union-attr]
-
-    zeros = {n: torch.zeros_like(m) for n, m in phi.items() if m.requires_grad}
-    straight = flat(along)
-
-    def pull(method: Implicit, seed: int) -> tuple[Tensor, Report]:
-        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            warnings.simplefilter("ignore", RuntimeWarning)  # statuses are in the rows
-            indirect, report = method.at_solution(
-                found.end, lifted, phi, report=found.report, reads=found.reads
-            ).pull_back(vectors, phi)
-        return straight + flat(indirect), report
-
-    best, report = pull(exact, 0)
-    n = flatten(found.params).shape[1]
     rows = []
-    for p in products:
-        some = []
-        for name in names:
-            if name in FACTORED:
-                method = Implicit(Factored(), curvature=FACTORED[name], damping=damping)
-            elif name.startswith("nystrom") and p > n:
-                continue
-            else:
-                method = replace(exact, solver=SOLVERS[name](p))
-            random = name.startswith("nystrom") or name == "diagonal"
-            some.append(_row(name, p, method, pull, best, seeds if random else 1))
-        rows += sorted(some, key=lambda row: row.error)
+    for budget in products:
+        methods_at_budget = {
+            flag: _with_budget(method, budget, curvature=curvature, damping=damping)
+            for flag, method in chosen.items()
+            if budget <= n or not method.solver.sketches
+        }
+        measured = [
+            _measure(flag, method, point, products=budget, expected=expected, seeds=seeds)
+            for flag, method in methods_at_budget.items()
+        ]
+        rows += sorted(measured, key=lambda row: row.error)
     return Comparison(
         rows=rows,
         size=n,
-        tasks=lifted.tasks,
+        tasks=point.problem.tasks,
         curvature=exact.curvature_name,
-        smallest=float(solver.values.min()),
-        largest=float(solver.values.max()),
-        direct=float((straight - best).norm() / best.norm()),
-        inner_gradient_norm=float(report.inner_gradient_norm.max()),
+        direct=float((point.direct() - expected).norm() / expected.norm()),
+        smallest=float(exact_solver.eigenvalues.min()),
+        largest=float(exact_solver.eigenvalues.max()),
+        inner_gradient_norm=float(exact_run.report.inner_gradient_norm.max()),
     )
 
 
-def _row(
-    name: str,
-    p: int,
+def _choose_methods(methods: Sequence[str] | None, problem: BilevelProblem) -> dict[str, Implicit]:
+    """The methods asked for. If None, those that the problem allows."""
+    comparable = comparable_methods()
+    if methods is None:
+        has_module = getattr(problem.inner_loss, "module", None) is not None
+        return {flag: m for flag, m in comparable.items() if has_module or _takes_budget(m)}
+    unknown = sorted(set(methods) - set(comparable))
+    if unknown:
+        raise ValueError(
+            f"methods: got {', '.join(unknown)}, expected some of {', '.join(comparable)}"
+        )
+    return {flag: comparable[flag] for flag in methods}
+
+
+def _takes_budget(method: Implicit) -> bool:
+    return method.solver.with_budget(1) is not None
+
+
+def _with_budget(
+    method: Implicit, products: int, *, curvature: Curvature, damping: float
+) -> Implicit:
+    """A method at a number of products. Its curvature is `curvature` unless it is fixed."""
+    solver = method.solver.with_budget(products)
+    return replace(
+        method,
+        solver=method.solver if solver is None else solver,
+        curvature=curvature if method.curvature is None else method.curvature,
+        damping=damping,
+    )
+
+
+def _measure(
+    flag: str,
     method: Implicit,
-    pull: Callable[[Implicit, int], tuple[Tensor, Report]],
-    best: Tensor,
+    point: StartingPoint,
+    *,
+    products: int,
+    expected: Tensor,
     seeds: int,
 ) -> Row:
-    errors, cosines, residuals, seconds, statuses = [], [], [], [], Counter[str]()
-    with LiveBytes() as memory:  # and warm up
-        pull(method, 0)
-    for seed in range(seeds):
-        began = time.perf_counter()
-        got, report = pull(method, seed)
-        difference = float((got - best).norm())  # waits for the device
-        seconds.append(time.perf_counter() - began)
-        errors.append(difference / float(best.norm()))
-        cosines.append(float(torch.nn.functional.cosine_similarity(got, best, dim=0)))
-        residuals.append(float(torch.as_tensor(report.residual).max()))
-        statuses.update(Status(int(s)).name for s in torch.as_tensor(report.status))
+    """Run a method for its memory, and then once for each seed."""
+    with LiveBytes() as memory:
+        warmup = point.run(method, seed=0)
+    runs = []
+    errors = []
+    seconds = []
+    for seed in range(seeds if warmup.is_random else 1):
+        start = time.perf_counter()
+        run = point.run(method, seed=seed)
+        difference = float((run.hypergradient - expected).norm())  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        errors.append(difference / float(expected.norm()))
+        runs.append(run)
+
+    similarity = torch.nn.functional.cosine_similarity
+    cosines = [float(similarity(run.hypergradient, expected, dim=0)) for run in runs]
+    residuals = [float(torch.as_tensor(run.report.residual).max()) for run in runs]
+    statuses = Counter(
+        Status(int(status)).name for run in runs for status in torch.as_tensor(run.report.status)
+    )
     return Row(
-        method=name,
-        products=p,
+        method=flag,
+        products=products,
         error=median(errors),
         cosine=median(cosines),
         residual=median(residuals),
         status=", ".join(status for status, _ in statuses.most_common()),
         seconds=median(seconds),
         mebibytes=memory.peak / 2**20,
-        chosen=report.chosen,
+        chosen=runs[-1].report.chosen,
     )
-
-
-class _Exact(Dense):
-    """A⁻¹b by the eigenvalues of A, which it keeps."""
-
-    values: Tensor
-
-    def solve_unit(self, system: LinearSystem) -> Solution:
-        matrix = self.matrix(system.operator)
-        x, values, _ = solve_by_eigenvalues(0.5 * (matrix + matrix.mT), system.b)
-        object.__setattr__(self, "values", values)
-        return direct_solution(system, x, products=x.shape[1])

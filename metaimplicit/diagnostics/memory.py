@@ -1,40 +1,55 @@
-"""What tensors take at their peak."""
+"""The peak of the memory that tensors take."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors made inside the `with` block and alive at once, at their peak.
+    """The peak of the bytes of all tensors that were made in the `with` block and live at once.
 
-    Counts storages after every operation, on any device, so it is the same on every run; the workspace of a kernel,
-    freed before the operation ends, is not seen. Everything runs slower meanwhile: do not time it.
+    Storages are counted after every operation, on any device, so every run gives the same number.
+    The workspace that a kernel frees before its operation ends is not counted. Everything in the
+    block runs slower, so do not time it.
 
     Attributes:
-        peak: bytes.
+        peak: The largest number of bytes so far.
+
+    Example:
+        >>> import torch
+        >>> with LiveBytes() as memory:
+        ...     x = torch.zeros(1000)
+        >>> memory.peak
+        4000
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
+        # By address: a reference to the storage, and its bytes.
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
-        }
+        of_inputs = _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # a view, or written in place
-                    self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
+        for address, (reference, _) in list(self._live.items()):
+            if reference.expired():
+                del self._live[address]
+        for address, storage in _storages(result).items():
+            # The result of a view or an in-place operation has the storage of an input.
+            if address not in of_inputs:
+                self._live[address] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result
+
+
+def _storages(tree: Any) -> dict[int, UntypedStorage]:
+    """The storages of all tensors in a pytree, by address."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {storage._cdata: storage for storage in storages}

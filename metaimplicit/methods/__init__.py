@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "auto": Implicit(Auto()),
     "neumann": Implicit(Neumann()),
     "nystrom": Implicit(Nystrom()),
+    "nystrom-gaussian": Implicit(Nystrom(sketch="gaussian")),
     "nystrom-cg": Implicit(NystromCG()),
     "lanczos": Implicit(Lanczos()),
     "minres": Implicit(MINRES()),
@@ -73,7 +74,13 @@ def make_method(method: str | Method, **options: Any) -> Method:
 
 
 def check_options(flag: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that the method of a flag does not have."""
+    """Raise ValueError for an option that the method of a flag does not have.
+
+    An unknown flag has no options.
+
+    Example:
+        >>> check_options("nystrom", {"rank": 20})
+    """
     known = options_of(METHODS[flag]) if flag in METHODS else {}
     for name in options:
         if name not in known:
@@ -85,13 +92,23 @@ def check_options(flag: str, options: dict[str, Any]) -> None:
 
 
 def known_options(flag: str, **values: Any) -> dict[str, Any]:
-    """Those of the values that are options of a flag's method, without those that are None."""
+    """Those of the values that are options of a flag's method, without those that are None.
+
+    Example:
+        >>> known_options("nystrom", rank=20, solver_steps=5)
+        {'rank': 20}
+    """
     known = options_of(METHODS[flag]) if flag in METHODS else {}
     return {name: value for name, value in values.items() if name in known and value is not None}
 
 
 def methods_with(option: str) -> list[str]:
-    """The flags of the methods that have an option."""
+    """The flags of the methods that have an option.
+
+    Example:
+        >>> methods_with("rank")
+        ['nystrom', 'nystrom-gaussian', 'nystrom-cg']
+    """
     return [flag for flag, method in METHODS.items() if option in options_of(method)]
 
 

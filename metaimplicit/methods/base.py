@@ -1,48 +1,58 @@
-"""What a meta-gradient method is: adapt, and pull an outer gradient back to the meta-parameters."""
+"""What a method is: it adapts θ to φ, and pulls a vector at θ* back to φ."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import find_dependencies
-from metaimplicit.inner import InnerLoop, Trajectory
+from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
-from metaimplicit.problem import Stream
 from metaimplicit.solvers import SolverState, Status
 
-Result = TypeVar("Result")
-UNSET: Any = ...  # of a batch, which may be None
-Gradients = dict[str, Tensor | None]  # None: nothing connects this meta-parameter
+# By name of a meta-parameter. None: no path leads from θ* to it.
+Gradients = dict[str, Tensor | None]
+
+# The `batch` of a method that was not given one. None is a valid batch.
+UNSET: Any = ...
 
 
 @dataclass(frozen=True)
 class Report:
-    """What happened on the way to a hypergradient; tensors are `[tasks]`.
+    """What happened on the way to a hypergradient. Its tensors are `[tasks]`.
+
+    The fields from `curvature` on describe the solve. They keep their defaults for methods without
+    one.
 
     Attributes:
-        method: the method as used, with its solver.
-        inner_steps: the steps each task took.
-        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for implicit methods (the theorem wants 0), else at θ_{T−1}.
-        curvature: what A is made of; None for methods without a solve, as is all that follows.
-        chosen: what `Auto` chose, and why.
-        products: products with A executed, each over all tasks.
-        residual: ‖v − Au‖/‖v‖ of the solve.
-        status: members of `Status`.
-        rayleigh: the smallest uᵀAu/uᵀu seen.
+        method: The method as it was used, with its solver.
+        inner_steps: The steps that each task took.
+        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for `Implicit` (whose theorem requires 0) and `SAMA`,
+            at θ_{T−1} for all others.
+        curvature: What A is made of.
+        chosen: What the solver `Auto` chose, and why.
+        products: The products with A that were executed, each over all tasks.
+        residual: ‖v − Au‖/‖v‖.
+        status: Members of `Status`.
+        rayleigh: The smallest uᵀAu/uᵀu that the solver met.
         sigma: σ, all of A that is known to be a multiple of the identity.
         rho: ρ, the damping that the solver adds to it.
-        error_bound: ‖v − Au‖/σ ≥ ‖u − A⁻¹v‖, which bounds the solve's error (not that of the stationarity, nor
-            Gauss–Newton's against the Hessian); None unless A − σI is positive semi-definite and σ > 0.
-        state: what makes the next solve of a problem nearby cheaper: the solution, a sketch. Give it to the next call
-            of `hypergradient`; save it with a checkpoint.
+        error_bound: ‖v − Au‖/σ ≥ ‖u − A⁻¹v‖. It bounds the error of the solve, and says nothing of
+            stationarity or of Gauss–Newton against the Hessian. None unless σ > 0 and A − σI is
+            positive semi-definite.
+        state: What makes the next solve of a nearby problem cheaper: the solution, a sketch. Pass
+            it to the next call of `hypergradient`, or save it with a checkpoint.
+
+    Example:
+        >>> report = Report("cg", torch.tensor([5]), torch.tensor([0.1]), status=torch.tensor([0]))
+        >>> report.share(Status.CONVERGED)
+        1.0
     """
 
     method: str
@@ -60,157 +70,167 @@ class Report:
     state: SolverState = field(default_factory=SolverState, repr=False)
 
     def share(self, status: Status) -> float:
-        """The share of tasks whose solve ended with `status`."""
-        return 0.0 if self.status is None else (self.status == int(status)).double().mean().item()
+        """The share of tasks whose solve ended with `status`. It is 0 without a solve."""
+        if self.status is None:
+            return 0.0
+        return (self.status == int(status)).double().mean().item()
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """The names of the meta-parameters that the inner problem depends on: through θ₀, and through its loss."""
+    """What θ* depends on.
 
+    Attributes:
+        inner: The inner loop, whose numbers may be meta-parameters, such as a step size.
+        start: The names of the meta-parameters that θ₀ = init(φ) depends on.
+        loss: The names of those that the inner loss depends on.
+
+    Example:
+        >>> from metaimplicit import FromMeta, GradientDescent
+        >>> inner = GradientDescent(lr=FromMeta("lr"))
+        >>> Dependencies(inner, loss={"decay"}).routes("lr")
+        {'loop'}
+    """
+
+    inner: InnerLoop
     start: set[str] = field(default_factory=set)
     loss: set[str] = field(default_factory=set)
+
+    def routes(self, name: str) -> set[str]:
+        """By which of the routes "start", "loss" and "loop" θ* depends on a meta-parameter."""
+        depends = {
+            "start": name in self.start,
+            "loss": name in self.loss,
+            "loop": self.inner.reads(name),
+        }
+        return {route for route, does in depends.items() if does}
+
+
+ALL_ROUTES = frozenset({"start", "loss", "loop"})
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """θ* and the way back from it.
+    """θ* and its pullback.
 
     Attributes:
-        params: `{name: [tasks, *shape]}`; without a `pullback` they carry their graph to `meta`.
-        report: of the inner loop.
-        reads: what the inner problem depends on.
-        end: where the inner loop ended, for another one to go on from.
-        pullback: (v, state) ↦ (dθ*/dφ)ᵀ v and the report completed by its solve.
+        params: θ*, `{name: [tasks, *shape]}`. If there is no `pullback`, they carry their graph
+            to φ.
+        report: What is known after the inner loop.
+        dependencies: What θ* depends on.
+        end: Where the inner loop ended. Another inner loop can continue there.
+        pullback: (v, solver state) ↦ ((dθ*/dφ)ᵀ v, the report completed by the solve).
     """
 
     params: Params
     report: Report
-    reads: Dependencies
+    dependencies: Dependencies
     end: Iterate
     pullback: Callable[[Params, SolverState], tuple[Gradients, Report]] | None = None
 
     def pull_back(
-        self,
-        vectors: Params,
-        meta: Params,
-        state: SolverState | None = None,
-        retain_graph: bool = False,
+        self, vectors: Params, meta: Params, state: SolverState | None = None
     ) -> tuple[Gradients, Report]:
-        """(dθ*/dφ)ᵀ v for v = `{name: [tasks, *shape]}`, None for meta-parameters that it does not reach."""
+        """(dθ*/dφ)ᵀ v, and the completed report. It frees the graph of `params`.
+
+        Args:
+            vectors: v, `{name: [tasks, *shape]}`.
+            meta: φ, the tensors that the method adapted to.
+            state: Where the solver starts. If None, it starts without one.
+
+        Returns:
+            A gradient for each entry of φ, or None where no path leads to it.
+        """
         if self.pullback is not None:
             return self.pullback(vectors, state or SolverState())
-        return vector_jacobian_product(self.params, meta, vectors, retain_graph), self.report
+        return vector_jacobian_product(self.params, meta, vectors), self.report
 
 
 class Method(ABC):
-    """A row of the method table; leaves are frozen dataclasses.
+    """A way to compute (dθ*/dφ)ᵀ v. Subclasses are frozen dataclasses without subclasses.
 
     Attributes:
-        flag: its name on command lines.
-        reach: what it differentiates with respect to: the "start" of the inner loop, what the inner "loss" reads, the
-            numbers of the "loop" itself.
-        remedy: what to do about a gradient that it cannot give.
-        graph: whether θ* carries its graph to φ, and no pullback.
+        flag: The name that messages give it.
+        remedy: What to do about a gradient that it cannot give.
+        carries_graph: Whether θ* carries its graph to φ. If not, the adaptation has a pullback.
+        argmin_objection: Why `argmin` cannot use it. If empty, it can.
     """
 
     flag: str
-    reach: frozenset[str] = frozenset({"start", "loss", "loop"})
     remedy: str = ""
-    graph: bool = False
+    carries_graph: bool = False
+    argmin_objection: str = ""
+
+    @property
+    def reach(self) -> frozenset[str]:
+        """The routes from φ to θ* that it differentiates; see `Dependencies.routes`.
+
+        By default, all of them.
+        """
+        return ALL_ROUTES
 
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        """Run the inner loop from `problem.init(meta)`; `meta` are the tensors to differentiate with respect to."""
+        """Run the inner loop from `problem.init(meta)`.
 
+        Args:
+            problem: The problem, lifted over the task axis.
+            inner: The inner loop.
+            meta: φ, the tensors that (dθ*/dφ)ᵀ v will be taken with respect to.
 
-def run_inner(
-    problem: LiftedProblem,
-    inner: InnerLoop,
-    meta: Params,
-    *,
-    differentiated_steps: int,
-    keep_iterates: bool = False,
-    detach: bool = False,
-) -> tuple[Params, Trajectory, Dependencies]:
-    """Run the inner loop on the problem's inner loss from θ₀ = init(meta), cut off from `meta` if `detach`.
+        Raises:
+            ValueError: The method cannot differentiate this problem or this inner loop.
+        """
 
-    Returns θ₀ with its graph, the trajectory, and what θ₀ and the loss depend on.
-    """
-    initial = problem.init(meta)
-    reads = Dependencies(find_dependencies(initial.values(), meta, [], [problem.problem.init]))
+    def check_reach(
+        self, name: str, dependencies: Dependencies, *, has_direct: bool = False
+    ) -> None:
+        """Raise ValueError if the method leaves out a route by which θ* depends on an entry of φ.
 
-    def loss(params: Params, t: int) -> Tensor:
-        losses = problem.inner(params, meta, problem.at(t))
-        if t == 0 or isinstance(problem.data, Stream):
-            reads.loss.update(
-                find_dependencies([losses], meta, params.values(), [problem.problem.inner_loss])
-            )
-        return losses
+        It is called for entries whose gradient is None. If no route is left out, None means zero.
 
-    inner.check_captured()
-    start = {name: p.detach() for name, p in initial.items()} if detach else initial
-    state = None if problem.start is None else problem.start.state
-    return (
-        initial,
-        inner.run(
-            loss,
-            start,
-            meta,
-            differentiated_steps=differentiated_steps,
-            keep_iterates=keep_iterates,
-            state=state,
-        ),
-        reads,
-    )
-
-
-def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
-    """`function(problem)`; once more under vmap where torch finds the forward derivative of a gradient there alone.
-
-    So it is with `F.mse_loss`: "ZeroTensors are immutable", says torch 2.14 without.
-    """
-    try:
-        return function(problem)
-    except RuntimeError as error:
-        if "ZeroTensor" not in str(error):
-            raise
-        return function(problem.vmapped())
-
-
-def data_at_solution(problem: LiftedProblem, batch: Any, name: str) -> Any:
-    """The data that derivatives at θ* see: the problem's own, or beside a `Stream` the `batch` that a method names.
-
-    Raises:
-        ValueError: a `Stream` and no batch, or a batch and no `Stream`.
-    """
-    if not isinstance(problem.data, Stream):
-        if batch is not UNSET and batch is not None:
+        Args:
+            name: The entry of φ.
+            dependencies: Those of the adaptation.
+            has_direct: Whether the outer loss depends on the entry directly. If so, the route
+                through the inner loss may be left out: first-order methods keep the direct
+                gradient alone.
+        """
+        missed = dependencies.routes(name) - self.reach
+        if has_direct:
+            missed.discard("loss")
+        if missed:
             raise ValueError(
-                f"{name} batch: got one with data that is not a Stream, expected none: it sees the data"
+                f"{self.flag} cannot give the gradient of meta[{name!r}]: {self.remedy}"
             )
-        return problem.data
-    if batch is UNSET:
-        raise ValueError(
-            f"{name} batch: got none with a Stream, expected the data that derivatives at θ* are taken on"
-        )
-    return batch
 
 
-def vector_jacobian_product(
-    outputs: Params, meta: Params, vectors: Params, retain_graph: bool = False
-) -> Gradients:
-    """(∂outputs/∂meta)ᵀ vectors along the graph that `outputs` carry; None for entries it does not reach."""
-    pairs = [(out, vectors[name]) for name, out in outputs.items() if out.requires_grad]
+def vector_jacobian_product(outputs: Params, meta: Params, vectors: Params) -> Gradients:
+    """(∂outputs/∂meta)ᵀ vectors, along the graph that `outputs` carry. It frees that graph.
+
+    Args:
+        outputs: Tensors by name. Those that do not require grad are constants.
+        meta: Tensors by name. Those that do not require grad have no gradient.
+        vectors: A tensor for each of the outputs, of its shape.
+
+    Returns:
+        A gradient for each entry of `meta`, or None where no path leads to it.
+
+    Example:
+        >>> phi = {"a": torch.tensor(2.0, requires_grad=True), "b": torch.tensor(1.0)}
+        >>> v = {"theta": torch.tensor(1.0)}
+        >>> vector_jacobian_product({"theta": phi["a"] ** 3}, phi, v)
+        {'a': tensor(12.), 'b': None}
+    """
+    variable = {name: out for name, out in outputs.items() if out.requires_grad}
     targets = {name: m for name, m in meta.items() if m.requires_grad}
-    if not pairs or not targets:
-        return dict.fromkeys(meta)
-    gradients = torch.autograd.grad(
-        [out for out, _ in pairs],
-        list(targets.values()),
-        [vector for _, vector in pairs],
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
-    found: Gradients = dict(zip(targets, gradients, strict=True))
-    return {name: found.get(name) for name in meta}
+    gradients: Gradients = dict.fromkeys(meta)
+    if variable and targets:
+        values = torch.autograd.grad(
+            list(variable.values()),
+            list(targets.values()),
+            [vectors[name] for name in variable],
+            allow_unused=True,
+        )
+        gradients |= dict(zip(targets, values, strict=True))
+    return gradients

@@ -1,9 +1,9 @@
-"""Forward mode through the inner loop: the derivative of the whole training state travels with it."""
+"""Forward mode through the inner loop: the derivative of the training state is carried along."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,44 +11,62 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import (
-    Adaptation,
-    Dependencies,
-    Gradients,
-    Method,
-    Report,
-    retry_under_vmap,
+from metaimplicit.methods.base import Adaptation, Gradients, Method, Report
+from metaimplicit.methods.inner_step import (
+    InnerStep,
+    merge_state,
+    numbers_of,
+    read_by_loss,
+    tensors_of,
 )
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
+from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
 from metaimplicit.solvers import SolverState
-
-Tangents = tuple[
-    Params, OptimizerState
-]  # each tensor with an axis of tangents first, one for every number of φ
 
 
 @dataclass(frozen=True)
 class Forward(Method):
-    """(dθ_T/dφ)ᵀ v = Z_Tᵀ v, Z_t = ∂s_t/∂φ = A_t Z_{t−1} + B_t, s_t = (θ_t, the optimiser's state).
+    """(dθ_T/dφ)ᵀ v = Z_Tᵀ v with Z_t = ∂s_t/∂φ = A_t Z_{t−1} + B_t, s_t = (θ_t, optimiser state).
 
-    A_t = ∂Φ_t/∂s_{t−1} and B_t = ∂Φ_t/∂φ of the step s_t = Φ_t(s_{t−1}, φ) are never formed: a step is one batched
-    Jacobian–vector product (Franceschi et al. 2017, alg. 2). Exact for θ_T, as `Unrolled`; memory is flat in T, but
-    dim φ times the state, and so is the time: for few hyperparameters and long loops.
+    A_t = ∂Φ_t/∂s_{t−1} and B_t = ∂Φ_t/∂φ belong to the inner step s_t = Φ_t(s_{t−1}, φ). They are
+    never formed: a step is one Jacobian–vector product for each number of φ, taken in one batch
+    (Franceschi et al. 2017, alg. 2). The result is exact for θ_T, as that of `Unrolled`. Memory
+    does not grow with T, but memory and time are dim φ times those of the training state, so the
+    method suits few hyperparameters and long loops.
 
     Args:
-        chunk: tangents pushed at a time, to bound memory; None, all.
-        carry: where a call goes on from the `end` of another, go on from its Z too, as if φ had never moved: real-time
-            tuning (ibid., alg. RTHO), whose partial hypergradient at step t is Z_tᵀ ∂g/∂θ(θ_t). Otherwise the start
-            is a constant, Z = 0.
-        memory: bytes that Z and the basis of φ may take; more is an error before anything is allocated.
+        chunk: The number of tangents that are pushed at a time, to bound memory. If None, all.
+        carry: Whether a call that continues another (`start`) also continues its Z, as if φ had
+            never moved. This is real-time tuning (ibid., alg. RTHO), whose partial hypergradient
+            at step t is Z_tᵀ ∂g/∂θ(θ_t). If False, the start is a constant, and Z = 0 there.
+        memory: The bytes that Z and the unit tangents of φ may take. If they need more, an error
+            is raised before anything is allocated.
 
     Raises:
-        ValueError: too many hyperparameters for `memory`; a start with the derivative in others.
+        ValueError: There are too many hyperparameters for `memory`, or `start` carries the
+            derivative with respect to other hyperparameters.
+
+    Example:
+        >>> from metaimplicit import BilevelProblem, GradientDescent
+        >>> from metaimplicit.hypergradient import hypergradient
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     inner_loss=lambda params, meta, data: 0.5 * (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> result = hypergradient(
+        ...     problem,
+        ...     {"target": torch.tensor(3.0)},
+        ...     data=None,
+        ...     inner=GradientDescent(steps=2, lr=0.5),
+        ...     method=Forward(),
+        ... )
+        >>> result.grads["target"]  # w_2 = (1 − 0.5²) target
+        tensor(0.7500)
     """
 
     chunk: int | None = None
@@ -63,200 +81,181 @@ class Forward(Method):
             )
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        """Run the inner loop, and carry ∂(θ, optimiser state)/∂φ along."""
         return retry_under_vmap(partial(self._adapt, inner=inner, meta=meta), problem)
 
     def _adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        inner.check_captured()
-        params, reads = self._start(problem, meta)
-        # what only the outer loss reads needs no tangents; a stream may read more later than at its first step
-        read = reads.start | reads.loss
-        known = {
-            name
-            for name in meta
-            if isinstance(problem.data, Stream) or name in read or inner.reads(name)
+        streams = isinstance(problem.data, Stream)
+        initial = problem.init(meta)
+        dependencies = initial_dependencies(problem, inner, initial, meta)
+        in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
+        dependencies.loss.update(in_loss)
+
+        # An entry that only the outer loss reads needs no tangents. A stream may read entries at a
+        # later step that it does not read at its first.
+        phi = {
+            name: m.detach()
+            for name, m in meta.items()
+            if m.requires_grad and (streams or dependencies.routes(name))
         }
-        phi = {name: m.detach() for name, m in meta.items() if m.requires_grad and name in known}
-        fixed = {name: m.detach() for name, m in meta.items() if name not in phi}
-        state: OptimizerState = {} if problem.start is None else problem.start.state
-        self._check_size(params, phi)
-        basis = _basis(phi)
-        z = self._begin(problem, phi, fixed, basis)
-        active = torch.ones(
-            problem.tasks, dtype=torch.bool, device=next(iter(params.values())).device
+        fixed = detached({name: m for name, m in meta.items() if name not in phi})
+        self._check_memory(initial, phi)
+
+        units = _unit_tangents(phi)
+        z = self._initial_sensitivity(problem, phi, fixed=fixed, units=units)
+        iterate = Iterate(
+            params={name: p.detach().contiguous() for name, p in initial.items()},
+            state={} if problem.start is None else problem.start.state,
         )
-        taken, norm = (
-            torch.zeros_like(active, dtype=torch.int64),
-            torch.zeros_like(active, dtype=torch.float32),
-        )
-        unused: set[str] = set()
+        device = next(iter(initial.values())).device
+        active = torch.ones(problem.tasks, dtype=torch.bool, device=device)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        norm = torch.zeros_like(active, dtype=torch.float32)
         for t in range(inner.steps):
-            if t == 0 or isinstance(problem.data, Stream):
-                seen, unused = _look(problem, params, meta, t)
-                reads.loss.update(seen)
-            step = _Step(problem, inner, fixed, unused, _split(state)[1], active, problem.at(t))
-            (params, slots, norm), (z_params, z_slots, _) = self._vmap(
-                partial(_jvp, step, (params, _split(state)[0], phi)), (*z, basis)
-            )
-            z = z_params, z_slots
-            state = {name: {**step.after[name], **slots[name]} for name in step.after}
+            data = problem.at(t)
+            if streams and t > 0:
+                in_loss, unread = read_by_loss(problem, iterate.params, meta, data=data)
+                dependencies.loss.update(in_loss)
+            step = InnerStep(problem, inner, fixed=fixed, unread=unread, active=active, data=data)
+            iterate, z, norm = self._push(step, iterate, z, phi=phi, units=units)
             if inner.tol is not None:
-                active = active & ~(norm <= inner.tol)  # a NaN goes on
-            taken += active
+                active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
+            steps += active
             if not active.any():
                 break
-        report = Report(self.flag, taken, norm)
+
+        report = Report(self.flag, steps, norm)
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
-            found: Gradients = dict.fromkeys(meta)
+            gradients: Gradients = dict.fromkeys(meta)
             if phi:
-                along = torch.stack(
-                    [z[0][name].flatten(1) @ v.flatten() for name, v in vectors.items()]
-                ).sum(0)
-                parts = torch.split(along, [m.numel() for m in phi.values()])
-                found |= {
-                    name: part.reshape(m.shape).to(m)
-                    for (name, m), part in zip(phi.items(), parts, strict=True)
-                }
-            return found, report
+                gradients |= _pull_back_tangents(z, vectors, phi)
+            return gradients, report
 
-        return Adaptation(
-            params, report, reads, Iterate(params, state, Sensitivity(tuple(phi), *z)), pullback
-        )
+        end = replace(iterate, sensitivity=z)
+        return Adaptation(iterate.params, report, dependencies, end, pullback)
 
-    @staticmethod
-    def _start(problem: LiftedProblem, meta: Params) -> tuple[Params, Dependencies]:
-        """θ₀, and the meta-parameters that it and the loss depend on."""
-        initial = problem.init(meta)
-        reads = Dependencies(
-            find_dependencies(initial.values(), meta, [], [problem.problem.init]),
-            _look(problem, initial, meta, 0)[0],
-        )
-        return {name: p.detach().contiguous() for name, p in initial.items()}, reads
-
-    def _check_size(self, params: Params, phi: Params) -> None:
-        count, n = _count(phi), sum(p.numel() for p in params.values())
-        need = count * (n + count) * max((m.element_size() for m in phi.values()), default=0)
+    def _check_memory(self, params: Params, phi: Params) -> None:
+        count = _count(phi)
+        n = _count(params)
+        bytes_per_number = max((m.element_size() for m in phi.values()), default=0)
+        need = count * (n + count) * bytes_per_number
         if need > self.memory:
             raise ValueError(
-                f"forward: got {count} hyperparameters for {n} parameters, whose tangents take {need / 2**20:.0f} MiB, "
-                f"expected at most {self.memory / 2**20:.0f}; use 'unrolled' or an implicit method, or raise memory="
+                f"forward: got {count} hyperparameters for {n} parameters, "
+                f"whose tangents take {need / 2**20:.0f} MiB, "
+                f"expected at most {self.memory / 2**20:.0f}; "
+                "use 'unrolled' or an implicit method, or raise memory="
             )
 
-    def _begin(self, problem: LiftedProblem, phi: Params, fixed: Params, basis: Params) -> Tangents:
-        """Z_0: the Jacobian of init; of an inner loop that goes on, 0, or the Z it ended with."""
+    def _initial_sensitivity(
+        self, problem: LiftedProblem, phi: Params, *, fixed: Params, units: Params
+    ) -> Sensitivity:
+        """Z_0: the Jacobian of init, or the Z that `start` carries, or 0 at a constant start."""
+        names = tuple(phi)
         start = problem.start
         if start is None:
-            return self._vmap(
-                partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,)), (basis,)
-            )[1], {}
+            push = partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,))
+            _, tangents = self._vmap(push, (units,))
+            return Sensitivity(names, tangents, {})
+
         if self.carry and start.companion is not None:
             raise ValueError(
                 "start: got the end of 'f2sa', expected that of 'forward' or 'real-time'"
             )
         carried = start.sensitivity
-        if self.carry and carried is not None:
-            if carried.meta != tuple(phi):
-                raise ValueError(
-                    f"start: got the derivative of {list(carried.meta)}, expected that of {list(phi)}"
-                )
-            return carried.params, carried.state
-        zeros: Tangents = tree_map(
-            lambda x: x.new_zeros(_count(phi), *x.shape), (start.params, _split(start.state)[0])
-        )
-        return zeros
-
-    def _vmap(self, push: Callable[[Any], Any], tangents: Any) -> Any:
-        """`push` over the tangents' first axis, `chunk` at a time: the values, once, and the tangents, stacked."""
-        count = max((len(x) for x in tree_leaves(tangents)), default=0)
-        parts: list[Any] = []
-        value: Any = None
-        for begin in range(0, max(count, 1), self.chunk or max(count, 1)):
-            some = tree_map(
-                lambda x, i=begin: x[i : i + (self.chunk or count)].contiguous(), tangents
+        if not self.carry or carried is None:
+            count = _count(phi)
+            constants = (start.params, tensors_of(start.state))
+            zeros = tree_map(lambda x: x.new_zeros(count, *x.shape), constants)
+            return Sensitivity(names, *zeros)
+        if carried.meta != names:
+            raise ValueError(
+                f"start: got the derivative of {list(carried.meta)}, expected that of {list(names)}"
             )
-            value, pushed = torch.vmap(push, out_dims=(None, 0))(some)  # type: ignore[arg-type]
+        return carried
+
+    def _push(
+        self,
+        step: InnerStep,
+        iterate: Iterate,
+        z: Sensitivity,
+        *,
+        phi: Params,
+        units: Params,
+    ) -> tuple[Iterate, Sensitivity, Tensor]:
+        """s_t and Z_t from s_{t−1} and Z_{t−1}; and ‖∂f/∂θ‖ at s_{t−1}, `[tasks]`."""
+        numbers = numbers_of(iterate.state)
+        next_numbers: OptimizerState = {}
+
+        def tensors_of_step(
+            params: Params, tensors: OptimizerState, phi: Params
+        ) -> tuple[Params, OptimizerState, Tensor]:
+            state = merge_state(numbers, tensors)
+            next_params, next_state, norm = step(params, state, phi)
+            # torch.func.jvp returns tensors only, so plain numbers (a count of steps) leave here.
+            next_numbers.update(numbers_of(next_state))
+            return next_params, tensors_of(next_state), norm
+
+        # Z_t = A_t Z_{t−1} + B_t: the tangents of the step along those of s_{t−1} and of φ.
+        point = (iterate.params, tensors_of(iterate.state), phi)
+        push = partial(_jvp, tensors_of_step, point)
+        values, tangents = self._vmap(push, (z.params, z.state, units))
+        params, tensors, norm = values
+        z_params, z_tensors, _ = tangents
+        next_iterate = Iterate(params, merge_state(next_numbers, tensors))
+        return next_iterate, Sensitivity(z.meta, z_params, z_tensors), norm
+
+    def _vmap(self, push: Callable[[Any], Any], tangents: Any) -> tuple[Any, Any]:
+        """`push` over the first axis of the tangents, `chunk` at a time.
+
+        Returns the values, which are the same for every tangent, and the pushed tangents, stacked.
+        """
+        count = max((len(x) for x in tree_leaves(tangents)), default=0)
+        chunk = self.chunk or max(count, 1)
+        values: Any = None
+        parts: list[Any] = []
+        for begin in range(0, max(count, 1), chunk):
+            rows = slice(begin, begin + chunk)
+            part = tree_map(lambda x, rows=rows: x[rows].contiguous(), tangents)
+            values, pushed = torch.vmap(push, out_dims=(None, 0))(part)  # type: ignore[arg-type]
             parts.append(pushed)
-        return value, parts[0] if len(parts) == 1 else tree_map(lambda *x: torch.cat(x), *parts)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """s_t = Φ_t(s_{t−1}, φ) as a function of tensors; the numbers of the new state are left in `after`."""
-
-    problem: LiftedProblem
-    inner: InnerLoop
-    fixed: Params
-    unused: set[str]
-    numbers: OptimizerState
-    active: Tensor
-    data: Any
-    after: OptimizerState = field(default_factory=dict)
-
-    def __call__(
-        self, params: Params, slots: OptimizerState, phi: Params
-    ) -> tuple[Params, OptimizerState, Tensor]:
-        meta = {**self.fixed, **phi}
-        gradients = torch.func.grad(lambda p: self.problem.inner(p, meta, self.data).sum())(params)
-        state = {name: {**self.numbers.get(name, {}), **slots.get(name, {})} for name in params}
-        used = {name: g for name, g in gradients.items() if name not in self.unused}
-        stepped, after = self.inner.take_step(params, used, state, meta)
-        norm = flatten(gradients).norm(dim=-1)
-        if (tol := self.inner.tol) is not None:
-            go = self.active & ~(norm.detach() <= tol)
-            stepped = {
-                n: torch.where(go.reshape(-1, *[1] * (p.dim() - 1)), p, params[n])
-                for n, p in stepped.items()
-            }
-        tensors, numbers = _split(after)
-        self.after.update(numbers)
-        return stepped, tensors, norm
+        if len(parts) == 1:
+            return values, parts[0]
+        return values, tree_map(lambda *x: torch.cat(x), *parts)
 
 
 def _jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    found: Any = torch.func.jvp(function, primals, tangents)
-    value, tangent = found
-    return value, tree_map(
-        lambda t, v: t.to(v.dtype), tangent, value
-    )  # 0.5 * x of a scalar makes it double
+    """The value of a function and its tangent, in the type of the value."""
+    result: Any = torch.func.jvp(function, primals, tangents)
+    value, tangent = result
+    # The tangent of 0.5 * x is double where x is a scalar in single precision.
+    return value, tree_map(lambda t, v: t.to(v.dtype), tangent, value)
 
 
-def _look(
-    problem: LiftedProblem, params: Params, meta: Params, step: int
-) -> tuple[set[str], set[str]]:
-    """The meta-parameters that the loss of a step depends on; the parameters that it does not."""
-    variables = leaves(params)
-    losses = [problem.inner(variables, meta, problem.at(step))]
-    reads = find_dependencies(losses, meta, variables.values(), [problem.problem.inner_loss])
-    return reads, set(variables) - find_dependencies(losses, variables, meta.values(), None)
+def _pull_back_tangents(z: Sensitivity, vectors: Params, phi: Params) -> Params:
+    """Zᵀv, in the shapes and types of φ."""
+    products = [z.params[name].flatten(1) @ v.flatten() for name, v in vectors.items()]
+    gradient = torch.stack(products).sum(0)
+    parts = torch.split(gradient, [m.numel() for m in phi.values()])
+    return {
+        name: part.reshape(m.shape).to(m)
+        for (name, m), part in zip(phi.items(), parts, strict=True)
+    }
 
 
-def _basis(phi: Params) -> Params:
-    """The identity, cut into the entries of φ: `{name: [dim φ, *shape]}`."""
+def _unit_tangents(phi: Params) -> Params:
+    """The identity matrix of φ, split into its entries: `{name: [dim φ, *shape]}`."""
     if not phi:
         return {}
     like = next(iter(phi.values()))
-    parts = torch.split(
-        torch.eye(_count(phi), dtype=like.dtype, device=like.device),
-        [m.numel() for m in phi.values()],
-        1,
-    )
+    identity = torch.eye(_count(phi), dtype=like.dtype, device=like.device)
+    parts = torch.split(identity, [m.numel() for m in phi.values()], dim=1)
     return {
         name: part.reshape(-1, *m.shape).to(m)
         for part, (name, m) in zip(parts, phi.items(), strict=True)
     }
 
 
-def _count(phi: Params) -> int:
-    return sum(m.numel() for m in phi.values())
-
-
-def _split(state: OptimizerState) -> tuple[OptimizerState, OptimizerState]:
-    """The tensors of a state, and its numbers."""
-    tensors = {
-        n: {k: x for k, x in slots.items() if isinstance(x, Tensor)} for n, slots in state.items()
-    }
-    numbers = {
-        n: {k: x for k, x in slots.items() if not isinstance(x, Tensor)}
-        for n, slots in state.items()
-    }
-    return tensors, numbers
+def _count(tensors: Params) -> int:
+    return sum(t.numel() for t in tensors.values())

@@ -20,12 +20,10 @@ from metaimplicit.methods.base import (
     Gradients,
     Method,
     Report,
-    data_at_solution,
-    retry_under_vmap,
-    run_inner,
     vector_jacobian_product,
 )
 from metaimplicit.methods.linearize import Linearization, linearize, require_outputs
+from metaimplicit.methods.shared import data_at_solution, retry_under_vmap, run_inner
 from metaimplicit.operators import (
     CurvatureClass,
     Identity,
@@ -44,20 +42,21 @@ Curvature = Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"] | Cu
 class Implicit(Method):
     """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ A⁻¹ v, by the implicit function theorem at ∂f/∂θ(θ*, φ) = 0.
 
-    It is exact if θ* is stationary, the solve is exact and A is the Hessian ∂²f/∂θ² without damping.
-    Nothing of the inner loop is stored, so memory is flat in its steps (Rajeswaran et al. 2019;
-    Lorraine et al. 2020).
+    It is exact if θ* is stationary, the solve is exact, and A is the Hessian ∂²f/∂θ² without
+    damping. Nothing of the inner loop is stored, so memory is flat in its steps (Rajeswaran et
+    al. 2019; Lorraine et al. 2020).
 
     Args:
-        solver: How A⁻¹v is computed.
+        solver: Computes A⁻¹v.
         curvature: What A is made of: `"hessian"`, or, positive semi-definite and for a `Composite`
-            inner loss, `"gauss-newton"`, `"kfac"`, `"ekfac"` or `"diagonal"` (that of Gauss–Newton).
-            Or a class of curvature with options: `partial(Fisher, expectation="empirical")`. The
-            Hessian of a penalty is always exact. If None, the caller chooses: `"hessian"` for a
-            `BilevelProblem`, `"gauss-newton"` for `MetaLearner`.
+            inner loss, `"gauss-newton"`, `"kfac"`, `"ekfac"` or `"diagonal"` (that of
+            Gauss–Newton). Or a class of curvature with options:
+            `partial(Fisher, expectation="empirical")`. The Hessian of a penalty is always exact.
+            If None, the caller chooses: `"hessian"` for a `BilevelProblem`, `"gauss-newton"` for
+            `MetaLearner`.
         damping: Added to A, ≥ 0.
-        preconditioner: For `CG`: `"kfac"`, `"ekfac"`, `"diagonal"` (Jacobi, ten more products), or a
-            `partial(KroneckerFactored, …)`. It is inverted with σ + damping > 0.
+        preconditioner: For `CG`: `"kfac"`, `"ekfac"`, `"diagonal"` (Jacobi, ten more products),
+            or a `partial(KroneckerFactored, …)`. It is inverted with σ + damping > 0.
         products: How products with the Hessian are taken; see `Hessian`. With
             `"finite-differences"` the mixed product is the difference of ∂f/∂φ at θ* ± hu as well,
             so the inner loss needs first derivatives only.
@@ -66,7 +65,11 @@ class Implicit(Method):
             If False, the report records them and a warning is given.
 
     Raises:
-        ValueError: A number out of range, or an unknown curvature or preconditioner.
+        ValueError: A number is out of range, the curvature or preconditioner is unknown, or
+            `products` are asked for a curvature other than the Hessian. On solving: the loss lacks
+            a part that the curvature needs, draws random numbers, or is not convex where the
+            curvature assumes it; the `batch` does not suit the data.
+        FloatingPointError: On solving, if `strict`.
 
     Example:
         >>> from metaimplicit.solvers import CG
@@ -84,9 +87,9 @@ class Implicit(Method):
     flag = "implicit"
     reach = frozenset({"loss"})
     remedy = (
-        "a step size, or a starting point that the inner loss does not read, leaves the argmin where "
-        "it is; use 'unrolled', or let the inner loss depend on it (a proximal term for the "
-        "initialisation)"
+        "a step size, or a starting point that the inner loss does not read, does not "
+        "move the argmin; use 'unrolled', or let the inner loss depend on it (a proximal "
+        "term for the initialisation)"
     )
 
     def __post_init__(self) -> None:
@@ -95,22 +98,23 @@ class Implicit(Method):
             kind, _ = find_curvature(self.preconditioner, argument="preconditioner")
             if not issubclass(kind, Invertible):
                 raise ValueError(
-                    f"preconditioner: got {self.preconditioner!r}, expected 'kfac', 'ekfac', "
-                    "'diagonal' or a partial KroneckerFactored"
+                    f"preconditioner: got {self.preconditioner!r}, expected 'kfac', "
+                    "'ekfac', 'diagonal' or a partial KroneckerFactored"
                 )
         if self.products not in get_args(Products):
             known = ", ".join(get_args(Products))
             raise ValueError(f"products: got {self.products!r}, expected one of {known}")
         if self.products != "double-backward" and self.curvature not in (None, "hessian"):
             raise ValueError(
-                f"products: got {self.products!r} with curvature {self.curvature!r}, expected 'hessian'"
+                f"products: got {self.products!r} with curvature {self.curvature!r}, "
+                "expected 'hessian'"
             )
         if not self.damping >= 0:
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
 
     @property
     def curvature_name(self) -> str:
-        """The curvature in a word."""
+        """The flag of the curvature, or the name of its class in lower case."""
         if isinstance(self.curvature, str):
             return self.curvature
         if self.curvature is None:
@@ -118,11 +122,14 @@ class Implicit(Method):
         return find_curvature(self.curvature)[0].__name__.lower()
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        """Run the inner loop without a graph. The curvature is taken where it ends."""
         data_at_solution(problem, self.batch, "Implicit")
         require_outputs(problem, self.curvature or "hessian")
-        _, trajectory, reads = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
-        report = Report(repr(self), trajectory.steps, trajectory.gradient_norm)
-        return self.at_solution(trajectory.end, problem, meta, report=report, reads=reads)
+        run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
+        report = Report(repr(self), run.trajectory.steps, run.trajectory.gradient_norm)
+        return self.at_solution(
+            run.trajectory.end, problem, meta, report=report, dependencies=run.dependencies
+        )
 
     def at_solution(
         self,
@@ -131,9 +138,17 @@ class Implicit(Method):
         meta: Params,
         *,
         report: Report,
-        reads: Dependencies,
+        dependencies: Dependencies,
     ) -> Adaptation:
-        """The pullback at θ* = `end.params`, however θ* was found."""
+        """The adaptation whose θ* is `end.params`, however it was computed.
+
+        Args:
+            end: θ*, and the optimiser's state.
+            problem: The lifted problem.
+            meta: φ, leaves of autograd.
+            report: That of the inner loop. The pullback completes it.
+            dependencies: What θ* depends on.
+        """
 
         def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
             def attempt(lifted: LiftedProblem) -> tuple[Gradients, Report]:
@@ -143,7 +158,7 @@ class Implicit(Method):
 
             return retry_under_vmap(attempt, problem)
 
-        return Adaptation(end.params, report, reads, end, pullback)
+        return Adaptation(end.params, report, dependencies, end, pullback)
 
     def _pull_back(
         self,

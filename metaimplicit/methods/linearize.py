@@ -74,15 +74,17 @@ def linearize(
     if penalty is not None:
         penalty_hessian = Hessian(lambda p: problem.penalty(penalty, p, meta), params)
         # Both gradients belong to copies of θ at one point, so their sum is ∂f/∂θ.
-        gradient = {name: g + penalty_hessian.gradient[name] for name, g in gradient.items()}
+        of_penalty = penalty_hessian.gradient
+        gradient = {name: g + of_penalty[name] for name, g in gradient.items()}
         if isinstance(penalty, Proximal):
             strength = resolve(penalty.strength, meta)
-            sigma = strength.detach().item() if isinstance(strength, Tensor) else float(strength)
+            sigma = float(strength.detach() if isinstance(strength, Tensor) else strength)
         else:
             core = operator + penalty_hessian
     if not sigma >= 0:
         raise ValueError(
-            f"proximal strength: got {sigma} from meta, expected ≥ 0; learn its logarithm, say"
+            f"proximal strength: got {sigma} from meta, expected ≥ 0; "
+            "learn its logarithm, for example"
         )
     return Linearization(core, gradient, sigma, parts)
 
@@ -93,12 +95,13 @@ def require_outputs(problem: LiftedProblem, curvature: str | CurvatureClass) -> 
     if kind.needs_outputs and not isinstance(problem.problem.inner_loss, Composite):
         name = curvature if isinstance(curvature, str) else kind.__name__.lower()
         raise ValueError(
-            f"curvature={name!r}: got an inner_loss that is a plain function, expected a Composite, "
-            "whose outputs and loss are told apart; or use curvature='hessian'"
+            f"curvature={name!r}: got an inner_loss that is a plain function, expected a "
+            "Composite, which separates outputs from loss; or use curvature='hessian'"
         )
 
 
 def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any) -> LossParts:
+    """The inner loss without its penalty, in the parts that a curvature is built from."""
     f = problem.problem.inner_loss
     if not isinstance(f, Composite):
         whole = reject_random_numbers(lambda p: problem.inner(p, meta, data))
@@ -132,8 +135,8 @@ def reject_random_numbers(function: Callable[[Params], Tensor]) -> Callable[[Par
         result = function(params)
         if not torch.equal(before, _random_state(device)):
             raise ValueError(
-                "inner loss: it draws random numbers (dropout?), so A is not that of the loop; "
-                "switch the model to evaluation mode, or use 'unrolled'"
+                "inner loss: it draws random numbers (dropout?), so A is not that of the "
+                "loop; switch the model to evaluation mode, or use 'unrolled'"
             )
         return result
 

@@ -1,4 +1,4 @@
-"""Reverse mode through the inner loop: all of it, its last steps, or none."""
+"""Reverse mode through the inner loop: through all of its steps, the last ones, or none."""
 
 from __future__ import annotations
 
@@ -8,46 +8,79 @@ import torch
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import Adaptation, Method, Report, run_inner
+from metaimplicit.methods.base import ALL_ROUTES, Adaptation, Method, Report
+from metaimplicit.methods.shared import run_inner
 from metaimplicit.options import option
 from metaimplicit.params import Params
+
+START_ONLY = frozenset({"start"})
 
 
 @dataclass(frozen=True)
 class Unrolled(Method):
-    """Reverse mode through the T inner steps (Maclaurin et al. 2015; MAML, Finn et al. 2017), exact for θ_T.
+    """Reverse mode through the T inner steps (Maclaurin et al. 2015; MAML, Finn et al. 2017).
 
-    Memory grows with T. The result of `argmin` is differentiable at will.
+    It is exact for θ_T, and memory grows with T. The result of `argmin` can be differentiated any
+    number of times.
 
     Args:
-        iterates: give the outer loss all of θ_0 … θ_T, stacked as `[T+1, *shape]` (multi-step losses), not θ_T.
+        iterates: Whether the outer loss receives all iterates θ_0 … θ_T, stacked as `[T+1, *shape]`
+            (multi-step losses). If False, it receives θ_T.
+
+    Raises:
+        ValueError: All iterates of an inner loop with a tolerance, whose T varies.
+
+    Example:
+        >>> from metaimplicit import BilevelProblem, GradientDescent
+        >>> from metaimplicit.hypergradient import hypergradient
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": meta["w"]},
+        ...     inner_loss=lambda params, meta, data: params["w"].square(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> inner = GradientDescent(steps=2, lr=0.25)
+        >>> meta = {"w": torch.tensor(1.0)}
+        >>> hypergradient(problem, meta, data=None, inner=inner, method=Unrolled()).grads
+        {'w': tensor(0.2500)}
     """
 
     iterates: bool = option(False, flag=None)
     flag = "unrolled"
-    graph = True
+    carries_graph = True
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        """Run the inner loop with the graph of all its steps."""
         if self.iterates and inner.tol is not None and inner.differentiable:
             raise ValueError(
-                f"Unrolled iterates: got an inner loop with tol={inner.tol}, expected a fixed T; use tol=None"
+                f"Unrolled iterates: got an inner loop with tol={inner.tol}, "
+                "expected a fixed number of steps; use tol=None"
             )
-        return _reverse(self.flag, problem, inner, meta, inner.steps, self.iterates)
+        if not self.iterates:
+            return _reverse(self, problem, inner, meta=meta, steps=inner.steps)
+        return _stacked_iterates(self, problem, inner, meta=meta)
 
 
 @dataclass(frozen=True)
 class Truncated(Method):
     """Reverse mode through the last K inner steps (Shaban et al. 2019).
 
-    The T − K before them pull back as the identity on the initialisation, and as zero on everything else.
+    The T − K steps before them are taken for the identity on the initialisation. What else they
+    depend on has no gradient through them.
 
     Args:
-        steps: K, 0 ≤ K ≤ T; K = T is `Unrolled`, K = 0 is `FirstOrder`.
+        steps: K, 0 ≤ K ≤ T. With K = T it is `Unrolled`, with K = 0 it is `FirstOrder`.
+
+    Raises:
+        ValueError: K is negative or larger than T, or the inner loop has a tolerance.
+
+    Example:
+        >>> Truncated(steps=3)
+        Truncated(steps=3)
     """
 
     steps: int = option(1, flag="solver_steps")
     flag = "truncated"
-    graph = True
+    carries_graph = True
     remedy = (
         "with steps=0 it reaches the initialisation alone; give it more steps or use 'unrolled'"
     )
@@ -57,57 +90,69 @@ class Truncated(Method):
             raise ValueError(f"Truncated steps: got {self.steps}, expected at least 0")
 
     @property
-    def reach(self) -> frozenset[str]:  # type: ignore[override]
-        return Method.reach if self.steps else FirstOrder.reach
+    def reach(self) -> frozenset[str]:
+        """All routes, but with K = 0 the start alone."""
+        return ALL_ROUTES if self.steps else START_ONLY
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        """Run the inner loop with the graph of its last K steps."""
         if self.steps > inner.steps:
             raise ValueError(
-                f"Truncated steps: got {self.steps}, expected at most the inner loop's {inner.steps}"
+                f"Truncated steps: got {self.steps}, "
+                f"expected at most {inner.steps}, the steps of the inner loop"
             )
         if inner.tol is not None and inner.differentiable:
             raise ValueError(
-                f"Truncated: got an inner loop with tol={inner.tol}, which hides its last step; use tol=None"
+                f"Truncated: got an inner loop with tol={inner.tol}, expected a fixed "
+                "number of steps, of which the last are known beforehand; use tol=None"
             )
-        return _reverse(self.flag, problem, inner, meta, self.steps)
+        return _reverse(self, problem, inner, meta=meta, steps=self.steps)
 
 
 @dataclass(frozen=True)
 class FirstOrder(Method):
-    """The outer gradient at θ_T taken as the initialisation's (FOMAML, Finn et al. 2017, §5.2): dθ_T/dθ_0 ≈ I.
+    """The outer gradient at θ_T, as that of the initialisation: dθ_T/dθ_0 ≈ I.
 
-    What both losses read keeps its direct gradient ∂g/∂φ alone.
+    FOMAML (Finn et al. 2017, §5.2). What both losses read keeps its direct gradient ∂g/∂φ alone.
+
+    Example:
+        >>> FirstOrder().reach
+        frozenset({'start'})
     """
 
     flag = "first-order"
-    graph = True
-    reach = frozenset({"start"})
+    carries_graph = True
+    reach = START_ONLY
     remedy = (
-        "it reaches the initialisation alone, not a step size or a regulariser; use 'unrolled', or for what the inner "
-        "loss reads an implicit method"
+        "it reaches the initialisation alone, not a step size or a regulariser; "
+        "use 'unrolled', or an implicit method for what the inner loss reads"
     )
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        return _reverse(self.flag, problem, inner, meta, 0)
+        """Run the inner loop without a graph, but for the identity from θ_0 to θ_T."""
+        return _reverse(self, problem, inner, meta=meta, steps=0)
 
 
 def _reverse(
-    flag: str,
-    problem: LiftedProblem,
-    inner: InnerLoop,
-    meta: Params,
-    differentiated_steps: int,
-    iterates: bool = False,
+    method: Method, problem: LiftedProblem, inner: InnerLoop, *, meta: Params, steps: int
 ) -> Adaptation:
-    _, trajectory, reads = run_inner(
-        problem, inner, meta, differentiated_steps=differentiated_steps, keep_iterates=iterates
-    )
-    params = trajectory.params
-    if iterates:
-        params = {
-            name: torch.stack([point[name] for point in trajectory.iterates], dim=1)
-            for name in params
-        }
-    return Adaptation(
-        params, Report(flag, trajectory.steps, trajectory.gradient_norm), reads, trajectory.end
-    )
+    """θ_T, with the graph of the last `steps` steps."""
+    run = run_inner(problem, inner, meta, differentiated_steps=steps)
+    trajectory = run.trajectory
+    report = Report(method.flag, trajectory.steps, trajectory.gradient_norm)
+    return Adaptation(trajectory.params, report, run.dependencies, trajectory.end)
+
+
+def _stacked_iterates(
+    method: Method, problem: LiftedProblem, inner: InnerLoop, *, meta: Params
+) -> Adaptation:
+    """θ_0 … θ_T as `{name: [tasks, T + 1, *shape]}`, with the graph of all steps."""
+    steps = inner.steps
+    run = run_inner(problem, inner, meta, differentiated_steps=steps, keep_iterates=True)
+    trajectory = run.trajectory
+    params = {
+        name: torch.stack([iterate[name] for iterate in trajectory.iterates], dim=1)
+        for name in trajectory.params
+    }
+    report = Report(method.flag, trajectory.steps, trajectory.gradient_norm)
+    return Adaptation(params, report, run.dependencies, trajectory.end)

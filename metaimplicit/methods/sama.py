@@ -1,4 +1,4 @@
-"""An implicit gradient without any second derivative: the optimiser's own step in place of the inverse curvature."""
+"""An implicit gradient without second derivatives: the optimiser's step inverts the curvature."""
 
 from __future__ import annotations
 
@@ -15,55 +15,88 @@ from metaimplicit.methods.base import (
     Gradients,
     Method,
     Report,
-    data_at_solution,
-    run_inner,
     vector_jacobian_product,
 )
+from metaimplicit.methods.shared import data_at_solution, run_inner
 from metaimplicit.operators import central_difference
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, detached, flatten, leaves
 from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
 class SAMA(Method):
-    """(dθ*/dφ)ᵀ v ≈ −(∂²f/∂θ∂φ)ᵀ D v, D = ∂u/∂g of the inner optimiser's next step θ − u(g), g = ∂f/∂θ.
+    """(dθ*/dφ)ᵀ v ≈ −(∂²f/∂θ∂φ)ᵀ D v, where D = ∂u/∂g of the optimiser's next step θ − u(g).
 
-    The curvature is taken for D⁻¹, as adaptive optimisers do, and the mixed product is a difference of two gradients
-    at θ ± hDv (Choe et al. 2023, SAMA, eq. 3–5). Exact where A = D⁻¹; with plain gradient descent D = ηI, T1–T2.
+    D stands for A⁻¹, as it does in an adaptive optimiser, and g = ∂f/∂θ. The mixed product is the
+    difference of two gradients ∂f/∂φ, at θ ± hDv (Choe et al. 2023, eq. 3–5). It is exact if
+    A = D⁻¹. With plain gradient descent, D = ηI, and the method is T1–T2.
 
     Args:
-        batch: with a `Stream`, the data of g and of the mixed derivative.
+        batch: With a `Stream`, the data of g and of the mixed product.
+
+    Raises:
+        ValueError: A `Stream` without a `batch`, or a `batch` without a `Stream`.
+
+    Example:
+        >>> from metaimplicit import BilevelProblem, GradientDescent
+        >>> from metaimplicit.hypergradient import hypergradient
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros((), dtype=torch.float64)},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> result = hypergradient(
+        ...     problem,
+        ...     {"target": torch.tensor(3.0, dtype=torch.float64)},
+        ...     data=None,
+        ...     inner=GradientDescent(steps=1, lr=0.5),  # D = 0.5 I, and A = 2 I is its inverse
+        ...     method=SAMA(),
+        ... )
+        >>> round(result.grads["target"].item(), 6)
+        1.0
     """
 
     batch: Any = field(default=UNSET, repr=False)
     flag = "sama"
     reach = frozenset({"loss"})
-    remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
+    remedy = (
+        "it reaches what the inner loss reads, but no step size and no starting point; "
+        "use 'forward' or 'unrolled'"
+    )
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        """Run the inner loop without a graph, and take ∂f/∂θ where it ends."""
         data = data_at_solution(problem, self.batch, "SAMA")
-        _, trajectory, reads = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
-        end = trajectory.end
-        fixed, theta = {name: m.detach() for name, m in meta.items()}, leaves(end.params)
-        loss = problem.inner(theta, fixed, data).sum()
-        found = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
-        g = {name: x for name, x in zip(theta, found, strict=True) if x is not None}
-        report = Report(self.flag, trajectory.steps, flatten(g).norm(dim=-1))
+        run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
+        end = run.trajectory.end
+        constants = detached(meta)
+        gradient = _gradient(problem, end.params, constants, data=data)
+        report = Report(self.flag, run.trajectory.steps, flatten(gradient).norm(dim=-1))
+
+        def next_params(g: Params) -> Params:
+            stepped, _ = inner.take_step(end.params, g, end.state, constants)
+            return {name: stepped[name] for name in g}
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
-            def step(gradient: Params) -> Params:
-                stepped = inner.take_step(end.params, gradient, end.state, fixed)[0]
-                return {name: stepped[name] for name in gradient}
+            # The step is θ' = θ − u(g), so its tangent along v is −Dv.
+            v = {name: vectors[name] for name in gradient}
+            minus_dv = {name: torch.zeros_like(p) for name, p in end.params.items()}
+            minus_dv |= torch.func.jvp(next_params, (gradient,), (v,))[1]
 
-            moved = torch.func.jvp(step, (g,), ({name: vectors[name] for name in g},))[
-                1
-            ]  # ∂θ'/∂g v = −Dv
-            along = {name: moved.get(name, torch.zeros_like(p)) for name, p in end.params.items()}
+            # −(∂²f/∂θ∂φ)ᵀ D v = ∂/∂φ (slope of f along −Dv).
             slope = central_difference(
-                lambda p: problem.inner(p, meta, data), end.params, flatten(along)
+                lambda p: problem.inner(p, meta, data), end.params, flatten(minus_dv)
             )
-            return vector_jacobian_product(
-                {"f": slope}, meta, {"f": torch.ones_like(slope)}
-            ), report
+            ones = {"slope": torch.ones_like(slope)}
+            return vector_jacobian_product({"slope": slope}, meta, ones), report
 
-        return Adaptation(end.params, report, reads, end, pullback)
+        return Adaptation(end.params, report, run.dependencies, end, pullback)
+
+
+def _gradient(problem: LiftedProblem, params: Params, meta: Params, *, data: Any) -> Params:
+    """∂f/∂θ, without the parameters that the loss does not read."""
+    theta = leaves(params)
+    loss = problem.inner(theta, meta, data).sum()
+    gradients = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+    pairs = zip(theta, gradients, strict=True)
+    return {name: g for name, g in pairs if g is not None}

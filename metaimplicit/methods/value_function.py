@@ -1,4 +1,4 @@
-"""A hypergradient from first derivatives alone: the value function as a penalty."""
+"""A hypergradient from first derivatives alone: the value function of f as a penalty."""
 
 from __future__ import annotations
 
@@ -6,78 +6,128 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
+from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import (
-    UNSET,
-    Adaptation,
-    Gradients,
-    Method,
-    Report,
-    data_at_solution,
-    run_inner,
-)
+from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, Report
+from metaimplicit.methods.shared import data_at_solution, run_inner
 from metaimplicit.options import option
-from metaimplicit.params import Params, leaves
+from metaimplicit.params import Params, detached, leaves
 from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
 class ValueFunction(Method):
-    """dg/dφ ≈ ∂g/∂φ(y) + λ(∂f/∂φ(y) − ∂f/∂φ(z)), z ≈ argmin_θ f, y ≈ argmin_θ f + g/λ.
+    """dg/dφ ≈ ∂g/∂φ(y) + λ(∂f/∂φ(y) − ∂f/∂φ(z)), where z ≈ argmin_θ f and y ≈ argmin_θ f + g/λ.
 
-    The gradient of min_θ g + λ(f − min f), whose distance to the exact one is O(1/λ) where f is strongly convex (Kwon
-    et al. 2023, F2SA, lemma 3.1). y runs the inner loop from z, and goes on from its own end where z does.
+    It is the gradient of min_θ g + λ(f − min_θ f), which differs from the exact one by O(1/λ) if f
+    is strongly convex (Kwon et al. 2023, F2SA, lemma 3.1). The loop for y starts from z. If the
+    call continues another (`start`), it continues the y of that call.
 
     Args:
-        strength: λ > 0. The larger, the nearer, and the better y and z must be solved: their errors are multiplied.
-        batch: with a `Stream`, the data of ∂f/∂φ.
+        strength: λ > 0. The larger, the smaller is the bias, and the more accurately y and z must
+            be solved, since their errors are multiplied by λ.
+        batch: With a `Stream`, the data of ∂f/∂φ.
+
+    Raises:
+        ValueError: λ is not positive, `start` is the end of a forward method, or the `batch` does
+            not suit the data.
+
+    Example:
+        >>> from metaimplicit import BilevelProblem, GradientDescent
+        >>> from metaimplicit.hypergradient import hypergradient
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     inner_loss=lambda params, meta, data: 0.5 * (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> result = hypergradient(
+        ...     problem,
+        ...     {"target": torch.tensor(3.0)},
+        ...     data=None,
+        ...     inner=GradientDescent(steps=1, lr=1.0),  # y = target − 1/λ
+        ...     method=ValueFunction(strength=4.0),
+        ... )
+        >>> result.grads["target"]
+        tensor(1.)
     """
 
     strength: float = option(10.0, flag="penalty")
     batch: Any = field(default=UNSET, repr=False)
     flag = "f2sa"
     reach = frozenset({"loss"})
-    remedy = "it reaches what the inner loss reads, not a step size nor a starting point; use 'forward' or 'unrolled'"
+    remedy = (
+        "it reaches what the inner loss reads, but no step size and no starting point; "
+        "use 'forward' or 'unrolled'"
+    )
+    argmin_objection = "no derivative without its outer loss"
 
     def __post_init__(self) -> None:
         if not self.strength > 0:
             raise ValueError(f"ValueFunction strength: got {self.strength}, expected a number > 0")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        data = data_at_solution(problem, self.batch, "ValueFunction")
-        outer = problem.at(inner.steps)
-        _, trajectory, reads = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
-        fixed = {name: m.detach() for name, m in meta.items()}
-        z, y = trajectory.end, None if problem.start is None else problem.start.companion
-
-        def penalised(params: Params, t: int) -> torch.Tensor:
-            g, _ = problem.outer(params, fixed, outer)
-            return problem.inner(params, fixed, problem.at(t)) + g / self.strength
-
+        """Run the inner loop for z, and then for y, without a graph."""
         if problem.start is not None and problem.start.sensitivity is not None:
             raise ValueError(
                 "start: got the end of 'forward' or 'real-time', expected that of 'f2sa'"
             )
-        y = replace(z, state={}) if y is None else y
-        y = inner.run(penalised, y.params, fixed, differentiated_steps=0, state=y.state).end
+        data = data_at_solution(problem, self.batch, "ValueFunction")
+        outer_data = problem.at(inner.steps)
+        run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
+        trajectory = run.trajectory
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
+        z = trajectory.end
+        y = self._minimise_penalised(problem, inner, meta, z=z, outer_data=outer_data)
 
         def pullback(_: Params, __: SolverState) -> tuple[Gradients, Report]:
-            names = [name for name, m in meta.items() if m.requires_grad]
-            at_y, at_z = leaves(y.params), leaves(z.params)
-            # the caller adds ∂g/∂φ(z): the difference makes it ∂g/∂φ(y)
-            outward = problem.outer(at_y, meta, outer)[0] - problem.outer(at_z, meta, outer)[0]
-            inward = problem.inner(at_y, meta, data) - problem.inner(at_z, meta, data)
-            value = outward.mean() + self.strength * inward.mean()
-            lost = reads.start - find_dependencies(
-                [inward], meta, [*at_y.values(), *at_z.values()], None
-            )  # read by init alone
-            found = torch.autograd.grad(value, [meta[name] for name in names], allow_unused=True)
-            return dict.fromkeys(meta) | dict(zip(names, found, strict=True)) | dict.fromkeys(
-                lost
-            ), report
+            at_y = leaves(y.params)
+            at_z = leaves(z.params)
+            # The caller adds ∂g/∂φ(z), which the difference of the outer losses turns to ∂g/∂φ(y).
+            g_at_y, _ = problem.outer(at_y, meta, outer_data)
+            g_at_z, _ = problem.outer(at_z, meta, outer_data)
+            f_at_y = problem.inner(at_y, meta, data)
+            f_at_z = problem.inner(at_z, meta, data)
+            value = (g_at_y - g_at_z).mean() + self.strength * (f_at_y - f_at_z).mean()
 
-        return Adaptation(z.params, report, reads, replace(z, companion=y), pullback)
+            # What only θ₀ depends on is out of reach. None makes the caller raise an error.
+            thetas = [*at_y.values(), *at_z.values()]
+            in_loss = find_dependencies([f_at_y, f_at_z], meta, params=thetas)
+            only_in_start = run.dependencies.start - in_loss
+
+            phi = {name: m for name, m in meta.items() if m.requires_grad}
+            values = torch.autograd.grad(value, list(phi.values()), allow_unused=True)
+            gradients: Gradients = dict.fromkeys(meta)
+            gradients |= dict(zip(phi, values, strict=True))
+            gradients |= dict.fromkeys(only_in_start)
+            return gradients, report
+
+        end = replace(z, companion=y)
+        return Adaptation(z.params, report, run.dependencies, end, pullback)
+
+    def _minimise_penalised(
+        self,
+        problem: LiftedProblem,
+        inner: InnerLoop,
+        meta: Params,
+        *,
+        z: Iterate,
+        outer_data: Any,
+    ) -> Iterate:
+        """Where the inner loop on f + g/λ ends. It starts from z, or from the last call's y."""
+        companion = None if problem.start is None else problem.start.companion
+        start = replace(z, state={}) if companion is None else companion
+        constants = detached(meta)
+
+        def penalised(params: Params, t: int) -> Tensor:
+            g, _ = problem.outer(params, constants, outer_data)
+            f = problem.inner(params, constants, problem.at(t))
+            return f + g / self.strength
+
+        trajectory = inner.run(
+            penalised, start.params, constants, differentiated_steps=0, state=start.state
+        )
+        return trajectory.end

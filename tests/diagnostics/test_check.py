@@ -5,7 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from oracles import quadratic, randn
+from oracles import quadratic
+from small_problems import number, scalar_problem
 from tanh_network import DATA, INITIAL, network
 
 from metaimplicit import (
@@ -16,94 +17,132 @@ from metaimplicit import (
     Implicit,
     Neumann,
     Proximal,
+    Unrolled,
     check_hypergradient,
 )
 
-SOLVED, SHORT = GradientDescent(steps=150, lr=0.2), GradientDescent(steps=3, lr=0.1)
+SOLVED = GradientDescent(steps=150, lr=0.2)
+SHORT = GradientDescent(steps=3, lr=0.1)
 PROBLEM = network(Proximal(1.0))
 check = partial(check_hypergradient, PROBLEM, INITIAL, DATA, batched=True, directions=2)
 
 
-@pytest.mark.parametrize("inner", [SOLVED, SHORT])
+@pytest.mark.parametrize(
+    "inner",
+    [pytest.param(SOLVED, id="solved", marks=pytest.mark.slow), pytest.param(SHORT, id="short")],
+)
 def test_unrolled_is_right(inner):
-    found = check(inner=inner, method="unrolled")
-    assert found.verdict.startswith("Right")
-    assert found.error < 1e-7
-    assert found.noise < 1e-5
-    assert found.dense_error is found.cosine is found.residual is None
-    assert "against finite differences" in str(found)
+    result = check(inner=inner, method="unrolled")
+    assert result.verdict.startswith("Right")
+    assert result.error < 1e-7
+    assert result.noise < 1e-5
+    assert result.dense_error is result.cosine is result.residual is None
+    assert "against finite differences" in str(result)
 
 
+NOT_SOLVED = "Wrong: the linear system is not solved"
+NOT_STATIONARY = "Wrong: the solve is fine, but θ_T is no stationary point"
+GAUSS_NEWTON = Implicit(CG(60), curvature="gauss-newton")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "inner", "verdict"),
     [
-        ("dense", SOLVED, "Right"),
-        ("dense", "newton-cg", "Right"),
-        ("dense", LBFGS(steps=100), "Right"),
-        (Implicit(CG(60)), SOLVED, "Right"),
-        (Implicit(CG(1)), SOLVED, "Wrong: the linear system is not solved"),
-        (Implicit(Neumann(terms=1)), SOLVED, "Wrong: the linear system is not solved"),
-        ("dense", SHORT, "Wrong: the solve is fine, but θ_T is no stationary point"),
-        (
-            Implicit(CG(60), curvature="gauss-newton"),
-            SOLVED,
-            "so it is A (gauss-newton, damping 0.0)",
+        pytest.param("dense", SOLVED, "Right", id="dense"),
+        pytest.param("dense", "newton-cg", "Right", id="newton-cg"),
+        pytest.param("dense", LBFGS(steps=100), "Right", id="lbfgs"),
+        pytest.param(Implicit(CG(60)), SOLVED, "Right", id="cg"),
+        pytest.param(Implicit(CG(1)), SOLVED, NOT_SOLVED, id="one step of cg"),
+        pytest.param(Implicit(Neumann(terms=1)), SOLVED, NOT_SOLVED, id="one term of neumann"),
+        pytest.param("dense", SHORT, NOT_STATIONARY, id="short loop"),
+        pytest.param(
+            GAUSS_NEWTON, SOLVED, "so it is A (gauss-newton, damping 0.0)", id="gauss-newton"
         ),
-        (Implicit(CG(60), damping=0.5), SOLVED, "so it is A (hessian, damping 0.5)"),
-        ("first-order", SOLVED, "as this method leaves out part of it; 'unrolled' is exact"),
+        pytest.param(
+            Implicit(CG(60), damping=0.5),
+            SOLVED,
+            "so it is A (hessian, damping 0.5)",
+            id="damping",
+        ),
+        pytest.param(
+            "first-order",
+            SOLVED,
+            "as this method leaves out part of it; 'unrolled' is exact",
+            id="first-order",
+        ),
     ],
 )
 def test_the_verdict_names_the_reason(method, inner, verdict):
-    found = check(inner=inner, method=method)
-    assert verdict in found.verdict
-    assert (found.error < 1e-3) == (verdict == "Right")
-    assert str(found).endswith(found.verdict)
-    if method == "dense":
-        assert found.dense_error == 0
-        assert found.cosine == pytest.approx(1)
+    result = check(inner=inner, method=method)
+    assert verdict in result.verdict
+    assert (result.error < 1e-3) == (verdict == "Right")
+    assert str(result).endswith(result.verdict)
+
+
+def test_a_dense_solve_agrees_with_itself():
+    result = check(inner=SHORT, method="dense")
+    assert result.dense_error == 0
+    assert result.cosine == pytest.approx(1)
 
 
 def test_negative_curvature_is_named():
     oracle = quadratic([[-0.5, 1.0, 2.0]])
+    run = partial(check_hypergradient, oracle.problem, oracle.meta, oracle.data, batched=True)
     with pytest.warns(RuntimeWarning, match="NEGATIVE_CURVATURE"):
-        found = check_hypergradient(
-            oracle.problem,
-            oracle.meta,
-            oracle.data,
-            inner=SHORT,
-            method=Implicit(CG(9)),
-            batched=True,
-        )
-    assert found.negative_curvature == 1
-    assert found.verdict.startswith("Wrong: the curvature is not positive definite")
+        result = run(inner=SHORT, method=Implicit(CG(9)))
+    assert result.negative_curvature == 1
+    assert result.verdict.startswith("Wrong: the curvature is not positive definite")
 
 
-def test_what_cannot_be_checked_is_told():
-    single = {name: p.float() for name, p in INITIAL.items()}
-    rough = check_hypergradient(
+def test_differences_in_single_precision_decide_nothing_at_a_small_tolerance():
+    result = check_hypergradient(
         PROBLEM,
-        single,
+        {name: p.float() for name, p in INITIAL.items()},
         tuple(x.float() for x in DATA),
         inner=SHORT,
         method="dense",
         batched=True,
         tolerance=1e-6,
     )
-    assert rough.verdict.startswith("Undecided: the finite differences are known to")
-    with pytest.raises(ValueError, match="directions: got 0"):
-        check(inner=SHORT, method="dense", directions=0)
-    noisy = BilevelProblem(
+    assert result.verdict.startswith("Undecided: the finite differences are known to")
+
+
+def test_an_outer_loss_that_draws_random_numbers_is_refused():
+    problem = BilevelProblem(
         PROBLEM.init,
         PROBLEM.inner_loss,
-        lambda p, m, d: PROBLEM.outer_loss(p, m, d) + torch.rand(()) * randn(1, seed=0)[0],
+        lambda p, m, d: PROBLEM.outer_loss(p, m, d) + torch.rand(()),
     )
     with pytest.raises(ValueError, match="outer loss: got two values in two calls"):
-        check_hypergradient(noisy, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
-    rng = np.random.default_rng(0)  # not torch's: nothing but a second call can tell
-    shaken = BilevelProblem(
+        check_hypergradient(problem, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
+
+
+def test_an_inner_loss_that_draws_random_numbers_is_refused():
+    """They are not those of torch, so that only a second call shows it."""
+    rng = np.random.default_rng(0)
+    problem = BilevelProblem(
         PROBLEM.init,
         lambda p, m, d: PROBLEM.inner_loss(p, m, d) * (1 + 0.1 * rng.random()),
         PROBLEM.outer_loss,
     )
     with pytest.raises(ValueError, match="inner loss: got two values in two calls"):
-        check_hypergradient(shaken, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
+        check_hypergradient(problem, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
+
+
+def test_no_directions_are_refused():
+    with pytest.raises(ValueError, match="directions: got 0, expected at least 1"):
+        check(inner=SHORT, method="dense", directions=0)
+
+
+def test_an_outer_loss_of_all_iterates_is_refused():
+    problem = scalar_problem(lambda w, m: (w - m["a"]).square(), lambda w, m: w.sum())
+    method = Unrolled(iterates=True)
+    with pytest.raises(ValueError, match=r"method: got Unrolled\(iterates=True\)"):
+        check_hypergradient(problem, {"a": number(1.0)}, None, inner=SHORT, method=method)
+
+
+def test_meta_without_a_floating_point_entry_is_refused():
+    problem = scalar_problem(lambda w, m: (w - m["n"]).square(), lambda w, m: w.square())
+    with pytest.raises(ValueError, match=r"meta: got \['n'\], expected a floating-point entry"):
+        check_hypergradient(problem, {"n": torch.tensor(1)}, None, inner=SHORT, method="unrolled")

@@ -1,156 +1,269 @@
-"""`argmin` as a function that autograd knows."""
+"""`argmin` as a function that autograd differentiates."""
 
 from functools import partial
 
 import pytest
 import torch
-from oracles import quadratic, relative_error, ridge
+from oracles import largest_error, quadratic, relative_error, ridge
+from small_problems import number, zero
 
-from metaimplicit import CG, Dense, GradientDescent, Implicit, argmin, hypergradient
+from metaimplicit import (
+    CG,
+    SAMA,
+    Dense,
+    Forward,
+    GradientDescent,
+    Implicit,
+    Unrolled,
+    argmin,
+    hypergradient,
+)
 
-QUADRATIC, RIDGE = quadratic([[0.5, 1.0, 2.0], [1.0, 1.5, 3.0]]), ridge()
-SOLVE = partial(argmin, inner=GradientDescent(steps=400, lr=0.3))
+QUADRATIC = quadratic([[0.5, 1.0, 2.0], [1.0, 1.5, 3.0]])
+RIDGE = ridge()
+TO_CONVERGENCE = GradientDescent(steps=400, lr=0.3)
+ONE_NEWTON_STEP = GradientDescent(steps=1, lr=1.0)  # for f = ½(w − …)²
 
 
-def solved(oracle, meta, **kwargs):
-    return SOLVE(
-        oracle.problem.inner_loss, oracle.problem.init, meta, oracle.data, batched=True, **kwargs
+def flag_of(method):
+    return method.flag
+
+
+def solve(oracle, meta, method, **options):
+    return argmin(
+        oracle.problem.inner_loss,
+        oracle.problem.init,
+        meta,
+        oracle.data,
+        inner=TO_CONVERGENCE,
+        method=method,
+        batched=True,
+        **options,
     )
+
+
+def variable(meta):
+    return {name: m.clone().requires_grad_() for name, m in meta.items()}
 
 
 @pytest.mark.parametrize("method", ["unrolled", "dense", Implicit(CG(max_steps=20))], ids=str)
 @pytest.mark.parametrize("oracle", [QUADRATIC, RIDGE], ids=["quadratic", "ridge"])
 def test_backward_through_argmin_is_the_hypergradient(oracle, method):
-    meta = {name: m.clone().requires_grad_() for name, m in oracle.meta.items()}
-    params = solved(oracle, meta, method=method)
-    torch.vmap(lambda p, d: oracle.problem.outer_loss(p, meta, d))(
-        params, oracle.data
-    ).mean().backward()
-    for name, exact in oracle.exact.items():
-        assert relative_error(meta[name].grad, exact) < 1e-8
+    meta = variable(oracle.meta)
+    params = solve(oracle, meta, method)
+    outer_losses = torch.vmap(lambda p, d: oracle.problem.outer_loss(p, meta, d))
+    outer_losses(params, oracle.data).mean().backward()
+    assert largest_error({name: m.grad for name, m in meta.items()}, oracle.exact) < 1e-8
 
 
 @pytest.mark.parametrize("method", ["unrolled", "dense"])
-def test_it_composes_with_code_before_and_after(method):
-    raw = QUADRATIC.meta["phi"].clone().requires_grad_()
-    params = solved(QUADRATIC, {"phi": raw.exp()}, method=method)
+def test_it_composes_with_code_before_and_after_it(method):
+    phi = QUADRATIC.meta["phi"].clone().requires_grad_()
+    params = solve(QUADRATIC, {"phi": phi.exp()}, method)
     params["theta"].square().sum().backward()
+
     h, b, _ = QUADRATIC.data
-    free = raw.detach().clone().requires_grad_()
-    torch.linalg.solve(h, b @ free.exp()).square().sum().backward()
-    assert relative_error(raw.grad, free.grad) < 1e-8
+    same_phi = phi.detach().clone().requires_grad_()
+    torch.linalg.solve(h, b @ same_phi.exp()).square().sum().backward()
+    assert relative_error(phi.grad, same_phi.grad) < 1e-8
 
 
-def test_unrolled_is_differentiable_twice_and_implicit_says_it_is_not():
-    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
-    h, b, _ = QUADRATIC.data
-    exact = 2 * torch.einsum("tij,tik->jk", torch.linalg.solve(h, b), torch.linalg.solve(h, b))
+@pytest.mark.parametrize("method", ["unrolled", "dense"])
+@pytest.mark.parametrize(
+    "function", [lambda a: a, lambda a: 3 * a, torch.exp], ids=["same", "triple", "exp"]
+)
+def test_an_entry_of_meta_may_be_a_function_of_another(function, method):
+    """f = ½‖θ − a·b‖², so θ* = a·b."""
+    a = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["theta"] - m["a"] * m["b"]).square().sum(),
+        lambda m, d: {"theta": torch.zeros(3, dtype=torch.float64)},
+        {"a": a, "b": function(a)},
+        None,
+        inner=GradientDescent(steps=80, lr=0.5),
+        method=method,
+    )
+    params["theta"].sum().backward()
 
-    def first(method):
-        params = solved(QUADRATIC, meta, method=method)
-        return torch.autograd.grad(params["theta"].square().sum(), meta["phi"], create_graph=True)[
-            0
-        ]
-
-    rows = [torch.autograd.grad(first("unrolled")[i], meta["phi"])[0] for i in range(3)]
-    assert relative_error(torch.stack(rows), exact) < 1e-8
-    with pytest.raises(
-        RuntimeError, match=r"differentiable once under an implicit method.*unrolled"
-    ):
-        first("dense").sum().backward()
+    same_a = a.detach().clone().requires_grad_()
+    (same_a * function(same_a)).sum().backward()
+    assert relative_error(a.grad, same_a.grad) < 1e-12
 
 
-def test_one_problem_has_no_task_axis_and_other_inputs_no_gradient():
-    h, b, t = (x[0] for x in QUADRATIC.data)
-    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_(), "constant": torch.ones(2)}
-    params = SOLVE(
-        QUADRATIC.problem.inner_loss, QUADRATIC.problem.init, meta, (h, b, t), method="dense"
+@pytest.mark.parametrize("method", [SAMA(), Forward(), Implicit(), Unrolled()], ids=flag_of)
+def test_every_pullback_handles_an_entry_that_is_a_function_of_another(method):
+    """f = ½(w − a − b)² with b = 2a, so θ* = 3a."""
+    a = number(0.5).requires_grad_()
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["w"] - m["a"] - m["b"]).square(),
+        zero,
+        {"a": a, "b": 2 * a},
+        None,
+        inner=ONE_NEWTON_STEP,
+        method=method,
+    )
+    assert params["w"].item() == 1.5
+    params["w"].backward()
+    assert a.grad.item() == pytest.approx(3.0, rel=1e-9)
+
+
+def test_one_problem_has_no_task_axis():
+    data = tuple(x[0] for x in QUADRATIC.data)
+    params = argmin(
+        QUADRATIC.problem.inner_loss,
+        QUADRATIC.problem.init,
+        QUADRATIC.meta,
+        data,
+        inner=TO_CONVERGENCE,
+        method="dense",
     )
     assert params["theta"].shape == (3,)
-    params["theta"].sum().backward()
-    assert (
-        relative_error(meta["phi"].grad, b.T @ torch.linalg.solve(h, torch.ones(3).double())) < 1e-8
-    )
+
+
+def test_an_entry_that_does_not_require_grad_gets_no_gradient():
+    h, b, _ = QUADRATIC.data
+    meta = variable(QUADRATIC.meta) | {"constant": torch.ones(2)}
+    solve(QUADRATIC, meta, "dense")["theta"].sum().backward()
+    u = torch.linalg.solve(h, torch.ones(2, 3).double())
+    assert relative_error(meta["phi"].grad, torch.einsum("tij,ti->j", b, u)) < 1e-8
     assert meta["constant"].grad is None
+
+
+@pytest.mark.parametrize("method", ["unrolled", "dense"])
+def test_there_is_no_graph_under_no_grad(method):
+    meta = variable(QUADRATIC.meta)
     with torch.no_grad():
-        params = SOLVE(
-            QUADRATIC.problem.inner_loss, QUADRATIC.problem.init, meta, (h, b, t), method="dense"
-        )
+        params = solve(QUADRATIC, meta, method)
     assert not params["theta"].requires_grad
 
 
-@pytest.mark.parametrize("method", ["first-order", "dense"])
-def test_gradients_that_cannot_be_given_are_refused(method):
-    meta = {name: m.clone().requires_grad_() for name, m in RIDGE.meta.items()} | {
-        "w": torch.zeros(6).double().requires_grad_()
-    }
-    with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['(w|log_decay)'\]"):
-        SOLVE(
-            RIDGE.problem.inner_loss,
-            lambda m, d: {"w": m["w"]},
-            meta,
-            RIDGE.data,
-            method=method,
-            batched=True,
-        )["w"].sum().backward()
-    with pytest.raises(ValueError, match="got 'reptile', which is no derivative"):
-        solved(RIDGE, meta, method="reptile")
-
-
-def test_warning_free_backward_twice_with_a_retained_graph():
-    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
-    loss = solved(QUADRATIC, meta, method=Implicit(Dense()))["theta"].sum()
+def test_backward_twice_through_a_retained_graph_doubles_the_gradient():
+    meta = variable(QUADRATIC.meta)
+    loss = solve(QUADRATIC, meta, Implicit(Dense()))["theta"].sum()
     loss.backward(retain_graph=True)
     once = meta["phi"].grad.clone()
     loss.backward()
     assert relative_error(meta["phi"].grad, 2 * once) < 1e-15
 
 
-def test_hypergradient_leaves_the_callers_tensors_alone():
-    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
-    hypergradient(
-        QUADRATIC.problem,
-        meta,
-        QUADRATIC.data,
-        inner=GradientDescent(steps=5, lr=0.1),
-        method="cg",
-        batched=True,
-    )
-    assert meta["phi"].grad is None
+# Second derivatives.
 
 
-@pytest.mark.parametrize("method", ["unrolled", "dense"])
+def first_derivative(meta, method, loss=lambda theta: theta.square().sum()):
+    value = loss(solve(QUADRATIC, meta, method)["theta"])
+    (gradient,) = torch.autograd.grad(value, meta["phi"], create_graph=True)
+    return gradient
+
+
+@pytest.mark.slow
+def test_unrolled_can_be_differentiated_twice():
+    meta = variable(QUADRATIC.meta)
+    gradient = first_derivative(meta, "unrolled")
+    rows = [torch.autograd.grad(g, meta["phi"], retain_graph=True)[0] for g in gradient]
+    h, b, _ = QUADRATIC.data
+    jacobian = torch.linalg.solve(h, b)
+    expected = 2 * torch.einsum("tij,tik->jk", jacobian, jacobian)
+    assert relative_error(torch.stack(rows), expected) < 1e-8
+
+
 @pytest.mark.parametrize(
-    "second", [lambda a: a, lambda a: 3 * a, torch.exp], ids=["same", "thrice", "exp"]
+    "loss", [lambda theta: theta.square().sum(), torch.sum], ids=["square", "linear"]
 )
-def test_entries_of_meta_may_depend_on_one_another(second, method):
-    """f = ½‖θ − a·b‖²:  θ* = a·b."""
-    a = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    params = argmin(
-        lambda p, m, d: 0.5 * (p["theta"] - m["a"] * m["b"]).square().sum(),
-        lambda m, d: {"theta": torch.zeros(3, dtype=torch.float64)},
-        {"a": a, "b": second(a)},
-        None,
-        inner=GradientDescent(steps=80, lr=0.5),
-        method=method,
-    )
-    params["theta"].sum().backward()
-    free = a.detach().clone().requires_grad_()
-    (free * second(free)).sum().backward()
-    assert relative_error(a.grad, free.grad) < 1e-12
+def test_a_second_derivative_of_an_implicit_method_is_refused(loss):
+    """For a linear loss, the gradient depends on φ through the pullback alone."""
+    gradient = first_derivative(variable(QUADRATIC.meta), "dense", loss)
+    message = r"differentiable once under an implicit method.*unrolled"
+    with pytest.raises(RuntimeError, match=message):
+        gradient.sum().backward()
 
 
-def test_the_cotangent_cannot_be_differentiated_unnoticed():
-    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
-    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    loss = w * solved(QUADRATIC, meta, method="dense")["theta"].sum() + w * meta["phi"].sum()
-    gradient = torch.autograd.grad(loss, meta["phi"], create_graph=True)[0]
+def test_a_derivative_of_the_gradient_in_the_vector_is_refused_as_well():
+    """The gradient is linear in the vector that is pulled back, here a function of w."""
+    meta = variable(QUADRATIC.meta)
+    w = number(2.0).requires_grad_()
+    loss = w * solve(QUADRATIC, meta, "dense")["theta"].sum() + w * meta["phi"].sum()
+    (gradient,) = torch.autograd.grad(loss, meta["phi"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(gradient.sum(), w)
 
 
-@pytest.mark.parametrize("method", ["unrolled", "dense"])
-def test_no_graph_is_left_under_no_grad(method):
-    meta = {"phi": QUADRATIC.meta["phi"].clone().requires_grad_()}
+# Refusals.
+
+
+@pytest.mark.parametrize("method", ["first-order", "dense"])
+def test_a_gradient_that_the_method_cannot_give_is_refused(method):
+    meta = variable(RIDGE.meta | {"w": torch.zeros(6).double()})
+    with pytest.raises(ValueError, match=r"cannot give the gradient of meta\['(w|log_decay)'\]"):
+        argmin(
+            RIDGE.problem.inner_loss,
+            lambda m, d: {"w": m["w"]},
+            meta,
+            RIDGE.data,
+            inner=TO_CONVERGENCE,
+            method=method,
+            batched=True,
+        )["w"].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("reptile", "got 'reptile', which is no derivative"),
+        ("f2sa", "got 'f2sa', which is no derivative without its outer loss"),
+    ],
+)
+def test_a_method_that_does_not_differentiate_the_argmin_is_refused(method, message):
+    with pytest.raises(ValueError, match=message):
+        solve(RIDGE, RIDGE.meta, method)
+
+
+@pytest.mark.parametrize("method", [SAMA(), Forward(), Implicit()], ids=flag_of)
+def test_a_tensor_that_is_not_in_meta_is_refused(method):
+    a = number(0.5).requires_grad_()
+    captured = 2 * a
+    with pytest.raises(ValueError, match="requires grad and is captured by a loss"):
+        argmin(
+            lambda p, m, d: 0.5 * (p["w"] - m["a"] - captured).square(),
+            zero,
+            {"a": a},
+            None,
+            inner=ONE_NEWTON_STEP,
+            method=method,
+        )
+
+
+@pytest.mark.parametrize("method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=flag_of)
+def test_meta_that_is_changed_in_place_before_backward_is_refused(method):
+    a = number(1.0).requires_grad_()
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["w"] - m["a"].square()).square(),
+        zero,
+        {"a": a},
+        None,
+        inner=ONE_NEWTON_STEP,
+        method=method,
+    )
     with torch.no_grad():
-        assert not solved(QUADRATIC, meta, method=method)["theta"].requires_grad
+        a.add_(5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        params["w"].backward()
+
+
+def test_complex_numbers_are_refused():
+    message = r"meta\['a'\]: got torch.complex64, expected real numbers"
+    with pytest.raises(ValueError, match=message):
+        argmin(
+            lambda p, m, d: p["w"].square(),
+            zero,
+            {"a": torch.ones((), dtype=torch.complex64, requires_grad=True)},
+            None,
+            inner=ONE_NEWTON_STEP,
+            method="cg",
+        )
+
+
+def test_hypergradient_does_not_touch_the_grad_of_meta():
+    meta = variable(QUADRATIC.meta)
+    run = partial(hypergradient, QUADRATIC.problem, meta, QUADRATIC.data, batched=True)
+    run(inner=GradientDescent(steps=5, lr=0.1), method="cg")
+    assert meta["phi"].grad is None

@@ -1,116 +1,156 @@
-"""Forward mode and real-time tuning against reverse mode, finite differences and the implicit function theorem."""
+"""Forward mode against reverse mode, finite differences and the implicit function theorem."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from learnt_numbers import NUMBERS
-from oracles import finite_difference, randn, relative_error
+from learnt_numbers import LEARNT_LOOPS
+from oracles import finite_difference, largest_error, randn, relative_error
 from tanh_network import DATA, INITIAL, network
-from weighted_logistic import LOOP, META, POINT, PROBLEM, XV, YV, X, Y
+from weighted_logistic import LOOP, META, POINT, PROBLEM, XV, YV, X, Y, validation_loss
 
 from metaimplicit import (
     BilevelProblem,
+    Composite,
     Dense,
     Forward,
     FromMeta,
     GradientDescent,
     Implicit,
+    Proximal,
     Stream,
     TorchOptimizer,
     Unrolled,
+    argmin,
     hypergradient,
 )
 from metaimplicit.diagnostics.memory import LiveBytes
 
 
-def gradients(method, inner=LOOP, meta=META, data=POINT, **options):
+def run_logistic(method, inner=LOOP, meta=META, data=POINT, **options):
     return hypergradient(PROBLEM, meta, data, inner=inner, method=method, **options)
 
 
+# Values.
+
+
 @pytest.mark.parametrize(
-    "method", [Forward(), Forward(chunk=5), Unrolled()], ids=["forward", "chunked", "unrolled"]
+    "method",
+    [
+        pytest.param(Forward(), id="forward"),
+        pytest.param(Forward(chunk=5), id="chunked", marks=pytest.mark.slow),
+        pytest.param(Unrolled(), id="unrolled"),
+    ],
 )
 @pytest.mark.parametrize("name", META)
-def test_momentum_sgd_against_finite_differences(method, name):
-    direction = torch.ones_like(META[name]) + 0.5 * torch.arange(META[name].numel()).reshape(
-        META[name].shape
-    )
-    got = (gradients(method).grads[name] * direction).sum()
+def test_momentum_sgd_agrees_with_finite_differences(method, name):
+    value = META[name]
+    direction = 1 + 0.5 * torch.arange(value.numel()).reshape(value.shape)
     expected = finite_difference(
-        lambda m: gradients(method, meta={**META, name: m}).outer_loss,
-        META[name],
-        direction,
-        step=1e-3,
+        lambda m: run_logistic(method, meta=META | {name: m}).outer_loss,
+        at=value,
+        direction=direction.to(value),
     )
-    assert float((got - expected).abs()) < 1e-7 * float(expected.abs())
+    slope = (run_logistic(method).grads[name] * direction).sum()
+    assert float((slope - expected).abs()) < 1e-7 * float(expected.abs())
 
 
-def test_momentum_sgd_forward_is_reverse():
-    forward, reverse = gradients(Forward()), gradients(Unrolled())
-    for name in META:
-        assert relative_error(forward.grads[name], reverse.grads[name]) < 1e-10
+def test_momentum_sgd_agrees_with_reverse_mode():
+    forward = run_logistic(Forward())
+    reverse = run_logistic(Unrolled())
+    assert largest_error(forward.grads, reverse.grads) < 1e-10
     assert relative_error(forward.params["w"], reverse.params["w"]) < 1e-14
-    assert (
-        relative_error(forward.report.inner_gradient_norm, reverse.report.inner_gradient_norm)
-        < 1e-10
-    )
-
-
-def test_momentum_sgd_at_convergence_is_implicit():
-    long = LOOP.updated(steps=400)
-    constants = GradientDescent(steps=400, lr=0.4, momentum=0.6)
-    implicit = gradients(
-        Implicit(Dense()), inner=constants, meta={n: META[n] for n in ("decay", "weights")}
-    )
-    found = gradients(Forward(), inner=long)
-    for name in ("decay", "weights"):
-        assert relative_error(found.grads[name], implicit.grads[name]) < 1e-6
-    for name in ("eta", "mu"):  # the argmin does not know how it was reached
-        assert float(found.grads[name].abs()) < 1e-12
+    norms = [result.report.inner_gradient_norm for result in (forward, reverse)]
+    assert relative_error(*norms) < 1e-10
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-@pytest.mark.parametrize("case", NUMBERS)
-def test_every_optimiser_forward_is_reverse(case, chunk):
-    inner, numbers = NUMBERS[case]
-    meta = {**INITIAL, **{n: torch.tensor(v, dtype=torch.float64) for n, v in numbers.items()}}
-    forward, reverse = (
-        hypergradient(network(), meta, DATA, inner=inner, method=m, batched=True).grads
-        for m in (Forward(chunk), Unrolled())
+@pytest.mark.parametrize("name", LEARNT_LOOPS)
+def test_every_optimiser_agrees_with_reverse_mode(name, chunk):
+    loop = LEARNT_LOOPS[name]
+    run = partial(
+        hypergradient, network(), INITIAL | loop.meta, DATA, inner=loop.inner, batched=True
     )
-    for name in meta:
-        assert relative_error(forward[name], reverse[name]) < 1e-12
+    forward = run(method=Forward(chunk))
+    assert largest_error(forward.grads, run(method=Unrolled()).grads) < 1e-12
 
 
-def test_a_tolerance_stops_both_alike():
+@pytest.mark.slow
+def test_momentum_sgd_at_convergence_agrees_with_the_implicit_function_theorem():
+    forward = run_logistic(Forward(), inner=LOOP.updated(steps=400))
+    implicit = run_logistic(
+        Implicit(Dense()),
+        inner=GradientDescent(steps=400, lr=0.4, momentum=0.6),
+        meta={name: META[name] for name in ("decay", "weights")},
+    )
+    assert largest_error(forward.grads, implicit.grads) < 1e-6
+    # The argmin does not depend on the loop that found it.
+    for name in ("eta", "mu"):
+        assert float(forward.grads[name].abs()) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    ["forward", "real-time", Implicit(products="forward-over-reverse")],
+    ids=["forward", "real-time", "implicit"],
+)
+@pytest.mark.parametrize("batched", [False, True])
+def test_mse_loss_has_a_forward_derivative_with_and_without_a_task_axis(method, batched):
+    """Where nothing is vmapped, `torch.func.jvp` of the gradient of `F.mse_loss` fails at first."""
+    data = {"x": randn(5, 3, seed=1), "y": randn(5, seed=2)}
+    problem = BilevelProblem(
+        init=lambda m, d: {"w": torch.zeros(3, dtype=torch.float64)},
+        inner_loss=Composite(
+            outputs=lambda p, m, d: d["x"] @ p["w"],
+            loss=lambda z, d: F.mse_loss(z, d["y"]),
+            penalty=Proximal(FromMeta("decay"), center="zero"),
+        ),
+        outer_loss=lambda p, m, d: F.mse_loss(d["x"] @ p["w"], d["y"] + 1),
+    )
+    run = partial(
+        hypergradient,
+        problem,
+        {"decay": torch.tensor(0.3, dtype=torch.float64)},
+        {name: x.unsqueeze(0) for name, x in data.items()} if batched else data,
+        inner=GradientDescent(steps=300, lr=0.2),
+        batched=batched,
+        vectorize="loop",
+    )
+    expected = run(method="unrolled").grads["decay"].item()
+    assert run(method=method).grads["decay"].item() == pytest.approx(expected, rel=1e-8)
+
+
+# The inner loop.
+
+
+def test_a_tolerance_stops_forward_and_reverse_mode_at_the_same_step():
     inner = LOOP.updated(steps=60, tol=1e-2)
-    forward, reverse = gradients(Forward(), inner=inner), gradients(Unrolled(), inner=inner)
+    forward = run_logistic(Forward(), inner=inner)
+    reverse = run_logistic(Unrolled(), inner=inner)
     assert forward.report.inner_steps.tolist() == reverse.report.inner_steps.tolist()
     assert forward.report.inner_steps.item() < 60
-    for name in META:
-        assert relative_error(forward.grads[name], reverse.grads[name]) < 1e-10
+    assert largest_error(forward.grads, reverse.grads) < 1e-10
 
 
-def test_minibatches_are_replayed():
-    stream = Stream(lambda t: (X[t % 3 :: 3], Y[t % 3 :: 3], XV, YV))
-    problem = BilevelProblem(
-        PROBLEM.init,
-        lambda params, meta, data: (
-            F.binary_cross_entropy_with_logits(data[0] @ params["w"], data[1])
-            + 0.5 * meta["decay"] * params["w"].square().sum()
-        ),
-        PROBLEM.outer_loss,
+def test_a_stream_gives_every_step_its_own_minibatch():
+    def unweighted_loss(params, meta, data):
+        logits = data[0] @ params["w"]
+        decay = 0.5 * meta["decay"] * params["w"].square().sum()
+        return F.binary_cross_entropy_with_logits(logits, data[1]) + decay
+
+    run = partial(
+        hypergradient,
+        BilevelProblem(PROBLEM.init, unweighted_loss, validation_loss),
+        {name: META[name] for name in ("eta", "mu", "decay")},
+        Stream(lambda t: (X[t % 3 :: 3], Y[t % 3 :: 3], XV, YV)),
+        inner=LOOP,
     )
-    meta = {name: META[name] for name in ("eta", "mu", "decay")}
-    forward, reverse = (
-        hypergradient(problem, meta, stream, inner=LOOP, method=m).grads
-        for m in (Forward(), Unrolled())
-    )
-    for name in meta:
-        assert relative_error(forward[name], reverse[name]) < 1e-10
+    assert largest_error(run(method=Forward()).grads, run(method=Unrolled()).grads) < 1e-10
 
 
-def test_a_parameter_without_a_gradient_stays():
+def test_a_parameter_that_the_loss_does_not_read_keeps_its_value():
     problem = BilevelProblem(
         init=lambda meta, data: {"w": torch.ones(2, dtype=torch.float64), "idle": meta["idle"]},
         inner_loss=lambda params, meta, data: (params["w"] * meta["slope"]).square().sum(),
@@ -118,63 +158,124 @@ def test_a_parameter_without_a_gradient_stays():
     )
     meta = {"idle": randn(3, seed=8), "slope": randn(2, seed=9)}
     inner = TorchOptimizer(torch.optim.SGD, steps=3, lr=0.1, weight_decay=0.5)
-    forward, reverse = (
-        hypergradient(problem, meta, None, inner=inner, method=m) for m in (Forward(), Unrolled())
-    )
+    run = partial(hypergradient, problem, meta, None, inner=inner)
+    forward = run(method=Forward())
     assert torch.equal(forward.params["idle"], meta["idle"])
-    for name in meta:
-        assert relative_error(forward.grads[name], reverse.grads[name]) < 1e-12
+    assert largest_error(forward.grads, run(method=Unrolled()).grads) < 1e-12
 
 
-def test_real_time_goes_on_with_its_derivative():
-    whole = gradients(Forward(), inner=LOOP.updated(steps=10))
-    alone = gradients(Forward(carry=True), inner=LOOP.updated(steps=10))
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_parameter_may_be_read_at_some_steps_of_a_stream_only(first):
+    """At the other steps it keeps its value, in spite of momentum and weight decay."""
+
+    def alternating_loss(params, meta, step):
+        squares = (params["a"] - 3).square(), (params["b"] - 2).square()
+        return meta["s"] * squares[step]
+
+    zero = torch.zeros((), dtype=torch.float64)
+    run = partial(
+        hypergradient,
+        BilevelProblem(
+            lambda m, d: {"a": zero, "b": zero}, alternating_loss, lambda p, m, d: p["a"] * p["b"]
+        ),
+        {"s": torch.tensor(0.7, dtype=torch.float64)},
+        Stream(lambda t: (t + first) % 2),
+        inner=TorchOptimizer(torch.optim.SGD, steps=5, lr=0.1, momentum=0.9, weight_decay=0.1),
+    )
+    forward = run(method="forward")
+    reverse = run(method="unrolled")
+    assert largest_error(forward.grads, reverse.grads) < 1e-12
+    assert largest_error(forward.params, reverse.params) < 1e-12
+    assert all(p != 0 for p in forward.params.values())
+
+
+# Calls that continue each other.
+
+
+def test_real_time_continues_with_its_derivative():
     half = LOOP.updated(steps=5)
-    first = gradients(Forward(carry=True), inner=half)
-    second = gradients(Forward(carry=True), inner=half, start=first.end)
-    forgetful = gradients(Forward(), inner=half, start=first.end)
+    whole = run_logistic(Forward(), inner=LOOP.updated(steps=10))
+    first = run_logistic(Forward(carry=True), inner=half)
+    second = run_logistic(Forward(carry=True), inner=half, start=first.end)
     assert relative_error(second.params["w"], whole.params["w"]) < 1e-14
+    assert largest_error(second.grads, whole.grads) < 1e-13
+
+
+def test_real_time_without_a_start_is_forward_mode():
+    real_time = run_logistic(Forward(carry=True)).grads
+    forward = run_logistic(Forward()).grads
+    assert all(torch.equal(real_time[name], forward[name]) for name in META)
+
+
+def test_forward_mode_takes_its_start_for_a_constant():
+    half = LOOP.updated(steps=5)
+    whole = run_logistic(Forward(), inner=LOOP.updated(steps=10))
+    first = run_logistic(Forward(carry=True), inner=half)
+    second = run_logistic(Forward(), inner=half, start=first.end)
     for name in META:
-        assert torch.equal(alone.grads[name], whole.grads[name])
-        assert relative_error(second.grads[name], whole.grads[name]) < 1e-13
-        assert relative_error(forgetful.grads[name], whole.grads[name]) > 0.01
+        assert relative_error(second.grads[name], whole.grads[name]) > 0.01
 
 
-def test_a_start_goes_on_as_one_run_for_every_optimiser():
-    for inner, numbers in NUMBERS.values():
-        meta = {**INITIAL, **{n: torch.tensor(v, dtype=torch.float64) for n, v in numbers.items()}}
-        whole = hypergradient(network(), meta, DATA, inner=inner, method="unrolled", batched=True)
-        half, end = inner.updated(steps=2), None
-        for method in ("unrolled", "forward"):
-            part = hypergradient(
-                network(), meta, DATA, inner=half, method=method, batched=True, start=end
-            )
-            end = part.end
-        for name, p in whole.params.items():
-            assert relative_error(part.params[name], p) < 1e-13
+@pytest.mark.parametrize("name", LEARNT_LOOPS)
+def test_two_halves_of_a_loop_end_where_the_whole_loop_ends(name):
+    loop = LEARNT_LOOPS[name]
+    run = partial(hypergradient, network(), INITIAL | loop.meta, DATA, batched=True)
+    half = loop.inner.updated(steps=2)
+    first = run(inner=half, method="unrolled")
+    second = run(inner=half, method="forward", start=first.end)
+    assert largest_error(second.params, run(inner=loop.inner, method="unrolled").params) < 1e-13
 
 
-def test_memory_is_flat_in_the_steps():
+# Memory, and errors.
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_steps():
     peaks = {}
-    for steps in (10, 100):
-        for method in (Forward(), Unrolled()):
-            with LiveBytes() as live:
-                gradients(method, inner=LOOP.updated(steps=steps))
-            peaks[method.flag, steps] = live.peak
+    for method in (Forward(), Unrolled()):
+        for steps in (10, 100):
+            with LiveBytes() as memory:
+                run_logistic(method, inner=LOOP.updated(steps=steps))
+            peaks[method.flag, steps] = memory.peak
     assert peaks["forward", 100] == peaks["forward", 10]
     assert peaks["unrolled", 100] > 3 * peaks["unrolled", 10]
 
 
-def test_bad_arguments_are_refused():
+def test_an_entry_that_does_not_require_grad_takes_no_tangents():
+    """The tangents of a start of 10,000 numbers alone would be above the limit."""
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["w"] - m["a"]).square().sum(),
+        lambda m, d: {"w": m["start"]},
+        {"a": a, "start": torch.zeros(10_000, dtype=torch.float64)},
+        None,
+        inner=GradientDescent(steps=1, lr=1.0),
+        method=Forward(memory=2**20),
+    )
+    params["w"].sum().backward()
+    assert a.grad.item() == 10_000
+
+
+def test_tangents_above_the_limit_of_memory_are_refused():
+    message = r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"
+    with pytest.raises(ValueError, match=message):
+        run_logistic(Forward(memory=1000))
+
+
+def test_a_chunk_of_no_tangents_is_refused():
     with pytest.raises(ValueError, match="chunk: got 0, expected at least 1"):
         Forward(chunk=0)
-    with pytest.raises(
-        ValueError, match=r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"
-    ):
-        gradients(Forward(memory=1000))
-    end = gradients(Forward(carry=True)).end
+
+
+def test_a_start_with_the_derivative_in_other_hyperparameters_is_refused():
+    end = run_logistic(Forward(carry=True)).end
+    inner = GradientDescent(lr=FromMeta("eta"))
     with pytest.raises(ValueError, match=r"start: got the derivative of .*'mu'.*expected that of"):
-        gradients(Forward(carry=True), inner=GradientDescent(lr=FromMeta("eta")), start=end)
+        run_logistic(Forward(carry=True), inner=inner, start=end)
+
+
+def test_a_start_with_another_number_of_tasks_is_refused():
+    end = run_logistic(Forward()).end
     with pytest.raises(ValueError, match=r"start: got leading sizes \[1\], expected 3"):
         hypergradient(
             network(), INITIAL, DATA, inner=LOOP, method="forward", batched=True, start=end

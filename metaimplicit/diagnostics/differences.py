@@ -1,0 +1,63 @@
+"""Finite differences of a function of φ along random directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metaimplicit.params import Params
+
+
+def random_directions(entries: Params, *, count: int, seed: int) -> list[Params]:
+    """Random directions of norm one in φ, shaped as its entries."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = []
+    for _ in range(count):
+        direction = {}
+        for name, m in entries.items():
+            direction[name] = torch.randn(m.shape, generator=generator).to(m)
+        norm = _norm(direction)
+        directions.append({name: d / norm for name, d in direction.items()})
+    return directions
+
+
+def step_size(entries: Params) -> float:
+    """The step h = ε^⅓ (1 + ‖φ‖), which balances truncation against cancellation."""
+    dtype = next(iter(entries.values())).dtype
+    return float(torch.finfo(dtype).eps ** (1 / 3) * (1 + float(_norm(entries))))
+
+
+def central_differences(
+    function: Callable[[Params], Tensor],
+    meta: Params,
+    directions: list[Params],
+    *,
+    step: float,
+) -> Tensor:
+    """(F(φ + h d) − F(φ − h d)) / 2h for each direction d, `[directions]`."""
+
+    def at(direction: Params, distance: float) -> Tensor:
+        moved = {name: meta[name] + distance * d for name, d in direction.items()}
+        return function(meta | moved)
+
+    slopes = [(at(d, step) - at(d, -step)) / (2 * step) for d in directions]
+    return torch.stack(slopes)
+
+
+def dot(gradients: Params, direction: Params) -> Tensor:
+    """The derivative along a direction, by a gradient."""
+    products = [(gradients[name] * d).sum() for name, d in direction.items()]
+    return torch.stack(products).sum()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖, or the absolute error if `expected` is zero."""
+    size = float(expected.norm())
+    return float((actual - expected).norm()) / (size if size > 0 else 1.0)
+
+
+def _norm(entries: Params) -> Tensor:
+    norm: Tensor = torch.stack([m.norm() for m in entries.values()]).norm()
+    return norm

@@ -1,0 +1,134 @@
+"""What several methods share: the inner loop, the data at θ*, and the retry under vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from metaimplicit.graph import find_dependencies
+from metaimplicit.inner import InnerLoop, Trajectory
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.base import UNSET, Dependencies
+from metaimplicit.params import Params, detached
+from metaimplicit.problem import Stream
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class InnerRun:
+    """What `run_inner` returns.
+
+    Attributes:
+        start: θ₀, `{name: [tasks, *shape]}`, with its graph to φ.
+        trajectory: The iterates.
+        dependencies: What θ_T depends on.
+    """
+
+    start: Params
+    trajectory: Trajectory
+    dependencies: Dependencies
+
+
+def run_inner(
+    problem: LiftedProblem,
+    inner: InnerLoop,
+    meta: Params,
+    *,
+    differentiated_steps: int,
+    keep_iterates: bool = False,
+    detach: bool = False,
+) -> InnerRun:
+    """Run the inner loop on the inner loss, from θ₀ = init(φ).
+
+    Args:
+        problem: The problem, lifted over the task axis. With a `start`, the loop continues there.
+        inner: The inner loop.
+        meta: φ.
+        differentiated_steps: How many of the last steps keep their graph.
+        keep_iterates: Whether the trajectory holds all iterates.
+        detach: Whether the loop starts from θ₀ without its graph to φ.
+
+    Raises:
+        ValueError: The initialisation, a loss or the loop depends on a tensor that requires grad
+            and is not in `meta`.
+    """
+    inner_loss = problem.problem.inner_loss
+    initial = problem.init(meta)
+    dependencies = initial_dependencies(problem, inner, initial, meta)
+
+    def loss(params: Params, t: int) -> Tensor:
+        losses = problem.inner(params, meta, problem.at(t))
+        if t == 0 or isinstance(problem.data, Stream):
+            in_loss = find_dependencies(
+                [losses], meta, params=params.values(), functions=[inner_loss]
+            )
+            dependencies.loss.update(in_loss)
+        return losses
+
+    trajectory = inner.run(
+        loss,
+        detached(initial) if detach else initial,
+        meta,
+        differentiated_steps=differentiated_steps,
+        keep_iterates=keep_iterates,
+        state=None if problem.start is None else problem.start.state,
+    )
+    return InnerRun(initial, trajectory, dependencies)
+
+
+def initial_dependencies(
+    problem: LiftedProblem, inner: InnerLoop, initial: Params, meta: Params
+) -> Dependencies:
+    """What θ₀ = `initial` and the loop depend on. What the loss depends on is to be added.
+
+    Raises:
+        ValueError: θ₀ or a number of the loop depends on a tensor that requires grad and is not in
+            `meta`.
+    """
+    start = find_dependencies(initial.values(), meta, functions=[problem.problem.init])
+    inner.check_captured()
+    return Dependencies(inner, start)
+
+
+def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
+    """`function(problem)`, repeated under vmap if torch needs that.
+
+    Outside of vmap, torch 2.14 cannot take the forward derivative of the gradient of some losses
+    (`F.mse_loss`). It raises RuntimeError "ZeroTensors are immutable".
+    """
+    try:
+        return function(problem)
+    except RuntimeError as error:
+        if "ZeroTensor" not in str(error):
+            raise
+        return function(problem.vmapped())
+
+
+def data_at_solution(problem: LiftedProblem, batch: Any, name: str) -> Any:
+    """The data that derivatives at θ* see: the problem's, or with a `Stream` the method's `batch`.
+
+    Args:
+        problem: The lifted problem.
+        batch: The data that the method names, or `UNSET`.
+        name: The method's name, for errors.
+
+    Raises:
+        ValueError: A `Stream` without a batch, or a batch (other than None) without a `Stream`.
+    """
+    if not isinstance(problem.data, Stream):
+        if batch is not UNSET and batch is not None:
+            raise ValueError(
+                f"{name} batch: got one with data that is not a Stream, expected none: "
+                "derivatives at θ* see the data itself"
+            )
+        return problem.data
+    if batch is UNSET:
+        raise ValueError(
+            f"{name} batch: got none with a Stream, expected the data on which "
+            "derivatives at θ* are taken"
+        )
+    return batch

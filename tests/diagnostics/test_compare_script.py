@@ -1,0 +1,47 @@
+"""`scripts/compare.py` on its smallest problem, and against other libraries."""
+
+import json
+
+import pytest
+from compare import Settings, main
+
+from metaimplicit.diagnostics import comparable_methods
+
+AT_BUDGET = set(comparable_methods()) - {"kfac", "ekfac", "diagonal"}
+
+
+def run(out, *products):
+    main(Settings(problems=("logistic",), products=products, seeds=1, out=out))
+
+
+@pytest.mark.slow
+def test_it_leaves_a_table_json_and_a_plot(tmp_path, capsys):
+    run(tmp_path, 3, 6)
+    assert "3 products: auto / " in capsys.readouterr().out
+    stored = json.loads((tmp_path / "problems.json").read_text())["found"]["logistic"]
+    assert stored["size"] == 100
+    assert {row["method"] for row in stored["rows"]} == AT_BUDGET
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_sketch_that_did_not_run_is_a_dash_in_the_table(tmp_path, capsys):
+    """No sketch of a problem of 100 parameters has 101 columns."""
+    run(tmp_path, 3, 101)
+    assert "       —" in capsys.readouterr().out
+
+
+def test_an_unknown_problem_is_refused(tmp_path):
+    message = "--problems: got quadratics, expected some of quadratic-well"
+    with pytest.raises(ValueError, match=message):
+        main(Settings(problems=("quadratics",), out=tmp_path))
+
+
+def test_other_libraries_are_compared_with_the_exact_values(tmp_path):
+    main(Settings(peers=True, out=tmp_path))
+    rows = json.loads((tmp_path / "peers.json").read_text())["found"]["errors"]
+    assert len(rows) == 9
+    assert all(row["ours"] < 1e-8 for row in rows)
+    (higher,) = (row for row in rows if row["library"].startswith("higher"))
+    # Its derivative in β₂ is wrong. If this fails, it has been repaired.
+    assert higher["theirs"] > 0.1

@@ -1,0 +1,73 @@
+"""`LiveBytes` counts to the byte, and what it says of streamed Nyström."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import generator
+from peers import conv_net
+
+from metaimplicit import Hessian, Nystrom
+from metaimplicit.diagnostics import LiveBytes
+
+
+def test_the_peak_is_that_of_the_tensors_that_live_at_once():
+    with LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        b += 1
+        view = b[:10]
+        c = b * 2
+        del b, view
+        d = c.clone()
+        torch.zeros(500)
+        del c, d
+    # At the peak, c, d and the zeros live.
+    assert memory.peak == 2 * 4000 + 2000
+
+
+def test_views_and_operations_in_place_take_no_memory():
+    outside = torch.zeros(1000)
+    with LiveBytes() as memory:
+        outside += 1
+        outside[:10].mul_(2)
+    assert memory.peak == 0
+
+
+def test_the_backward_pass_is_counted():
+    matrix = torch.randn(50, 50, requires_grad=True)
+    with LiveBytes() as memory:
+        torch.autograd.grad((matrix @ matrix).sum(), matrix)
+    assert 3 * 10_000 <= memory.peak <= 4 * 10_000 + 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sketch", ["columns", "gaussian"])
+def test_nystrom_in_chunks_of_one_adds_at_most_four_vectors_to_a_product(sketch):
+    """The peaks are in vectors of the 98,970 parameters of a conv net."""
+    images = torch.rand(4, 1, 28, 28, generator=generator(0))
+    labels = torch.arange(4)
+    torch.manual_seed(0)
+    model = conv_net()
+    params = {name: p.detach().unsqueeze(0) for name, p in model.named_parameters()}
+
+    def loss(stacked):
+        single = {name: p.squeeze(0) for name, p in stacked.items()}
+        outputs = torch.func.functional_call(model, single, (images,))
+        return F.cross_entropy(outputs, labels).unsqueeze(0)
+
+    operator = Hessian(loss, params)
+    n = operator.shape[1]
+    assert n == 98_970
+    b = torch.randn(1, n, generator=generator(1))
+
+    def peak(run):
+        with LiveBytes() as memory:
+            run()
+        return memory.peak / (4 * n)
+
+    streamed = Nystrom(rank=10, rho=1.0, sketch=sketch, chunk=1, generator=generator(2))
+    whole = Nystrom(rank=10, rho=1.0, sketch=sketch)
+    product = peak(lambda: operator.matvec(b))
+    assert peak(lambda: streamed.solve(operator, b)) < product + 4
+    assert peak(lambda: whole.solve(operator, b)) > product + 10

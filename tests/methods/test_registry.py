@@ -1,0 +1,36 @@
+"""`METHODS`: what its flags and options mean."""
+
+import pytest
+
+from metaimplicit import METHODS, Implicit, Nystrom
+from metaimplicit.methods import known_options, make_method, methods_with
+
+
+@pytest.mark.parametrize("flag", METHODS)
+def test_a_flag_means_the_row_of_the_table(flag):
+    assert make_method(flag) is METHODS[flag]
+
+
+def test_an_option_changes_the_solver():
+    assert make_method("nystrom", rank=20) == Implicit(Nystrom(rank=20))
+
+
+def test_an_option_that_other_methods_have_is_refused_with_their_flags():
+    having = "nystrom, nystrom-gaussian, nystrom-cg"
+    assert methods_with("rank") == having.split(", ")
+    with pytest.raises(ValueError, match=rf"method 'cg': got option 'rank', .* have it: {having}$"):
+        make_method("cg", rank=20)
+
+
+def test_an_option_that_no_method_has_is_refused():
+    with pytest.raises(ValueError, match=r"method 'cg': got option 'colour', .* no method has it"):
+        make_method("cg", colour=20)
+
+
+def test_an_option_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"Richardson scale: got 0\.0, expected a number > 0"):
+        make_method("t1-t2", scale=0.0)
+
+
+def test_known_options_drops_those_that_the_method_does_not_have_and_those_that_are_none():
+    assert known_options("nystrom", rank=4, solver_steps=2, rho=None) == {"rank": 4}
