@@ -16,7 +16,7 @@ from tqdm import tqdm
 from train import check_classes
 
 import tasks
-from metaimplicit.models import is_transductive
+from metaimplicit.normalization import is_transductive
 from metaimplicit.training import (
     CHECKPOINT,
     CONFIG,

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 import tasks
-from metaimplicit.models import is_transductive
+from metaimplicit.normalization import is_transductive
 from metaimplicit.training import (
     CHECKPOINT,
     CONFIG,

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metaimplicit.episodes import EpisodeBatch
-from metaimplicit.learner import MetaLearner, Step
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Step
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import Progress, Resumable, load_checkpoint, save_checkpoint
 from metaimplicit.training.files import write_json

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.episodes import EpisodeBatch
-from metaimplicit.learner import MetaLearner
+from metaimplicit.learner import EpisodeBatch, MetaLearner
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.episodes import EpisodeBatch
-from metaimplicit.learner import MetaLearner
+from metaimplicit.learner import EpisodeBatch, MetaLearner
 from metaimplicit.training.files import write_atomically
 from metaimplicit.training.log import read_metrics
 from metaimplicit.training.metrics import Evaluation, to_device

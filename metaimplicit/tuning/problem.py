@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.models import check_norms
+from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Proximal
 from metaimplicit.tuning.domains import Domain
@@ -56,7 +56,7 @@ def tuning_problem(
     Raises:
         ValueError: no variable, or two of one name; no parameter to train; batch-norm that tracks running statistics.
     """
-    check_norms(model)
+    reject_running_statistics(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if not start:
         raise ValueError(
