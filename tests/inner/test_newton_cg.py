@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import RunOptions, build_learner
 from oracles import Matrix, randn, relative_error, ridge, symmetric
 from torch import nn
 
@@ -20,7 +21,6 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.inner.trust_region import steihaug
-from metaimplicit.training import Options, build_learner
 
 DOUBLE = torch.float64
 SPECTRA = [[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]]
@@ -472,7 +472,9 @@ def test_gradients_pass_to_the_start_as_the_identity():
 
 def test_the_command_line_builds_it():
     family = SimpleNamespace(kind="regression", input_shape=(1,), outputs=1)
-    options = Options(inner_optimizer="newton-cg", inner_steps=3, inner_cg_steps=7, device="cpu")
+    options = RunOptions(
+        inner_optimizer="newton-cg", inner_steps=3, inner_options={"cg_steps": 7}, device="cpu"
+    )
     inner = build_learner(options, family).inner
     assert inner == NewtonCG(steps=3, cg_steps=7)
     images = SimpleNamespace(kind="classification", input_shape=(1, 16, 16), outputs=2)
