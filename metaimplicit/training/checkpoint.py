@@ -150,7 +150,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"checkpoint: {path} is damaged or not a checkpoint ({error}); restore or delete it"
+            f"checkpoint: {path} is damaged or not a checkpoint; restore or delete it"
         ) from error
     version = state.get("format") if isinstance(state, dict) else None
     if version != FORMAT:

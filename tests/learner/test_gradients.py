@@ -61,7 +61,7 @@ def test_every_method_works_with_the_default_arguments(flag):
 
 
 def test_the_defaults_are_maml():
-    """With a model and a loss alone, the meta-gradient is that of five steps of gradient descent."""
+    """A model and a loss are enough for the meta-gradient of five steps of gradient descent."""
     learner = MetaLearner(make_network(), F.cross_entropy)
     step = learner.backward(draw_episodes())
     assert step.report.method == "unrolled"
