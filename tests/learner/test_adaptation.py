@@ -75,11 +75,18 @@ def test_evaluate_measures_after_the_numbers_of_steps_asked_for():
             learner.evaluate(draw_episodes(), steps=steps)
 
 
-def test_evaluate_repeats_the_last_iterate_of_a_loop_that_stops_early():
-    learner = make_learner(inner=GradientDescent(steps=50, lr=0.3, tol=0.2))
-    losses, _ = learner.evaluate(draw_episodes())
+def test_evaluate_repeats_the_last_iterate_of_each_task_whose_loop_stops_early():
+    stopping = make_learner(inner=GradientDescent(steps=50, lr=0.3, tol=0.2))
+    endless = make_learner(inner=GradientDescent(steps=50, lr=0.3))
+    losses, _ = stopping.evaluate(draw_episodes())
+    expected, _ = endless.evaluate(draw_episodes())
+    steps_taken = stopping.backward(draw_episodes()).report.inner_steps
     assert losses.shape == (51, TASKS)
-    assert torch.equal(losses[-1], losses[-2])
+    for task, steps in enumerate(steps_taken.tolist()):
+        assert 1 < steps < 50
+        path = losses[:, task]
+        assert torch.allclose(path[: steps + 1], expected[: steps + 1, task], rtol=1e-12)
+        assert torch.equal(path[steps:], path[steps].expand(51 - steps))
 
 
 class Dropout(LinearModel):

@@ -60,7 +60,11 @@ def test_the_adaptation_plot_shows_fits_in_a_panel_for_each_task(tmp_path, figur
     evaluation = Evaluation(torch.rand(3, 4), None, steps=(0, 1, 2))
     plot_adaptation(tmp_path, evaluation, fits=fits)
     _, *panels = figures[0].axes
-    assert [len(ax.lines) for ax in panels] == [4, 4, 4]
+    for task, ax in enumerate(panels):
+        _, before, after, support = ax.lines
+        assert before.get_ydata().tolist() == fits.before[task].tolist()
+        assert after.get_ydata().tolist() == fits.after[task].tolist()
+        assert support.get_xdata().tolist() == fits.support.inputs[task].tolist()
     assert legend_texts(figures[0]) == ["truth", "before adaptation", "after 2 steps", "support"]
     assert_legend_is_outside_the_panels(figures[0])
 
