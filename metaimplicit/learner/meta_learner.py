@@ -62,6 +62,8 @@ class MetaLearner(nn.Module):
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
 
     Attributes:
+        method: The method, with its curvature.
+        inner: The inner loop. If its step size is learnt, it reads it from φ.
         adapted: The names of the parameters that adapt.
         learnt: The logarithms of the numbers in `learn`.
         penalty: The proximal term of the inner loss. None if λ = 0.

@@ -43,7 +43,7 @@ class RunOptions:
     """Meta-train a few-shot learner, and test it on tasks it has never seen."""
 
     task: str = "glyphs"
-    """Where tasks come from: glyphs (printed characters), omniglot, sinusoid, folder, learn2learn."""
+    """Where tasks come from: glyphs (characters), omniglot, sinusoid, folder or learn2learn."""
     ways: int = 5
     """Classes of a task."""
     shots: int = 1

@@ -19,11 +19,13 @@ from command_line.flags import (
 from command_line.options import RunOptions, default_folder
 from metaimplicit.training import CONFIG, read_json, require_new_run_folder
 
-DESCRIPTION = """{summary}
-
-The defaults below are those of --task {task} with --method {method}. Each method has options of its own. The second box has those of {method}. The other methods have these:
-
-{flags}"""  # tyro keeps line breaks
+DESCRIPTION = (
+    "{summary}\n\n"
+    "The defaults below are those of --task {task} with --method {method}. "
+    "Each method has options of its own. Those of {method}, if it has any, are in the second box. "
+    "Those of the other methods are:\n\n"
+    "{flags}"
+)
 
 
 def parse(args: list[str]) -> RunOptions:
