@@ -1,4 +1,4 @@
-"""The networks of the few-shot literature, ready to be adapted: no buffers, no state."""
+"""The networks of the few-shot literature: no buffers, no state."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
+
+from metaimplicit.normalization import BatchNorm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -16,46 +17,31 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class BatchNorm(nn.Module):
-    """y = γ (x − mean x)/√(var x + ε) + β per channel, over the set it is given: inputs `[m, channels, height, width]`.
-
-    Equal to `nn.BatchNorm2d(channels, eps, track_running_stats=False)`. It is transductive: on a query set each
-    prediction depends on the other queries, as in MAML's published numbers. Written out in plain operations because
-    their double backward under vmap is about a quarter faster than the fused kernel's.
-
-    Args:
-        channels: the size of dimension 1.
-        eps: ε > 0.
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean((0, 2, 3), keepdim=True)
-        variance = centred.square().mean((0, 2, 3), keepdim=True)
-        scale = torch.rsqrt(variance + self.eps) * self.weight[:, None, None]
-        return centred * scale + self.bias[:, None, None]
-
-
 class ConvNet(nn.Module):
-    """The few-shot conv net (Vinyals et al. 2016): blocks of 3×3 convolution, `BatchNorm`, activation; a linear layer.
+    """The few-shot convolutional network (Vinyals et al. 2016).
 
-    Transductive, through `BatchNorm`.
+    It consists of blocks of 3×3 convolution, `BatchNorm` and activation, each of which halves the
+    image, and a linear layer. It is transductive, because of `BatchNorm`.
 
     Args:
         input_shape: `(channels, height, width)` of one image.
-        outputs: numbers out for each image: the ways.
-        filters: channels of every block.
-        blocks: how many, ≥ 1; each halves the image.
-        strided: halve by convolutions of stride 2, faster; else by 2×2 max-pooling.
-        activation: "relu", as published; "gelu" or "softplus", log(1 + e^{20x})/20, whose minima lie on no kinks.
+        outputs: The number of outputs for each image, ≥ 1: the ways of a task.
+        filters: The number of channels of every block, ≥ 1.
+        blocks: The number of blocks, ≥ 1.
+        strided: If True, convolutions of stride 2 halve the image, which is fast. If False, 2×2
+            max-pooling does.
+        activation: `"relu"`, as published, or a smooth one, whose minima lie on no kinks: `"gelu"`,
+            or `"softplus"`, log(1 + e^{20x})/20.
 
     Raises:
-        ValueError: an input that is not an image, or too small for the blocks; an unknown activation.
+        ValueError: `input_shape` is not that of an image, or too small for the blocks. A number is
+            less than 1. The activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> net = ConvNet((1, 28, 28), outputs=5, filters=8)
+        >>> net(torch.zeros(3, 1, 28, 28)).shape
+        torch.Size([3, 5])
     """
 
     def __init__(
@@ -77,43 +63,52 @@ class ConvNet(nn.Module):
             if number < 1:
                 raise ValueError(f"{name}: got {number}, expected at least 1")
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
-            )
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation: got {activation!r}, expected one of {known}")
+
         channels, height, width = input_shape
         layers: list[nn.Module] = []
         for _ in range(blocks):
-            layers += [
-                nn.Conv2d(channels, filters, 3, stride=2 if strided else 1, padding=1),
-                BatchNorm(filters),
-                ACTIVATIONS[activation](),
-            ]
+            stride = 2 if strided else 1
+            layers.append(nn.Conv2d(channels, filters, 3, stride=stride, padding=1))
+            layers.append(BatchNorm(filters))
+            layers.append(ACTIVATIONS[activation]())
             if not strided:
                 layers.append(nn.MaxPool2d(2))
-            height, width = (
-                ((height + 1) // 2, (width + 1) // 2) if strided else (height // 2, width // 2)
-            )
+            # A convolution of stride 2 rounds half of an odd size up, pooling rounds it down.
+            height = (height + 1) // 2 if strided else height // 2
+            width = (width + 1) // 2 if strided else width // 2
             channels = filters
+
         if min(height, width) < 1:
             raise ValueError(
-                f"input_shape: got {tuple(input_shape)}, which {blocks} poolings leave nothing of, expected at least "
-                f"{2**blocks} pixels a side; use fewer blocks or strided=True"
+                f"input_shape: got {tuple(input_shape)}, of which {blocks} poolings leave nothing, "
+                f"expected at least {2**blocks} pixels a side; use fewer blocks or strided=True"
             )
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(channels * height * width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[m, channels, height, width]` to `[m, outputs]`."""
+        """Images `[m, channels, height, width]` to outputs `[m, outputs]`."""
         logits: Tensor = self.head(self.features(x).flatten(1))
         return logits
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them, `[m, inputs]` to `[m, outputs]`; 40-40 is MAML's sinusoid network.
+    """Linear layers with ReLU between them. The default is the sinusoid network of MAML.
 
     Args:
-        inputs, outputs: widths at the ends, ≥ 1.
-        hidden: widths between.
+        inputs: The size of one input, ≥ 1.
+        outputs: The number of outputs for each input, ≥ 1.
+        hidden: The widths of the hidden layers, each ≥ 1. If empty, there is one linear layer.
+
+    Raises:
+        ValueError: A width is less than 1.
+
+    Example:
+        >>> import torch
+        >>> MLP(1, 2, hidden=(8,))(torch.zeros(3, 1)).shape
+        torch.Size([3, 2])
     """
 
     def __init__(self, inputs: int, outputs: int, *, hidden: Sequence[int] = (40, 40)) -> None:
@@ -121,30 +116,7 @@ class MLP(nn.Sequential):
         if min(widths) < 1:
             raise ValueError(f"widths: got {widths}, expected each at least 1")
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        super().__init__(*layers[:-1])
-
-
-def is_transductive(model: nn.Module) -> bool:
-    """Whether predictions on a set depend on the whole set: batch-norm on the batch's own statistics."""
-    return any(
-        isinstance(m, BatchNorm)
-        or (isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats)
-        for m in model.modules()
-    )
-
-
-def check_norms(model: nn.Module) -> None:
-    """ValueError for a normalisation that updates running statistics in its forward pass."""
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.modules.batchnorm._NormBase)
-            and module.training
-            and module.track_running_stats
-        ):
-            raise ValueError(
-                f"model: {name!r} ({type(module).__name__}) tracks running statistics, which adaptation would mix "
-                "between tasks and iterates; build it with track_running_stats=False, use GroupNorm, or call "
-                "model.eval()"
-            )
+        for fan_in, fan_out in pairwise(widths):
+            layers.append(nn.Linear(fan_in, fan_out))
+            layers.append(nn.ReLU())
+        super().__init__(*layers[:-1])  # no ReLU after the last layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
@@ -101,8 +102,10 @@ def _plain_type(hint: Any) -> Any:
 def _help(kind: type, name: str) -> str:
     """The text of an argument in the docstring of a class, or of one that it inherits from."""
     for ancestor in kind.__mro__:
-        pattern = rf"^ {{8}}{name}: (.*(?:\n {{12}}.*)*)"
-        match = re.search(pattern, ancestor.__doc__ or "", flags=re.M)
+        # Python 3.13 strips the common indentation of docstrings; cleandoc does so everywhere.
+        docstring = inspect.cleandoc(ancestor.__doc__ or "")
+        pattern = rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)"
+        match = re.search(pattern, docstring, flags=re.M)
         if match:
             return re.sub(r"\s+", " ", match.group(1))
     return ""

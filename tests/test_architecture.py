@@ -9,7 +9,7 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "models", "episodes", "options"),
+    ("params", "graph", "models", "normalization", "options"),
     ("problem", "iterate"),
     ("lifted",),
     ("operators",),

@@ -1,8 +1,6 @@
-"""Training: the loop, checkpoints, metrics, pictures. Where episodes come from is none of its business."""
+"""Training loops, checkpoints, metrics and plots, for episodes and data from anywhere."""
 
-from metaimplicit.training.build import build_learner, describe
 from metaimplicit.training.checkpoint import (
-    Progress,
     load_checkpoint,
     load_learner,
     load_tuner,
@@ -14,16 +12,14 @@ from metaimplicit.training.log import read_metrics
 from metaimplicit.training.loop import (
     CHECKPOINT,
     CONFIG,
-    Budget,
     NonFiniteError,
-    constant,
-    cosine,
     fit,
     require_new_run_folder,
 )
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
-from metaimplicit.training.options import Options, find_device
 from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training.progress import Budget, Progress, constant, cosine
+from metaimplicit.training.provenance import describe
 from metaimplicit.training.tuner_run import fit_tuner
 
 __all__ = [
@@ -34,14 +30,11 @@ __all__ = [
     "Evaluation",
     "Fits",
     "NonFiniteError",
-    "Options",
     "Progress",
-    "build_learner",
     "constant",
     "cosine",
     "describe",
     "evaluate",
-    "find_device",
     "fit",
     "fit_tuner",
     "load_checkpoint",

@@ -1,37 +1,32 @@
-"""Checkpoints: all that a run needs to go on to the same bits."""
+"""Checkpoints: all that a run needs to continue to the same bits."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from metaimplicit.learner import MetaLearner
+from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
 from metaimplicit.training.files import write_atomically
+from metaimplicit.training.progress import Progress
 from metaimplicit.tuning import Tuner
 
 FORMAT = 1
 
 
 class Resumable(Protocol):
-    """A sampler, as far as a checkpoint cares."""
+    """Something with a state to save, such as a sampler of episodes."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain containers of tensors, numbers and strings."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class Progress:
-    """How far a run is: meta-steps done, and seconds of wall clock spent in `fit` over all its sittings."""
-
-    step: int = 0
-    seconds: float = 0.0
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
 
 
 def save_checkpoint(
@@ -41,7 +36,30 @@ def save_checkpoint(
     sampler: Resumable,
     progress: Progress,
 ) -> None:
-    """Write learner, optimiser, sampler and random states atomically: a crash leaves the last good file."""
+    """Save the states of learner, optimiser, sampler and random generators.
+
+    The file is written atomically: if the process is killed meanwhile, the last checkpoint stays.
+
+    Args:
+        path: The file.
+        learner: The learner, with its choice between vmap and the loop.
+        optimizer: The optimiser of its parameters.
+        sampler: What draws the training episodes.
+        progress: How far the run is.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
+        >>> class Sampler:
+        ...     def state_dict(self):
+        ...         return {"position": 3}
+        >>> path = Path(tempfile.mkdtemp()) / "checkpoint.pt"
+        >>> save_checkpoint(path, learner, optimizer, Sampler(), Progress(step=3))
+        >>> load_learner(path, learner)
+        Progress(step=3, seconds=0.0)
+    """
     state = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -49,58 +67,78 @@ def save_checkpoint(
         "vectorize": learner.vectorize,
         "optimizer": optimizer.state_dict(),
         "sampler": sampler.state_dict(),
-        "rng": _rng(learner.method),
+        "rng": _random_states(learner.method),
     }
     write_atomically(path, lambda file: torch.save(state, file))
-
-
-def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
-    """Write a tuner and the random states atomically."""
-    rng = _rng(tuner.method)
-    state = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "tuner": tuner.state_dict(),
-        "rng": rng,
-    }
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def load_tuner(path: Path, tuner: Tuner) -> Progress:
-    """Put everything back where `save_tuner` found it.
-
-    Raises:
-        FileNotFoundError: no checkpoint.
-        ValueError: a damaged one, or that of another tuner.
-    """
-    state = _read(path, next(iter(tuner.meta.values())).device)
-    if "tuner" not in state:
-        raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
-    tuner.load_state_dict(state["tuner"])
-    _set_rng(state["rng"], tuner.method)
-    return Progress(**state["progress"])
-
-
-def load_learner(path: Path, learner: MetaLearner) -> Progress:
-    """Load what the run learnt (and whether it vmaps or loops) into a learner built as the run built it.
-
-    Raises:
-        FileNotFoundError: no checkpoint.
-        ValueError: a damaged one, or that of another model.
-    """
-    return _restore(_read(path, _device(learner)), path, learner)
 
 
 def load_checkpoint(
     path: Path, learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: Resumable
 ) -> Progress:
-    """Put everything back where `save_checkpoint` found it; raises as `load_learner`, and what the sampler refuses."""
+    """Load the states that `save_checkpoint` saved.
+
+    Args:
+        path: The file.
+        learner: A learner built as that of the run.
+        optimizer: An optimiser of its parameters, of the same type.
+        sampler: A sampler of the same stream of episodes.
+
+    Returns:
+        How far the run was.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint is damaged, or belongs to another learner or sampler.
+    """
     state = _read(path, _device(learner))
-    progress = _restore(state, path, learner)
+    progress = _restore_learner(state, path, learner)
     optimizer.load_state_dict(state["optimizer"])
     sampler.load_state_dict(state["sampler"])
-    _set_rng(state["rng"], learner.method)
+    _set_random_states(state["rng"], learner.method)
     return progress
+
+
+def load_learner(path: Path, learner: MetaLearner) -> Progress:
+    """Load the parameters of a run's learner, and its choice between vmap and the loop.
+
+    Args:
+        path: The run's checkpoint.
+        learner: A learner built as that of the run.
+
+    Returns:
+        How far the run was.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint is damaged, or belongs to another learner.
+    """
+    return _restore_learner(_read(path, _device(learner)), path, learner)
+
+
+def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
+    """Save the states of a tuner and of the random generators, atomically."""
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "tuner": tuner.state_dict(),
+        "rng": _random_states(tuner.method),
+    }
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_tuner(path: Path, tuner: Tuner) -> Progress:
+    """Load the states that `save_tuner` saved into a tuner built as that of the run.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint is damaged, or belongs to another tuner.
+    """
+    state = _read(path, next(iter(tuner.meta.values())).device)
+    if "tuner" not in state:
+        raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
+    tuner.load_state_dict(state["tuner"])
+    _set_random_states(state["rng"], tuner.method)
+    return Progress(**state["progress"])
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
@@ -112,24 +150,25 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"checkpoint: {path} is damaged or none of ours ({error}); restore or delete it"
+            f"checkpoint: {path} is damaged or not a checkpoint; restore or delete it"
         ) from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
+    version = state.get("format") if isinstance(state, dict) else None
+    if version != FORMAT:
         raise ValueError(
-            f"checkpoint: {path} has format {found}, expected {FORMAT}; use the version that wrote it"
+            f"checkpoint: {path} has format {version}, expected {FORMAT}; "
+            "use the version that wrote it"
         )
     return state
 
 
-def _restore(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progress:
+def _restore_learner(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progress:
     if "learner" not in state:
         raise ValueError(f"checkpoint: {path} holds no learner, but a tuner; use load_tuner")
     try:
         learner.load_state_dict(state["learner"])
     except RuntimeError as error:
         raise ValueError(
-            f"checkpoint: {path} does not fit the learner, build it as the run did: {error}"
+            f"checkpoint: {path} does not fit the learner; build it as the run did: {error}"
         ) from error
     learner.vectorize = state["vectorize"]
     return Progress(**state["progress"])
@@ -139,25 +178,21 @@ def _device(learner: MetaLearner) -> torch.device:
     return next(learner.parameters()).device
 
 
-def _own_generator(method: Method) -> torch.Generator | None:
-    """The generator that a solver draws its sketches from, if it has one of its own."""
-    own: torch.Generator | None = getattr(getattr(method, "solver", None), "generator", None)
-    return own
-
-
-def _rng(method: Method) -> dict[str, Any]:
-    own = _own_generator(method)
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # asking would start it
+def _random_states(method: Method) -> dict[str, Any]:
+    generator = solver_generator(method)
+    # Asking for the state of CUDA would initialise it.
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if used else [],
-        "solver": None if own is None else own.get_state(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
+        "solver": None if generator is None else generator.get_state(),
     }
 
 
-def _set_rng(state: dict[str, Any], method: Method) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if (own := _own_generator(method)) is not None and state.get("solver") is not None:
-        own.set_state(state["solver"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda"]])
+def _set_random_states(states: dict[str, Any], method: Method) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    generator = solver_generator(method)
+    if generator is not None and states.get("solver") is not None:
+        generator.set_state(states["solver"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

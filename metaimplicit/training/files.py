@@ -12,7 +12,21 @@ from typing import IO, Any
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one."""
+    """Write a file so that readers see the old file or the new one, never a part of it.
+
+    A temporary file in the same folder is filled, flushed to disk and renamed. Missing folders are
+    made. If `write` raises, the temporary file is removed and the old file stays.
+
+    Args:
+        path: The file.
+        write: It receives the temporary file, open for writing bytes.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_atomically(folder / "a.txt", lambda file: file.write(b"text"))
+        >>> (folder / "a.txt").read_text()
+        'text'
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".partial")
     try:
@@ -20,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's own mode shuts everybody else out
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives no rights to anybody else
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -29,13 +43,34 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write strict JSON (no NaN: ValueError) atomically."""
+    """Write strict JSON atomically.
+
+    Raises:
+        ValueError: The data holds NaN or Inf, which JSON cannot express.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> write_json(path, {"x": 1})
+        >>> read_json(path)
+        {'x': 1}
+    """
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; FileNotFoundError without the file, ValueError where it is damaged."""
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not valid JSON.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> _ = path.write_text("[1, 2]")
+        >>> read_json(path)
+        [1, 2]
+    """
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -45,6 +80,6 @@ def read_json(path: Path) -> Any:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask

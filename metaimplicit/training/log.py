@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a progress bar."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -12,41 +12,44 @@ from typing import Any
 
 from tqdm import tqdm
 
-from metaimplicit.training.checkpoint import Progress
 from metaimplicit.training.files import write_atomically
+from metaimplicit.training.progress import Progress
 
 METRICS = "metrics.jsonl"
+SMOOTHING = 20  # steps over which the progress bar averages
 Values = dict[str, float | None]
 
 
 class RunLog:
-    """Writes to the run's folder, from `progress` on: lines that a killed run wrote beyond its checkpoint are dropped.
+    """Writes the metrics of a run to its folder. Use it as a context manager.
+
+    If the run is resumed, the lines that it wrote after its last checkpoint are dropped.
 
     Args:
-        out: the run's folder.
-        progress: where the run stands.
-        total: meta-steps to come to, if that is known.
-        bar: show the progress bar.
+        out: The run's folder, which must exist.
+        progress: How far the run is.
+        total: The number of steps that the run will take. If None, it is not known.
+        bar: Whether to show a progress bar.
     """
 
     def __init__(self, out: Path, progress: Progress, *, total: int | None, bar: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # it takes a second to import
 
-        path = out / METRICS
-        if path.exists():
-            kept = [line for line in read_metrics(out) if line["step"] <= progress.step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(path, lambda file: file.write(text.encode()))
-        self._lines = path.open("a", buffering=1)
-        purge = progress.step + 1 if progress.step else None
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
-        interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
+        _drop_lines_after(out, progress.step)
+        self._lines = (out / METRICS).open("a", buffering=1)
+        first_step = progress.step + 1 if progress.step else None
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
-            total=total, initial=progress.step, unit="step", mininterval=interval, disable=not bar
+            total=total,
+            initial=progress.step,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # in a log file, a line in a while
+            disable=not bar,
         )
-        self._recent: deque[Values] = deque(maxlen=20)
+        self._recent: deque[Values] = deque(maxlen=SMOOTHING)
 
     def __enter__(self) -> RunLog:
+        """Return the log itself."""
         return self
 
     def __exit__(
@@ -55,40 +58,56 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close the files and the progress bar."""
         self._bar.close()
         self._board.close()
         self._lines.close()
 
     def write(self, split: str, progress: Progress, values: Values) -> None:
-        """One line of metrics.jsonl and its TensorBoard scalars; what is not finite becomes null."""
-        clean = {
-            name: v if v is not None and math.isfinite(v) else None for name, v in values.items()
-        }
-        line = {
+        """Write one line of metrics.jsonl and its TensorBoard scalars.
+
+        Args:
+            split: What the values were measured on, `"train"` or `"validation"`.
+            progress: When they were measured.
+            values: Numbers by name. Those that are not finite are written as null.
+        """
+        line: dict[str, Any] = {
             "step": progress.step,
             "seconds": round(progress.seconds, 3),
             "split": split,
-            **clean,
         }
-        self._lines.write(json.dumps(line) + "\n")
-        for name, value in clean.items():
-            if value is not None:
+        for name, value in values.items():
+            line[name] = value if value is not None and math.isfinite(value) else None
+            if line[name] is not None:
                 self._board.add_scalar(f"{split}/{name}", value, progress.step)
+        self._lines.write(json.dumps(line) + "\n")
 
     def advance(self, values: Values) -> None:
-        """Move the bar on by one meta-step; it shows means over the last 20."""
+        """Move the progress bar by one step. It shows means over the last 20 steps."""
         self._recent.append(values)
-        shown = {}
+        means = {}
         for name in ("loss", "accuracy", "residual"):
-            present = [v for v in (old.get(name) for old in self._recent) if v is not None]
-            if present:
-                shown[name] = f"{sum(present) / len(present):.3f}"
-        self._bar.set_postfix(shown, refresh=False)
+            recent = [step.get(name) for step in self._recent]
+            numbers = [value for value in recent if value is not None]
+            if numbers:
+                means[name] = f"{sum(numbers) / len(numbers):.3f}"
+        self._bar.set_postfix(means, refresh=False)
         self._bar.update()
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    r"""The lines of a run's metrics.jsonl. A last line that a crash cut short is left out.
+
+    Raises:
+        FileNotFoundError: The folder holds no metrics.jsonl.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+        >>> read_metrics(folder)
+        [{'step': 1}]
+    """
     lines = []
     for text in (out / METRICS).read_text().splitlines():
         try:
@@ -96,3 +115,11 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _drop_lines_after(out: Path, step: int) -> None:
+    path = out / METRICS
+    if path.exists():
+        lines = [line for line in read_metrics(out) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,26 +1,26 @@
-"""The training loop."""
+"""The training loop of a `MetaLearner`."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from metaimplicit.episodes import EpisodeBatch
-from metaimplicit.learner import MetaLearner, Step
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Step
 from metaimplicit.solvers import Status
-from metaimplicit.training.checkpoint import Progress, Resumable, load_checkpoint, save_checkpoint
+from metaimplicit.training.checkpoint import Resumable, load_checkpoint, save_checkpoint
 from metaimplicit.training.files import write_json
 from metaimplicit.training.log import METRICS, RunLog, Values, read_metrics
 from metaimplicit.training.metrics import evaluate, to_device
+from metaimplicit.training.progress import Budget, Progress, Stopwatch, cosine
 
-CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+CHECKPOINT = "checkpoint.pt"
+CONFIG = "config.json"
+ENDLESS = 2**40  # batches to draw where only the time is limited
 
 
 class Sampler(Resumable, Protocol):
@@ -28,54 +28,18 @@ class Sampler(Resumable, Protocol):
 
     def batches(
         self, count: int, workers: int = 0, pin_memory: bool = False
-    ) -> Iterator[EpisodeBatch]: ...
+    ) -> Iterator[EpisodeBatch]:
+        """The next `count` batches.
+
+        Args:
+            count: The number of batches.
+            workers: The number of processes that draw them. If 0, this one does.
+            pin_memory: Whether the tensors are in page-locked memory, for faster copies to CUDA.
+        """
 
 
 class NonFiniteError(FloatingPointError):
-    """NaN or Inf in data, loss or meta-gradient; the parameters and the last checkpoint are from before it."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to train: until `steps` meta-steps or `minutes` of wall clock, whichever is first.
-
-    Args:
-        steps: meta-steps, ≥ 1; None, no limit.
-        minutes: of wall clock in `fit`, validation included, over all sittings of a run, > 0; None, no limit.
-
-    Raises:
-        ValueError: neither is given, or one is out of range.
-    """
-
-    steps: int | None = None
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("budget: got neither steps nor minutes, expected at least one of them")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1 meta-step")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: got {self.minutes}, expected a time > 0")
-
-    def spent(self, progress: Progress) -> float:
-        """The share of the budget that is used, max(step/steps, seconds/(60·minutes)); training ends at 1."""
-        shares = [0.0]
-        if self.steps is not None:
-            shares.append(progress.step / self.steps)
-        if self.minutes is not None:
-            shares.append(progress.seconds / (60 * self.minutes))
-        return min(max(shares), 1.0)
-
-
-def cosine(spent: float) -> float:
-    """(1 + cos π·spent)/2: the outer learning rate's factor, from 1 down to 0 (Loshchilov & Hutter 2017)."""
-    return 0.5 * (1 + math.cos(math.pi * spent))
-
-
-def constant(spent: float) -> float:
-    """No decay."""
-    return 1.0
+    """NaN or Inf in the data, the loss or the meta-gradient, noticed before a parameter moved."""
 
 
 def fit(
@@ -95,149 +59,206 @@ def fit(
     resume: bool = False,
     bar: bool = True,
 ) -> Progress:
-    """Meta-train, leaving config.json, checkpoint.pt, metrics.jsonl and tensorboard/ in `out`.
+    """Meta-train a learner, and leave config, checkpoint, metrics and TensorBoard files in `out`.
 
-    A run that is killed and resumed comes to the same bits as one that is not, except that a budget in minutes makes
-    the learning rate follow the clock.
+    A run that is killed and resumed ends at the same bits as one that is not. The exception is a
+    budget in minutes, with which the learning rate follows the clock.
 
     Args:
-        learner, optimizer, sampler: what trains, on what; the learner's device is the run's.
-        out: the run's folder, made if need be.
-        budget: when to end.
-        config: stored as config.json.
-        validation: draws the batches to evaluate every `validate_every` steps and at the end.
-        checkpoint_every: steps between checkpoints; there is one before the first step and after the last, too.
-        schedule: share of the budget spent -> factor on each group's learning rate.
-        clip: largest norm of the meta-gradient; None, any.
-        workers: processes that draw episodes; 0, this one.
-        resume: go on from the checkpoint in `out`, if there is one.
-        bar: show progress.
+        learner: The learner, on the device to train on.
+        optimizer: The optimiser of its parameters.
+        sampler: The stream of training episodes.
+        out: The run's folder. It is made if it does not exist.
+        budget: When to end.
+        config: What config.json holds. If None, there is no such file.
+        validation: Draws the batches to validate on. If None, there is no validation.
+        validate_every: The number of steps between validations, ≥ 1. The last step is validated
+            as well.
+        checkpoint_every: The number of steps between checkpoints, ≥ 1. There is one before the
+            first step and one after the last as well.
+        schedule: Maps the share of the budget that is spent to a factor on the learning rate of
+            each group of the optimiser.
+        clip: The largest norm of the meta-gradient, > 0. If None, it is not clipped.
+        workers: The number of processes that draw episodes. If 0, this one does.
+        resume: Whether to continue from the checkpoint in `out`, if there is one.
+        bar: Whether to show a progress bar.
 
     Returns:
-        Steps done and seconds spent.
+        The number of steps taken and the time spent, over all sittings of the run.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is off.
-        NonFiniteError: NaN or Inf in data, loss or meta-gradient, before they reach the parameters.
-        ValueError: a number out of range; a checkpoint of another run.
+        FileExistsError: `out` holds a run, and `resume` is False.
+        NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
+            moved at this step, and the last checkpoint stands.
+        ValueError: A number is out of range. The checkpoint belongs to another run. Or `out` holds
+            the metrics of a run whose checkpoint is gone.
     """
-    for name, number in {
-        "validate_every": validate_every,
-        "checkpoint_every": checkpoint_every,
-    }.items():
-        if number < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1 step")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
-    checkpoint, progress = out / CHECKPOINT, Progress()
+    _check_numbers(validate_every, checkpoint_every, clip)
     require_new_run_folder(out, resume)
+    checkpoint = out / CHECKPOINT
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    if resume and checkpoint.exists():
-        progress = load_checkpoint(checkpoint, learner, optimizer, sampler)
-    elif (out / METRICS).exists() and any(line["step"] > 0 for line in read_metrics(out)):
-        raise ValueError(
-            f"out: {checkpoint} is gone, but {METRICS} holds steps made; restore it, or name another folder"
-        )
+    progress = _load_progress(checkpoint, learner, optimizer, sampler, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
     if config is not None:
         write_json(out / CONFIG, config)
     if not checkpoint.exists():
         save_checkpoint(checkpoint, learner, optimizer, sampler, progress)
+
     device = next(learner.parameters()).device
-    count = 2**40 if budget.steps is None else max(budget.steps - progress.step, 0)
+    count = ENDLESS if budget.steps is None else max(budget.steps - progress.step, 0)
     stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
-    began, before = time.perf_counter(), progress.seconds
+    stopwatch = Stopwatch(progress)
     saved = progress.step
     with RunLog(out, progress, total=budget.steps, bar=bar) as log:
-        while (spent := budget.spent(progress)) < 1:
+        while budget.spent(progress) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(spent)
-            values = _step(learner, optimizer, next(stream), device, progress.step + 1, saved, clip)
+                group["lr"] = group["initial_lr"] * schedule(budget.spent(progress))
+            context = f"no parameter has moved, and {CHECKPOINT} holds step {saved}"
+            values = _take_step(
+                learner, optimizer, next(stream), clip=clip, step=progress.step + 1, context=context
+            )
             progress.step += 1
-            progress.seconds = before + time.perf_counter() - began
+            stopwatch.update()
             log.write("train", progress, values)
             log.advance(values)
-            over = budget.spent(progress) >= 1
-            if validation is not None and (over or progress.step % validate_every == 0):
+
+            done = budget.spent(progress) >= 1
+            if validation is not None and (done or progress.step % validate_every == 0):
                 log.write("validation", progress, _validate(learner, validation()))
-                progress.seconds = before + time.perf_counter() - began
-            if over or progress.step % checkpoint_every == 0:
+                stopwatch.update()
+            if done or progress.step % checkpoint_every == 0:
                 save_checkpoint(checkpoint, learner, optimizer, sampler, progress)
                 saved = progress.step
     return progress
 
 
 def require_new_run_folder(out: Path, resume: bool) -> None:
-    """Refuse a folder that holds a run, unless it is to be resumed (FileExistsError)."""
-    held = [name for name in (CONFIG, CHECKPOINT) if (out / name).exists()]
-    if held and not resume:
+    """Check that a folder holds no run, unless that run is to be resumed.
+
+    Args:
+        out: The folder, which need not exist.
+        resume: Whether the run in it is to be resumed. If so, nothing is checked.
+
+    Raises:
+        FileExistsError: The folder holds config.json or checkpoint.pt.
+
+    Example:
+        >>> require_new_run_folder(Path("no-such-folder"), resume=False)
+    """
+    files = [name for name in (CONFIG, CHECKPOINT) if (out / name).exists()]
+    if files and not resume:
         raise FileExistsError(
-            f"out: {out} holds a run already ({', '.join(held)}), expected a new or empty folder; name another with "
-            "--out, or go on with --resume"
+            f"out: {out} holds a run already ({', '.join(files)}), expected a new or empty "
+            "folder; name another one with --out, or continue the run with --resume"
         )
 
 
-def _step(
+def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | None) -> None:
+    for name, number in (
+        ("validate_every", validate_every),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        if number < 1:
+            raise ValueError(f"{name}: got {number}, expected at least 1 step")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
+
+
+def _load_progress(
+    checkpoint: Path,
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    sampler: Sampler,
+    *,
+    resume: bool,
+) -> Progress:
+    out = checkpoint.parent
+    if resume and checkpoint.exists():
+        return load_checkpoint(checkpoint, learner, optimizer, sampler)
+    if (out / METRICS).exists() and any(line["step"] > 0 for line in read_metrics(out)):
+        raise ValueError(
+            f"out: {checkpoint} is gone, but {METRICS} holds steps of a run; restore the "
+            "checkpoint, or name another folder"
+        )
+    return Progress()
+
+
+def _take_step(
     learner: MetaLearner,
     optimizer: torch.optim.Optimizer,
     episodes: EpisodeBatch,
-    device: torch.device,
-    number: int,
-    saved: int,
+    *,
     clip: float | None,
+    step: int,
+    context: str,
 ) -> Values:
-    """One meta-step, checked before it moves a parameter; what it saw."""
-    remains = f"no parameter has moved, and {CHECKPOINT} holds step {saved}"
+    """Take one meta-step and return what it measured. Nothing moves if anything is not finite."""
+    _require_finite_data(episodes, step, context)
+    optimizer.zero_grad()
+    device = next(learner.parameters()).device
+    result = learner.backward(to_device(episodes, device))
+    gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    values = _read_values(result, norm)
+    _require_finite_values(values, gradients, step, context)
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters(), clip, norm)
+    optimizer.step()
+    return values | {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+
+
+def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> None:
     for name, pair in {"support": episodes.support, "query": episodes.query}.items():
         for part, values in zip(("inputs", "targets"), pair, strict=True):
             if values.is_floating_point() and not values.isfinite().all():
                 raise NonFiniteError(
-                    f"step {number}: the {name} {part} hold NaN or Inf; {remains}. Clean the data, then resume"
+                    f"step {step}: the {name} {part} hold NaN or Inf; {context}. "
+                    "Clean the data, then resume"
                 )
-    optimizer.zero_grad()
-    step = learner.backward(to_device(episodes, device))
-    gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    seen = _read(step, norm)
-    if not math.isfinite(_number(seen["loss"])):
-        raise NonFiniteError(
-            f"step {number}: the query loss is {seen['loss']}; {remains}. Lower the inner step size, or raise proximal"
-        )
-    if not math.isfinite(_number(seen["gradient_norm"])):
-        bad = [name for name, g in gradients.items() if not g.isfinite().all()] or [
-            "its norm overflows"
-        ]
-        raise NonFiniteError(
-            f"step {number}: the meta-gradient is not finite ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}); "
-            f"{remains}. Lower the inner or the outer step size, add damping or proximal, or try another method"
-        )
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(learner.parameters(), clip, norm)
-    optimizer.step()
-    return seen | {"learning_rate": float(optimizer.param_groups[0]["lr"])}
 
 
-def _read(step: Step, norm: Tensor) -> Values:
-    """The numbers of a step, in one transfer from the device."""
+def _require_finite_values(
+    values: Values, gradients: dict[str, Tensor], step: int, context: str
+) -> None:
+    if not _is_finite(values["loss"]):
+        raise NonFiniteError(
+            f"step {step}: the query loss is {values['loss']}; {context}. "
+            "Lower the inner step size, or raise proximal"
+        )
+    if not _is_finite(values["gradient_norm"]):
+        names = [name for name, g in gradients.items() if not g.isfinite().all()]
+        if not names:
+            names = ["its norm overflows"]
+        if len(names) > 3:
+            names = [*names[:3], "…"]
+        raise NonFiniteError(
+            f"step {step}: the meta-gradient is not finite ({', '.join(names)}); {context}. Lower "
+            "the inner or the outer step size, add damping or proximal, or try another method"
+        )
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _read_values(step: Step, norm: Tensor) -> Values:
+    """The numbers of a step. None for those that it does not have."""
     report = step.report
+    negative = None
+    if report.status is not None:
+        negative = (report.status == int(Status.NEGATIVE_CURVATURE)).double().mean()
     tensors = {
         "loss": step.loss,
         "accuracy": step.accuracy,
         "residual": None if report.residual is None else report.residual.mean(),
         "inner_gradient_norm": report.inner_gradient_norm.mean(),
         "gradient_norm": norm,
-        "negative_curvature": None
-        if report.status is None
-        else (report.status == int(Status.NEGATIVE_CURVATURE)).double().mean(),
+        "negative_curvature": negative,
     }
     present = {name: t.detach().double() for name, t in tensors.items() if t is not None}
-    numbers = dict(zip(present, torch.stack(list(present.values())).tolist(), strict=True))
-    return {name: numbers.get(name) for name in tensors}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    numbers = torch.stack(list(present.values())).tolist()  # one transfer from the device
+    return dict.fromkeys(tensors) | dict(zip(present, numbers, strict=True))
 
 
 def _validate(learner: MetaLearner, validation: Iterable[EpisodeBatch]) -> Values:

@@ -1,28 +1,29 @@
-"""What a run is judged by, with its uncertainty."""
+"""What a run is measured by, with its uncertainty."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metaimplicit.episodes import EpisodeBatch
-from metaimplicit.learner import MetaLearner
+from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, Pair
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks and its 95 % interval, mean ± interval.
+    """A mean over tasks with its 95 % interval, mean ± interval.
 
     Attributes:
-        mean: the sample mean.
-        interval: 1.96 s/√n, the half-width by the normal approximation, s the sample deviation (n − 1).
-        tasks: n.
+        mean: The sample mean.
+        interval: 1.96 s/√n, half of the interval's width by the normal approximation. s is the
+            sample deviation, with n − 1 in its denominator.
+        tasks: n, the number of tasks.
     """
 
     mean: float
@@ -31,28 +32,42 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """From one number a task, `[n]`, n ≥ 2 (ValueError)."""
+        """The estimate from one number for each task, `[n]`.
+
+        Raises:
+            ValueError: There are fewer than two numbers, or `values` has another shape.
+
+        Example:
+            >>> print(Estimate.of(torch.tensor([1.0, 2.0, 3.0])))
+            2.0000 ± 1.1316
+        """
         if values.dim() != 1 or len(values) < 2:
             raise ValueError(
-                f"values: got shape {tuple(values.shape)}, expected one number for each of 2 tasks or more"
+                f"values: got shape {tuple(values.shape)}, expected [n], "
+                "one number for each of n ≥ 2 tasks"
             )
         values = values.double()
-        return cls(
-            values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5, len(values)
-        )
+        n = len(values)
+        return cls(values.mean().item(), 1.96 * values.std().item() / n**0.5, n)
 
     def __str__(self) -> str:
+        """The mean and half of the interval, with four decimals."""
         return f"{self.mean:.4f} ± {self.interval:.4f}"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Query loss and accuracy of each task after several numbers of inner steps.
+    """The query loss and accuracy of each task after several numbers of inner steps.
 
     Attributes:
         losses: `[counts, tasks]`.
-        accuracies: `[counts, tasks]`, or None for regression.
-        steps: the numbers of inner steps, `counts` of them.
+        accuracies: `[counts, tasks]`. None for regression.
+        steps: The numbers of inner steps, `counts` of them.
+
+    Example:
+        >>> evaluation = Evaluation(torch.tensor([[4.0, 2.0], [1.0, 1.0]]), None, steps=(0, 5))
+        >>> evaluation.metric, [estimate.mean for estimate in evaluation.curve()]
+        ('mse', [3.0, 1.0])
     """
 
     losses: Tensor
@@ -61,29 +76,29 @@ class Evaluation:
 
     @property
     def metric(self) -> str:
-        """What `curve` holds: "accuracy", or "mse", the mean of the squared errors."""
+        """What `curve` holds: "accuracy", or for regression "mse", the mean squared error."""
         return "mse" if self.accuracies is None else "accuracy"
 
     def curve(self) -> list[Estimate]:
         """The metric after each number of inner steps."""
-        return [
-            Estimate.of(row)
-            for row in (self.losses if self.accuracies is None else self.accuracies)
-        ]
+        rows = self.losses if self.accuracies is None else self.accuracies
+        return [Estimate.of(row) for row in rows]
 
     def summary(self) -> dict[str, Any]:
-        """For JSON: the metric after the last step and after each."""
+        """The metric after the last number of steps, and after each, for JSON."""
         curve = self.curve()
-        pairs = zip(self.steps, curve, strict=True)
+        last = curve[-1]
+        after_steps = [
+            {"steps": steps, "mean": estimate.mean, "interval_95": estimate.interval}
+            for steps, estimate in zip(self.steps, curve, strict=True)
+        ]
         return {
             "metric": self.metric,
-            "mean": curve[-1].mean,
-            "interval_95": curve[-1].interval,
+            "mean": last.mean,
+            "interval_95": last.interval,
             "inner_steps": self.steps[-1],
-            "episodes": curve[-1].tasks,
-            "after_steps": [
-                {"steps": k, "mean": e.mean, "interval_95": e.interval} for k, e in pairs
-            ],
+            "episodes": last.tasks,
+            "after_steps": after_steps,
         }
 
 
@@ -94,56 +109,86 @@ def evaluate(
     steps: int | Sequence[int] | None = None,
     tasks: int | None = None,
 ) -> Evaluation:
-    """Adapt to every task of `batches` and measure on its query set, in evaluation mode (dropout off).
+    """Adapt to every task of `batches`, and measure on its query set.
+
+    The learner is in evaluation mode meanwhile (dropout is off). Its modules return to the modes
+    that they had.
 
     Args:
-        steps: measure after 0, 1, …, `steps` inner steps; a sequence, after these; None, the inner loop's own.
-        tasks: count only the first so many.
+        learner: The learner.
+        batches: Batches of tasks, on any device.
+        steps: Measure after 0, 1, …, `steps` inner steps, or after each number of steps of a
+            sequence. If None, measure after 0 … T steps, T being those of the inner loop.
+        tasks: The number of tasks that count, the first ones. If None, all.
 
     Raises:
-        ValueError: no batches; a negative number of steps.
+        ValueError: There is no batch, or a number of steps is negative.
+
+    Example:
+        >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
+        >>> pair = Pair(torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
+        >>> evaluate(learner, [Episode(pair, pair)], steps=[0, 2]).losses.shape
+        torch.Size([2, 4])
     """
     device = next(learner.parameters()).device
-    last = learner.inner.steps if steps is None else steps
-    counts = tuple(last) if isinstance(last, Sequence) else tuple(range(last + 1))
-    modes = {module: module.training for module in learner.modules()}
-    learner.eval()
-    try:
-        parts = [learner.evaluate(to_device(batch, device), steps) for batch in batches]
-    finally:
-        learner.train(modes[learner])  # as its modules may have it; then each as it was
-        for module, mode in modes.items():
-            module.training = mode
-    if not parts:
+    if isinstance(steps, Sequence):
+        counts = tuple(steps)
+    else:
+        counts = tuple(range((learner.inner.steps if steps is None else steps) + 1))
+    losses = []
+    accuracies = []
+    with _evaluation_mode(learner):
+        for batch in batches:
+            loss, accuracy = learner.evaluate(to_device(batch, device), steps)
+            losses.append(loss.cpu())
+            if accuracy is not None:
+                accuracies.append(accuracy.cpu())
+    if not losses:
         raise ValueError("batches: got none, expected at least one batch of episodes")
-    losses = torch.cat([loss.cpu() for loss, _ in parts], dim=1)[:, :tasks]
-    if any(accuracy is None for _, accuracy in parts):
-        return Evaluation(losses, None, counts)
-    return Evaluation(
-        losses, torch.cat([a.cpu() for _, a in parts if a is not None], dim=1)[:, :tasks], counts
-    )
+    all_losses = torch.cat(losses, dim=1)[:, :tasks]
+    if len(accuracies) < len(losses):
+        return Evaluation(all_losses, None, counts)
+    return Evaluation(all_losses, torch.cat(accuracies, dim=1)[:, :tasks], counts)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Support and query on the device of the learner."""
+def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode:
+    """The episodes on a device.
 
-    support: tuple[Tensor, Tensor]
-    query: tuple[Tensor, Tensor]
+    Example:
+        >>> pair = Pair(torch.zeros(1, 2, 3), torch.zeros(1, 2))
+        >>> to_device(Episode(pair, pair), torch.device("meta")).support.inputs.device.type
+        'meta'
+    """
 
+    def move(pair: Sequence[Tensor]) -> Pair:
+        return Pair(*(tensor.to(device, non_blocking=True) for tensor in pair))
 
-def to_device(episodes: EpisodeBatch, device: torch.device) -> Batch:
-    """The episodes on `device`."""
-    support, query = (
-        (inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
-        for inputs, targets in (episodes.support, episodes.query)
-    )
-    return Batch(support, query)
+    return Episode(move(episodes.support), move(episodes.query))
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in MiB: torch's allocations on CUDA, else the process's resident size."""
+    """The most memory that was held so far, in MiB.
+
+    On CUDA, this counts the tensors that torch allocated on the device. On the CPU, it is the
+    resident size of the process.
+
+    Example:
+        >>> peak_memory(torch.device("cpu")) > 1.0
+        True
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])  # calls what a module does when its mode changes
+        for module, mode in modes.items():
+            module.training = mode

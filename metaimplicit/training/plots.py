@@ -1,4 +1,4 @@
-"""Pictures of a run. Matplotlib is imported when one is drawn, without a display."""
+"""Plots of a run. Matplotlib is imported when one is drawn, and needs no display."""
 
 from __future__ import annotations
 
@@ -9,127 +9,192 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.episodes import EpisodeBatch
-from metaimplicit.learner import MetaLearner
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Pair
 from metaimplicit.training.files import write_atomically
 from metaimplicit.training.log import read_metrics
 from metaimplicit.training.metrics import Evaluation, to_device
 
+GRID_POINTS = 200
+Row = dict[str, Any]  # a line of metrics.jsonl
+
 
 @dataclass(frozen=True)
 class Fits:
-    """One-dimensional regression before and after adaptation, `tasks` tasks over a grid of `points` inputs.
+    """Predictions for tasks of one input and one output, before and after adaptation.
 
     Attributes:
-        grid: `[points]`.
-        before, after: predictions, `[tasks, points]`, after 0 and `steps` inner steps.
-        support, query: (inputs, targets), each `[tasks, examples]`.
-        steps: inner steps.
+        grid: The inputs, `[points]`.
+        before: The predictions after 0 inner steps, `[tasks, points]`.
+        after: The predictions after `steps` inner steps, likewise.
+        support: Inputs and targets, `[tasks, examples]`.
+        query: Likewise.
+        steps: The number of inner steps.
     """
 
     grid: Tensor
     before: Tensor
     after: Tensor
-    support: tuple[Tensor, Tensor]
-    query: tuple[Tensor, Tensor]
+    support: Pair
+    query: Pair
     steps: int
 
 
 def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> Fits:
-    """Adapt to tasks of one input and one output, and predict over the range of their query inputs."""
-    episodes = to_device(episodes, next(learner.parameters()).device)
-    low, high = episodes.query[0].min(), episodes.query[0].max()
-    grid = torch.linspace(float(low), float(high), 200, device=low.device, dtype=low.dtype)
-    inputs = grid[:, None].expand(len(episodes.support[0]), -1, 1)
-    with torch.no_grad():
-        before, after = (
-            learner.adapt(episodes.support, steps=count, batched=True)(inputs).squeeze(-1).cpu()
-            for count in (0, steps)
-        )
-    support, query = (
-        (x.squeeze(-1).cpu(), y.squeeze(-1).cpu()) for x, y in (episodes.support, episodes.query)
+    """Adapt to tasks of one input and one output, and predict over the range of their query inputs.
+
+    Args:
+        learner: The learner.
+        episodes: A batch of tasks with inputs and targets `[tasks, examples, 1]`, on any device.
+        steps: The number of inner steps.
+
+    Returns:
+        Predictions at 200 inputs, on the CPU.
+
+    Example:
+        >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> from metaimplicit.learner import Episode
+        >>> pair = Pair(torch.randn(2, 5, 1), torch.randn(2, 5, 1))
+        >>> predict_curves(learner, Episode(pair, pair), steps=3).after.shape
+        torch.Size([2, 200])
+    """
+    device = next(learner.parameters()).device
+    support, query = to_device(episodes, device)
+    low = float(query.inputs.min())
+    high = float(query.inputs.max())
+    dtype = query.inputs.dtype
+    grid = torch.linspace(low, high, GRID_POINTS, device=device, dtype=dtype)
+    inputs = grid[:, None].expand(len(query.inputs), -1, 1)
+
+    def predict(count: int) -> Tensor:
+        adapted = learner.adapt(support, steps=count, batched=True)
+        with torch.no_grad():
+            return adapted(inputs).squeeze(-1).cpu()
+
+    return Fits(
+        grid=grid.cpu(),
+        before=predict(0),
+        after=predict(steps),
+        support=_without_last_axis(support),
+        query=_without_last_axis(query),
+        steps=steps,
     )
-    return Fits(grid.cpu(), before, after, support, query, steps)
 
 
 def plot_curves(out: Path) -> None:
-    """curves.png: training and validation against meta-steps and against seconds, from metrics.jsonl."""
+    """Plot a run's training and validation against steps and against seconds, as curves.png.
+
+    The metric is the accuracy, or the loss on a logarithmic axis for regression. Training is drawn
+    step by step in a faint line, and as a running mean over a fiftieth of the steps.
+
+    Args:
+        out: The run's folder, with its metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: The folder holds no metrics.jsonl.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     lines = read_metrics(out)
-    metric = "accuracy" if any(line["accuracy"] is not None for line in lines) else "loss"
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    has_accuracy = any(line["accuracy"] is not None for line in lines)
+    metric = "accuracy" if has_accuracy else "loss"
+    rows = [line for line in lines if line[metric] is not None]
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, key, label in zip(axes, ("step", "seconds"), ("meta-steps", "seconds"), strict=True):
-        for split, colour in (("train", "C0"), ("validation", "C1")):
-            rows = [line for line in lines if line["split"] == split and line[metric] is not None]
-            if not rows:
-                continue
-            x, y = [row[key] for row in rows], torch.tensor([row[metric] for row in rows])
-            if split == "validation":
-                ax.plot(x, y, "o-", color=colour, markersize=3, label=split)
-            else:
-                window = max(len(rows) // 50, 1)
-                ax.plot(x, y, color=colour, alpha=0.25, linewidth=0.5)
-                ax.plot(
-                    x[window - 1 :],
-                    y.unfold(0, window, 1).mean(1),
-                    color=colour,
-                    label=f"{split}, mean of {window}",
-                )
+        _plot_training(ax, [row for row in rows if row["split"] == "train"], key, metric)
+        _plot_validation(ax, [row for row in rows if row["split"] == "validation"], key, metric)
         ax.set_xlabel(label)
-        ax.grid(alpha=0.3)
+        ax.grid(which="both", alpha=0.3)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel(f"query {metric}")
     if metric == "loss":
         axes[0].set_yscale("log")
-    axes[0].set_ylabel(f"query {metric}")
-    axes[0].legend()
+        axes[0].yaxis.set_major_formatter(LogFormatter())  # 2 rather than 2 × 10⁰
+        axes[0].yaxis.set_minor_formatter(LogFormatter())
+    _legend_below(figure, axes[0])
     _save(figure, out / "curves.png")
 
 
 def plot_adaptation(
     out: Path, evaluation: Evaluation, *, title: str = "", fits: Fits | None = None
 ) -> None:
-    """adaptation.png: the metric against inner steps with its 95 % interval, and any fitted curves beside it."""
+    """Plot the metric against the number of inner steps with its 95 % interval, as adaptation.png.
+
+    Args:
+        out: The folder for the plot.
+        evaluation: What was measured.
+        title: The title of the figure.
+        fits: Curves to draw beside it, one panel for each task. If None, there are none.
+    """
     from matplotlib.figure import Figure
 
-    curve = evaluation.curve()
     panels = 1 if fits is None else 1 + len(fits.before)
-    figure = Figure(figsize=(max(3.2 * panels, 5), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * panels, 5), 4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    steps, mean = evaluation.steps, torch.tensor([e.mean for e in curve])
-    interval = torch.tensor([e.interval for e in curve])
-    axes[0].plot(steps, mean, "o-", markersize=3)
-    axes[0].fill_between(steps, mean - interval, mean + interval, alpha=0.3)
-    axes[0].set(xlabel="inner steps", ylabel=f"query {evaluation.metric}", title=title)
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
-    axes[0].grid(alpha=0.3)
+    _plot_metric(axes[0], evaluation)
+    if title:
+        figure.suptitle(title)
     if fits is not None:
         for task, ax in enumerate(axes[1:]):
             _plot_fit(ax, fits, task)
-        axes[1].legend(fontsize="small")
+        _legend_below(figure, axes[1])
     _save(figure, out / "adaptation.png")
 
 
+def _plot_training(ax: Any, rows: list[Row], key: str, metric: str) -> None:
+    if not rows:
+        return
+    x = [row[key] for row in rows]
+    y = torch.tensor([row[metric] for row in rows])
+    window = max(len(rows) // 50, 1)
+    running_mean = y.unfold(0, window, 1).mean(1)
+    name = "training" if window == 1 else f"training, mean of {window} steps"
+    ax.plot(x, y, color="C0", alpha=0.25, linewidth=0.5)
+    ax.plot(x[window - 1 :], running_mean, color="C0", label=name)
+
+
+def _plot_validation(ax: Any, rows: list[Row], key: str, metric: str) -> None:
+    if not rows:
+        return
+    x = [row[key] for row in rows]
+    y = [row[metric] for row in rows]
+    ax.plot(x, y, "o-", color="C1", markersize=3, label="validation")
+
+
+def _plot_metric(ax: Any, evaluation: Evaluation) -> None:
+    curve = evaluation.curve()
+    mean = torch.tensor([estimate.mean for estimate in curve])
+    interval = torch.tensor([estimate.interval for estimate in curve])
+    ax.plot(evaluation.steps, mean, "o-", markersize=3)
+    ax.fill_between(evaluation.steps, mean - interval, mean + interval, alpha=0.3)
+    ax.set(xlabel="inner steps", ylabel=f"query {evaluation.metric}, 95 % interval")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+
+
 def _plot_fit(ax: Any, fits: Fits, task: int) -> None:
-    order = fits.query[0][task].argsort()
-    ax.plot(
-        fits.query[0][task][order],
-        fits.query[1][task][order],
-        color="0.6",
-        linewidth=3,
-        label="truth",
-    )
-    ax.plot(fits.grid, fits.before[task], ":", color="C1", label="before")
-    ax.plot(
-        fits.grid,
-        fits.after[task],
-        color="C0",
-        label=f"after {fits.steps} step{'s' * (fits.steps != 1)}",
-    )
-    ax.plot(
-        fits.support[0][task], fits.support[1][task], "^", color="k", markersize=5, label="support"
-    )
-    ax.set_xlabel("x")
+    inputs = fits.query.inputs[task]
+    order = inputs.argsort()
+    truth = fits.query.targets[task][order]
+    steps = "1 step" if fits.steps == 1 else f"{fits.steps} steps"
+    ax.plot(inputs[order], truth, color="0.6", linewidth=3, label="truth")
+    ax.plot(fits.grid, fits.before[task], ":", color="C1", label="before adaptation")
+    ax.plot(fits.grid, fits.after[task], color="C0", label=f"after {steps}")
+    support = (fits.support.inputs[task], fits.support.targets[task])
+    ax.plot(*support, "^", color="k", markersize=5, label="support")
+    ax.set_xlabel("input")
+
+
+def _legend_below(figure: Any, ax: Any) -> None:
+    """A legend of one panel's lines, below all panels and outside the data."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+
+
+def _without_last_axis(pair: Pair) -> Pair:
+    return Pair(pair.inputs.squeeze(-1).cpu(), pair.targets.squeeze(-1).cpu())
 
 
 def _save(figure: Any, path: Path) -> None:

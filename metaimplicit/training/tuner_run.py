@@ -1,18 +1,18 @@
-"""A `Tuner`'s run on disk."""
+"""The training loop of a `Tuner`, with its files."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metaimplicit.params import Params
 from metaimplicit.solvers import Status
-from metaimplicit.training.checkpoint import Progress, load_tuner, save_tuner
+from metaimplicit.training.checkpoint import load_tuner, save_tuner
 from metaimplicit.training.files import write_json
 from metaimplicit.training.log import RunLog, Values
 from metaimplicit.training.loop import CHECKPOINT, CONFIG, require_new_run_folder
+from metaimplicit.training.progress import Progress, Stopwatch
 from metaimplicit.tuning import Tuner, TunerStep
 from metaimplicit.tuning.batches import Source
 
@@ -33,42 +33,53 @@ def fit_tuner(
     resume: bool = False,
     bar: bool = True,
 ) -> Progress:
-    """`Tuner.fit`, leaving config.json, checkpoint.pt, metrics.jsonl and tensorboard/ in `out`.
+    """Run `Tuner.fit`, and leave config, checkpoint, metrics and TensorBoard files in `out`.
 
-    A run that is killed and resumed comes to the same bits as one that is not, if its batches are functions of their
-    number.
+    If the batches are functions of their number, a run that is killed and resumed ends at the same
+    bits as one that is not.
 
     Args:
-        tuner, train, validation, steps, metric, every, patience, callback: see `Tuner.fit`.
-        out: the run's folder, made if need be.
-        config: stored as config.json.
-        checkpoint_every: outer steps between checkpoints; there is one after the last step, too.
-        resume: go on from the checkpoint in `out`, if there is one.
-        bar: show progress.
+        tuner: The tuner.
+        train: Batches for the inner loss; see `Tuner.fit`.
+        validation: Batches for the outer loss; see `Tuner.fit`.
+        out: The run's folder. It is made if it does not exist.
+        steps: The number of outer steps; see `Tuner.fit`.
+        config: What config.json holds. If None, there is no such file.
+        metric: What to measure; see `Tuner.fit`.
+        every: The number of steps between measurements; see `Tuner.fit`.
+        patience: When to stop early; see `Tuner.fit`.
+        callback: Called with each step; see `Tuner.fit`.
+        checkpoint_every: The number of outer steps between checkpoints, ≥ 1. There is one after
+            the last step as well.
+        resume: Whether to continue from the checkpoint in `out`, if there is one.
+        bar: Whether to show a progress bar.
 
     Returns:
-        Outer steps done and seconds spent.
+        The number of outer steps taken and the time spent, over all sittings of the run.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is off.
-        FloatingPointError: a hypergradient that is not finite, unless the tuner skips such.
-        ValueError: a number out of range; a checkpoint of another run.
+        FileExistsError: `out` holds a run, and `resume` is False.
+        FloatingPointError: A hypergradient is not finite, and the tuner does not skip those.
+        ValueError: A number is out of range, or the checkpoint belongs to another run.
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1 step")
-    checkpoint, progress = out / CHECKPOINT, Progress()
+    checkpoint = out / CHECKPOINT
     require_new_run_folder(out, resume)
+    progress = Progress()
     if resume and checkpoint.exists():
         progress = load_tuner(checkpoint, tuner)
     out.mkdir(parents=True, exist_ok=True)
     if config is not None:
         write_json(out / CONFIG, config)
-    began, before = time.perf_counter(), progress.seconds
+
+    stopwatch = Stopwatch(progress)
     with RunLog(out, progress, total=steps, bar=bar) as log:
 
-        def told(step: TunerStep) -> None:
-            progress.step, progress.seconds = tuner.steps, before + time.perf_counter() - began
-            values = _values(step)
+        def record(step: TunerStep) -> None:
+            progress.step = tuner.steps
+            stopwatch.update()
+            values = _read_values(step)
             log.write("train", progress, values)
             log.advance(values)
             if step.metric is not None:
@@ -85,21 +96,21 @@ def fit_tuner(
             metric=metric,
             every=every,
             patience=patience,
-            callback=told,
+            callback=record,
         )
         save_tuner(checkpoint, tuner, progress)
     return progress
 
 
-def _values(step: TunerStep) -> Values:
+def _read_values(step: TunerStep) -> Values:
     report = step.report
+    residual = None if report.residual is None else report.residual.mean().item()
+    negative = None if report.status is None else report.share(Status.NEGATIVE_CURVATURE)
     return {
         "loss": step.outer_loss,
         "gradient_norm": step.norm,
         "inner_gradient_norm": report.inner_gradient_norm.mean().item(),
-        "residual": None if report.residual is None else report.residual.mean().item(),
-        "negative_curvature": None
-        if report.status is None
-        else report.share(Status.NEGATIVE_CURVATURE),
+        "residual": residual,
+        "negative_curvature": negative,
         "applied": float(step.applied),
     }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.models import check_norms
+from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Proximal
 from metaimplicit.tuning.domains import Domain
@@ -82,7 +82,7 @@ def tuning_problem(
         >>> meta, domains
         ({'class_weights': tensor([1., 1., 1.])}, {'class_weights': Positive()})
     """
-    check_norms(model)
+    reject_running_statistics(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if not start:
         raise ValueError(

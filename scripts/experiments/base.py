@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from command_line.device import find_device
 from matplotlib.figure import Figure
 
 from metaimplicit.methods import METHODS
-from metaimplicit.training import CONFIG, find_device, read_json, write_atomically, write_json
+from metaimplicit.training import CONFIG, read_json, write_atomically, write_json
 
 Case = dict[str, Any]  # what tells one run from another: {"method": "cg", "seed": 0}
 Row = dict[str, Any]  # what a run found, for JSON

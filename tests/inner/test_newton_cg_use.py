@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import RunOptions, build_learner
 from oracles import randn, relative_error, ridge
 from torch import nn
 
@@ -18,7 +19,6 @@ from metaimplicit import (
     argmin,
     hypergradient,
 )
-from metaimplicit.training import Options, build_learner
 
 TASKS = 3
 
@@ -64,7 +64,9 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
 
 def test_the_command_line_builds_it():
     family = SimpleNamespace(kind="regression", input_shape=(1,), outputs=1)
-    options = Options(inner_optimizer="newton-cg", inner_steps=3, inner_cg_steps=7, device="cpu")
+    options = RunOptions(
+        inner_optimizer="newton-cg", inner_steps=3, inner_options={"cg_steps": 7}, device="cpu"
+    )
     assert build_learner(options, family).inner == NewtonCG(steps=3, cg_steps=7)
     images = SimpleNamespace(kind="classification", input_shape=(1, 16, 16), outputs=2)
     features = build_learner(replace(options, activation="gelu"), images).model.features

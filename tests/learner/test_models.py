@@ -1,38 +1,40 @@
-"""The networks that are adapted."""
+"""The networks of the few-shot literature, and their batch normalisation."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaimplicit.models import MLP, BatchNorm, ConvNet, is_transductive
+from metaimplicit.models import MLP, ConvNet
+from metaimplicit.normalization import BatchNorm, is_transductive
 
 
-def test_batch_norm_equals_torchs_without_running_statistics_to_its_second_derivative():
-    torch.manual_seed(0)
-    ours, theirs = BatchNorm(3).double(), nn.BatchNorm2d(3, track_running_stats=False).double()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        with torch.no_grad():
-            q.copy_(p.copy_(torch.randn_like(p)))
+def test_batch_norm_equals_that_of_torch_to_its_second_derivative():
+    norm = BatchNorm(3).double()
+    reference = nn.BatchNorm2d(3, track_running_stats=False).double()
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn_like(p))
+    reference.load_state_dict(norm.state_dict())
     x = torch.randn(4, 3, 5, 6, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn_like(x)  # an even-handed sum would cancel to round-off
-    found = []
-    for norm in (ours, theirs):
-        y = norm(x)
+    direction = torch.randn_like(x)  # a plain sum would cancel to round-off
+
+    def derivatives(module):
+        y = module(x)
         (first,) = torch.autograd.grad((y.pow(3) * direction).sum(), x, create_graph=True)
-        found.append(
-            (y, first, *torch.autograd.grad((first * direction).sum(), (x, *norm.parameters())))
-        )
-    for mine, torchs in zip(*found, strict=True):
-        assert (mine - torchs).norm() <= 1e-12 * torchs.norm()
+        slope = (first * direction).sum()
+        return y, first, *torch.autograd.grad(slope, (x, *module.parameters()))
+
+    for got, expected in zip(derivatives(norm), derivatives(reference), strict=True):
+        assert (got - expected).norm() <= 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize(
-    ("shape", "strided", "width"), [((1, 28, 28), True, 8 * 4), ((3, 28, 20), False, 8)]
+    ("shape", "strided", "features"), [((1, 28, 28), True, 8 * 4), ((3, 28, 20), False, 8)]
 )
-def test_conv_net_halves_four_times_and_is_transductive(shape, strided, width):
+def test_the_conv_net_halves_its_image_four_times_and_is_transductive(shape, strided, features):
     net = ConvNet(shape, 5, filters=8, strided=strided)
-    assert net.head.in_features == width
+    assert net.head.in_features == features
     x = torch.rand(6, *shape)
     assert net(x).shape == (6, 5)
     assert is_transductive(net)
@@ -40,45 +42,51 @@ def test_conv_net_halves_four_times_and_is_transductive(shape, strided, width):
     assert not list(net.buffers())
 
 
+def softplus_by_its_formula(x):
+    return torch.logaddexp(20 * x, torch.zeros_like(x)) / 20
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
-    [
-        ("relu", torch.relu),
-        ("gelu", F.gelu),
-        ("softplus", lambda x: torch.logaddexp(20 * x, torch.zeros_like(x)) / 20),
-    ],
+    [("relu", torch.relu), ("gelu", F.gelu), ("softplus", softplus_by_its_formula)],
 )
-def test_the_conv_nets_activation_is_the_one_named(name, function):
-    torch.manual_seed(0)
+def test_the_conv_net_has_the_activation_that_is_named(name, function):
     net = ConvNet((1, 4, 4), 2, filters=3, blocks=1, activation=name).double()
-    convolution, norm = net.features[0], net.features[1]
+    convolution = net.features[0]
+    norm = net.features[1]
     x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     expected = net.head(function(norm(convolution(x))).flatten(1))
-    assert (
-        net(x) - expected
-    ).norm() <= 1e-8 * expected.norm()  # softplus turns to x itself at 20x > 20
+    # torch's softplus is x itself at 20x > 20.
+    assert (net(x) - expected).norm() <= 1e-8 * expected.norm()
 
 
-def test_conv_net_says_which_number_is_wrong():
-    with pytest.raises(
-        ValueError, match=r"input_shape: got \(1, 8, 8\), which 4 poolings leave nothing of"
-    ):
-        ConvNet((1, 8, 8), 5, strided=False)
-    with pytest.raises(
-        ValueError, match=r"input_shape: got \(784,\), expected \(channels, height, width\)"
-    ):
-        ConvNet((784,), 5)
-    with pytest.raises(ValueError, match="filters: got 0"):
-        ConvNet((1, 28, 28), 5, filters=0)
-    with pytest.raises(
-        ValueError, match="activation: got 'tanh', expected one of relu, softplus, gelu"
-    ):
-        ConvNet((1, 28, 28), 5, activation="tanh")
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        (
+            (1, 8, 8),
+            {"strided": False},
+            r"input_shape: got \(1, 8, 8\), of which 4 poolings leave nothing",
+        ),
+        ((784,), {}, r"input_shape: got \(784,\), expected \(channels, height, width\)"),
+        ((1, 28, 28), {"filters": 0}, "filters: got 0, expected at least 1"),
+        (
+            (1, 28, 28),
+            {"activation": "tanh"},
+            "activation: got 'tanh', expected one of relu, softplus, gelu",
+        ),
+    ],
+)
+def test_the_conv_net_names_the_argument_that_is_wrong(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNet(shape, 5, **options)
 
 
-def test_mlp_has_mamls_parameters_and_is_inductive():
+def test_the_mlp_is_by_default_that_of_maml():
     net = MLP(1, 1)
-    assert sum(p.numel() for p in net.parameters()) == 1 * 40 + 40 + 40 * 40 + 40 + 40 + 1
+    weights = 1 * 40 + 40 * 40 + 40 * 1
+    biases = 40 + 40 + 1
+    assert sum(p.numel() for p in net.parameters()) == weights + biases
     assert isinstance(net[-1], nn.Linear)
     assert not is_transductive(net)
     with pytest.raises(ValueError, match=r"widths: got \[1, 0, 1\]"):

@@ -1,7 +1,4 @@
-"""Memory against inner steps, as resident size of fresh processes: flat for implicit methods, linear for unrolling.
-
-And the timing of towers, step by step in turn.
-"""
+"""The memory that benchmark.py measures, and the tables of tower_benchmark.py."""
 
 import json
 import subprocess
@@ -20,77 +17,50 @@ from metaimplicit.tuning.hyperoptimizers import SGD
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident size from /proc")
-def test_memory_is_flat_for_implicit_methods_and_linear_for_unrolling(tmp_path):
-    options = [
-        "--methods",
-        "cg",
-        "unrolled",
-        "--inner-steps",
-        "4",
-        "16",
-        "64",
-        "--tasks",
-        "4",
-        "--repeats",
-        "0",
-    ]
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "scripts" / "benchmark.py",
-            *options,
-            "--out",
-            tmp_path / "memory.json",
-        ],
-        check=True,
-        cwd=ROOT,
-        capture_output=True,
-    )
+def test_memory_is_flat_in_the_inner_steps_for_cg_and_linear_for_unrolled(tmp_path):
+    """As resident sizes of fresh processes."""
+    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "--methods", "cg", "unrolled"]
+    command += ["--inner-steps", "4", "16", "64", "--tasks", "4", "--repeats", "0"]
+    command += ["--out", tmp_path / "memory.json"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     memory = {(row["method"], row["inner_steps"]): row["mebibytes"] for row in rows}
     assert memory["cg", 64] < 1.05 * memory["cg", 4]
-    for more, fewer in ((16, 4), (64, 16)):
+    whole_slope = (memory["unrolled", 64] - memory["unrolled", 4]) / 60
+    for fewer, more in ((4, 16), (16, 64)):
         slope = (memory["unrolled", more] - memory["unrolled", fewer]) / (more - fewer)
-        assert slope == pytest.approx(
-            (memory["unrolled", 64] - memory["unrolled", 4]) / 60, rel=0.2
-        )
+        assert slope == pytest.approx(whole_slope, rel=0.2)
         assert slope > 0.1 * memory["cg", 4]
 
 
-def test_towers_are_timed_in_turn():
-    """One step of each candidate a round, and every one trains."""
+def test_every_candidate_takes_one_step_a_round_in_turn():
     model = nn.Linear(3, 2)
-    batch, before = (
-        (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)),
-        model.weight.detach().clone(),
-    )
-    calls = []
+    batch = (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
+    weights = [model.weight.detach().clone()]
 
-    def other():
-        calls.append(model.weight.detach().clone())
+    def watch():
+        weights.append(model.weight.detach().clone())
         return 0.25
 
     optimizer = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(0.1)))
-    found = tower_benchmark.in_turn(
-        {"tower": tower_benchmark.stepping(model, batch, optimizer), "other": other},
-        rounds=3,
-        warm=2,
-    )
-    assert {name: len(times["whole"]) for name, times in found.items()} == {"tower": 3, "other": 3}
-    assert found["other"]["optimizer"] == [0.25] * 3
-    assert all(
-        0 < o < w for o, w in zip(found["tower"]["optimizer"], found["tower"]["whole"], strict=True)
-    )
-    assert all(not torch.equal(a, b) for a, b in pairwise([before, *calls]))
+    tower = tower_benchmark.training_step(model, batch, optimizer)
+    candidates = {"tower": tower, "watch": watch}
+    times = tower_benchmark.time_in_turn(candidates, rounds=3, warm_up_rounds=2)
+    assert [len(candidate.whole) for candidate in times.values()] == [3, 3]
+    assert times["watch"].optimizer == [0.25] * 3
+    for optimizer_time, whole in zip(times["tower"].optimizer, times["tower"].whole, strict=True):
+        assert 0 < optimizer_time < whole
+    assert len(weights) == 6
+    assert all(not torch.equal(before, after) for before, after in pairwise(weights))
 
 
-def test_towers_tables():
+@pytest.mark.slow
+def test_the_tables_of_towers_have_a_line_for_each_candidate():
     table = tower_benchmark.perceptron(rounds=2)
-    assert all(
-        name in table for name in ("forward and backward", "SGD/SGD, published", "Adam/SGD: ")
-    )
+    for name in ("forward and backward", "SGD/SGD, published", "Adam/SGD: "):
+        assert name in table
     table = tower_benchmark.residual_network(rounds=1, batch_size=2)
-    assert [line.split("  ")[0] for line in table.splitlines()[1:-1]] == [
-        "torch SGD", "height 0", "height 1", "height 2", "height 3",
-    ]  # fmt: skip
+    names = [line.split("  ")[0] for line in table.splitlines()[1:-1]]
+    assert names == ["torch SGD", "height 0", "height 1", "height 2", "height 3"]

@@ -1,73 +1,37 @@
-"""The loop: resuming to the same bits, stopping before harm, files that are whole."""
+"""`fit`: it resumes to the same bits, and stops before numbers that are not finite do harm."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from training.sinusoid_run import assert_same_weights, make_parts, no_decay, train, weights
 
-import tasks
-from metaimplicit import GradientDescent, Implicit, MetaLearner, Nystrom
-from metaimplicit.models import MLP
+from metaimplicit import Implicit, Nystrom
 from metaimplicit.training import (
     Budget,
     NonFiniteError,
     Progress,
-    cosine,
     fit,
     load_checkpoint,
     load_learner,
     read_metrics,
-    save_checkpoint,
-    write_atomically,
-    write_json,
 )
-
-
-class Noise(torch.nn.Module):
-    """Draws from torch's generator, so that a run depends on the random state too."""
-
-    def forward(self, x):
-        return x + 0.1 * torch.randn_like(x)
-
-
-def setup(noisy=True, **options):
-    torch.manual_seed(7)
-    model = MLP(1, 1, hidden=(8,))
-    if noisy:
-        model = torch.nn.Sequential(Noise(), model)
-    options = {
-        "inner": GradientDescent(2, lr=0.01),
-        "method": "unrolled",
-        "learn": ("lr",),
-    } | options
-    learner = MetaLearner(model, torch.nn.functional.mse_loss, vectorize="vmap", **options)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
-    sampler = tasks.EpisodeSampler(
-        tasks.load("sinusoid", shots=5, queries=5).train, tasks=4, seed=3
-    )
-    return learner, optimizer, sampler
-
-
-def train(out, parts, steps=6, **options):
-    return fit(*parts, out=out, budget=Budget(steps=steps), bar=False, **options)
-
-
-def weights(parts):
-    return {name: p.detach().clone() for name, p in parts[0].state_dict().items()}
 
 
 class CrashError(Exception):
     pass
 
 
-class Breaks:
-    """A sampler that fails, or spoils its batch, at one position."""
+class FaultySampler:
+    """A sampler that crashes at one position, or returns a spoilt batch there."""
 
     def __init__(self, sampler, at, spoil=None):
-        self.sampler, self.at, self.spoil = sampler, at, spoil
-        self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
+        self.sampler = sampler
+        self.at = at
+        self.spoil = spoil
+        self.state_dict = sampler.state_dict
+        self.load_state_dict = sampler.load_state_dict
 
     def batches(self, count, workers=0, pin_memory=False):
         for episodes in self.sampler.batches(count, workers, pin_memory):
@@ -79,246 +43,163 @@ class Breaks:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_broken_off_and_resumed_comes_to_the_same_bits(tmp_path, workers):
-    whole = setup()
-    train(tmp_path / "whole", whole)
-    *first, sampler = setup()
-    with pytest.raises(
-        CrashError
-    ):  # at step 5: steps 4 (and its line) are lost, the checkpoint is of step 3
-        train(
-            tmp_path / "broken", (*first, Breaks(sampler, 5)), checkpoint_every=3, workers=workers
-        )
+def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, workers):
+    unbroken = make_parts()
+    train(tmp_path / "unbroken", unbroken)
+
+    # The crash at step 5 loses step 4 and its line, because the last checkpoint is of step 3.
+    learner, optimizer, sampler = make_parts()
+    crashing = (learner, optimizer, FaultySampler(sampler, at=5))
+    out = tmp_path / "crashed"
+    with pytest.raises(CrashError):
+        train(out, crashing, checkpoint_every=3, workers=workers)
+
     torch.manual_seed(12345)
-    resumed = setup()
+    resumed = make_parts()
     with torch.no_grad():
-        for p in resumed[0].parameters():
+        for p in resumed.learner.parameters():
             p.fill_(math.nan)  # nothing of the new learner may survive
-    progress = train(tmp_path / "broken", resumed, resume=True, workers=workers)
+    progress = train(out, resumed, resume=True, workers=workers)
     assert progress.step == 6
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(resumed)[name]), name
-    lines = [
-        [{**line, "seconds": 0} for line in read_metrics(tmp_path / run)]
-        for run in ("whole", "broken")
-    ]
-    assert lines[0] == lines[1]
-    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
+    assert_same_weights(resumed.learner, unbroken.learner)
+
+    def lines(run):
+        return [{**line, "seconds": 0} for line in read_metrics(tmp_path / run)]
+
+    assert lines("crashed") == lines("unbroken")
+    assert [line["step"] for line in lines("crashed")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(tmp_path):
-    parts = setup()
-    train(tmp_path, parts, steps=2)
-    before = weights(parts)
-    assert train(tmp_path, setup(), steps=2, resume=True).step == 2
-    again = setup()
-    assert train(tmp_path, again, steps=3, resume=True).step == 3
-    assert again[2].position == 3
-    assert any(not torch.equal(before[name], value) for name, value in weights(again).items())
+def test_the_generator_of_a_solver_continues_where_it_was(tmp_path):
+    def make_sketched_parts():
+        generator = torch.Generator().manual_seed(5)
+        method = Implicit(Nystrom(rank=10, rho=2.0, generator=generator))
+        return make_parts(noisy=False, method=method, learn=(), proximal=1.0)
+
+    unbroken = make_sketched_parts()
+    train(tmp_path / "unbroken", unbroken, steps=6, schedule=no_decay)
+    train(tmp_path / "stopped", make_sketched_parts(), steps=3, schedule=no_decay)
+    resumed = make_sketched_parts()
+    train(tmp_path / "stopped", resumed, steps=6, schedule=no_decay, resume=True)
+    assert_same_weights(resumed.learner, unbroken.learner)
 
 
-def test_the_choice_between_vmap_and_the_loop_is_resumed(tmp_path):
-    parts = setup()
-    parts[0].vectorize = "loop"
-    train(tmp_path, parts, steps=1)
-    other = setup()
-    other[0].vectorize = "auto"
-    assert load_learner(tmp_path / "checkpoint.pt", other[0]).step == 1
-    assert other[0].vectorize == "loop"
+def test_a_finished_run_that_is_resumed_does_nothing_unless_it_has_more_steps(tmp_path):
+    first = make_parts()
+    train(tmp_path, first, steps=2)
+    assert train(tmp_path, make_parts(), steps=2, resume=True).step == 2
+    longer = make_parts()
+    assert train(tmp_path, longer, steps=3, resume=True).step == 3
+    assert longer.sampler.position == 3
+    before = weights(first.learner)
+    assert any(not torch.equal(before[name], x) for name, x in weights(longer.learner).items())
 
 
-def spoiled_support(episodes):
-    x, y = episodes.support
-    return replace(
-        episodes, support=(torch.where(torch.arange(len(x))[:, None, None] == 2, math.nan, x), y)
-    )
+def spoil_support(episodes):
+    inputs, targets = episodes.support
+    task = torch.arange(len(inputs))[:, None, None]
+    return replace(episodes, support=(torch.where(task == 2, math.nan, inputs), targets))
 
 
-def huge_targets(episodes):
-    x, y = episodes.query
-    return replace(episodes, query=(x, y * 1e30))  # its square overflows float32
+def spoil_targets(episodes):
+    inputs, targets = episodes.query
+    return replace(episodes, query=(inputs, targets * 1e30))  # its square overflows float32
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            spoiled_support,
-            r"step 4: the support inputs hold NaN or Inf; .* checkpoint\.pt holds step 2",
-        ),
-        (huge_targets, r"step 4: the query loss is inf; .* checkpoint\.pt holds step 2"),
+        (spoil_support, r"step 4: the support inputs hold NaN or Inf; .*\.pt holds step 2"),
+        (spoil_targets, r"step 4: the query loss is inf; .*\.pt holds step 2"),
     ],
 )
 def test_bad_data_and_losses_stop_training_before_the_step(tmp_path, spoil, message):
-    three = setup()
-    train(tmp_path / "three", three, steps=3, schedule=lambda _: 1.0)
-    *parts, sampler = setup()
+    three_steps = make_parts()
+    train(tmp_path / "three-steps", three_steps, steps=3, schedule=no_decay)
+    learner, optimizer, sampler = make_parts()
+    spoilt = (learner, optimizer, FaultySampler(sampler, at=4, spoil=spoil))
     with pytest.raises(NonFiniteError, match=message):
-        train(
-            tmp_path / "run",
-            (*parts, Breaks(sampler, 4, spoil)),
-            checkpoint_every=2,
-            schedule=lambda _: 1.0,
-        )
-    assert all(torch.equal(value, weights(three)[name]) for name, value in weights(parts).items())
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", *setup()).step == 2
+        train(tmp_path / "run", spoilt, checkpoint_every=2, schedule=no_decay)
+    assert_same_weights(learner, three_steps.learner)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", *make_parts()).step == 2
 
 
 def test_a_meta_gradient_that_is_not_finite_stops_training_before_the_step(tmp_path):
-    learner, optimizer, sampler = setup(noisy=False)
-    start = weights((learner,))
+    learner, optimizer, sampler = make_parts(noisy=False)
+    start = weights(learner)
     backward = learner.backward
 
-    def poisoned(episodes):
+    def spoilt_backward(episodes):
         step = backward(episodes)
         learner.model[2].bias.grad = torch.tensor([math.inf])
         return step
 
-    learner.backward = poisoned
-    with pytest.raises(
-        NonFiniteError, match=r"step 1: the meta-gradient is not finite \(model\.2\.bias\)"
-    ):
+    learner.backward = spoilt_backward
+    message = r"step 1: the meta-gradient is not finite \(model\.2\.bias\)"
+    with pytest.raises(NonFiniteError, match=message):
         train(tmp_path, (learner, optimizer, sampler))
-    assert all(torch.equal(value, start[name]) for name, value in weights((learner,)).items())
-    assert load_learner(tmp_path / "checkpoint.pt", setup(noisy=False)[0]) == Progress(0, 0.0)
+    assert_same_weights(learner, start)
+    other = make_parts(noisy=False).learner
+    assert load_learner(tmp_path / "checkpoint.pt", other) == Progress(0, 0.0)
 
 
-def test_clipping_bounds_the_meta_gradient_and_the_log_keeps_its_true_norm(tmp_path):
-    learner, _, sampler = setup(noisy=False)
-    start = weights((learner,))
+def test_clipping_bounds_the_meta_gradient_and_the_log_has_its_norm_before(tmp_path):
+    learner, _, sampler = make_parts(noisy=False)
+    start = weights(learner)
     descent = torch.optim.SGD(learner.parameters(), lr=1.0)
     train(tmp_path, (learner, descent, sampler), steps=1, clip=0.01)
-    moved = torch.cat(
-        [(value - start[name]).flatten() for name, value in weights((learner,)).items()]
-    ).norm()
-    assert moved == pytest.approx(0.01, rel=1e-3)
+    moves = [(value - start[name]).flatten() for name, value in weights(learner).items()]
+    assert torch.cat(moves).norm() == pytest.approx(0.01, rel=1e-3)
     assert read_metrics(tmp_path)[0]["gradient_norm"] > 0.1
 
 
-def test_the_outer_step_size_follows_the_share_of_the_budget(tmp_path):
-    assert [cosine(x) for x in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0], abs=1e-15)
-    train(tmp_path, setup(), steps=4)
+def test_the_outer_step_size_follows_the_share_of_the_budget_that_is_spent(tmp_path):
+    train(tmp_path, make_parts(), steps=4)
     rates = [line["learning_rate"] for line in read_metrics(tmp_path)]
     assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
 
 
-def test_budget_is_the_larger_of_both_shares():
-    assert Budget(steps=100, minutes=2).spent(Progress(10, 60.0)) == 0.5
-    assert Budget(steps=100, minutes=2).spent(Progress(80, 60.0)) == 0.8
-    assert Budget(minutes=2).spent(Progress(10**9, 240.0)) == 1.0
-    for bad, message in (
-        ({}, "neither steps nor"),
-        ({"steps": 0}, "steps: got 0"),
-        ({"minutes": 0.0}, "minutes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Budget(**bad)
-
-
 def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path):
-    parts = setup()
-    held_out = [parts[2][1000]]
-    budget = Budget(minutes=0.5 / 60)
+    learner, optimizer, sampler = make_parts()
     progress = fit(
-        *parts,
+        learner,
+        optimizer,
+        sampler,
         out=tmp_path,
-        budget=budget,
+        budget=Budget(minutes=0.5 / 60),
         bar=False,
-        validation=lambda: held_out,
+        validation=lambda: [sampler[1000]],
         validate_every=10**6,
     )
     assert progress.step >= 1
     assert progress.seconds >= 0.5
-    assert load_learner(tmp_path / "checkpoint.pt", setup()[0]).step == progress.step
+    other = make_parts().learner
+    assert load_learner(tmp_path / "checkpoint.pt", other).step == progress.step
     last = read_metrics(tmp_path)[-1]
     assert (last["split"], last["step"]) == ("validation", progress.step)
 
 
-def test_a_folder_with_a_run_is_refused(tmp_path):
-    train(tmp_path, setup(), steps=1, config={"a": 1})
-    kept = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(
-        FileExistsError, match=r"holds a run already \(config.json, checkpoint.pt\).*--resume"
-    ):
-        train(tmp_path, setup(), steps=1, config={"a": 2})
-    assert (tmp_path / "config.json").read_bytes() == kept
+def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(tmp_path):
+    train(tmp_path, make_parts(), steps=1, config={"a": 1})
+    config = (tmp_path / "config.json").read_bytes()
+    message = r"holds a run already \(config.json, checkpoint.pt\).*--resume"
+    with pytest.raises(FileExistsError, match=message):
+        train(tmp_path, make_parts(), steps=1, config={"a": 2})
+    assert (tmp_path / "config.json").read_bytes() == config
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_started_again(tmp_path):
+    train(tmp_path, make_parts(), steps=2)
+    (tmp_path / "checkpoint.pt").unlink()
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    message = r"checkpoint\.pt is gone, but metrics\.jsonl holds steps of a run; restore the"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, make_parts(), steps=4, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
 @pytest.mark.parametrize("bad", [{"validate_every": 0}, {"checkpoint_every": 0}, {"clip": 0.0}])
-def test_numbers_out_of_range_are_named_before_anything_is_written(tmp_path, bad):
+def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        train(tmp_path / "run", setup(), **bad)
+        train(tmp_path / "run", make_parts(), **bad)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    parts, path = setup(), tmp_path / "checkpoint.pt"
-    save_checkpoint(path, *parts, Progress(1, 1.0))
-
-    def half(state, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
-        with pytest.raises(OSError, match="disk full"):
-            save_checkpoint(path, *parts, Progress(2, 2.0))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert load_checkpoint(path, *parts) == Progress(1, 1.0)
-
-
-def test_json_is_strict_and_atomic(tmp_path):
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "a.json", {"x": math.nan})
-    write_atomically(tmp_path / "b", lambda file: file.write(b"b"))
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b"]
-
-
-def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
-    parts, path = setup(), tmp_path / "checkpoint.pt"
-    with pytest.raises(FileNotFoundError, match="checkpoint: found no"):
-        load_learner(path, parts[0])
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="is damaged or none of ours"):
-        load_learner(path, parts[0])
-    save_checkpoint(path, *parts, Progress())
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is damaged or none of ours"):
-        load_learner(path, parts[0])
-    torch.save({"format": 0}, path)
-    with pytest.raises(ValueError, match="has format 0, expected 1"):
-        load_learner(path, parts[0])
-    save_checkpoint(path, *parts, Progress())
-    with pytest.raises(ValueError, match="does not fit the learner"):
-        load_learner(path, setup(learn=())[0])
-
-
-def test_a_run_whose_checkpoint_is_gone_is_not_begun_again(tmp_path):
-    train(tmp_path, setup(), steps=2)
-    (tmp_path / "checkpoint.pt").unlink()
-    before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(
-        ValueError, match=r"checkpoint\.pt is gone, but metrics\.jsonl holds steps made; restore it"
-    ):
-        train(tmp_path, setup(), steps=4, resume=True)
-    assert (tmp_path / "metrics.jsonl").read_text() == before
-
-
-def test_a_generator_of_the_solver_goes_on_where_it_was(tmp_path):
-    def parts():
-        method = Implicit(Nystrom(rank=10, rho=2.0, generator=torch.Generator().manual_seed(5)))
-        return setup(noisy=False, method=method, learn=(), proximal=1.0)
-
-    whole, stopped, resumed = parts(), parts(), parts()
-    train(tmp_path / "whole", whole, steps=6, schedule=lambda _: 1.0)
-    train(tmp_path / "stopped", stopped, steps=3, schedule=lambda _: 1.0)
-    train(tmp_path / "stopped", resumed, steps=6, schedule=lambda _: 1.0, resume=True)
-    assert all(torch.equal(p, weights(resumed)[name]) for name, p in weights(whole).items())
-
-
-def test_a_checkpoint_of_a_tuner_is_no_learners(tmp_path):
-    torch.save({"format": 1, "tuner": {}, "progress": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="holds no learner, but a tuner; use load_tuner"):
-        load_learner(tmp_path / "checkpoint.pt", setup()[0])

@@ -1,92 +1,89 @@
-"""Means, intervals, and what evaluation counts."""
+"""Means with their intervals, and what `evaluate` counts."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from training.sinusoid_run import make_sampler
 
-import tasks
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.models import MLP
-from metaimplicit.training import Estimate, evaluate, plot_adaptation
+from metaimplicit.training import Estimate, evaluate
 
 
-def test_interval_is_196_standard_errors_of_the_sample_deviation():
+def make_learner(model):
+    inner = GradientDescent(2, lr=0.01)
+    return MetaLearner(model, F.mse_loss, inner=inner, method="unrolled")
+
+
+def test_the_interval_is_196_standard_errors_of_the_sample_deviation():
     estimate = Estimate.of(torch.tensor([1.0, 2.0, 3.0, 6.0]))
     assert estimate.mean == 3.0
-    # deviations −2 −1 0 3: s² = 14/3
+    # The deviations are −2, −1, 0 and 3, so s² = 14/3.
     assert estimate.interval == pytest.approx(1.96 * (14 / 3) ** 0.5 / 2, rel=1e-14)
     assert estimate.tasks == 4
-    with pytest.raises(
-        ValueError, match=r"values: got shape \(1,\), expected one number for each of 2 tasks"
-    ):
+    with pytest.raises(ValueError, match=r"values: got shape \(1,\), expected \[n\]"):
         Estimate.of(torch.ones(1))
 
 
-def test_evaluation_is_the_learners_trimmed_to_the_tasks_asked_for_and_leaves_its_mode():
-    torch.manual_seed(0)
-    learner = MetaLearner(
-        MLP(1, 1),
-        torch.nn.functional.mse_loss,
-        inner=GradientDescent(2, lr=0.01),
-        method="unrolled",
-    )
-    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
+def test_evaluate_has_the_learners_numbers_for_the_tasks_asked_for():
+    learner = make_learner(MLP(1, 1))
+    sampler = make_sampler(tasks_per_batch=3, seed=1)
     result = evaluate(learner, (sampler[i] for i in range(2)), tasks=5)
-    assert (result.metric, result.losses.shape, learner.training) == ("mse", (3, 5), True)
-    torch.testing.assert_close(
-        result.losses[:, :3], learner.evaluate(sampler[0])[0], rtol=0, atol=0
-    )
+    assert result.metric == "mse"
+    assert result.losses.shape == (3, 5)
+    expected, _ = learner.evaluate(sampler[0])
+    torch.testing.assert_close(result.losses[:, :3], expected, rtol=0, atol=0)
 
-    # an oracle for one task: two plain steps of gradient descent
+
+def test_evaluate_measures_after_plain_gradient_descent():
+    learner = make_learner(MLP(1, 1))
+    sampler = make_sampler(tasks_per_batch=3, seed=1)
+    result = evaluate(learner, [sampler[0]])
     support, query = ([x[1] for x in pair] for pair in (sampler[0].support, sampler[0].query))
     model = MLP(1, 1)
     model.load_state_dict(learner.model.state_dict())
+    descent = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(2):
-        gradients = torch.autograd.grad(
-            (model(support[0]) - support[1]).square().mean(), list(model.parameters())
-        )
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), gradients, strict=True):
-                p -= 0.01 * g
-    expected = (model(query[0]) - query[1]).square().mean()
-    torch.testing.assert_close(result.losses[2, 1], expected.detach(), rtol=1e-5, atol=0)
-
-    with pytest.raises(ValueError, match="batches: got none"):
-        evaluate(learner, [])
-    with pytest.raises(ValueError, match="steps: got -1"):
-        evaluate(learner, [sampler[0]], steps=-1)
+        descent.zero_grad()
+        F.mse_loss(model(support[0]), support[1]).backward()
+        descent.step()
+    expected = F.mse_loss(model(query[0]), query[1]).detach()
+    torch.testing.assert_close(result.losses[2, 1], expected, rtol=1e-5, atol=0)
 
 
-def test_an_evaluation_knows_after_how_many_steps_it_was_measured_and_leaves_every_module_as_it_was(
-    tmp_path, monkeypatch
-):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        MLP(1, 8), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)
-    )
-    learner = MetaLearner(
-        model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled"
-    )
-    model[1].eval()
-    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
-    result = evaluate(learner, [sampler[0]], steps=[0, 3, 7])
+def test_an_evaluation_has_the_numbers_of_steps_that_it_was_measured_after():
+    sampler = make_sampler(tasks_per_batch=3, seed=1)
+    result = evaluate(make_learner(MLP(1, 1)), [sampler[0]], steps=[0, 3, 7])
     assert result.steps == (0, 3, 7)
     assert [row["steps"] for row in result.summary()["after_steps"]] == [0, 3, 7]
     assert result.summary()["inner_steps"] == 7
+
+
+def test_evaluate_refuses_no_batches_and_negative_steps():
+    learner = make_learner(MLP(1, 1))
+    with pytest.raises(ValueError, match="batches: got none"):
+        evaluate(learner, [])
+    with pytest.raises(ValueError, match="steps: got -1"):
+        evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]], steps=-1)
+
+
+def test_evaluate_leaves_every_module_in_the_mode_that_it_had():
+    model = nn.Sequential(MLP(1, 8), nn.Dropout(0.5), nn.Dropout(0.5), nn.Linear(8, 1))
+    learner = make_learner(model)
+    model[1].eval()
+    evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]])
+    assert learner.training
     assert (model.training, model[1].training, model[2].training) == (True, False, True)
-    figures = []
-    monkeypatch.setattr(
-        "metaimplicit.training.plots._save", lambda figure, path: figures.append(figure)
-    )
-    plot_adaptation(tmp_path, result)
-    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0, 3, 7]
 
 
-class Merging(torch.nn.Module):
-    """Adds a part to its weight in evaluation mode, and takes it away for training."""
+class MergesInEvaluationMode(nn.Module):
+    """Adds 1 to its weights in evaluation mode, and takes it away for training."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.merged = MLP(1, 1), False
+        self.layer = MLP(1, 1)
+        self.merged = False
 
     def train(self, mode=True):
         if mode == self.merged:
@@ -100,13 +97,9 @@ class Merging(torch.nn.Module):
         return self.layer(x)
 
 
-def test_an_evaluation_ends_as_a_module_would_have_it():
-    model = Merging()
+def test_evaluate_returns_to_training_mode_by_the_modules_own_method():
+    model = MergesInEvaluationMode()
     before = [p.detach().clone() for p in model.parameters()]
-    learner = MetaLearner(
-        model, torch.nn.functional.mse_loss, inner=GradientDescent(2, lr=0.01), method="unrolled"
-    )
-    sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5, queries=5).test, tasks=3, seed=1)
-    evaluate(learner, [sampler[0]])
-    for p, old in zip(model.parameters(), before, strict=True):
-        torch.testing.assert_close(p.detach(), old, rtol=0, atol=1e-6)
+    evaluate(make_learner(model), [make_sampler(tasks_per_batch=3, seed=1)[0]])
+    for p, value in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=0, atol=1e-6)

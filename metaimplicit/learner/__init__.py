@@ -1,0 +1,18 @@
+"""Few-shot learning: `MetaLearner`, what it takes, and what it returns."""
+
+from metaimplicit.learner.episodes import Episode, EpisodeBatch, Pair
+from metaimplicit.learner.learnable import Granularity
+from metaimplicit.learner.meta_learner import MetaLearner
+from metaimplicit.learner.results import AdaptedModel, Step
+from metaimplicit.learner.vectorization import solver_generator
+
+__all__ = [
+    "AdaptedModel",
+    "Episode",
+    "EpisodeBatch",
+    "Granularity",
+    "MetaLearner",
+    "Pair",
+    "Step",
+    "solver_generator",
+]

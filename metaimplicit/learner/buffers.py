@@ -1,0 +1,43 @@
+"""A check that a model leaves its buffers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def reject_changed_buffers(model: nn.Module) -> Iterator[None]:
+    """Check that no buffer of the model changes within the block.
+
+    Raises:
+        ValueError: At the end of the block, if a buffer was replaced or written to in place. The
+            message names it.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Module()
+        >>> model.register_buffer("count", torch.zeros(()))
+        >>> with reject_changed_buffers(model):
+        ...     model.count.add_(1)
+        Traceback (most recent call last):
+        ...
+        ValueError: model: a forward pass changed buffer 'count', so each task would see the ones \
+before it; switch the module that changes it to evaluation mode
+    """
+    before = _buffer_versions(model)
+    yield
+    for name, version in _buffer_versions(model).items():
+        # A buffer that a lazy module has just made is not a change.
+        if before.get(name, version) != version:
+            raise ValueError(
+                f"model: a forward pass changed buffer {name!r}, so each task would see the ones "
+                "before it; switch the module that changes it to evaluation mode"
+            )
+
+
+def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is, and how often it was written to in place."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}

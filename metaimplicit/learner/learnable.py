@@ -1,0 +1,192 @@
+"""Numbers of the inner problem that are learnt with the initialisation, by their logarithms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.methods import Method
+from metaimplicit.params import Params
+from metaimplicit.problem import FromMeta, Proximal
+
+Granularity = Literal["scalar", "per-tensor", "per-element"]
+Learn = Iterable[str] | Mapping[str, Granularity]
+
+DEFAULT_PROXIMAL = 2.0  # λ of Rajeswaran et al. (2019) for Omniglot
+
+REACH = {"lr": "loop", "proximal": "loss"}
+"""The numbers that can be learnt, and the part of the inner problem that a method must reach."""
+
+
+class Learnable(NamedTuple):
+    """The numbers of the inner problem, of which some are read from φ.
+
+    Attributes:
+        inner: The inner loop. If its step size is learnt, it reads it from φ.
+        penalty: The proximal term, likewise. None if λ = 0.
+        logs: The entries of φ that they read, at their initial values.
+    """
+
+    inner: InnerLoop
+    penalty: Proximal | None
+    logs: Params
+
+
+class LearntNumbers(nn.ParameterDict):
+    """Parameters whose names may hold dots, which the names of torch's parameters may not.
+
+    Args:
+        values: The initial value of each number, by name.
+        taken: Names that are not free.
+
+    Raises:
+        ValueError: A name is taken.
+
+    Example:
+        >>> numbers = LearntNumbers({"log_lr.0.weight": torch.tensor(0.0)}, taken=[])
+        >>> list(numbers), list(numbers.by_name())
+        (['log_lr/0/weight'], ['log_lr.0.weight'])
+    """
+
+    def __init__(self, values: Params, *, taken: Iterable[str]) -> None:
+        conflicts = sorted(set(values) & set(taken))
+        if conflicts:
+            raise ValueError(
+                f"learn: the model has a parameter {conflicts[0]!r} already, "
+                "expected that name to be free; rename the parameter"
+            )
+        self.names = list(values)
+        super().__init__({_key(name): nn.Parameter(x) for name, x in values.items()})
+
+    def by_name(self) -> Params:
+        """The parameters under their own names."""
+        return {name: self[_key(name)] for name in self.names}
+
+
+def make_learnable(
+    learn: Learn,
+    inner: InnerLoop,
+    proximal: float | None,
+    *,
+    method: Method,
+    params: Params,
+) -> Learnable:
+    """Let the inner loop and the proximal term read the numbers to learn from φ.
+
+    Args:
+        learn: The numbers to learn, of `"lr"` and `"proximal"`. A mapping gives their granularity,
+            which is `"scalar"` otherwise.
+        inner: The inner loop.
+        proximal: λ ≥ 0, or None for the default of `proximal_strength`.
+        method: The method, which must be able to give their gradients.
+        params: The parameters that adapt. The entries of φ take the first one's type and device.
+
+    Raises:
+        ValueError: A number cannot be learnt, or not at this granularity, or its initial value is
+            not positive. The method cannot give its gradient, or λ is out of range.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> from metaimplicit.methods import Unrolled
+        >>> params = {"weight": torch.zeros(2)}
+        >>> learnable = make_learnable(
+        ...     {"lr": "per-tensor"}, GradientDescent(lr=1.0), 0.0, method=Unrolled(), params=params
+        ... )
+        >>> learnable.logs, learnable.penalty
+        ({'log_lr.weight': tensor(0.)}, None)
+    """
+    strength = proximal_strength(proximal, method)
+    granularities = _granularities(learn, method)
+    penalty = Proximal(strength) if strength > 0 else None
+    logs: Params = {}
+
+    if "lr" in granularities:
+        logs |= _log_step_sizes(inner, granularities["lr"], params)
+        inner = inner.updated(lr=FromMeta("log_lr", torch.exp))
+    if "proximal" in granularities:
+        if strength == 0:
+            raise ValueError(
+                "learn 'proximal': got proximal=0, expected a strength > 0 to start from"
+            )
+        like = next(iter(params.values()))
+        logs["log_proximal"] = _log(strength, (), like)
+        penalty = Proximal(FromMeta("log_proximal", torch.exp))
+    return Learnable(inner, penalty, logs)
+
+
+def proximal_strength(proximal: float | None, method: Method) -> float:
+    """λ as given, or the default for a method.
+
+    Args:
+        proximal: λ ≥ 0. If None, the default: 2 for a method that does not reach the start of the
+            inner loop, 0 for all others.
+        method: The method.
+
+    Raises:
+        ValueError: λ is negative, or 0 for a method that sees the initialisation only through the
+            proximal term.
+
+    Example:
+        >>> from metaimplicit.methods import METHODS
+        >>> proximal_strength(None, METHODS["cg"]), proximal_strength(None, METHODS["unrolled"])
+        (2.0, 0.0)
+    """
+    sees_start = "start" in method.reach
+    if proximal is None:
+        return 0.0 if sees_start else DEFAULT_PROXIMAL
+    if not proximal >= 0:
+        raise ValueError(f"proximal: got {proximal}, expected a strength ≥ 0")
+    if proximal == 0 and not sees_start:
+        raise ValueError(
+            "proximal: got 0 with an implicit method, expected a strength > 0: without it "
+            "θ* does not depend on the initialisation, and its gradient is zero"
+        )
+    return proximal
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _granularities(learn: Learn, method: Method) -> dict[str, Granularity]:
+    granularities: dict[str, Granularity] = {}
+    for name in learn:
+        granularities[name] = learn[name] if isinstance(learn, Mapping) else "scalar"
+
+    unknown = sorted(set(granularities) - set(REACH))
+    if unknown:
+        raise ValueError(f"learn: got {unknown}, expected some of {list(REACH)}")
+    for name, granularity in granularities.items():
+        if REACH[name] not in method.reach:
+            raise ValueError(
+                f"learn {name!r}: {method.flag} cannot give its gradient: {method.remedy}"
+            )
+        known = list(get_args(Granularity)) if name == "lr" else ["scalar"]
+        if granularity not in known:
+            raise ValueError(f"learn {name!r}: got {granularity!r}, expected one of {known}")
+    return granularities
+
+
+def _log_step_sizes(inner: InnerLoop, granularity: Granularity, params: Params) -> Params:
+    """`{"log_lr": scalar}`, or `{"log_lr.<parameter>": scalar or tensor of its shape}`."""
+    lr = getattr(inner, "lr", None)
+    if not isinstance(lr, (int, float)) or not lr > 0:
+        raise ValueError(
+            f"learn 'lr': got an inner loop with lr={lr!r}, expected a number > 0 to start from"
+        )
+    like = next(iter(params.values()))
+    if granularity == "scalar":
+        return {"log_lr": _log(lr, (), like)}
+    logs = {}
+    for name, p in params.items():
+        shape = () if granularity == "per-tensor" else tuple(p.shape)
+        logs[f"log_lr.{name}"] = _log(lr, shape, like)
+    return logs
+
+
+def _log(value: float, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.full(shape, float(value), dtype=like.dtype, device=like.device).log()

@@ -1,0 +1,129 @@
+"""The bilevel problem of few-shot learning, and the path of its inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.learner.episodes import Episode
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem, Composite, Proximal
+
+Call = Callable[[Params, Params, Tensor], Tensor]  # (params, meta, inputs) -> outputs
+
+
+def few_shot_problem(
+    call: Call,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    adapted: Sequence[str],
+    penalty: Proximal | None,
+    model: nn.Module,
+) -> BilevelProblem:
+    """min_φ loss(outputs_{θ*}(query)), θ* = argmin_θ loss(outputs_θ(support)) + penalty(θ, φ).
+
+    The problem is that of one task. Its data is an `Episode`, or any pair (support, query) of
+    (inputs, targets) pairs. Its outer loss returns the query outputs as aux.
+
+    Args:
+        call: `(params, meta, inputs) -> outputs`.
+        loss: `(outputs, targets) -> scalar`.
+        adapted: The names of the parameters that adapt. They start at the entries of φ that have
+            their names.
+        penalty: The proximal term. If None, there is none.
+        model: The module that `call` calls, for curvature that looks into layers.
+
+    Example:
+        >>> problem = few_shot_problem(
+        ...     call=lambda params, meta, inputs: params["w"] * inputs,
+        ...     loss=lambda outputs, targets: (outputs - targets).square().mean(),
+        ...     adapted=["w"],
+        ...     penalty=None,
+        ...     model=nn.Identity(),
+        ... )
+        >>> support = (torch.ones(2), torch.zeros(2))
+        >>> meta = {"w": torch.tensor(3.0)}
+        >>> problem.inner_loss(problem.init(meta, None), meta, (support, support))
+        tensor(9.)
+    """
+
+    def init(meta: Params, _: Any) -> Params:
+        return {name: meta[name] for name in adapted}
+
+    def support_outputs(params: Params, meta: Params, data: Any) -> Tensor:
+        return call(params, meta, Episode.of(*data).support.inputs)
+
+    def support_loss(outputs: Tensor, data: Any) -> Tensor:
+        return loss(outputs, Episode.of(*data).support.targets)
+
+    def query_loss(params: Params, meta: Params, data: Any) -> tuple[Tensor, Tensor]:
+        query = Episode.of(*data).query
+        outputs = call(params, meta, query.inputs)
+        return loss(outputs, query.targets), outputs
+
+    inner_loss = Composite(support_outputs, support_loss, penalty=penalty, module=model)
+    return BilevelProblem(init, inner_loss, query_loss)
+
+
+def call_model(model: nn.Module, params: Params, inputs: Tensor) -> Tensor:
+    """The outputs of the model with the parameters of these names replaced.
+
+    Raises:
+        ValueError: The model does not return one tensor.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> call_model(model, {"weight": torch.tensor([[2.0]])}, torch.ones(1, 1))
+        tensor([[2.]])
+    """
+    outputs = torch.func.functional_call(model, params, (inputs,))
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"model: got a call that returns {type(outputs).__name__}, expected one tensor; "
+            "wrap the model"
+        )
+    return outputs
+
+
+def inner_iterates(
+    problem: LiftedProblem, inner: InnerLoop, meta: Params, steps: int
+) -> tuple[Params, ...]:
+    """θ_0 … θ_steps of an inner loop, each `{name: [tasks, *shape]}`.
+
+    Args:
+        problem: The lifted problem, whose data every step sees.
+        inner: The inner loop. Its own number of steps is ignored.
+        meta: φ, tensors without a graph.
+        steps: The number of steps, ≥ 0.
+
+    Returns:
+        `steps + 1` iterates. If the loop stops early at its `tol`, the last one is repeated.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.ones(())},
+        ...     inner_loss=lambda params, meta, data: data * params["w"].square(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> lifted = LiftedProblem(problem, torch.tensor([1.0]), batched=True)
+        >>> inner_iterates(lifted, GradientDescent(lr=0.25), {}, 2)[-1]["w"].item()
+        0.25
+    """
+    inner = inner.updated(steps=max(steps, 1))
+    with torch.enable_grad():
+        trajectory = inner.run(
+            lambda params, _: problem.inner(params, meta, problem.data),
+            problem.init(meta),
+            meta,
+            differentiated_steps=0,
+            keep_iterates=True,
+        )
+    iterates = trajectory.iterates
+    padding = iterates[-1:] * (steps + 1 - len(iterates))
+    return (iterates + padding)[: steps + 1]

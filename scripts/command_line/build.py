@@ -1,0 +1,82 @@
+"""From the options of a run to its learner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from command_line.device import find_device
+from command_line.options import RunOptions
+from metaimplicit import InnerLoop, MetaLearner, Method
+from metaimplicit.inner import make_inner
+from metaimplicit.methods import make_method
+from metaimplicit.models import MLP, ConvNet
+from tasks import TaskFamily
+
+
+def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
+    """The learner of a run for tasks of a family, on the run's device.
+
+    It is initialised from torch's random generator.
+
+    Raises:
+        ValueError: An option is out of range, or does not fit the others or the family.
+    """
+    device = find_device(options.device)
+    learn: dict[str, Any] = {}
+    for item in options.learn:
+        name, _, granularity = item.partition("=")
+        learn[name] = granularity or "scalar"
+    learner = MetaLearner(
+        build_model(options, family),
+        F.cross_entropy if family.kind == "classification" else F.mse_loss,
+        inner=build_inner(options),
+        method=build_method(options),
+        proximal=options.proximal,
+        learn=learn,
+        vectorize=options.vectorize,
+        chunk_size=options.chunk_size,
+    )
+    return learner.to(device)
+
+
+def build_model(options: RunOptions, family: TaskFamily) -> nn.Module:
+    """A `ConvNet` for images, an `MLP` for vectors.
+
+    Raises:
+        ValueError: The inputs of the family are neither.
+    """
+    axes = len(family.input_shape)
+    if axes == 3:
+        return ConvNet(
+            family.input_shape,
+            family.outputs,
+            filters=options.filters,
+            strided=not options.pool,
+            activation=options.activation,
+        )
+    if axes == 1:
+        return MLP(family.input_shape[0], family.outputs, hidden=options.hidden)
+    raise ValueError(
+        f"task: got inputs of shape {family.input_shape}, expected an image or a vector"
+    )
+
+
+def build_inner(options: RunOptions) -> InnerLoop:
+    """The inner loop of a run. Its step size is that of the options if it has one."""
+    inner = make_inner(options.inner_optimizer)
+    numbers: dict[str, Any] = {"steps": options.inner_steps, **options.inner_options}
+    if hasattr(inner, "lr"):
+        numbers["lr"] = options.inner_lr
+    return inner.updated(**numbers)
+
+
+def build_method(options: RunOptions) -> Method:
+    """The method of a run.
+
+    Raises:
+        ValueError: It is unknown, does not have an option, or refuses its value.
+    """
+    return make_method(options.method, **options.method_options)

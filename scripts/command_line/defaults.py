@@ -1,0 +1,75 @@
+"""The defaults of train.py that depend on the task, the method and the inner optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from command_line.options import RunOptions
+from metaimplicit.methods import known_options, make_method
+
+Settings = dict[str, Any]
+
+TASKS: dict[str, Settings] = {
+    "glyphs": {},  # the defaults of RunOptions are those of glyphs with an implicit method
+    "omniglot": {},
+    "sinusoid": {
+        "shots": 10,
+        "queries": 10,
+        "method": "unrolled",
+        "inner_steps": 1,
+        "inner_lr": 0.01,
+        "outer_lr": 1e-3,
+        "meta_batch": 25,
+        "validate_every": 1000,
+        "checkpoint_every": 1000,
+    },
+}
+OTHER_TASKS: Settings = {"queries": 15}
+
+# Implicit methods need an inner loop that comes near its argmin.
+IMPLICIT: dict[str, Settings] = {
+    "omniglot": {"inner_steps": 8, "inner_lr": 0.3, "proximal": 0.5},
+    "sinusoid": {
+        "inner_optimizer": "adam",
+        "inner_steps": 32,
+        "inner_lr": 0.02,
+        "proximal": 0.5,
+        "outer_lr": 2e-3,
+        "test_steps": 64,
+    },
+}
+IMPLICIT_METHOD: dict[str, Settings] = {"sinusoid": {"solver_steps": 10}}
+
+# All other methods see the initialisation without a proximal term.
+NOT_IMPLICIT: dict[str, Settings] = {"sinusoid": {"proximal": 0.0, "test_steps": 10}}
+OTHERS_NOT_IMPLICIT: Settings = {"proximal": 0.0, "test_steps": 4}
+
+INNER: dict[str, Settings] = {"newton-cg": {"cg_steps": 3}}
+
+
+def default_options(
+    task: str, method: str | None = None, inner_optimizer: str | None = None
+) -> RunOptions:
+    """The defaults of a task, a method and an inner optimiser.
+
+    Args:
+        task: The flag of a task. One without settings of its own has those of other tasks.
+        method: The flag of a method. If None, that of the task.
+        inner_optimizer: The flag of an inner loop. If None, that of the task and the method.
+
+    Raises:
+        ValueError: The method is unknown.
+    """
+    options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
+    if method is not None:
+        options = replace(options, method=method)
+    # These methods differentiate the inner loss alone, and so the proximal term.
+    if make_method(options.method).reach == {"loss"}:
+        known = known_options(options.method, **IMPLICIT_METHOD.get(task, {}))
+        options = replace(options, **IMPLICIT.get(task, {}), method_options=known)
+    else:
+        options = replace(options, **NOT_IMPLICIT.get(task, OTHERS_NOT_IMPLICIT))
+    if inner_optimizer is not None:
+        options = replace(options, inner_optimizer=inner_optimizer)
+    return replace(options, inner_options=dict(INNER.get(options.inner_optimizer, {})))

@@ -1,0 +1,238 @@
+"""The options of a run: the command line of train.py, and part of the config.json of a run."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+Suppressed = tyro.conf.Suppress[dict[str, Any]]
+
+DEFAULT_MINUTES = 3.5
+MINIMA = {
+    "seed": 0,
+    "validate_every": 1,
+    "validation_episodes": 2,
+    "checkpoint_every": 1,
+    "test_episodes": 2,
+    "test_steps": 0,
+    "workers": 0,
+    "threads": 1,
+}
+CHANGEABLE = {  # what may differ when a run is resumed
+    "steps",
+    "minutes",
+    "device",
+    "data_root",
+    "out",
+    "resume",
+    "workers",
+    "threads",
+    "test_episodes",
+    "test_steps",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Meta-train a few-shot learner, and test it on tasks it has never seen."""
+
+    task: str = "glyphs"
+    """Where tasks come from: one of the tasks listed above."""
+    ways: int = 5
+    """Classes of a task."""
+    shots: int = 1
+    """Support examples of each class; for sinusoid, support points."""
+    queries: int = 5
+    """Query examples of each class; for sinusoid, query points."""
+    method: str = "cg"
+    """How the meta-gradient is computed: unrolled (MAML), truncated, first-order, reptile, …,
+    or implicitly (iMAML) by a solver: cg, auto, neumann, nystrom, dense, …"""
+    inner_steps: int = 4
+    """Inner steps in training."""
+    inner_lr: float = 0.5
+    """Inner step size, for the inner optimisers that have one."""
+    proximal: float = 0.1
+    """λ of the term λ/2 ‖θ − φ‖² of the inner loss. Implicit methods need λ > 0."""
+    inner_optimizer: str = "gradient-descent"
+    """The inner optimiser, such as gradient-descent, momentum, adam or adamw.
+    Implicit methods also take newton-cg and lbfgs."""
+    outer_lr: float = 4e-3
+    """Adam's step size on the meta-parameters at the start."""
+    meta_batch: int = 8
+    """Tasks in a meta-step."""
+    steps: int | None = None
+    """Meta-steps to train for."""
+    minutes: float | None = None
+    """Wall-clock minutes to train for, with --steps whichever ends first. Without both: 3.5."""
+    seed: int = 0
+    """Seed of the initialisation and of the training episodes."""
+    device: str = "auto"
+    """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
+    data_root: Path | None = None
+    """Where the data is: a folder or zip of images, or Omniglot's zips or their tree.
+    Omniglot is downloaded without it."""
+    out: Path | None = None
+    """Folder for the files of the run. By default runs/TASK-METHOD-SEED."""
+    resume: bool = False
+    """Continue the run in --out with its options.
+    Only limits, workers, threads and device may change."""
+    learn: tuple[str, ...] = ()
+    """Inner numbers to learn as well: lr, proximal, lr=per-tensor, lr=per-element (Meta-SGD)."""
+    task_options: tuple[str, ...] = ()
+    """Further options of the task: split=vinyals (omniglot), size=32 color=false (folder), …"""
+    filters: int = 32
+    """Channels of each of the four convolutions."""
+    activation: Literal["relu", "softplus", "gelu"] = "relu"
+    """Activation of the convolutions.
+    A smooth one lets newton-cg reach the argmin; with relu it stops beside a kink."""
+    pool: bool = False
+    """Halve images by max-pooling instead of strided convolutions, which is slower."""
+    hidden: tuple[int, ...] = (40, 40)
+    """Widths of the hidden layers for inputs that are not images."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Decay of the outer step size over the steps or minutes given."""
+    clip: float | None = None
+    """Largest norm of the meta-gradient. By default it is not clipped."""
+    vectorize: Literal["auto", "vmap", "loop"] = "auto"
+    """How tasks are batched. auto times both once and keeps the faster."""
+    chunk_size: int | None = None
+    """Tasks vmapped at a time, to bound memory. By default all."""
+    workers: int = 0
+    """Processes that draw episodes. With 0, the main process does."""
+    threads: int | None = None
+    """CPU threads of torch. By default torch's own choice."""
+    validate_every: int = 200
+    """Meta-steps between validations."""
+    validation_episodes: int = 100
+    """Validation tasks, the same each time, rounded up to whole meta-batches."""
+    checkpoint_every: int = 100
+    """Meta-steps between checkpoints."""
+    test_episodes: int = 600
+    """Test tasks at the end."""
+    test_steps: int = 16
+    """Inner steps at test. An implicit method takes enough of them to reach the argmin."""
+    method_options: Suppressed = field(default_factory=dict)
+    """Options of the method that differ from its defaults, by name."""
+    inner_options: Suppressed = field(default_factory=dict)
+    """Options of the inner optimiser that differ from its defaults, by name."""
+
+    @classmethod
+    def load(cls, stored: Mapping[str, Any]) -> RunOptions:
+        """The inverse of `dump`.
+
+        Raises:
+            ValueError: A name is not that of an option.
+        """
+        unknown = sorted(set(stored) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"options: got {', '.join(unknown)}, which this version does not know; "
+                "use the version that wrote the run"
+            )
+        values: dict[str, Any] = {}
+        for name, value in stored.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+            if name in ("data_root", "out") and value is not None:
+                values[name] = Path(value)
+        return cls(**values)
+
+    def dump(self) -> dict[str, Any]:
+        """The options as a dictionary for JSON."""
+        values = asdict(replace(self, resume=False))
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.out or default_folder(self.task, self.method, self.seed)
+
+    @property
+    def test_seed(self) -> int:
+        """The seed of the test episodes, which no other stream of the run has."""
+        return self.seed + 1_000_000
+
+    def completed(self) -> RunOptions:
+        """The options with a limit and a folder.
+
+        Raises:
+            ValueError: A number is out of range. This covers those that nothing else checks.
+        """
+        for name, minimum in MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{_flag(name)}: got {value}, expected at least {minimum}")
+        numbers = asdict(self) | self.method_options | self.inner_options
+        for name, value in numbers.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{_flag(name)}: got {value}, expected a finite number")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"--clip: got {self.clip}, expected a norm > 0")
+        unlimited = self.steps is None and self.minutes is None
+        return replace(
+            self, minutes=DEFAULT_MINUTES if unlimited else self.minutes, out=self.folder
+        )
+
+    def differences(self, other: RunOptions) -> list[str]:
+        """The options in which a resumed run may not differ from `other`, but does."""
+        changed = []
+        for f in fields(self):
+            before = getattr(other, f.name)
+            now = getattr(self, f.name)
+            if f.name in CHANGEABLE or now == before:
+                continue
+            if isinstance(now, dict):
+                changed += [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            else:
+                changed.append(f.name)
+        return changed
+
+    def task_arguments(self) -> dict[str, Any]:
+        """The arguments of `tasks.load`, those in --task-options included.
+
+        The values there are Python literals, true, false, none, or strings.
+
+        Raises:
+            ValueError: An option is not of the form name=value, or has a flag of its own.
+        """
+        arguments: dict[str, Any] = {
+            "name": self.task,
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "data_root": self.data_root,
+        }
+        flags = {name: _flag("task" if name == "name" else name) for name in arguments}
+        for item in self.task_options:
+            name, equals, text = item.partition("=")
+            if not (name and equals):
+                raise ValueError(f"--task-options: got {item!r}, expected name=value")
+            if name in flags:
+                raise ValueError(
+                    f"--task-options: got {item!r}, expected a further option; use {flags[name]}"
+                )
+            arguments[name] = _literal(text)
+        return arguments
+
+
+def default_folder(task: str, method: str, seed: int | str) -> Path:
+    """The folder of a run without --out."""
+    return Path("runs", f"{task}-{method}-{seed}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false", "none"):
+        text = text.capitalize()
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

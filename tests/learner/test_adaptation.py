@@ -1,0 +1,122 @@
+"""What `evaluate` measures along the inner loop, and the models that `adapt` returns."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learner.few_shot import TASKS, LinearModel, draw_episodes, make_learner, make_network
+from oracles import relative_error
+
+from metaimplicit import GradientDescent
+
+
+@pytest.mark.parametrize("task", range(TASKS))
+def test_evaluate_and_adapt_follow_gradient_descent(task):
+    learner = make_learner(proximal=0.0, method="unrolled")
+    data = draw_episodes()
+    losses, accuracies = learner.evaluate(data, steps=5)
+    assert losses.shape == accuracies.shape == (6, TASKS)
+
+    support = (data.support[0][task], data.support[1][task])
+    inputs = data.query[0][task]
+    labels = data.query[1][task]
+    model = make_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(6):
+        logits = model(inputs)
+        assert losses[step, task].item() == pytest.approx(F.cross_entropy(logits, labels).item())
+        assert accuracies[step, task] == (logits.argmax(-1) == labels).double().mean()
+        adapted = learner.adapt(support, steps=step)
+        assert relative_error(adapted(inputs), logits.detach()) < 1e-12
+        optimizer.zero_grad()
+        F.cross_entropy(model(support[0]), support[1]).backward()
+        optimizer.step()
+
+
+def test_a_batch_of_adapted_models_holds_one_model_for_each_task():
+    learner = make_learner()
+    data = draw_episodes()
+    inputs = data.query[0]
+    one = learner.adapt((data.support[0][1], data.support[1][1]))
+    batch = learner.adapt(data.support, batched=True)
+    assert (len(one), len(batch)) == (1, TASKS)
+    assert relative_error(one(inputs[1]), batch(inputs)[1]) < 1e-12
+    assert relative_error(batch[1](inputs[1]), batch(inputs)[1]) < 1e-12
+    with pytest.raises(TypeError, match="holds one task; adapt with batched=True"):
+        one[0]
+
+
+def test_parameters_that_do_not_adapt_are_those_of_the_learner_at_the_call():
+    learner = make_learner(adapt="2.*")
+    data = draw_episodes()
+    adapted = learner.adapt(data.support, batched=True)
+    before = adapted(data.query[0])
+    with torch.no_grad():
+        learner.model[0].weight.mul_(2.0)
+        learner.model[2].weight.mul_(0.0)
+    after = adapted(data.query[0])
+    assert not torch.allclose(before, after)
+    expected = learner.predict(adapted.params, data.query[0], batched=True)
+    assert torch.equal(after, expected)
+
+
+def test_evaluate_measures_after_the_numbers_of_steps_asked_for():
+    learner = make_learner()
+    losses, accuracies = learner.evaluate(draw_episodes(), steps=5)
+    some, some_accuracies = learner.evaluate(draw_episodes(), steps=[4, 1])
+    assert torch.equal(some, losses[[4, 1]])
+    assert torch.equal(some_accuracies, accuracies[[4, 1]])
+    assert learner.evaluate(draw_episodes())[0].shape == (4, TASKS)
+    assert learner.evaluate(draw_episodes(), steps=0)[0].shape == (1, TASKS)
+    for steps in (-1, [2, -1], []):
+        with pytest.raises(ValueError, match=r"steps: got .*, expected at least 0 inner steps"):
+            learner.evaluate(draw_episodes(), steps=steps)
+
+
+def test_evaluate_repeats_the_last_iterate_of_each_task_whose_loop_stops_early():
+    stopping = make_learner(inner=GradientDescent(steps=50, lr=0.3, tol=0.2))
+    endless = make_learner(inner=GradientDescent(steps=50, lr=0.3))
+    losses, _ = stopping.evaluate(draw_episodes())
+    expected, _ = endless.evaluate(draw_episodes())
+    steps_taken = stopping.backward(draw_episodes()).report.inner_steps
+    assert losses.shape == (51, TASKS)
+    for task, steps in enumerate(steps_taken.tolist()):
+        assert 1 < steps < 50
+        path = losses[:, task]
+        assert torch.allclose(path[: steps + 1], expected[: steps + 1, task], rtol=1e-12)
+        assert torch.equal(path[steps:], path[steps].expand(51 - steps))
+
+
+class Dropout(LinearModel):
+    """Drops half of the outputs in training mode."""
+
+    def forward(self, x):
+        return F.dropout(self.layer(x), 0.5, self.training)
+
+
+def test_dropout_is_drawn_for_each_task_and_off_in_evaluation_mode():
+    learner = make_learner(Dropout(), method="unrolled")
+    data = draw_episodes()
+    same_tasks = SimpleNamespace(
+        support=(data.support[0][:1].expand(TASKS, -1, -1), data.support[1]),
+        query=(data.query[0][:1].expand(TASKS, -1, -1), data.query[1]),
+    )
+    losses, _ = learner.evaluate(same_tasks)
+    assert len(set(losses[-1].tolist())) == TASKS
+    learner.eval()
+    losses, _ = learner.evaluate(same_tasks)
+    assert torch.allclose(losses[-1], losses[-1][:1].expand(TASKS), rtol=1e-12)
+
+
+def test_a_copy_of_a_learner_is_independent():
+    learner = make_learner(Dropout(), method="unrolled")
+    copied = copy.deepcopy(learner)
+    copied.eval()
+
+    def losses(of):
+        return of.evaluate(draw_episodes())[0]
+
+    assert torch.equal(losses(copied), losses(copied))
+    assert not torch.equal(losses(learner), losses(learner))

@@ -1,0 +1,272 @@
+"""The meta-gradient that `MetaLearner.backward` adds, by every method and for every parameter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learner.few_shot import (
+    INPUTS,
+    TASKS,
+    WAYS,
+    LinearModel,
+    assert_gradient_matches_differences,
+    draw_episodes,
+    make_learner,
+    make_network,
+)
+from oracles import randn, relative_error
+from torch import nn
+
+from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, Truncated
+from metaimplicit.learner import Episode, Pair
+from metaimplicit.methods import known_options, make_method
+
+DERIVATIVES = [flag for flag in METHODS if flag != "reptile"]
+
+
+@pytest.mark.parametrize("flag", DERIVATIVES)
+def test_every_method_trains_every_parameter(flag):
+    method = make_method(flag, **known_options(flag, solver_steps=2, rank=4))
+    learner = make_learner(method=method)
+    step = learner.backward(draw_episodes())
+    for p in learner.parameters():
+        assert p.grad.isfinite().all()
+        assert p.grad.abs().max() > 0
+    losses, accuracies = learner.evaluate(draw_episodes())
+    assert step.loss.item() == pytest.approx(losses[-1].mean().item(), rel=1e-12)
+    assert step.accuracy.item() == pytest.approx(accuracies[-1].mean().item())
+    assert step.report.inner_steps.tolist() == [3] * TASKS
+    if isinstance(learner.method, Implicit):
+        curvature = flag if flag in ("kfac", "ekfac", "diagonal") else "gauss-newton"
+        assert step.report.curvature == curvature
+        assert step.report.sigma == 0.5
+    else:
+        assert step.report.curvature is None
+        assert step.report.sigma == 0
+
+
+@pytest.mark.parametrize("flag", METHODS)
+@pytest.mark.filterwarnings("ignore:.*ended with:RuntimeWarning")  # a rank of 10 of 59 is low
+def test_every_method_works_with_the_default_arguments(flag):
+    learner = MetaLearner(make_network(), F.cross_entropy, method=flag)
+    learner.backward(draw_episodes())
+    gradient = torch.cat([p.grad.flatten() for p in learner.parameters()])
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+    reaches_start = "start" in METHODS[flag].reach
+    assert (learner.penalty is None) == reaches_start
+    if not reaches_start:
+        assert learner.penalty.strength == 2.0
+
+
+def test_the_defaults_are_maml():
+    """A model and a loss are enough for the meta-gradient of five steps of gradient descent."""
+    learner = MetaLearner(make_network(), F.cross_entropy)
+    step = learner.backward(draw_episodes())
+    assert step.report.method == "unrolled"
+    assert step.report.inner_steps.tolist() == [5] * TASKS
+
+    start = dict(make_network().named_parameters())
+    data = draw_episodes()
+    losses = []
+    for task in range(TASKS):
+        params = start
+        for _ in range(5):
+            outputs = torch.func.functional_call(learner.model, params, data.support[0][task])
+            loss = F.cross_entropy(outputs, data.support[1][task])
+            gradients = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            pairs = zip(params.items(), gradients, strict=True)
+            params = {name: p - 0.1 * g for (name, p), g in pairs}
+        outputs = torch.func.functional_call(learner.model, params, data.query[0][task])
+        losses.append(F.cross_entropy(outputs, data.query[1][task]))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(start.values()))
+    for p, gradient in zip(learner.model.parameters(), expected, strict=True):
+        assert relative_error(p.grad, gradient) < 1e-12
+
+
+def test_the_gradient_is_that_of_the_loss_after_adaptation():
+    learner = make_learner(method="unrolled")
+    learner.backward(draw_episodes())
+    for p in learner.parameters():
+        assert_gradient_matches_differences(learner, p, randn(*p.shape, seed=7))
+
+
+def test_gradients_accumulate_as_those_of_backward_do():
+    learner = make_learner()
+    learner.backward(draw_episodes())
+    once = [p.grad.clone() for p in learner.parameters()]
+    learner.backward(draw_episodes())
+    for p, gradient in zip(learner.parameters(), once, strict=True):
+        assert relative_error(p.grad, 2 * gradient) < 1e-15
+
+
+def test_episodes_may_be_named_tuples():
+    data = draw_episodes()
+    plain = make_learner()
+    named = make_learner()
+    plain.backward(data)
+    named.backward(Episode(Pair(*data.support), Pair(*data.query)))
+    for p, q in zip(plain.parameters(), named.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "cg", "first-order"])
+@pytest.mark.parametrize(
+    "adapt",
+    ["2.*", ["2.weight", "2.bias"], lambda name: name.startswith("2.")],
+    ids=["pattern", "names", "predicate"],
+)
+def test_only_the_chosen_parameters_adapt_and_all_are_learnt(adapt, method):
+    learner = make_learner(method=method, adapt=adapt)
+    data = draw_episodes()
+    adapted = learner.adapt((data.support[0][0], data.support[1][0]))
+    assert sorted(adapted.params) == ["2.bias", "2.weight"]
+    learner.backward(data)
+    assert all(p.grad.abs().max() > 0 for p in learner.parameters())
+    if method == "unrolled":
+        body = learner.model[0].weight
+        assert_gradient_matches_differences(learner, body, randn(*body.shape, seed=8))
+
+
+class UnusualModel(nn.Module):
+    """A frozen layer, a buffer, a shared weight and an unused parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.frozen = nn.Linear(INPUTS, INPUTS).requires_grad_(False)
+        self.first = nn.Linear(INPUTS, INPUTS)
+        self.second = nn.Linear(INPUTS, INPUTS)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(INPUTS, WAYS)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.double()
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(self.frozen(x)))
+        return self.head(torch.tanh(self.second(hidden) * self.scale))
+
+
+@pytest.mark.parametrize("method", ["unrolled", "cg", "first-order", "reptile"])
+def test_frozen_shared_and_unused_parameters_and_buffers(method):
+    learner = make_learner(UnusualModel(), method=method)
+    learner.backward(draw_episodes())
+    model = learner.model
+    assert model.frozen.weight.grad is None
+    assert model.second.weight is model.first.weight
+    assert model.unused.grad.abs().max() == 0
+    assert model.first.weight.grad.abs().max() > 0
+    if method == "unrolled":
+        shared = model.first.weight
+        assert_gradient_matches_differences(learner, shared, randn(*shared.shape, seed=9))
+
+
+def test_regression_has_no_accuracy():
+    data = draw_episodes()
+    x, labels = data.support
+    data.support = (x, randn(*labels.shape, 1, seed=3))
+    x_query, query_labels = data.query
+    data.query = (x_query, randn(*query_labels.shape, 1, seed=4))
+    model = nn.Linear(INPUTS, 1).double()
+    learner = MetaLearner(model, F.mse_loss, proximal=0.1, method="cg")
+    assert learner.backward(data).accuracy is None
+    assert learner.evaluate(data)[1] is None
+
+
+def test_dense_predictions_have_classes_on_the_second_axis():
+    class Pixels(nn.Module):
+        """Two pixels, each with one score for each class."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(INPUTS, WAYS * 2).double()
+
+        def forward(self, x):
+            return self.linear(x).unflatten(1, (WAYS, 2))
+
+    data = draw_episodes()
+    x, labels = data.support
+    data.support = (x, labels.unsqueeze(-1).expand(-1, -1, 2))
+    x_query, query_labels = data.query
+    data.query = (x_query, query_labels.unsqueeze(-1).expand(-1, -1, 2))
+    learner = make_learner(Pixels(), method="unrolled")
+    outputs = learner.adapt(data.support, batched=True)(data.query[0])
+    expected = (outputs.argmax(2) == data.query[1]).double().mean()
+    assert learner.backward(data).accuracy == expected
+
+
+@pytest.mark.parametrize("method", ["unrolled", "first-order", Truncated(1)])
+def test_every_tensor_is_on_the_device_of_the_data(method):
+    """Fake tensors compute nothing, but have a device, so this runs without a second one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, WAYS))
+            pair = (torch.empty(TASKS, WAYS, INPUTS), torch.empty(TASKS, WAYS, WAYS))
+        inner = GradientDescent(steps=2, lr=0.1, momentum=0.5)
+        learner = MetaLearner(
+            model, F.mse_loss, inner=inner, method=method, proximal=0.1, vectorize="vmap"
+        )
+        step = learner.backward(SimpleNamespace(support=pair, query=pair))
+        assert step.loss.device.type == "meta"
+        assert all(p.grad.device.type == "meta" for p in learner.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("flag", DERIVATIVES)
+def test_cuda_agrees_with_the_cpu(flag):
+    gradients = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        method = make_method(flag, **known_options(flag, solver_steps=2, rank=4))
+        learner = make_learner(method=method).to(device)
+        data = draw_episodes()
+        torch.manual_seed(1)
+        moved = SimpleNamespace(
+            support=[t.to(device) for t in data.support],
+            query=[t.to(device) for t in data.query],
+        )
+        learner.backward(moved)
+        gradients.append([p.grad.cpu() for p in learner.parameters()])
+    for on_cpu, on_cuda in zip(*gradients, strict=True):
+        assert relative_error(on_cuda, on_cpu) < 1e-9
+
+
+class RunningMean(LinearModel):
+    """Keeps a mean of its inputs in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(INPUTS, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.layer(x - self.mean)
+
+
+def test_a_forward_pass_that_changes_a_buffer_is_refused():
+    message = "model: a forward pass changed buffer 'mean', so each task would see"
+    with pytest.raises(ValueError, match=message):
+        make_learner(RunningMean(), vectorize="loop").backward(draw_episodes())
+
+
+def test_the_problem_takes_plain_pairs_and_gives_the_gradient_of_backward():
+    from metaimplicit import hypergradient
+
+    learner = make_learner(method=Implicit(CG(max_steps=4)))
+    data = draw_episodes()
+    learner.backward(data)
+    result = hypergradient(
+        learner.problem,
+        learner.meta,
+        (data.support, data.query),
+        inner=learner.inner,
+        method=learner.method,
+        batched=True,
+    )
+    for name, p in learner.model.named_parameters():
+        assert relative_error(result.grads[name], p.grad) < 1e-12

@@ -1,0 +1,69 @@
+"""Numbers of the inner problem that are learnt with the initialisation."""
+
+import pytest
+import torch
+from learner.few_shot import (
+    assert_gradient_matches_differences,
+    draw_episodes,
+    make_learner,
+)
+from oracles import relative_error
+
+from metaimplicit import CG, GradientDescent, Implicit, TorchOptimizer
+
+
+@pytest.mark.parametrize(
+    ("granularity", "count"), [("scalar", 1), ("per-tensor", 4), ("per-element", 4)]
+)
+def test_the_gradients_of_step_sizes_and_proximal_strength_match_differences(granularity, count):
+    learner = make_learner(method="unrolled", learn={"lr": granularity, "proximal": "scalar"})
+    assert len(learner.learnt) == count + 1
+    logs = [p for name, p in learner.learnt.items() if name.startswith("log_lr")]
+    assert all(torch.allclose(p.exp(), torch.full_like(p, 0.3)) for p in logs)
+    if granularity == "per-element":
+        assert sum(p.numel() for p in logs) == sum(p.numel() for p in learner.model.parameters())
+    learner.backward(draw_episodes())
+    for p in learner.learnt.values():
+        assert_gradient_matches_differences(learner, p, torch.ones_like(p))
+
+
+def test_the_step_size_of_an_optimiser_of_torch_is_learnt():
+    adam = TorchOptimizer(torch.optim.Adam, steps=2, lr=0.1)
+    learner = make_learner(method="unrolled", inner=adam, learn={"lr"})
+    learner.backward(draw_episodes())
+    (log_lr,) = learner.learnt.values()
+    assert_gradient_matches_differences(learner, log_lr, torch.ones_like(log_lr))
+
+
+@pytest.mark.slow
+def test_an_implicit_method_learns_the_proximal_strength_as_unrolling_to_the_argmin_does():
+    options = {"inner": GradientDescent(steps=500, lr=0.3), "learn": {"proximal"}, "proximal": 1.0}
+    exact = Implicit(CG(max_steps=60, tol=1e-12), curvature="hessian")
+    implicit = make_learner(method=exact, **options)
+    unrolled = make_learner(method="unrolled", **options)
+    implicit.backward(draw_episodes())
+    unrolled.backward(draw_episodes())
+    for p, q in zip(implicit.parameters(), unrolled.parameters(), strict=True):
+        assert relative_error(p.grad, q.grad) < 1e-6
+
+
+def test_learnt_numbers_are_logarithms():
+    learner = make_learner(method="unrolled", learn={"lr", "proximal"}, proximal=0.7)
+    assert learner.learnt["log_proximal"].exp().item() == pytest.approx(0.7)
+    assert learner.learnt["log_lr"].exp().item() == pytest.approx(0.3)
+
+
+def test_a_state_dict_holds_every_learnt_number():
+    learner = make_learner(method="unrolled", learn={"lr": "per-tensor"})
+    other = make_learner(method="unrolled", learn={"lr": "per-tensor"})
+    assert [name for name in learner.state_dict() if name.startswith("learnt.")] == [
+        "learnt.log_lr/0/bias",
+        "learnt.log_lr/0/weight",
+        "learnt.log_lr/2/bias",
+        "learnt.log_lr/2/weight",
+    ]
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.add_(0.1)
+    other.load_state_dict(learner.state_dict())
+    assert torch.equal(other.evaluate(draw_episodes())[0], learner.evaluate(draw_episodes())[0])

@@ -1,0 +1,174 @@
+"""Arguments, episodes and models that the learner refuses, each with an error that says why."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from learner.few_shot import INPUTS, WAYS, LinearModel, draw_episodes, make_learner, make_network
+from torch import nn
+
+from metaimplicit import GradientDescent
+
+
+def changed(**sets):
+    """The episodes with another support or query set."""
+    data = draw_episodes()
+    return SimpleNamespace(**({"support": data.support, "query": data.query} | sets))
+
+
+SUPPORT_INPUTS, SUPPORT_LABELS = draw_episodes().support
+QUERY_INPUTS, QUERY_LABELS = draw_episodes().query
+BAD_EPISODES = {
+    "label above the range": (
+        changed(support=(SUPPORT_INPUTS, SUPPORT_LABELS + 1)),
+        r"episodes\.support labels: got 4, expected class indices from 0 to 3",
+    ),
+    "label below the range": (
+        changed(query=(QUERY_INPUTS, QUERY_LABELS - 1)),
+        r"episodes\.query labels: got -1",
+    ),
+    "integers that are no classes": (
+        changed(support=(SUPPORT_INPUTS, SUPPORT_LABELS + 9)),
+        "convert targets that are not class indices to float",
+    ),
+    "query class without support": (
+        changed(support=(SUPPORT_INPUTS, SUPPORT_LABELS.clamp(max=2))),
+        "task 0 has class 3 in its query set, but no example of it in its support set",
+    ),
+    "fewer inputs than targets": (
+        changed(support=(SUPPORT_INPUTS[:, :2], SUPPORT_LABELS)),
+        r"begin with \[tasks, examples\], neither empty",
+    ),
+    "empty support": (
+        changed(support=(SUPPORT_INPUTS[:, :0], SUPPORT_LABELS[:, :0])),
+        "neither empty",
+    ),
+    "fewer tasks in the query": (
+        changed(query=(QUERY_INPUTS[:2], QUERY_LABELS[:2])),
+        "one task axis of the same size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EPISODES)
+def test_bad_episodes_are_refused_before_any_gradient(case):
+    episodes, message = BAD_EPISODES[case]
+    learner = make_learner()
+    with pytest.raises(ValueError, match=message):
+        learner.backward(episodes)
+    assert all(p.grad is None for p in learner.parameters())
+
+
+class NameConflict(nn.Module):
+    """Has a parameter with the name of a learnt step size."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_lr = nn.Parameter(torch.zeros(WAYS))
+
+
+BAD_ARGUMENTS = [
+    ({"method": "maml"}, "method: got 'maml', expected one of unrolled"),
+    ({"adapt": "3.*"}, r"adapt: '3.\*' matches no parameter that requires grad"),
+    ({"adapt": ["2.*", "tail"]}, "adapt: 'tail' matches no parameter"),
+    ({"adapt": lambda name: False}, "the predicate' matches no parameter"),
+    ({"adapt": []}, "matches no parameter"),
+    ({"vectorize": "map"}, "vectorize: got 'map'"),
+    ({"proximal": -1.0}, "proximal: got -1.0, expected a strength ≥ 0"),
+    ({"proximal": 0.0}, "proximal: got 0 with an implicit method"),
+    ({"learn": {"lr"}}, "learn 'lr': implicit cannot give its gradient.*unrolled"),
+    (
+        {"learn": {"proximal"}, "method": "first-order"},
+        "learn 'proximal': first-order cannot give its gradient",
+    ),
+    ({"learn": {"eps"}}, r"learn: got \['eps'\], expected some of \['lr', 'proximal'\]"),
+    (
+        {"learn": {"lr": "each"}, "method": "unrolled"},
+        r"learn 'lr': got 'each', expected one of \['scalar', 'per-tensor', 'per-element'\]",
+    ),
+    (
+        {"learn": {"proximal": "per-tensor"}},
+        r"learn 'proximal': got 'per-tensor', expected one of \['scalar'\]",
+    ),
+    (
+        {"learn": {"proximal"}, "proximal": 0.0, "method": "unrolled"},
+        "learn 'proximal': got proximal=0, expected a strength > 0 to start from",
+    ),
+    (
+        {"learn": {"lr"}, "method": "unrolled", "inner": GradientDescent(lr=torch.tensor(0.1))},
+        "learn 'lr': got an inner loop with lr=.*, expected a number > 0",
+    ),
+    (
+        {"model": NameConflict(), "method": "unrolled", "learn": {"lr"}},
+        "the model has a parameter 'log_lr' already",
+    ),
+    (
+        {"model": make_network().requires_grad_(False)},
+        "model: got no parameter that requires grad",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_learner(**arguments)
+
+
+def test_adapt_refuses_a_negative_number_of_steps_and_pairs_of_different_lengths():
+    learner = make_learner()
+    inputs, labels = draw_episodes().support
+    with pytest.raises(ValueError, match="steps: got -1, expected at least 0 inner steps"):
+        learner.adapt((inputs, labels), steps=-1, batched=True)
+    message = r"support: got inputs \(1, 4, 6\) and targets \(1, 3\), expected both to begin"
+    with pytest.raises(ValueError, match=message):
+        learner.adapt((inputs[0], labels[0][:3]))
+
+
+def batch_norm_network(**options):
+    norm = nn.BatchNorm1d(5, **options)
+    return nn.Sequential(nn.Linear(INPUTS, 5), norm, nn.Linear(5, WAYS)).double()
+
+
+def test_running_statistics_are_refused_in_training_mode_and_used_in_evaluation_mode():
+    learner = make_learner(batch_norm_network())
+    message = r"'1' \(BatchNorm1d\) tracks running statistics.*track_running_stats=False"
+    with pytest.raises(ValueError, match=message):
+        learner.backward(draw_episodes())
+    with pytest.raises(ValueError, match="tracks running statistics"):
+        learner.adapt(draw_episodes().support, batched=True)
+    learner.eval()
+    learner.backward(draw_episodes())
+    assert learner.model[1].num_batches_tracked == 0
+
+
+def test_batch_statistics_are_accepted_in_training_mode():
+    learner = make_learner(batch_norm_network(track_running_stats=False))
+    learner.backward(draw_episodes())
+    assert learner.model[1].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "grad"), [("0.weight", False), ("2.bias", True)])
+def test_parameters_that_were_frozen_or_unfrozen_since_are_named(name, grad):
+    model = make_network()
+    parameter = dict(model.named_parameters())[name]
+    parameter.requires_grad_(not grad)
+    learner = make_learner(model)
+    parameter.requires_grad_(grad)
+    message = rf"model: '{name}' was frozen or unfrozen after the learner was built"
+    with pytest.raises(ValueError, match=message):
+        learner.backward(draw_episodes())
+
+
+class TwoOutputs(LinearModel):
+    """Returns its inputs as well."""
+
+    def forward(self, x):
+        return self.layer(x), x
+
+
+@pytest.mark.parametrize("method", ["cg", "unrolled"])
+def test_a_model_that_does_not_return_one_tensor_is_refused(method):
+    message = "model: got a call that returns tuple, expected one tensor; wrap the model"
+    with pytest.raises(ValueError, match=message):
+        make_learner(TwoOutputs(), method=method).backward(draw_episodes())

@@ -1,0 +1,34 @@
+"""Runs the command lines of scripts/ as a user does, but in this process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SMALL = [
+    "--task=sinusoid",
+    "--steps=3",
+    "--test-episodes=10",
+    "--validation-episodes=10",
+    "--test-steps=2",
+]
+
+
+def load_main(name):
+    """The `main` function of a script."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclass looks up its annotations
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def error_line(main, args, capsys):
+    """The one line on standard error of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line

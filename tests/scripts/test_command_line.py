@@ -1,0 +1,173 @@
+"""The options of train.py: their defaults, the flags of methods, and what is built from them."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from command_line import RunOptions, build_learner, default_options, parse
+from command_line.flags import inner_flags, method_flags
+from scripts.running import load_main
+
+import tasks
+from metaimplicit import METHODS, NewtonCG
+from metaimplicit.inner import INNER_LOOPS
+from metaimplicit.methods import make_method
+
+HIDDEN = ("method_options", "inner_options")
+RUN_FLAGS = [f.name for f in fields(RunOptions) if f.name not in HIDDEN]
+
+
+def build(*args):
+    """The learner of a command line for sinusoid tasks."""
+    options = parse(["--task=sinusoid", "--device=cpu", *args])
+    return build_learner(options, tasks.load("sinusoid").train)
+
+
+def help_of(main, args, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*args, "--help"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def assert_explained(text, names):
+    """Between each flag with its metavar and its default stand words of explanation."""
+    text = re.sub(r"[\s│]+", " ", text)
+    for name in names:
+        flag = rf"--(?:no-)?{name.replace('_', '-')}"
+        between = re.search(rf"{flag} ([^│]*?)\(default", text).group(1)
+        words = [word for word in between.split() if not word.startswith(("{", "["))]
+        assert any(re.search("[a-zμ]", word) for word in words), name
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_method_is_built_from_its_own_options():
+    assert build("--method=nystrom", "--rank=20").method.solver.rank == 20
+    cg = build("--method=cg", "--solver-steps=7", "--damping=0.5", "--strict").method
+    assert (cg.solver.max_steps, cg.damping, cg.strict) == (7, 0.5, True)
+    assert build("--method=cg", "--curvature=hessian").method.curvature == "hessian"
+    assert build("--method=neumann", "--scale=0.25").method.solver.scale == 0.25
+    assert build("--method=nystrom", "--rho", "0.1").method.solver.rho == 0.1
+    assert build("--method=f2sa", "--penalty=3").method.strength == 3.0
+    assert build("--method=soba", "--no-warm").method.solver.warm is False
+
+
+@pytest.mark.parametrize("flag", METHODS)
+def test_a_run_has_the_defaults_of_its_method(flag):
+    options = parse([f"--method={flag}"])
+    assert options.method_options == {}
+    assert make_method(options.method, **options.method_options) == METHODS[flag]
+
+
+def test_a_run_stores_the_options_of_its_method_that_were_given():
+    options = parse(["--method=nystrom", "--rank=20", "--rho=0.1", "--refresh=1"])
+    assert options.method_options == {"rank": 20, "rho": 0.1}
+    stored = json.loads(json.dumps(options.dump()))
+    assert RunOptions.load(stored) == options
+
+
+def test_the_inner_optimizer_is_a_row_of_the_registry_with_its_own_options():
+    assert build("--inner-optimizer=momentum").inner == INNER_LOOPS["momentum"].updated(
+        steps=1, lr=0.01
+    )
+    newton = ["--method=cg", "--inner-optimizer=newton-cg", "--inner-steps=5"]
+    assert build(*newton).inner == NewtonCG(steps=5, cg_steps=3)
+    assert build(*newton, "--inner-cg-steps=7").inner == NewtonCG(steps=5, cg_steps=7)
+    assert build(*newton, "--inner-cg-steps=10").inner == NewtonCG(steps=5, cg_steps=10)
+    lbfgs = build("--method=cg", "--inner-optimizer=lbfgs", "--inner-steps=50").inner
+    assert lbfgs == INNER_LOOPS["lbfgs"].updated(steps=50)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--method=cg", "--rank", "20"],
+            "--rank: got it with --method cg, .* expected --method nystrom or nystrom-cg",
+        ),
+        (["--rho=1"], "--rho: got it with --method cg, .* kfac or ekfac or diagonal"),
+        (["--method=unrolled", "--strict"], "--strict: got it with --method unrolled"),
+        (["--no-warm"], "--no-warm: got it with --method cg, .* t1-t2 or soba or amigo"),
+        (
+            ["--inner-cg-steps=3"],
+            "--inner-cg-steps: got it with --inner-optimizer gradient-descent, .* newton-cg",
+        ),
+        (["--method=newton"], f"method: got 'newton', expected one of {', '.join(METHODS)}"),
+        (["--inner-optimizer=sgd"], "inner: got 'sgd', expected one of gradient-descent"),
+        (["--method=neumann", "--scale=nan"], "--scale: got nan, expected a finite number"),
+    ],
+)
+def test_a_flag_of_another_method_is_an_error_that_names_the_methods_that_have_it(args, message):
+    with pytest.raises(ValueError, match=message):
+        parse(args)
+
+
+def test_no_flag_of_a_method_or_an_inner_loop_is_one_of_the_run():
+    for flag in METHODS:
+        assert not set(method_flags(flag).options) & set(RUN_FLAGS)
+    for flag in INNER_LOOPS:
+        assert not set(inner_flags(flag).options) & set(RUN_FLAGS)
+
+
+@pytest.mark.parametrize("method", ["cg", "nystrom", "f2sa"])
+def test_help_explains_every_option_of_the_run_and_of_the_chosen_method(method, capsys):
+    text = help_of(load_main("train"), ["--method", method], capsys)
+    assert_explained(text, [*RUN_FLAGS, *method_flags(method).options, "inner_momentum"])
+    assert "--method-options" not in text
+
+
+def test_help_lists_the_options_of_the_other_methods(capsys):
+    text = help_of(load_main("train"), [], capsys)
+    assert "- nystrom: --rank --rho" in text
+    assert "- soba: --solver-steps --scale --no-warm" in text
+    assert "- all implicit methods: --curvature --damping" in text
+    assert "- cg:" not in text
+
+
+def test_help_shows_the_defaults_of_the_task_and_the_method(capsys):
+    text = help_of(load_main("train"), ["--task=sinusoid", "--method=cg"], capsys)
+    assert re.search(r"--inner-steps INT[^-]*\(default: 32\)", text)
+    assert re.search(r"--solver-steps INT[^-]*\(default:\s+│?\s*│?\s*10\)", text)
+
+
+def test_help_of_evaluate_explains_its_options(capsys):
+    text = help_of(load_main("evaluate"), [], capsys)
+    assert_explained(text, ["episodes", "steps", "seed", "split", "device", "threads"])
+
+
+def test_defaults_are_those_of_the_task_and_the_method():
+    assert default_options("glyphs") == RunOptions()
+    assert default_options("glyphs", "unrolled").proximal == 0.0
+    assert default_options("sinusoid").method == "unrolled"
+    assert default_options("sinusoid", "cg").inner_steps == 32
+    assert default_options("sinusoid", "cg").method_options == {"solver_steps": 10}
+    assert default_options("sinusoid", "nystrom").method_options == {}
+    assert default_options("omniglot", "nystrom").proximal == 0.5
+    assert default_options("omniglot", "unrolled").proximal == 0.0
+    assert default_options("folder").queries == 15
+    assert default_options("glyphs", "cg").test_steps == 16
+    assert default_options("glyphs", "unrolled").test_steps == 4
+    assert default_options("sinusoid").test_steps == 10
+    assert default_options("sinusoid", "cg").test_steps == 64
+    assert default_options("glyphs", inner_optimizer="newton-cg").inner_options == {"cg_steps": 3}
+
+
+def test_a_run_without_limits_lasts_three_and_a_half_minutes():
+    assert RunOptions().completed().minutes == 3.5
+    assert RunOptions(steps=5).completed().minutes is None
+
+
+def test_options_are_loaded_as_they_were_stored():
+    options = RunOptions(out=Path("x"), learn=("lr",), method_options={"solver_steps": 7})
+    stored = json.loads(json.dumps(options.dump()))
+    assert RunOptions.load(stored) == options
+    del stored["activation"]
+    assert RunOptions.load(stored).activation == "relu"
+    with pytest.raises(ValueError, match="options: got colour, which this version does not know"):
+        RunOptions.load({"colour": 1})

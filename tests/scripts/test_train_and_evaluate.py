@@ -1,0 +1,224 @@
+"""Runs of train.py and evaluate.py: their files, how they are resumed, and what they refuse."""
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+from command_line import RunOptions
+from scripts.running import SMALL, error_line, load_main
+
+train = load_main("train")
+evaluate = load_main("evaluate")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train([*SMALL, "--out", str(out)])
+    return out
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_checkpoint(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def test_a_run_leaves_every_file(run):
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoint.pt",
+        "summary.json",
+        "curves.png",
+        "adaptation.png",
+    }
+    assert list((run / "tensorboard").iterdir())
+    for plot in ("curves.png", "adaptation.png"):
+        assert (run / plot).read_bytes().startswith(b"\x89PNG")
+    config = read_json(run / "config.json")
+    assert set(config["options"]) == {f.name for f in fields(RunOptions)}
+    assert config["options"]["inner_lr"] == 0.01  # the default of the task, not of glyphs
+    assert config["chosen"]["vectorize"] in ("vmap", "loop")
+    assert config["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["step"]) for line in lines] == [
+        ("train", 1),
+        ("train", 2),
+        ("train", 3),
+        ("validation", 3),
+    ]
+    summary = read_json(run / "summary.json")
+    assert (summary["metric"], summary["episodes"], summary["meta_steps"]) == ("mse", 10, 3)
+    assert summary["transductive"] is False
+    assert summary["peak_memory_mib"] > 50
+    assert [row["steps"] for row in summary["after_steps"]] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_the_config_says_what_the_solver_auto_chose(tmp_path):
+    train([*SMALL, "--method", "auto", "--steps", "1", "--out", str(tmp_path / "run")])
+    config = read_json(tmp_path / "run" / "config.json")
+    assert config["chosen"]["solver"] == "Lanczos: n = 1761 > 256"
+    assert config["options"]["method_options"] == {"solver_steps": 10}
+
+
+@pytest.mark.slow
+def test_evaluate_repeats_the_test_of_the_run_unless_the_seed_is_another(run, capsys):
+    evaluate([str(run), "--episodes", "10"])
+    table = capsys.readouterr().out
+    summary = read_json(run / "summary.json")
+    assert read_json(run / "evaluation.json")["after_steps"] == summary["after_steps"]
+    assert f"{summary['mean']:.4f} ± {summary['interval_95']:.4f}" in table
+    evaluate([str(run), "--episodes", "10", "--seed", "5", "--steps", "1", "--split", "validation"])
+    other = read_json(run / "evaluation.json")
+    assert other["inner_steps"] == 1
+    assert other["after_steps"][0] != summary["after_steps"][0]
+    (run / "evaluation.json").unlink()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
+    common = [*SMALL, "--method=cg", "--solver-steps=3", "--damping=0.5", "--inner-steps=4"]
+    common += ["--vectorize=vmap", "--checkpoint-every=1", "--schedule=constant", "--out"]
+    resumed = tmp_path / "resumed"
+    train([*common, str(resumed), "--steps", "2"])
+    train(["--out", str(resumed), "--resume", "--steps", "4"])
+    unbroken = tmp_path / "unbroken"
+    train([*common, str(unbroken), "--steps", "4"])
+    state = read_checkpoint(resumed)
+    expected = read_checkpoint(unbroken)
+    assert state["progress"]["step"] == expected["progress"]["step"] == 4
+    assert all(torch.equal(x, expected["learner"][name]) for name, x in state["learner"].items())
+    options = read_json(resumed / "config.json")["options"]
+    assert (options["task"], options["method"]) == ("sinusoid", "cg")
+    assert options["method_options"] == {"solver_steps": 3, "damping": 0.5}
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(run, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+    def message(*args):
+        return error_line(train, ["--out", run, *args], capsys)
+
+    assert "holds a run already" in message(*SMALL)
+    assert "--resume: inner_lr, momentum differ" in message(
+        "--resume", "--inner-lr", "1.0", "--inner-momentum", "0.5"
+    )
+    assert "--resume: method, rank differ" in message("--resume", "--method=nystrom", "--rank=3")
+    assert "--rank: got it with --method unrolled" in message("--resume", "--rank", "3")
+    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    missing = ["--out", tmp_path / "none", "--resume"]
+    assert "--resume: found no" in error_line(train, missing, capsys)
+
+
+BAD_OPTIONS = [
+    (["--task", "sines"], "task: got 'sines', expected one of glyphs, sinusoid"),
+    (["--task-options", "split"], "--task-options: got 'split', expected name=value"),
+    (["--task-options", "split=vinyals"], "sinusoid: got option split"),
+    (
+        ["--task-options", "name=glyphs"],
+        "--task-options: got 'name=glyphs', expected a further option; use --task",
+    ),
+    (
+        ["--learn", "lr", "--method", "first-order"],
+        "learn 'lr': first-order cannot give its gradient",
+    ),
+    (["--learn", "momentum"], "learn: got ['momentum']"),
+    (["--method", "cg", "--rank", "20"], "--rank: got it with --method cg"),
+    (["--inner-lr", "-1"], "learning rate: -1"),
+    (["--inner-steps", "0"], "steps: got 0, expected at least 1 inner step"),
+    (
+        ["--method", "truncated", "--solver-steps", "9"],
+        "Truncated steps: got 9, expected at most",
+    ),
+    (["--outer-lr", "-1"], "learning rate: -1"),
+    (["--meta-batch", "0"], "tasks: got 0"),
+    (["--steps", "0"], "steps: got 0, expected at least 1 meta-step"),
+    (["--validate-every", "0"], "--validate-every: got 0, expected at least 1"),
+    (["--test-episodes", "1"], "--test-episodes: got 1, expected at least 2"),
+    (["--clip", "0"], "--clip: got 0.0"),
+    (["--device", "gpu"], "--device: got 'gpu', expected auto, cpu or a CUDA device"),
+    (["--shots", "0"], "shots: got 0"),
+    (["--minutes=inf"], "error: --minutes: got inf, expected a finite number"),
+    (["--proximal=nan"], "error: --proximal: got nan, expected a finite number"),
+    (["--inner-lr=inf"], "error: --inner-lr: got inf, expected a finite number"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD_OPTIONS)
+def test_bad_options_are_one_line_and_leave_nothing(args, message, tmp_path, capsys):
+    assert message in error_line(train, [*SMALL, *args, "--out", tmp_path / "run"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    assert "cannot be made a folder" in error_line(train, [*SMALL, f"--out={out}"], capsys)
+
+
+def test_evaluate_refuses_folders_without_a_run_and_numbers_out_of_range(tmp_path, run, capsys):
+    assert "run: found no config.json in" in error_line(evaluate, [tmp_path], capsys)
+    (tmp_path / "config.json").write_text('{"experiment": "reweighting"}')
+    assert "is no run of scripts/train.py" in error_line(evaluate, [tmp_path], capsys)
+    line = error_line(evaluate, [run, "--episodes=1"], capsys)
+    assert line == "error: --episodes: got 1, expected at least 2"
+    line = error_line(evaluate, [run, "--steps=-1"], capsys)
+    assert line == "error: --steps: got -1, expected at least 0"
+
+
+@pytest.mark.slow
+def test_divergence_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    args = [*SMALL, "--inner-lr", "1e20", "--inner-steps", "5", "--out", str(out)]
+    with pytest.raises(SystemExit) as exit_:
+        train(args)
+    assert exit_.value.code == 1
+    message = r"error: step 1: the query loss is (nan|inf); no parameter has moved"
+    assert re.search(message, capsys.readouterr().err)
+    assert read_checkpoint(out)["progress"]["step"] == 0
+
+
+def write_images(root, classes):
+    from PIL import Image
+
+    for c in range(classes):
+        (root / f"c{c:02d}").mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (10 * c, i, 0)).save(root / f"c{c:02d}" / f"{i}.png")
+
+
+@pytest.mark.slow
+def test_a_run_is_neither_resumed_nor_tested_on_other_classes(tmp_path, capsys):
+    """One more class changes how all of them are shuffled."""
+    data = tmp_path / "data"
+    run = tmp_path / "run"
+    write_images(data, 20)
+    args = ["--task=folder", f"--data-root={data}", "--ways=2", "--queries=2", "--filters=4"]
+    args += ["--steps=1", "--test-episodes=2", "--validation-episodes=2"]
+    args += ["--task-options", "size=8", "--out", str(run)]
+    train(args)
+    evaluate([str(run), "--episodes", "2"])
+    capsys.readouterr()
+    write_images(data, 21)
+    message = (
+        r"error: task: the train classes are not those that .*run was started with, "
+        "so it may have been trained on"
+    )
+    assert re.match(message, error_line(evaluate, [run], capsys))
+    assert re.match(message, error_line(train, [*args, "--resume", "--steps=2"], capsys))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_without_budget_says_that_it_is_only_tested(tmp_path, capsys):
+    train([*SMALL, "--minutes=10", "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    train(["--task=sinusoid", "--resume", "--out", str(tmp_path / "run")])
+    message = "have spent the run's budget (steps 3, minutes 10.0): it is only tested"
+    assert message in capsys.readouterr().err
