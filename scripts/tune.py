@@ -11,7 +11,7 @@ import sys
 
 import tyro
 from experiments import EXPERIMENTS
-from experiments.base import execute
+from experiments.runner import execute
 
 
 def main(args: list[str]) -> None:
