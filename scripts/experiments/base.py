@@ -23,15 +23,13 @@ class Experiment(ABC):
     """
 
     method: tuple[str, ...] = ()
-    """Methods to compare, baselines included. If none is given, the experiment's default methods
-    are compared."""
+    """Methods to compare, baselines included. If none is given, the default ones run."""
     seeds: int = 3
     """Number of runs of each case. Their seeds are 0, 1, 2, …"""
     data_root: Path | None = None
     """Folder with the data. If it is not given, the data are downloaded."""
     out: Path | None = None
-    """Folder for the results, by default runs/tune/EXPERIMENT. Runs whose results are there are not
-    repeated."""
+    """Folder for the results, by default runs/tune/EXPERIMENT. Runs in it are not repeated."""
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:1, …; auto is CUDA if there is a CUDA device, else cpu."""
     threads: int | None = None

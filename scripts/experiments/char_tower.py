@@ -29,8 +29,10 @@ class CharTower(Towers):
     which are read side by side, window after window. The LSTM's state is carried from one window to
     the next without its graph.
 
-    `plain` keeps lr as it starts. `step-decay` multiplies it by 0.1 after 1/2 and 3/4 of the run.
-    `tower` and `tower-adam` learn lr, β₁ and β₂, by SGD and by Adam. A seed is an initialisation.
+    The method `plain` keeps lr as it starts; `step-decay` multiplies it by 0.1 after half and three
+    quarters of the run; `tower` and `tower-adam` learn lr, β₁ and β₂, by SGD and by Adam. Their
+    step sizes are the best of three, a factor of ten apart, by the training losses from all three
+    starts. A seed is an initialisation.
     """
 
     start: tuple[float, ...] = (1e-4, 1e-3, 1e-1)
@@ -50,11 +52,9 @@ class CharTower(Towers):
     epochs: int = 10
     """Number of passes through the training text."""
     outer_sgd: float = 1e-3
-    """Step size of the SGD that moves lr and the logits of β₁ and β₂ of `tower`. Of 1e-5, 1e-4 and
-    1e-3 it is the best by the training losses from all three starts."""
+    """Step size of the SGD that moves lr and the logits of β₁ and β₂ of `tower`."""
     outer_adam: float = 0.01
-    """Step size of the Adam that moves lr and the logits of β₁ and β₂ of `tower-adam`. It is the
-    best of 1e-4, 1e-3 and 1e-2."""
+    """Step size of the Adam that moves lr and the logits of β₁ and β₂ of `tower-adam`."""
 
     name = "char-tower"
     case_options = ("start",)
@@ -74,7 +74,7 @@ class CharTower(Towers):
 
     @property
     def starts(self) -> list[Case]:
-        """lr to start from."""
+        """The step sizes to start from."""
         return [{"lr": lr} for lr in self.start]
 
     def check_options(self) -> None:
@@ -98,7 +98,12 @@ class CharTower(Towers):
         training = text.training.to(self.torch_device)
         validation = text.validation.to(self.torch_device)
         with seeded(case["seed"]):
-            model = CharLSTM(len(text.characters), self.embedding, self.hidden, self.layers)
+            model = CharLSTM(
+                len(text.characters),
+                embedding=self.embedding,
+                hidden=self.hidden,
+                layers=self.layers,
+            )
         model.to(self.torch_device)
 
         windows = (training.shape[1] - 1) // self.window
@@ -132,7 +137,7 @@ class CharTower(Towers):
         return row | {"bits": bits, "perplexity": 2**bits}
 
     def optimizer(self, case: Case, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """torch's Adam, or a tower, of a case."""
+        """The optimiser of a case: torch's Adam, or a tower."""
         outer = self.outer_level(case["method"])
         if outer is None:
             return torch.optim.Adam(params, lr=case["lr"])

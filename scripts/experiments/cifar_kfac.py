@@ -97,7 +97,8 @@ class CifarKFAC(SmallCifar, OptimizerComparison):
 
     def optimizer(self, case: Case, setting: Setting) -> torch.optim.Optimizer:
         """The optimiser of a case."""
-        model, lr = setting.model, case["lr"]
+        model = setting.model
+        lr = case["lr"]
         match case["method"]:
             case "momentum":
                 return torch.optim.SGD(model.parameters(), lr, momentum=0.9)

@@ -26,10 +26,11 @@ from metaimplicit.tuning.hyperoptimizers import SGD
 class CifarTower(SmallCifar, Towers):
     """SGD with momentum on a ResNet-20 from the three bad starts of Chandra et al. (2022).
 
-    `plain` keeps lr and momentum as they start. `step-decay` multiplies lr by 0.1 after 1/2 and 3/4
-    of the run (He et al. 2016). `tower` and `tower-adam` learn log lr and the logit of momentum, by
-    SGD and by Adam. Images are not augmented. The size of He et al. is
-    --images 5000 --side 32 --epochs 164.
+    The method `plain` keeps lr and momentum as they start; `step-decay` multiplies lr by 0.1 after
+    half and three quarters of the run (He et al. 2016); `tower` and `tower-adam` learn log lr and
+    the logit of momentum, by SGD and by Adam. Their step sizes are the best of 0.01, 0.1 and 1, and
+    of 0.03 and 0.1, by the training losses of seed 0 from all three starts. Images are not
+    augmented. The size of He et al. is --images 5000 --side 32 --epochs 164.
     """
 
     start: tuple[tuple[float, float], ...] = ((0.01, 0.09), (0.1, 0.9), (1.0, 0.99))
@@ -39,11 +40,9 @@ class CifarTower(SmallCifar, Towers):
     decay: float = 1e-4
     """Strength of the decay: ½ decay ‖θ‖² is minimised, too. The losses shown do not include it."""
     outer_sgd: float = 0.1
-    """Step size of the SGD that moves log lr and the logit of momentum of `tower`. Of 0.01, 0.1 and
-    1 it is the best by the training losses of seed 0 from all three starts."""
+    """Step size of the SGD that moves log lr and the logit of momentum of `tower`."""
     outer_adam: float = 0.03
-    """Step size of the Adam that moves log lr and the logit of momentum of `tower-adam`. It is the
-    better one of 0.03 and 0.1."""
+    """Step size of the Adam that moves log lr and the logit of momentum of `tower-adam`."""
 
     name = "cifar-tower"
     sides = (4, 8, 16, 32)
@@ -63,7 +62,7 @@ class CifarTower(SmallCifar, Towers):
 
     @property
     def starts(self) -> list[Case]:
-        """lr and momentum to start from."""
+        """The pairs of lr and momentum to start from."""
         return [{"lr": lr, "momentum": momentum} for lr, momentum in self.start]
 
     def run(self, case: Case, out: Path) -> Row:
@@ -90,7 +89,7 @@ class CifarTower(SmallCifar, Towers):
         return row
 
     def optimizer(self, case: Case, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """torch's SGD, or a tower, of a case."""
+        """The optimiser of a case: torch's SGD, or a tower."""
         outer = self.outer_level(case["method"])
         if outer is None:
             return torch.optim.SGD(
@@ -121,7 +120,7 @@ class Block(nn.Module):
         self.stride = width // channels
         self.new_channels = width - channels
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, self.stride, padding=1, bias=False),
+            nn.Conv2d(channels, width, 3, stride=self.stride, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1, bias=False),

@@ -100,7 +100,8 @@ class DigitsAutoencoder(OptimizerComparison):
         random = tasks.examples.random_stream(seed, "digits")
         order = torch.from_numpy(random.permutation(len(whole)))
         pixels = (whole.inputs[order] / 16).float().to(self.torch_device)
-        train, test = pixels[: self.images], pixels[self.images :]
+        train = pixels[: self.images]
+        test = pixels[self.images :]
         labels = whole.targets[order[: self.images]].to(train.device)
         batches = tasks.Batches(tasks.Examples(train, labels), self.batch, seed)
 
@@ -119,7 +120,9 @@ class DigitsAutoencoder(OptimizerComparison):
 
     def optimizer(self, case: Case, setting: Setting) -> torch.optim.Optimizer:
         """The optimiser of a case."""
-        model, loss, lr = setting.model, setting.loss, case["lr"]
+        model = setting.model
+        loss = setting.loss
+        lr = case["lr"]
         damping = self.damping
         cg = CG(max_steps=self.products, tol=1e-3)
         match case["method"]:
@@ -161,7 +164,8 @@ def half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
 def autoencoder(seed: int) -> nn.Sequential:
     """Linear layers of the sizes `LAYERS`, each with tanh but for the code and the outputs."""
     layers: list[nn.Module] = []
-    code, outputs = min(LAYERS), LAYERS[-1]
+    code = min(LAYERS)
+    outputs = LAYERS[-1]
     with seeded(seed):
         for inputs, width in pairwise(LAYERS):
             linear = nn.Linear(inputs, width)

@@ -44,15 +44,18 @@ class Distillation(TuningExperiment):
     decay; every hypergradient minimises it from an initialisation. The outer loss g is the
     cross-entropy on a batch of the training set. Images are tested by the same training, from
     initialisations that no outer step used. The baseline `random` are the real images that φ starts
-    from; `mean` are the means of equal parts of each class. The size of Hataya & Yamada (2023) is
-    --images 5 --network lenet --inner-steps 100 --lr 0.01 --outer-lr 0.001.
+    from; `mean` are the means of equal parts of each class.
+
+    The decay is large because otherwise the inner loop ends far from the argmin in directions that
+    no synthetic image determines, and the gradients of the implicit methods are wrong. The size of
+    Hataya & Yamada (2023) is --images 5 --network lenet --inner-steps 100 --lr 0.01 with
+    an --outer-lr of 0.001.
     """
 
     images: int = 1
     """Number of synthetic images of each class."""
     network: Literal["linear", "mlp", "lenet"] = "linear"
-    """Network: softmax regression; one hidden layer of 100 units; two convolutions of 5×5 and three
-    linear layers."""
+    """Network: softmax regression, one hidden layer of 100 units, or LeNet."""
     start: Literal["drawn", "fixed"] = "drawn"
     """Initialisation of the network: drawn for each outer step, or fixed for the whole run."""
     steps: int = 100
@@ -62,9 +65,7 @@ class Distillation(TuningExperiment):
     lr: float = 0.02
     """Step size of the gradient steps, which have momentum 0.9."""
     decay: float = 0.3
-    """Strength of the decay, ½ decay ‖θ‖² in the inner loss. If it is small, the inner loop ends
-    far from the argmin in directions that no synthetic image determines, and the gradients of the
-    implicit methods are wrong."""
+    """Strength of the decay, ½ decay ‖θ‖² in the inner loss."""
     batch: int = 256
     """Number of real images for each outer step."""
     outer_lr: float = 0.05
@@ -217,7 +218,7 @@ class Distillation(TuningExperiment):
         model = self.initialised(start).to(images.inputs)
         sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
         batch = {"inputs": images.inputs, "targets": images.labels}
-        train(model, lambda step: batch, self.inner_steps, sgd)
+        train(model, lambda step: batch, steps=self.inner_steps, optimizer=sgd)
         return model
 
     def table(self, runs: Runs) -> str:

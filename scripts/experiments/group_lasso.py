@@ -126,7 +126,7 @@ class GroupLasso(TuningExperiment):
         results = []
         for start in range(self.starts):
             folder = out / f"start-{start}"
-            memberships, losses = self.learn(method, 1000 * start + seed, data, folder)
+            memberships, losses = self.learn(method, data, seed=1000 * start + seed, out=folder)
             groups = memberships.argmax(0)
             result = self.errors(memberships, data)
             result["losses"] = losses
@@ -162,7 +162,13 @@ class GroupLasso(TuningExperiment):
 
     def problem(self, strength: float, seed: int = 0) -> TuningProblem:
         """The bilevel problem. `seed` is that of the memberships to start from."""
-        structure = GroupStructure("weight", self.groups, strength, self.smoothing, seed)
+        structure = GroupStructure(
+            "weight",
+            self.groups,
+            strength=strength,
+            smoothing=self.smoothing,
+            seed=seed,
+        )
         return tuning_problem(
             Regressions(self.regressions, self.features),
             half_mean_squares,
@@ -171,7 +177,7 @@ class GroupLasso(TuningExperiment):
         )
 
     def learn(
-        self, method: str, seed: int, data: PlantedRegressions, out: Path
+        self, method: str, data: PlantedRegressions, *, seed: int, out: Path
     ) -> tuple[Tensor, list[float]]:
         """Learn the memberships from the start of a seed.
 
@@ -214,8 +220,8 @@ class GroupLasso(TuningExperiment):
         weights = argmin(
             problem.inner_loss,
             problem.init,
-            meta,
-            data.train,
+            meta=meta,
+            data=data.train,
             inner=LBFGS(steps=3000, tol=1e-4),
             method="cg",
         )

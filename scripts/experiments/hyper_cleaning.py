@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: wrong labels of MNIST, found by weights learnt on a clean validation set."""
+"""Data hyper-cleaning: weights of mislabelled MNIST, learnt on a clean validation set."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ class HyperCleaning(TuningExperiment):
             "retrained": self.train_without_weights(remaining, split.test, seed),
             "curve": [[line["step"], 1 - line["metric"]] for line in measured],
             "histogram": {
-                "right": torch.histc(weights[~wrong].cpu().float(), 20, 0, 1).tolist(),
-                "wrong": torch.histc(weights[wrong].cpu().float(), 20, 0, 1).tolist(),
+                "right": histogram(weights[~wrong]),
+                "wrong": histogram(weights[wrong]),
             },
         }
 
@@ -176,7 +176,8 @@ class HyperCleaning(TuningExperiment):
         """The test accuracy after as many steps as a tuner takes inner steps, with its decay."""
         model = self.network(seed)
         sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
-        train(model, tasks.Batches(examples, None, 0), self.steps * self.inner_steps, sgd)
+        steps = self.steps * self.inner_steps
+        train(model, tasks.Batches(examples, None, 0), steps=steps, optimizer=sgd)
         return balanced_accuracy(model, test)
 
     def table(self, runs: Runs) -> str:
@@ -207,6 +208,11 @@ class HyperCleaning(TuningExperiment):
                 title="detection of wrong labels", xlabel="outer steps", ylabel="F1", ylim=(0, 1)
             )
             legend_below(ax)
+
+
+def histogram(weights: Tensor) -> list[float]:
+    """The numbers of weights in 20 equal intervals of [0, 1]."""
+    return torch.histc(weights.cpu().float(), bins=20, min=0, max=1).tolist()
 
 
 def plot_histogram(ax: Axes, run: Run) -> None:

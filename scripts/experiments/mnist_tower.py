@@ -207,7 +207,7 @@ class MnistTower(Experiment):
                 if "-by-" in run.case["method"] and run.case["method"].split("-")[0] in family
             ]
             plot_step_sizes(ax, Runs(towers))
-            ax.set_title(f"lr of {title}, means over {STEPS_PER_MEAN} steps")
+            ax.set_title(f"lr of {title}")
         plot_heights(axes[-1], Runs(run for run in runs if "start" in run.case))
 
 
@@ -225,8 +225,10 @@ def plot_step_sizes(ax: Axes, runs: Runs) -> None:
         curve = torch.tensor([row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64)
         if curve.numel():
             means = [part.mean(1) for part in curve.split(STEPS_PER_MEAN // STEPS_PER_POINT, dim=1)]
-            ax.plot(*torch.stack(means).T, label=case["method"], linewidth=0.9)
-    ax.set(xlabel="training steps")
+            steps, step_sizes = torch.stack(means).T
+            (line,) = ax.plot(steps, step_sizes, label=case["method"], linewidth=0.9)
+            line.set(marker="o", markersize=1.5)
+    ax.set(xlabel="training steps", ylabel=f"mean over {STEPS_PER_MEAN} steps")
     ax.set_yscale("symlog", linthresh=1e-4)
     legend_below(ax, columns=3)
 

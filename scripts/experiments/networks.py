@@ -75,6 +75,7 @@ def parameter_count(model: nn.Module) -> int:
 def train(
     model: nn.Module,
     batches: Callable[[int], dict[str, Tensor]],
+    *,
     steps: int,
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int], float] = lambda step: 1.0,

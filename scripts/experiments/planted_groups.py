@@ -1,4 +1,4 @@
-"""Regressions whose supports are whole groups of features, and scores of the groups found."""
+"""Regressions whose supports are whole groups of features, and scores of the groups learnt."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def plant_regressions(
     return PlantedRegressions(group, train, validation, test)
 
 
-def recovery(found: Tensor, true: Tensor) -> float:
+def recovery(learnt: Tensor, true: Tensor) -> float:
     """The share of features in the right group, after the best one-to-one matching of groups.
 
     Args:
-        found: The group of each feature that was learnt, int64 `[features]`.
+        learnt: The group of each feature that was learnt, int64 `[features]`.
         true: The planted group of each feature, int64 `[features]`.
 
     Example:
@@ -83,12 +83,12 @@ def recovery(found: Tensor, true: Tensor) -> float:
     """
     from scipy.optimize import linear_sum_assignment
 
-    counts = contingency(found, true)
+    counts = contingency(learnt, true)
     rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
     return float(counts[rows, columns].sum() / len(true))
 
 
-def adjusted_rand(found: Tensor, true: Tensor) -> float:
+def adjusted_rand(learnt: Tensor, true: Tensor) -> float:
     """The adjusted Rand index (Hubert & Arabie 1985) of two partitions of the features.
 
         (S − E) / (½ (A + B) − E),    E = A B / (all pairs)
@@ -98,19 +98,19 @@ def adjusted_rand(found: Tensor, true: Tensor) -> float:
     random ones.
 
     Args:
-        found: The group of each feature that was learnt, int64 `[features]`.
+        learnt: The group of each feature that was learnt, int64 `[features]`.
         true: The planted group of each feature, int64 `[features]`.
 
     Example:
         >>> adjusted_rand(torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, 1]))
         1.0
     """
-    counts = contingency(found, true)
+    counts = contingency(learnt, true)
     shared = pairs(counts)
     in_true = pairs(counts.sum(0))
-    in_found = pairs(counts.sum(1))
-    expected = in_true * in_found / pairs(counts.sum())
-    most = (in_true + in_found) / 2
+    in_learnt = pairs(counts.sum(1))
+    expected = in_true * in_learnt / pairs(counts.sum())
+    most = (in_true + in_learnt) / 2
     return 1.0 if most == expected else (shared - expected) / (most - expected)
 
 
@@ -119,8 +119,8 @@ def pairs(counts: Tensor) -> float:
     return float((counts * (counts - 1) / 2).sum())
 
 
-def contingency(found: Tensor, true: Tensor) -> Tensor:
-    """How many features each pair of groups shares, float64 `[found groups, true groups]`."""
-    counts = torch.zeros(int(found.max()) + 1, int(true.max()) + 1, dtype=torch.float64)
+def contingency(learnt: Tensor, true: Tensor) -> Tensor:
+    """How many features each pair of groups shares, float64 `[learnt groups, true groups]`."""
+    counts = torch.zeros(int(learnt.max()) + 1, int(true.max()) + 1, dtype=torch.float64)
     ones = torch.ones(len(true), dtype=torch.float64)
-    return counts.index_put_((found, true), ones, accumulate=True)
+    return counts.index_put_((learnt, true), ones, accumulate=True)

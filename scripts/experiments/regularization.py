@@ -40,16 +40,15 @@ from experiments.tabular_data import (
 class Regularization(Experiment):
     """Choice of λ in f = mean cross-entropy + λ/2 ‖θ‖², θ = (W, b), by the validation loss.
 
-    `hoag` (Pedregosa 2016) starts each solve from the last solution, and solves more exactly every
-    time. The searches solve to the gradient norm `tol`: `grid` at equidistant values of log λ;
-    `grid-warm` at the same values from the strongest λ down, each from the solution before;
-    `random` at uniform values of log λ; `tpe` at those that Optuna proposes. All solve by L-BFGS in
-    float64, and know the range of λ. Losses are those of an exact solve at the chosen λ.
+    The method `hoag` (Pedregosa 2016) starts each solve from the last solution, and solves more
+    exactly every time. Searches solve to the gradient norm `tol`: `grid` at equidistant values of
+    log λ, `grid-warm` at the same values from the strongest λ down, each from the solution before,
+    and `random` at uniform values; `tpe` is Optuna's. All solve by L-BFGS in float64, and know the
+    range of λ. Losses are those of an exact solve at the chosen λ.
     """
 
     data: tuple[str, ...] = ("breast-cancer", "digits")
-    """Sets of scikit-learn, breast-cancer and digits. The sets of --libsvm and --newsgroups are
-    added."""
+    """Sets of scikit-learn: breast-cancer, digits. Those of --libsvm and --newsgroups are added."""
     libsvm: Path | None = None
     """File in the format of libsvm."""
     newsgroups: Path | None = None
@@ -280,9 +279,9 @@ def plot_gaps(ax: Axes, runs: Runs) -> None:
 def best_of_grid(runs: Runs, case: Case) -> Row | None:
     """The row of the grid on the split of a case, that of the warm grid, or None."""
     for method in ("grid", "grid-warm"):
-        found = runs.where(method=method, data=case["data"], seed=case["seed"])
-        if found:
-            return found[0].row
+        of_grid = runs.where(method=method, data=case["data"], seed=case["seed"])
+        if of_grid:
+            return of_grid[0].row
     return None
 
 

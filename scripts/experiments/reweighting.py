@@ -70,8 +70,7 @@ class Reweighting(TuningExperiment):
     imbalance: tuple[float, ...] = (100.0,)
     """Size of the largest class over that of the smallest class."""
     variable: Literal["classes", "class-network", "network", "examples"] = "classes"
-    """What gives an example its weight: a table of classes, a network of its loss and class, a
-    network of its loss, or a table of examples."""
+    """What weighs an example: its class, a network of its loss (and class), or its own weight."""
     largest: int = 1000
     """Number of training images of the largest class."""
     validation: int = 30
@@ -140,7 +139,7 @@ class Reweighting(TuningExperiment):
         if case["method"] == "none+validation":
             train_set = joined(split.train, split.validation)
         batches = tasks.Batches(train_set, min(self.batch, len(train_set)), seed)
-        model = conv_net(3, 10, self.filters, seed).to(self.torch_device)
+        model = conv_net(3, 10, filters=self.filters, seed=seed).to(self.torch_device)
         row: Row = {"examples": len(train_set), "parameters": parameter_count(model)}
 
         if case["method"] in self.baselines:
@@ -207,8 +206,8 @@ class Reweighting(TuningExperiment):
         train(
             model,
             batches,
-            self.steps,
-            sgd,
+            steps=self.steps,
+            optimizer=sgd,
             schedule=lambda step: self.cosine(step // self.inner_steps),
         )
 

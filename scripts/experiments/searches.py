@@ -74,8 +74,8 @@ def descend_by_hoag(
     hoag = HOAG(
         regression.problem.problem,
         meta,
-        tasks.Batches(regression.train, None, 0)(0),
-        tasks.Batches(regression.validation, None, 0)(0),
+        train=tasks.Batches(regression.train, None, 0)(0),
+        validation=tasks.Batches(regression.validation, None, 0)(0),
         inner=LBFGS(steps=MOST_EVALUATIONS),
         tolerance=tolerance,
         domains=regression.problem.domains,

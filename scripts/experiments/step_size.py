@@ -119,7 +119,7 @@ class StepSize(TuningExperiment):
         row["accuracy"] = balanced_accuracy(model, data.test, params)
         _, row["lr"], row["momentum"], row["loss"] = row["trajectory"][-1]
         sgd = torch.optim.SGD(model.parameters(), lr=row["lr"], momentum=row["momentum"])
-        train(model, data.batches, self.horizon, sgd)
+        train(model, data.batches, steps=self.horizon, optimizer=sgd)
         row["fresh_loss"] = loss_of(model, data.validation)
         row["fresh_accuracy"] = balanced_accuracy(model, data.test)
         if method != "none":
@@ -160,7 +160,7 @@ class StepSize(TuningExperiment):
         trajectory = []
         for first in range(0, self.steps, self.horizon):
             steps = min(self.horizon, self.steps - first)
-            train(model, data.batches_from(first), steps, sgd)
+            train(model, data.batches_from(first), steps=steps, optimizer=sgd)
             loss = loss_of(model, data.validation)
             trajectory.append([first + steps, self.lr, self.momentum, loss])
         params = {name: p.detach() for name, p in model.named_parameters()}
@@ -261,8 +261,10 @@ class StepSize(TuningExperiment):
         axes = figure.subplots(1, 3)
         for case, row in runs.where(seed=0):
             steps, *curves = zip(*row["trajectory"], strict=True)
+            # The curves of forward and of reverse mode are the same to round-off.
+            linestyle = "--" if case["method"] == "forward" else "-"
             for ax, curve in zip(axes, curves, strict=True):
-                ax.plot(steps, curve, label=case["method"])
+                ax.plot(steps, curve, linestyle, label=case["method"])
         for ax, title in zip(axes, ("η", "μ", "validation loss"), strict=True):
             ax.set(title=title, xlabel="training steps")
         axes[0].set_yscale("log")

@@ -87,7 +87,7 @@ class Towers(Experiment):
         return markdown_table(columns, runs.groups(*names, "method"))
 
     def plot(self, runs: Runs, figure: Figure) -> None:
-        """lr and the training loss against training steps: a column of panels for each start."""
+        """Step size and training loss against training steps: a column of panels for each start."""
         figure.set_size_inches(max(3.4 * len(self.starts), 5), 5.5)
         axes = figure.subplots(2, len(self.starts), sharex=True, sharey="row", squeeze=False)
         for (top, bottom), start in zip(axes.T, self.starts, strict=True):

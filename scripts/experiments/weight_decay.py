@@ -145,7 +145,7 @@ class WeightDecay(TuningExperiment):
             "test_accuracy": ((logits > 0) == (labels > 0)).double().mean().item(),
         }
 
-    def tune(self, data_set: problems.Case, case: Case, row: Row) -> Params:
+    def tune(self, data_set: problems.Instance, case: Case, row: Row) -> Params:
         """Take the outer steps, and note in the row how each hypergradient compares with the exact.
 
         Raises:
@@ -170,7 +170,7 @@ class WeightDecay(TuningExperiment):
                     data_set.problem,
                     before,
                     data_set.data,
-                    inner=problems.STAY,
+                    inner=problems.STAY_AT_START,
                     method="dense",
                     start=tuner.end,
                 )

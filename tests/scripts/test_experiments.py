@@ -209,11 +209,11 @@ def test_accuracies_are_those_of_each_class():
 
 def test_plain_training_is_that_of_a_tuner_whose_weights_stay_one():
     """The baseline has the batches, the schedule and the optimiser of the tuner's inner loops."""
-    plain, model = (conv_net(3, 2, (4, 4), seed=1) for _ in range(2))
+    plain, model = (conv_net(3, 2, filters=(4, 4), seed=1) for _ in range(2))
     batches = tasks.Batches(random_examples(20), 5, seed=0)
     decay = 0.1
     sgd = torch.optim.SGD(plain.parameters(), lr=0.2, momentum=0.9, weight_decay=decay)
-    train(plain, batches, 6, sgd, schedule=lambda step: 1.0 if step < 3 else 0.5)
+    train(plain, batches, steps=6, optimizer=sgd, schedule=lambda step: 1.0 if step < 3 else 0.5)
     problem, meta, domains = tuning_problem(
         model,
         F.cross_entropy,
