@@ -204,9 +204,8 @@ class HyperCleaning(TuningExperiment):
         for ax, group in zip(others, groups, strict=True):
             for case, row in group:
                 ax.plot(*zip(*row["curve"], strict=True), label=case["method"])
-            ax.set(
-                title="detection of wrong labels", xlabel="outer steps", ylabel="F1", ylim=(0, 1)
-            )
+            ax.set(title="detection of wrong labels", xlabel="outer steps")
+            ax.set(ylabel="F1", ylim=(0, 1))
             legend_below(ax)
 
 

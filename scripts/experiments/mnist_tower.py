@@ -116,7 +116,7 @@ class MnistTower(Experiment):
         return super().cases() + heights
 
     def run(self, case: Case, out: Path) -> Row:
-        """Train by a tower; where there are such, train by the plain optimiser it ended on, too."""
+        """Train by the tower of a case, then by the plain optimiser with the values it ended on."""
         if "start" in case:
             height = int(case["method"].removeprefix("height-"))
             tower = sgd_tower(height, case["start"])

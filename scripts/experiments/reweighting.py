@@ -36,7 +36,7 @@ from experiments.runs import (
     spread,
 )
 from experiments.tuning import TuningExperiment
-from metaimplicit import Proximal, TorchOptimizer, tuning_problem
+from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.training import fit_tuner
 from metaimplicit.tuning import ClassWeights, ExampleWeights, TuningProblem, Variable, WeightNetwork
 
@@ -147,18 +147,7 @@ class Reweighting(TuningExperiment):
             accuracies = class_accuracies(model, split.test)
         else:
             problem = self.problem(model, len(train_set))
-            tuner = self.make_tuner(
-                problem,
-                case["method"],
-                inner=TorchOptimizer(
-                    torch.optim.SGD,
-                    steps=self.inner_steps,
-                    lr=self.lr,
-                    momentum=0.9,
-                ),
-                optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
-                schedule=self.cosine,
-            )
+            tuner = self.tuner(problem, case["method"])
             size = min(self.batch, len(split.validation))
             fit_tuner(
                 tuner,
@@ -195,14 +184,19 @@ class Reweighting(TuningExperiment):
         decay = Proximal(self.decay, center="zero")
         return tuning_problem(model, F.cross_entropy, [variables[self.variable]], penalty=decay)
 
+    def tuner(self, problem: TuningProblem, flag: str) -> Tuner:
+        """A tuner that goes on with the training at each outer step."""
+        return self.make_tuner(
+            problem,
+            flag,
+            inner=TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9),
+            optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
+            schedule=self.cosine,
+        )
+
     def train_without_weights(self, model: nn.Module, batches: tasks.Batches) -> None:
         """Take the steps of the tuner's inner loops, with all weights 1."""
-        sgd = torch.optim.SGD(
-            model.parameters(),
-            lr=self.lr,
-            momentum=0.9,
-            weight_decay=self.decay,
-        )
+        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
         train(
             model,
             batches,
@@ -236,9 +230,8 @@ class Reweighting(TuningExperiment):
             style = {"marker": "o", "markersize": 3, "color": f"C{i}", "label": case["method"]}
             for ax, key in ((left, "classes"), (right, "weights")):
                 if values := group.values(key):
-                    ax.plot(
-                        [statistics.fmean(seeds) for seeds in zip(*values, strict=True)], **style
-                    )
+                    means = [statistics.fmean(seeds) for seeds in zip(*values, strict=True)]
+                    ax.plot(means, **style)
         left.set(title=f"imbalance {imbalance:g}", ylabel="test accuracy")
         right.set(title="learnt weights", ylabel="mean weight")
         for ax in (left, right):
