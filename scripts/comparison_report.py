@@ -142,7 +142,8 @@ class Panel(NamedTuple):
 def split_panel(title: str, lines: Lines) -> list[Panel]:
     """One panel, or several with the same limits where there are too many lines for one.
 
-    Each of several has the line of auto, for comparison. Points that are not finite are left out.
+    Lines are sorted. That of auto is the last line of every panel. Points that are not finite are
+    left out.
     """
     finite = {
         label: [point for point in points if math.isfinite(point[1])]
@@ -150,11 +151,8 @@ def split_panel(title: str, lines: Lines) -> list[Panel]:
     }
     values = [y for points in finite.values() for _, y in points] or [1.0]
     limits = (min(*values, max(values) / 3) / 1.5, max(values) * 1.5)
-    if len(finite) <= MOST_LINES:
-        return [Panel(title, finite, limits)]
-    others = sorted(set(finite) - {"auto"})
-    groups = panels(others, most=MOST_LINES - 1)
-    auto = {"auto": finite["auto"]} if "auto" in finite else {}
+    auto = {label: finite.pop(label) for label in ("auto",) if label in finite}
+    groups = panels(sorted(finite), most=MOST_LINES - len(auto)) or [[]]
     return [
         Panel(title, {label: finite[label] for label in group} | auto, limits) for group in groups
     ]
