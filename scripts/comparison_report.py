@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.figures import MOST_LINES, panels, shared_legend_below
+from figures import MOST_LINES, panels, shared_legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from figures import legend_below
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor, nn
 
 import tasks
-from experiments.figures import legend_below
 from experiments.networks import balanced_accuracy, seeded, train
 from experiments.runs import METHOD, Case, Row, Run, Runs, markdown_table, mean, median
 from experiments.tuning import TuningExperiment

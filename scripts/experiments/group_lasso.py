@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from figures import legend_below
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from experiments.figures import legend_below
 from experiments.planted_groups import (
     PlantedRegressions,
     Points,

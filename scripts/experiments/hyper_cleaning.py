@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from figures import legend_below, panels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tasks
-from experiments.figures import legend_below, panels
 from experiments.networks import Split, balanced_accuracy, joined, seeded, train
 from experiments.runs import METHOD, Case, Row, Run, Runs, markdown_table, mean, median
 from experiments.tuning import TuningExperiment

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from figures import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tasks
 from experiments.base import Experiment
-from experiments.figures import legend_below
 from experiments.networks import seeded
 from experiments.runs import METHOD, Case, Row, Runs, markdown, markdown_table, mean, median
 from experiments.towers import HYPERPARAMETERS, STEPS_PER_POINT, train_with_curve

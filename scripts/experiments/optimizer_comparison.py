@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from figures import shared_legend_below
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from experiments.base import Experiment
-from experiments.figures import shared_legend_below
 from experiments.networks import parameter_count
 from experiments.runs import (
     METHOD,

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from figures import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import tasks
 from experiments.base import Experiment
-from experiments.figures import legend_below
 from experiments.logistic import LogisticRegression
 from experiments.runs import Case, Cell, Row, Run, Runs, case_value, markdown_table, mean, median
 from experiments.searches import (

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import nn
 
 import tasks
-from experiments.figures import shared_legend_below
 from experiments.networks import (
     Split,
     class_accuracies,

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import nn
 
 import tasks
-from experiments.figures import shared_legend_below
 from experiments.networks import Split, balanced_accuracy, parameter_count, seeded, train
 from experiments.runs import METHOD, Case, Row, Runs, markdown_table, mean, median
 from experiments.sgd_loop import (

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.base import Experiment
-from experiments.figures import shared_legend_below
 from experiments.runs import METHOD, Case, Cell, Row, Runs, case_value, markdown_table, median
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam, Hyperoptimizer, Level
 

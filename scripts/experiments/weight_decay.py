@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import problems
 import torch
 import torch.nn.functional as F
+from figures import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.figures import legend_below
 from experiments.runs import (
     METHOD,
     Case,

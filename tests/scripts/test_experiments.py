@@ -11,11 +11,11 @@ import torch.nn.functional as F
 import tune
 from experiments import EXPERIMENTS
 from experiments.base import Experiment
-from experiments.figures import panels
 from experiments.hyper_cleaning import HyperCleaning
 from experiments.networks import class_accuracies, conv_net, train
 from experiments.runner import execute
 from experiments.runs import METHOD, Run, Runs, case_value, markdown_table, mean, median, spread
+from figures import panels
 
 import tasks
 from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem

@@ -1,4 +1,4 @@
-"""Legends and panels of the experiments' plots."""
+"""Legends and panels of the scripts' plots."""
 
 from __future__ import annotations
 
