@@ -40,6 +40,7 @@ def test_the_hypergradients_of_step_size_and_momentum_agree(method):
     assert STEP_SIZE.difference(method, 0, STEP_SIZE.data(0)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blob_mnist")
 def test_memory_is_flat_in_the_steps_for_forward_mode_and_real_time_tuning():
     experiment = replace(STEP_SIZE, horizon=10, period=5, steps=100)
@@ -63,6 +64,7 @@ def test_live_tensors_are_counted_once_by_storage():
     assert live_tensor_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blob_mnist")
 def test_a_smoke_test_of_step_size_leaves_trajectories(tmp_path):
     table = execute(StepSize(quick=True, out=tmp_path, device="cpu"))
