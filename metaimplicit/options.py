@@ -76,6 +76,8 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[Option]:
         return
     hints = get_type_hints(type(value))
     for f in fields(value):
+        if not f.init:
+            continue
         current = getattr(value, f.name)
         name = _flag(f)
         kind = _plain_type(hints[f.name])

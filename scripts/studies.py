@@ -1,19 +1,22 @@
-"""Studies with tables of their own: the knobs of each solver on one problem, and systems that drift."""
+"""Two studies of compare.py: the knobs of the solvers on one problem, and systems that drift."""
 
 from __future__ import annotations
 
 import warnings
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from problems import Case, drifting, logistic
+import torch.nn.functional as F
+from problems import Instance, drifting_systems, logistic
+from torch import Tensor
 from tqdm import tqdm
 
 from metaimplicit import (
     CG,
     Auto,
     Dense,
+    Hypergradient,
     Implicit,
     Lanczos,
     Neumann,
@@ -25,127 +28,209 @@ from metaimplicit import (
 )
 from metaimplicit.solvers import SolverState
 
+COUNTS = (5, 10, 20)  # k: columns of Nyström, terms of Neumann's series, products of CG and auto
+RHOS = (0.01, 0.1, 1.0)  # ρ: damping of Nyström, step of Neumann's series
+EXACT_STEPS = (1, 10, 100)  # outer steps of the exact hypergradient
+SYSTEMS = 50  # that drift
+Record = dict[str, Any]
 
-def robustness(seeds: int) -> list[dict[str, Any]]:
-    """Error of the first hypergradient, and validation loss after ten outer steps, at every (k, ρ) and data set."""
-    grid = [(k, rho) for k in (5, 10, 20) for rho in (0.01, 0.1, 1.0)]
+
+class Variant(NamedTuple):
+    """A method with its knobs, and the step size of the outer steps."""
+
+    name: str
+    method: Implicit
+    k: int
+    rho: float | None = None
+    outer_lr: float = 1.0
+
+
+def robustness_variants() -> list[Variant]:
+    """The exact hypergradient at several outer steps; CG, auto, Nyström, Neumann at every knob."""
     exact = Implicit(Dense())
-    cells: list[tuple[str, int, float | None, Implicit]] = [
-        (f"exact ×{s:g}", 100, None, exact) for s in (1, 10, 100)
-    ]
-    cells += [("cg", k, None, Implicit(CG(k, tol=0.0))) for k in (5, 10, 20)]
-    cells += [("auto", k, None, Implicit(Auto(k, tol=0.0, dense=0))) for k in (5, 10, 20)]
-    cells += [("nystrom", k, rho, Implicit(Nystrom(k, rho))) for k, rho in grid]
-    cells += [("neumann", k, rho, Implicit(Neumann(k, scale=rho))) for k, rho in grid]
-    rows = []
+    variants = [Variant(f"exact ×{lr}", exact, k=100, outer_lr=lr) for lr in EXACT_STEPS]
+    variants += [Variant("cg", Implicit(CG(k, tol=0.0)), k=k) for k in COUNTS]
+    variants += [Variant("auto", Implicit(Auto(k, tol=0.0, dense=0)), k=k) for k in COUNTS]
+    grid = [(k, rho) for k in COUNTS for rho in RHOS]
+    for k, rho in grid:
+        variants.append(Variant("nystrom", Implicit(Nystrom(k, rho)), k=k, rho=rho))
+    for k, rho in grid:
+        variants.append(Variant("neumann", Implicit(Neumann(k, scale=rho)), k=k, rho=rho))
+    return variants
+
+
+def study_robustness(data_sets: int) -> list[Record]:
+    """Every variant on Hataya & Yamada's logistic regression; prints a table.
+
+    Args:
+        data_sets: Number of data sets, of seeds 1, 2, ….
+
+    Returns:
+        A record for each variant, with means over the data sets: the relative `error`, the `cosine`
+        and the relative `norm` of the first hypergradient, and the validation `loss` after ten
+        outer steps, whose deviation is `std`.
+    """
     print(
-        f"{'method':<12} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} {'validation loss':>20}"
+        f"{'method':<12} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} "
+        f"{'validation loss':>20}"
     )
-    for method, k, rho, how in tqdm(cells, disable=None):
-        first = [_first(logistic(seed), how, seed) for seed in range(1, seeds + 1)]
-        step = float(method.partition("×")[2] or 1)
-        losses = [_tune(logistic(seed), how, seed, step) for seed in range(1, seeds + 1)]
-        error, cosine, norm = (mean(column) for column in zip(*first, strict=True))
-        spread = stdev(losses) if len(losses) > 1 else 0.0
-        rows.append({"method": method, "k": k, "rho": rho, "error": error, "cosine": cosine, "norm": norm,
-                     "loss": mean(losses), "std": spread})  # fmt: skip
-        shown = "" if rho is None else f"{rho:g}"
+    records = []
+    seeds = range(1, data_sets + 1)
+    for variant in tqdm(robustness_variants(), disable=None):
+        first = [compare_with_exact(logistic(seed), variant.method, seed) for seed in seeds]
+        losses = [tune(logistic(seed), variant, seed) for seed in seeds]
+        record = {
+            "method": variant.name,
+            "k": variant.k,
+            "rho": variant.rho,
+            **{key: mean(one[key] for one in first) for key in ("error", "cosine", "norm")},
+            "loss": mean(losses),
+            "std": stdev(losses) if len(losses) > 1 else 0.0,
+        }
+        records.append(record)
+        rho = "" if variant.rho is None else f"{variant.rho:g}"
         print(
-            f"{method:<12} {k:>4} {shown:>6} {error:>9.1e} {cosine:>8.4f} {norm:>8.3f} "
-            f"{mean(losses):>11.4f} ± {spread:.4f}",
+            f"{variant.name:<12} {variant.k:>4} {rho:>6} {record['error']:>9.1e} "
+            f"{record['cosine']:>8.4f} {record['norm']:>8.3f} "
+            f"{record['loss']:>11.4f} ± {record['std']:.4f}",
             flush=True,
         )
-    return rows
+    return records
 
 
-def drift() -> list[dict[str, Any]]:
-    """Products to a residual of 1e-6 over 50 systems that drift, n = 200 and condition 1000, as shares of cold solves.
+def compare_with_exact(instance: Instance, method: Implicit, seed: int) -> dict[str, float]:
+    """The `error` ‖h − h*‖/‖h*‖, the `cosine` and the `norm` ‖h‖/‖h*‖ of a hypergradient h.
 
-    A and b each move by the drift times their (spectral) norm; shares are of the systems before A turns indefinite,
-    and "all", of all those of cold Lanczos; "worst" is the largest residual.
+    h* is that of the dense solve. `seed` is that of the sketches.
     """
-    kept: dict[str, Solver] = {
+    torch.manual_seed(seed)
+    h = take_hypergradient(instance, method, instance.meta["decay"]).grads["decay"]
+    exact = take_hypergradient(instance, Implicit(Dense()), instance.meta["decay"]).grads["decay"]
+    return {
+        "error": float((h - exact).norm() / exact.norm()),
+        "cosine": float(F.cosine_similarity(h, exact, dim=0)),
+        "norm": float(h.norm() / exact.norm()),
+    }
+
+
+def tune(instance: Instance, variant: Variant, seed: int, steps: int = 10) -> float:
+    """The validation loss after outer steps of SGD with momentum 0.9 on decays of at least 1e-8.
+
+    `seed` is that of the sketches.
+    """
+    torch.manual_seed(seed)
+    decay = instance.meta["decay"]
+    velocity = torch.zeros_like(decay)
+    for _ in range(steps):
+        result = take_hypergradient(instance, variant.method, decay)
+        velocity = 0.9 * velocity + variant.outer_lr * result.grads["decay"]
+        decay = (decay - velocity).clamp(min=1e-8)
+    return float(take_hypergradient(instance, variant.method, decay).outer_loss)
+
+
+def take_hypergradient(instance: Instance, method: Implicit, decay: Tensor) -> Hypergradient:
+    """The hypergradient of `logistic` at some decays."""
+    return hypergradient(
+        instance.problem,
+        {"decay": decay},
+        instance.data,
+        inner=instance.inner,
+        method=method,
+    )
+
+
+def study_drift() -> list[Record]:
+    """Products to a residual of 1e-6 over systems that drift, beside cold solves; prints a table.
+
+    Systems are those of `drifting_systems`. Their solvers keep what helps from system to system:
+    `auto` its Ritz vectors, `nystrom-cg` its sketch, `lanczos` its solution.
+
+    Returns:
+        A record for each drift and solver: how many systems come before A turns indefinite
+        (`definite`); the products of these systems over those of cold CG and cold Lanczos
+        (`shares`); the same for all systems, over cold Lanczos (`all`); the largest residual of all
+        systems (`worst`).
+    """
+    print(
+        f"{'drift':>6} {'definite':>9}  {'method':<11}{'/ cold cg':>10}{'/ lanczos':>10}"
+        f"{'all':>6}{'worst':>7}"
+    )
+    solvers = warm_solvers()
+    records = []
+    for drift in (1e-4, 1e-3, 1e-2):
+        systems = list(drifting_systems(drift, count=SYSTEMS))
+        definite = count_definite(systems)
+        cold = {
+            "cg": [solve(system, CG(999), SolverState()).products for system in systems],
+            "lanczos": [solve(system, Lanczos(999), SolverState()).products for system in systems],
+        }
+        for name, solver in solvers.items():
+            products, worst = solve_in_turn(systems, solver)
+            spent = sum(products[:definite])
+            shares = {other: spent / sum(counts[:definite]) for other, counts in cold.items()}
+            record = {
+                "drift": drift,
+                "definite": definite,
+                "method": name,
+                "shares": shares,
+                "all": sum(products) / sum(cold["lanczos"]),
+                "worst": worst,
+            }
+            records.append(record)
+            print(
+                f"{drift:>6g} {definite:>9}  {name:<11}{shares['cg']:>10.2f}"
+                f"{shares['lanczos']:>10.2f}{record['all']:>6.2f}{worst:>7.0e}",
+                flush=True,
+            )
+    return records
+
+
+def warm_solvers() -> dict[str, Solver]:
+    """The solvers that keep something from system to system."""
+    generator = torch.Generator().manual_seed(0)
+    return {
         "auto": Auto(999, dense=0),
         "nystrom-cg": NystromCG(
-            rank=100, max_steps=999, refresh=50, generator=torch.Generator().manual_seed(0)
+            rank=100,
+            max_steps=999,
+            refresh=SYSTEMS,
+            generator=generator,
         ),
         "lanczos": Lanczos(999),
     }
-    cold: dict[str, Solver] = {"cg": CG(999), "lanczos": Lanczos(999)}
-    rows = []
-    print(
-        f"{'drift':>6} {'definite':>9}  {'method':<11}{'/ cold cg':>10}{'/ lanczos':>10}{'all':>6}{'worst':>7}"
-    )
-    for step in (1e-4, 1e-3, 1e-2):
-        systems = list(drifting(step))
-        spent = {
-            name: [_report(case, solver, SolverState()).products for case in systems]
-            for name, solver in cold.items()
-        }
-        definite = next(
-            (i for i, case in enumerate(systems) if torch.linalg.eigvalsh(case.data[0])[0] <= 0), 50
-        )
-        for name, solver in kept.items():
-            state = SolverState()
-            products, worst = [], 0.0
-            for case in systems:
-                report = _report(case, solver, state)
-                state, worst = (
-                    report.state,
-                    max(worst, float(torch.as_tensor(report.residual).max())),
-                )
-                products.append(report.products)
-            shares = {
-                other: sum(products[:definite]) / sum(spent[other][:definite]) for other in cold
-            }
-            whole = sum(products) / sum(spent["lanczos"])
-            rows.append(
-                {
-                    "drift": step,
-                    "definite": definite,
-                    "method": name,
-                    "shares": shares,
-                    "all": whole,
-                    "worst": worst,
-                }
-            )
-            print(
-                f"{step:>6g} {definite:>9}  {name:<11}{shares['cg']:>10.2f}{shares['lanczos']:>10.2f}"
-                f"{whole:>6.2f}{worst:>7.0e}",
-                flush=True,
-            )
-    return rows
 
 
-def _report(case: Case, solver: Solver, state: SolverState) -> Report:
+def count_definite(systems: list[Instance]) -> int:
+    """The number of systems before the first whose matrix is not positive definite."""
+    for i, system in enumerate(systems):
+        matrix, _ = system.data
+        if torch.linalg.eigvalsh(matrix)[0] <= 0:
+            return i
+    return len(systems)
+
+
+def solve_in_turn(systems: list[Instance], solver: Solver) -> tuple[list[int], float]:
+    """The products of each solve, which starts from the state of the last; the worst residual."""
+    state = SolverState()
+    products = []
+    worst = 0.0
+    for system in systems:
+        report = solve(system, solver, state)
+        state = report.state
+        products.append(report.products)
+        worst = max(worst, float(torch.as_tensor(report.residual).max()))
+    return products, worst
+
+
+def solve(system: Instance, solver: Solver, state: SolverState) -> Report:
     """The report of one hypergradient."""
-    method = Implicit(solver)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # statuses of systems that have turned indefinite
+        warnings.simplefilter("ignore")  # of systems that are indefinite
         return hypergradient(
-            case.problem, case.meta, case.data, inner=case.inner, method=method, state=state
+            system.problem,
+            system.meta,
+            system.data,
+            inner=system.inner,
+            method=Implicit(solver),
+            state=state,
         ).report
-
-
-def _first(case: Case, method: Implicit, seed: int) -> tuple[float, float, float]:
-    torch.manual_seed(seed)
-    got, exact = (
-        hypergradient(case.problem, case.meta, case.data, inner=case.inner, method=m).grads["decay"]
-        for m in (method, Implicit(Dense()))
-    )
-    cosine = float(torch.nn.functional.cosine_similarity(got, exact, dim=0))
-    return float((got - exact).norm() / exact.norm()), cosine, float(got.norm() / exact.norm())
-
-
-def _tune(case: Case, method: Implicit, seed: int, size: float, steps: int = 10) -> float:
-    """Validation loss after outer steps of SGD, step size `size`, momentum 0.9, weights of at least 1e-8."""
-    torch.manual_seed(seed)
-    decay, velocity = case.meta["decay"], torch.zeros_like(case.meta["decay"])
-    for _ in range(steps):
-        found = hypergradient(
-            case.problem, {"decay": decay}, case.data, inner=case.inner, method=method
-        )
-        velocity = 0.9 * velocity + size * found.grads["decay"]
-        decay = (decay - velocity).clamp(min=1e-8)
-    last = hypergradient(case.problem, {"decay": decay}, case.data, inner=case.inner, method=method)
-    return float(last.outer_loss)

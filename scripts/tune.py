@@ -1,8 +1,9 @@
-"""Hyperparameters as outer variables: experiments with their baselines, seeds, tables and plots, in runs/tune/.
+"""Run an experiment: methods beside baselines, over seeds, with a table and a plot in runs/tune/.
 
 python scripts/tune.py weight-decay
 python scripts/tune.py reweighting --method none nystrom --imbalance 100 --data-root DIR
-python scripts/tune.py --help                                # the experiments; EXPERIMENT --help for its options
+python scripts/tune.py --help                   # lists the experiments
+python scripts/tune.py EXPERIMENT --help        # explains the options of one
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import sys
 
 import tyro
 from experiments import EXPERIMENTS
-from experiments.base import execute
+from experiments.runner import execute
 
 
 def main(args: list[str]) -> None:
-    """Run the experiment asked for and print its table."""
+    """Run the experiment that the arguments name, and print its table."""
     config = (tyro.conf.FlagCreatePairsOff,)
     experiment = tyro.extras.subcommand_cli_from_dict(EXPERIMENTS, args=args, config=config)
     print(execute(experiment))
@@ -31,5 +32,5 @@ if __name__ == "__main__":
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on\n")
+        sys.stderr.write("stopped; run the same command again to continue\n")
         sys.exit(130)

@@ -22,6 +22,7 @@ from metaimplicit.solvers import (
     Neumann,
     Nystrom,
     NystromCG,
+    OneStep,
     Richardson,
 )
 
@@ -44,8 +45,8 @@ METHODS: dict[str, Method] = {
     "kfac": Implicit(Factored(), curvature="kfac"),
     "ekfac": Implicit(Factored(), curvature="ekfac"),
     "diagonal": Implicit(Factored(), curvature="diagonal"),
-    "t1-t2": Implicit(Richardson(scale=1.0, warm=False)),
-    "soba": Implicit(Richardson()),
+    "t1-t2": Implicit(OneStep(scale=1.0, warm=False)),
+    "soba": Implicit(OneStep()),
     "amigo": Implicit(Richardson(steps=5)),
     "sama": SAMA(),
     "f2sa": ValueFunction(),

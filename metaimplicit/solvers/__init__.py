@@ -19,7 +19,7 @@ from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.minres import MINRES
 from metaimplicit.solvers.neumann import Neumann
 from metaimplicit.solvers.nystrom import Nystrom, NystromCG
-from metaimplicit.solvers.richardson import Richardson
+from metaimplicit.solvers.richardson import OneStep, Richardson
 
 __all__ = [
     "ADVICE",
@@ -33,6 +33,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "NystromCG",
+    "OneStep",
     "Richardson",
     "Solution",
     "Solver",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Richardson(Solver):
 
     It is the linear half of stochastic bilevel optimisation, where every call takes A and b from
     another minibatch and x moves along. One step a call is SOBA (Dagréou et al. 2022, eq. 5), and
-    a few are AmIGO (Arbel & Mairal 2022). From zero, K steps are K terms of the Neumann series, and
+    a few are AmIGO (Arbel & Mairal 2022); see `OneStep` for the former. From zero, K steps are K terms of the Neumann series, and
     one step, x = sb, takes A for the identity over s: T1–T2 (Luketina et al. 2016). It converges if
     0 < s < 2/λ_max(A) and A is positive definite, and does not stop where it diverges.
 
@@ -114,3 +114,24 @@ class Richardson(Solver):
             random_part = 0.1
         size, direction = largest_eigenvalue(system.operator, start, steps, random_part=random_part)
         return 1 / divisor(size), steps, direction
+
+
+@dataclass(frozen=True)
+class OneStep(Richardson):
+    """x ← x + s(b − Ax), once: SOBA, or from zero T1–T2.
+
+    Args:
+        scale: s > 0. If None, it is found as by `Richardson`.
+        warm: Whether to start from the state. If False, x = sb.
+
+    Raises:
+        ValueError: The scale is out of range.
+
+    Example:
+        >>> b = torch.tensor([[1.0, 0.0]])
+        >>> from metaimplicit.operators import Identity
+        >>> OneStep(scale=0.5, warm=False).solve(Identity(b), b).value
+        tensor([[0.5000, 0.0000]])
+    """
+
+    steps: int = field(default=1, init=False, repr=False)

@@ -17,8 +17,8 @@ from experiments.step_size import StepSize
 from experiments.weight_decay import WeightDecay
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
-    kind.name: kind
-    for kind in (
+    experiment.name: experiment
+    for experiment in (
         Reweighting,
         HyperCleaning,
         Distillation,

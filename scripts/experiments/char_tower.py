@@ -1,218 +1,168 @@
-"""Towers on text: Adam's hyperparameters learnt while it trains a character-level LSTM."""
+"""Towers on text: Adam's hyperparameters, learnt while it trains a character-level LSTM."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from experiments.base import Case, Row
-from experiments.networks import seeded
-from experiments.towers import Towers, descend, step_decay
+from experiments.char_lstm import CharLSTM, State, Text, help_topics, read_text, side_by_side
+from experiments.networks import parameter_count, seeded
+from experiments.runs import Case, Cell, Row, mean
+from experiments.towers import Towers, step_decay, train_with_curve
 from metaimplicit import Hyperoptimizer
 from metaimplicit.tuning.hyperoptimizers import Adam
-
-State = tuple[Tensor, Tensor]  # (h, c) `[layers, streams, hidden]`
 
 
 @dataclass(frozen=True)
 class CharTower(Towers):
     """Adam on a character-level LSTM from several step sizes (Chandra et al. 2022).
 
-    The text, by default Python's own help topics (`pydoc_data.topics`: of the Python that runs this), is cut 90 : 10
-    into training and validation, and each of these into streams side by side, read window after window; the state is
-    carried from one window to the next, without its graph. `plain`: lr as it starts; `step-decay`: lr × 0.1 after 1/2
-    and 3/4 of the run; `tower`, `tower-adam`: lr, β₁ and β₂ learnt, under SGD or Adam. A seed is an initialisation.
+    The text is by default that of Python's own help topics, which depends on the version of Python.
+    Its first 90 % are for training and the rest is for validation. Each part is cut into streams,
+    which are read side by side, window after window. The LSTM's state is carried from one window to
+    the next without its graph.
+
+    The method `plain` keeps lr as it starts; `step-decay` multiplies it by 0.1 after half and three
+    quarters of the run; `tower` and `tower-adam` learn lr, β₁ and β₂, by SGD and by Adam. Their
+    step sizes are the best of three, a factor of ten apart, by the training losses from all three
+    starts. A seed is an initialisation.
     """
 
     start: tuple[float, ...] = (1e-4, 1e-3, 1e-1)
-    """lr's to start from."""
+    """Step sizes lr to start from."""
     text: Path | None = None
-    """A text file, UTF-8."""
+    """Text file in UTF-8. If it is not given, the text is that of Python's help topics."""
     hidden: int = 128
-    """Units of a layer of the LSTM."""
+    """Number of units of each layer of the LSTM."""
     layers: int = 1
-    """Its layers."""
+    """Number of layers of the LSTM."""
     embedding: int = 64
-    """Numbers that stand for a character."""
+    """Size of the embedding of a character."""
     streams: int = 32
-    """Texts read side by side, a batch."""
+    """Number of streams, which are the examples of a batch."""
     window: int = 64
-    """Characters of each, of a step: as far as gradients reach back."""
+    """Number of characters of each stream in a step. Gradients reach back no further."""
     epochs: int = 10
-    """Passes through the training text."""
+    """Number of passes through the training text."""
     outer_sgd: float = 1e-3
-    """Step size of the SGD above, on lr itself and the logits of β₁ and β₂, of `tower`: the best of 1e-5, 1e-4 and 1e-3
-    by the training losses from all three starts."""
+    """Step size of the SGD that moves lr and the logits of β₁ and β₂ of `tower`."""
     outer_adam: float = 0.01
-    """The same of the Adam above, of `tower-adam`: the best of 1e-4, 1e-3 and 1e-2."""
+    """Step size of the Adam that moves lr and the logits of β₁ and β₂ of `tower-adam`."""
 
-    name: ClassVar[str] = "char-tower"
-    listed: ClassVar[tuple[str, ...]] = ("start",)
-    shown: ClassVar[dict[str, tuple[str, int]]] = {
-        "bits": ("validation bits a character", 3), "perplexity": ("perplexity", 2), "loss": ("training loss", 3),
-    }  # fmt: skip
+    name = "char-tower"
+    case_options = ("start",)
+    quick_options: ClassVar[dict[str, Any]] = {
+        "start": (1e-4,),
+        "hidden": 8,
+        "embedding": 4,
+        "streams": 16,
+        "window": 512,
+        "epochs": 1,
+    }
+    result_columns: ClassVar[dict[str, Cell]] = {
+        "validation bits a character": mean("bits", 3),
+        "perplexity": mean("perplexity", 2),
+        "training loss": mean("loss", 3),
+    }
 
     @property
     def starts(self) -> list[Case]:
+        """The step sizes to start from."""
         return [{"lr": lr} for lr in self.start]
 
-    def quickened(self) -> CharTower:
-        return replace(
-            self,
-            start=self.start[:1],
-            seeds=1,
-            hidden=8,
-            layers=1,
-            embedding=4,
-            streams=16,
-            window=512,
-            epochs=1,
-        )
-
-    def cases(self) -> list[Case]:
-        for option in ("hidden", "layers", "embedding", "streams", "window"):
-            if (got := getattr(self, option)) < 1:
-                raise ValueError(f"--{option}: got {got}, expected at least 1")
+    def check_options(self) -> None:
+        """Raise ValueError for sizes out of range, and what `data` raises."""
+        super().check_options()
+        self.check_range("hidden", "layers", "embedding", "streams", "window")
         self.data()
-        return super().cases()
 
     def run(self, case: Case, out: Path) -> Row:
-        torch.set_flush_denormal(
-            True
-        )  # saturated gates have gradients on which the CPU takes ten times as long
+        """Train the LSTM; the row has its curve, and its bits and perplexity on validation text."""
+        # Saturated gates have denormal gradients, on which a CPU takes ten times as long.
+        torch.set_flush_denormal(True)
         try:
-            return self._run(case)
+            return self.train(case)
         finally:
             torch.set_flush_denormal(False)
 
-    def _run(self, case: Case) -> Row:
-        train, validation, characters = self.data()
+    def train(self, case: Case) -> Row:
+        """What `run` does, with denormal numbers as they are."""
+        text = self.data()
+        training = text.training.to(self.torch_device)
+        validation = text.validation.to(self.torch_device)
         with seeded(case["seed"]):
-            model = CharLSTM(len(characters), self.embedding, self.hidden, self.layers).to(
-                self.torch_device
+            model = CharLSTM(
+                len(text.characters),
+                embedding=self.embedding,
+                hidden=self.hidden,
+                layers=self.layers,
             )
-        train, validation = train.to(self.torch_device), validation.to(self.torch_device)
-        windows = (train.shape[1] - 1) // self.window
+        model.to(self.torch_device)
+
+        windows = (training.shape[1] - 1) // self.window
         state: State | None = None
 
         def loss(step: int) -> Tensor:
             nonlocal state
-            at = step % windows
-            found, state = model.loss(train, at * self.window, self.window, state if at else None)
-            return found
+            window = step % windows
+            before = state if window else None  # an epoch starts from the zero state
+            first = window * self.window
+            value, state = model.loss(training, first, self.window, state=before)
+            return value
 
         steps = self.epochs * windows
-        schedule = partial(step_decay, steps=steps) if case["method"] == "step-decay" else None
-        row = descend(self.optimizer(case, model.parameters()), loss, steps, windows, schedule)
-        row |= {
-            "characters": len(characters),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-        bits = math.nan if row["loss"] is None else model.bits(validation, self.window)
-        if math.isfinite(bits):
-            return row | {"bits": bits, "perplexity": 2**bits}
-        if row["diverged"] is None:
-            row |= {"diverged": steps, "reason": "the validation loss is not finite", "loss": None}
-        return row | {"bits": None, "perplexity": None}
+        row = train_with_curve(
+            self.optimizer(case, model.parameters()),
+            loss,
+            steps=steps,
+            last=windows,
+            schedule=partial(step_decay, steps=steps) if case["method"] == "step-decay" else None,
+        )
+        row["characters"] = len(text.characters)
+        row["parameters"] = parameter_count(model)
+        if row["diverged"] is not None:
+            return row | {"bits": None, "perplexity": None}
+        bits = model.bits(validation, self.window)
+        if not math.isfinite(bits):
+            reason = "the validation loss is not finite"
+            row |= {"diverged": steps, "reason": reason, "loss": None}
+            return row | {"bits": None, "perplexity": None}
+        return row | {"bits": bits, "perplexity": 2**bits}
 
     def optimizer(self, case: Case, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """Of a case: torch's own Adam, or a tower."""
-        if (above := self.above(case["method"])) is None:
-            return torch.optim.Adam(params, case["lr"])
-        return Hyperoptimizer(params, Adam(case["lr"], optimizer=above))
+        """The optimiser of a case: torch's Adam, or a tower."""
+        outer = self.outer_level(case["method"])
+        if outer is None:
+            return torch.optim.Adam(params, lr=case["lr"])
+        return Hyperoptimizer(params, Adam(case["lr"], optimizer=outer))
 
-    def data(self) -> tuple[Tensor, Tensor, str]:
-        """Training and validation text `[streams, length]`, as places in the third, the characters there are.
+    def data(self) -> Text:
+        """The text in streams.
 
         Raises:
-            FileNotFoundError: no file `text`.
-            ValueError: it is not UTF-8, or too short.
+            FileNotFoundError: There is no file `text`.
+            ValueError: The file is not UTF-8, or too short for the streams and the window.
         """
         text = help_topics() if self.text is None else read_text(self.text)
-        cut, least = 9 * len(text) // 10, self.streams * (self.window + 1)
-        if cut < least or len(text) - cut < 2 * self.streams:
-            needed = max(math.ceil(least / 0.9), 20 * self.streams)
+        cut = 9 * len(text) // 10
+        training_least = self.streams * (self.window + 1)
+        if cut < training_least or len(text) - cut < 2 * self.streams:
+            needed = max(math.ceil(training_least / 0.9), 20 * self.streams)
             raise ValueError(
-                f"--text: got {len(text)} characters, expected about {needed} or more for {self.streams} streams and a "
-                f"window of {self.window}; give a longer text, or fewer --streams"
+                f"--text: got {len(text)} characters, expected about {needed} or more for "
+                f"{self.streams} streams and a window of {self.window}; give a longer text, or "
+                "fewer --streams"
             )
         characters = "".join(sorted(set(text)))
-        place = {character: i for i, character in enumerate(characters)}
-        numbers = torch.tensor([place[character] for character in text])
-        train, validation = (
-            side_by_side(part, self.streams) for part in (numbers[:cut], numbers[cut:])
-        )
-        return train, validation, characters
-
-
-class CharLSTM(nn.Module):
-    """Embedding, LSTM, a linear layer: scores of the character after each."""
-
-    def __init__(self, characters: int, embedding: int, hidden: int, layers: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(characters, embedding)
-        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True)
-        self.scores = nn.Linear(hidden, characters)
-
-    def loss(
-        self, text: Tensor, begin: int, size: int, state: State | None
-    ) -> tuple[Tensor, State]:
-        """Mean cross-entropy of characters begin + 1 … begin + size of all streams `[streams, length]`.
-
-        Args:
-            state: after character begin − 1; None: zeros.
-
-        Returns:
-            The loss; the state after character begin + size − 1, without its graph.
-        """
-        part = text[:, begin : begin + size + 1]
-        outputs, (h, c) = self.lstm(self.embedding(part[:, :-1]), state)
-        return F.cross_entropy(self.scores(outputs).flatten(0, 1), part[:, 1:].flatten()), (
-            h.detach(),
-            c.detach(),
-        )
-
-    @torch.no_grad()
-    def bits(self, text: Tensor, window: int) -> float:
-        """Mean −log₂ p of every character of the streams after its first, the state carried through."""
-        total, state, last = 0.0, None, text.shape[1] - 1
-        for begin in range(0, last, window):
-            size = min(window, last - begin)
-            nats, state = self.loss(text, begin, size, state)
-            total += size * nats.item()
-        return total / last / math.log(2)
-
-
-def side_by_side(numbers: Tensor, streams: int) -> Tensor:
-    """A text `[n]` cut into `[streams, n // streams]`, each row from where the one before ends on."""
-    length = len(numbers) // streams
-    return numbers[: streams * length].view(streams, length)
-
-
-def help_topics() -> str:
-    """What `help()` tells of Python's own language, topic by topic."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
-
-
-def read_text(path: Path) -> str:
-    """A file of UTF-8; FileNotFoundError without it, ValueError for another encoding."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--text: found no file {path}; name a text file, or leave it out for Python's topics"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--text: {path}: got bytes that are not UTF-8 ({error}); convert the file first"
-        ) from error
+        number = {character: i for i, character in enumerate(characters)}
+        numbers = torch.tensor([number[character] for character in text])
+        training = side_by_side(numbers[:cut], self.streams)
+        validation = side_by_side(numbers[cut:], self.streams)
+        return Text(training, validation, characters)

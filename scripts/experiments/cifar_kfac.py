@@ -1,85 +1,104 @@
-"""K-FAC against Adam: a small convolutional network on CIFAR-10."""
+"""K-FAC against Adam and SGD: a small convolutional network on CIFAR-10."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tasks
-from experiments.base import Case
 from experiments.networks import seeded
-from experiments.optimizer_comparison import Pair, Race, Setting
+from experiments.optimizer_comparison import OptimizerComparison
+from experiments.runs import Case
 from experiments.small_cifar import SmallCifar
+from experiments.timed_training import Pair, Setting
 from metaimplicit.optim import KFAC
 
 
 @dataclass(frozen=True)
-class CifarKFAC(SmallCifar, Race):
-    """Training loss of three 3×3 convolutions (16, 32, 32 channels; ReLU, 2×2 max-pooling) and a linear layer.
+class CifarKFAC(SmallCifar, OptimizerComparison):
+    """Training loss of three 3×3 convolutions (16, 32, 32 channels) and a linear layer.
 
-    Cross-entropy, no augmentation, no weight decay, constant step sizes. Every method has the same steps, on the same
-    batches; the training loss is that of all the training images, after every half epoch.
+    ReLU and 2×2 max-pooling follow each convolution. The loss is the cross-entropy, without
+    augmentation, without weight decay, at constant step sizes. All methods take the same number of
+    steps on the same batches. The training loss is that of all training images, after every half
+    epoch.
     """
 
     epochs: int = 10
-    """Passes through the training set."""
+    """Number of passes through the training set."""
     momentum: tuple[float, ...] = (0.01, 0.03, 0.1)
-    """Step sizes to try, of SGD with momentum 0.9."""
+    """Step sizes to try for SGD with momentum 0.9."""
     adam: tuple[float, ...] = (0.003, 0.01, 0.03)
-    """Step sizes to try."""
+    """Step sizes to try for `adam`."""
     kfac: tuple[float, ...] = (0.01, 0.03, 0.1)
-    """Step sizes to try."""
+    """Step sizes to try for `kfac`."""
     damping: float = 0.01
-    """λ of `kfac`."""
+    """Damping λ of `kfac`."""
     kl_clip: float = 0.001
-    """κ of `kfac`; at 0.01 it stays near the loss it starts from."""
+    """Bound κ on the step of `kfac`. With 0.01 it stays near the loss it starts from."""
 
-    name: ClassVar[str] = "cifar-kfac"
-    compared: ClassVar[tuple[str, ...]] = ("momentum", "adam", "kfac")
-    baselines: ClassVar[tuple[str, ...]] = compared
-    listed: ClassVar[tuple[str, ...]] = compared
-    judged: ClassVar[tuple[str, int]] = ("test accuracy", 3)
+    name = "cifar-kfac"
+    default_methods = ("momentum", "adam", "kfac")
+    case_options = default_methods
+    quick_options: ClassVar[dict[str, Any]] = {
+        "images": 8,
+        "test": 10,
+        "side": 8,
+        "batch": 16,
+        "epochs": 1,
+    }
+    metric_name = "test accuracy"
+    metric_digits = 3
 
-    def quickened(self) -> CifarKFAC:
-        return replace(self, seeds=1, images=8, test=10, side=8, batch=16, epochs=1)
-
-    @property
-    def batched(self) -> str:  # type: ignore[override]
-        return f"{self.batch} images each"
+    def check_options(self) -> None:
+        """Raise ValueError for sizes out of range."""
+        super().check_options()
+        self.check_range("epochs")
 
     @property
     def steps(self) -> int:
+        """Number of training steps."""
         return self.epochs * 10 * self.images // self.batch
 
-    def cases(self) -> list[Case]:
-        if self.epochs < 1:
-            raise ValueError(f"--epochs: got {self.epochs}, expected at least 1")
-        return super().cases()
+    def batch_description(self) -> str:
+        """What a step sees."""
+        return f"{self.batch} images each"
 
-    def ended(self, case: Case, steps: int, seconds: float) -> bool:
+    def is_finished(self, case: Case, steps: int, seconds: float) -> bool:
+        """Whether all steps are taken."""
         return steps >= self.steps
 
-    def mark(self, steps: int) -> int:
-        return steps + max(10 * self.images // (2 * self.batch), 1)
+    def next_evaluation(self, steps: int) -> int:
+        """After half an epoch."""
+        half_epoch = 10 * self.images // (2 * self.batch)
+        return steps + max(half_epoch, 1)
 
     def setting(self, seed: int) -> Setting:
+        """The network and the images of a seed."""
         train, test = self.data(seed)
         batches = tasks.Batches(train, self.batch, seed)
 
         def batch(step: int) -> Pair:
-            found = batches(step)
-            return found["inputs"], found["targets"]
+            examples = batches(step)
+            return examples["inputs"], examples["targets"]
 
-        model = network(self.side, seed).to(self.torch_device)
-        whole = ((part.inputs, part.targets) for part in (train, test))
-        return Setting(model, F.cross_entropy, accuracy, batch, *whole)
+        return Setting(
+            model=network(self.side, seed).to(self.torch_device),
+            loss=F.cross_entropy,
+            test_metric=accuracy,
+            batch=batch,
+            train=(train.inputs, train.targets),
+            test=(test.inputs, test.targets),
+        )
 
     def optimizer(self, case: Case, setting: Setting) -> torch.optim.Optimizer:
-        model, lr = setting.model, case["lr"]
+        """The optimiser of a case."""
+        model = setting.model
+        lr = case["lr"]
         match case["method"]:
             case "momentum":
                 return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
@@ -96,15 +115,17 @@ class CifarKFAC(SmallCifar, Race):
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of right predictions: scores `[n, classes]`, labels `[n]`."""
     return (outputs.argmax(1) == targets).double().mean()
 
 
 def network(side: int, seed: int) -> nn.Sequential:
-    """Initialised as torch does."""
+    """The network for images of `side`, a multiple of 8. torch initialises it."""
     layers: list[nn.Module] = []
     channels = 3
     with seeded(seed):
         for width in (16, 32, 32):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
             channels = width
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * (side // 8) ** 2, 10))
+        features = channels * (side // 8) ** 2
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 10))

@@ -1,118 +1,129 @@
-"""An autoencoder of 8×8 digits by first- and second-order optimisers, every step on all the images."""
+"""An autoencoder of 8×8 digits, by first- and by second-order optimisers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import tasks
-from experiments.base import Case
 from experiments.networks import seeded
-from experiments.optimizer_comparison import Pair, Race, Setting
-from experiments.tables import digits_or_cancer
+from experiments.optimizer_comparison import OptimizerComparison
+from experiments.runs import Case
+from experiments.tabular_data import scikit_learn_set
+from experiments.timed_training import Pair, Setting
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient
 from metaimplicit.solvers import CG
 
 LAYERS = (64, 15, 15, 15, 15, 10, 15, 15, 15, 15, 64)
+SOLVE_BY_CG = ("gauss-newton", "natural-gradient")
 
 
 @dataclass(frozen=True)
-class DigitsAutoencoder(Race):
-    """Training loss ½ Σ (z − y)² of 64-15-15-15-15-10-15-15-15-15-64 on scikit-learn's digits, pixels in [0, 1].
+class DigitsAutoencoder(OptimizerComparison):
+    """Training loss ½ Σ (z − y)² of a 64-15-15-15-15-10-15-15-15-15-64 network on digits.
 
-    tanh units, linear code and outputs, weights uniform after Glorot & Bengio (2010), biases zero: the same for all.
-    `gauss-newton`: (G + λI)⁻¹∇L by CG, λ after Levenberg and Marquardt. For this loss the exact Fisher matrix is G, so
-    `natural-gradient` takes that of targets drawn from the model, one an image.
+    The digits are scikit-learn's, with pixels in [0, 1]. Units are tanh, the code and the outputs
+    are linear. Weights are uniform after Glorot & Bengio (2010), biases are zero, and all methods
+    start from the same ones. `gauss-newton` solves for (G + λI)⁻¹∇L by CG, with λ after Levenberg
+    and Marquardt. For this loss the exact Fisher matrix is G, so `natural-gradient` takes the
+    Fisher matrix of targets drawn from the model, one for each image.
     """
 
     seconds: float = 6.0
-    """Of each run, in its steps alone."""
-    longer: float = 24.0
-    """The same of `gauss-newton` and `natural-gradient`, whose steps are the fewest."""
+    """Seconds of each run, of its steps alone."""
+    cg_seconds: float = 24.0
+    """Seconds of `gauss-newton` and `natural-gradient`, which solve by CG and take fewer steps."""
     images: int = 1000
-    """Training images, of 1797; the others are the test set."""
+    """Number of training images out of 1797. The others are the test set."""
     batch: int | None = None
-    """Images in a step; by default all."""
+    """Number of images in a step. If it is not given, a step sees all training images."""
     products: int = 100
-    """Steps of CG at most, of `gauss-newton` and `natural-gradient`."""
+    """Largest number of CG steps of `gauss-newton` and `natural-gradient`."""
     sgd: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """Step sizes to try."""
+    """Step sizes to try for `sgd`."""
     momentum: tuple[float, ...] = (0.01, 0.03, 0.1)
-    """The same with momentum 0.9."""
+    """Step sizes to try for SGD with momentum 0.9."""
     adam: tuple[float, ...] = (0.003, 0.01, 0.03)
-    """Step sizes to try."""
+    """Step sizes to try for `adam`."""
     gauss_newton: tuple[float, ...] = (1.0,)
-    """Lengths of step to try."""
+    """Step lengths to try for `gauss-newton`."""
     natural_gradient: tuple[float, ...] = (1.0,)
-    """Lengths of step to try."""
+    """Step lengths to try for `natural-gradient`."""
     kfac: tuple[float, ...] = (0.1, 0.3, 1.0)
-    """Step sizes to try."""
+    """Step sizes to try for `kfac`."""
     damping: float = 0.01
-    """λ of `kfac`; the one that others start from."""
+    """Damping λ of `kfac`. For `gauss-newton` and `natural-gradient` it is the λ to start from."""
     kl_clip: float = 0.01
-    """κ of `kfac`."""
+    """Bound κ on the step of `kfac`."""
 
-    name: ClassVar[str] = "digits-autoencoder"
-    compared: ClassVar[tuple[str, ...]] = (
-        "sgd",
-        "momentum",
-        "adam",
-        "gauss-newton",
-        "natural-gradient",
-        "kfac",
-    )
-    baselines: ClassVar[tuple[str, ...]] = compared
-    listed: ClassVar[tuple[str, ...]] = tuple(method.replace("-", "_") for method in compared)
-    judged: ClassVar[tuple[str, int]] = ("test loss", 4)
+    name = "digits-autoencoder"
+    default_methods = ("sgd", "momentum", "adam", "gauss-newton", "natural-gradient", "kfac")
+    case_options = ("sgd", "momentum", "adam", "gauss_newton", "natural_gradient", "kfac")
+    quick_options: ClassVar[dict[str, Any]] = {
+        "seconds": 0.03,
+        "cg_seconds": 0.03,
+        "images": 50,
+        "products": 2,
+    }
+    metric_name = "test loss"
+    metric_digits = 4
 
-    def quickened(self) -> DigitsAutoencoder:
-        return replace(self, seeds=1, seconds=0.03, longer=0.03, images=50, products=2)
+    def check_options(self) -> None:
+        """Raise ValueError for seconds or sizes out of range."""
+        super().check_options()
+        for option, seconds in (("seconds", self.seconds), ("cg-seconds", self.cg_seconds)):
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"--{option}: got {seconds}, expected a positive number")
+        self.check_range("images", high=1796)
+        self.check_range("batch", high=self.images)
 
-    @property
-    def batched(self) -> str:  # type: ignore[override]
+    def batch_description(self) -> str:
+        """What a step sees."""
         return "all the images" if self.batch is None else f"{self.batch} images each"
 
-    def cases(self) -> list[Case]:
-        for option in ("seconds", "longer"):
-            if not 0 < (budget := getattr(self, option)) < math.inf:
-                raise ValueError(f"--{option}: got {budget}, expected a positive number")
-        for option, most in (("images", 1796), ("batch", self.images)):
-            if (got := getattr(self, option)) is not None and not 1 <= got <= most:
-                raise ValueError(f"--{option}: got {got}, expected from 1 to {most}")
-        return super().cases()
+    def is_finished(self, case: Case, steps: int, seconds: float) -> bool:
+        """Whether the seconds of the method have passed."""
+        return seconds >= (self.cg_seconds if case["method"] in SOLVE_BY_CG else self.seconds)
 
-    def ended(self, case: Case, steps: int, seconds: float) -> bool:
-        return seconds >= (
-            self.longer if case["method"] in ("gauss-newton", "natural-gradient") else self.seconds
-        )
-
-    def mark(self, steps: int) -> int:
+    def next_evaluation(self, steps: int) -> int:
+        """After 2 % more steps, at least one."""
         return steps + 1 + steps // 50
 
     def setting(self, seed: int) -> Setting:
-        whole = digits_or_cancer("digits")
-        order = torch.from_numpy(
-            tasks.examples.random_stream(seed, "digits").permutation(len(whole))
-        )
+        """The autoencoder, and the digits in an order that the seed draws."""
+        whole = scikit_learn_set("digits")
+        random = tasks.examples.random_stream(seed, "digits")
+        order = torch.from_numpy(random.permutation(len(whole)))
         pixels = (whole.inputs[order] / 16).float().to(self.torch_device)
-        train, test = pixels[: self.images], pixels[self.images :]
-        labelled = tasks.Examples(train, whole.targets[order[: self.images]].to(train.device))
-        batches = tasks.Batches(labelled, self.batch, seed)
+        train = pixels[: self.images]
+        test = pixels[self.images :]
+        labels = whole.targets[order[: self.images]].to(train.device)
+        batches = tasks.Batches(tasks.Examples(train, labels), self.batch, seed)
 
         def batch(step: int) -> Pair:
             inputs = batches(step)["inputs"]
             return inputs, inputs
 
-        model = autoencoder(seed).to(self.torch_device)
-        return Setting(model, half_squares, half_squares, batch, (train, train), (test, test))
+        return Setting(
+            model=autoencoder(seed).to(self.torch_device),
+            loss=half_squares,
+            test_metric=half_squares,
+            batch=batch,
+            train=(train, train),
+            test=(test, test),
+        )
 
     def optimizer(self, case: Case, setting: Setting) -> torch.optim.Optimizer:
-        model, loss, lr = setting.model, setting.loss, case["lr"]
+        """The optimiser of a case."""
+        model = setting.model
+        loss = setting.loss
+        lr = case["lr"]
+        damping = self.damping
         cg = CG(max_steps=self.products, tol=1e-3)
         match case["method"]:
             case "sgd":
@@ -122,13 +133,13 @@ class DigitsAutoencoder(Race):
             case "adam":
                 return torch.optim.Adam(model.parameters(), lr)
             case "gauss-newton":
-                return GaussNewton(model, loss, lr=lr, damping=self.damping, solver=cg)
+                return GaussNewton(model, loss, lr=lr, damping=damping, solver=cg)
             case "natural-gradient":
                 return NaturalGradient(
                     model,
                     loss,
                     lr=lr,
-                    damping=self.damping,
+                    damping=damping,
                     solver=cg,
                     likelihood="gaussian",
                     expectation="monte-carlo",
@@ -138,25 +149,29 @@ class DigitsAutoencoder(Race):
             model,
             loss,
             lr=lr,
-            damping=self.damping,
+            damping=damping,
             kl_clip=self.kl_clip,
             likelihood="gaussian",
             seed=case["seed"],
         )
 
 
-def half_squares(z: Tensor, y: Tensor) -> Tensor:
-    """½ Σ (z − y)², the mean over examples."""
-    return 0.5 * (z - y).square().sum(-1).mean()
+def half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    """½ Σ_k (z_k − y_k)², the mean over examples; both `[n, features]`."""
+    return 0.5 * (outputs - targets).square().sum(-1).mean()
 
 
 def autoencoder(seed: int) -> nn.Sequential:
-    """Linear layers with tanh between them, but for the linear code."""
+    """Linear layers of the sizes `LAYERS`, each with tanh but for the code and the outputs."""
     layers: list[nn.Module] = []
+    code = min(LAYERS)
+    outputs = LAYERS[-1]
     with seeded(seed):
-        for a, b in pairwise(LAYERS):
-            linear = nn.Linear(a, b)
+        for inputs, width in pairwise(LAYERS):
+            linear = nn.Linear(inputs, width)
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-            layers += [linear] if b in (min(LAYERS), LAYERS[-1]) else [linear, nn.Tanh()]
+            layers.append(linear)
+            if width not in (code, outputs):
+                layers.append(nn.Tanh())
     return nn.Sequential(*layers)

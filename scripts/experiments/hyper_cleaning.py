@@ -1,217 +1,248 @@
-"""Data hyper-cleaning: MNIST with wrong labels, found by a weight for each example learnt on a clean validation set."""
+"""Data hyper-cleaning: weights of mislabelled MNIST, learnt on a clean validation set."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from figures import legend_below, panels
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tasks
-from experiments.base import Case, Experiment, Row, markdown, select, spread
-from experiments.networks import class_accuracies, joined, seeded, train
-from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
-from metaimplicit.methods import known_options, make_method
+from experiments.networks import Split, balanced_accuracy, joined, seeded, train
+from experiments.runs import METHOD, Case, Row, Run, Runs, markdown_table, mean, median
+from experiments.tuning import TuningExperiment
+from metaimplicit import Interval, Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.params import Params
 from metaimplicit.training import fit_tuner, read_metrics
-from metaimplicit.tuning import ExampleWeights, Interval
+from metaimplicit.tuning import ExampleWeights
 
 START = 0.5  # of every weight
-THRESHOLD = START / 2  # an example whose weight ends below is called mislabelled
+THRESHOLD = START / 2  # a weight below it marks the label as wrong
 
 
 @dataclass(frozen=True)
-class HyperCleaning(Experiment):
-    """Mislabelled examples of MNIST found, and a network's balanced test accuracy (Franceschi et al. 2017, §5.1).
+class HyperCleaning(TuningExperiment):
+    """Detection of wrong labels on MNIST, and test accuracy (Franceschi et al. 2017, §5.1).
 
-    f is the weighted cross-entropy of the training set plus decay, g the cross-entropy of the validation set. A weight
-    in (0, 1) for each training example starts at 0.5; one that ends below 0.25 marks its label as wrong. `retrained` is
-    plain training on the examples that are left and the validation set. Baselines, trained for as many steps: `none`,
-    the corrupted set; `none+validation`, both sets; `clean`, an oracle, the corrupted examples left out;
-    `clean+validation`. The paper, from random splits of the same sizes: none+validation 87.74 %, clean+validation
-    90.46 %, retrained about 90.0 %, F1 about 0.92.
+    The inner loss f is the weighted cross-entropy of the training set plus decay; the outer loss g
+    is the cross-entropy of the validation set. Each training example has a weight in (0, 1), which
+    starts at 0.5. A weight that ends below 0.25 marks the label as wrong. The column `retrained` is
+    plain training on the examples that are left and the validation set. Baselines train without
+    weights for as many steps: `none` on the corrupted set, `clean` on its examples with right
+    labels; `none+validation` and `clean+validation` add the validation set. The paper reports, for
+    random splits of the same sizes, 87.74 % for none+validation, 90.46 % for clean+validation,
+    about 90.0 % for retrained, and an F1 of about 0.92.
     """
 
     training: int = 500
-    """Training images of each class."""
+    """Number of training images of each class."""
     validation: int = 500
-    """Validation images of each class."""
+    """Number of validation images of each class."""
     share: float = 0.5
-    """Of training labels that are wrong."""
+    """Share of the training labels that are wrong."""
     hidden: int = 0
-    """Units of a hidden layer; 0, softmax regression."""
+    """Number of units of a hidden layer. With 0 there is none: softmax regression."""
     steps: int = 40
-    """Outer steps."""
+    """Number of outer steps."""
     inner_steps: int = 10
-    """Gradient steps on the whole training set for each."""
+    """Number of gradient steps on the whole training set for each outer step."""
     lr: float = 0.01
-    """Of the gradient steps, with momentum 0.9."""
+    """Step size of the gradient steps, which have momentum 0.9."""
     decay: float = 1e-2
-    """½ decay ‖θ‖² is part of the training loss."""
+    """Strength of the decay, ½ decay ‖θ‖² in the training loss."""
     outer_lr: float = 0.2
-    """Adam's, on the weights' logits."""
+    """Step size of Adam on the logits of the weights."""
     solver_steps: int = 10
-    """Products of CG, terms of Neumann, steps that `truncated` keeps."""
+    """Number of products of CG, of terms of Neumann's series, of steps that `truncated` keeps."""
     rank: int = 10
-    """Columns of Nyström."""
+    """Number of columns of Nyström's sketch."""
     rho: float = 0.1
-    """Nyström's damping."""
+    """Damping ρ of Nyström."""
     penalty: float = 10.0
-    """λ of F2SA."""
+    """Penalty λ of F2SA."""
 
-    name: ClassVar[str] = "hyper-cleaning"
-    baselines: ClassVar[tuple[str, ...]] = ("none", "none+validation", "clean", "clean+validation")
-    compared: ClassVar[tuple[str, ...]] = (
-        *baselines, "cg", "neumann", "nystrom", "nystrom-cg", "soba", "t1-t2", "sama", "f2sa", "truncated"
-    )  # fmt: skip
+    name = "hyper-cleaning"
+    baselines = ("none", "none+validation", "clean", "clean+validation")
+    default_methods = (
+        *baselines,
+        "cg",
+        "neumann",
+        "nystrom",
+        "nystrom-cg",
+        "soba",
+        "t1-t2",
+        "sama",
+        "f2sa",
+        "truncated",
+    )
+    quick_options: ClassVar[dict[str, Any]] = {
+        "method": ("none", "clean+validation", "cg", "nystrom"),
+        "training": 10,
+        "validation": 10,
+        "steps": 10,
+        "inner_steps": 2,
+        "solver_steps": 3,
+        "rank": 3,
+    }
 
-    def quickened(self) -> HyperCleaning:
-        return replace(
-            self, method=self.method or ("none", "clean+validation", "cg", "nystrom"), seeds=1, training=10,
-            validation=10, steps=10, inner_steps=2, solver_steps=3, rank=3,
-        )  # fmt: skip
-
-    def run(self, case: Case, out: Path) -> Row:
-        began, method, seed = time.perf_counter(), case["method"], case["seed"]
-        train_set, wrong, validation, test = self.data(seed)
-        model = self._network(seed)
-        if method in self.baselines:
-            kept = train_set.take(~wrong) if method.startswith("clean") else train_set
-            row = self._trained(model, joined(kept, validation) if "+" in method else kept, test)
-        else:
-            tuner = self._tuner(model, len(train_set), method)
-
-            def missed(params: Params, meta: Params) -> float:
-                return 1 - detection(meta["example_weights"] < THRESHOLD, wrong)["f1"]
-
-            whole = tasks.Batches(train_set, None, seed), tasks.Batches(validation, None, seed)
-            fit_tuner(tuner, *whole, out=out, steps=self.steps, metric=missed, resume=True)
-            measured = [line for line in read_metrics(out) if line["split"] == "validation"]
-            weights = tuner.meta["example_weights"]
-            retrained = joined(train_set.take(weights >= THRESHOLD), validation)
-            row = detection(weights < THRESHOLD, wrong) | {
-                "accuracy": statistics.fmean(class_accuracies(model, test, tuner.params)),
-                "retrained": self._trained(self._network(seed), retrained, test)["accuracy"],
-                "curve": [[line["step"], 1 - line["metric"]] for line in measured],
-                "histogram": {
-                    name: torch.histc(weights[mask].cpu().float(), 20, 0, 1).tolist()
-                    for name, mask in (("right", ~wrong), ("wrong", wrong))
-                },
-            }
-        return row | {"seconds": time.perf_counter() - began}
-
-    def data(self, seed: int) -> tuple[tasks.Examples, Tensor, tasks.Examples, tasks.Examples]:
-        """The corrupted training set, which of its labels are wrong, the validation and the test set."""
-        whole, test = tasks.mnist(self.data_root)
-        validation, rest = tasks.per_class(whole, self.validation, seed)
-        clean, _ = tasks.per_class(rest, self.training, seed)
-        tasks.check_disjoint(clean, validation)
-        train_set, wrong = tasks.corrupt_labels(clean, self.share, seed)
-        parts = [tasks.standardise(part, like=clean) for part in (train_set, validation, test)]
-        a, b, c = (part.to(self.torch_device) for part in parts)
-        return a, wrong.to(self.torch_device), b, c
-
-    def _network(self, seed: int) -> nn.Sequential:
-        with seeded(seed):
-            hidden = [nn.Linear(784, self.hidden), nn.Tanh()] if self.hidden else []
-            return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(self.hidden or 784, 10)).to(
-                self.torch_device
-            )
-
-    def _trained(self, model: nn.Module, examples: tasks.Examples, test: tasks.Examples) -> Row:
-        """As many steps as the tuner takes inner ones, with its decay."""
-        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
-        train(model, tasks.Batches(examples, None, 0), self.steps * self.inner_steps, sgd)
+    def method_options(self, flag: str) -> dict[str, Any]:
+        """The options of the solvers. The step of `t1-t2` is a gradient step of the inner loop."""
         return {
-            "examples": len(examples),
-            "accuracy": statistics.fmean(class_accuracies(model, test)),
+            "solver_steps": self.solver_steps,
+            "rank": self.rank,
+            "rho": self.rho,
+            "scale": self.lr if flag == "t1-t2" else None,
+            "penalty": self.penalty,
         }
 
-    def _tuner(self, model: nn.Module, count: int, flag: str) -> Tuner:
-        weights = ExampleWeights(count, start=START, domain=Interval(0, 1))
-        problem = tuning_problem(
-            model, F.cross_entropy, [weights], penalty=Proximal(self.decay, center="zero")
+    def run(self, case: Case, out: Path) -> Row:
+        """Train a baseline, or learn the weights and compare them with the wrong labels."""
+        method, seed = case["method"], case["seed"]
+        split, wrong = self.data(seed)
+        if method in self.baselines:
+            examples = split.train.take(~wrong) if method.startswith("clean") else split.train
+            if method.endswith("+validation"):
+                examples = joined(examples, split.validation)
+            accuracy = self.train_without_weights(examples, split.test, seed)
+            return {"examples": len(examples), "accuracy": accuracy}
+
+        def undetected(params: Params, meta: Params) -> float:
+            return 1 - detection(meta["example_weights"] < THRESHOLD, wrong)["f1"]
+
+        model = self.network(seed)
+        tuner = self.tuner(model, len(split.train), method)
+        fit_tuner(
+            tuner,
+            tasks.Batches(split.train, None, seed),
+            tasks.Batches(split.validation, None, seed),
+            out=out,
+            steps=self.steps,
+            metric=undetected,
+            resume=True,
         )
-        options = known_options(
+        measured = [line for line in read_metrics(out) if line["split"] == "validation"]
+        weights = tuner.meta["example_weights"]
+        remaining = joined(split.train.take(weights >= THRESHOLD), split.validation)
+        return detection(weights < THRESHOLD, wrong) | {
+            "accuracy": balanced_accuracy(model, split.test, tuner.params),
+            "retrained": self.train_without_weights(remaining, split.test, seed),
+            "curve": [[line["step"], 1 - line["metric"]] for line in measured],
+            "histogram": {
+                "right": histogram(weights[~wrong]),
+                "wrong": histogram(weights[wrong]),
+            },
+        }
+
+    def data(self, seed: int) -> tuple[Split, Tensor]:
+        """The three sets, and which training labels are wrong, bool `[n]`."""
+        whole, test = tasks.mnist(self.data_root)
+        validation, others = tasks.per_class(whole, self.validation, seed)
+        clean, _ = tasks.per_class(others, self.training, seed)
+        tasks.check_disjoint(clean, validation)
+        train_set, wrong = tasks.corrupt_labels(clean, self.share, seed)
+        split = Split(train_set, validation, test).standardised(self.torch_device)
+        return split, wrong.to(self.torch_device)
+
+    def network(self, seed: int) -> nn.Sequential:
+        """Softmax regression, or a network with one hidden layer of tanh units."""
+        layers: list[nn.Module] = [nn.Flatten()]
+        with seeded(seed):
+            if self.hidden:
+                layers += [nn.Linear(784, self.hidden), nn.Tanh()]
+            layers.append(nn.Linear(self.hidden or 784, 10))
+        return nn.Sequential(*layers).to(self.torch_device)
+
+    def tuner(self, model: nn.Module, examples: int, flag: str) -> Tuner:
+        """A tuner of one weight for each training example."""
+        weights = ExampleWeights(examples, start=START, domain=Interval(0, 1))
+        decay = Proximal(self.decay, center="zero")
+        return self.make_tuner(
+            tuning_problem(model, F.cross_entropy, [weights], penalty=decay),
             flag,
-            solver_steps=self.solver_steps,
-            rank=self.rank,
-            rho=self.rho,
-            scale=self.lr if flag == "t1-t2" else None,
-            penalty=self.penalty,
-        )
-        return Tuner(
-            problem.problem,
-            problem.meta,
             inner=TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9),
-            method=make_method(flag, **options),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
-            domains=problem.domains,
         )
 
-    def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
-        lines = []
-        for method in self.methods:
-            of_method = [(case, row) for case, row in rows if case["method"] == method]
-            cells = [
-                spread([scale * row[key] for _, row in of_method if key in row], digits)
-                for key, scale, digits in (
-                    ("f1", 1, 3), ("precision", 1, 3), ("recall", 1, 3), ("accuracy", 100, 2), ("retrained", 100, 2)
-                )
-            ]  # fmt: skip
-            lines.append(
-                [f"`{method}`", *cells, f"{statistics.median(select(of_method, 'seconds')):.0f}"]
-            )
-        return markdown(
-            [
-                "method",
-                "F1",
-                "precision",
-                "recall",
-                "balanced test accuracy, %",
-                "retrained, %",
-                "s",
-            ],
-            lines,
-        )
+    def train_without_weights(
+        self, examples: tasks.Examples, test: tasks.Examples, seed: int
+    ) -> float:
+        """The test accuracy after as many steps as a tuner takes inner steps, with its decay."""
+        model = self.network(seed)
+        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
+        steps = self.steps * self.inner_steps
+        train(model, tasks.Batches(examples, None, 0), steps=steps, optimizer=sgd)
+        return balanced_accuracy(model, test)
 
-    def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
-        tuned = [(case, row) for case, row in rows if case["method"] not in self.baselines]
-        for case, row in tuned:
-            if case["seed"] == 0:
-                right.plot(*zip(*row["curve"], strict=True), label=case["method"])
-        for name, counts in tuned[0][1]["histogram"].items() if tuned else ():
-            left.stairs(
-                counts,
-                torch.linspace(0, 1, len(counts) + 1).tolist(),
-                fill=True,
-                alpha=0.5,
-                label=name,
-            )
-            left.set(
-                title=f"labels, {tuned[0][0]['method']}", xlabel="learnt weight", ylabel="examples"
-            )
-            left.axvline(THRESHOLD, color="black", linewidth=0.8, linestyle=":")
-            left.legend(fontsize=7)
-            right.legend(fontsize=7)
-        right.set(title="mislabelled examples found", xlabel="outer step", ylabel="F1", ylim=(0, 1))
+    def table(self, runs: Runs) -> str:
+        """A line for each method."""
+        columns = {
+            "method": METHOD,
+            "F1": mean("f1", 3),
+            "precision": mean("precision", 3),
+            "recall": mean("recall", 3),
+            "balanced test accuracy, %": mean("accuracy", scale=100),
+            "retrained, %": mean("retrained", scale=100),
+            "s": median("seconds"),
+        }
+        return markdown_table(columns, runs.groups("method"))
+
+    def plot(self, runs: Runs, figure: Figure) -> None:
+        """The weights that the first method learnt; F1 against outer steps; both of seed 0."""
+        tuned = [run for run in runs.where(seed=0) if run.case["method"] not in self.baselines]
+        groups = panels(tuned)
+        figure.set_size_inches(4 * (1 + len(groups)), 4)
+        left, *others = figure.subplots(1, 1 + len(groups), squeeze=False)[0]
+        if tuned:
+            plot_histogram(left, tuned[0])
+        for ax, group in zip(others, groups, strict=True):
+            for case, row in group:
+                ax.plot(*zip(*row["curve"], strict=True), label=case["method"])
+            ax.set(title="detection of wrong labels", xlabel="outer steps")
+            ax.set(ylabel="F1", ylim=(0, 1))
+            legend_below(ax)
 
 
-def detection(found: Tensor, wrong: Tensor) -> dict[str, float]:
-    """Precision, recall and F1 of the examples found mislabelled, both bool `[n]`; 0 where nothing right was found."""
-    hits = int((found & wrong).sum())
-    precision, recall = hits / max(int(found.sum()), 1), hits / max(int(wrong.sum()), 1)
+def histogram(weights: Tensor) -> list[float]:
+    """The numbers of weights in 20 equal intervals of [0, 1]."""
+    return torch.histc(weights.cpu().float(), bins=20, min=0, max=1).tolist()
+
+
+def plot_histogram(ax: Axes, run: Run) -> None:
+    """The weights that a run learnt, of examples with right and with wrong labels."""
+    for name, counts in run.row["histogram"].items():
+        edges = torch.linspace(0, 1, len(counts) + 1).tolist()
+        ax.stairs(counts, edges, fill=True, alpha=0.5, label=f"{name} labels")
+    ax.axvline(THRESHOLD, color="black", linewidth=0.8, linestyle=":", label="threshold")
+    ax.set(title=f"weights by {run.case['method']}", xlabel="learnt weight", ylabel="examples")
+    legend_below(ax, columns=3)
+
+
+def detection(marked: Tensor, wrong: Tensor) -> dict[str, float]:
+    """Precision, recall and F1 of the examples marked as wrong.
+
+    Args:
+        marked: Which labels were marked as wrong, bool `[n]`.
+        wrong: Which labels are wrong, bool `[n]`.
+
+    Returns:
+        The three numbers. Each is 0 if no wrong label was marked.
+
+    Example:
+        >>> detection(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+        {'f1': 0.6666666666666666, 'precision': 0.5, 'recall': 1.0}
+    """
+    hits = int((marked & wrong).sum())
+    count_marked = int(marked.sum())
+    count_wrong = int(wrong.sum())
     return {
-        "f1": 2 * hits / max(int(found.sum() + wrong.sum()), 1),
-        "precision": precision,
-        "recall": recall,
+        "f1": 2 * hits / max(count_marked + count_wrong, 1),
+        "precision": hits / max(count_marked, 1),
+        "recall": hits / max(count_wrong, 1),
     }

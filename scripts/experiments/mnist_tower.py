@@ -1,8 +1,7 @@
-"""Towers of optimisers on MNIST: each against its plain optimiser, and towers of SGD from good and bad step sizes."""
+"""Towers of optimisers on MNIST, beside plain optimisers, and from good and bad step sizes."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,25 +10,29 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
+from figures import legend_below
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tasks
-from experiments.base import Case, Experiment, Row, markdown, spread
+from experiments.base import Experiment
 from experiments.networks import seeded
-from experiments.towers import descend
+from experiments.runs import METHOD, Case, Row, Runs, markdown, markdown_table, mean, median
+from experiments.towers import HYPERPARAMETERS, STEPS_PER_POINT, train_with_curve
 from metaimplicit import Hyperoptimizer, Positive
 from metaimplicit.tuning.hyperoptimizers import SGD, AdaGrad, Adam, AdamW, Level, RMSProp
 
-LOG = {"lr": Positive()}  # log lr moves, not lr
-TOWERS: dict[str, Level] = {  # "a-by-b": a's hyperparameters by b; it is compared with "a"
+LOG_LR = {"lr": Positive()}  # the domain whose free coordinate is log lr
+
+# "a-by-b" is optimiser a with its hyperparameters moved by b. It is compared with plain "a".
+TOWERS: dict[str, Level] = {
     "sgd": SGD(0.01),
     "sgd-by-sgd": SGD(0.01, optimizer=SGD(0.01)),
     "sgd-by-adagrad": SGD(0.01, optimizer=AdaGrad(0.01)),
     "sgd-by-rmsprop": SGD(0.01, optimizer=RMSProp(0.1)),
     "sgd-by-adam": SGD(0.01, optimizer=Adam(1e-3)),
-    "sgd-log-by-adam": SGD(0.01, optimizer=Adam(0.1), domains=LOG),
+    "sgd-log-by-adam": SGD(0.01, optimizer=Adam(0.1), domains=LOG_LR),
     "sgd-per-tensor-by-sgd": SGD(0.01, optimizer=SGD(0.1), learn={"lr": "per-tensor"}),
     "momentum": SGD(0.01, momentum=0.9),
     "momentum-by-sgd": SGD(0.01, momentum=0.9, optimizer=SGD(0.1)),
@@ -42,223 +45,244 @@ TOWERS: dict[str, Level] = {  # "a-by-b": a's hyperparameters by b; it is compar
     "adam": Adam(0.01),
     "adam-by-sgd": Adam(0.01, optimizer=SGD(1e-4)),
     "adam-lr-by-sgd": Adam(0.01, optimizer=SGD(1e-4), learn=("lr",)),
-    "adam-log-by-sgd": Adam(0.01, optimizer=SGD(1.0), domains=LOG),
+    "adam-log-by-sgd": Adam(0.01, optimizer=SGD(1.0), domains=LOG_LR),
     "adam-by-adam": Adam(0.01, optimizer=Adam(1e-4)),
     "adamw": AdamW(0.01),
     "adamw-by-sgd": AdamW(0.01, optimizer=SGD(1e-4)),
     "adam001": Adam(0.001),
-    "adam001-by-sgd": Adam(0.001, optimizer=SGD(1e-5)),  # the published package's example
+    "adam001-by-sgd": Adam(0.001, optimizer=SGD(1e-5)),  # the example of the paper's package
 }
+STEPS_PER_MEAN = 200  # of the step sizes in the plot
 
 
 @dataclass(frozen=True)
 class MnistTower(Experiment):
-    """Test error of 784-128-10 (tanh) after training by towers of optimisers, as in Chandra et al. (2022).
+    """Test error of a 784-128-10 network after training by towers (Chandra et al. 2022).
 
-    Methods are A-by-B, A's hyperparameters moved by B, beside A with the values it starts from, and A with the values
-    the tower ended on, fixed from a fresh start ("re-used"). `height-N` are N + 1 levels of SGD, every one from the
-    same step size, the top one's fixed: `starts` are tried for each, by seed 0.
+    The method A-by-B is the optimiser A with hyperparameters that B moves. It is shown beside A
+    with the hyperparameters it starts from, and beside A from a fresh start with the
+    hyperparameters that the tower ended on ("re-used, fixed"). The methods `height-N` are N + 1
+    levels of SGD that all start from the same step size, where the step size of the top level is
+    fixed. They run from every step size of `starts`, with seed 0.
     """
 
     epochs: int = 30
-    """Over the 60,000 training images."""
+    """Number of passes through the 60,000 training images."""
     batch: int = 256
-    """Images in a training batch."""
+    """Number of images in a training batch."""
     hidden: int = 128
-    """Units of the hidden layer."""
+    """Number of units of the hidden layer, which are tanh."""
     logits: Literal["tanh", "linear"] = "tanh"
-    """Whether the output is squashed, as in the published example of the paper's package."""
+    """Output of the network. The example of the paper's package applies tanh to it."""
     heights: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Levels above the SGD of the weights."""
+    """Numbers N of levels above the SGD of the weights in `height-N`."""
     starts: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-    """Step sizes that every level starts from."""
+    """Step sizes that all levels of `height-N` start from."""
     height_epochs: int = 5
-    """Epochs of `height-N`."""
+    """Number of epochs of `height-N`."""
     training: int | None = None
-    """Training images of each class; by default all."""
+    """Number of training images of each class. If it is not given, all are used."""
 
-    name: ClassVar[str] = "mnist-tower"
-    listed: ClassVar[tuple[str, ...]] = ("heights", "starts")
-    compared: ClassVar[tuple[str, ...]] = tuple(TOWERS)
-    baselines: ClassVar[tuple[str, ...]] = tuple(TOWERS)
+    name = "mnist-tower"
+    default_methods = tuple(TOWERS)
+    case_options = ("heights", "starts")
+    quick_options: ClassVar[dict[str, Any]] = {
+        "epochs": 1,
+        "hidden": 4,
+        "training": 20,
+        "batch": 50,
+        "heights": (0, 2),
+        "starts": (0.01, 1.0),
+        "height_epochs": 1,
+    }
 
-    def quickened(self) -> MnistTower:
-        return replace(
-            self,
-            seeds=1,
-            epochs=1,
-            hidden=4,
-            training=20,
-            batch=50,
-            heights=(0, 2),
-            starts=(0.01, 1.0),
-            height_epochs=1,
-        )
-
-    def cases(self) -> list[Case]:
-        for name, number in {
-            "--epochs": self.epochs,
-            "--height-epochs": self.height_epochs,
-        }.items():
-            if number < 1:
-                raise ValueError(f"{name}: got {number}, expected at least 1")
-        if unknown := [m for m in self.methods if m not in TOWERS]:
-            raise ValueError(
-                f"--method: got {', '.join(unknown)}, expected some of {', '.join(TOWERS)}"
-            )
+    def check_options(self) -> None:
+        """Raise ValueError for sizes, heights or starts out of range."""
+        super().check_options()
+        self.check_range("epochs", "height_epochs", "training")
         if min(self.heights, default=0) < 0 or not min(self.starts, default=1.0) > 0:
             raise ValueError(
-                f"--heights, --starts: got {self.heights} and {self.starts}, expected ≥ 0 and > 0"
+                f"--heights, --starts: got {self.heights} and {self.starts}, expected numbers ≥ 0 "
+                "and numbers > 0"
             )
-        sensitivity = [
+
+    def cases(self) -> list[Case]:
+        """Every method for every seed, then every height from every start."""
+        heights = [
             {"method": f"height-{height}", "start": start, "seed": 0}
             for height in self.heights
             for start in self.starts
         ]
-        return super().cases() + sensitivity
+        return super().cases() + heights
 
     def run(self, case: Case, out: Path) -> Row:
+        """Train by the tower of a case, then by the plain optimiser with the values it ended on."""
         if "start" in case:
-            levels = SGD(case["start"])
-            for _ in range(int(case["method"].removeprefix("height-"))):
-                levels = SGD(case["start"], optimizer=levels)
-            return self._trained(levels, case["seed"], self.height_epochs)
+            height = int(case["method"].removeprefix("height-"))
+            tower = sgd_tower(height, case["start"])
+            return self.train(tower, case["seed"], self.height_epochs)
+
         tower = TOWERS[case["method"]]
-        row = self._trained(tower, case["seed"], self.epochs)
+        row = self.train(tower, case["seed"], self.epochs)
         learnt = row["levels"][0] if row["diverged"] is None else {}
-        if learnt and all(isinstance(x, float) for x in learnt.values()):
+        # No plain optimiser has a step size for each tensor.
+        if learnt and all(isinstance(value, float) for value in learnt.values()):
             fixed = replace(tower, optimizer=None, learn=None, domains={}, **learnt)
-            row["reused_error"] = self._trained(fixed, case["seed"], self.epochs)["error"]
+            row["reused_error"] = self.train(fixed, case["seed"], self.epochs)["error"]
         return row
 
     @cached_property
-    def _data(self) -> tuple[tasks.Examples, tasks.Examples]:
-        pair = [
-            tasks.Examples(x.inputs.flatten(1).float() / 255, x.targets)
-            for x in tasks.mnist(self.data_root)
+    def data(self) -> tuple[tasks.Examples, tasks.Examples]:
+        """The training and the test set as vectors of pixels in [0, 1], read once for all runs."""
+        vectors = [
+            tasks.Examples(part.inputs.flatten(1).float() / 255, part.targets)
+            for part in tasks.mnist(self.data_root)
         ]
-        train, test = (part.to(self.torch_device) for part in pair)
+        train, test = (part.to(self.torch_device) for part in vectors)
         return train, test
 
-    def _trained(self, tower: Level, seed: int, epochs: int) -> Row:
-        """What a run comes to: error in %, None where it diverged; the last epoch's mean loss; the values learnt."""
-        train, test = self._data
+    def train(self, tower: Level, seed: int, epochs: int) -> Row:
+        """The row of `train_with_curve`, and the test error in %, None if the run diverged."""
+        train_set, test = self.data
         if self.training is not None:
-            train, _ = tasks.per_class(train, self.training, seed)
-        batches, last = tasks.Batches(train, self.batch, seed), len(train) // self.batch
+            train_set, _ = tasks.per_class(train_set, self.training, seed)
+        batches = tasks.Batches(train_set, self.batch, seed)
+        steps_per_epoch = len(train_set) // self.batch
         with seeded(seed):
-            model = nn.Sequential(
-                nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)
-            )
+            layers = [nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)]
         if self.logits == "tanh":
-            model.append(nn.Tanh())
-        model.to(train.inputs)
+            layers.append(nn.Tanh())
+        model = nn.Sequential(*layers).to(train_set.inputs)
 
         def loss(step: int) -> Tensor:
             batch = batches(step)
             return F.cross_entropy(model(batch["inputs"]), batch["targets"])
 
-        row = descend(Hyperoptimizer(model.parameters(), tower), loss, epochs * last, last)
-        return row | {"error": _error(model, test) if row["diverged"] is None else None}
+        row = train_with_curve(
+            Hyperoptimizer(model.parameters(), tower),
+            loss,
+            steps=epochs * steps_per_epoch,
+            last=steps_per_epoch,
+        )
+        return row | {"error": percentage_wrong(model, test) if row["diverged"] is None else None}
 
-    def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
-        lines = []
-        for method in self.methods:
-            found = [row for case, row in rows if case["method"] == method]
-            plain = [row for case, row in rows if case["method"] == method.split("-")[0]]
-            if not found:
-                continue
-            start = {
-                name: x
-                for name, x in TOWERS[method].initial_values.items()
-                if name in _SHOWN and x != 0
-            }
-            levels = found[0].get("levels", [])
-            lines.append([
-                f"`{method}`",
-                _numbers(start),
-                _spread(found, "error"),
-                _spread(plain, "error") if "-by-" in method else "",
-                _spread(found, "loss", 4),
-                _numbers(levels[0]) if levels else "",
-                _spread([row for row in found if "reused_error" in row], "reused_error"),
-                f"{statistics.median(row['ms'] for row in found):.2f}",
-            ])  # fmt: skip
-        header = [
-            "method", "starts at", "test error, %", "plain, %", "training loss, last epoch", "learnt (seed 0)",
-            "re-used, fixed, %", "ms a step",
-        ]  # fmt: skip
-        heights = sorted({case["method"] for case, _ in rows if "start" in case})
-        table = markdown(header, lines)
+    def table(self, runs: Runs) -> str:
+        """A line for each method; then the test errors of each height from each start."""
+        columns = {
+            "method": METHOD,
+            "starts at": initial_hyperparameters,
+            "test error, %": mean("error"),
+            "plain, %": lambda group: plain_error(group, runs),
+            "training loss, last epoch": mean("loss", 4),
+            "learnt (seed 0)": learnt_hyperparameters,
+            "re-used, fixed, %": mean("reused_error"),
+            "ms a step": median("ms", 2),
+        }
+        methods = Runs(run for run in runs if "start" not in run.case)
+        heights = Runs(run for run in runs if "start" in run.case)
+        table = markdown_table(columns, methods.groups("method"))
         if not heights:
             return table
-        starts = sorted({case["start"] for case, _ in rows if "start" in case})
-        grid = [
-            [f"`{height}`", *(_spread([r for c, r in rows if c.get("start") == x and c["method"] == height], "error")
-                              for x in starts)]
-            for height in heights
-        ]  # fmt: skip
-        return f"{table}\n\n{markdown(['test error, %, from', *(f'{x:g}' for x in starts)], grid)}"
+        starts = sorted({run.case["start"] for run in heights})
+        lines = [
+            [METHOD(group), *(mean("error")(group.where(start=start)) for start in starts)]
+            for _, group in heights.groups("method")
+        ]
+        header = ["test error, %, from", *(f"{start:g}" for start in starts)]
+        return f"{table}\n\n{markdown(header, lines)}"
 
-    def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
-        left.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
-        for case, row in rows:
-            if case["seed"] == 0 and "-by-" in case["method"] and row["curve"]["step"]:
-                points = torch.tensor(
-                    [row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64
-                ).split(20, 1)
-                left.plot(
-                    *torch.stack([part.mean(1) for part in points]).T,
-                    label=case["method"],
-                    linewidth=0.9,
-                )
-        left.set(title="step size, means over 200 steps", xlabel="training steps")
-        left.set_yscale("symlog", linthresh=1e-4)
-        for height in sorted({case["method"] for case, _ in rows if "start" in case}):
-            found = [
-                (case["start"], row["error"]) for case, row in rows if case["method"] == height
+    def plot(self, runs: Runs, figure: Figure) -> None:
+        """Step sizes of the towers of seed 0, by their lowest level; errors against starts."""
+        figure.set_size_inches(9, 8)
+        axes = figure.subplots(2, 2).flatten()
+        families = {
+            "SGD": ("sgd", "momentum"),
+            "AdaGrad and RMSProp": ("adagrad", "rmsprop"),
+            "Adam": ("adam", "adamw", "adam001"),
+        }
+        for ax, (title, family) in zip(axes, families.items(), strict=False):
+            towers = [
+                run
+                for run in runs.where(seed=0)
+                if "-by-" in run.case["method"] and run.case["method"].split("-")[0] in family
             ]
-            points = sorted(point for point in found if point[1] is not None)
-            right.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                marker="o",
-                markersize=3,
-                label=height,
-            )
-        right.set(
-            title="test error, %, of towers of SGD",
-            xlabel="step size every level starts from",
-            xscale="log",
-        )
-        for ax in (left, right):
-            if ax.get_lines():
-                ax.legend(fontsize=5, loc="lower left" if ax is left else "best")
+            plot_step_sizes(ax, Runs(towers))
+            ax.set_title(f"lr of {title}")
+        plot_heights(axes[-1], Runs(run for run in runs if "start" in run.case))
 
 
-_SHOWN = ("lr", "momentum", "alpha", "beta1", "beta2")
+def sgd_tower(height: int, lr: float) -> Level:
+    """SGD with `height` levels of SGD above it, all of which start from the step size `lr`."""
+    tower = SGD(lr)
+    for _ in range(height):
+        tower = SGD(lr, optimizer=tower)
+    return tower
 
 
-def _numbers(values: dict[str, Any]) -> str:
-    """Of a step size for each tensor, the smallest and the largest."""
-    shown = {
-        n: f"{x:.4g}" if isinstance(x, float) else f"{min(x):.2g} … {max(x):.2g}"
-        for n, x in values.items()
-    }
-    return ", ".join(f"{name} {text}" for name, text in shown.items())
+def plot_step_sizes(ax: Axes, runs: Runs) -> None:
+    """The step size of each run against training steps."""
+    for case, row in runs:
+        curve = torch.tensor([row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64)
+        if curve.numel():
+            means = [part.mean(1) for part in curve.split(STEPS_PER_MEAN // STEPS_PER_POINT, dim=1)]
+            steps, step_sizes = torch.stack(means).T
+            (line,) = ax.plot(steps, step_sizes, label=case["method"], linewidth=0.9)
+            line.set(marker="o", markersize=1.5)
+    ax.set(xlabel="training steps", ylabel=f"mean over {STEPS_PER_MEAN} steps")
+    ax.set_yscale("symlog", linthresh=1e-4)
+    legend_below(ax, columns=3)
 
 
-def _spread(rows: Sequence[Row], key: str, digits: int = 2) -> str:
-    """Over the runs; how many diverged, if any did."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    lost = len(rows) - len(values)
-    return "; ".join(
-        [*([spread(values, digits)] if values else []), *([f"{lost} diverged"] if lost else [])]
-    )
+def plot_heights(ax: Axes, runs: Runs) -> None:
+    """The test error of each height against the step size that its levels start from."""
+    for case, group in runs.groups("method"):
+        finished = [run for run in group if run.row["error"] is not None]
+        starts = [run.case["start"] for run in finished]
+        errors = [run.row["error"] for run in finished]
+        ax.plot(starts, errors, marker="o", markersize=3, label=case["method"])
+    ax.set(title="test error, %, of towers of SGD", xlabel="step size of all levels at the start")
+    ax.set_xscale("log")
+    legend_below(ax, columns=3)
+
+
+def initial_hyperparameters(runs: Runs) -> str:
+    """A cell with the hyperparameters other than 0 that the lowest level starts from."""
+    numbers = TOWERS[runs[0].case["method"]].initial_values
+    shown = {name: numbers.get(name, 0) for name in (*HYPERPARAMETERS, "alpha")}
+    return hyperparameter_list({name: value for name, value in shown.items() if value != 0})
+
+
+def learnt_hyperparameters(runs: Runs) -> str:
+    """A cell with the hyperparameters that the lowest level ended on, of the first run."""
+    levels = runs[0].row.get("levels", [{}])
+    return hyperparameter_list(levels[0])
+
+
+def hyperparameter_list(values: dict[str, float | Sequence[float]]) -> str:
+    """Names and values. Of one value for each tensor, the smallest and the largest are shown.
+
+    Example:
+        >>> hyperparameter_list({"lr": [0.01, 0.2], "momentum": 0.9})
+        'lr 0.01 … 0.2, momentum 0.9'
+    """
+    texts = [
+        f"{name} {value:.4g}"
+        if isinstance(value, float)
+        else f"{name} {min(value):.2g} … {max(value):.2g}"
+        for name, value in values.items()
+    ]
+    return ", ".join(texts)
+
+
+def plain_error(runs: Runs, all_runs: Runs) -> str:
+    """A cell with the test error of the plain optimiser that a tower is compared with."""
+    method = runs[0].case["method"]
+    plain = all_runs.where(method=method.split("-")[0])
+    return mean("error")(plain) if "-by-" in method else ""
 
 
 @torch.no_grad()
-def _error(model: nn.Module, test: tasks.Examples) -> float:
+def percentage_wrong(model: nn.Module, test: tasks.Examples) -> float:
+    """The share of wrong predictions, in %."""
     wrong = model(test.inputs).argmax(1) != test.targets
     return 100 * float(wrong.double().mean())

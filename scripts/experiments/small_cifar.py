@@ -1,4 +1,4 @@
-"""CIFAR-10 at the size that fits: fewer images, of fewer pixels."""
+"""CIFAR-10 at a size that fits a small machine: fewer images, with fewer pixels."""
 
 from __future__ import annotations
 
@@ -10,52 +10,59 @@ import torch
 import torch.nn.functional as F
 
 import tasks
-from experiments.base import Case, Experiment
+from experiments.base import Experiment
 
 
 @dataclass(frozen=True)
 class SmallCifar(Experiment):
-    """Options of every experiment on it, to be inherited before the experiment's kind."""
+    """The options of experiments on small CIFAR-10. It stands first among their base classes."""
 
     images: int = 500
-    """Training images of each class."""
+    """Number of training images of each class."""
     test: int = 1000
-    """Test images of each class."""
+    """Number of test images of each class."""
     side: int = 16
-    """Pixels, 32 or a divisor of it: means of squares."""
+    """Pixels of a side: 32, or a divisor of it, for which squares of pixels are averaged."""
     batch: int = 128
-    """Images in a batch."""
+    """Number of images in a batch."""
 
-    sides: ClassVar[tuple[int, ...]] = (8, 16, 32)
+    sides: ClassVar[tuple[int, ...]] = (8, 16, 32)  # what `side` may be
 
-    def cases(self) -> list[Case]:
+    def check_options(self) -> None:
+        """Raise ValueError for sizes out of range."""
+        super().check_options()
         if self.side not in self.sides:
-            raise ValueError(
-                f"--side: got {self.side}, expected one of {', '.join(map(str, self.sides))}"
-            )
-        for option, most in (("images", 5000), ("test", 1000), ("batch", 10 * self.images)):
-            if not 1 <= (got := getattr(self, option)) <= most:
-                raise ValueError(f"--{option}: got {got}, expected from 1 to {most}")
-        return super().cases()
+            known = ", ".join(map(str, self.sides))
+            raise ValueError(f"--side: got {self.side}, expected one of {known}")
+        self.check_range("images", high=5000)
+        self.check_range("test", high=1000)
+        self.check_range("batch", high=10 * self.images)
 
     def data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:
         """Training and test images `[n, 3, side, side]`, standardised."""
-        train, test = self._whole
+        train, test = self.whole
         if self.images < 5000:
             train, _ = tasks.per_class(train, self.images, seed)
         if self.test < 1000:
             test, _ = tasks.per_class(test, self.test, 0)
-        a, b = (shrunk(part, 32 // self.side) for part in (train, test))
-        return tasks.standardise(a).to(self.torch_device), tasks.standardise(b, like=a).to(
-            self.torch_device
-        )
+        train = shrink(train, 32 // self.side)
+        test = tasks.standardise(shrink(test, 32 // self.side), like=train)
+        train = tasks.standardise(train)
+        return train.to(self.torch_device), test.to(self.torch_device)
 
-    @cached_property  # of all runs
-    def _whole(self) -> tuple[tasks.Examples, tasks.Examples]:
+    @cached_property
+    def whole(self) -> tuple[tasks.Examples, tasks.Examples]:
+        """The training and the test set, read once for all runs."""
         return tasks.cifar10(self.data_root)
 
 
-def shrunk(examples: tasks.Examples, factor: int) -> tasks.Examples:
-    """Images uint8 `[n, c, h, w]`, each `factor` × `factor` square the mean of its pixels, rounded."""
+def shrink(examples: tasks.Examples, factor: int) -> tasks.Examples:
+    """Replace each square of `factor` × `factor` pixels by its rounded mean.
+
+    Example:
+        >>> image = torch.tensor([[0, 10], [20, 31]], dtype=torch.uint8)
+        >>> shrink(tasks.Examples(image.view(1, 1, 2, 2), torch.zeros(1)), 2).inputs.tolist()
+        [[[[15]]]]
+    """
     means = F.avg_pool2d(examples.inputs.float(), factor)
     return tasks.Examples(means.round().to(torch.uint8), examples.targets)

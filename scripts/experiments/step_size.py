@@ -2,338 +2,289 @@
 
 from __future__ import annotations
 
-import gc
-import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import nn
 
 import tasks
-from experiments.base import Case, Experiment, Row, markdown, select, spread
-from experiments.networks import class_accuracies, seeded, train
-from metaimplicit import (
-    FromMeta,
-    GradientDescent,
-    Interval,
-    Positive,
-    Tuner,
-    hypergradient,
-    tuning_problem,
+from experiments.networks import Split, balanced_accuracy, parameter_count, seeded, train
+from experiments.runs import METHOD, Case, Row, Runs, markdown_table, mean, median
+from experiments.sgd_loop import (
+    LOOP,
+    MEBIBYTE,
+    Batch,
+    Data,
+    hypergradient_in_pieces,
+    live_tensor_bytes,
+    peak_of_loop,
 )
+from experiments.tuning import TuningExperiment
+from metaimplicit import Interval, Positive, Tuner, tuning_problem
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.params import Params
-from metaimplicit.problem import Stream
 from metaimplicit.tuning import Scalar, TunerStep, TuningProblem
-
-LOOP = GradientDescent(lr=FromMeta("lr"), momentum=FromMeta("momentum"))
 
 
 @dataclass(frozen=True)
-class StepSize(Experiment):
-    """η and μ of SGD with momentum, training a network of one hidden layer, from poor values of both.
+class StepSize(TuningExperiment):
+    """Step size η and momentum μ of SGD from poor values, for a network of one hidden layer.
 
-    f is the cross-entropy of a training batch, g that of the validation set. `forward` and `unrolled` train anew for
-    every hypergradient, `horizon` steps; `real-time` (Franceschi et al. 2017, RTHO) trains once and moves η and μ every
-    `period` steps. All take `steps` training steps in all. Baseline: `none`, η and μ as they start.
+    The inner loss f is the cross-entropy of a training batch; the outer loss g is that of the
+    validation set. `forward` and `unrolled` train for `horizon` steps from the initialisation for
+    every hypergradient. `real-time` (Franceschi et al. 2017, RTHO) trains once, and moves η and μ
+    every `period` steps. Every method takes `steps` training steps in all. The baseline `none`
+    leaves η and μ as they are.
     """
 
     steps: int = 10_000
-    """Training steps of all outer steps together."""
+    """Number of training steps of all outer steps together."""
     horizon: int = 100
-    """T, training steps for each hypergradient of `forward` and `unrolled`."""
+    """Number of training steps T for each hypergradient of `forward` and `unrolled`."""
     period: int = 10
-    """The same of `real-time`."""
+    """Number of training steps for each hypergradient of `real-time`."""
     lr: float = 0.001
-    """η to start from."""
+    """Step size η at the start."""
     momentum: float = 0.5
-    """μ to start from."""
+    """Momentum μ at the start."""
     outer_lr: float = 0.1
-    """Adam's, on log η and logit μ, of `forward` and `unrolled`."""
+    """Step size of Adam on log η and logit μ for `forward` and `unrolled`."""
     realtime_lr: float = 0.01
-    """The same of `real-time`."""
+    """Step size of Adam on log η and logit μ for `real-time`."""
     hidden: int = 64
-    """Units of the hidden layer, tanh."""
+    """Number of units of the hidden layer, which are tanh."""
     training: int = 500
-    """Training images of each class."""
+    """Number of training images of each class."""
     validation: int = 100
-    """Validation images of each class."""
+    """Number of validation images of each class."""
     test: int = 10_000
-    """Test images, the first."""
+    """Number of test images. They are the first of the test set."""
     batch: int = 64
-    """Images in a training batch."""
+    """Number of images in a training batch."""
 
-    name: ClassVar[str] = "step-size"
-    baselines: ClassVar[tuple[str, ...]] = ("none",)
-    compared: ClassVar[tuple[str, ...]] = ("none", "unrolled", "forward", "real-time")
+    name = "step-size"
+    baselines = ("none",)
+    default_methods = ("none", "unrolled", "forward", "real-time")
+    quick_options: ClassVar[dict[str, Any]] = {
+        "steps": 20,
+        "horizon": 2,
+        "period": 1,
+        "hidden": 4,
+        "training": 10,
+        "validation": 5,
+        "test": 100,
+        "batch": 16,
+    }
 
-    def quickened(self) -> StepSize:
-        return replace(
-            self,
-            seeds=1,
-            steps=20,
-            horizon=2,
-            period=1,
-            hidden=4,
-            training=10,
-            validation=5,
-            test=100,
-            batch=16,
-        )
+    @property
+    def known_methods(self) -> tuple[str, ...]:
+        """The default methods: no others give the hypergradient of a step size."""
+        return self.default_methods
 
-    def cases(self) -> list[Case]:
-        if unknown := [m for m in self.methods if m not in self.compared]:
+    def check_options(self) -> None:
+        """Raise ValueError for numbers of steps that do not fit one another."""
+        super().check_options()
+        in_order = 1 <= self.period <= self.horizon <= self.steps
+        if not in_order or self.horizon % self.period:
             raise ValueError(
-                f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}"
+                f"--period, --horizon, --steps: got {self.period}, {self.horizon}, {self.steps}, "
+                "expected each at most the next, and the horizon a multiple of the period"
             )
-        if not 1 <= self.period <= self.horizon <= self.steps or self.horizon % self.period:
-            raise ValueError(
-                f"--period, --horizon, --steps: got {self.period}, {self.horizon}, {self.steps}, expected each at most "
-                "the next, and the horizon a multiple of the period"
-            )
-        return super().cases()
 
     def run(self, case: Case, out: Path) -> Row:
+        """Train, with η and μ tuned or not, and again for `horizon` steps with the values reached.
+
+        The `trajectory` of a row has the training steps done, η, μ and the validation loss, after
+        every `horizon` training steps. Its `seconds` are those of the training alone.
+        """
         method, seed = case["method"], case["seed"]
-        train_set, validation, test = self._data(seed)
-        batches = tasks.Batches(train_set, min(self.batch, len(train_set)), seed)
-        judge = tasks.Batches(validation, None, 0)(0)
+        data = self.data(seed)
         began = time.perf_counter()
         if method == "none":
-            params, row = self._plain(seed, batches, judge)
+            params, row = self.train_untuned(seed, data)
         else:
-            params, row = self._tuned(method, seed, batches, judge)
+            params, row = self.tune(method, seed, data)
         row["seconds"] = time.perf_counter() - began
-        model = self._network(seed)
-        row["accuracy"] = statistics.fmean(class_accuracies(model, test, params))
-        _, lr, momentum, row["loss"] = row["trajectory"][-1]
-        self._sgd(model, batches, 0, self.horizon, self._optimizer(model, lr, momentum))
-        row |= {
-            "fresh_loss": _loss(model, judge),
-            "fresh_accuracy": statistics.fmean(class_accuracies(model, test)),
-        }
-        if method != "none":
-            row["difference"] = self.difference(method, seed, batches, judge)
-            if seed == 0 and method != "real-time":
-                row["memory"] = self._memory(method, seed, batches, judge)
-        return row | {
-            "lr": lr,
-            "momentum": momentum,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
 
-    def _data(self, seed: int) -> tuple[tasks.Examples, ...]:
+        model = self.network(seed)
+        row["parameters"] = parameter_count(model)
+        row["accuracy"] = balanced_accuracy(model, data.test, params)
+        _, row["lr"], row["momentum"], row["loss"] = row["trajectory"][-1]
+        sgd = torch.optim.SGD(model.parameters(), lr=row["lr"], momentum=row["momentum"])
+        train(model, data.batches, steps=self.horizon, optimizer=sgd)
+        row["fresh_loss"] = loss_of(model, data.validation)
+        row["fresh_accuracy"] = balanced_accuracy(model, data.test)
+        if method != "none":
+            row["difference"] = self.difference(method, seed, data)
+        if method in ("unrolled", "forward") and seed == 0:
+            row["memory"] = self.memory_of_loops(method, seed, data)
+        return row
+
+    def data(self, seed: int) -> Data:
+        """The data of a seed."""
         whole, test = tasks.mnist(self.data_root)
-        validation, rest = tasks.per_class(whole, self.validation, seed)
-        train_set, _ = tasks.per_class(rest, self.training, seed)
-        parts = train_set, validation, test.take(torch.arange(min(self.test, len(test))))
-        return tuple(
-            tasks.standardise(part, like=train_set).to(self.torch_device) for part in parts
+        validation, others = tasks.per_class(whole, self.validation, seed)
+        train_set, _ = tasks.per_class(others, self.training, seed)
+        test = test.take(torch.arange(min(self.test, len(test))))
+        split = Split(train_set, validation, test).standardised(self.torch_device)
+        return Data(
+            batches=tasks.Batches(split.train, min(self.batch, len(split.train)), seed),
+            validation=tasks.Batches(split.validation, None, 0)(0),
+            test=split.test,
         )
 
-    def _network(self, seed: int) -> nn.Sequential:
+    def network(self, seed: int) -> nn.Sequential:
+        """784-hidden-10, tanh."""
         with seeded(seed):
-            layers = (
-                nn.Flatten(),
-                nn.Linear(784, self.hidden),
-                nn.Tanh(),
-                nn.Linear(self.hidden, 10),
-            )
-        return nn.Sequential(*layers).to(self.torch_device)
+            layers = [nn.Linear(784, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 10)]
+        return nn.Sequential(nn.Flatten(), *layers).to(self.torch_device)
 
     def problem(self, model: nn.Module) -> TuningProblem:
-        """φ = (η, μ), which the inner loop `LOOP` reads."""
-        variables = [
-            Scalar("lr", self.lr, Positive()),
-            Scalar("momentum", self.momentum, Interval(0, 1)),
-        ]
-        return tuning_problem(model, F.cross_entropy, variables)
+        """The bilevel problem of φ = (η, μ), which the inner loop `LOOP` reads."""
+        lr = Scalar("lr", self.lr, Positive())
+        momentum = Scalar("momentum", self.momentum, Interval(0, 1))
+        return tuning_problem(model, F.cross_entropy, [lr, momentum])
 
-    def _optimizer(self, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    def train_untuned(self, seed: int, data: Data) -> tuple[Params, Row]:
+        """Train with η and μ as they start. Returns the parameters and the trajectory."""
+        model = self.network(seed)
+        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+        trajectory = []
+        for first in range(0, self.steps, self.horizon):
+            steps = min(self.horizon, self.steps - first)
+            train(model, data.batches_from(first), steps=steps, optimizer=sgd)
+            loss = loss_of(model, data.validation)
+            trajectory.append([first + steps, self.lr, self.momentum, loss])
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        return params, {"trajectory": trajectory}
 
-    def _sgd(
-        self,
-        model: nn.Module,
-        batches: tasks.Batches,
-        first: int,
-        steps: int,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        train(model, lambda i: batches(first + i), steps, optimizer)
+    def tune(self, method: str, seed: int, data: Data) -> tuple[Params, Row]:
+        """Tune η and μ. Returns the parameters of the last inner loop, and the trajectory.
 
-    def _plain(self, seed: int, batches: tasks.Batches, judge: Any) -> tuple[Params, Row]:
-        model = self._network(seed)
-        optimizer, trajectory = self._optimizer(model, self.lr, self.momentum), []
-        for begin in range(0, self.steps, self.horizon):
-            self._sgd(model, batches, begin, min(self.horizon, self.steps - begin), optimizer)
-            done = min(begin + self.horizon, self.steps)
-            trajectory.append([done, self.lr, self.momentum, _loss(model, judge)])
-        return {name: p.detach() for name, p in model.named_parameters()}, {
-            "trajectory": trajectory
-        }
+        The row of `real-time` and seed 0 also has its memory.
+        """
+        tuner = self.tuner(method, seed)
+        inner_steps = tuner.inner.steps
+        trajectory = []
 
-    def _tuner(self, method: str, seed: int) -> Tuner:
-        problem, live = self.problem(self._network(seed)), method == "real-time"
-        return Tuner(
-            problem.problem,
-            problem.meta,
-            inner=LOOP.updated(steps=self.period if live else self.horizon),
-            method=method,
-            optimizer=partial(torch.optim.Adam, lr=self.realtime_lr if live else self.outer_lr),
-            domains=problem.domains,
-            warm_start=live,
+        def note(step: TunerStep) -> None:
+            done = tuner.steps * inner_steps
+            if done % self.horizon == 0:
+                lr = tuner.meta["lr"].item()
+                momentum = tuner.meta["momentum"].item()
+                trajectory.append([done, lr, momentum, step.outer_loss])
+
+        fit = partial(tuner.fit, data.batches, lambda i: data.validation, callback=note)
+        row: Row = {"trajectory": trajectory}
+        if method == "real-time" and seed == 0:
+            row["memory"] = self.memory_along_run(fit)
+        fit(steps=self.steps // inner_steps)
+        return tuner.params, row
+
+    def tuner(self, method: str, seed: int) -> Tuner:
+        """A tuner of η and μ. That of `real-time` goes on with the training at each outer step."""
+        realtime = method == "real-time"
+        lr = self.realtime_lr if realtime else self.outer_lr
+        return self.make_tuner(
+            self.problem(self.network(seed)),
+            method,
+            inner=LOOP.updated(steps=self.period if realtime else self.horizon),
+            optimizer=partial(torch.optim.Adam, lr=lr),
+            warm_start=realtime,
         )
 
-    def _tuned(
-        self, method: str, seed: int, batches: tasks.Batches, judge: Any
-    ) -> tuple[Params, Row]:
-        tuner, trajectory = self._tuner(method, seed), []
-        memory: dict[str, float] = {}
-        k, began = tuner.inner.steps, held()
+    def difference(self, method: str, seed: int, data: Data) -> float:
+        """‖p − q‖/‖q‖ of the hypergradients p of a method and q of reverse mode, in float64.
 
-        def told(step: TunerStep) -> None:
-            lr, momentum = (tuner.meta[name].item() for name in ("lr", "momentum"))
-            if tuner.steps * k % self.horizon == 0:
-                trajectory.append([tuner.steps * k, lr, momentum, step.outer_loss])
-
-        fit = partial(tuner.fit, batches, lambda i: judge, callback=told)
-        if method == "real-time" and seed == 0:
-            for mark in (
-                factor * self.horizon
-                for factor in (1, 10, 100)
-                if factor * self.horizon <= self.steps
-            ):
-                fit(steps=(mark - self.period) // k)
-                before = held() - began
-                with LiveBytes() as live:  # slow, so of the last outer step before the mark alone
-                    fit(steps=mark // k)
-                memory[str(mark)] = (before + live.peak) / 2**20
-        fit(steps=self.steps // k)
-        return tuner.params, {"trajectory": trajectory, **({"memory": memory} if memory else {})}
-
-    def difference(self, method: str, seed: int, batches: tasks.Batches, judge: Any) -> float:
-        """‖p − q‖/‖q‖ of the hypergradients of `method` and reverse mode (of reverse and forward mode), in float64.
-
-        T = `horizon` steps from the same initialisation at η and μ as they start; `real-time` in pieces of `period`.
+        The method `unrolled` is reverse mode; its q is that of forward mode. Both are those of
+        `horizon` steps from the initialisation, at the values of η and μ to start from.
         """
-        problem = self.problem(self._network(seed).double())
+        problem = self.problem(self.network(seed).double())
+        other = "forward" if method == "unrolled" else "unrolled"
+        steps = self.horizon
+        piece = self.period if method == "real-time" else steps
+        p = hypergradient_in_pieces(problem, data.double(), method, steps=steps, piece=piece)
+        q = hypergradient_in_pieces(problem, data.double(), other, steps=steps, piece=steps)
+        return float((p - q).norm() / q.norm())
 
-        def gradient(flag: str, steps: int) -> torch.Tensor:
-            end = None
-            for first in range(0, self.horizon, steps):
+    def memory_of_loops(self, method: str, seed: int, data: Data) -> dict[str, float]:
+        """The peak MiB of live tensors in a short and in a long inner loop, by number of steps."""
+        problem = self.problem(self.network(seed))
+        lengths = (max(self.horizon // 5, 1), 2 * self.horizon)
+        return {str(k): peak_of_loop(problem, data, method, steps=k) for k in lengths}
 
-                def batch(t: int, first: int = first) -> Any:
-                    return _double(batches(first + t) if t < steps else judge)
+    def memory_along_run(self, fit: Callable[..., object]) -> dict[str, float]:
+        """The peak MiB of live tensors after 1, 10 and 100 horizons of real-time tuning.
 
-                found = hypergradient(
-                    problem.problem,
-                    problem.meta,
-                    Stream(batch),
-                    inner=LOOP.updated(steps=steps),
-                    method=flag,
-                    start=end,
-                )
-                end = found.end
-            return torch.stack([found.grads[name] for name in ("lr", "momentum")])
-
-        ours = gradient(method, self.period if method == "real-time" else self.horizon)
-        other = gradient("forward" if method == "unrolled" else "unrolled", self.horizon)
-        return float((ours - other).norm() / other.norm())
-
-    def _memory(
-        self, method: str, seed: int, batches: tasks.Batches, judge: Any
-    ) -> dict[str, float]:
-        """MiB of tensors alive at once, at the peak of one inner loop, by its number of steps."""
-        problem = self.problem(self._network(seed))
+        `fit` takes outer steps up to a number of them. `LiveBytes` is slow, so it watches the last
+        outer step before each mark only, and what was alive before that step is added.
+        """
+        at_start = live_tensor_bytes()
         peaks: dict[str, float] = {}
-        for steps in (self.horizon // 5 or 1, 2 * self.horizon):
-
-            def batch(t: int, steps: int = steps) -> Any:
-                return batches(t) if t < steps else judge
-
+        for horizons in (1, 10, 100):
+            done = horizons * self.horizon
+            if done > self.steps:
+                break
+            fit(steps=done // self.period - 1)
+            before = live_tensor_bytes() - at_start
             with LiveBytes() as live:
-                hypergradient(
-                    problem.problem,
-                    problem.meta,
-                    Stream(batch),
-                    inner=LOOP.updated(steps=steps),
-                    method=method,
-                )
-            peaks[str(steps)] = live.peak / 2**20
+                fit(steps=done // self.period)
+            peaks[str(done)] = (before + live.peak) / MEBIBYTE
         return peaks
 
-    def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
-        lines = []
-        for method in self.methods:
-            if not select(rows, "loss", method=method):
-                continue
-            found = {key: select(rows, key, method=method) for key in (*_SHOWN, "seconds")}
-            differences = [
-                row["difference"]
-                for case, row in rows
-                if case["method"] == method and "difference" in row
-            ]
-            measured = [
-                row["memory"] for case, row in rows if case["method"] == method and "memory" in row
-            ]
-            lines.append([
-                f"`{method}`",
-                *(spread(found[key], digits) for key, digits in _SHOWN.items()),
-                f"{max(differences):.0e}" if differences else "–",
-                ", ".join(f"{mib:.2f} ({steps})" for peaks in measured for steps, mib in peaks.items()) or "–",
-                f"{statistics.median(found['seconds']):.0f}",
-            ])  # fmt: skip
-        header = [
-            "method", "η reached", "μ reached", "validation loss", "test accuracy",
-            f"validation loss, {self.horizon} steps anew", "test accuracy, anew", "hypergradients differ by",
-            "peak MiB (after steps)", "s",
-        ]  # fmt: skip
-        return markdown(header, lines)
+    def table(self, runs: Runs) -> str:
+        """A line for each method."""
+        columns = {
+            "method": METHOD,
+            "η reached": mean("lr", 4),
+            "μ reached": mean("momentum", 3),
+            "validation loss": mean("loss", 4),
+            "test accuracy": mean("accuracy", 4),
+            f"validation loss, fresh start, {self.horizon} steps": mean("fresh_loss", 4),
+            "test accuracy, fresh start": mean("fresh_accuracy", 4),
+            "hypergradients differ by": largest_difference,
+            "peak MiB (after steps)": memory,
+            "s": median("seconds"),
+        }
+        return markdown_table(columns, runs.groups("method"))
 
-    def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
+    def plot(self, runs: Runs, figure: Figure) -> None:
+        """η, μ and the validation loss against training steps, of seed 0."""
         axes = figure.subplots(1, 3)
-        for case, row in rows:
-            if case["seed"] == 0:
-                steps, *curves = zip(*row["trajectory"], strict=True)
-                for ax, curve in zip(axes, curves, strict=True):
-                    ax.plot(steps, curve, label=case["method"])
-        for ax, label in zip(axes, ("η", "μ", "validation loss"), strict=True):
-            ax.set(xlabel="training steps", title=label)
+        for case, row in runs.where(seed=0):
+            steps, *curves = zip(*row["trajectory"], strict=True)
+            # The curves of forward and of reverse mode are the same to round-off.
+            linestyle = "--" if case["method"] == "forward" else "-"
+            for ax, curve in zip(axes, curves, strict=True):
+                ax.plot(steps, curve, linestyle, label=case["method"])
+        for ax, title in zip(axes, ("η", "μ", "validation loss"), strict=True):
+            ax.set(title=title, xlabel="training steps")
         axes[0].set_yscale("log")
         axes[2].set_yscale("log")
-        axes[0].legend(fontsize=7)
+        shared_legend_below(figure)
 
 
-_SHOWN = {
-    "lr": 4,
-    "momentum": 3,
-    "loss": 4,
-    "accuracy": 4,
-    "fresh_loss": 4,
-    "fresh_accuracy": 4,
-}  # digits
+def largest_difference(runs: Runs) -> str:
+    """A cell with the largest difference from the other mode's hypergradient."""
+    differences = runs.values("difference")
+    return f"{max(differences):.0e}" if differences else "–"
 
 
-def held() -> int:
-    """Bytes of the tensors that Python holds."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
-    return sum(storages.values())
+def memory(runs: Runs) -> str:
+    """A cell with the peaks of memory, each with its number of steps."""
+    peaks = [peak for by_steps in runs.values("memory") for peak in by_steps.items()]
+    return ", ".join(f"{mebibytes:.2f} ({steps})" for steps, mebibytes in peaks) or "–"
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+def loss_of(model: nn.Module, batch: Batch) -> float:
+    """The mean cross-entropy of a batch."""
     return F.cross_entropy(model(batch["inputs"]), batch["targets"]).item()
-
-
-def _double(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch | {"inputs": batch["inputs"].double()}

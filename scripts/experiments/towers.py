@@ -1,4 +1,4 @@
-"""What experiments on towers share: methods from several starts, a loop that notes the hyperparameters, table, plot."""
+"""What experiments on towers share: methods from several starts, training, a table, a plot."""
 
 from __future__ import annotations
 
@@ -6,64 +6,67 @@ import math
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.base import Case, Experiment, Row, markdown, spread
+from experiments.base import Experiment
+from experiments.runs import METHOD, Case, Cell, Row, Runs, case_value, markdown_table, median
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam, Hyperoptimizer, Level
 
-EVERY = 10  # steps that are one point of the curve
+STEPS_PER_POINT = 10  # of a curve
+HYPERPARAMETERS = ("lr", "momentum", "beta1", "beta2")  # those that a curve shows
 Schedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class Towers(Experiment):
-    """Fixed hyperparameters, a hand-made step decay, and towers, from the same starts."""
+    """Fixed hyperparameters, a step decay and towers, all from the same starts."""
 
     epochs: int = 10
-    """Passes through the training set."""
+    """Number of passes through the training set."""
     outer_sgd: float = 0.01
-    """Step size of the SGD above, of `tower`."""
+    """Step size of the SGD that moves the hyperparameters of `tower`."""
     outer_adam: float = 0.01
-    """Step size of the Adam above, of `tower-adam`."""
+    """Step size of the Adam that moves the hyperparameters of `tower-adam`."""
 
-    baselines: ClassVar[tuple[str, ...]] = ("plain", "step-decay", "tower", "tower-adam")
-    compared: ClassVar[tuple[str, ...]] = baselines
-    shown: ClassVar[dict[str, tuple[str, int]]]  # of a row: what the table calls it, its digits
+    default_methods = ("plain", "step-decay", "tower", "tower-adam")
+    # the columns of the table between the method and the step size reached
+    result_columns: ClassVar[dict[str, Cell]]
 
     @property
     @abstractmethod
     def starts(self) -> list[Case]:
-        """The hyperparameters to start from, by name, lr among them."""
+        """The hyperparameters to start from, by name. `lr` is one of them."""
 
-    def cases(self) -> list[Case]:
-        if unknown := [m for m in self.methods if m not in self.compared]:
-            raise ValueError(
-                f"--method: got {', '.join(unknown)}, expected some of {', '.join(self.compared)}"
-            )
-        if self.epochs < 1:
-            raise ValueError(f"--epochs: got {self.epochs}, expected at least 1")
+    def check_options(self) -> None:
+        """Raise ValueError for starts and step sizes that are out of range."""
+        super().check_options()
+        self.check_range("epochs")
         if not self.starts:
             raise ValueError("--start: got none, expected at least one")
-        for name, value in (
-            (name, value) for start in self.starts for name, value in start.items()
-        ):
-            if not 0 < value < (math.inf if name == "lr" else 1):
-                raise ValueError(
-                    f"--start: got {name} {value}, expected a positive number, below 1 but for lr"
-                )
+        for start in self.starts:
+            for name, value in start.items():
+                if not 0 < value < (math.inf if name == "lr" else 1):
+                    raise ValueError(
+                        f"--start: got {name} {value}, expected a positive number, "
+                        "which for other hyperparameters than lr is below 1"
+                    )
         for method in self.methods:
-            self.above(method)  # refuses step sizes out of range
-        plain = super().cases()
-        return [case | start for start in self.starts for case in plain]
+            self.outer_level(method)  # raises for a step size out of range
 
-    def above(self, method: str) -> Level | None:
-        """The level that moves the optimiser's hyperparameters, if any does."""
+    def cases(self) -> list[Case]:
+        """Every method for every seed, from one start after the other."""
+        cases = super().cases()
+        return [case | start for start in self.starts for case in cases]
+
+    def outer_level(self, method: str) -> Level | None:
+        """The level that moves the optimiser's hyperparameters, or None if they are fixed."""
         match method:
             case "tower":
                 return SGD(self.outer_sgd)
@@ -71,90 +74,95 @@ class Towers(Experiment):
                 return Adam(self.outer_adam)
         return None
 
-    def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
-        lines = []
-        for start in self.starts:
-            for method in self.methods:
-                at = start | {"method": method}
-                if not (found := [row for case, row in rows if at.items() <= case.items()]):
-                    continue
-                reached = [row["learnt"]["lr"] for row in found if row["diverged"] is None]
-                lines.append([
-                    *(f"{value:g}" for value in start.values()),
-                    f"`{method}`",
-                    *(_cell(found, key, digits) for key, (_, digits) in self.shown.items()),
-                    f"{statistics.median(reached):.2g}" if reached else "–",
-                    f"{statistics.median(row['ms'] for row in found):.0f}",
-                ])  # fmt: skip
-        names = [name for name, _ in self.shown.values()]
-        return markdown([*self.starts[0], "method", *names, "lr reached", "ms a step"], lines)
+    def table(self, runs: Runs) -> str:
+        """A line for each start and method."""
+        names = list(self.starts[0])
+        columns = {
+            **{name: case_value(name, "{:g}") for name in names},
+            "method": METHOD,
+            **self.result_columns,
+            "lr reached": lr_reached,
+            "ms a step": median("ms"),
+        }
+        return markdown_table(columns, runs.groups(*names, "method"))
 
-    def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
-        figure.set_size_inches(3.4 * len(self.starts), 5.5)
+    def plot(self, runs: Runs, figure: Figure) -> None:
+        """Step size and training loss against training steps: a column of panels for each start."""
+        figure.set_size_inches(max(3.4 * len(self.starts), 5), 5.5)
         axes = figure.subplots(2, len(self.starts), sharex=True, sharey="row", squeeze=False)
-        for column, start in zip(axes.T, self.starts, strict=True):
-            for i, method in enumerate(self.methods):
-                found = [
-                    row
-                    for case, row in rows
-                    if (start | {"method": method}).items() <= case.items()
-                ]
-                for row in found:
-                    label = method if row is found[0] else None
-                    for ax, name in zip(column, ("lr", "loss"), strict=True):
-                        ax.plot(
-                            row["curve"]["step"],
-                            row["curve"][name],
-                            color=f"C{i}",
-                            label=label,
-                            lw=1,
-                            alpha=0.7,
-                        )
-            column[0].set(
-                title=", ".join(f"{name} {value:g}" for name, value in start.items()), yscale="log"
-            )
-            column[1].set(xlabel="training steps", yscale="log")
+        for (top, bottom), start in zip(axes.T, self.starts, strict=True):
+            for i, (case, group) in enumerate(runs.where(**start).groups("method")):
+                style = {"color": f"C{i}", "label": case["method"], "linewidth": 1, "alpha": 0.7}
+                for _, row in group:
+                    top.plot(row["curve"]["step"], row["curve"]["lr"], **style)
+                    bottom.plot(row["curve"]["step"], row["curve"]["loss"], **style)
+            values = ", ".join(f"{name} {value:g}" for name, value in start.items())
+            top.set(title=f"from {values}", yscale="log")
+            bottom.set(xlabel="training steps", yscale="log")
         axes[0, 0].set_ylabel("lr")
         axes[1, 0].set_ylabel("training loss")
-        axes[0, 0].legend(fontsize=8)
+        shared_legend_below(figure)
+
+
+def lr_reached(runs: Runs) -> str:
+    """A cell with the median of the last step sizes of the runs that did not diverge."""
+    reached = [row["learnt"]["lr"] for _, row in runs if row["diverged"] is None]
+    return f"{statistics.median(reached):.2g}" if reached else "–"
 
 
 def step_decay(step: int, steps: int) -> float:
-    """He et al.'s factor on lr: 0.1 from half of the run on, 0.01 from three quarters on."""
+    """The factor on lr of He et al. (2016): 0.1 from half of the run on, 0.01 from three quarters.
+
+    Example:
+        >>> [step_decay(step, 8) == 1.0 for step in range(8)].count(True)
+        4
+    """
     return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
 
 
-def descend(
+def train_with_curve(
     optimizer: torch.optim.Optimizer,
     loss: Callable[[int], Tensor],
+    *,
     steps: int,
     last: int,
     schedule: Schedule | None = None,
 ) -> Row:
-    """Step along the gradients of loss(0), loss(1), …; end where a loss or a hyperparameter is not finite.
+    """Train, and note how the loss and the hyperparameters went.
+
+    Training ends early at a loss or a hyperparameter that is not finite.
 
     Args:
-        loss: of a step, from 0 on; 0-dim.
-        last: steps whose mean loss is the row's `loss`.
-        schedule: gives a factor on lr for each step.
+        optimizer: An optimiser with one group of parameters.
+        loss: The training loss of a step, from 0 on; 0-dim.
+        steps: Number of steps.
+        last: Number of steps at the end whose mean loss is the `loss` of the row.
+        schedule: The factor on lr at a step. If None, lr is as the optimiser has it.
 
     Returns:
-        `diverged`, the step that failed, from 0 on, or None, and `reason`; `loss`, None if diverged; `curve`, by name
-        the mean losses of `EVERY` steps each, and the hyperparameters after them, of many the mean; `learnt`, the last
-        of these; and `levels`, a tower's by level, from the parameters' up; `ms` a step.
+        A row with
+
+        - `diverged`: the number of the step that failed, from 0 on, or None; `reason` says why.
+        - `loss`: the mean of the last training losses, or None if the run diverged.
+        - `curve`: for every ten steps their last `step`, the mean `loss`, and the hyperparameters
+          after them by name. Hyperparameters with many values are represented by their mean.
+        - `learnt`: the hyperparameters of the last point.
+        - `levels`: all values that a tower learnt, by level, from the lowest level up.
+        - `ms`: milliseconds a step.
     """
     group = optimizer.param_groups[0]
-    start, names = (
-        group["lr"],
-        [name for name in ("lr", "momentum", "beta1", "beta2") if name in group],
-    )
+    start_lr = group["lr"]
+    names = [name for name in HYPERPARAMETERS if name in group]
     losses = torch.zeros(steps, device=group["params"][0].device)
     curve: dict[str, list[float]] = {name: [] for name in ("step", "loss", *names)}
-    learnt = {name: _mean(group[name]) for name in names}
-    diverged, reason, done, began = None, "", 0, time.perf_counter()
+    row: Row = {"diverged": None, "reason": "", "curve": curve, "learnt": values_of(group, names)}
+    noted = 0  # steps that the curve has
+    taken = 0
+    began = time.perf_counter()
     for step in range(steps):
+        taken = step + 1
         if schedule is not None:
-            group["lr"] = start * schedule(step)
+            group["lr"] = start_lr * schedule(step)
         optimizer.zero_grad()
         value = loss(step)
         value.backward()
@@ -162,40 +170,51 @@ def descend(
         try:
             optimizer.step()
         except FloatingPointError as error:
-            diverged, reason = step, str(error)
+            row |= {"diverged": step, "reason": str(error)}
             break
-        if (step + 1) % EVERY == 0 or step + 1 == steps:
-            values = {name: _mean(group[name]) for name in names}
-            if not (finite := losses[done : step + 1].isfinite()).all():
-                diverged, reason = done + int((~finite).nonzero()[0]), "the loss is not finite"
+
+        # Reading the losses waits for the device, so it happens once for every point.
+        if taken % STEPS_PER_POINT == 0 or taken == steps:
+            values = values_of(group, names)
+            row |= find_divergence(losses[noted:taken], noted, values)
+            if row["diverged"] is not None:
                 break
-            if not all(map(math.isfinite, values.values())):
-                diverged, reason = step, f"hyperparameters turned {values}"
-                break
-            learnt = values
-            point = {"step": step + 1, "loss": losses[done : step + 1].mean().item()} | values
+            row["learnt"] = values
+            point = {"step": taken, "loss": losses[noted:taken].mean().item(), **values}
             for name, number in point.items():
                 curve[name].append(number)
-            done = step + 1
-    made = steps if diverged is None else diverged + 1
-    row: Row = {"diverged": diverged, "reason": reason, "curve": curve, "learnt": learnt}
-    row |= {"ms": 1000 * (time.perf_counter() - began) / made}
-    if diverged is None and isinstance(optimizer, Hyperoptimizer):
-        levels = optimizer.hyperparameters[0]
+            noted = taken
+    row["ms"] = 1000 * (time.perf_counter() - began) / taken
+    finished = row["diverged"] is None
+    if finished and isinstance(optimizer, Hyperoptimizer):
         row["levels"] = [
-            {name: value.tolist() for name, value in level.items()} for level in levels
+            {name: value.tolist() for name, value in level.items()}
+            for level in optimizer.hyperparameters[0]
         ]
-    return row | {"loss": losses[-last:].mean().item() if diverged is None else None}
+    return row | {"loss": losses[-last:].mean().item() if finished else None}
 
 
-def _mean(number: float | Tensor) -> float:
-    return number.mean().item() if isinstance(number, Tensor) else number
+def find_divergence(losses: Tensor, first: int, values: dict[str, float]) -> Row:
+    """`diverged` and `reason` if a loss or a hyperparameter is not finite, else nothing.
+
+    Args:
+        losses: The losses of consecutive steps, `[n]`.
+        first: Number of the first of these steps.
+        values: The hyperparameters after the last of them.
+    """
+    finite = losses.isfinite()
+    if not finite.all():
+        step = first + int((~finite).nonzero()[0])
+        return {"diverged": step, "reason": "the loss is not finite"}
+    if not all(map(math.isfinite, values.values())):
+        step = first + len(losses) - 1
+        return {"diverged": step, "reason": f"the hyperparameters are {values}"}
+    return {}
 
 
-def _cell(rows: Sequence[Row], key: str, digits: int) -> str:
-    """mean ± standard deviation of the runs that did not diverge, and how many did."""
-    values = [row[key] for row in rows if row["diverged"] is None]
-    if not values:
-        return "diverged"
-    failed = len(rows) - len(values)
-    return spread(values, digits) + (f" ({failed} of {len(rows)} diverged)" if failed else "")
+def values_of(group: dict[str, Any], names: list[str]) -> dict[str, float]:
+    """The hyperparameters of a group by name; the mean of one with many values."""
+    return {
+        name: group[name].mean().item() if isinstance(group[name], Tensor) else group[name]
+        for name in names
+    }

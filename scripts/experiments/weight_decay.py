@@ -1,225 +1,279 @@
-"""A decay for every weight of a logistic regression: hypergradients' directions and lengths, at several outer steps."""
+"""A decay for every weight of a logistic regression: direction and length of hypergradients."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import problems
 import torch
 import torch.nn.functional as F
+from figures import legend_below
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.base import Case, Experiment, Row, markdown, select, spread
-from metaimplicit import Box, Tuner, hypergradient
-from metaimplicit.methods import known_options, make_method
+from experiments.runs import (
+    METHOD,
+    Case,
+    Cell,
+    Row,
+    Runs,
+    case_value,
+    markdown_table,
+    mean,
+    spread,
+)
+from experiments.tuning import TuningExperiment
+from metaimplicit import Box, hypergradient
 from metaimplicit.params import Params
 from metaimplicit.solvers import SolverState
+from metaimplicit.tuning import TuningProblem
 
-PAPER_STEP = (
-    1.0  # the outer step of Hataya & Yamada's code, whose other numbers are the defaults below
-)
+PAPER_STEP = 1.0  # the outer step in the code of Hataya & Yamada (2023)
 
 
 @dataclass(frozen=True)
-class WeightDecay(Experiment):
+class WeightDecay(TuningExperiment):
     """Losses and accuracy of a logistic regression whose 100 decays are tuned on validation data.
 
-    The set-up of Hataya & Yamada's code: 500 + 500 points, 100 inner steps of 0.1 from zero, solves from zero, outer
-    SGD with momentum 0.9, decays from 1 and at least 1e-8. `dense` is the exact implicit hypergradient, against which
-    every method's is held on its own path. Baseline: `none`, the decays stay. Seed s is data set s + 1 of compare.py.
+    The set-up is that of the code of Hataya & Yamada (2023): 500 training and 500 validation
+    points, 100 inner steps of 0.1 from zero, solves that start from zero, outer steps of SGD with
+    momentum 0.9, decays that start at 1 and are at least 1e-8. The hypergradients of every method
+    are compared with the exact one, that of `dense`, at the same decays. The baseline `none` leaves
+    the decays as they are. Seed s is data set s + 1 of compare.py.
     """
 
     seeds: int = 5
-    """Data sets."""
+    """Number of data sets."""
     outer_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    """Outer steps to compare; each method's best is the one of the lowest mean validation loss."""
+    """Outer step sizes to compare. A method's best one has the lowest mean validation loss."""
     outer_steps: int = 10
-    """How many are taken; their code's 1000 inner steps come to 9."""
+    """Number of outer steps. The paper's code, with 1000 inner steps in all, takes 9."""
     solver_steps: int = 5
-    """Products of CG and Nyström-CG, terms of Neumann."""
+    """Number of products of CG and of Nyström-CG, and of terms of Neumann's series."""
     rank: int = 5
-    """Columns of Nyström."""
+    """Number of columns of Nyström's sketch."""
     rho: float = 0.1
-    """Nyström's damping."""
+    """Damping ρ of Nyström."""
     scale: float = 0.1
-    """Step of Neumann's series; they give it and ρ by the same option."""
+    """Step of Neumann's series. The paper's code has one option for it and ρ."""
     test: int = 10_000
-    """Test points, which decide nothing."""
+    """Number of test points. No choice depends on them."""
 
-    name: ClassVar[str] = "weight-decay"
-    baselines: ClassVar[tuple[str, ...]] = ("none",)
-    listed: ClassVar[tuple[str, ...]] = ("outer_lrs",)
-    compared: ClassVar[tuple[str, ...]] = (
-        "none", "dense", "unrolled", "cg", "neumann", "nystrom", "nystrom-cg", "t1-t2",
-    )  # fmt: skip
+    name = "weight-decay"
+    baselines = ("none",)
+    default_methods = (
+        *baselines,
+        "dense",
+        "unrolled",
+        "cg",
+        "neumann",
+        "nystrom",
+        "nystrom-cg",
+        "t1-t2",
+    )
+    case_options = ("outer_lrs",)
+    quick_options: ClassVar[dict[str, Any]] = {
+        "outer_lrs": (1.0, 3.0),
+        "outer_steps": 2,
+        "test": 100,
+    }
 
-    def quickened(self) -> WeightDecay:
-        lrs = self.outer_lrs[-2:]
-        return replace(self, seeds=1, outer_lrs=lrs, outer_steps=2, test=100)
+    def check_options(self) -> None:
+        """Raise ValueError for sizes or step sizes out of range."""
+        super().check_options()
+        self.check_range("outer_steps", "test")
+        if not self.outer_lrs or not min(self.outer_lrs) > 0:
+            raise ValueError(f"--outer-lrs: got {self.outer_lrs}, expected some numbers > 0")
 
     def cases(self) -> list[Case]:
-        for name, number in {"--outer-steps": self.outer_steps, "--test": self.test}.items():
-            if number < 1:
-                raise ValueError(f"{name}: got {number}, expected at least 1")
-        if not min(self.outer_lrs, default=0) > 0:
-            raise ValueError(f"--outer-lrs: got {self.outer_lrs}, expected some numbers > 0")
-        # what stays does so at every outer step
+        """Every method for every seed and outer step. The baseline has the outer step 0."""
         return [
             case | {"outer_lr": lr}
             for case in super().cases()
             for lr in ([0.0] if case["method"] == "none" else self.outer_lrs)
         ]
 
-    def run(self, case: Case, out: Path) -> Row:
-        began, found = time.perf_counter(), problems.logistic(case["seed"] + 1, self.test)
-        row: Row = {"losses": [], "cosines": [], "ratios": []}
-        meta = found.meta
-        try:
-            if case["method"] != "none":
-                with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore", RuntimeWarning
-                    )  # of large residuals, which `ratios` tell
-                    meta = self._tuned(found, case, row)
-            last = hypergradient(found.problem, meta, found.data, inner=found.inner, method="dense")
-            loss = last.outer_loss.item() if math.isfinite(last.outer_loss.item()) else None
-        except FloatingPointError:
-            loss = None
-        row["loss"] = loss  # None, it diverged
-        if loss is not None:
-            x, y = (part[1000:] for part in found.data)
-            scores = x @ last.params["w"]
-            row["losses"].append(loss)
-            row["test_loss"] = F.binary_cross_entropy_with_logits(scores, y).item()
-            row["test_accuracy"] = ((scores > 0) == (y > 0)).double().mean().item()
-        return row | {"seconds": time.perf_counter() - began}
+    def method_options(self, flag: str) -> dict[str, Any]:
+        """The options of the solvers."""
+        return {
+            "solver_steps": self.solver_steps,
+            "rank": self.rank,
+            "rho": self.rho,
+            "scale": self.scale if flag == "neumann" else None,
+        }
 
-    def _tuned(self, found: problems.Case, case: Case, row: Row) -> Params:
-        """The decays after the outer steps; on the way, what each hypergradient is beside the exact one there."""
-        method = case["method"]
-        options = known_options(
-            method,
-            solver_steps=self.solver_steps,
-            rank=self.rank,
-            rho=self.rho,
-            scale=self.scale if method == "neumann" else None,
-        )
-        tuner = Tuner(
-            found.problem,
-            found.meta,
-            inner=found.inner,
-            method=make_method(method, **options),
+    def run(self, case: Case, out: Path) -> Row:
+        """Tune the decays of one data set.
+
+        The row has, for each outer step, the validation loss before it and how its hypergradient
+        compares with the exact one; then the losses and the accuracy at the end. The `loss` of a
+        run that diverged is None.
+        """
+        data_set = problems.logistic(case["seed"] + 1, self.test)
+        row: Row = {"losses": [], "cosines": [], "ratios": []}
+        try:
+            meta = data_set.meta
+            if case["method"] != "none":
+                meta = self.tune(data_set, case, row)
+            end = hypergradient(
+                data_set.problem,
+                meta,
+                data_set.data,
+                inner=data_set.inner,
+                method="dense",
+            )
+        except FloatingPointError:
+            return row | {"loss": None}
+        loss = end.outer_loss.item()
+        if not math.isfinite(loss):
+            return row | {"loss": None}
+
+        inputs, labels = data_set.data
+        logits = inputs[1000:] @ end.params["w"]  # of the test points
+        labels = labels[1000:]
+        row["losses"].append(loss)
+        return row | {
+            "loss": loss,
+            "test_loss": F.binary_cross_entropy_with_logits(logits, labels).item(),
+            "test_accuracy": ((logits > 0) == (labels > 0)).double().mean().item(),
+        }
+
+    def tune(self, data_set: problems.Instance, case: Case, row: Row) -> Params:
+        """Take the outer steps, and note in the row how each hypergradient compares with the exact.
+
+        Raises:
+            FloatingPointError: A hypergradient is not finite.
+        """
+        tuner = self.make_tuner(
+            TuningProblem(data_set.problem, data_set.meta, {"decay": Box(1e-8)}),
+            case["method"],
+            inner=data_set.inner,
             optimizer=partial(torch.optim.SGD, lr=case["outer_lr"], momentum=0.9),
-            domains={"decay": Box(1e-8)},
             warm_start=False,
         )
         (decay,) = tuner.optimizer.param_groups[0]["params"]
         for _ in range(self.outer_steps):
             before = {name: value.clone() for name, value in tuner.meta.items()}
-            tuner.state = SolverState()  # every solve from zero
-            step = tuner.step(found.data, found.data)
-            exact = hypergradient(
-                found.problem,
-                before,
-                found.data,
-                inner=problems.STAY,
-                method="dense",
-                start=tuner.end,
-            )
-            cosine, ratio = compared_with(exact.grads["decay"], decay.grad)
+            tuner.state = SolverState()  # the solve starts from zero
+            with warnings.catch_warnings():
+                # of large residuals: the cosines and ratios show what they cause
+                warnings.simplefilter("ignore", RuntimeWarning)
+                step = tuner.step(data_set.data, data_set.data)
+                exact = hypergradient(
+                    data_set.problem,
+                    before,
+                    data_set.data,
+                    inner=problems.STAY_AT_START,
+                    method="dense",
+                    start=tuner.end,
+                )
+            cosine, ratio = cosine_and_ratio(exact.grads["decay"], decay.grad)
             if not math.isfinite(cosine + ratio):
                 raise FloatingPointError(
-                    f"{case}: got a cosine of {cosine} and a norm ratio of {ratio}"
+                    f"{case}: got a cosine of {cosine} and a norm ratio of {ratio}, "
+                    "expected finite numbers; lower --outer-lrs"
                 )
-            for key, value in {
-                "losses": step.outer_loss,
-                "cosines": cosine,
-                "ratios": ratio,
-            }.items():
-                row[key].append(value)
+            row["losses"].append(step.outer_loss)
+            row["cosines"].append(cosine)
+            row["ratios"].append(ratio)
         return tuner.meta
 
-    def table(self, rows: Sequence[tuple[Case, Row]]) -> str:
+    def table(self, runs: Runs) -> str:
+        """One table at the paper's outer step, one at the best outer step of each method."""
+        columns = {
+            "method": METHOD,
+            "outer step": outer_step,
+            "validation loss": mean("loss", 3),
+            "test loss": mean("test_loss", 3),
+            "test accuracy, %": mean("test_accuracy", scale=100),
+            "cosine": mean_over_steps("cosines", 4),
+            "norm ratio": mean_over_steps("ratios", 3),
+        }
         tried = ", ".join(f"{lr:g}" for lr in self.outer_lrs)
-        best = {method: best_step(rows, method) for method in self.methods}
-        fixed = {method: 0.0 if method == "none" else PAPER_STEP for method in self.methods}
+        at_paper = markdown_table(columns, runs_at_paper_step(runs).groups("method"))
+        at_best = markdown_table(columns, runs_at_best_step(runs).groups("method"))
         return (
-            f"At the outer step of Hataya & Yamada's code, {PAPER_STEP:g}:\n\n{self._at(rows, fixed)}\n\n"
-            f"At each method's best outer step of {tried}, by mean validation loss:\n\n{self._at(rows, best)}"
+            f"At the outer step of Hataya & Yamada's code, {PAPER_STEP:g}:\n\n{at_paper}\n\n"
+            f"At each method's best outer step of {tried}, by mean validation loss:\n\n{at_best}"
         )
 
-    def _at(self, rows: Sequence[tuple[Case, Row]], steps: dict[str, float]) -> str:
-        """One table, each method at its outer step."""
-        lines = []
-        for method, lr in steps.items():
-            at = {"method": method, "outer_lr": lr}
-            if lost := select(rows, "loss", **at).count(None):
-                lines.append(
-                    [f"`{method}`", f"{lr:g}", f"{lost} of {self.seeds} diverged", *["–"] * 4]
-                )
-                continue
-            means = {
-                key: [statistics.fmean(c) for c in select(rows, key, **at) if c]
-                for key in ("cosines", "ratios")
-            }
-            lines.append([
-                f"`{method}`",
-                f"{lr:g}" if lr else "–",
-                spread(select(rows, "loss", **at), 3),
-                spread(select(rows, "test_loss", **at), 3),
-                spread([100 * accuracy for accuracy in select(rows, "test_accuracy", **at)], 2),
-                spread(means["cosines"], 4),
-                spread(means["ratios"], 3),
-            ])  # fmt: skip
-        header = [
-            "method",
-            "outer step",
-            "validation loss",
-            "test loss",
-            "test accuracy, %",
-            "cosine",
-            "norm ratio",
-        ]
-        return markdown(header, lines)
-
-    def plot(self, rows: Sequence[tuple[Case, Row]], figure: Figure) -> None:
+    def plot(self, runs: Runs, figure: Figure) -> None:
+        """Validation loss against outer steps, at the paper's outer step and at the best ones."""
+        figure.set_size_inches(8, 5)
         left, right = figure.subplots(1, 2, sharey=True)
-        for ax, title in (
-            (left, f"outer step {PAPER_STEP:g}"),
-            (right, "each method's best outer step"),
-        ):
-            for method in self.methods:
-                lr = best_step(rows, method) if ax is right and method != "none" else PAPER_STEP
-                found = select(rows, "losses", method=method, outer_lr=lr)
-                if found and None not in select(rows, "loss", method=method, outer_lr=lr):
-                    mean = [statistics.fmean(losses) for losses in zip(*found, strict=True)]
-                    ax.plot(mean, marker="o", markersize=3, label=f"{method}, {lr:g}")
-            ax.set(title=title, xlabel="outer steps")
-            ax.legend(fontsize=7)
-        left.set_ylabel("validation loss")
+        tuned = Runs(run for run in runs if run.case["method"] != "none")
+        plot_losses(left, runs_at_paper_step(tuned))
+        plot_losses(right, runs_at_best_step(tuned))
+        left.set(title=f"outer step {PAPER_STEP:g}", ylabel="validation loss")
+        right.set(title="best outer step of each method")
 
 
-def compared_with(exact: Tensor, found: Tensor) -> tuple[float, float]:
-    """cos∠(found, exact) and ‖found‖/‖exact‖ of two vectors, `[n]`."""
-    a, b = exact / exact.norm(), found / exact.norm()
+def cosine_and_ratio(exact: Tensor, other: Tensor) -> tuple[float, float]:
+    """The cosine of the angle between two vectors `[n]`, and ‖other‖/‖exact‖.
+
+    Example:
+        >>> cosine_and_ratio(torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0]))
+        (1.0, 2.0)
+    """
+    a = exact / exact.norm()
+    b = other / exact.norm()
     return float(a @ b / b.norm()), float(b.norm())
 
 
-def best_step(rows: Sequence[tuple[Case, Row]], method: str) -> float:
-    """The outer step of the lowest mean validation loss, whatever the test says, at which none diverged."""
+def runs_at_paper_step(runs: Runs) -> Runs:
+    """The runs at the outer step of the paper's code, and those of the baseline."""
+    return Runs(run for run in runs if run.case["outer_lr"] in (0.0, PAPER_STEP))
 
-    def loss(lr: float) -> float:
-        losses = select(rows, "loss", method=method, outer_lr=lr)
-        return math.inf if None in losses else statistics.fmean(losses)
 
-    steps: list[float] = sorted({case["outer_lr"] for case, _ in rows if case["method"] == method})
-    return min(steps, key=loss)
+def runs_at_best_step(runs: Runs) -> Runs:
+    """The runs at the best outer step of their method."""
+    best = {case["method"]: best_step(group) for case, group in runs.groups("method")}
+    return Runs(run for run in runs if run.case["outer_lr"] == best[run.case["method"]])
+
+
+def best_step(runs: Runs) -> float:
+    """The outer step with the lowest mean validation loss.
+
+    Steps at which a run diverged come last. The test points have no influence.
+    """
+    mean_losses: dict[float, float] = {}
+    for case, group in runs.groups("outer_lr"):
+        losses = group.values("loss")
+        mean_losses[case["outer_lr"]] = math.inf if None in losses else statistics.fmean(losses)
+    return min(sorted(mean_losses), key=lambda lr: mean_losses[lr])
+
+
+def outer_step(runs: Runs) -> str:
+    """A cell with the outer step, or a dash for the baseline."""
+    return case_value("outer_lr", "{:g}")(runs) if runs[0].case["outer_lr"] else "–"
+
+
+def mean_over_steps(key: str, digits: int) -> Cell:
+    """A cell with the mean over outer steps of row[key], for the runs that did not diverge."""
+
+    def cell(runs: Runs) -> str:
+        finished = [run.row for run in runs if run.row["loss"] is not None]
+        return spread([statistics.fmean(row[key]) for row in finished if row[key]], digits)
+
+    return cell
+
+
+def plot_losses(ax: Axes, runs: Runs) -> None:
+    """Mean validation losses of the methods none of whose runs diverged."""
+    for case, group in runs.groups("method", "outer_lr"):
+        if None in group.values("loss"):
+            continue
+        losses = zip(*group.values("losses"), strict=True)
+        label = f"{case['method']}, {case['outer_lr']:g}"
+        ax.plot(
+            [statistics.fmean(seeds) for seeds in losses], marker="o", markersize=3, label=label
+        )
+    ax.set(xlabel="outer steps")
+    legend_below(ax)
