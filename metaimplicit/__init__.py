@@ -1,116 +1,57 @@
-"""Hypergradients you can trust: few-shot learning and bilevel optimisation in PyTorch."""
+"""Hypergradients you can trust: few-shot learning and bilevel optimisation in PyTorch.
 
-from metaimplicit.diagnostics.check import Check, check_hypergradient
-from metaimplicit.hypergradient import Hypergradient, argmin, hypergradient
-from metaimplicit.inner import LBFGS, GradientDescent, InnerLoop, NewtonCG, TorchOptimizer
-from metaimplicit.iterate import Iterate
-from metaimplicit.learner import AdaptedModel, MetaLearner, Step
+The names below are what most programs need. Everything else is in the packages `solvers`,
+`operators`, `methods`, `inner`, `tuning`, `optim`, `diagnostics` and `training`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from metaimplicit.diagnostics.check import check_hypergradient
+from metaimplicit.hypergradient import argmin, hypergradient
+from metaimplicit.inner import LBFGS, GradientDescent, NewtonCG, TorchOptimizer
+from metaimplicit.learner import AdaptedModel, MetaLearner
 from metaimplicit.methods import (
     METHODS,
-    SAMA,
     FirstOrder,
     Forward,
     Implicit,
-    Method,
-    Report,
-    Reptile,
     Truncated,
     Unrolled,
-    ValueFunction,
-)
-from metaimplicit.operators import (
-    GGN,
-    Diagonal,
-    Fisher,
-    Hessian,
-    Identity,
-    KroneckerFactored,
-    LinearOperator,
 )
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
-from metaimplicit.solvers import (
-    CG,
-    MINRES,
-    Auto,
-    Dense,
-    Factored,
-    Lanczos,
-    Neumann,
-    Nystrom,
-    NystromCG,
-    Richardson,
-    Solution,
-    Solver,
-    Status,
-)
-from metaimplicit.tuning import (
-    HOAG,
-    Box,
-    Domain,
-    Hyperoptimizer,
-    Interval,
-    Positive,
-    Simplex,
-    Tuner,
-    tuning_problem,
-)
+from metaimplicit.solvers import CG, Dense, Neumann, Nystrom
+from metaimplicit.tuning import Hyperoptimizer, Positive, Tuner, tuning_problem
+
+try:
+    __version__ = version("metaimplicit")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "CG",
-    "GGN",
-    "HOAG",
     "LBFGS",
     "METHODS",
-    "MINRES",
-    "SAMA",
     "AdaptedModel",
-    "Auto",
     "BilevelProblem",
-    "Box",
-    "Check",
     "Composite",
     "Dense",
-    "Diagonal",
-    "Domain",
-    "Factored",
     "FirstOrder",
-    "Fisher",
     "Forward",
     "FromMeta",
     "GradientDescent",
-    "Hessian",
-    "Hypergradient",
     "Hyperoptimizer",
-    "Identity",
     "Implicit",
-    "InnerLoop",
-    "Interval",
-    "Iterate",
-    "KroneckerFactored",
-    "Lanczos",
-    "LinearOperator",
     "MetaLearner",
-    "Method",
     "Neumann",
     "NewtonCG",
     "Nystrom",
-    "NystromCG",
     "Positive",
     "Proximal",
-    "Report",
-    "Reptile",
-    "Richardson",
-    "Simplex",
-    "Solution",
-    "Solver",
-    "Status",
-    "Step",
     "Stream",
     "TorchOptimizer",
     "Truncated",
     "Tuner",
     "Unrolled",
-    "ValueFunction",
     "argmin",
     "check_hypergradient",
     "hypergradient",

@@ -43,13 +43,13 @@ from metaimplicit import (
     FromMeta,
     GradientDescent,
     Implicit,
-    Method,
     Neumann,
     Nystrom,
     TorchOptimizer,
     Unrolled,
     hypergradient,
 )
+from metaimplicit.methods import Method
 from metaimplicit.params import Params
 
 

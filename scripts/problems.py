@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metaimplicit import (
-    BilevelProblem,
-    Composite,
-    GradientDescent,
-    InnerLoop,
-    MetaLearner,
-    Proximal,
-)
+from metaimplicit import BilevelProblem, Composite, GradientDescent, MetaLearner, Proximal
+from metaimplicit.inner import InnerLoop
 from metaimplicit.methods import Curvature
 from metaimplicit.models import ConvNet
 from metaimplicit.params import Params

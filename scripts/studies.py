@@ -12,21 +12,10 @@ from problems import Instance, drifting_systems, logistic
 from torch import Tensor
 from tqdm import tqdm
 
-from metaimplicit import (
-    CG,
-    Auto,
-    Dense,
-    Hypergradient,
-    Implicit,
-    Lanczos,
-    Neumann,
-    Nystrom,
-    NystromCG,
-    Report,
-    Solver,
-    hypergradient,
-)
-from metaimplicit.solvers import SolverState
+from metaimplicit import CG, Dense, Implicit, Neumann, Nystrom, hypergradient
+from metaimplicit.hypergradient import Hypergradient
+from metaimplicit.methods import Report
+from metaimplicit.solvers import Auto, Lanczos, NystromCG, Solver, SolverState
 
 COUNTS = (5, 10, 20)  # k: columns of Nyström, terms of Neumann's series, products of CG and auto
 RHOS = (0.01, 0.1, 1.0)  # ρ: damping of Nyström, step of Neumann's series

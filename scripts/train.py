@@ -27,7 +27,8 @@ from command_line import (
 )
 
 import tasks
-from metaimplicit import MetaLearner, Report
+from metaimplicit import MetaLearner
+from metaimplicit.methods import Report
 from metaimplicit.normalization import is_transductive
 from metaimplicit.training import (
     CHECKPOINT,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit import FromMeta, GradientDescent, InnerLoop, TorchOptimizer
+from metaimplicit import FromMeta, GradientDescent, TorchOptimizer
+from metaimplicit.inner import InnerLoop
 
 STEPS = 4
 

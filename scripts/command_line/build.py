@@ -9,9 +9,9 @@ from torch import nn
 
 from command_line.device import find_device
 from command_line.options import RunOptions
-from metaimplicit import InnerLoop, MetaLearner, Method
-from metaimplicit.inner import make_inner
-from metaimplicit.methods import make_method
+from metaimplicit import MetaLearner
+from metaimplicit.inner import InnerLoop, make_inner
+from metaimplicit.methods import Method, make_method
 from metaimplicit.models import MLP, ConvNet
 from tasks import TaskFamily
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from command_line import find_device
 from matplotlib.figure import Figure
 
 from experiments.runs import Case, Row, Runs
-from command_line import find_device
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import tasks
 from experiments.networks import Split, balanced_accuracy, joined, seeded, train
 from experiments.runs import METHOD, Case, Row, Run, Runs, markdown_table, mean, median
 from experiments.tuning import TuningExperiment
-from metaimplicit import Interval, Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
 from metaimplicit.params import Params
 from metaimplicit.training import fit_tuner, read_metrics
-from metaimplicit.tuning import ExampleWeights
+from metaimplicit.tuning import ExampleWeights, Interval
 
 START = 0.5  # of every weight
 THRESHOLD = START / 2  # a weight below it marks the label as wrong

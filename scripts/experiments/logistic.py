@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tasks
-from metaimplicit import LBFGS, Box, FromMeta, Proximal, tuning_problem
+from metaimplicit import LBFGS, FromMeta, Proximal, tuning_problem
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
-from metaimplicit.tuning import Scalar, TuningProblem
+from metaimplicit.tuning import Box, Scalar, TuningProblem
 
 MOST_EVALUATIONS = 20_000  # of the gradient, in one solve
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import tasks
 from experiments.logistic import MOST_EVALUATIONS, LogisticRegression
-from metaimplicit import HOAG, LBFGS
+from metaimplicit import LBFGS
+from metaimplicit.tuning import HOAG
 
 
 class Trial(NamedTuple):

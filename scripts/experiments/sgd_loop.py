@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import tasks
-from metaimplicit import FromMeta, GradientDescent, Hypergradient, Iterate, hypergradient
+from metaimplicit import FromMeta, GradientDescent, hypergradient
 from metaimplicit.diagnostics.memory import LiveBytes
+from metaimplicit.hypergradient import Hypergradient
+from metaimplicit.iterate import Iterate
 from metaimplicit.problem import Stream
 from metaimplicit.tuning import TuningProblem
 

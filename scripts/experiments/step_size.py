@@ -28,10 +28,10 @@ from experiments.sgd_loop import (
     peak_of_loop,
 )
 from experiments.tuning import TuningExperiment
-from metaimplicit import Interval, Positive, Tuner, tuning_problem
+from metaimplicit import Positive, Tuner, tuning_problem
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.params import Params
-from metaimplicit.tuning import Scalar, TunerStep, TuningProblem
+from metaimplicit.tuning import Interval, Scalar, TunerStep, TuningProblem
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from experiments.base import Experiment
-from metaimplicit import InnerLoop, Method, Tuner
-from metaimplicit.methods import METHODS, known_options, make_method
+from metaimplicit import Tuner
+from metaimplicit.inner import InnerLoop
+from metaimplicit.methods import METHODS, Method, known_options, make_method
 from metaimplicit.tuning import TuningProblem
-
-ONE_STEP = ("t1-t2", "soba")  # methods that are defined by one step of their solver
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,7 @@ class TuningExperiment(Experiment):
 
     def make_method(self, flag: str) -> Method:
         """The method of a flag with the options of this experiment."""
-        options = self.method_options(flag)
-        if flag in ONE_STEP:
-            options.pop("solver_steps", None)
-        return make_method(flag, **known_options(flag, **options))
+        return make_method(flag, **known_options(flag, **self.method_options(flag)))
 
     def make_tuner(
         self,

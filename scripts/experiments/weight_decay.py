@@ -30,10 +30,10 @@ from experiments.runs import (
     spread,
 )
 from experiments.tuning import TuningExperiment
-from metaimplicit import Box, hypergradient
+from metaimplicit import hypergradient
 from metaimplicit.params import Params
 from metaimplicit.solvers import SolverState
-from metaimplicit.tuning import TuningProblem
+from metaimplicit.tuning import Box, TuningProblem
 
 PAPER_STEP = 1.0  # the outer step in the code of Hataya & Yamada (2023)
 

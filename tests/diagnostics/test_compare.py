@@ -13,22 +13,18 @@ from oracles import quadratic, relative_error
 from metaimplicit import (
     CG,
     METHODS,
-    MINRES,
     BilevelProblem,
     Composite,
     Dense,
-    Factored,
     GradientDescent,
     Implicit,
-    Lanczos,
     Neumann,
     Nystrom,
-    NystromCG,
     Proximal,
-    Status,
     hypergradient,
 )
 from metaimplicit.diagnostics import comparable_methods, compare
+from metaimplicit.solvers import MINRES, Factored, Lanczos, NystromCG, Status
 
 SPECTRA = [[0.5, 1, 2, 3, 5, 8, 9, 10], [1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
 SOLVED = GradientDescent(steps=400, lr=0.15)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from oracles import generator
 from peers import conv_net
 
-from metaimplicit import Hessian, Nystrom
+from metaimplicit import Nystrom
 from metaimplicit.diagnostics import LiveBytes
+from metaimplicit.operators import Hessian
 
 
 def test_the_peak_is_that_of_the_tensors_that_live_at_once():

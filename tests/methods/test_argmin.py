@@ -9,7 +9,6 @@ from small_problems import number, zero
 
 from metaimplicit import (
     CG,
-    SAMA,
     Dense,
     Forward,
     GradientDescent,
@@ -18,6 +17,7 @@ from metaimplicit import (
     argmin,
     hypergradient,
 )
+from metaimplicit.methods import SAMA
 
 QUADRATIC = quadratic([[0.5, 1.0, 2.0], [1.0, 1.5, 3.0]])
 RIDGE = ridge()

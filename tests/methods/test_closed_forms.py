@@ -7,17 +7,9 @@ import pytest
 import torch
 from oracles import Oracle, largest_error, quadratic, relative_error, ridge
 
-from metaimplicit import (
-    CG,
-    METHODS,
-    Dense,
-    GradientDescent,
-    Implicit,
-    Nystrom,
-    Status,
-    hypergradient,
-)
+from metaimplicit import CG, METHODS, Dense, GradientDescent, Implicit, Nystrom, hypergradient
 from metaimplicit.methods import make_method
+from metaimplicit.solvers import Status
 
 STEPS = 400
 

@@ -14,16 +14,15 @@ from tanh_network import DATA, INITIAL, XQ, YQ, X, Y, network, outer
 from torch import nn
 
 from metaimplicit import (
-    SAMA,
     BilevelProblem,
     Dense,
     GradientDescent,
     Implicit,
     Proximal,
     Stream,
-    ValueFunction,
     hypergradient,
 )
+from metaimplicit.methods import SAMA, ValueFunction
 
 TWO_STEPS = GradientDescent(steps=2, lr=0.1)
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)

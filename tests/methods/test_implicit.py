@@ -10,18 +10,16 @@ from tanh_network import DATA, GAUSS_NEWTON, INITIAL, TASKS, XQ, YQ, X, Y, netwo
 
 from metaimplicit import (
     CG,
-    MINRES,
     BilevelProblem,
     Composite,
     Dense,
     FromMeta,
     GradientDescent,
     Implicit,
-    NystromCG,
     Proximal,
-    Status,
     hypergradient,
 )
+from metaimplicit.solvers import MINRES, NystromCG, Status
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
 TO_CONVERGENCE = GradientDescent(steps=600, lr=0.2)

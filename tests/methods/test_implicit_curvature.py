@@ -13,14 +13,14 @@ from metaimplicit import (
     BilevelProblem,
     Composite,
     Dense,
-    Factored,
-    Fisher,
     GradientDescent,
     Implicit,
     Neumann,
     Proximal,
     hypergradient,
 )
+from metaimplicit.operators import Fisher
+from metaimplicit.solvers import Factored
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
 

@@ -7,7 +7,8 @@ import torch
 from oracles import randn
 from small_problems import number, scalar_problem
 
-from metaimplicit import BilevelProblem, GradientDescent, Truncated, ValueFunction, hypergradient
+from metaimplicit import BilevelProblem, GradientDescent, Truncated, hypergradient
+from metaimplicit.methods import ValueFunction
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
 

@@ -17,12 +17,12 @@ from metaimplicit import (
     FromMeta,
     GradientDescent,
     Proximal,
-    Reptile,
     TorchOptimizer,
     Truncated,
     Unrolled,
     hypergradient,
 )
+from metaimplicit.methods import Reptile
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)

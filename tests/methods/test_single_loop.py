@@ -8,18 +8,16 @@ import torch
 from oracles import largest_error, quadratic, randn, relative_error
 
 from metaimplicit import (
-    SAMA,
     BilevelProblem,
     GradientDescent,
     Implicit,
-    Iterate,
     Neumann,
-    Richardson,
-    Status,
     TorchOptimizer,
-    ValueFunction,
     hypergradient,
 )
+from metaimplicit.iterate import Iterate
+from metaimplicit.methods import SAMA, ValueFunction
+from metaimplicit.solvers import Richardson, Status
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0], [0.4, 0.7, 1.1, 1.3, 2.5]])
 LOOP = GradientDescent(steps=150, lr=0.55)

@@ -7,8 +7,19 @@ import torch
 from oracles import Matrix, dense, generator, randn, relative_error, symmetric
 from small_classifier import PARAMS, SIZE, TASKS, loss_of, outputs, parts_of
 
-from metaimplicit import GGN, Diagonal, Fisher, Hessian, Identity
-from metaimplicit.operators import CURVATURES, Curvature, LossParts, Scaled, Sum, find_curvature
+from metaimplicit.operators import (
+    CURVATURES,
+    GGN,
+    Curvature,
+    Diagonal,
+    Fisher,
+    Hessian,
+    Identity,
+    LossParts,
+    Scaled,
+    Sum,
+    find_curvature,
+)
 
 N = 4
 SEEDS = range(10)

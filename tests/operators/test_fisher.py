@@ -17,7 +17,7 @@ from small_classifier import (
     outputs,
 )
 
-from metaimplicit import GGN, Fisher
+from metaimplicit.operators import GGN, Fisher
 
 LIKELIHOODS = ["softmax", "gaussian"]
 HALF_SQUARE = CLASSES / 2  # makes the mean squared error the mean of ½‖z − y‖²

@@ -20,7 +20,7 @@ from small_classifier import (
     outputs,
 )
 
-from metaimplicit import GGN, Fisher, Hessian
+from metaimplicit.operators import GGN, Fisher, Hessian
 from metaimplicit.params import flatten
 
 EXACT = ["double-backward", "forward-over-reverse", "gauss-newton"]

@@ -7,8 +7,7 @@ from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from oracles import dense, generator, randn, relative_error
 from torch import nn
 
-from metaimplicit import Identity
-from metaimplicit.operators import Fisher, KroneckerFactored, LossParts
+from metaimplicit.operators import Fisher, Identity, KroneckerFactored, LossParts
 from metaimplicit.params import flatten
 from metaimplicit.solvers import CG, Factored, Status
 

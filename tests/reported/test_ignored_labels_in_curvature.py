@@ -8,7 +8,8 @@ from reported.helpers import assert_same, fails_today
 from torch import nn
 from torch.nn import functional as F
 
-from metaimplicit import Dense, Fisher, GradientDescent, Implicit, hypergradient, tuning_problem
+from metaimplicit import Dense, GradientDescent, Implicit, hypergradient, tuning_problem
+from metaimplicit.operators import Fisher
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient
 from metaimplicit.tuning import WeightDecay
 

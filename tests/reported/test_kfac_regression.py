@@ -6,15 +6,8 @@ from reported.helpers import assert_same, fails_today
 from torch import nn
 from torch.nn import functional as F
 
-from metaimplicit import (
-    Dense,
-    Fisher,
-    GradientDescent,
-    Implicit,
-    Unrolled,
-    hypergradient,
-    tuning_problem,
-)
+from metaimplicit import Dense, GradientDescent, Implicit, Unrolled, hypergradient, tuning_problem
+from metaimplicit.operators import Fisher
 from metaimplicit.tuning import WeightDecay
 
 softmax = fails_today(AssertionError, "the likelihood is softmax whatever the loss")

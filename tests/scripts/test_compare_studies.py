@@ -16,7 +16,8 @@ from studies import (
     tune,
 )
 
-from metaimplicit import Dense, Implicit, Lanczos, Neumann
+from metaimplicit import Dense, Implicit, Neumann
+from metaimplicit.solvers import Lanczos
 
 EXACT = Implicit(Dense())
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from oracles import Matrix, krylov_minimiser, randn, relative_error, ridge, symmetric
 
-from metaimplicit import CG, Auto, GradientDescent, Lanczos, NystromCG, Status, hypergradient
+from metaimplicit import CG, GradientDescent, hypergradient
 from metaimplicit.methods import Implicit
-from metaimplicit.solvers import SolverState
+from metaimplicit.solvers import Auto, Lanczos, NystromCG, SolverState, Status
 
 DEFINITE = torch.logspace(-2, 0, 40).unsqueeze(0)
 INDEFINITE = torch.linspace(-1, 5, 40).unsqueeze(0)

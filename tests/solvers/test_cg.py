@@ -5,7 +5,8 @@ import torch
 from oracles import Matrix, krylov_minimiser, randn, relative_error, symmetric
 from solver_cases import SPECTRA, positive_systems
 
-from metaimplicit import CG, Lanczos, Status
+from metaimplicit import CG
+from metaimplicit.solvers import Lanczos, Status
 
 DEFINITE = torch.linspace(1, 10, 12)
 INDEFINITE = torch.linspace(-4, 5, 12)

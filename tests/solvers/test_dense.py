@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracles import Matrix, randn, relative_error, symmetric
 
-from metaimplicit import Dense, Status
+from metaimplicit import Dense
+from metaimplicit.solvers import Status
 
 
 def test_indefinite_systems_are_solved_and_singular_ones_flagged():

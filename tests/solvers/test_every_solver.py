@@ -7,19 +7,9 @@ import torch
 from oracles import Matrix, randn, relative_error, symmetric
 from solver_cases import SOLVERS, SPECTRA, DiagonalMatrix, positive_systems
 
-from metaimplicit import (
-    CG,
-    MINRES,
-    Dense,
-    Factored,
-    Identity,
-    Lanczos,
-    Neumann,
-    Nystrom,
-    NystromCG,
-    Status,
-)
-from metaimplicit.solvers import SolverState
+from metaimplicit import CG, Dense, Neumann, Nystrom
+from metaimplicit.operators import Identity
+from metaimplicit.solvers import MINRES, Factored, Lanczos, NystromCG, SolverState, Status
 
 VALUES = torch.stack(SPECTRA).double()
 B = randn(3, 12, seed=8)

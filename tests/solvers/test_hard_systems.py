@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracles import Matrix, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Auto, Dense, Lanczos, Neumann, Nystrom, NystromCG, Status
+from metaimplicit import CG, Dense, Neumann, Nystrom
+from metaimplicit.solvers import MINRES, Auto, Lanczos, NystromCG, Status
 
 DEFINITE = torch.linspace(1, 10, 12).unsqueeze(0)
 INDEFINITE = torch.linspace(-4, 5, 12).unsqueeze(0)

@@ -5,7 +5,8 @@ import torch
 from oracles import Matrix, krylov_basis, randn, relative_error, symmetric
 from solver_cases import SPECTRA
 
-from metaimplicit import CG, MINRES, Lanczos
+from metaimplicit import CG
+from metaimplicit.solvers import MINRES, Lanczos
 from metaimplicit.solvers.tridiagonal import GalerkinResidual, GivensQR
 
 

@@ -5,7 +5,8 @@ import torch
 from oracles import Matrix, randn, relative_error, symmetric
 from solver_cases import positive_systems
 
-from metaimplicit import Neumann, Status
+from metaimplicit import Neumann
+from metaimplicit.solvers import Status
 from metaimplicit.solvers.power_iteration import power_iteration
 
 

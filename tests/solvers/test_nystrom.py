@@ -5,7 +5,9 @@ import torch
 from oracles import Matrix, generator, randn, relative_error, symmetric
 from solver_cases import SPECTRA, DiagonalMatrix, positive_systems
 
-from metaimplicit import Identity, Nystrom, NystromCG, Status
+from metaimplicit import Nystrom
+from metaimplicit.operators import Identity
+from metaimplicit.solvers import NystromCG, Status
 from metaimplicit.solvers.low_rank import LowRank, Probes
 
 EYE = torch.eye(12, dtype=torch.float64)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
-from metaimplicit import CG, MINRES, Auto, Lanczos, Neumann, Nystrom, NystromCG, Richardson
-from metaimplicit.solvers import SolverState
+from metaimplicit import CG, Neumann, Nystrom
+from metaimplicit.solvers import MINRES, Auto, Lanczos, NystromCG, Richardson, SolverState
 from metaimplicit.solvers.low_rank import LowRank, Probes
 
 ITERATIVE = [

@@ -8,18 +8,8 @@ import torch
 from oracles import relative_error
 from weighted_logistic import META, POINT, PROBLEM
 
-from metaimplicit import (
-    Box,
-    Domain,
-    FromMeta,
-    GradientDescent,
-    Interval,
-    Positive,
-    Simplex,
-    Tuner,
-    hypergradient,
-)
-from metaimplicit.tuning import Real
+from metaimplicit import FromMeta, GradientDescent, Positive, Tuner, hypergradient
+from metaimplicit.tuning import Box, Domain, Interval, Real, Simplex
 from metaimplicit.tuning.free_meta import FreeMeta
 
 CASES = [

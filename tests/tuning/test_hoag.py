@@ -7,16 +7,15 @@ import torch
 from oracles import quadratic, relative_error, ridge
 
 from metaimplicit import (
-    HOAG,
     LBFGS,
     BilevelProblem,
-    Box,
     Composite,
     FromMeta,
     Positive,
     Proximal,
     hypergradient,
 )
+from metaimplicit.tuning import HOAG, Box
 from metaimplicit.tuning.line_search import LineSearch, Trial
 
 X, Y, X_VALIDATION, Y_VALIDATION = (x[0] for x in ridge(tasks=1, m=12, n=8, seed=3).data)

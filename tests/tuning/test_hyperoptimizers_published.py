@@ -12,7 +12,8 @@ from gradient_descent_the_ultimate_optimizer import gdtuo
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from metaimplicit import Domain, Hyperoptimizer
+from metaimplicit import Hyperoptimizer
+from metaimplicit.tuning import Domain
 from metaimplicit.tuning.hyperoptimizers import SGD, Adam
 
 

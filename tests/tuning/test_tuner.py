@@ -8,16 +8,9 @@ import torch
 from oracles import quadratic, relative_error
 from weighted_logistic import META, POINT, PROBLEM
 
-from metaimplicit import (
-    BilevelProblem,
-    Box,
-    FromMeta,
-    GradientDescent,
-    Positive,
-    Tuner,
-    hypergradient,
-)
+from metaimplicit import BilevelProblem, FromMeta, GradientDescent, Positive, Tuner, hypergradient
 from metaimplicit.methods import known_options, make_method
+from metaimplicit.tuning import Box
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
 H, B, T = (x[0] for x in ORACLE.data)

@@ -9,8 +9,9 @@ import torch
 from oracles import quadratic
 from weighted_logistic import META, POINT, PROBLEM
 
-from metaimplicit import Box, GradientDescent, Positive, TorchOptimizer, Tuner
+from metaimplicit import GradientDescent, Positive, TorchOptimizer, Tuner
 from metaimplicit.methods import METHODS, known_options, make_method
+from metaimplicit.tuning import Box
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
 DATA = tuple(x[0] for x in ORACLE.data)

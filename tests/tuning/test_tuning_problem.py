@@ -19,12 +19,10 @@ from torch.testing import assert_close
 import tasks
 from metaimplicit import (
     CG,
-    MINRES,
     Dense,
     FromMeta,
     GradientDescent,
     Implicit,
-    Interval,
     Proximal,
     Tuner,
     hypergradient,
@@ -32,11 +30,13 @@ from metaimplicit import (
 )
 from metaimplicit.operators import Fisher
 from metaimplicit.params import flatten
+from metaimplicit.solvers import MINRES
 from metaimplicit.tuning import (
     Augmentation,
     ClassWeights,
     ExampleWeights,
     GroupStructure,
+    Interval,
     Scalar,
     SyntheticData,
     WeightDecay,
