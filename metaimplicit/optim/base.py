@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Likelihood
 from metaimplicit.params import Params
-from metaimplicit.solvers.trust_region import decrease_ratio
+from metaimplicit.solvers.trust_region import reduction_ratio
 
 _LIKELIHOODS = {  # of losses whose name says it
     "cross_entropy": "softmax",
@@ -289,7 +289,7 @@ def ratio(numbers: Tensor, eps: float) -> float:
     round-off may make of them, so that ρ → 1 at a minimum (Conn, Gould & Toint 2000, §17.4.2).
     """
     before, after, predicted = numbers.double()
-    return float(decrease_ratio(before, after, predicted, eps=eps))
+    return float(reduction_ratio(before, after, predicted, eps=eps))
 
 
 def levenberg_marquardt(
