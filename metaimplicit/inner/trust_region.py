@@ -20,11 +20,11 @@ from metaimplicit.solvers.arithmetic import norm
 from metaimplicit.solvers.iteration import all_ended
 from metaimplicit.solvers.trust_region import (
     TruncatedStep,
-    decrease_ratio,
+    reduction_ratio,
     truncated_cg,
 )
 
-ACCEPT = 1e-4  # a step is taken if its ratio of decreases exceeds this
+ACCEPT = 1e-4  # a step is taken if its ratio of reductions exceeds this
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class NewtonCG(InnerLoop):
             finite = trial_gradient.isfinite().all(dim=-1, keepdim=True)
             trial_value = torch.where(finite, trial_value, torch.nan)
             eps = torch.finfo(theta.dtype).eps
-            ratio = decrease_ratio(value, trial_value, result.decrease, eps=eps)
+            ratio = reduction_ratio(value, trial_value, result.reduction, eps=eps)
             moves = active & (ratio > ACCEPT)
             theta = torch.where(moves, theta + result.step, theta)
             gradient = torch.where(moves, trial_gradient, gradient)

@@ -19,14 +19,14 @@ class TruncatedStep:
 
     Attributes:
         step: s, `[tasks, n]`. It is 0 for tasks that were not active.
-        decrease: m(0) − m(s), `[tasks, 1]`.
+        reduction: m(0) − m(s), `[tasks, 1]`.
         at_boundary: Whether ‖s‖ = Δ, `[tasks, 1]`.
         curvature: pᵀAp of the last direction p, `[tasks, 1]`. A task whose curvature is not
             positive ended there. It is 1 for tasks that took no product.
     """
 
     step: Tensor
-    decrease: Tensor
+    reduction: Tensor
     at_boundary: Tensor
     curvature: Tensor
 
@@ -93,8 +93,8 @@ def truncated_cg(
         active = active & (cg.rz.sqrt() > tol)
 
     # With r = b − As, m(0) − m(s) = bᵀs − ½ sᵀAs = ½ sᵀ(b + r).
-    decrease = 0.5 * dot(cg.x, b + cg.r)
-    return TruncatedStep(cg.x, decrease, at_boundary=at_boundary, curvature=curvature)
+    reduction = 0.5 * dot(cg.x, b + cg.r)
+    return TruncatedStep(cg.x, reduction, at_boundary=at_boundary, curvature=curvature)
 
 
 def _length_to_boundary(s: Tensor, p: Tensor, radius: Tensor) -> Tensor:
@@ -105,16 +105,16 @@ def _length_to_boundary(s: Tensor, p: Tensor, radius: Tensor) -> Tensor:
     return room / (sp + (sp.square() + dot(p, p) * room).sqrt())
 
 
-def decrease_ratio(
+def reduction_ratio(
     before: Tensor,
     after: Tensor,
     predicted: Tensor,
     eps: float,
 ) -> Tensor:
-    """ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)): the decrease of the loss over that of its model m.
+    """ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), the reduction of the loss over that of its model m.
 
-    Both decreases are widened by 10 ε|L(θ)|, what round-off may make of them, so that ρ → 1 at a
-    minimum (Conn, Gould & Toint 2000, §17.4.2). ρ is −∞ where the model does not decrease, or
+    Both reductions are widened by 10 ε|L(θ)|, what round-off may make of them, so that ρ → 1 at a
+    minimum (Conn, Gould & Toint 2000, §17.4.2). ρ is −∞ where the model does not fall, or
     where a loss is not finite.
 
     Args:
@@ -124,7 +124,7 @@ def decrease_ratio(
         eps: ε, the unit round-off of the numbers that the losses were computed in.
 
     Example:
-        >>> decrease_ratio(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(2.0), eps=0.0)
+        >>> reduction_ratio(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(2.0), eps=0.0)
         tensor(0.5000)
     """
     slack = 10 * eps * before.abs()

@@ -1,4 +1,4 @@
-"""Truncated conjugate gradients and the ratio of decreases, against formulas for one task."""
+"""Truncated conjugate gradients and the ratio of reductions, against formulas for one task."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracles import Matrix, randn, relative_error, symmetric
 from trust_region_by_hand import steihaug
 
-from metaimplicit.solvers.trust_region import decrease_ratio, truncated_cg
+from metaimplicit.solvers.trust_region import reduction_ratio, truncated_cg
 
 SPECTRA = [[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]]
 INDEFINITE = [[-2, -1, 1, 3, 4], [1, 2, 3, 4, 5], [-0.1, 0.5, 1, 2, 30]]
@@ -23,7 +23,7 @@ def minimise(operator, g, radius, tol, steps, **options):
     return truncated_cg(operator.matvec, -g, tol=tol, max_steps=steps, radius=radius, **options)
 
 
-def decrease_of(h, g, s):
+def reduction_of(h, g, s):
     return -(g * s).sum(1) - 0.5 * torch.einsum("ti,tij,tj->t", s, h, s)
 
 
@@ -35,12 +35,12 @@ def test_a_step_is_that_of_steihaugs_algorithm(spectra, scale, steps, tol):
     h = symmetric(spectra)
     radius = scale * torch.tensor([[1.0], [0.3], [2.0]], dtype=torch.float64)
     result = minimise(Matrix(h), G, radius, tol * ONES, steps)
-    decrease = decrease_of(h, G, result.step)
+    reduction = reduction_of(h, G, result.step)
     for i in range(TASKS):
         expected, at_boundary = steihaug(G[i], h[i], float(radius[i]), tol, steps)
         assert relative_error(result.step[i], expected) < 1e-11
-        assert abs(float(result.decrease[i] - decrease[i])) < 1e-11 * float(decrease[i])
-        assert float(decrease[i]) > 0
+        assert abs(float(result.reduction[i] - reduction[i])) < 1e-11 * float(reduction[i])
+        assert float(reduction[i]) > 0
         assert bool(result.at_boundary[i]) == at_boundary
         if at_boundary:
             assert abs(float(result.step[i].norm() / radius[i]) - 1) < 1e-13
@@ -62,7 +62,7 @@ def test_negative_curvature_leads_to_the_boundary():
     assert operator.products == 1
     assert relative_error(result.step, -7 * F.normalize(G, dim=1)) < 1e-14
     assert bool(result.at_boundary.all())
-    assert relative_error(result.decrease[:, 0], decrease_of(h, G, result.step)) < 1e-13
+    assert relative_error(result.reduction[:, 0], reduction_of(h, G, result.step)) < 1e-13
 
 
 @pytest.mark.parametrize("spectra", [SPECTRA, INDEFINITE])
@@ -103,7 +103,7 @@ def test_steps_past_convergence_do_no_harm():
     [
         (3.0, 2.0, 2.0, 0.5),
         (3.0, 4.0, 2.0, -0.5),
-        (3.0, 4.0, -2.0, -math.inf),  # the model does not decrease
+        (3.0, 4.0, -2.0, -math.inf),  # the model does not fall
         (3.0, math.nan, 2.0, -math.inf),
         (3.0, -math.inf, 2.0, -math.inf),
         (3.0, 2.0, math.nan, -math.inf),
@@ -111,9 +111,9 @@ def test_steps_past_convergence_do_no_harm():
         (0.0, 1.0, 0.0, -math.inf),
     ],
 )
-def test_the_ratio_is_that_of_the_decreases(before, after, predicted, expected):
+def test_the_ratio_is_that_of_the_reductions(before, after, predicted, expected):
     numbers = [torch.tensor(x, dtype=torch.float64) for x in (before, after, predicted)]
-    ratio = float(decrease_ratio(*numbers, eps=1e-16))
+    ratio = float(reduction_ratio(*numbers, eps=1e-16))
     assert ratio == expected or ratio == pytest.approx(expected, rel=1e-12)
 
 
@@ -123,4 +123,4 @@ def test_at_round_off_the_ratio_tends_to_one():
     predicted = torch.tensor(1e-12).double()
     for rounding in (-1, 0, 1):
         after = before * (1 + rounding * eps)
-        assert 0.8 < float(decrease_ratio(before, after, predicted, eps=eps)) < 1.2
+        assert 0.8 < float(reduction_ratio(before, after, predicted, eps=eps)) < 1.2
