@@ -18,7 +18,7 @@ from metaimplicit.optim.damping import (
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers import CG, Dense, Solver
-from metaimplicit.solvers.trust_region import decrease_ratio
+from metaimplicit.solvers.trust_region import reduction_ratio
 
 # Up to here a factorisation is cheaper than the products of CG.
 MAX_DENSE_PARAMETERS = 1024
@@ -152,7 +152,7 @@ class Damped(SecondOrder):
         try:
             after = self._loss_of(evaluate())
             eps = torch.finfo(self._dtype).eps
-            self.ratio = decrease_ratio(loss, after, predicted, eps=eps).item()
+            self.ratio = reduction_ratio(loss, after, predicted, eps=eps).item()
         finally:  # The closure may raise at the new parameters.
             if self.ratio is None or not self.ratio > 0:
                 for name, p in self._trainable.items():

@@ -43,7 +43,7 @@ def levenberg_marquardt(
 
     Args:
         damping: The present λ.
-        ratio: ρ, as from `solvers.trust_region.decrease_ratio`.
+        ratio: ρ, as from `solvers.trust_region.reduction_ratio`.
         decrease: The factor ≤ 1 of λ if ρ > ¾: the model is good.
         increase: The factor > 1 of λ if ρ < ¼: the model is bad.
         floor: λ does not decrease below this number. If it is below it already, it stays.

@@ -37,7 +37,7 @@ from metaimplicit.optim.factors import (
     update_factors,
 )
 from metaimplicit.params import Params, flatten
-from metaimplicit.solvers.trust_region import decrease_ratio
+from metaimplicit.solvers.trust_region import reduction_ratio
 
 # The first steps renew factors and inverses at any intervals, because the averages change most.
 EARLY_STEPS = 3
@@ -322,7 +322,7 @@ class KFAC(SecondOrder):
     ) -> None:
         group = self.param_groups[0]
         eps = torch.finfo(self._dtype).eps
-        self.ratio = decrease_ratio(before, after, predicted, eps=eps).item()
+        self.ratio = reduction_ratio(before, after, predicted, eps=eps).item()
         omega = (19 / 20) ** group["adapt_every"]
         group["damping"] = levenberg_marquardt(
             group["damping"],

@@ -123,7 +123,7 @@ def _reject_flag_of_others(
     if owners and chosen not in owners:
         raise ValueError(
             f"{flag}: got it with {choice} {chosen}, which has no such option, "
-            f"expected {choice} {' or '.join(owners)}"
+            f"expected {choice} {_either(owners)}"
         )
 
 
@@ -131,3 +131,9 @@ def _flag(name: str, option: Option) -> str:
     """The flag of an option. A switch that is on by default has one that turns it off."""
     prefix = "--no-" if option.default is True else "--"
     return prefix + name.replace("_", "-")
+
+
+def _either(names: list[str]) -> str:
+    """Names in a sentence, such as `a, b or c`."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -51,14 +51,12 @@ SOLVED = {
     "lanczos": {"solver_steps": 50, "tol": 1e-13},
     "minres": {"solver_steps": 50, "tol": 1e-13},
     "dense": {},
-    "soba": {"solver_steps": 400, "scale": 0.2},
     "amigo": {"solver_steps": 400, "scale": 0.2},
-    "t1-t2": {"solver_steps": 400, "scale": 0.2},
 }
 SLOW = {"forward", "real-time"}
 # These are exact for a damped system, for other curvatures or in other limits, or never.
 TESTED_ELSEWHERE = {
-    *("first-order", "reptile", "sama", "f2sa", "nystrom", "nystrom-gaussian"),
+    *("first-order", "reptile", "soba", "t1-t2", "sama", "f2sa", "nystrom", "nystrom-gaussian"),
     *("kfac", "ekfac", "diagonal"),
 }
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from metaimplicit.optim import KFAC, GaussNewton, Newton
 from metaimplicit.optim.damping import levenberg_marquardt
-from metaimplicit.solvers.trust_region import decrease_ratio
+from metaimplicit.solvers.trust_region import reduction_ratio
 
 EPS = torch.finfo(torch.float64).eps
 
 
 def ratio(*losses):
-    return decrease_ratio(*torch.tensor(losses, dtype=torch.float64), eps=EPS).item()
+    return reduction_ratio(*torch.tensor(losses, dtype=torch.float64), eps=EPS).item()
 
 
 def test_the_ratio_at_a_minimum_is_one():
