@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.diagnostics.differences import (
-    central_differences,
     dot,
+    extrapolated_differences,
     random_directions,
     relative_error,
     step_size,
@@ -135,21 +135,18 @@ def check_hypergradient(
     units = random_directions(entries, count=directions, seed=seed)
     slopes = torch.stack([dot(result.grads, unit) for unit in units])
 
-    h = step_size(entries)
-    whole = central_differences(procedure.outer_loss, values, units, step=h)
-    half = central_differences(procedure.outer_loss, values, units, step=h / 2)
-    # Richardson's extrapolation cancels the error in h².
-    differences = (4 * half - whole) / 3
-
+    differences = extrapolated_differences(
+        procedure.outer_loss, values, units, step=step_size(entries)
+    )
     dense = _compare_with_dense(
         result, problem, values, data=data, inner=inner, method=method, batched=batched
     )
     report = result.report
     check = Check(
         slopes=slopes,
-        differences=differences,
-        error=relative_error(slopes, differences),
-        noise=relative_error(half, differences),
+        differences=differences.extrapolated,
+        error=relative_error(slopes, differences.extrapolated),
+        noise=relative_error(differences.half_step, differences.extrapolated),
         dense_error=None if dense is None else dense.error,
         cosine=None if dense is None else dense.cosine,
         residual=None if report.residual is None else float(report.residual.max()),
