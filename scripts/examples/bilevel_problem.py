@@ -5,16 +5,14 @@ python scripts/examples/bilevel_problem.py      # a few seconds
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from metaimplicit import (
+    LBFGS,
     BilevelProblem,
     Composite,
     FromMeta,
-    GradientDescent,
     Proximal,
     check_hypergradient,
     hypergradient,
@@ -23,11 +21,11 @@ from metaimplicit import (
 Params = dict[str, Tensor]
 
 
-def predict(params: Params, meta: Params, data: Any) -> Tensor:
+def predict(params: Params, meta: Params, data: dict[str, Tensor]) -> Tensor:
     return data["x"] @ params["w"]
 
 
-def validation_loss(params: Params, meta: Params, data: Any) -> Tensor:
+def validation_loss(params: Params, meta: Params, data: dict[str, Tensor]) -> Tensor:
     return (data["x_val"] @ params["w"] - data["y_val"]).square().mean()
 
 
@@ -56,7 +54,7 @@ def main(outer_steps: int = 30) -> float:
         outer_loss=validation_loss,
     )
     meta = {"log_decay": torch.tensor(-4.0)}
-    inner = GradientDescent(steps=400, lr=0.1)
+    inner = LBFGS(tol=1e-12)  # the theorem needs a minimum, so solve to a tolerance
 
     print(check_hypergradient(problem, meta, data, inner=inner, method="dense"))
     for step in range(outer_steps):

@@ -8,6 +8,7 @@ python scripts/examples/own_solver.py           # a few seconds
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ class SteepestDescent(Solver):
 def main() -> float:
     """Compare the meta-gradient with that of a dense solve; return the relative error."""
     gradients = []
-    for method in (Implicit(SteepestDescent(steps=40)), "dense"):
+    methods: list[str | Implicit] = [Implicit(SteepestDescent(steps=40)), "dense"]
+    for method in methods:
         torch.manual_seed(0)
         labels = torch.arange(4).repeat(3, 1)
         support = torch.randn(3, 4, 6), labels
@@ -58,8 +60,10 @@ def main() -> float:
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
         inner = GradientDescent(steps=20, lr=0.1)
         learner = MetaLearner(model, F.cross_entropy, inner=inner, method=method, proximal=0.5)
-        learner.backward((support, query))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        learner.backward(SimpleNamespace(support=support, query=query))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     print(f"relative error against the dense solve: {error:.1e}")
     return error

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metaimplicit import Hyperoptimizer, Positive
-from metaimplicit.tuning.levels import SGD
+from metaimplicit.tuning.hyperoptimizers import SGD
 
 
 def train(optimizer_name: str, steps: int) -> float:

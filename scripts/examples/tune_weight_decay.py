@@ -23,7 +23,7 @@ def main(outer_steps: int = 100) -> float:
 
     model = nn.Sequential(nn.Linear(30, 16), nn.Tanh(), nn.Linear(16, 1))
     problem, meta, domains = tuning_problem(
-        model, F.mse_loss, [WeightDecay(start=1e-3, granularity="per-tensor")]
+        model, F.mse_loss, [WeightDecay(start=1e-3, scope="tensor")]
     )
 
     # Ten inner steps of SGD, then one step of Adam on the decays, and so on from there.

@@ -1,0 +1,85 @@
+"""One MAML meta-gradient, as written with higher, learn2learn or TorchOpt, and with metaimplicit.
+
+python scripts/examples/coming_from_other_libraries.py      # a few seconds
+
+Libraries that are not installed are left out; higher comes with metaimplicit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEPS = 3
+LR = 0.1
+LABELS = torch.arange(4).repeat(5, 1)
+SUPPORT = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
+QUERY = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def with_higher(model: nn.Module) -> None:
+    import higher
+
+    inner = torch.optim.SGD(model.parameters(), lr=LR)
+    for support, query, labels in zip(SUPPORT, QUERY, LABELS, strict=True):
+        with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (fmodel, diffopt):
+            for _ in range(STEPS):
+                diffopt.step(F.cross_entropy(fmodel(support), labels))
+            (F.cross_entropy(fmodel(query), labels) / len(SUPPORT)).backward()
+
+
+def with_learn2learn(model: nn.Module) -> None:
+    import learn2learn
+
+    maml = learn2learn.algorithms.MAML(model, lr=LR)
+    for support, query, labels in zip(SUPPORT, QUERY, LABELS, strict=True):
+        learner = maml.clone()
+        for _ in range(STEPS):
+            learner.adapt(F.cross_entropy(learner(support), labels))
+        (F.cross_entropy(learner(query), labels) / len(SUPPORT)).backward()
+
+
+def with_torchopt(model: nn.Module) -> None:
+    import torchopt
+
+    inner = torchopt.MetaSGD(model, lr=LR)
+    for support, query, labels in zip(SUPPORT, QUERY, LABELS, strict=True):
+        start = torchopt.extract_state_dict(model)
+        for _ in range(STEPS):
+            inner.step(F.cross_entropy(model(support), labels))
+        (F.cross_entropy(model(query), labels) / len(SUPPORT)).backward()
+        torchopt.recover_state_dict(model, start)
+
+
+def with_metaimplicit(model: nn.Module) -> None:
+    from metaimplicit import GradientDescent, MetaLearner
+
+    learner = MetaLearner(model, F.cross_entropy, inner=GradientDescent(steps=STEPS, lr=LR))
+    learner.backward(SimpleNamespace(support=(SUPPORT, LABELS), query=(QUERY, LABELS)))
+
+
+def main() -> dict[str, Tensor]:
+    """The meta-gradient by each installed library; print how far each is from ours."""
+    ways = {"metaimplicit": with_metaimplicit, "higher": with_higher}
+    ways |= {"learn2learn": with_learn2learn, "torchopt": with_torchopt}
+    gradients: dict[str, Tensor] = {}
+    for library, add_gradient in ways.items():
+        if importlib.util.find_spec(library) is None:
+            print(f"{library} is not installed")
+            continue
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        add_gradient(model)
+        parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients[library] = torch.cat(parts)
+        difference = (gradients[library] - gradients["metaimplicit"]).abs().max()
+        print(f"{library}: largest difference from metaimplicit {difference:.1e}")
+    return gradients
+
+
+if __name__ == "__main__":
+    main()
