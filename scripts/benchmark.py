@@ -82,7 +82,7 @@ def time_towers(settings: Benchmark) -> list[str]:
 
 
 def measure_methods(settings: Benchmark) -> dict[str, Any]:
-    """Measure each method at each number of inner steps in a process of its own."""
+    """Measure each method at each number of inner steps in a fresh process."""
     # glibc then returns freed blocks at once, so that the resident size is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     context = multiprocessing.get_context("spawn")

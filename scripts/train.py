@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
 
 
 def set_up(options: RunOptions) -> Run:
-    """Build the run. Whatever is wrong with the options shows here, before any work."""
+    """Build the run. All errors in the options show here, before any work."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     splits = tasks.load(**options.task_arguments())

@@ -30,7 +30,7 @@ before it; switch the module that changes it to evaluation mode
     before = _buffer_versions(model)
     yield
     for name, version in _buffer_versions(model).items():
-        # A buffer that a lazy module has just made is not a change.
+        # A buffer that did not exist before (of a lazy module) has not changed.
         if before.get(name, version) != version:
             raise ValueError(
                 f"model: a forward pass changed buffer {name!r}, so each task would see the ones "

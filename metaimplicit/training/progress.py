@@ -96,7 +96,7 @@ def cosine(spent: float) -> float:
 
 
 def constant(spent: float) -> float:
-    """The factor 1 on the outer learning rate, whatever share of the budget is used.
+    """The factor 1 on the outer learning rate, for every share of the budget used.
 
     Example:
         >>> constant(0.7)

@@ -54,7 +54,7 @@ def default_options(
     """The defaults of a task, a method and an inner optimiser.
 
     Args:
-        task: The flag of a task. One without settings of its own has those of other tasks.
+        task: The flag of a task. One without an entry in `TASKS` has the settings `OTHER_TASKS`.
         method: The flag of a method. If None, that of the task.
         inner_optimizer: The flag of an inner loop. If None, that of the task and the method.
 

@@ -1,7 +1,7 @@
 """The flags of methods and inner loops, read off the fields of their dataclasses.
 
-Each method and inner loop has flags of its own. `FlagGroup` turns those of one into a type that
-tyro parses, and the parsed values into the options that differ from the defaults.
+`FlagGroup` turns the flags of one method or inner loop into a type that tyro parses, and the parsed
+values into the options that differ from the defaults.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def method_flags(method: str) -> FlagGroup:
 
 
 def inner_flags(inner: str) -> FlagGroup:
-    """The flags of an inner loop, but for the number of steps and the step size.
+    """The flags of an inner loop, without the number of steps and the step size.
 
     Raises:
         ValueError: The inner loop is unknown.

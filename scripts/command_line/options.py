@@ -198,7 +198,7 @@ class RunOptions:
         The values there are Python literals, true, false, none, or strings.
 
         Raises:
-            ValueError: An option is not of the form name=value, or has a flag of its own.
+            ValueError: An option is not of the form name=value, or is set by another flag.
         """
         arguments: dict[str, Any] = {
             "name": self.task,

@@ -25,7 +25,7 @@ DESCRIPTION = (
     "Tasks:\n"
     "{tasks}\n\n"
     "The defaults below are those of --task {task} with --method {method}. "
-    "Each method has options of its own. Those of {method}, if it has any, are in the second box. "
+    "The options of {method} itself, if it has any, are in the second box. "
     "Those of the other methods are:\n\n"
     "{flags}"
 )
