@@ -69,8 +69,8 @@ def hypergradient(
         batched: Whether `data` is a batch of tasks. If not, there is one task.
         vectorize: `"vmap"` over the tasks, or `"loop"`: one call per task under one graph.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
-        state: `report.state` of the last call, where the solver of an implicit method starts
-            (Arbel & Mairal 2022). It helps if φ moved little and the data are the same.
+        state: `report.state` of the last call, where an implicit method's solver starts (Arbel &
+            Mairal 2022). It helps if φ moved little and the data are the same.
         start: `end` of the last call, where the inner loop continues, optimiser state included. It
             is a constant: φ has no gradient through it. If None, the loop starts at `init`.
 
@@ -113,8 +113,7 @@ def hypergradient(
             method.check_reach(name, adaptation.dependencies, has_direct=has_direct)
 
     # dg/dφ = ∂g/∂φ + (dθ*/dφ)ᵀ ∂g/∂θ.
-    direct = outer.of_meta
-    grads = {name: _add(direct[name], indirect[name], like=m) for name, m in phi.items()}
+    grads = {name: _add(outer.of_meta[name], indirect[name], like=m) for name, m in phi.items()}
     params = detached(adaptation.params)
     return Hypergradient(
         outer_loss=outer.losses.mean(),
@@ -168,8 +167,7 @@ def outer_gradients(
     targets = [*theta.values(), *phi.values()]
     gradients: list[Tensor | None] = [None] * len(targets)
     if losses.requires_grad:
-        outer_loss = losses.mean()
-        gradients = list(torch.autograd.grad(outer_loss, targets, allow_unused=True))
+        gradients = list(torch.autograd.grad(losses.mean(), targets, allow_unused=True))
 
     of_params = {}
     for (name, p), g in zip(theta.items(), gradients[: len(theta)], strict=True):
@@ -212,10 +210,9 @@ def argmin(
 
     Raises:
         ValueError: As in `hypergradient`, or the method is "reptile" or "f2sa", which do not
-            differentiate θ*. If the method has a pullback, a gradient that it cannot give is an
-            error of the backward pass.
-        RuntimeError: On a second derivative with a method that has a pullback, as implicit methods
-            have; or if a tensor of `meta` was changed in place before the backward pass.
+            differentiate θ*. A gradient that the method cannot give may raise in backward only.
+        RuntimeError: In backward: a second derivative of an implicit method, SAMA or forward mode,
+            or a tensor of `meta` that was changed in place.
 
     Example:
         >>> target = torch.tensor(3.0, requires_grad=True)
@@ -277,10 +274,7 @@ def meta_leaves(meta: Params) -> Params:
             raise ValueError(
                 f"meta[{name!r}]: got {m.dtype}, expected real numbers; use torch.view_as_real"
             )
-    phi = detached(meta)
-    for m in phi.values():
-        m.requires_grad_(m.is_floating_point())
-    return phi
+    return {name: m.detach().requires_grad_(m.is_floating_point()) for name, m in meta.items()}
 
 
 def _add(direct: Tensor | None, indirect: Tensor | None, *, like: Tensor) -> Tensor:
