@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from fuzz.case import SEQUENCES, Case
 
 TOKENS, POSITIONS = 5, 3
+PADDED = "body.embedding.weight"  # its row 0, where the model has a padding token
 ACTIVATIONS = {"tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU, "relu": nn.ReLU}
 Norm = Callable[[int], nn.Module]
 
@@ -105,6 +107,17 @@ class Sequence(nn.Module):
         return self.head(states)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Torch's default dtype, for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build_model(case: Case, dtype: torch.dtype, batch_norm: Norm) -> Model:
     """The model of a case, initialised from its seed alone.
 
@@ -114,9 +127,9 @@ def build_model(case: Case, dtype: torch.dtype, batch_norm: Norm) -> Model:
             first, so that every copy of the model holds the same numbers.
         batch_norm: makes a batch-norm of so many channels for the norm `"project-batch"`.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), default_dtype(torch.float64):
         torch.manual_seed(1_000_003 * case.seed + case.index)
-        model = Model(_body(case, batch_norm), case.log_softmax).double()
+        model = Model(_body(case, batch_norm), case.log_softmax)
     model = model.to(getattr(torch, case.dtype)).to(dtype)
     model.train(case.norm != "eval-batch")
     if case.frozen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,13 @@ class Plain:
         shifts = [p - phi[name] if name in phi else p for name, p in theta.items()]
         squares = [shift.square().sum() for shift in shifts]
         return 0.5 * self.strength(phi) * torch.stack(squares).sum()
+
+    def with_start_moved(self, distance: float) -> Plain:
+        """The same problem from another fixed θ₀."""
+        other = copy(self)
+        size = sum(p.numel() for p in self._fixed.values()) ** 0.5
+        other._fixed = {name: p + distance / size for name, p in self._fixed.items()}
+        return other
 
     def copy_with(self, phi: Values) -> tuple[nn.Module, Callable[[Task], Tensor]]:
         """A copy of the model that holds θ₀, and f as a function of its present parameters."""
