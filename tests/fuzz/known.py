@@ -129,6 +129,12 @@ KNOWN: dict[str, Kind] = {
         lambda case: case.matrix in LIKELIHOODS and case.classes and case.variant == "sum",
         (Case(variant="sum", curvature="fisher", **IMPLICIT),),
     ),
+    "tied weights under K-FAC": Kind(
+        "K-FAC sees the first of the layers that share a weight, and none of the others.",
+        WRONG,
+        lambda case: case.matrix in KRONECKER and case.model == "tied",
+        (Case(model="tied", curvature="kfac", **IMPLICIT),),
+    ),
     "padding under vmap": Kind(
         "Torch's batching rule trains the padding row of every task but the first.",
         WRONG,

@@ -89,7 +89,7 @@ def test_the_plain_loop_is_the_derivative_of_torch_optim(inner):
 def test_kronecker_factors_of_one_datum_and_one_layer_are_gauss_newton(loss, corrected):
     case = Case(model="linear", loss=loss, examples=1, tasks=1, curvature="kfac", **DENSE)
     plain = Plain(case)
-    theta = {n: p.requires_grad_() for n, p in plain.start(plain.meta).items()}
+    theta = {n: p.clone().requires_grad_() for n, p in plain.start(plain.meta).items()}
     expected = gauss_newton(plain, theta, plain.meta, plain.tasks[0])
     found = kronecker_matrices(plain, theta, plain.meta, plain.tasks[0], corrected)
     for matrix in found.values():
@@ -100,7 +100,7 @@ def test_gauss_newton_of_a_linear_model_is_the_hessian():
     for loss, tail in (("cross-entropy", False), ("nll", True), ("poisson", False)):
         case = Case(model="linear", loss=loss, log_softmax=tail, tasks=1, **DENSE)
         plain = Plain(case)
-        theta = {n: p.requires_grad_() for n, p in plain.start(plain.meta).items()}
+        theta = {n: p.clone().requires_grad_() for n, p in plain.start(plain.meta).items()}
         both = [
             curvatures(plain_of, theta, plain.meta, plain.tasks[0])[""]
             for plain_of in (Plain(case), Plain(replace(case, curvature="hessian")))
@@ -126,7 +126,8 @@ def test_a_result_that_is_slightly_off_is_wrong_and_one_that_says_so_is_flagged(
     case = JUDGED[name]
     assert judge(case).kind == RIGHT
     outcome = call(case)
-    factor = 1 + (1e-2 if name == "float32" else 1e-5)
+    # differences see the part along a direction alone
+    factor = 1 + {"float32": 1e-2, "differences": 1e-3}.get(name, 1e-5)
     grads = {n: g * factor for n, g in outcome.grads.items()}
 
     def changed(flags):
