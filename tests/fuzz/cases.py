@@ -73,7 +73,7 @@ def _method(dice: Dice, _: Case) -> dict[str, Any]:
         solver = dice.pick({"factored": 3, "dense": 1})
     plain = curvature == "default" and solver != "nystrom-cg"
     flagged = plain or (curvature in KRONECKER and solver == "factored")
-    few = solver in ("cg", "minres", "neumann") and dice.chance(0.4)
+    few = solver in ("cg", "minres", "neumann") and dice.chance(0.55)
     products = {"double-backward": 3, "forward-over-reverse": 1, "finite-differences": 1}
     kronecker = solver == "cg" and curvature in ("hessian", "gauss-newton") and dice.chance(0.2)
     bare = flagged and dice.chance(0.3)

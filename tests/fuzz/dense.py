@@ -34,9 +34,9 @@ def formula(plain: Plain, thetas: list[Values]) -> tuple[dict[str, Values], floa
         theta = {name: p.clone().requires_grad_() for name, p in theta.items()}
         phi = {name: m.clone().requires_grad_() for name, m in plain.meta.items()}
         outer = plain.outer(theta, phi, task)
-        found = grad(outer, [*theta.values(), *phi.values()], allow_unused=True)
-        v = flat(theta, found[: len(theta)])
-        direct = found[len(theta) :]
+        both = grad(outer, [*theta.values(), *phi.values()], allow_unused=True)
+        v = flat(theta, both[: len(theta)])
+        direct = both[len(theta) :]
         slope = flat(theta, _gradient(plain, theta, phi, task))
         losses.append(float(outer.detach()))
         for curvature, matrix in curvatures(plain, theta, phi, task).items():
@@ -99,17 +99,7 @@ def gauss_newton(plain: Plain, theta: Values, phi: Values, task: Task) -> Tensor
         grad(z, list(theta.values()), retain_graph=True, allow_unused=True) for z in flat_scores
     ]
     jacobian = torch.stack([flat(theta, row) for row in rows])
-    return jacobian.T @ output_hessian(plain, scores.detach(), task) @ jacobian
-
-
-def output_hessian(plain: Plain, scores: Tensor, task: Task) -> Tensor:
-    """H_z of the loss, `[m·d, m·d]` in the layout of the flattened scores."""
-    z = scores.clone().requires_grad_()
-    (slope,) = grad(plain.curved_loss(z, task), z, create_graph=True)
-    if not slope.requires_grad:
-        return torch.zeros(z.numel(), z.numel(), dtype=torch.float64)
-    rows = [grad(s, z, retain_graph=True)[0].flatten() for s in slope.flatten()]
-    return torch.stack(rows)
+    return jacobian.T @ plain.output_hessian(scores, task) @ jacobian
 
 
 def _gradient(plain: Plain, theta: Values, phi: Values, task: Task) -> tuple[Tensor | None, ...]:

@@ -25,11 +25,8 @@ def kronecker_matrices(
     plain: Plain, theta: Values, phi: Values, task: Task, corrected: bool
 ) -> dict[str, Tensor]:
     """The matrix by each reading of A; other parameters have a zero block."""
-    from fuzz.dense import output_hessian
-
     uses, scores = _record(plain, theta, phi, task)
-    curvature = output_hessian(plain, scores.detach(), task)
-    roots = _roots(curvature, len(task.inputs))
+    roots = _roots(plain.output_hessian(scores, task), len(task.inputs))
     weights = example_weights(plain.case, task.targets)
     counted = (weights > 0).double()
     moments = {"": counted / counted.sum(), "weighted": weights}

@@ -55,8 +55,8 @@ def unrolled_loop(plain: Plain) -> tuple[Values, float]:
             theta = _steps(plain, phi, task, start, kept)
         losses.append(plain.outer(theta, phi, task))
     total = torch.stack(losses).mean()
-    found = grad(total, list(phi.values()), allow_unused=True)
-    return _filled(phi, found), float(total.detach())
+    slopes = grad(total, list(phi.values()), allow_unused=True)
+    return _filled(phi, slopes), float(total.detach())
 
 
 def _steps(plain: Plain, phi: Values, task: Task, start: Values, kept: int) -> Values:
@@ -206,6 +206,6 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _filled(like: Values, found: tuple[Tensor | None, ...]) -> Values:
-    pairs = zip(like.items(), found, strict=True)
+def _filled(like: Values, slopes: tuple[Tensor | None, ...]) -> Values:
+    pairs = zip(like.items(), slopes, strict=True)
     return {name: torch.zeros_like(m) if g is None else g.detach() for (name, m), g in pairs}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from fuzz.case import Case
 from fuzz.losses import build_loss, curved_loss, draw_targets
@@ -100,9 +101,14 @@ class Plain:
         values = {n.removeprefix("body."): v for n, v in {**phi, **theta}.items()}
         return self._gain(phi) * self._call(self.model.body, values, {}, inputs)
 
-    def curved_loss(self, scores: Tensor, task: Task) -> Tensor:
-        """f less its penalty, as a function of the scores."""
-        return self._curved(scores, task.targets)
+    def output_hessian(self, scores: Tensor, task: Task) -> Tensor:
+        """The Hessian of f less its penalty in the scores, `[m·d, m·d]` by their flat layout."""
+        z = scores.detach().clone().requires_grad_()
+        (slope,) = grad(self._curved(z, task.targets), z, create_graph=True)
+        if not slope.requires_grad:
+            return torch.zeros(z.numel(), z.numel(), dtype=torch.float64)
+        rows = [grad(s, z, retain_graph=True)[0].flatten() for s in slope.flatten()]
+        return torch.stack(rows)
 
     def strength(self, phi: Values) -> float | Tensor:
         """λ."""

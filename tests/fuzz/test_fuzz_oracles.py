@@ -49,8 +49,8 @@ def _ridge():
 
 def test_argmin_is_the_solution_of_ridge_regression():
     plain, _, w, _, _ = _ridge()
-    found = argmin(plain, plain.meta, plain.tasks[0], plain.start(plain.meta))
-    assert torch.allclose(torch.cat([p.flatten() for p in found.values()]), w, atol=1e-12)
+    end = argmin(plain, plain.meta, plain.tasks[0], plain.start(plain.meta))
+    assert torch.allclose(torch.cat([p.flatten() for p in end.values()]), w, atol=1e-12)
 
 
 def test_formula_and_differences_are_the_derivative_of_ridge_regression():
@@ -91,8 +91,8 @@ def test_kronecker_factors_of_one_datum_and_one_layer_are_gauss_newton(loss, cor
     plain = Plain(case)
     theta = {n: p.clone().requires_grad_() for n, p in plain.start(plain.meta).items()}
     expected = gauss_newton(plain, theta, plain.meta, plain.tasks[0])
-    found = kronecker_matrices(plain, theta, plain.meta, plain.tasks[0], corrected)
-    for matrix in found.values():
+    readings = kronecker_matrices(plain, theta, plain.meta, plain.tasks[0], corrected)
+    for matrix in readings.values():
         assert torch.allclose(matrix, expected, atol=1e-12)
 
 
@@ -139,45 +139,40 @@ def test_a_result_that_is_slightly_off_is_wrong_and_one_that_says_so_is_flagged(
     assert changed(["MAX_STEPS"]) == FLAGGED
 
 
-def test_broken_mathematics_is_seen(monkeypatch):
-    """Each oracle is broken in turn, and the verdict on a right result changes."""
-    cases = {
-        "momentum": Case(options=(("momentum", 0.5),)),
-        "decay": Case(inner="SGD", options=(("weight_decay", 0.3),)),
-        "identity": JUDGED["truncated"],
-        "sign": JUDGED["formula"],
-        "Krylov": JUDGED["Krylov"],
-        "counting": JUDGED["Kronecker"],
-    }
-    step, solutions = oracles._step, dense.solutions
-    kronecker, neumann_free = dense.kronecker_matrices, dense.krylov
-    breaks = {
-        "momentum": (oracles, "_step", lambda case, *rest: step(replace(case, options=()), *rest)),
-        "decay": (oracles, "_step", lambda case, *rest: step(replace(case, options=()), *rest)),
-        "identity": (
-            oracles,
-            "_steps",
-            lambda plain, phi, task, start, kept: oracles_steps(plain, phi, task, start, kept + 1),
-        ),
-        "sign": (
-            dense,
-            "solutions",
-            lambda *a: {name: -u for name, u in solutions(*a).items()},
-        ),
-        "Krylov": (
-            dense,
-            "krylov",
-            lambda case, *rest: neumann_free(replace(case, solver_steps=3), *rest),
-        ),
-        "counting": (
-            dense,
-            "kronecker_matrices",
-            lambda *a, **k: {name: 2 * m for name, m in kronecker(*a, **k).items()},
-        ),
-    }
-    oracles_steps = oracles._steps
-    for name, case in cases.items():
-        assert judge(case).kind == RIGHT, name
-        with monkeypatch.context() as patch:
-            patch.setattr(*breaks[name])
-            assert judge(case).kind != RIGHT, name
+def _without_options(step):
+    return lambda case, *rest: step(replace(case, options=()), *rest)
+
+
+def _one_step_more(steps):
+    return lambda plain, phi, task, start, kept: steps(plain, phi, task, start, kept + 1)
+
+
+def _of_the_other_sign(solutions):
+    return lambda *args: {name: -u for name, u in solutions(*args).items()}
+
+
+def _of_three_steps(krylov):
+    return lambda case, *rest: krylov(replace(case, solver_steps=3), *rest)
+
+
+def _twice_as_large(matrices):
+    return lambda *args, **how: {name: 2 * m for name, m in matrices(*args, **how).items()}
+
+
+DECAYED = Case(inner="SGD", options=(("weight_decay", 0.3),))
+BROKEN = {
+    "momentum": (Case(options=(("momentum", 0.5),)), oracles, "_step", _without_options),
+    "decay": (DECAYED, oracles, "_step", _without_options),
+    "truncation": (JUDGED["truncated"], oracles, "_steps", _one_step_more),
+    "sign": (JUDGED["formula"], dense, "solutions", _of_the_other_sign),
+    "Krylov space": (JUDGED["Krylov"], dense, "krylov", _of_three_steps),
+    "counting": (JUDGED["Kronecker"], dense, "kronecker_matrices", _twice_as_large),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_oracle_that_is_broken_changes_the_verdict(name, monkeypatch):
+    case, module, attribute, change = BROKEN[name]
+    assert judge(case).kind == RIGHT
+    monkeypatch.setattr(module, attribute, change(getattr(module, attribute)))
+    assert judge(case).kind != RIGHT

@@ -36,7 +36,7 @@ With ε = 2.2e-16 (float64) or 1.2e-7 (float32):
   of the loop, and is right if it is no further from the differences at T than they drifted in the
   second half, and 1 % for what they are short of settled along the direction.
 - A long loop that amplifies a nudge of θ₀ by more than `AMPLIFICATION` is no case to judge:
-  two orders of the same 120 steps, rounded differently, then differ by more than 120 ε · 1e3.
+  the same steps, rounded otherwise, then end up to 1e3 ε apart for each step of the loop.
 - An adaptive optimiser at a gradient below its 1e-8, on which a penalty acts, is none either.
 - A loop that is solved rather than stepped through (L-BFGS, Newton's method) is differentiated at
   the θ that the call returned, so its distance from the argmin does not enter.
