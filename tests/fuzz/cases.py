@@ -50,7 +50,7 @@ def _method(dice: Dice, _: Case) -> dict[str, Any]:
             "default": 5,
             "hessian": 4,
             "gauss-newton": 2,
-            "fisher": 1.2,
+            "fisher": 2,
             "kfac": 1,
             "ekfac": 0.6,
             "diagonal": 0.4,

@@ -160,6 +160,9 @@ def _implicit_checks(plain: Plain, outcome: Outcome) -> Iterator[Check]:
         if case.steps > 10 and oracles.is_unstable(plain, thetas):
             yield Check("rounding", None, math.nan)
             return
+    if not all(bool(p.isfinite().all()) for theta in thetas for p in theta.values()):
+        yield Check("formula", None, math.nan)
+        return
     readings, loss, condition = formula(plain, thetas)
     row = TABLE[case.dtype, "formula", _solve_kind(case)]
     error = min(_error(outcome.grads, grads) for grads in readings.values())
