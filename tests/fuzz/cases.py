@@ -71,19 +71,21 @@ def _method(dice: Dice, _: Case) -> dict[str, Any]:
     )
     if curvature in (*KRONECKER, "diagonal"):
         solver = dice.pick({"factored": 3, "dense": 1})
+    if solver == "t1-t2":
+        curvature = "default"
     plain = curvature == "default" and solver != "nystrom-cg"
     flagged = plain or (curvature in KRONECKER and solver == "factored")
     few = solver in ("cg", "minres", "neumann") and dice.chance(0.55)
     products = {"double-backward": 3, "forward-over-reverse": 1, "finite-differences": 1}
     kronecker = solver == "cg" and curvature in ("hessian", "gauss-newton") and dice.chance(0.2)
-    bare = flagged and dice.chance(0.3)
+    bare = solver == "t1-t2" or (flagged and dice.chance(0.3))
     chosen = {
         "method": "implicit",
         "solver": solver,
         "curvature": curvature,
         "bare": bare,
         "solver_steps": dice.any_of(1, 2, 3) if few else 150,
-        "scale": dice.any_of(0.05, 0.1) if solver in ("neumann", "t1-t2") else 0.0,
+        "scale": dice.any_of(0.05, 0.1) if solver == "neumann" else 0.0,
         "rho": dice.any_of(0.01, 0.1) if solver in ("nystrom", "nystrom-cg", "factored") else 0.0,
         "damping": dice.pick({0.0: 5, 0.1: 1}),
         "products": dice.pick(products) if curvature == "hessian" else "double-backward",

@@ -19,7 +19,9 @@ from fuzz.case import SOLVED, Case
 from fuzz.losses import build_loss
 from fuzz.models import build_model
 from fuzz.problems import Values, draw_data, initial_meta, is_head
+from metaimplicit import solvers
 from metaimplicit.models import BatchNorm
+from metaimplicit.operators import Diagonal, Fisher, GaussNewton
 
 PACKAGE = str(Path(metaimplicit.__file__).parent)
 NOISE = ("performance drop", "deprecated", "torch.jit")  # warnings of torch about itself
@@ -65,7 +67,7 @@ def call(case: Case) -> Outcome:
     texts = [str(warning.message) for warning in caught]
     outcome.flags += [text for text in texts if not any(noise in text for noise in NOISE)]
     if report is not None and report.status is not None:
-        names = {metaimplicit.Status(int(s)).name for s in report.status}
+        names = {solvers.Status(int(s)).name for s in report.status}
         excused = {"CONVERGED", "MAX_STEPS"} if _is_reproduced(case) else {"CONVERGED"}
         outcome.flags += sorted(names - excused)
     return outcome
@@ -205,7 +207,7 @@ def _penalty(case: Case) -> Callable[[Values, Values], Tensor] | None:
     return metaimplicit.Proximal(case.proximal, center=center) if case.proximal else None
 
 
-def _inner(case: Case, lr: Any) -> metaimplicit.InnerLoop:
+def _inner(case: Case, lr: Any) -> Any:
     options = dict(case.options)
     if case.inner == "GradientDescent":
         return metaimplicit.GradientDescent(steps=case.steps, lr=lr, **options)
@@ -224,7 +226,7 @@ def _method(case: Case, size: int) -> Any:
     if not case.implicit:
         paths = {"unrolled": "Unrolled", "forward": "Forward", "first-order": "FirstOrder"}
         return getattr(metaimplicit, paths[case.method])()
-    curvatures = {"default": None, "fisher": metaimplicit.Fisher, "diagonal": _exact_diagonal}
+    curvatures = {"default": None, "fisher": Fisher, "diagonal": _exact_diagonal}
     return metaimplicit.Implicit(
         _solver(case, size),
         curvature=curvatures.get(case.curvature, case.curvature),
@@ -238,28 +240,27 @@ def _flag(case: Case) -> str:
     return case.solver if case.implicit else case.method
 
 
-def _solver(case: Case, size: int) -> metaimplicit.Solver:
+def _solver(case: Case, size: int) -> solvers.Solver:
     steps, tol = case.solver_steps, 1e-12 if case.dtype == "float64" else 1e-6
-    makers: dict[str, Callable[[], metaimplicit.Solver]] = {
-        "dense": lambda: metaimplicit.Dense(),
-        "cg": lambda: metaimplicit.CG(max_steps=steps, tol=tol),
-        "auto": lambda: metaimplicit.Auto(max_steps=steps, tol=tol),
-        "minres": lambda: metaimplicit.MINRES(max_steps=steps, tol=tol),
-        "lanczos": lambda: metaimplicit.Lanczos(max_steps=steps, tol=tol),
-        "neumann": lambda: metaimplicit.Neumann(terms=steps, scale=case.scale),
-        "nystrom": lambda: metaimplicit.Nystrom(rank=size, rho=case.rho),
-        "nystrom-cg": lambda: metaimplicit.NystromCG(
+    makers: dict[str, Callable[[], solvers.Solver]] = {
+        "dense": lambda: solvers.Dense(),
+        "cg": lambda: solvers.CG(max_steps=steps, tol=tol),
+        "auto": lambda: solvers.Auto(max_steps=steps, tol=tol),
+        "minres": lambda: solvers.MINRES(max_steps=steps, tol=tol),
+        "lanczos": lambda: solvers.Lanczos(max_steps=steps, tol=tol),
+        "neumann": lambda: solvers.Neumann(terms=steps, scale=case.scale),
+        "nystrom": lambda: solvers.Nystrom(rank=size, rho=case.rho),
+        "nystrom-cg": lambda: solvers.NystromCG(
             rank=max(1, size // 2), rho=case.rho, max_steps=steps, tol=tol
         ),
-        "t1-t2": lambda: metaimplicit.Richardson(scale=case.scale, warm=False),
-        "factored": lambda: metaimplicit.Factored(rho=case.rho),
+        "factored": lambda: solvers.Factored(rho=case.rho),
     }
     return makers[case.solver]()
 
 
-def _exact_diagonal(outputs: Any, loss: Any, params: Values) -> metaimplicit.Diagonal:
-    core = metaimplicit.GaussNewton(outputs, loss, params)
-    return metaimplicit.Diagonal(core, samples=None, semidefinite=True)
+def _exact_diagonal(outputs: Any, loss: Any, params: Values) -> Diagonal:
+    core = GaussNewton(outputs, loss, params)
+    return Diagonal(core, samples=None, semidefinite=True)
 
 
 def _adapted_size(case: Case, model: nn.Module) -> int:
