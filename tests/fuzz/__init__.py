@@ -1,0 +1,1 @@
+"""A seeded differential fuzzer of the hypergradients: random small problems against plain torch."""
