@@ -165,10 +165,19 @@ KNOWN: dict[str, Kind] = {
     "recurrent layers under vmap": Kind(
         "Torch has no batching rule for LSTM and GRU; a loop over the tasks works.",
         TORCH,
-        lambda case: (
-            case.model in ("lstm", "gru") and (case.vectorize == "vmap" or case.method == "forward")
-        ),
+        lambda case: case.model in ("lstm", "gru") and case.vectorize == "vmap",
         (Case(model="lstm", vectorize="vmap"), Case(model="gru", vectorize="vmap", **IMPLICIT)),
+        "Batching rule not implemented for aten::",
+    ),
+    "recurrent layers and tangents of mse": Kind(
+        "Torch finds the tangent of mse_loss under vmap alone, where recurrent layers have no rule.",
+        TORCH,
+        lambda case: (
+            case.model in ("lstm", "gru")
+            and case.loss in ("mse", "smooth-l1")
+            and (case.method == "forward" or case.products == "forward-over-reverse")
+        ),
+        (Case(model="gru", method="forward", loss="mse", outputs=1),),
         "Batching rule not implemented for aten::",
     ),
     "labels of eight bits": Kind(
@@ -184,6 +193,13 @@ KNOWN: dict[str, Kind] = {
         lambda case: case.dropout and case.method == "forward",
         (Case(dropout=True, method="forward", tasks=1),),
         "randomness error mode",
+    ),
+    "K-FAC of a loop that diverged": Kind(
+        "The eigenvalues of factors that are not finite end in torch's error, not in NON_FINITE.",
+        TORCH,
+        lambda case: case.matrix in KRONECKER and case.steps > 10,
+        (Case(model="linear", loss="mse", steps=100, lr=1e4, curvature="kfac", **IMPLICIT),),
+        "linalg.eigh",
     ),
     "K-FAC without a layer": Kind(
         "Where no adapted weight belongs to a layer that K-FAC knows, it differentiates nothing.",

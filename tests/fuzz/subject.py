@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from fuzz.models import build_model
 from fuzz.problems import Values, draw_data, initial_meta, is_head
 from metaimplicit import solvers
 from metaimplicit.models import BatchNorm
-from metaimplicit.operators import Diagonal, Fisher, GaussNewton
+from metaimplicit.operators import Diagonal, Fisher
 
 PACKAGE = str(Path(metaimplicit.__file__).parent)
 NOISE = ("performance drop", "deprecated", "torch.jit")  # warnings of torch about itself
@@ -226,7 +227,7 @@ def _method(case: Case, size: int) -> Any:
     if not case.implicit:
         paths = {"unrolled": "Unrolled", "forward": "Forward", "first-order": "FirstOrder"}
         return getattr(metaimplicit, paths[case.method])()
-    curvatures = {"default": None, "fisher": Fisher, "diagonal": _exact_diagonal}
+    curvatures = {"default": None, "fisher": Fisher, "diagonal": partial(Diagonal, samples=None)}
     return metaimplicit.Implicit(
         _solver(case, size),
         curvature=curvatures.get(case.curvature, case.curvature),
@@ -256,11 +257,6 @@ def _solver(case: Case, size: int) -> solvers.Solver:
         "factored": lambda: solvers.Factored(rho=case.rho),
     }
     return makers[case.solver]()
-
-
-def _exact_diagonal(outputs: Any, loss: Any, params: Values) -> Diagonal:
-    core = GaussNewton(outputs, loss, params)
-    return Diagonal(core, samples=None, semidefinite=True)
 
 
 def _adapted_size(case: Case, model: nn.Module) -> int:

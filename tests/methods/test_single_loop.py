@@ -110,7 +110,7 @@ def test_t1_t2_is_exact_where_the_curvature_is_the_inverse_step_size():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Richardson ended with BREAKDOWN")  # just after A has grown
+@pytest.mark.filterwarnings("ignore:OneStep ended with BREAKDOWN")  # just after A has grown
 def test_the_scale_follows_a_growing_curvature():
     h, b, t = ORACLE.data
     state = None
