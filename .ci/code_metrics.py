@@ -68,6 +68,7 @@ def long_functions(path: Path, tree: ast.AST) -> list[str]:
 
 
 def main(paths: list[str]) -> None:
+    """Print the measures of all files under `paths`."""
     roots = [Path(path) for path in paths or ["metaimplicit", "tasks", "scripts"]]
     files = sorted(
         file for root in roots for file in (root.rglob("*.py") if root.is_dir() else [root])
@@ -93,6 +94,7 @@ def main(paths: list[str]) -> None:
 
 
 def percentile(values: list[int], share: int) -> int:
+    """The value that `share` percent of `values` lie below."""
     return sorted(values)[len(values) * share // 100]
 
 

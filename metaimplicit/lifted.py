@@ -74,7 +74,8 @@ class LiftedProblem:
             sizes = {len(p) for p in start.params.values()}
             if sizes != {self.tasks}:
                 raise ValueError(
-                    f"start: got leading sizes {sorted(sizes)}, expected {self.tasks}, the tasks of the data"
+                    f"start: got leading sizes {sorted(sizes)}, expected {self.tasks}, "
+                    "the number of tasks in the data"
                 )
 
     def vmapped(self) -> LiftedProblem:
@@ -105,7 +106,7 @@ class LiftedProblem:
         return {name: p.clone() for name, p in params.items()}
 
     def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
-        """f for each task, `[tasks]`."""
+        """The inner loss f for each task, `[tasks]`."""
 
         def one_task(p: Params, d: Any) -> Any:
             return self.problem.inner_loss(p, meta, d)
@@ -113,7 +114,7 @@ class LiftedProblem:
         return self._lift_scalar("inner_loss", one_task, params, data)[0]
 
     def outer(self, params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
-        """g for each task, `[tasks]`, and the aux that it returned (None without one)."""
+        """The outer loss g for each task, `[tasks]`, and the aux it returned (None without one)."""
 
         def one_task(p: Params, d: Any) -> Any:
             return self.problem.outer_loss(p, meta, d)
@@ -125,7 +126,8 @@ class LiftedProblem:
         outputs = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
         if not isinstance(outputs, Tensor):
             raise ValueError(
-                f"outputs: got {type(outputs).__name__}, expected one tensor; leave the others to the loss"
+                f"outputs: got {type(outputs).__name__}, expected one tensor; "
+                "leave the others to the loss"
             )
         return outputs
 
@@ -146,7 +148,7 @@ class LiftedProblem:
     def apply(
         self, function: Callable[[Params, Any], Any], params: Params, data: Any = None
     ) -> Any:
-        """`function(params, data)` of one task, lifted. If `data` is None, the problem's is used."""
+        """`function(params, data)` of one task, lifted. `data` is the problem's by default."""
         return self._lift(function, params, self.at(0) if data is None else data)
 
     def _lift_scalar(
@@ -158,7 +160,8 @@ class LiftedProblem:
             shaped = isinstance(loss, Tensor)
             got = f"shape {tuple(loss.shape[1:])}" if shaped else type(loss).__name__
             raise ValueError(
-                f"{name}: got {got} per task, expected a scalar tensor; reduce it, e.g. with .mean()"
+                f"{name}: got {got} per task, expected a scalar tensor; "
+                "reduce it, e.g. with .mean()"
             )
         return loss, aux
 
@@ -198,8 +201,8 @@ def _count_tasks(data: Any) -> int:
     sizes = {x.shape[0] if x.dim() else None for x in leaves if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(
-            f"data: got leading sizes {sorted(map(str, sizes))}, expected every tensor to carry one "
-            "task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
+            f"data: got leading sizes {sorted(map(str, sizes))}, expected every tensor to carry "
+            "one task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
         )
     return int(sizes.pop() or 0)
 

@@ -1,4 +1,4 @@
-"""The bilevel problem min_φ g(θ*(φ), φ) with θ*(φ) = argmin_θ f(θ, φ), and the parts it is built from."""
+"""The bilevel problem min_φ g(θ*(φ), φ) with θ*(φ) = argmin_θ f(θ, φ), and its parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loss = Callable[[Params, Params, Any], Tensor]
 
 @dataclass(frozen=True)
 class FromMeta:
-    """A number of an inner loop or penalty that is read from the meta-parameters and differentiated.
+    """A number of an inner loop or penalty that is read from φ and differentiated.
 
     Args:
         name: The entry of `meta` to read. `meta[name]` serves every parameter: it is a scalar or
@@ -34,6 +34,7 @@ class FromMeta:
     transform: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, meta: Params, parameter: str | None = None) -> Tensor:
+        """The transformed entry: that of `parameter` if `meta` has one, else the shared one."""
         key = f"{self.name}.{parameter}"
         if parameter is None or key not in meta:
             key = self.name
@@ -83,10 +84,12 @@ class Proximal:
             raise ValueError(f"Proximal strength: got {self.strength}, expected a number ≥ 0")
 
     def __call__(self, params: Params, meta: Params) -> Tensor:
+        """The penalty at `params`, a scalar."""
         missing = sorted(set(params) - set(meta))
         if self.center == "meta" and missing:
             raise ValueError(
-                f"Proximal center: meta has no entry {missing[0]!r}, expected one for each parameter"
+                f"Proximal center: meta has no entry {missing[0]!r}, "
+                "expected one for each parameter"
             )
         squares = []
         for name, p in params.items():
@@ -109,9 +112,9 @@ class Composite:
         penalty: `(params, meta) -> scalar`. If None, there is no penalty.
         module: The model that `outputs` calls with parameters of these names. Curvature that looks
             into layers (K-FAC) needs it.
-        weights: `(meta, losses, data) -> [m]`. If given, `loss` returns one loss for each of the m
-            examples, and the first term of f is (1/m) Σᵢ wᵢ ℓᵢ. The `losses` that `weights` receives
-            are detached (Shu et al. 2019), so w depends on φ alone.
+        weights: `(meta, losses, data) -> [m]`. If given, `loss` returns one loss for each of the
+            m examples, and the first term of f is (1/m) Σᵢ wᵢ ℓᵢ. The `losses` that `weights`
+            receives are detached (Shu et al. 2019), so w depends on φ alone.
 
     Example:
         >>> fit = Composite(
@@ -130,6 +133,7 @@ class Composite:
     weights: Callable[[Params, Tensor, Any], Tensor] | None = None
 
     def __call__(self, params: Params, meta: Params, data: Any) -> Tensor:
+        """The inner loss at `params`, a scalar."""
         value = self.output_loss(self.outputs(params, meta, data), meta, data)
         return value if self.penalty is None else value + self.penalty(params, meta)
 

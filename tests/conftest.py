@@ -1,4 +1,4 @@
-"""Every test draws from the same random state, whatever ran before it; workers side by side have a thread each."""
+"""Every test starts from the same random state. Workers side by side have a thread each."""
 
 import os
 

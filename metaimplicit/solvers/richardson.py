@@ -29,10 +29,11 @@ class Richardson(Solver):
     """x ← x + s(b − Ax): K steps of gradient descent on ½xᵀAx − bᵀx, from the last solution.
 
     It is the linear half of stochastic bilevel optimisation, where every call takes A and b from
-    another minibatch and x moves along. One step a call is SOBA (Dagréou et al. 2022, eq. 5), and
-    a few are AmIGO (Arbel & Mairal 2022); see `OneStep` for the former. From zero, K steps are K terms of the Neumann series, and
-    one step, x = sb, takes A for the identity over s: T1–T2 (Luketina et al. 2016). It converges if
-    0 < s < 2/λ_max(A) and A is positive definite, and does not stop where it diverges.
+    another minibatch and x moves along. One step a call is SOBA (Dagréou et al. 2022, eq. 5); see
+    `OneStep`. A few steps a call are AmIGO (Arbel & Mairal 2022). From zero, K steps are K terms of
+    the Neumann series, and one step, x = sb, takes A for the identity over s: T1–T2 (Luketina et
+    al. 2016). It converges if 0 < s < 2/λ_max(A) and A is positive definite, and does not stop
+    where it diverges.
 
     Args:
         steps: K ≥ 1, with one product each, except that the first step from zero takes none. One

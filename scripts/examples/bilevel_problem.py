@@ -3,8 +3,6 @@
 python scripts/examples/bilevel_problem.py      # a few seconds
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -22,10 +20,12 @@ Params = dict[str, Tensor]
 
 
 def predict(params: Params, meta: Params, data: dict[str, Tensor]) -> Tensor:
+    """The linear model on the training inputs."""
     return data["x"] @ params["w"]
 
 
 def validation_loss(params: Params, meta: Params, data: dict[str, Tensor]) -> Tensor:
+    """The mean squared error on the validation set."""
     return (data["x_val"] @ params["w"] - data["y_val"]).square().mean()
 
 

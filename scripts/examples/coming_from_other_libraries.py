@@ -1,18 +1,17 @@
 """One MAML meta-gradient, as written with higher, learn2learn or TorchOpt, and with metaimplicit.
 
 python scripts/examples/coming_from_other_libraries.py      # a few seconds
-
-Libraries that are not installed are left out; higher comes with metaimplicit.
 """
-
-from __future__ import annotations
 
 import importlib.util
 from types import SimpleNamespace
 
+import higher
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from metaimplicit import GradientDescent, MetaLearner
 
 STEPS = 3
 LR = 0.1
@@ -22,8 +21,7 @@ QUERY = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
 def with_higher(model: nn.Module) -> None:
-    import higher
-
+    """Add the meta-gradient by higher to `.grad`."""
     inner = torch.optim.SGD(model.parameters(), lr=LR)
     for support, query, labels in zip(SUPPORT, QUERY, LABELS, strict=True):
         with higher.innerloop_ctx(model, inner, copy_initial_weights=False) as (fmodel, diffopt):
@@ -33,6 +31,7 @@ def with_higher(model: nn.Module) -> None:
 
 
 def with_learn2learn(model: nn.Module) -> None:
+    """Add the meta-gradient by learn2learn to `.grad`."""
     import learn2learn
 
     maml = learn2learn.algorithms.MAML(model, lr=LR)
@@ -44,6 +43,7 @@ def with_learn2learn(model: nn.Module) -> None:
 
 
 def with_torchopt(model: nn.Module) -> None:
+    """Add the meta-gradient by TorchOpt to `.grad`."""
     import torchopt
 
     inner = torchopt.MetaSGD(model, lr=LR)
@@ -56,8 +56,7 @@ def with_torchopt(model: nn.Module) -> None:
 
 
 def with_metaimplicit(model: nn.Module) -> None:
-    from metaimplicit import GradientDescent, MetaLearner
-
+    """Add the meta-gradient by metaimplicit to `.grad`."""
     learner = MetaLearner(model, F.cross_entropy, inner=GradientDescent(steps=STEPS, lr=LR))
     learner.backward(SimpleNamespace(support=(SUPPORT, LABELS), query=(QUERY, LABELS)))
 

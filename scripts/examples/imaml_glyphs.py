@@ -6,8 +6,6 @@ through the inner steps, and the memory that they would take.
 python scripts/examples/imaml_glyphs.py         # about one and a half minutes on one core
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

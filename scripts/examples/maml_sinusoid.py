@@ -3,8 +3,6 @@
 python scripts/examples/maml_sinusoid.py        # about one minute on one core
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +40,8 @@ def main(meta_steps: int = META_STEPS) -> float:
     losses, _ = learner.evaluate(test[0], steps=10)
     errors = losses.mean(dim=1)
     print(
-        f"test error before adapting {errors[0]:.2f}, after 1 step {errors[1]:.2f}, after 10 {errors[10]:.2f}"
+        f"test error before adapting {errors[0]:.2f}, after 1 step {errors[1]:.2f}, "
+        f"after 10 {errors[10]:.2f}"
     )
     return float(errors[1])
 

@@ -5,8 +5,6 @@ A solver sees only an operator. Right-hand sides come with norm one, one for eac
 python scripts/examples/own_solver.py           # a few seconds
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -25,6 +23,7 @@ class SteepestDescent(Solver):
     steps: int = 20
 
     def solve_unit(self, system: LinearSystem) -> Solution:
+        """Solve A u = b, where b has norm one for each task."""
         b = system.b
         u = torch.zeros_like(b)
         r = b

@@ -3,8 +3,6 @@
 python scripts/examples/self_tuning_optimizer.py    # a few seconds
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -3,8 +3,6 @@
 python scripts/examples/tune_weight_decay.py    # about ten seconds
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -170,7 +170,7 @@ KNOWN: dict[str, Kind] = {
         "Batching rule not implemented for aten::",
     ),
     "recurrent layers and tangents of mse": Kind(
-        "Torch finds the tangent of mse_loss under vmap alone, where recurrent layers have no rule.",
+        "Torch has the tangent of mse_loss only under vmap, where recurrent layers have no rule.",
         TORCH,
         lambda case: (
             case.model in ("lstm", "gru")

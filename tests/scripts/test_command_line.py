@@ -89,7 +89,8 @@ def test_the_inner_optimizer_is_a_row_of_the_registry_with_its_own_options():
     [
         (
             ["--method=cg", "--rank", "20"],
-            "--rank: got it with --method cg, .* expected --method nystrom, nystrom-gaussian or nystrom-cg",
+            "--rank: got it with --method cg, .* "
+            "expected --method nystrom, nystrom-gaussian or nystrom-cg",
         ),
         (["--rho=1"], "--rho: got it with --method cg, .* kfac, ekfac or diagonal"),
         (["--method=unrolled", "--strict"], "--strict: got it with --method unrolled"),
