@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from metaimplicit.inner.base import InnerLoop, Trajectory
@@ -9,15 +12,16 @@ from metaimplicit.inner.lbfgs import LBFGS
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
 from metaimplicit.inner.trust_region import NewtonCG
 
-INNER_LOOPS: dict[str, InnerLoop] = {
-    "gradient-descent": GradientDescent(),
-    "momentum": GradientDescent(momentum=0.9),
-    "adam": TorchOptimizer(torch.optim.Adam),
-    "adamw": TorchOptimizer(torch.optim.AdamW),
-    "rmsprop": TorchOptimizer(torch.optim.RMSprop),
-    "adagrad": TorchOptimizer(torch.optim.Adagrad),
-    "lbfgs": LBFGS(),
-    "newton-cg": NewtonCG(),
+# A row is called when its loop is needed, since making a torch optimiser imports torch's compiler.
+INNER_LOOPS: dict[str, Callable[[], InnerLoop]] = {
+    "gradient-descent": GradientDescent,
+    "momentum": partial(GradientDescent, momentum=0.9),
+    "adam": partial(TorchOptimizer, torch.optim.Adam),
+    "adamw": partial(TorchOptimizer, torch.optim.AdamW),
+    "rmsprop": partial(TorchOptimizer, torch.optim.RMSprop),
+    "adagrad": partial(TorchOptimizer, torch.optim.Adagrad),
+    "lbfgs": LBFGS,
+    "newton-cg": NewtonCG,
 }
 
 
@@ -36,7 +40,7 @@ def make_inner(inner: str | InnerLoop) -> InnerLoop:
     if inner not in INNER_LOOPS:
         known = ", ".join(INNER_LOOPS)
         raise ValueError(f"inner: got {inner!r}, expected one of {known}, or an InnerLoop")
-    return INNER_LOOPS[inner]
+    return INNER_LOOPS[inner]()
 
 
 __all__ = [

@@ -22,7 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_memory_is_flat_in_the_inner_steps_for_cg_and_linear_for_unrolled(tmp_path):
     """As resident sizes of fresh processes."""
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", "--methods", "cg", "unrolled"]
-    command += ["--inner-steps", "4", "16", "64", "--tasks", "4", "--repeats", "0"]
+    command += [
+        "--inner-steps",
+        "4",
+        "16",
+        "64",
+        "--tasks",
+        "4",
+        "--filters",
+        "8",
+        "--repeats",
+        "0",
+    ]
     command += ["--out", tmp_path / "memory.json"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]

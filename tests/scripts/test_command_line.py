@@ -12,7 +12,7 @@ from scripts.running import load_main
 
 import tasks
 from metaimplicit import METHODS, NewtonCG
-from metaimplicit.inner import INNER_LOOPS
+from metaimplicit.inner import INNER_LOOPS, make_inner
 from metaimplicit.methods import make_method
 
 HIDDEN = ("method_options", "inner_options")
@@ -73,7 +73,7 @@ def test_a_run_stores_the_options_of_its_method_that_were_given():
 
 
 def test_the_inner_optimizer_is_a_row_of_the_registry_with_its_own_options():
-    assert build("--inner-optimizer=momentum").inner == INNER_LOOPS["momentum"].updated(
+    assert build("--inner-optimizer=momentum").inner == make_inner("momentum").updated(
         steps=1, lr=0.01
     )
     newton = ["--method=cg", "--inner-optimizer=newton-cg", "--inner-steps=5"]
@@ -81,7 +81,7 @@ def test_the_inner_optimizer_is_a_row_of_the_registry_with_its_own_options():
     assert build(*newton, "--inner-cg-steps=7").inner == NewtonCG(steps=5, cg_steps=7)
     assert build(*newton, "--inner-cg-steps=10").inner == NewtonCG(steps=5, cg_steps=10)
     lbfgs = build("--method=cg", "--inner-optimizer=lbfgs", "--inner-steps=50").inner
-    assert lbfgs == INNER_LOOPS["lbfgs"].updated(steps=50)
+    assert lbfgs == make_inner("lbfgs").updated(steps=50)
 
 
 @pytest.mark.parametrize(
