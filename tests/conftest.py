@@ -12,3 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole programs, in `tests/scripts` and `tests/fuzz`, are slow, one and all."""
+    for item in items:
+        if item.path.parent.name in ("scripts", "fuzz"):
+            item.add_marker(pytest.mark.slow)

@@ -131,6 +131,7 @@ def indefinite_comparison():
     return comparison
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "products"),
     [(flag, products) for flag in SPELT_OUT for products in (5, 20)],
@@ -198,6 +199,7 @@ def classifier():
     return problem, {"scale": torch.ones(40).double()}, x
 
 
+@pytest.mark.slow
 def test_methods_of_fixed_curvature_are_damped_as_the_others_are():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)
@@ -213,6 +215,7 @@ def test_methods_of_fixed_curvature_are_damped_as_the_others_are():
         assert comparison.error(flag, 30) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_memory_of_lanczos_is_that_of_its_basis():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)
@@ -222,6 +225,7 @@ def test_the_memory_of_lanczos_is_that_of_its_basis():
     assert 2 * basis < row.mebibytes < 5 * basis
 
 
+@pytest.mark.slow
 def test_methods_of_fixed_curvature_need_a_module():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)

@@ -176,6 +176,7 @@ def test_a_model_that_draws_random_numbers_is_refused():
 # Reports.
 
 
+@pytest.mark.slow
 def test_gauss_newton_differs_from_the_hessian():
     inner = GradientDescent(steps=300, lr=0.2)
     gauss_newton = run_network(Proximal(0.5), Implicit(Dense(), curvature="gauss-newton"), inner)
@@ -184,6 +185,7 @@ def test_gauss_newton_differs_from_the_hessian():
     assert hessian.report.error_bound is None
 
 
+@pytest.mark.slow
 def test_the_error_bound_bounds_the_error_of_the_solve():
     inner = GradientDescent(steps=300, lr=0.2)
     strength = 0.5

@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     import higher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNT_LOOPS)
 def test_unrolled_equals_finite_differences_of_the_whole_procedure(name):
     loop = LEARNT_LOOPS[name]

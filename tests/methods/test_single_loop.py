@@ -218,6 +218,7 @@ def test_the_value_function_takes_the_direct_gradient_at_y():
     assert float(result.grads["phi"]) == pytest.approx(2 * 1.5 - 1.5 / 4, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_short_loops_of_the_value_function_continue_with_both_iterates():
     method = ValueFunction(1e3)
     end = None

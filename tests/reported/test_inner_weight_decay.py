@@ -65,6 +65,7 @@ def test_the_gradient_includes_the_inner_weight_decay(inner, method):
     assert_same(result.grads["scale"], right, rtol=1e-10)  # θ_T is θ* to round-off
 
 
+@pytest.mark.slow
 @left_out
 def test_the_check_finds_the_loop_with_weight_decay_stationary_and_the_gradient_right():
     problem, meta, _ = regression()
@@ -73,6 +74,7 @@ def test_the_check_finds_the_loop_with_weight_decay_stationary_and_the_gradient_
     assert check.error < 1e-6  # the differences are known to about 1e-8
 
 
+@pytest.mark.slow
 @left_out
 def test_the_learner_includes_the_inner_weight_decay():
     x, x_query = torch.randn(2, 20, 3)

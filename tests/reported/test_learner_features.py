@@ -109,6 +109,7 @@ def compiled(model):
     return torch.compile(model, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "patterns"),
     [

@@ -19,6 +19,7 @@ def meta_gradient(solver, tail, loss, episodes):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [F.nll_loss, nn.NLLLoss()], ids=["nll_loss", "NLLLoss"])
 @pytest.mark.parametrize("solver", [CG(max_steps=50, tol=1e-12), Dense()], ids=["cg", "dense"])
 @fails_today(AssertionError, "the loss is linear in the outputs, so its Gauss–Newton matrix is 0")

@@ -140,6 +140,7 @@ def test_the_preconditioner_is_its_formula(sketch):
         assert relative_error(actual[task], expected[task]) < 1e-9
 
 
+@pytest.mark.slow
 def test_preconditioned_cg_is_fast_where_the_spectrum_decays_fast():
     """n = 1000, eigenvalues 5·0.8ⁱ, ρ = 0.1: rank 20 and 10 steps (median of five sketches)."""
     matrix = symmetric(5 * 0.8 ** torch.arange(1000.0).unsqueeze(0))

@@ -194,6 +194,7 @@ def test_a_resumed_stream_continues_to_the_same_bits():
 
 
 # Python 3.12 and later warn of a fork of any process that has threads.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_draws_the_stream_and_leaves_the_global_generator_alone(workers):

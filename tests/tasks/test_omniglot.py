@@ -119,6 +119,7 @@ def test_images_are_the_drawings_bright_on_dark_at_28_pixels(load):
     assert inputs.mean() < 0.2
 
 
+@pytest.mark.slow
 def test_a_download_that_is_already_in_the_cache_folder_is_used(empty_cache, monkeypatch):
     zips = {part: empty_cache / "omniglot-py" / f"{part}.zip" for part in omniglot.CHARACTERS}
     (empty_cache / "omniglot-py").mkdir(parents=True)

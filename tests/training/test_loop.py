@@ -42,6 +42,7 @@ class FaultySampler:
             yield episodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, workers):
     unbroken = make_parts()
@@ -70,6 +71,7 @@ def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, workers):
     assert [line["step"] for line in lines("crashed")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_generator_of_a_solver_continues_where_it_was(tmp_path):
     def make_sketched_parts():
         generator = torch.Generator().manual_seed(5)
@@ -159,6 +161,7 @@ def test_the_outer_step_size_follows_the_share_of_the_budget_that_is_spent(tmp_p
     assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path):
     learner, optimizer, sampler = make_parts()
     progress = fit(

@@ -47,6 +47,7 @@ def test_the_adaptation_plot_shows_the_metric_after_each_number_of_steps(tmp_pat
     assert (tmp_path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_adaptation_plot_shows_fits_in_a_panel_for_each_task(tmp_path, figures):
     learner = MetaLearner(MLP(1, 1), F.mse_loss, inner=GradientDescent(2, lr=0.01))
     episodes = make_sampler(tasks_per_batch=3, seed=1)[0]
@@ -69,6 +70,7 @@ def test_the_adaptation_plot_shows_fits_in_a_panel_for_each_task(tmp_path, figur
     assert_legend_is_outside_the_panels(figures[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_curves_show_training_with_its_running_mean_and_validation(tmp_path, figures, metric):
     def line(step, split):

@@ -54,6 +54,7 @@ def run(steps, **options):
     return hoag, [hoag.step() for _ in range(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", ["quadratic", "cubic", lambda k: 0.5**k], ids=["quadratic", "cubic", "halving"]
 )

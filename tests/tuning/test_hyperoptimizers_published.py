@@ -72,6 +72,7 @@ def published_value(parameters, name):
     return gdtuo.Adam.clamp(value) if name.startswith("beta") else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_trajectories_are_those_of_the_published_package(name):
     """Every weight and every hyperparameter of every level at each of 100 steps, to 1e-5."""

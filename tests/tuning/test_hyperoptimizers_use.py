@@ -230,6 +230,7 @@ def _train_replica(rank, results, address):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_replicas_on_half_a_batch_each_learn_the_same_as_one_process(tmp_path):
     """DistributedDataParallel averages the gradients before the step."""
     manager = torch.multiprocessing.Manager()

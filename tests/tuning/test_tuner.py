@@ -101,6 +101,7 @@ def test_each_inner_step_sees_its_own_batch_and_the_curvature_another():
     assert step.norm == pytest.approx(30)
 
 
+@pytest.mark.slow
 def test_real_time_with_one_outer_step_for_the_whole_run_is_forward_mode():
     inner = GradientDescent(
         steps=12,
