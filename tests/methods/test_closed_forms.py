@@ -66,7 +66,7 @@ def test_every_method_is_exact_or_tested_elsewhere():
     assert not set(SOLVED) & TESTED_ELSEWHERE
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("vectorize", ["vmap", pytest.param("loop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "flag",
     [pytest.param(flag, marks=pytest.mark.slow if flag in SLOW else ()) for flag in SOLVED],
