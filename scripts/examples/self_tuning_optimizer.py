@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metaimplicit import Hyperoptimizer, Positive
-from metaimplicit.tuning.hyperoptimizers import SGD
+from metaimplicit.tuning.hyperoptimizers import SGD, Adam
 
 
 def train(optimizer_name: str, steps: int) -> float:
@@ -21,8 +21,8 @@ def train(optimizer_name: str, steps: int) -> float:
     if optimizer_name == "plain SGD":
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     else:
-        # SGD whose log lr is moved by another SGD, with the gradient through the last update.
-        level = SGD(1e-4, optimizer=SGD(2.0), domains={"lr": Positive()})
+        # SGD whose log lr is moved by Adam, with the gradient through the last update.
+        level = SGD(1e-4, optimizer=Adam(0.1), domains={"lr": Positive()})
         optimizer = Hyperoptimizer(model.parameters(), level)
 
     for _ in range(steps):

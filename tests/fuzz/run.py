@@ -1,7 +1,8 @@
 """Run the fuzzer: python tests/fuzz/run.py --cases 5000 --seed 0 --out FILE.json
 
 It prints the counts of verdicts, the counts of known kinds among the failures, and a line for each
-failure. A case is run again by --seed S --only I.
+failure. A case is run again by --seed S --only I. The exit status is 1 if a failure is of no known
+kind.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fuzz.cases import draw
 from fuzz.known import kind_of
 from fuzz.verdicts import TORCH, VERDICTS, WRONG, Verdict, judge
 
+UNKNOWN = "of no known kind"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -41,14 +44,15 @@ def main() -> None:
     seconds = time.perf_counter() - began
     if args.only is not None:
         print(verdicts[0])
-    else:
-        print_summary(verdicts, seconds)
+    all_known = args.only is not None or print_summary(verdicts, seconds)
     if args.out is not None:
         rows = [asdict(verdict) | {"known": kind_of(verdict)} for verdict in verdicts]
         args.out.write_text(json.dumps(rows, indent=1))
+    sys.exit(0 if all_known else 1)
 
 
-def print_summary(verdicts: list[Verdict], seconds: float) -> None:
+def print_summary(verdicts: list[Verdict], seconds: float) -> bool:
+    """Print the counts and the failures; return whether every failure is of a known kind."""
     counts = Counter(verdict.kind for verdict in verdicts)
     share = sum(verdict.differences for verdict in verdicts) / len(verdicts)
     print(f"{len(verdicts)} cases in {seconds:.0f} s; finite differences decided {share:.0%}")
@@ -58,11 +62,12 @@ def print_summary(verdicts: list[Verdict], seconds: float) -> None:
     failures = [verdict for verdict in verdicts if verdict.kind in (WRONG, TORCH)]
     by_kind: dict[str, list[Verdict]] = {}
     for verdict in failures:
-        by_kind.setdefault(kind_of(verdict) or "of no known kind", []).append(verdict)
+        by_kind.setdefault(kind_of(verdict) or UNKNOWN, []).append(verdict)
     for name, group in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         print(f"\n{name}: {len(group)}")
         for verdict in group:
             print(f"  {verdict.reason}\n    {verdict.case}")
+    return UNKNOWN not in by_kind
 
 
 if __name__ == "__main__":
