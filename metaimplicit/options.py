@@ -38,6 +38,12 @@ class Option:
         type: The types it takes, of numbers, strings, bools, literals and None.
         default: Its value now.
         help: What its class's docstring says of it.
+
+    Example:
+        >>> from metaimplicit.methods import METHODS
+        >>> rank = options_of(METHODS["nystrom"])["rank"]
+        >>> rank.path, rank.type, rank.default
+        (('solver', 'rank'), <class 'int'>, 10)
     """
 
     name: str
@@ -64,6 +70,12 @@ def with_options(value: Value, values: dict[str, Any]) -> Value:
     Raises:
         KeyError: The method has no such option.
         ValueError: A value that the method refuses.
+
+    Example:
+        >>> from metaimplicit.methods import METHODS
+        >>> method = with_options(METHODS["nystrom"], {"rank": 20, "damping": 0.1})
+        >>> method.solver.rank, method.damping
+        (20, 0.1)
     """
     known = options_of(value)
     for name, new in values.items():

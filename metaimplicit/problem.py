@@ -187,6 +187,12 @@ class Stream:
 
     Args:
         fn: The step's number to its data. It must return the same data whenever it is asked.
+
+    Example:
+        >>> steps = 2
+        >>> data = Stream(lambda t: f"training batch {t}" if t < steps else "validation batch")
+        >>> [data.fn(t) for t in range(steps + 1)]
+        ['training batch 0', 'training batch 1', 'validation batch']
     """
 
     fn: Callable[[int], Any]

@@ -64,6 +64,13 @@ def cifar10(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
     Raises:
         FileNotFoundError: If `data_root` has none of the layouts, or the download fails.
         ValueError: If the data is damaged, or not 5000 training and 1000 test images of each class.
+
+    Example:
+        >>> train, test = cifar10("folder/with/cifar10")  # doctest: +SKIP
+        >>> train.inputs.shape, len(test)  # doctest: +SKIP
+        (torch.Size([50000, 3, 32, 32]), 10000)
+        >>> CLASSES[3], test.counts()[3]  # doctest: +SKIP
+        ('cat', 1000)
     """
     source = _download() if data_root is None else _find(Path(data_root))
     if isinstance(source, Path):

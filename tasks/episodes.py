@@ -64,6 +64,21 @@ class TaskFamily(Protocol):
     A family of classification tasks may also have `classes`, a tuple of the names of its classes.
     `Splits` compares these. Where the names differ between processes, `class_names` holds names
     that do not, and `Splits.digests` uses those.
+
+    Example:
+        >>> class Lines:
+        ...     name = "lines/train"
+        ...     kind = "regression"
+        ...     input_shape = (1,)
+        ...     outputs = 1
+        ...
+        ...     def sample(self, tasks, rng):
+        ...         slope = torch.from_numpy(rng.standard_normal((tasks, 1, 1)))
+        ...         x = torch.from_numpy(rng.standard_normal((tasks, 10, 1)))
+        ...         y = slope * x
+        ...         return Episodes(support=(x[:, :5], y[:, :5]), query=(x[:, 5:], y[:, 5:]))
+        >>> EpisodeSampler(Lines(), tasks=4)[0].support[0].shape
+        torch.Size([4, 5, 1])
     """
 
     @property

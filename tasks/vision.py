@@ -33,6 +33,13 @@ def mnist(data_root: str | Path | None = None) -> tuple[Examples, Examples]:
     Raises:
         FileNotFoundError: If a file is missing in `data_root`, or the download fails.
         ValueError: If a file is damaged.
+
+    Example:
+        >>> train, test = mnist("folder/with/mnist")  # doctest: +SKIP
+        >>> train.inputs.shape, len(test)  # doctest: +SKIP
+        (torch.Size([60000, 1, 28, 28]), 10000)
+        >>> standardise(train).inputs.dtype  # doctest: +SKIP
+        torch.float32
     """
     root = _download_mnist() if data_root is None else _find_mnist(Path(data_root))
     from torchvision.datasets import MNIST

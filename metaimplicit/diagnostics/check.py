@@ -42,6 +42,18 @@ class Check:
         inner_gradient_norm: The largest over the tasks.
         negative_curvature: The share of tasks whose solve met negative curvature.
         verdict: Whether the hypergradient is right; if not, why, and what to do.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros((), dtype=torch.float64)},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square(),
+        ... )
+        >>> meta = {"target": torch.tensor(3.0, dtype=torch.float64)}
+        >>> inner = GradientDescent(steps=2, lr=0.1)
+        >>> print(check_hypergradient(problem, meta, None, inner=inner, method="cg").verdict)
+        Wrong: the solve is fine, but θ_T is no stationary point (‖∂f/∂θ‖ = 3.8e+00); use more ...
     """
 
     slopes: Tensor

@@ -39,6 +39,19 @@ class Row:
         seconds: The duration of the solve and the mixed product.
         mebibytes: The peak of the memory of tensors in the meantime, above what lived before.
         chosen: What the solver `Auto` chose, and why.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(2)},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square().sum(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square().sum(),
+        ... )
+        >>> inner = GradientDescent(steps=20, lr=0.25)
+        >>> meta = {"target": torch.ones(2)}
+        >>> row = compare(problem, meta, None, inner=inner, methods=["cg"], products=[1]).rows[0]
+        >>> row.method, row.products, row.status
+        ('cg', 1, 'CONVERGED')
     """
 
     method: str
@@ -65,6 +78,19 @@ class Comparison:
         smallest: The smallest eigenvalue of A over all tasks.
         largest: The largest eigenvalue of A over all tasks.
         inner_gradient_norm: The largest over the tasks. Only if it is 0, h* is the hypergradient.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(2)},
+        ...     inner_loss=lambda params, meta, data: (data * params["w"].square()).sum(),
+        ...     outer_loss=lambda params, meta, data: (params["w"] - meta["target"]).square().sum(),
+        ... )
+        >>> meta = {"target": torch.ones(2)}
+        >>> data = torch.tensor([0.5, 2.0])
+        >>> comparison = compare(problem, meta, data, inner=GradientDescent(), products=[1])
+        >>> comparison.size, comparison.smallest, comparison.largest
+        (2, 1.0, 4.0)
     """
 
     rows: list[Row]

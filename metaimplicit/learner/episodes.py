@@ -1,6 +1,7 @@
 """Batches of few-shot tasks: their form, the checks on them, and the accuracy of predictions."""
 
-from __future__ import annotations
+# This module does not import `annotations` from `__future__`. That would turn the types of the
+# fields of a NamedTuple into strings that documentation tools cannot resolve.
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -46,7 +47,7 @@ class Episode(NamedTuple):
     query: Pair
 
     @classmethod
-    def of(cls, support: Sequence[Tensor], query: Sequence[Tensor]) -> Episode:
+    def of(cls, support: Sequence[Tensor], query: Sequence[Tensor]) -> "Episode":
         """The episode of two plain `(inputs, targets)` pairs.
 
         Raises:
@@ -60,6 +61,16 @@ class EpisodeBatch(Protocol):
 
     Each is an `(inputs, targets)` pair of tensors `[tasks, m, ...]`. The number m of examples may
     differ between support and query.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from metaimplicit import MetaLearner
+        >>> learner = MetaLearner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss)
+        >>> support = (torch.randn(4, 5, 2), torch.randn(4, 5, 1))  # 4 tasks of 5 examples
+        >>> query = (torch.randn(4, 9, 2), torch.randn(4, 9, 1))
+        >>> episodes = SimpleNamespace(support=support, query=query)
+        >>> learner.backward(episodes).report.inner_gradient_norm.shape  # one norm for each task
+        torch.Size([4])
     """
 
     @property

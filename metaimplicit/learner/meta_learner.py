@@ -34,8 +34,8 @@ from metaimplicit.problem import BilevelProblem
 class MetaLearner(nn.Module):
     """Learns the initialisation φ from which an inner loop adapts a model to a task.
 
-    min_φ mean_tasks loss(model_{θ*}(query))
-    with θ* = argmin_θ loss(model_θ(support)) + λ/2 ‖θ − φ‖² (Rajeswaran et al. 2019, eq. 4).
+        min_φ mean_tasks loss(model_{θ*}(query))
+        with θ* = argmin_θ loss(model_θ(support)) + λ/2 ‖θ − φ‖² (Rajeswaran et al. 2019, eq. 4).
 
     φ consists of the model's parameters that require grad, and of the numbers in `learn`. With
     λ = 0 and `method="unrolled"`, which are the defaults, this is MAML (Finn et al. 2017).

@@ -19,6 +19,15 @@ class Step:
         loss: The mean query loss over the tasks, a scalar without a graph.
         accuracy: The mean query accuracy, a scalar. None for regression.
         report: The report of the method: its inner loop and its solve.
+
+    Example:
+        >>> import torch
+        >>> from metaimplicit.learner import Episode, MetaLearner, Pair
+        >>> pair = Pair(torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))  # 4 tasks of 3 classes
+        >>> learner = MetaLearner(torch.nn.Linear(2, 3), torch.nn.functional.cross_entropy)
+        >>> step = learner.backward(Episode(support=pair, query=pair))
+        >>> bool(step.loss > 0), bool(0 <= step.accuracy <= 1), step.report.method
+        (True, True, 'unrolled')
     """
 
     loss: Tensor

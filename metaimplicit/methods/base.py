@@ -120,6 +120,23 @@ class Adaptation:
         dependencies: What θ* depends on.
         end: Where the inner loop ended. Another inner loop can continue there.
         pullback: (v, solver state) ↦ ((dθ*/dφ)ᵀ v, the report completed by the solve).
+
+    Example:
+        One step of size ¼ on f = w² takes w = φ to w − ¼·2w = φ/2, whose derivative is ½.
+
+        >>> from metaimplicit import BilevelProblem, GradientDescent, Unrolled
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": meta["phi"]},
+        ...     inner_loss=lambda params, meta, data: params["w"].square(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> meta = {"phi": torch.tensor(3.0, requires_grad=True)}
+        >>> inner = GradientDescent(steps=1, lr=0.25)
+        >>> lifted = LiftedProblem(problem, data=None, batched=False)
+        >>> adaptation = Unrolled().adapt(lifted, inner, meta)
+        >>> gradients, report = adaptation.pull_back({"w": torch.ones(1)}, meta)
+        >>> gradients
+        {'phi': tensor(0.5000)}
     """
 
     params: Params
@@ -154,6 +171,13 @@ class Method(ABC):
         remedy: What to do about a gradient that it cannot give.
         carries_graph: Whether θ* carries its graph to φ. If not, the adaptation has a pullback.
         argmin_objection: Why `argmin` cannot use it. If empty, it can.
+
+    Example:
+        These methods can differentiate through the loop's numbers, such as a step size.
+
+        >>> from metaimplicit.methods import METHODS
+        >>> [flag for flag, method in METHODS.items() if "loop" in method.reach]
+        ['unrolled', 'truncated', 'forward', 'real-time']
     """
 
     flag: str

@@ -23,6 +23,7 @@ def predicted_reduction(
         The reduction, a scalar.
 
     Example:
+        >>> import torch
         >>> from metaimplicit.operators import Identity
         >>> g = torch.tensor([[2.0]])
         >>> predicted_reduction(Identity(g), g, -g)  # 4 − 2

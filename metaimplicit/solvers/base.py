@@ -82,7 +82,12 @@ class SolverState:
 
 
 class Status(IntEnum):
-    """How a task's solve ended."""
+    """How a task's solve ended.
+
+    Example:
+        >>> [Status(number).name for number in torch.tensor([0, 2]).tolist()]
+        ['CONVERGED', 'NEGATIVE_CURVATURE']
+    """
 
     CONVERGED = 0  # the residual met the tolerance, or the method is direct
     MAX_STEPS = 1  # steps, terms, rank or precision ran out before the tolerance was met
@@ -122,6 +127,13 @@ class Solution:
         state: What makes the next solve of a nearby system cheaper. Pass it to that solve, or save
             it.
         chosen: What `Auto` chose, and why. It is empty for the other solvers.
+
+    Example:
+        >>> from metaimplicit.operators import Identity
+        >>> from metaimplicit.solvers import CG
+        >>> solution = CG().solve(Identity(torch.ones(1, 2), scale=2.0), torch.ones(1, 2))
+        >>> solution.value, Status(int(solution.status)).name
+        (tensor([[0.5000, 0.5000]]), 'CONVERGED')
     """
 
     value: Tensor

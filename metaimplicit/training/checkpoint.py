@@ -55,10 +55,11 @@ def save_checkpoint(
         >>> class Sampler:
         ...     def state_dict(self):
         ...         return {"position": 3}
-        >>> path = Path(tempfile.mkdtemp()) / "checkpoint.pt"
-        >>> save_checkpoint(path, learner, optimizer, Sampler(), Progress(step=3))
-        >>> load_learner(path, learner)
-        Progress(step=3, seconds=0.0)
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     path = Path(out, "checkpoint.pt")
+        ...     save_checkpoint(path, learner, optimizer, Sampler(), Progress(step=3))
+        ...     path.exists()
+        True
     """
     state = {
         "format": FORMAT,
@@ -89,6 +90,18 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint is damaged, or belongs to another learner or sampler.
+
+    Example:
+        >>> import tempfile
+        >>> import tasks
+        >>> sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=2)
+        >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     path = Path(out, "checkpoint.pt")
+        ...     save_checkpoint(path, learner, optimizer, sampler, Progress(step=3))
+        ...     load_checkpoint(path, learner, optimizer, sampler)
+        Progress(step=3, seconds=0.0)
     """
     state = _read(path, _device(learner))
     progress = _restore_learner(state, path, learner)
@@ -111,12 +124,46 @@ def load_learner(path: Path, learner: MetaLearner) -> Progress:
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint is damaged, or belongs to another learner.
+
+    Example:
+        >>> import tempfile
+        >>> import tasks
+        >>> from metaimplicit.training import Budget, fit
+        >>> sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=2)
+        >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
+        >>> new = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     out = Path(folder)
+        ...     _ = fit(learner, optimizer, sampler, out=out, budget=Budget(steps=3), bar=False)
+        ...     load_learner(out / "checkpoint.pt", new).step
+        3
     """
     return _restore_learner(_read(path, _device(learner)), path, learner)
 
 
 def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
-    """Save the states of a tuner and of the random generators, atomically."""
+    """Save the states of a tuner and of the random generators, atomically.
+
+    Args:
+        path: The file.
+        tuner: The tuner.
+        progress: How far the run is.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.nn import functional as F
+        >>> from metaimplicit.inner import GradientDescent
+        >>> from metaimplicit.tuning import WeightDecay, tuning_problem
+        >>> model = torch.nn.Linear(2, 1)
+        >>> problem, meta, domains = tuning_problem(model, F.mse_loss, [WeightDecay()])
+        >>> tuner = Tuner(problem, meta, domains=domains, inner=GradientDescent(steps=1))
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     path = Path(out, "checkpoint.pt")
+        ...     save_tuner(path, tuner, Progress(step=tuner.steps))
+        ...     path.exists()
+        True
+    """
     state = {
         "format": FORMAT,
         "progress": asdict(progress),
@@ -132,6 +179,20 @@ def load_tuner(path: Path, tuner: Tuner) -> Progress:
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint is damaged, or belongs to another tuner.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.nn import functional as F
+        >>> from metaimplicit.inner import GradientDescent
+        >>> from metaimplicit.tuning import WeightDecay, tuning_problem
+        >>> model = torch.nn.Linear(2, 1)
+        >>> problem, meta, domains = tuning_problem(model, F.mse_loss, [WeightDecay()])
+        >>> tuner = Tuner(problem, meta, domains=domains, inner=GradientDescent(steps=1))
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     path = Path(out, "checkpoint.pt")
+        ...     save_tuner(path, tuner, Progress(step=3))
+        ...     load_tuner(path, tuner)
+        Progress(step=3, seconds=0.0)
     """
     state = _read(path, next(iter(tuner.meta.values())).device)
     if "tuner" not in state:

@@ -22,9 +22,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         write: It receives the temporary file, open for writing bytes.
 
     Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> write_atomically(folder / "a.txt", lambda file: file.write(b"text"))
-        >>> (folder / "a.txt").read_text()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "a.txt")
+        ...     write_atomically(path, lambda file: file.write(b"text"))
+        ...     path.read_text()
         'text'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +50,10 @@ def write_json(path: Path, data: Any) -> None:
         ValueError: The data holds NaN or Inf, which JSON cannot express.
 
     Example:
-        >>> path = Path(tempfile.mkdtemp()) / "a.json"
-        >>> write_json(path, {"x": 1})
-        >>> read_json(path)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "a.json")
+        ...     write_json(path, {"x": 1})
+        ...     read_json(path)
         {'x': 1}
     """
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
@@ -66,9 +68,10 @@ def read_json(path: Path) -> Any:
         ValueError: The file is not valid JSON.
 
     Example:
-        >>> path = Path(tempfile.mkdtemp()) / "a.json"
-        >>> _ = path.write_text("[1, 2]")
-        >>> read_json(path)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "a.json")
+        ...     _ = path.write_text("[1, 2]")
+        ...     read_json(path)
         [1, 2]
     """
     try:

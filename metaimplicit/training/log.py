@@ -103,9 +103,9 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
     Example:
         >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
-        >>> read_metrics(folder)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+        ...     read_metrics(Path(folder))
         [{'step': 1}]
     """
     lines = []

@@ -39,7 +39,15 @@ class Sampler(Resumable, Protocol):
 
 
 class NonFiniteError(FloatingPointError):
-    """NaN or Inf in the data, the loss or the meta-gradient, noticed before a parameter moved."""
+    """NaN or Inf in the data, the loss or the meta-gradient, noticed before a parameter moved.
+
+    Example:
+        >>> try:
+        ...     raise NonFiniteError("step 7: the query loss is nan")
+        ... except FloatingPointError as error:  # catches those of the solvers, too
+        ...     print(error)
+        step 7: the query loss is nan
+    """
 
 
 def fit(
@@ -92,6 +100,18 @@ def fit(
             moved at this step, and the last checkpoint stands.
         ValueError: A number is out of range. The checkpoint belongs to another run. Or `out` holds
             the metrics of a run whose checkpoint is gone.
+
+    Example:
+        >>> import tempfile
+        >>> import tasks
+        >>> sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=2)
+        >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     out = Path(folder)
+        ...     _ = fit(learner, optimizer, sampler, out=out, budget=Budget(steps=3), bar=False)
+        ...     [line["step"] for line in read_metrics(out)]
+        [1, 2, 3]
     """
     _check_numbers(validate_every, checkpoint_every, clip)
     require_new_run_folder(out, resume)

@@ -24,6 +24,12 @@ class Estimate:
         interval: 1.96 s/√n, half of the interval's width by the normal approximation. s is the
             sample deviation, with n − 1 in its denominator.
         tasks: n, the number of tasks.
+
+    Example:
+        >>> accuracies = torch.tensor([0.25, 0.5, 0.75])  # one for each task
+        >>> estimate = Estimate.of(accuracies)
+        >>> estimate.mean, estimate.tasks
+        (0.5, 3)
     """
 
     mean: float

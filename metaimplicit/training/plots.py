@@ -29,6 +29,14 @@ class Fits:
         support: Inputs and targets, `[tasks, examples]`.
         query: Likewise.
         steps: The number of inner steps.
+
+    Example:
+        >>> from metaimplicit.learner import Episode
+        >>> pair = Pair(torch.randn(2, 5, 1), torch.randn(2, 5, 1))  # 2 tasks of 5 examples
+        >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> fits = predict_curves(learner, Episode(pair, pair), steps=3)
+        >>> fits.grid.shape, fits.before.shape, fits.support.inputs.shape
+        (torch.Size([200]), torch.Size([2, 200]), torch.Size([2, 5]))
     """
 
     grid: Tensor
@@ -91,6 +99,17 @@ def plot_curves(out: Path) -> None:
 
     Raises:
         FileNotFoundError: The folder holds no metrics.jsonl.
+
+    Example:
+        >>> import json
+        >>> import tempfile
+        >>> line = {"step": 1, "seconds": 0.2, "split": "train", "loss": 1.1, "accuracy": 0.4}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     out = Path(folder)
+        ...     _ = (out / "metrics.jsonl").write_text(json.dumps(line))
+        ...     plot_curves(out)
+        ...     (out / "curves.png").exists()
+        True
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -126,6 +145,15 @@ def plot_adaptation(
         evaluation: What was measured.
         title: The title of the figure.
         fits: Curves to draw beside it, one panel for each task. If None, there are none.
+
+    Example:
+        >>> import tempfile
+        >>> losses = torch.tensor([[4.0, 2.0], [1.0, 1.0]])  # after 0 and 5 steps, of two tasks
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     out = Path(folder)
+        ...     plot_adaptation(out, Evaluation(losses, accuracies=None, steps=(0, 5)))
+        ...     (out / "adaptation.png").exists()
+        True
     """
     from matplotlib.figure import Figure
 

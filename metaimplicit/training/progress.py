@@ -14,6 +14,11 @@ class Progress:
     Attributes:
         step: The number of outer steps taken.
         seconds: The wall-clock time spent in training, over all sittings of the run.
+
+    Example:
+        >>> progress = Progress(step=50, seconds=10.0)
+        >>> progress.seconds / progress.step  # seconds for each step
+        0.2
     """
 
     step: int = 0

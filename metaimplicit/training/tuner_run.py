@@ -61,6 +61,20 @@ def fit_tuner(
         FileExistsError: `out` holds a run, and `resume` is False.
         FloatingPointError: A hypergradient is not finite, and the tuner does not skip those.
         ValueError: A number is out of range, or the checkpoint belongs to another run.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from metaimplicit.inner import GradientDescent
+        >>> from metaimplicit.tuning import WeightDecay, tuning_problem
+        >>> model = torch.nn.Linear(2, 1)
+        >>> problem, meta, domains = tuning_problem(model, F.mse_loss, [WeightDecay()])
+        >>> tuner = Tuner(problem, meta, domains=domains, inner=GradientDescent(steps=1))
+        >>> loader = [(torch.randn(4, 2), torch.randn(4, 1))]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     fit_tuner(tuner, loader, loader, out=Path(out), steps=3, bar=False).step
+        3
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1 step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,41 +12,20 @@ import torch
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import LBFGS, InnerLoop
 from metaimplicit.iterate import Iterate
-from metaimplicit.methods import Implicit, Report
+from metaimplicit.methods import Implicit
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.solvers import CG, SolverState
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.line_search import LineSearch, Trial
+from metaimplicit.tuning.results import HOAGStep
 
 SCHEDULES: dict[str, Callable[[int], float]] = {  # of k = 1, 2, …; each has a finite sum
     "exponential": lambda k: 0.9**k,
     "quadratic": lambda k: 1 / k**2,
     "cubic": lambda k: 1 / k**3,
 }
-
-
-@dataclass(frozen=True)
-class HOAGStep:
-    """What one step of `HOAG` did.
-
-    Attributes:
-        outer_loss: g(θ_k, φ_k), at the φ_k that the step started from.
-        norm: ‖p_k‖, the norm of the hypergradient in the free coordinates.
-        tolerance: ε_k, to which the inner problem and the linear system were solved.
-        lipschitz: L after the step. The next step has length ‖p‖/L.
-        accepted: Whether φ_k lowered g enough, or was an accepted point solved again. If False, φ
-            went back to the accepted point, and L grew.
-        report: What the inner loop and the linear solve report.
-    """
-
-    outer_loss: float
-    norm: float
-    tolerance: float
-    lipschitz: float
-    accepted: bool
-    report: Report
 
 
 class HOAG:

@@ -1,6 +1,7 @@
 """The bilevel problem of a model whose training has hyperparameters."""
 
-from __future__ import annotations
+# This module does not import `annotations` from `__future__`. That would turn the types of the
+# fields of a NamedTuple into strings that documentation tools cannot resolve.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,16 @@ class TuningProblem(NamedTuple):
         problem: The inner and outer loss.
         meta: φ to start from, `{name: tensor}`.
         domains: The domains of the entries of φ that are not `Real`, by name.
+
+    Example:
+        >>> from metaimplicit.tuning import ClassWeights
+        >>> model = nn.Linear(2, 3)
+        >>> tuning = tuning_problem(model, nn.functional.cross_entropy, [ClassWeights(3)])
+        >>> tuning.meta
+        {'class_weights': tensor([1., 1., 1.])}
+        >>> batch = (torch.randn(2, 2), torch.tensor([0, 2]))
+        >>> tuning.weights(dict(model.named_parameters()), tuning.meta, batch)
+        tensor([1., 1.])
     """
 
     problem: BilevelProblem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
-from metaimplicit.methods import Method, Report, make_method
+from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.solvers import SolverState
@@ -23,28 +23,10 @@ from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
+from metaimplicit.tuning.results import TunerStep
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Metric = Callable[[Params, Params], float]
-
-
-@dataclass(frozen=True)
-class TunerStep:
-    """What one outer step did.
-
-    Attributes:
-        outer_loss: g(θ_T, φ) on the validation batch, before φ moved.
-        norm: ‖dg/dφ‖ in the free coordinates.
-        report: What the inner loop and the linear solve report.
-        applied: False if the hypergradient was not finite and the step was skipped.
-        metric: What `Tuner.fit` measured after the step, if a measurement was due.
-    """
-
-    outer_loss: float
-    norm: float
-    report: Report
-    applied: bool
-    metric: float | None = None
 
 
 class Tuner:
