@@ -98,6 +98,44 @@ class Proximal:
         value: Tensor = 0.5 * resolve(self.strength, meta) * torch.stack(squares).sum()
         return value
 
+    def known_multiple(self, meta: Params) -> float:
+        """λ, the Hessian's known multiple of the identity."""
+        return _as_float(resolve(self.strength, meta))
+
+
+def _as_float(number: float | Tensor) -> float:
+    return float(number.detach() if isinstance(number, Tensor) else number)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """½ Σ_j λ_j θ_j²: what the weight decay of an inner optimiser adds to the inner loss.
+
+    Args:
+        strengths: λ_j ≥ 0 by parameter, a number or a tensor that broadcasts against θ_j.
+
+    Example:
+        >>> Decay({"w": 0.5})({"w": torch.tensor([2.0])}, {})
+        tensor(1.)
+    """
+
+    strengths: dict[str, float | Tensor]
+
+    def __call__(self, params: Params, meta: Params) -> Tensor:
+        """The penalty at `params`, a scalar."""
+        parts = [
+            (strength * params[name].square()).sum() for name, strength in self.strengths.items()
+        ]
+        return 0.5 * torch.stack(parts).sum()
+
+    def known_multiple(self, meta: Params) -> float | None:
+        """λ if all parameters share one number, else None."""
+        numbers = list(self.strengths.values())
+        if any(isinstance(number, Tensor) and number.dim() for number in numbers):
+            return None
+        values = {_as_float(number) for number in numbers}
+        return values.pop() if len(values) == 1 else None
+
 
 @dataclass(frozen=True)
 class Composite:

@@ -130,6 +130,18 @@ class InnerLoop(ABC):
             "use GradientDescent"
         )
 
+    def decay(self, meta: Params, parameter: str) -> float | Tensor:
+        """λ ≥ 0 of the penalty λ/2 ‖θ‖² that the loop adds to the loss of a parameter.
+
+        With weight decay of this kind (L2), the loop converges to a stationary point of the
+        penalised loss.
+
+        Args:
+            meta: The meta-parameters, where `FromMeta` numbers are read.
+            parameter: The name of the parameter.
+        """
+        return 0.0
+
     def updated(self, **changes: Any) -> InnerLoop:
         """A copy of this loop in which some fields have other values.
 

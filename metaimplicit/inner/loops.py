@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.inner.differentiable import DifferentiableStep, run_steps
+from metaimplicit.inner.rules import RULES
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
 from metaimplicit.problem import Number
@@ -133,6 +135,13 @@ class TorchOptimizer(_StepwiseLoop):
 
     def _make_step(self) -> DifferentiableStep:
         return DifferentiableStep(self.optimizer, self.options)
+
+    def decay(self, meta: Params, parameter: str) -> float | Tensor:
+        """The sum of the options that add a multiple of θ to the gradient."""
+        step = self._make_step()
+        options = step.defaults | step.resolved_options(meta, parameter)
+        total: float | Tensor = sum(options[name] for name in RULES[self.optimizer].decays)
+        return total
 
     @property
     def lr(self) -> Any:

@@ -171,10 +171,18 @@ def _root(x: Tensor) -> Tensor:
 
 
 class UpdateRule(NamedTuple):
-    """A rule, and the options for which tests compare it with `torch.optim`."""
+    """A rule, and what is known of its options.
+
+    Attributes:
+        step: The rule.
+        options: The options for which tests compare it with `torch.optim`.
+        decays: The options λ that add λp to the gradient, as the penalty λ/2 ‖p‖² does. AdamW's
+            decay is not such an option: it stands beside the scaled gradient.
+    """
 
     step: Rule
     options: set[str]
+    decays: tuple[str, ...] = ("weight_decay",)
 
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
@@ -182,16 +190,22 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
         sgd, options={"lr", "momentum", "dampening", "weight_decay", "nesterov"}
     ),
     torch.optim.Adam: UpdateRule(adam, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
-    torch.optim.AdamW: UpdateRule(adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    torch.optim.AdamW: UpdateRule(
+        adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}, decays=()
+    ),
     torch.optim.Adadelta: UpdateRule(adadelta, options={"lr", "rho", "eps", "weight_decay"}),
     torch.optim.Adagrad: UpdateRule(
         adagrad,
         options={"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"},
     ),
     torch.optim.Adamax: UpdateRule(adamax, options={"lr", "betas", "eps", "weight_decay"}),
-    torch.optim.ASGD: UpdateRule(asgd, options={"lr", "lambd", "alpha", "t0", "weight_decay"}),
+    torch.optim.ASGD: UpdateRule(
+        asgd,
+        options={"lr", "lambd", "alpha", "t0", "weight_decay"},
+        decays=("weight_decay", "lambd"),
+    ),
     torch.optim.RMSprop: UpdateRule(
         rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum"}
     ),
-    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}),
+    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}, decays=()),
 }

@@ -84,6 +84,8 @@ class Dependencies:
         inner: The inner loop, whose numbers may be meta-parameters, such as a step size.
         start: The names of the meta-parameters that θ₀ = init(φ) depends on.
         loss: The names of those that the inner loss depends on.
+        idle: The names of the parameters that the inner loss does not depend on. They keep their
+            initial values, weight decay or not.
 
     Example:
         >>> from metaimplicit import FromMeta, GradientDescent
@@ -95,6 +97,7 @@ class Dependencies:
     inner: InnerLoop
     start: set[str] = field(default_factory=set)
     loss: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
 
     def routes(self, name: str) -> set[str]:
         """By which of the routes "start", "loss" and "loop" θ* depends on a meta-parameter."""

@@ -33,6 +33,7 @@ from metaimplicit.operators import (
     find_curvature,
 )
 from metaimplicit.params import Params, flatten, unflatten
+from metaimplicit.problem import Decay
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, SolverState
 
 Curvature = Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"] | CurvatureClass
@@ -44,7 +45,8 @@ class Implicit(Method):
 
     It is exact if θ* is stationary, the solve is exact, and A is the Hessian ∂²f/∂θ² without
     damping. Nothing of the inner loop is stored, so memory is flat in its steps (Rajeswaran et
-    al. 2019; Lorraine et al. 2020).
+    al. 2019; Lorraine et al. 2020). Weight decay of the inner optimiser (L2) belongs to f. That of
+    AdamW does not: the loop still ends where ∂f/∂θ = 0, if it ends.
 
     Args:
         solver: Computes A⁻¹v.
@@ -153,7 +155,13 @@ class Implicit(Method):
         def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
             def attempt(lifted: LiftedProblem) -> tuple[Gradients, Report]:
                 return self._pull_back(
-                    lifted, end.params, meta, vectors=vectors, report=report, state=state
+                    lifted,
+                    end.params,
+                    meta,
+                    decay=_decay_of_loop(dependencies, end.params, meta),
+                    vectors=vectors,
+                    report=report,
+                    state=state,
                 )
 
             return retry_under_vmap(attempt, problem)
@@ -166,12 +174,13 @@ class Implicit(Method):
         params: Params,
         meta: Params,
         *,
+        decay: Decay | None,
         vectors: Params,
         report: Report,
         state: SolverState,
     ) -> tuple[Gradients, Report]:
         data = data_at_solution(problem, self.batch, "Implicit")
-        point = self._linearize(problem, params, meta, data)
+        point = self._linearize(problem, params, meta, data=data, decay=decay)
         sigma = point.sigma + self.damping
         v = flatten(vectors)
 
@@ -188,9 +197,12 @@ class Implicit(Method):
 
         # (dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u.
         if self.products == "finite-differences":
-            slope = central_difference(
-                lambda p: problem.inner(p, meta, data), params, solution.value
-            )
+
+            def penalized_loss(p: Params) -> Tensor:
+                loss = problem.inner(p, meta, data)
+                return loss if decay is None else loss + problem.penalty(decay, p, meta)
+
+            slope = central_difference(penalized_loss, params, solution.value)
             mixed = vector_jacobian_product(
                 {"slope": slope}, meta, {"slope": -torch.ones_like(slope)}
             )
@@ -218,13 +230,19 @@ class Implicit(Method):
         )
 
     def _linearize(
-        self, problem: LiftedProblem, params: Params, meta: Params, data: Any
+        self,
+        problem: LiftedProblem,
+        params: Params,
+        meta: Params,
+        *,
+        data: Any,
+        decay: Decay | None,
     ) -> Linearization:
         options: dict[str, Any] = {}
         if self.products != "double-backward":
             options["products"] = self.products
         curvature = self.curvature or "hessian"
-        return linearize(problem, params, meta, data, curvature=curvature, **options)
+        return linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
 
     def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
         if self.preconditioner is None:
@@ -244,6 +262,18 @@ class Implicit(Method):
             if self.strict:
                 raise FloatingPointError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _decay_of_loop(dependencies: Dependencies, params: Params, meta: Params) -> Decay | None:
+    """The penalty that the inner loop adds to the loss of the parameters that it moves."""
+    strengths = {
+        name: dependencies.inner.decay(meta, name)
+        for name in params
+        if name not in dependencies.idle
+    }
+    if not any(isinstance(strength, Tensor) or strength != 0 for strength in strengths.values()):
+        return None
+    return Decay(strengths)
 
 
 def _damped_inverse(operator: Invertible, shift: float) -> Callable[[Tensor], Tensor]:

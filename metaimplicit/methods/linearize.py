@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from metaimplicit.operators import (
     find_curvature,
 )
 from metaimplicit.params import Params
-from metaimplicit.problem import Composite, Proximal, resolve
+from metaimplicit.problem import Composite, Decay, Proximal
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def linearize(
     data: Any,
     *,
     curvature: str | CurvatureClass,
+    decay: Decay | None = None,
     **options: Any,
 ) -> Linearization:
     """The inner problem at θ = `params`, as an implicit method needs it.
@@ -55,6 +57,7 @@ def linearize(
         meta: φ, leaves of autograd.
         data: What the inner loss sees.
         curvature: What A is made of. The Hessian of a penalty is always exact.
+        decay: The weight decay of the inner loop, a penalty that is added to f.
         options: Further options of the curvature's class.
 
     Raises:
@@ -70,23 +73,36 @@ def linearize(
     sigma = 0.0
 
     f = problem.problem.inner_loss
-    penalty = f.penalty if isinstance(f, Composite) else None
-    if penalty is not None:
-        penalty_hessian = Hessian(lambda p: problem.penalty(penalty, p, meta), params)
-        # Both gradients belong to copies of θ at one point, so their sum is ∂f/∂θ.
-        of_penalty = penalty_hessian.gradient
-        gradient = {name: g + of_penalty[name] for name, g in gradient.items()}
-        if isinstance(penalty, Proximal):
-            strength = resolve(penalty.strength, meta)
-            sigma = float(strength.detach() if isinstance(strength, Tensor) else strength)
+    penalties = [f.penalty if isinstance(f, Composite) else None, decay]
+    for penalty in filter(None, penalties):
+        hessian = Hessian(partial(_lifted_penalty, problem, penalty, meta), params)
+        # All gradients belong to copies of θ at one point, so their sum is ∂f/∂θ.
+        gradient = {name: g + hessian.gradient[name] for name, g in gradient.items()}
+        multiple = _known_multiple(penalty, meta)
+        if multiple is None:
+            core = core + hessian
         else:
-            core = operator + penalty_hessian
-    if not sigma >= 0:
+            sigma += multiple
+    return Linearization(core, gradient, sigma, parts)
+
+
+def _lifted_penalty(
+    problem: LiftedProblem, penalty: Callable[..., Any], meta: Params, params: Params
+) -> Tensor:
+    return problem.penalty(penalty, params, meta)
+
+
+def _known_multiple(penalty: Callable[..., Any], meta: Params) -> float | None:
+    """λ if the Hessian of the penalty is known to be λI, else None."""
+    if not isinstance(penalty, (Proximal, Decay)):
+        return None
+    multiple = penalty.known_multiple(meta)
+    if multiple is not None and not multiple >= 0:
         raise ValueError(
-            f"proximal strength: got {sigma} from meta, expected ≥ 0; "
+            f"proximal strength: got {multiple} from meta, expected ≥ 0; "
             "learn its logarithm, for example"
         )
-    return Linearization(core, gradient, sigma, parts)
+    return multiple
 
 
 def require_outputs(problem: LiftedProblem, curvature: str | CurvatureClass) -> None:

@@ -67,6 +67,9 @@ def run_inner(
                 [losses], meta, params=params.values(), functions=[inner_loss]
             )
             dependencies.loss.update(in_loss)
+        if t == 0:
+            read = find_dependencies([losses], params, params=meta.values())
+            dependencies.idle.update(set(params) - read)
         return losses
 
     trajectory = inner.run(

@@ -58,21 +58,6 @@ def _vmapped(case: Case) -> bool:
 
 
 KNOWN: dict[str, Kind] = {
-    "coupled weight decay": Kind(
-        "The inner optimiser's weight decay moves θ*; implicit methods differentiate without it.",
-        WRONG,
-        lambda case: case.implicit and case.coupled_decay > 0 and case.inner != "ASGD",
-        (
-            Case(inner="SGD", options=(("weight_decay", 0.3),), **IMPLICIT),
-            Case(inner="Adam", options=(("weight_decay", 0.3),), lr=0.05, **IMPLICIT),
-        ),
-    ),
-    "averaged SGD's decay": Kind(
-        "ASGD decays the parameters by lambd (default 1e-4), which implicit methods leave out.",
-        WRONG,
-        lambda case: case.implicit and case.inner == "ASGD",
-        (Case(inner="ASGD", **IMPLICIT), Case(inner="ASGD", options=(("lambd", 0.2),), **IMPLICIT)),
-    ),
     "decoupled weight decay": Kind(
         "AdamW settles where decay and gradient balance; implicit methods want no gradient.",
         WRONG,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reported.helpers import assert_same, fails_today
+from reported.helpers import assert_same
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,8 +28,6 @@ MOMENTUM = TorchOptimizer(torch.optim.SGD, steps=800, lr=0.05, momentum=0.9, wei
 # With a large eps Adam converges linearly, to round-off.
 ADAM = TorchOptimizer(torch.optim.Adam, steps=800, lr=0.05, eps=0.5, weight_decay=DECAY)
 
-left_out = fails_today(AssertionError, "implicit methods leave out the weight decay")
-
 
 def regression():
     """f = ‖Xw − s y‖²/m, g = ‖X_v w − y_v‖²/m, m = 20, and dg/ds with weight decay in f."""
@@ -52,11 +50,11 @@ def regression():
     ("inner", "method"),
     [
         pytest.param(SGD, Unrolled(), id="unrolled"),
-        pytest.param(SGD, Implicit(CG(max_steps=20, tol=1e-12)), marks=left_out, id="cg"),
-        pytest.param(SGD, Implicit(Dense()), marks=left_out, id="dense"),
-        pytest.param(SGD, Implicit(Neumann(terms=200)), marks=left_out, id="neumann"),
-        pytest.param(MOMENTUM, Implicit(Dense()), marks=left_out, id="momentum"),
-        pytest.param(ADAM, Implicit(Dense()), marks=left_out, id="adam"),
+        pytest.param(SGD, Implicit(CG(max_steps=20, tol=1e-12)), id="cg"),
+        pytest.param(SGD, Implicit(Dense()), id="dense"),
+        pytest.param(SGD, Implicit(Neumann(terms=200)), id="neumann"),
+        pytest.param(MOMENTUM, Implicit(Dense()), id="momentum"),
+        pytest.param(ADAM, Implicit(Dense()), id="adam"),
     ],
 )
 def test_the_gradient_includes_the_inner_weight_decay(inner, method):
@@ -66,7 +64,6 @@ def test_the_gradient_includes_the_inner_weight_decay(inner, method):
 
 
 @pytest.mark.slow
-@left_out
 def test_the_check_finds_the_loop_with_weight_decay_stationary_and_the_gradient_right():
     problem, meta, _ = regression()
     check = check_hypergradient(problem, meta, None, inner=SGD, method=Implicit(Dense()))
@@ -75,7 +72,6 @@ def test_the_check_finds_the_loop_with_weight_decay_stationary_and_the_gradient_
 
 
 @pytest.mark.slow
-@left_out
 def test_the_learner_includes_the_inner_weight_decay():
     x, x_query = torch.randn(2, 20, 3)
     y, y_query = torch.randn(2, 20, 1)
