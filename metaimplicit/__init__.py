@@ -8,17 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 from metaimplicit.diagnostics.check import check_hypergradient
 from metaimplicit.hypergradient import argmin, hypergradient
-from metaimplicit.inner import LBFGS, GradientDescent, NewtonCG, TorchOptimizer
+from metaimplicit.inner import LBFGS, GradientDescent, NewtonCG, ProximalGradient, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner
 from metaimplicit.methods import (
     METHODS,
     FirstOrder,
+    FixedPoint,
     Forward,
     Implicit,
     Truncated,
     Unrolled,
 )
 from metaimplicit.problem import BilevelProblem, Composite, FromMeta, Proximal, Stream
+from metaimplicit.root import root
 from metaimplicit.solvers import CG, Dense, Neumann, Nystrom
 from metaimplicit.tuning import Hyperoptimizer, Positive, Tuner, tuning_problem
 
@@ -36,6 +38,7 @@ __all__ = [
     "Composite",
     "Dense",
     "FirstOrder",
+    "FixedPoint",
     "Forward",
     "FromMeta",
     "GradientDescent",
@@ -47,6 +50,7 @@ __all__ = [
     "Nystrom",
     "Positive",
     "Proximal",
+    "ProximalGradient",
     "Stream",
     "TorchOptimizer",
     "Truncated",
@@ -55,5 +59,6 @@ __all__ = [
     "argmin",
     "check_hypergradient",
     "hypergradient",
+    "root",
     "tuning_problem",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import find_dependencies
-from metaimplicit.inner import InnerLoop, make_inner
+from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Gradients, Method, Report, make_method
@@ -183,8 +183,9 @@ def argmin(
     meta: Params,
     data: Any,
     *,
-    inner: str | InnerLoop,
+    inner: str | InnerLoop | None = None,
     method: str | Method,
+    solution: Params | None = None,
     batched: bool = False,
     vectorize: Vectorize = "vmap",
     chunk_size: int | None = None,
@@ -192,15 +193,18 @@ def argmin(
     """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ.
 
     Compose it with any torch code and call `.backward()`. With `unrolled`, the result can be
-    differentiated any number of times, with an implicit method once.
+    differentiated any number of times, with an implicit method once. A minimum that was found
+    elsewhere, by scipy, say, is differentiated if it is passed as the `solution`.
 
     Args:
         inner_loss: f, of one task: `(params, meta, data) -> scalar`, a function or a `Composite`.
         init: `(meta, data) -> params` of one task, where the inner loop starts.
         meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
         data: As for `hypergradient`.
-        inner: The inner loop that approximates θ*, or its flag.
+        inner: The inner loop that approximates θ*, or its flag. If None, there is a `solution`.
         method: How the derivative of θ* is computed, or the flag of that method.
+        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`), where ∂f/∂θ = 0. The
+            method has to be an implicit one. If None, the inner loop finds it.
         batched: As for `hypergradient`.
         vectorize: As for `hypergradient`.
         chunk_size: As for `hypergradient`.
@@ -228,7 +232,11 @@ def argmin(
         >>> target.grad
         tensor(6.)
     """
-    inner = make_inner(inner)
+    if (inner is None) == (solution is None):
+        raise ValueError("argmin: expected either an inner loop or a solution")
+    if solution is not None:
+        inner = KnownSolution(solution if batched else _unsqueeze(solution))
+    inner = make_inner(inner or "")
     method = make_method(method)
     if method.argmin_objection:
         raise ValueError(
@@ -282,6 +290,11 @@ def _add(direct: Tensor | None, indirect: Tensor | None, *, like: Tensor) -> Ten
     if direct is None:
         return torch.zeros_like(like) if indirect is None else indirect.detach()
     return direct.detach() if indirect is None else (direct + indirect).detach()
+
+
+def _unsqueeze(params: Params) -> Params:
+    """The parameters of one task with a task axis."""
+    return {name: p.unsqueeze(0) for name, p in params.items()}
 
 
 def _squeeze(params: Params) -> Params:

@@ -21,7 +21,7 @@ LAYERS = (
     ("inner",),
     ("methods",),
     ("hypergradient",),
-    ("learner", "diagnostics", "tuning", "optim"),
+    ("learner", "diagnostics", "tuning", "optim", "root"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

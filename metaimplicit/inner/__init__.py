@@ -8,8 +8,18 @@ from functools import partial
 import torch
 
 from metaimplicit.inner.base import InnerLoop, Trajectory
+from metaimplicit.inner.known import KnownSolution
 from metaimplicit.inner.lbfgs import LBFGS
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
+from metaimplicit.inner.proximal_gradient import ProximalGradient
+from metaimplicit.inner.regularizers import (
+    BoxConstraint,
+    GroupLasso,
+    L1Norm,
+    Regularizer,
+    SimplexConstraint,
+)
+from metaimplicit.inner.rules import SGDW
 from metaimplicit.inner.trust_region import NewtonCG
 
 # A row is called when its loop is needed, since making a torch optimiser imports torch's compiler.
@@ -46,9 +56,17 @@ def make_inner(inner: str | InnerLoop) -> InnerLoop:
 __all__ = [
     "INNER_LOOPS",
     "LBFGS",
+    "SGDW",
+    "BoxConstraint",
     "GradientDescent",
+    "GroupLasso",
     "InnerLoop",
+    "KnownSolution",
+    "L1Norm",
     "NewtonCG",
+    "ProximalGradient",
+    "Regularizer",
+    "SimplexConstraint",
     "TorchOptimizer",
     "Trajectory",
     "make_inner",

@@ -57,6 +57,10 @@ class InnerLoop(ABC):
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes all steps.
         differentiable: Whether a gradient can pass through the steps. If False, the loop serves
             implicit methods only.
+        fixed_point_objection: Why the step cannot be differentiated at its fixed point. If empty,
+            it can.
+        implicit_objection: Why the loop does not end where ∂f/∂θ = 0, apart from its `decay`. If
+            empty, it does.
 
     Example:
         >>> import torch
@@ -73,6 +77,8 @@ class InnerLoop(ABC):
     steps: int
     tol: float | None = None
     differentiable: ClassVar[bool] = True
+    fixed_point_objection: str = "whose step is no function of its iterate"
+    implicit_objection: str = ""
 
     @abstractmethod
     def run(

@@ -81,6 +81,8 @@ class GradientDescent(_StepwiseLoop):
     momentum: Number = 0.0
     tol: float | None = None
 
+    fixed_point_objection = ""
+
     def __post_init__(self) -> None:
         self.check()
         self._make_step()
@@ -136,12 +138,19 @@ class TorchOptimizer(_StepwiseLoop):
     def _make_step(self) -> DifferentiableStep:
         return DifferentiableStep(self.optimizer, self.options)
 
+    @property
+    def fixed_point_objection(self) -> str:  # type: ignore[override]
+        """Adaptive steps divide by the size of past gradients, which vanish at the fixed point."""
+        if issubclass(self.optimizer, torch.optim.SGD):
+            return ""
+        return f"and the step of {self.optimizer.__name__} is not differentiable at its fixed point"
+
     def decay(self, meta: Params, parameter: str) -> float | Tensor:
-        """The sum of the options that add a multiple of θ to the gradient."""
+        """λ of the penalty that the rule of the optimiser minimises beside the loss."""
         step = self._make_step()
-        options = step.defaults | step.resolved_options(meta, parameter)
-        total: float | Tensor = sum(options[name] for name in RULES[self.optimizer].decays)
-        return total
+        group = step.defaults | step.resolved_options(meta, parameter)
+        strength: float | Tensor = RULES[self.optimizer].decay(group)
+        return strength
 
     @property
     def lr(self) -> Any:

@@ -9,6 +9,7 @@ formula has one, at zero gradients as well.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,49 @@ def sgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
         state["buffer"] = buffer
         g = g + momentum * buffer if group["nesterov"] else buffer
     return p - lr * g if isinstance(lr, Tensor) else p.add(g, alpha=-lr)
+
+
+class SGDW(torch.optim.SGD):
+    """SGD with decoupled weight decay (Loshchilov & Hutter 2019, alg. 1): θ ← (1 − ηδ)θ − ηm.
+
+    Args:
+        params: The parameters, or groups of them.
+        decoupled_weight_decay: δ ≥ 0.
+        options: The options of `torch.optim.SGD`.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> w.grad = torch.tensor([2.0])
+        >>> optimizer = SGDW([w], lr=0.1, decoupled_weight_decay=0.5)
+        >>> optimizer.step()
+        >>> w.data  # 0.95 · 1 − 0.1 · 2
+        tensor([0.7500])
+    """
+
+    def __init__(self, params: Any, *, decoupled_weight_decay: float = 0.0, **options: Any) -> None:
+        if not decoupled_weight_decay >= 0:
+            raise ValueError(
+                f"decoupled_weight_decay: got {decoupled_weight_decay}, expected a number ≥ 0"
+            )
+        super().__init__(params, **options)
+        self.defaults["decoupled_weight_decay"] = decoupled_weight_decay
+        for group in self.param_groups:
+            group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Shrink the parameters, then take the step of SGD."""
+        for group in self.param_groups:
+            shrinkage = 1 - group["lr"] * group["decoupled_weight_decay"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(shrinkage)
+        return super().step(closure)
+
+
+def sgdw(group: Group, state: Slots, p: Value, g: Value) -> Value:
+    """SGD with decoupled weight decay; see `SGDW`."""
+    return sgd(group, state, p * (1 - group["lr"] * group["decoupled_weight_decay"]), g)
 
 
 def adam(group: Group, state: Slots, p: Value, g: Value) -> Value:
@@ -170,28 +214,45 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
+def _no_decay(_: Group) -> float:
+    """AdamW's decay is no penalty: where the loop ends, ∂f/∂θ = 0 all the same."""
+    return 0.0
+
+
+def _decay_of_sgdw(group: Group) -> Value:
+    """At rest m = (1 − dampening) g/(1 − μ) and δθ + m = 0, so g + λθ = 0 with this λ."""
+    momentum = group["momentum"]
+    if not isinstance(momentum, Tensor) and momentum == 0:
+        return group["decoupled_weight_decay"]
+    return group["decoupled_weight_decay"] * (1 - momentum) / (1 - group["dampening"])
+
+
 class UpdateRule(NamedTuple):
     """A rule, and what is known of its options.
 
     Attributes:
         step: The rule.
         options: The options for which tests compare it with `torch.optim`.
-        decays: The options λ that add λp to the gradient, as the penalty λ/2 ‖p‖² does. AdamW's
-            decay is not such an option: it stands beside the scaled gradient.
+        decay: λ of the penalty λ/2 ‖p‖² that the rule minimises beside the loss, from the options.
     """
 
     step: Rule
     options: set[str]
-    decays: tuple[str, ...] = ("weight_decay",)
+    decay: Callable[[Group], Value] = itemgetter("weight_decay")
 
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.SGD: UpdateRule(
         sgd, options={"lr", "momentum", "dampening", "weight_decay", "nesterov"}
     ),
+    SGDW: UpdateRule(
+        sgdw,
+        options={"lr", "momentum", "dampening", "nesterov", "decoupled_weight_decay"},
+        decay=_decay_of_sgdw,
+    ),
     torch.optim.Adam: UpdateRule(adam, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
     torch.optim.AdamW: UpdateRule(
-        adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}, decays=()
+        adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}, decay=_no_decay
     ),
     torch.optim.Adadelta: UpdateRule(adadelta, options={"lr", "rho", "eps", "weight_decay"}),
     torch.optim.Adagrad: UpdateRule(
@@ -202,10 +263,10 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.ASGD: UpdateRule(
         asgd,
         options={"lr", "lambd", "alpha", "t0", "weight_decay"},
-        decays=("weight_decay", "lambd"),
+        decay=lambda group: group["weight_decay"] + group["lambd"],
     ),
     torch.optim.RMSprop: UpdateRule(
         rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum"}
     ),
-    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}, decays=()),
+    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}, decay=_no_decay),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metaimplicit.methods.base import Adaptation, Gradients, Method, Report
+from metaimplicit.methods.fixed_point import FixedPoint
 from metaimplicit.methods.forward import Forward
 from metaimplicit.methods.implicit import Curvature, Implicit
 from metaimplicit.methods.reptile import Reptile
@@ -48,6 +49,7 @@ METHODS: dict[str, Method] = {
     "t1-t2": Implicit(OneStep(scale=1.0, warm=False)),
     "soba": Implicit(OneStep()),
     "amigo": Implicit(Richardson(steps=5)),
+    "fixed-point": FixedPoint(),
     "sama": SAMA(),
     "f2sa": ValueFunction(),
 }
@@ -119,6 +121,7 @@ __all__ = [
     "Adaptation",
     "Curvature",
     "FirstOrder",
+    "FixedPoint",
     "Forward",
     "Gradients",
     "Implicit",

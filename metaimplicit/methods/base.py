@@ -46,6 +46,10 @@ class Report:
         error_bound: ‖v − Au‖/σ ≥ ‖u − A⁻¹v‖. It bounds the error of the solve, and says nothing of
             stationarity or of Gauss–Newton against the Hessian. None unless σ > 0 and A − σI is
             positive semi-definite.
+        leftover: The first-order change of g if the inner loop went on to its end, −uᵀ ∂f/∂θ. To
+            be read beside g. It is 0 at a stationary point.
+        spectral_radius: That of one step of the inner loop, estimated by `FixedPoint`. The loop
+            converges if it is below 1.
         state: What makes the next solve of a nearby problem cheaper: the solution, a sketch. Pass
             it to the next call of `hypergradient`, or save it with a checkpoint.
 
@@ -67,6 +71,8 @@ class Report:
     sigma: float = 0.0
     rho: float = 0.0
     error_bound: Tensor | None = None
+    leftover: Tensor | None = None
+    spectral_radius: Tensor | None = None
     state: SolverState = field(default_factory=SolverState, repr=False)
 
     def share(self, status: Status) -> float:
@@ -180,7 +186,7 @@ class Method(ABC):
 
         >>> from metaimplicit.methods import METHODS
         >>> [flag for flag, method in METHODS.items() if "loop" in method.reach]
-        ['unrolled', 'truncated', 'forward', 'real-time']
+        ['unrolled', 'truncated', 'forward', 'real-time', 'fixed-point']
     """
 
     flag: str

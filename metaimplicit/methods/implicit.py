@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -23,7 +22,12 @@ from metaimplicit.methods.base import (
     vector_jacobian_product,
 )
 from metaimplicit.methods.linearize import Linearization, linearize, require_outputs
-from metaimplicit.methods.shared import data_at_solution, retry_under_vmap, run_inner
+from metaimplicit.methods.shared import (
+    data_at_solution,
+    retry_under_vmap,
+    run_inner,
+    warn_or_raise,
+)
 from metaimplicit.operators import (
     CurvatureClass,
     Identity,
@@ -34,7 +38,7 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Decay
-from metaimplicit.solvers import ADVICE, CG, Solution, Solver, SolverState
+from metaimplicit.solvers import CG, Solution, Solver, SolverState
 
 Curvature = Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"] | CurvatureClass
 
@@ -127,6 +131,11 @@ class Implicit(Method):
         """Run the inner loop without a graph. The curvature is taken where it ends."""
         data_at_solution(problem, self.batch, "Implicit")
         require_outputs(problem, self.curvature or "hessian")
+        if inner.implicit_objection:
+            raise ValueError(
+                f"{self.flag}: got {type(inner).__name__}, {inner.implicit_objection}; use "
+                "'fixed-point' or 'unrolled'"
+            )
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         report = Report(repr(self), run.trajectory.steps, run.trajectory.gradient_norm)
         return self.at_solution(
@@ -193,7 +202,7 @@ class Implicit(Method):
         solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
         if bool((solution.rayleigh < 0.999 * sigma).any()):
             point.core.check_convex()
-        self._warn_or_raise(solution)
+        warn_or_raise(self.solver, solution, strict=self.strict)
 
         # (dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u.
         if self.products == "finite-differences":
@@ -226,6 +235,7 @@ class Implicit(Method):
             sigma=sigma,
             rho=self.solver.damping(sigma),
             error_bound=_error_bound(point, solution, v, sigma=sigma),
+            leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
             state=solution.state,
         )
 
@@ -253,15 +263,6 @@ class Implicit(Method):
             )
         kind, options = find_curvature(self.preconditioner)
         return kind.preconditioner(point.core, point.parts, **options)
-
-    def _warn_or_raise(self, solution: Solution) -> None:
-        for status, advice in ADVICE.items():
-            if not bool((solution.status == int(status)).any()):
-                continue
-            message = f"{type(self.solver).__name__} ended with {status.name}: {advice}"
-            if self.strict:
-                raise FloatingPointError(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _decay_of_loop(dependencies: Dependencies, params: Params, meta: Params) -> Decay | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Dependencies
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
+from metaimplicit.solvers import ADVICE, Solution, Solver
 
 Result = TypeVar("Result")
 
@@ -109,6 +111,21 @@ def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: Lifte
         if "ZeroTensor" not in str(error):
             raise
         return function(problem.vmapped())
+
+
+def warn_or_raise(solver: Solver, solution: Solution, *, strict: bool) -> None:
+    """Say how a solve failed, if it did.
+
+    Raises:
+        FloatingPointError: It failed, and `strict`.
+    """
+    for status, advice in ADVICE.items():
+        if not bool((solution.status == int(status)).any()):
+            continue
+        message = f"{type(solver).__name__} ended with {status.name}: {advice}"
+        if strict:
+            raise FloatingPointError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def data_at_solution(problem: LiftedProblem, batch: Any, name: str) -> Any:

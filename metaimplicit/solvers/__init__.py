@@ -15,6 +15,7 @@ from metaimplicit.solvers.base import (
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.factored import Factored
+from metaimplicit.solvers.gmres import GMRES
 from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.minres import MINRES
 from metaimplicit.solvers.neumann import Neumann
@@ -24,6 +25,7 @@ from metaimplicit.solvers.richardson import OneStep, Richardson
 __all__ = [
     "ADVICE",
     "CG",
+    "GMRES",
     "MINRES",
     "Auto",
     "Dense",

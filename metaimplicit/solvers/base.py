@@ -178,6 +178,7 @@ class Solver(ABC):
     Attributes:
         takes_preconditioner: Whether `solve` accepts a preconditioner.
         sketches: Whether it multiplies A by a batch of vectors, n at most.
+        takes_asymmetric: Whether A may be asymmetric.
 
     Example:
         >>> from metaimplicit.operators import Identity
@@ -190,6 +191,7 @@ class Solver(ABC):
 
     takes_preconditioner: ClassVar[bool] = False
     sketches: ClassVar[bool] = False
+    takes_asymmetric: ClassVar[bool] = False
 
     def damping(self, sigma: float) -> float:
         """The damping ρ that this solver adds to σ, for A = B + σI. Most solvers add none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class Neumann(Solver):
     terms: int = option(5, flag="solver_steps")
     scale: float | None = None
     power_steps: int = 5
+
+    takes_asymmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.terms < 1:

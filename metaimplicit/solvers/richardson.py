@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class Richardson(Solver):
     steps: int = option(1, flag="solver_steps")
     scale: float | None = None
     warm: bool = True
+
+    takes_asymmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:

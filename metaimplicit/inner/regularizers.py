@@ -1,0 +1,140 @@
+"""Regularisers and constraints of one parameter, known by their proximal operators.
+
+prox(x) = argmin_z R(z) + ‖z − x‖²/(2η) for a step size η. Parameters are `[tasks, *shape]`. Every
+operator is differentiable almost everywhere in x, η and its own numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaimplicit.problem import Number
+
+
+@dataclass(frozen=True)
+class Regularizer(ABC):
+    """A function R of a parameter, known by its proximal operator. Its fields are its numbers.
+
+    Example:
+        R(z) = λ/2 z² shrinks by 1/(1 + ηλ).
+
+        >>> @dataclass(frozen=True)
+        ... class Ridge(Regularizer):
+        ...     strength: Number
+        ...     def prox(self, x, step, numbers):
+        ...         return x / (1 + step * numbers["strength"])
+        >>> Ridge(1.0).prox(torch.tensor([[3.0]]), 0.5, {"strength": 1.0})
+        tensor([[2.]])
+    """
+
+    def numbers(self) -> dict[str, Any]:
+        """The fields, which may be learnt, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @abstractmethod
+    def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
+        """The proximal operator.
+
+        Args:
+            x: A parameter after the gradient step, `[tasks, *shape]`.
+            step: η > 0.
+            numbers: The values of `numbers()`, a number or a tensor each.
+        """
+
+
+@dataclass(frozen=True)
+class L1Norm(Regularizer):
+    """R(z) = λ Σᵢ |zᵢ| (the lasso). Its operator is soft thresholding at ηλ.
+
+    Args:
+        strength: λ ≥ 0.
+
+    Example:
+        >>> L1Norm(1.0).prox(torch.tensor([[3.0, -0.2]]), 0.5, {"strength": 1.0})
+        tensor([[2.5000, 0.0000]])
+    """
+
+    strength: Number = 1.0
+
+    def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
+        """Soft thresholding."""
+        threshold = step * numbers["strength"]
+        return torch.where(x.abs() > threshold, x - threshold * x.sign(), 0.0)
+
+
+@dataclass(frozen=True)
+class GroupLasso(Regularizer):
+    """R(z) = λ Σ_G ‖z_G‖ (Yuan & Lin 2006), with one group along the last axis of z.
+
+    Args:
+        strength: λ ≥ 0.
+
+    Example:
+        >>> GroupLasso(1.0).prox(torch.tensor([[[3.0, 4.0], [0.3, 0.4]]]), 1.0, {"strength": 1.0})
+        tensor([[[2.4000, 3.2000],
+                 [0.0000, 0.0000]]])
+    """
+
+    strength: Number = 1.0
+
+    def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
+        """Every group shrinks towards zero by ηλ, and no further."""
+        threshold = step * numbers["strength"]
+        square = x.square().sum(-1, keepdim=True)
+        kept = square.detach().sqrt() > threshold
+        # A group of zeros has no derivative of its norm, and needs none.
+        size = torch.where(kept, square, 1.0).sqrt()
+        return torch.where(kept, x * (1 - threshold / size), 0.0)
+
+
+@dataclass(frozen=True)
+class BoxConstraint(Regularizer):
+    """lower ≤ zᵢ ≤ upper. Its operator is the projection, whatever the step size.
+
+    Args:
+        lower: The lower bound.
+        upper: The upper bound.
+
+    Example:
+        >>> numbers = {"lower": 0.0, "upper": 1.0}
+        >>> BoxConstraint(0.0, 1.0).prox(torch.tensor([[3.0, 0.2, -1.0]]), 0.1, numbers)
+        tensor([[1.0000, 0.2000, 0.0000]])
+    """
+
+    lower: Number = -torch.inf
+    upper: Number = torch.inf
+
+    def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
+        """Clamping."""
+        lower = torch.as_tensor(numbers["lower"], dtype=x.dtype, device=x.device)
+        upper = torch.as_tensor(numbers["upper"], dtype=x.dtype, device=x.device)
+        return torch.where(x < lower, lower, torch.where(x > upper, upper, x))
+
+
+@dataclass(frozen=True)
+class SimplexConstraint(Regularizer):
+    """zᵢ ≥ 0 and Σᵢ zᵢ = total along the last axis. Its operator is the projection.
+
+    Args:
+        total: The sum, > 0.
+
+    Example:
+        >>> SimplexConstraint().prox(torch.tensor([[0.8, 0.6, -1.0]]), 0.1, {"total": 1.0})
+        tensor([[0.6000, 0.4000, 0.0000]])
+    """
+
+    total: Number = 1.0
+
+    def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
+        """Z = max(x − τ, 0), with τ from the k largest entries (Duchi et al. 2008, fig. 1)."""
+        ordered, _ = x.sort(dim=-1, descending=True)
+        count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+        tau = (ordered.cumsum(-1) - numbers["total"]) / count
+        k = (ordered > tau).sum(-1, keepdim=True)
+        projection: Tensor = (x - tau.gather(-1, k - 1)).clamp(min=0)
+        return projection

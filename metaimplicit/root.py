@@ -1,0 +1,125 @@
+"""The derivative of a root of any system of equations, wherever the root comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaimplicit.hypergradient import meta_leaves
+from metaimplicit.inner.known import KnownSolution
+from metaimplicit.iterate import Iterate
+from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.methods import Adaptation, FixedPoint, Gradients, Report
+from metaimplicit.methods.adjoint import TransposedJacobian, check_solver
+from metaimplicit.methods.base import Dependencies
+from metaimplicit.methods.pullback import attach_pullback
+from metaimplicit.methods.shared import warn_or_raise
+from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.problem import BilevelProblem
+from metaimplicit.solvers import GMRES, Solver, SolverState
+
+DEFAULT_SOLVER = GMRES(max_steps=50)
+
+
+def root(
+    residual: Callable[[Params, Params, Any], Params],
+    solution: Params,
+    meta: Params,
+    data: Any = None,
+    *,
+    solver: Solver = DEFAULT_SOLVER,
+    batched: bool = False,
+    vectorize: Vectorize = "vmap",
+    chunk_size: int | None = None,
+) -> Params:
+    """θ*(φ) with F(θ*, φ) = 0 as a differentiable function of φ.
+
+    The values are those of `solution`, from a solver of any kind. The derivative is that of the
+    implicit function theorem,
+
+        (dθ*/dφ)ᵀ v = −(∂F/∂φ)ᵀ λ    with    (∂F/∂θ)ᵀ λ = v,
+
+    which need not be symmetric. It is exact if F vanishes at the solution, ∂F/∂θ is regular, and
+    the solve is exact.
+
+    Args:
+        residual: F, `(params, meta, data) -> {name: tensor}`, of one task. Its names and shapes are
+            those of the solution.
+        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`).
+        meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
+        data: Any pytree of tensors. If `batched`, each tensor carries the task axis first.
+        solver: `GMRES`, `Neumann` or `Richardson`. It warns if it fails.
+        batched: Whether `data` is a batch of tasks. If not, there is one task.
+        vectorize: As for `hypergradient`.
+        chunk_size: As for `hypergradient`.
+
+    Returns:
+        θ*, `{name: [*shape]}`, or `[tasks, *shape]` if `batched`. It is differentiable once.
+
+    Raises:
+        ValueError: The names or shapes of F differ from those of the solution, or the solver needs
+            a symmetric matrix.
+
+    Example:
+        θ* = √φ is a root of θ² − φ.
+
+        >>> phi = torch.tensor(9.0, requires_grad=True)
+        >>> found = root(
+        ...     lambda params, meta, data: {"x": params["x"].square() - meta["phi"]},
+        ...     solution={"x": torch.tensor(3.0)},
+        ...     meta={"phi": phi},
+        ... )
+        >>> found["x"].backward()
+        >>> round(phi.grad.item(), 4)  # 1/(2√φ)
+        0.1667
+    """
+    check_solver("root", solver)
+    theta = {name: p.detach() if batched else p.detach()[None] for name, p in solution.items()}
+    problem = BilevelProblem(
+        init=lambda meta, data: solution, inner_loss=_no_loss, outer_loss=_no_loss
+    )
+    lifted = LiftedProblem(
+        problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size
+    )
+    phi = meta_leaves(meta)
+    for name, m in phi.items():
+        m.requires_grad_(meta[name].requires_grad)
+    with torch.enable_grad():
+        point = leaves(theta)
+        values = lifted.apply(lambda p, d: residual(p, phi, d), point, data)
+    _check_residual(values, point)
+
+    def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
+        with torch.enable_grad():
+            fresh = leaves(theta)
+            functions = lifted.apply(lambda p, d: residual(p, phi, d), fresh, data)
+        jacobian = TransposedJacobian([functions[name] for name in fresh], list(fresh.values()))
+        adjoint = solver.solve(jacobian, flatten(vectors), state=state)
+        warn_or_raise(solver, adjoint, strict=False)
+        return jacobian.pull_back(-adjoint.value, phi), report
+
+    norm = flatten({name: value.detach() for name, value in values.items()}).norm(dim=-1)
+    report = Report(repr(solver), torch.zeros(len(norm), dtype=torch.int64), norm)
+    dependencies = Dependencies(KnownSolution(theta))
+    adaptation = Adaptation(theta, report, dependencies, Iterate(theta), pullback)
+    params = attach_pullback(adaptation, FixedPoint(solver), meta)
+    return params if batched else {name: p.squeeze(0) for name, p in params.items()}
+
+
+def _no_loss(*_: Any) -> Tensor:
+    raise ValueError("root: it has no loss")
+
+
+def _check_residual(values: Any, point: Params) -> None:
+    got: Any = type(values).__name__
+    if isinstance(values, dict):
+        got = {name: list(x.shape[1:]) for name, x in values.items()}
+    expected = {name: list(x.shape[1:]) for name, x in point.items()}
+    if got != expected:
+        raise ValueError(
+            f"residual: got {got}, expected a dict of tensors with the names and shapes of the "
+            f"solution, {expected}"
+        )
