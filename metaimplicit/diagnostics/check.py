@@ -15,6 +15,7 @@ from metaimplicit.diagnostics.differences import (
     relative_error,
     step_size,
 )
+from metaimplicit.diagnostics.smoothness import has_kink
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.lifted import LiftedProblem
@@ -153,6 +154,10 @@ def check_hypergradient(
     dense = _compare_with_dense(
         result, problem, values, data=data, inner=inner, method=method, batched=batched
     )
+    params = _with_task_axis(result, batched)
+    kinked = isinstance(method, Implicit) and has_kink(
+        lambda p: lifted.inner(p, values, lifted.at(inner.steps - 1)), params
+    )
     report = result.report
     check = Check(
         slopes=slopes,
@@ -165,7 +170,12 @@ def check_hypergradient(
         inner_gradient_norm=float(report.inner_gradient_norm.max()),
         negative_curvature=report.share(Status.NEGATIVE_CURVATURE),
     )
-    return replace(check, verdict=_verdict(check, method, tolerance))
+    unsettled = _why_unsettled(inner, kinked)
+    verdict = _verdict(check, method, tolerance, unsettled)
+    if kinked and check.inner_gradient_norm > tolerance and unsettled not in verdict:
+        # The steps may have the derivative that was given, but the argmin has another.
+        verdict = f"{verdict} But θ_T is no stationary point; {unsettled}."
+    return replace(check, verdict=verdict)
 
 
 @dataclass(frozen=True)
@@ -230,7 +240,24 @@ def _compare_with_dense(
     return _DenseComparison(relative_error(gradient, expected), float(cosine))
 
 
-def _verdict(check: Check, method: Method, tolerance: float) -> str:
+def _why_unsettled(inner: InnerLoop, kinked: bool) -> str:
+    """Why the loop may have ended away from a stationary point, and what to do."""
+    if kinked:
+        return (
+            "the inner loss has a kink there, as an ℓ1 term or a hinge has, so that no step makes "
+            "∂f/∂θ vanish; use ProximalGradient with 'fixed-point', a smooth loss, or 'unrolled'"
+        )
+    if inner.drift:
+        return (
+            f"{inner.drift} keeps the loop from settling; put the decay into the loss, as a "
+            "penalty, or use 'unrolled'"
+        )
+    return (
+        "use more inner steps, a larger step size, or 'unrolled', which differentiates θ_T as it is"
+    )
+
+
+def _verdict(check: Check, method: Method, tolerance: float, unsettled: str) -> str:
     """The first reason that applies for an error above the tolerance, and what to do."""
     if check.error <= tolerance:
         return "Right: it agrees with finite differences."
@@ -257,8 +284,7 @@ def _verdict(check: Check, method: Method, tolerance: float) -> str:
     if check.inner_gradient_norm > tolerance:
         return (
             "Wrong: the solve is fine, but θ_T is no stationary point "
-            f"(‖∂f/∂θ‖ = {check.inner_gradient_norm:.1e}); use more inner steps, a larger "
-            "step size, or 'unrolled', which differentiates θ_T as it is."
+            f"(‖∂f/∂θ‖ = {check.inner_gradient_norm:.1e}); {unsettled}."
         )
     if method.curvature_name != "hessian" or method.damping > 0:
         return (

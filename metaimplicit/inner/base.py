@@ -61,6 +61,8 @@ class InnerLoop(ABC):
             it can.
         implicit_objection: Why the loop does not end where ∂f/∂θ = 0, apart from its `decay`. If
             empty, it does.
+        drift: What keeps the loop near such a point from settling there, in words. If empty,
+            nothing does.
 
     Example:
         >>> import torch
@@ -79,6 +81,7 @@ class InnerLoop(ABC):
     differentiable: ClassVar[bool] = True
     fixed_point_objection: str = "whose step is no function of its iterate"
     implicit_objection: str = ""
+    drift: str = ""
 
     @abstractmethod
     def run(

@@ -145,6 +145,15 @@ class TorchOptimizer(_StepwiseLoop):
             return ""
         return f"and the step of {self.optimizer.__name__} is not differentiable at its fixed point"
 
+    @property
+    def drift(self) -> str:  # type: ignore[override]
+        """Decoupled decay pulls on θ for as long as the step size does not vanish."""
+        options = self._make_step().defaults
+        decays = bool(options.get("weight_decay", 0.0))
+        if issubclass(self.optimizer, torch.optim.AdamW) and decays:
+            return f"the decoupled weight decay of {self.optimizer.__name__}"
+        return ""
+
     def decay(self, meta: Params, parameter: str) -> float | Tensor:
         """λ of the penalty that the rule of the optimiser minimises beside the loss."""
         step = self._make_step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Report:
         chosen: What the solver `Auto` chose, and why.
         products: The products with A that were executed, each over all tasks.
         residual: ‖v − Au‖/‖v‖.
-        status: Members of `Status`.
+        status: Members of `Status`. `hypergradient` sets NOT_STATIONARY.
         rayleigh: The smallest uᵀAu/uᵀu that the solver met.
         sigma: σ, all of A that is known to be a multiple of the identity.
         rho: ρ, the damping that the solver adds to it.
@@ -74,6 +74,23 @@ class Report:
     leftover: Tensor | None = None
     spectral_radius: Tensor | None = None
     state: SolverState = field(default_factory=SolverState, repr=False)
+
+    def judged_by(self, losses: Tensor, tolerance: float) -> Report:
+        """The report in which a solve away from a stationary point is NOT_STATIONARY.
+
+        Such a solve converged, but the inner loop did not, so that the derivative of its end may
+        differ by more than g itself would still change.
+
+        Args:
+            losses: g of each task, `[tasks]`.
+            tolerance: The largest |leftover| beside |g|.
+        """
+        if self.leftover is None or self.status is None:
+            return self
+        far = self.leftover.abs() > tolerance * losses.abs()
+        unsettled = far & (self.status == int(Status.CONVERGED))
+        status = torch.where(unsettled, int(Status.NOT_STATIONARY), self.status)
+        return replace(self, status=status)
 
     def share(self, status: Status) -> float:
         """The share of tasks whose solve ended with `status`. It is 0 without a solve."""

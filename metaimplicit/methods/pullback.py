@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from metaimplicit.methods.base import Adaptation, Method
 from metaimplicit.params import Params
+from metaimplicit.solvers import Status
 
 
 def attach_pullback(adaptation: Adaptation, method: Method, meta: Params) -> Params:
@@ -29,7 +31,15 @@ def attach_pullback(adaptation: Adaptation, method: Method, meta: Params) -> Par
 
     def pull_back(vectors: tuple[Tensor, ...]) -> list[Tensor | None]:
         v = {name: x.detach() for name, x in zip(adaptation.params, vectors, strict=True)}
-        gradients, _ = adaptation.pull_back(v, phi)
+        gradients, report = adaptation.pull_back(v, phi)
+        # Other failures have a warning of their own.
+        if report.residual is not None and report.share(Status.MAX_STEPS) > 0:
+            warnings.warn(
+                f"argmin: the linear system was left with a residual of {report.residual.max():.1e}"
+                "; take more solver steps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for name in phi:
             if gradients[name] is None:
                 method.check_reach(name, adaptation.dependencies)

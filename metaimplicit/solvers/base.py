@@ -94,6 +94,7 @@ class Status(IntEnum):
     NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 for some v, to working precision
     BREAKDOWN = 3  # it diverged, A is singular or not symmetric, or the result is worse than zero
     NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
+    NOT_STATIONARY = 5  # it converged, but the inner loop did not; `hypergradient` finds that
 
 
 ADVICE = {
@@ -177,8 +178,8 @@ class Solver(ABC):
 
     Attributes:
         takes_preconditioner: Whether `solve` accepts a preconditioner.
-        sketches: Whether it multiplies A by a batch of vectors, n at most.
         takes_asymmetric: Whether A may be asymmetric.
+        sketches: Whether it multiplies A by a batch of vectors, n at most.
 
     Example:
         >>> from metaimplicit.operators import Identity

@@ -58,21 +58,6 @@ def _vmapped(case: Case) -> bool:
 
 
 KNOWN: dict[str, Kind] = {
-    "decoupled weight decay": Kind(
-        "AdamW settles where decay and gradient balance; implicit methods want no gradient.",
-        WRONG,
-        lambda case: case.implicit and case.decoupled_decay > 0,
-        (
-            Case(
-                inner="AdamW",
-                options=(("weight_decay", 0.6),),
-                lr=0.05,
-                steps=200,
-                tasks=1,
-                **IMPLICIT,
-            ),
-        ),
-    ),
     "log-softmax under Gauss–Newton": Kind(
         "The loss is linear in log-probabilities, so the curvature is zero and A = λI.",
         WRONG,

@@ -62,6 +62,7 @@ TESTED_ELSEWHERE = {
     "reptile": "test_reverse.py::test_reptile_moves_towards_the_adapted_parameters",
     "soba": "test_single_loop.py::test_steps_that_continue_from_call_to_call_converge",
     "t1-t2": "test_single_loop.py::test_t1_t2_replaces_the_inverse_curvature_by_the_step_size",
+    "fixed-point": "test_fixed_point.py::test_it_agrees_with_unrolling_to_convergence",
     "sama": "test_single_loop.py::test_sama_is_exact_where_the_optimiser_inverts_the_curvature",
     "f2sa": "test_single_loop.py::test_the_value_function_is_the_gradient_of_its_penalty",
     "nystrom": "test_closed_forms.py::test_nystrom_of_full_rank_solves_the_shifted_system",

@@ -1,0 +1,154 @@
+"""What a report and the check say of an inner loop that has not arrived."""
+
+import pytest
+import torch
+
+from metaimplicit import (
+    BilevelProblem,
+    Dense,
+    GradientDescent,
+    Implicit,
+    NewtonCG,
+    TorchOptimizer,
+    argmin,
+    check_hypergradient,
+    hypergradient,
+)
+from metaimplicit.diagnostics.smoothness import has_kink
+from metaimplicit.methods import FixedPoint
+from metaimplicit.solvers import CG, GMRES, Status
+
+M, N = 20, 3
+X = torch.randn(M, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.randn(M, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+V = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+META = {"s": torch.tensor(1.3, dtype=torch.float64)}
+
+
+def problem(term=lambda w: 0.0):
+    """Least squares with a term more, and a g that is linear, so that first orders are exact."""
+    return BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(N, dtype=torch.float64)},
+        inner_loss=lambda params, meta, data: (
+            (X @ params["w"] - meta["s"] * Y).square().mean() / 2 + term(params["w"])
+        ),
+        outer_loss=lambda params, meta, data: params["w"] @ V + 3.0,
+    )
+
+
+@pytest.mark.parametrize("method", [Implicit(Dense()), FixedPoint(GMRES(max_steps=N, tol=1e-13))])
+def test_leftover_is_the_change_of_g_that_the_loop_has_still_to_make(method):
+    short = hypergradient(
+        problem(), META, None, inner=GradientDescent(steps=4, lr=0.2), method=method
+    )
+    end = hypergradient(problem(), META, None, inner=NewtonCG(tol=1e-10), method="dense")
+    change = end.outer_loss - short.outer_loss
+    assert short.report.leftover.item() == pytest.approx(change.item(), rel=1e-9)
+    assert end.report.leftover.abs().item() < 1e-9
+
+
+def test_leftover_is_that_of_each_task():
+    data = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    tasks = BilevelProblem(
+        init=lambda meta, c: {"w": torch.zeros((), dtype=torch.float64)},
+        inner_loss=lambda params, meta, c: (params["w"] - c * meta["s"]).square(),
+        outer_loss=lambda params, meta, c: params["w"],
+    )
+    inner = GradientDescent(steps=1, lr=0.25)
+    result = hypergradient(tasks, META, data, inner=inner, method="dense", batched=True)
+    assert torch.allclose(result.report.leftover, 1.3 * data - result.params["w"])
+
+
+@pytest.mark.parametrize(("steps", "status"), [(4, "NOT_STATIONARY"), (400, "CONVERGED")])
+def test_a_solve_away_from_a_stationary_point_has_a_status_of_its_own(steps, status):
+    inner = GradientDescent(steps=steps, lr=0.2)
+    report = hypergradient(problem(), META, None, inner=inner, method="dense").report
+    assert Status(int(report.status)).name == status
+
+
+def test_a_loop_that_decoupled_decay_keeps_from_settling_is_not_stationary():
+    inner = TorchOptimizer(torch.optim.AdamW, steps=300, lr=0.02, weight_decay=0.5)
+    report = hypergradient(problem(), META, None, inner=inner, method="dense").report
+    assert report.share(Status.NOT_STATIONARY) == 1
+    settled = TorchOptimizer(torch.optim.Adam, steps=3000, lr=0.02, eps=0.5)
+    report = hypergradient(problem(), META, None, inner=settled, method="dense").report
+    assert report.share(Status.CONVERGED) == 1
+
+
+def test_a_solve_that_failed_keeps_its_status():
+    inner = GradientDescent(steps=2, lr=0.2)
+    method = Implicit(CG(max_steps=1))
+    report = hypergradient(problem(), META, None, inner=inner, method=method).report
+    assert report.share(Status.MAX_STEPS) == 1
+
+
+def test_argmin_has_no_report_and_warns_of_an_unfinished_solve():
+    s = META["s"].clone().requires_grad_()
+    params = argmin(
+        problem().inner_loss,
+        problem().init,
+        {"s": s},
+        None,
+        inner=NewtonCG(tol=1e-10),
+        method=Implicit(CG(max_steps=1)),
+    )
+    with pytest.warns(RuntimeWarning, match="left with a residual of .*; take more solver steps"):
+        params["w"].sum().backward()
+
+
+def test_the_check_names_decoupled_weight_decay():
+    inner = TorchOptimizer(torch.optim.AdamW, steps=300, lr=0.05, weight_decay=0.5)
+    check = check_hypergradient(problem(), META, None, inner=inner, method="dense")
+    assert "the decoupled weight decay of AdamW keeps the loop from settling" in check.verdict
+
+
+def hinge(w):
+    return (1 - w).clamp(min=0).sum()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda w: w.abs().sum(),
+        lambda w: hinge(1 - 2 * (0.1 - w)) + hinge(1 + 2 * (0.1 - w)),
+        lambda w: (w - 0.1).abs().max(),
+        lambda w: 2 * torch.nn.functional.relu(w + 0.2).sum(),
+        lambda w: 2 * torch.nn.functional.l1_loss(w, torch.full_like(w, 0.1)),
+        lambda w: 2 * torch.maximum(0.2 * (w - 0.1), 0.8 * (0.1 - w)).sum(),
+        lambda w: 2 * torch.linalg.vector_norm(w - 0.3, ord=1),
+        lambda w: (
+            torch.nn.functional.margin_ranking_loss(
+                w, torch.zeros_like(w), torch.ones_like(w), margin=0.5
+            )
+            * 6
+        ),
+    ],
+    ids=["l1", "hinge", "max", "relu", "l1_loss", "pinball", "l1 norm", "margin"],
+)
+def test_the_check_names_a_kink_of_the_inner_loss(term):
+    inner = GradientDescent(steps=300, lr=0.1)
+    result = hypergradient(problem(term), META, None, inner=inner, method="dense")
+    assert result.report.inner_gradient_norm.item() > 1e-2
+    check = check_hypergradient(problem(term), META, None, inner=inner, method="dense")
+    assert "the inner loss has a kink there" in check.verdict
+    assert "ProximalGradient" in check.verdict
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda w: w.pow(4).sum(),
+        lambda w: torch.nn.functional.softplus(5 * w).sum(),
+        lambda w: torch.nn.functional.huber_loss(w, torch.zeros_like(w)),
+        lambda w: 0.1 * w.exp().sum(),
+        lambda w: 1e3 * w.square().sum(),
+    ],
+    ids=["quartic", "softplus", "huber", "exp", "stiff"],
+)
+def test_a_smooth_loss_has_no_kink(term):
+    def loss(params):
+        return torch.stack([problem(term).inner_loss({"w": w}, META, None) for w in params["w"]])
+
+    torch.manual_seed(0)
+    for scale in (0.01, 1.0, 10.0):
+        assert not has_kink(loss, {"w": scale * torch.randn(5, N, dtype=torch.float64)})
