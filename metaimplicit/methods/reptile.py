@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Adaptation, Gradients, Method, Report, vector_jacobian_product
-from metaimplicit.methods.shared import run_inner
+from metaimplicit.methods.shared import reject_half_precision, run_inner
 from metaimplicit.params import Params, detached
 from metaimplicit.solvers import SolverState
 
@@ -44,6 +44,7 @@ class Reptile(Method):
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph."""
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
+        reject_half_precision(self.flag, run.start)
         trajectory = run.trajectory
         params = detached(trajectory.params)
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)

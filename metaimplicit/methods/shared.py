@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from metaimplicit.graph import find_dependencies
@@ -126,6 +127,16 @@ def warn_or_raise(solver: Solver, solution: Solution, *, strict: bool) -> None:
         if strict:
             raise FloatingPointError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def reject_half_precision(flag: str, params: Params) -> None:
+    """Raise ValueError for a method that subtracts nearly equal numbers, in half precision."""
+    for name, p in params.items():
+        if torch.finfo(p.dtype).bits < 32:
+            raise ValueError(
+                f"{flag}: got {name!r} in {p.dtype}, expected float32 or float64, because the "
+                "method subtracts nearly equal numbers; use another method"
+            )
 
 
 def data_at_solution(problem: LiftedProblem, batch: Any, name: str) -> Any:

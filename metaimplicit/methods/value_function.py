@@ -13,7 +13,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, Report
-from metaimplicit.methods.shared import data_at_solution, run_inner
+from metaimplicit.methods.shared import data_at_solution, reject_half_precision, run_inner
 from metaimplicit.options import option
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.solvers import SolverState
@@ -78,6 +78,7 @@ class ValueFunction(Method):
         data = data_at_solution(problem, self.batch, "ValueFunction")
         outer_data = problem.at(inner.steps)
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
+        reject_half_precision(self.flag, run.start)
         trajectory = run.trajectory
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm)
         z = trajectory.end

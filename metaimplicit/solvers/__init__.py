@@ -4,14 +4,7 @@ A new solver is one file, one export here, and one row of `metaimplicit.methods.
 """
 
 from metaimplicit.solvers.auto import Auto
-from metaimplicit.solvers.base import (
-    ADVICE,
-    LinearSystem,
-    Solution,
-    Solver,
-    SolverState,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.factored import Factored
@@ -21,6 +14,7 @@ from metaimplicit.solvers.minres import MINRES
 from metaimplicit.solvers.neumann import Neumann
 from metaimplicit.solvers.nystrom import Nystrom, NystromCG
 from metaimplicit.solvers.richardson import OneStep, Richardson
+from metaimplicit.solvers.status import ADVICE, Status
 
 __all__ = [
     "ADVICE",

@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 
 from metaimplicit.options import option
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    SolverState,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.dense import Dense
 from metaimplicit.solvers.iteration import check_limits
 from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.low_rank import LowRank
+from metaimplicit.solvers.status import Status
 
 MIB = 2**20
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
 from typing import ClassVar
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.low_rank import LowRank
 from metaimplicit.solvers.normalise import NormalisedRHS
+from metaimplicit.solvers.status import Status
+from metaimplicit.solvers.widened import HALF, Widened
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -79,38 +80,6 @@ class SolverState:
             low_rank=None if self.low_rank is None else self.low_rank.to(device),
             direction=None if self.direction is None else self.direction.to(device),
         )
-
-
-class Status(IntEnum):
-    """How a task's solve ended.
-
-    Example:
-        >>> [Status(number).name for number in torch.tensor([0, 2]).tolist()]
-        ['CONVERGED', 'NEGATIVE_CURVATURE']
-    """
-
-    CONVERGED = 0  # the residual met the tolerance, or the method is direct
-    MAX_STEPS = 1  # steps, terms, rank or precision ran out before the tolerance was met
-    NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 for some v, to working precision
-    BREAKDOWN = 3  # it diverged, A is singular or not symmetric, or the result is worse than zero
-    NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
-    NOT_STATIONARY = 5  # it converged, but the inner loop did not; `hypergradient` finds that
-
-
-ADVICE = {
-    Status.NEGATIVE_CURVATURE: (
-        "the curvature is not positive definite; use curvature='gauss-newton', add damping= or a "
-        "larger proximal strength, or solve it as it is with MINRES"
-    ),
-    Status.BREAKDOWN: (
-        "it diverged, the matrix is singular or not symmetric, or the residual is above 1; add "
-        "damping=, raise Nystrom's rank or rho, or give Neumann a smaller scale"
-    ),
-    Status.NON_FINITE: (
-        "NaN or Inf in the curvature or the outer gradient; look at the losses and the inner step "
-        "size"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -179,6 +148,7 @@ class Solver(ABC):
     Attributes:
         takes_preconditioner: Whether `solve` accepts a preconditioner.
         takes_asymmetric: Whether A may be asymmetric.
+        widens: Whether systems in half precision are solved with vectors in single precision.
         sketches: Whether it multiplies A by a batch of vectors, n at most.
 
     Example:
@@ -193,6 +163,7 @@ class Solver(ABC):
     takes_preconditioner: ClassVar[bool] = False
     sketches: ClassVar[bool] = False
     takes_asymmetric: ClassVar[bool] = False
+    widens: ClassVar[bool] = True
 
     def damping(self, sigma: float) -> float:
         """The damping ρ that this solver adds to σ, for A = B + σI. Most solvers add none."""
@@ -234,6 +205,12 @@ class Solver(ABC):
             )
         if preconditioner is not None and not self.takes_preconditioner:
             raise ValueError(f"preconditioner: {type(self).__name__} takes none; use CG")
+        if operator.dtype in HALF and self.widens:
+            wide = Widened(operator)
+            solution = self.solve(
+                wide, b.float(), state=state, preconditioner=wide.widen(preconditioner)
+            )
+            return replace(solution, value=solution.value.to(b.dtype))
         rhs = NormalisedRHS.of(b)
         start = _checked(state, b)
         if start.solution is not None:

@@ -6,15 +6,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from metaimplicit.options import option
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver
 from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.iteration import check_limits
 from metaimplicit.solvers.minres import MINRES
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.solvers.arithmetic import dot, norm, rayleigh_quotient
-from metaimplicit.solvers.base import Apply, LinearSystem, Solution, Status
+from metaimplicit.solvers.base import Apply, LinearSystem, Solution
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,
@@ -14,6 +14,7 @@ from metaimplicit.solvers.iteration import (
     is_asymmetric,
     warm_start,
 )
+from metaimplicit.solvers.status import Status
 
 
 class CGIteration:

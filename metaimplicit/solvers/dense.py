@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver
 from metaimplicit.solvers.direct import direct_solution, solve_by_eigenvalues
 from metaimplicit.solvers.iteration import is_asymmetric
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from metaimplicit.solvers.arithmetic import (
     rayleigh_quotient,
     reciprocal,
 )
-from metaimplicit.solvers.base import LinearSystem, Solution, Status
+from metaimplicit.solvers.base import LinearSystem, Solution
+from metaimplicit.solvers.status import Status
 
 
 def direct_solution(

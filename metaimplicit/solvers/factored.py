@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from metaimplicit.operators import Invertible
-from metaimplicit.solvers.base import LinearSystem, Solution, Status
+from metaimplicit.solvers.base import LinearSystem, Solution
 from metaimplicit.solvers.core import CoreSolver
 from metaimplicit.solvers.direct import direct_solution
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Factored(CoreSolver):
     """
 
     rho: float | None = None
+    widens: ClassVar[bool] = False  # the operator knows its inverse
 
     def __post_init__(self) -> None:
         self.check_rho()

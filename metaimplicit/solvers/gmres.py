@@ -10,12 +10,7 @@ from torch import Tensor
 
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import divisor, dot, norm
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,
@@ -23,6 +18,7 @@ from metaimplicit.solvers.iteration import (
     final_status,
     warm_start,
 )
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)

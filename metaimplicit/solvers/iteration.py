@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from metaimplicit.solvers.arithmetic import divisor, dot, norm
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    SolverState,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, SolverState
+from metaimplicit.solvers.status import Status
 
 
 @dataclass

@@ -9,13 +9,7 @@ from torch import Tensor
 
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import divisor, dot, norm, reciprocal
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    SolverState,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState
 from metaimplicit.solvers.iteration import (
     Progress,
     all_ended,
@@ -25,6 +19,7 @@ from metaimplicit.solvers.iteration import (
     warm_start,
 )
 from metaimplicit.solvers.low_rank import LowRank
+from metaimplicit.solvers.status import Status
 from metaimplicit.solvers.tridiagonal import GalerkinResidual, GivensQR
 
 

@@ -14,18 +14,14 @@ from metaimplicit.solvers.arithmetic import (
     norm,
     rayleigh_quotient,
 )
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver
 from metaimplicit.solvers.iteration import (
     Progress,
     final_status,
     warm_start,
 )
 from metaimplicit.solvers.power_iteration import largest_eigenvalue
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)

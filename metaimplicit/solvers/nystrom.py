@@ -10,12 +10,7 @@ from torch import Tensor
 from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import norm
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    SolverState,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, SolverState
 from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.direct import direct_solution
 from metaimplicit.solvers.iteration import check_limits, final_status
@@ -26,6 +21,7 @@ from metaimplicit.solvers.low_rank import (
     whiten,
 )
 from metaimplicit.solvers.sketching import SketchingSolver
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,10 @@ from metaimplicit.solvers.arithmetic import (
     norm,
     rayleigh_quotient,
 )
-from metaimplicit.solvers.base import (
-    LinearSystem,
-    Solution,
-    Solver,
-    SolverState,
-    Status,
-)
+from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState
 from metaimplicit.solvers.iteration import final_status
 from metaimplicit.solvers.power_iteration import largest_eigenvalue
+from metaimplicit.solvers.status import Status
 
 
 @dataclass(frozen=True)

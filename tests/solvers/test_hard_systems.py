@@ -31,7 +31,7 @@ SYSTEMS = {
 LIMITS = {"max_steps": 30, "tol": 1e-8}
 SKETCH = {"rank": 6, "rho": 0.1}
 
-CONVERGED, MAX_STEPS, NEGATIVE, BREAKDOWN, _ = Status
+CONVERGED, MAX_STEPS, NEGATIVE, BREAKDOWN, *_ = Status
 # To round-off the zero eigenvalue of the singular matrix is positive, zero or negative, so any
 # status but CONVERGED may be true.
 UNSOLVED = set(Status) - {CONVERGED}

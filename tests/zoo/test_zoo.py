@@ -1,0 +1,66 @@
+"""Real architectures under five methods: right against plain loops, with and without vmap."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from zoo import plain
+from zoo.models import ZOO
+
+from metaimplicit import CG, FixedPoint, GradientDescent, Implicit, MetaLearner, Nystrom
+from metaimplicit.solvers import GMRES
+
+RHO = 0.5
+METHODS = {  # a method for n parameters, and the plain loop that it is held against
+    "unrolled": (lambda n: "unrolled", plain.unrolled),
+    "first-order": (lambda n: "first-order", plain.first_order),
+    "cg": (lambda n: Implicit(CG(max_steps=n, tol=1e-12)), plain.gauss_newton),
+    "nystrom": (lambda n: Implicit(Nystrom(rank=n, rho=RHO)), plain.damped_gauss_newton),
+    "fixed-point": (lambda n: FixedPoint(GMRES(max_steps=n, tol=1e-12)), plain.hessian),
+}
+RECURRENT = ("lstm tagger", "gru tagger")
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def episodes_of(make_data):
+    support, query = make_data(), make_data()
+    return SimpleNamespace(support=support, query=query)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_meta_gradient_is_that_of_a_plain_loop(name, method, vectorize):
+    make_model, make_data, loss = ZOO[name]
+    torch.manual_seed(0)
+    model = make_model()
+    episodes = episodes_of(make_data)
+    make_method, oracle = METHODS[method]
+    chosen = make_method(sum(p.numel() for p in model.parameters()))
+    inner = GradientDescent(steps=plain.STEPS, lr=plain.LR)
+    learner = MetaLearner(
+        model, loss, inner=inner, method=chosen, proximal=plain.PROXIMAL, vectorize=vectorize
+    )
+    if name in RECURRENT and vectorize == "vmap":
+        with pytest.raises(Exception, match="vectorize='loop'"):
+            learner.backward(episodes)
+        return
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # of torch
+        step = learner.backward(episodes)
+    result = plain.flat(p.grad for p in model.parameters())
+    pairs = [list(zip(*pair, strict=True)) for pair in (episodes.support, episodes.query)]
+    with sdpa_kernel(SDPBackend.MATH):
+        right = oracle(model, loss, *pairs)
+    error = (result - right).norm() / right.norm()
+    assert error < 1e-8, step.report
