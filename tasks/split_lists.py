@@ -63,19 +63,20 @@ def classes_by_text(
 ) -> list[dict[str, Inputs]]:
     """The classes of `train.txt`, `val.txt` and `test.txt`, or [] if none of them names a class.
 
-    The second may also be called `valid.txt` or `validation.txt`, and all in upper case. A line is the name of a class, or the end of it after a slash. Classes that are in no list are
-    left out. A file without the name of any class is no list, and is passed over with a warning if
-    all three are there.
+    The second may also be called `valid.txt` or `validation.txt`, and all in upper case. A line is
+    the name of a class, or the end of it after a slash. Classes that are in no list are left out.
+    A file without the name of any class is no list, and is passed over with a warning if all three
+    are there.
 
     Raises:
         ValueError: If some of the lists are missing or doubled, only some lines name a class, or
             there is no list but they are required.
     """
     classes_called: dict[str, set[str]] = defaultdict(set)
-    for name in classes:
-        folders = name.split("/")
+    for class_name in classes:
+        folders = class_name.split("/")
         for start in range(len(folders)):
-            classes_called["/".join(folders[start:])].add(name)
+            classes_called["/".join(folders[start:])].add(class_name)
 
     candidates = {path: name for path in source.paths if (name := _text_list(path))}
     lines = {path: list(_lines(source, path)) for path in candidates}
@@ -109,8 +110,8 @@ def classes_by_text(
                     f"{where}: {len(matches)} classes are called {line!r}, "
                     "expected one; give its path from data_root, or add its images"
                 )
-            (name,) = matches
-            part[name] = classes[name]
+            (class_name,) = matches
+            part[class_name] = classes[class_name]
         parts.append(part)
     return parts
 
@@ -132,7 +133,7 @@ def _one_of_each(
     names: Sequence[str],
     which: str = "",
 ) -> dict[str, str]:
-    """The path of the list of each name, in the order of the names, from the names of paths."""
+    """The path of each of the names, in their order. `lists` has the name of each path."""
     path_of: dict[str, str] = {}
     for path, name in lists.items():
         if name in path_of:

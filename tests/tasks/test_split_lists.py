@@ -35,8 +35,8 @@ LAYOUTS = {
     "byte order mark": class_folders() | text_lists(lists=LISTS | {"val": ["\ufeffc11", "c01"]}),
     "other names": class_folders()
     | {
-        f"lists/{name}": "\n".join(names)
-        for name, names in zip(("TRAIN.txt", "validation.TXT", "Test.txt"), LISTS.values())
+        f"lists/{name}": "\n".join(LISTS[part])
+        for part, name in {"train": "TRAIN.txt", "val": "Valid.TXT", "test": "test.txt"}.items()
     },
     "slashes": class_folders() | text_lists(line="{}/"),
     "other lists that name no class": class_folders()
