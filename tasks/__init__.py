@@ -26,7 +26,8 @@ from typing import Any
 from tasks.cifar import cifar10
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
 from tasks.examples import Batches, Examples
-from tasks.pool import FewShot, ImagePool
+from tasks.few_shot import FewShot
+from tasks.pool import ImagePool
 from tasks.subsets import (
     check_disjoint,
     corrupt_labels,

@@ -83,9 +83,19 @@ def download(name: str, fetch: Callable[[], Any], by_hand: str) -> None:
         ) from error
 
 
-def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
-    """The same items, with a progress bar on a terminal that disappears at the end."""
-    return tqdm(items, desc=description, leave=False, disable=None)
+def progress(
+    items: Iterable[Item],
+    description: str,
+    total: int | None = None,
+) -> Iterable[Item]:
+    """The same items, with a progress bar on a terminal that disappears at the end.
+
+    Args:
+        items: Anything to iterate over.
+        description: What stands beside the bar.
+        total: The number of items. If None, `len(items)`, where there is one.
+    """
+    return tqdm(items, desc=description, total=total, leave=False, disable=None)
 
 
 def _save(path: Path, arrays: Arrays) -> None:

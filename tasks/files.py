@@ -1,18 +1,16 @@
-"""Image files in a folder or a zip archive, read without extracting anything."""
+"""Image files in a folder or an archive, read without extracting anything."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tasks.archives import OneFile, open_source
 from tasks.cache import progress
 
 if TYPE_CHECKING:
@@ -33,13 +31,15 @@ IMAGE_SUFFIXES = (
 
 
 class Files:
-    """The files below a folder, or in a zip archive, with their relative paths.
+    """The files below a folder, or in a zip or tar archive, with their relative paths.
 
     Names that start with a dot and macOS's `__MACOSX` folders are left out. In a folder, links are
-    followed, except a link to a folder that contains it.
+    followed, except a link to a folder that contains it. An archive with links, devices or paths
+    that leave it is refused.
 
     Args:
-        root: A folder or a zip archive.
+        root: A folder, or a zip or tar archive. The tar may be compressed by gzip, bzip2 or xz.
+        is_one_file: Whether a file at `root` is itself the only file, in place of an archive.
 
     Attributes:
         root: The folder or the archive.
@@ -47,7 +47,7 @@ class Files:
 
     Raises:
         FileNotFoundError: If there is nothing at `root`.
-        ValueError: If `root` is a file but not a readable zip archive.
+        ValueError: If `root` is a file but no archive that can be read.
 
     Example:
         >>> import tempfile
@@ -63,18 +63,11 @@ class Files:
         >>> folder.cleanup()
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_one_file: bool = False) -> None:
         self.root = root
-        self._zip: zipfile.ZipFile | None = None
-        if root.is_dir():
-            paths = [path.relative_to(root).as_posix() for path in _walk(root)]
-        elif root.is_file():
-            self._zip = _open_zip(root)
-            names = self._zip.namelist()
-            paths = [name for name in names if not name.endswith("/")]
-        else:
-            raise FileNotFoundError(f"{root}: nothing there, expected a folder or a zip of images")
-        self.paths = sorted(path for path in paths if not _is_hidden(path))
+        alone = is_one_file and root.is_file()
+        self._source = OneFile(root) if alone else open_source(root)
+        self.paths = sorted(self._source.paths())
 
     @property
     def image_paths(self) -> list[str]:
@@ -85,40 +78,42 @@ class Files:
         """The bytes of one file.
 
         Raises:
-            ValueError: If this member of a zip archive is damaged.
+            ValueError: If this member of an archive is damaged.
         """
-        if self._zip is None:
-            return (self.root / path).read_bytes()
-        try:
-            return self._zip.read(path)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(
-                f"{self.root}: {path} is damaged ({error}); copy or download the zip again"
-            ) from error
+        _, data = next(self._source.contents([path]))
+        return data
 
     def image(self, path: str, size: int, *, color: bool) -> np.ndarray:
-        """Decode one image, cut it to its central square and resize it by Lanczos' filter.
-
-        Transparent pixels lie on white. Of 16-bit greys, the upper 8 bits are taken.
+        """Decode one image and `fit_square` it: uint8 `[size, size, channels]`.
 
         Args:
             path: One of `paths`.
             size: Pixels a side.
             color: Whether the result has three channels (red, green, blue) or one of grey.
 
-        Returns:
-            uint8 `[size, size, channels]`.
-
         Raises:
             ValueError: If the file is empty, or no image that can be decoded.
         """
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        image: np.ndarray = self.images([path], size, color=color)[0]
+        return image
 
-        data = self.read(path)
+    def images(self, paths: Sequence[str], size: int, *, color: bool) -> np.ndarray:
+        """Decode several images as `image` does: uint8 `[n, size, size, channels]`."""
+        channels = 3 if color else 1
+        decoded = np.empty((len(paths), size, size, channels), np.uint8)
+        rows = {path: row for row, path in enumerate(paths)}
+        contents = self._source.contents(paths)
+        for path, data in progress(contents, f"decoding {self.root.name}", total=len(paths)):
+            decoded[rows[path]] = self._decode(path, data, size, color)
+        return decoded
+
+    def _decode(self, path: str, data: bytes, size: int, color: bool) -> np.ndarray:
+        """The image in the bytes of the file at `path`."""
+        from PIL import Image, UnidentifiedImageError
+
         try:
             with Image.open(io.BytesIO(data)) as opened:
-                image = _opaque_8_bit(opened).convert("RGB" if color else "L")
-                square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+                return fit_square(opened, size, color=color)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             got = "an empty file"
             if data:
@@ -126,16 +121,31 @@ class Files:
             raise ValueError(
                 f"{self.root}: {path}: got {got}, expected an image; replace or remove it"
             ) from error
-        return np.asarray(square).reshape(size, size, -1)
 
-    def images(self, paths: Sequence[str], size: int, *, color: bool) -> np.ndarray:
-        """Decode several images as `image` does: uint8 `[n, size, size, channels]`."""
-        channels = 3 if color else 1
-        decoded = np.empty((len(paths), size, size, channels), np.uint8)
-        bar = progress(paths, f"decoding {self.root.name}")
-        for image, path in zip(decoded, bar, strict=True):
-            image[:] = self.image(path, size, color=color)
-        return decoded
+
+def fit_square(image: Image, size: int, *, color: bool) -> np.ndarray:
+    """Cut an image to its central square and resize it by Lanczos' filter.
+
+    Transparent pixels lie on white. Of 16-bit greys, the upper 8 bits are taken.
+
+    Args:
+        image: Of any size and mode.
+        size: Pixels a side.
+        color: Whether the result has three channels (red, green, blue) or one of grey.
+
+    Returns:
+        uint8 `[size, size, channels]`.
+
+    Example:
+        >>> from PIL import Image
+        >>> fit_square(Image.new("RGB", (9, 5), "red"), 3, color=True)[0, 0].tolist()
+        [255, 0, 0]
+    """
+    from PIL import Image, ImageOps
+
+    converted = _opaque_8_bit(image).convert("RGB" if color else "L")
+    square = ImageOps.fit(converted, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square).reshape(size, size, -1)
 
 
 def content_digest(root: Path) -> str:
@@ -151,31 +161,6 @@ def content_digest(root: Path) -> str:
         for path in files.paths:
             digest.update(path.encode() + files.read(path))
     return digest.hexdigest()[:16]
-
-
-def _open_zip(root: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(root)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(
-            f"{root}: got an unreadable zip ({error}), "
-            "expected a folder or a zip; copy or download it again"
-        ) from error
-
-
-def _is_hidden(path: str) -> bool:
-    parts = path.split("/")
-    return any(part.startswith((".", "__MACOSX")) for part in parts)
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """The files in every folder. A link to a folder that contains it would never end."""
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        here = Path(os.path.realpath(folder))
-        targets = {name: os.path.realpath(Path(folder, name)) for name in subfolders}
-        subfolders[:] = [name for name in subfolders if not here.is_relative_to(targets[name])]
-        paths = [Path(folder, name) for name in names]
-        yield from (path for path in paths if path.is_file())
 
 
 def _opaque_8_bit(image: Image) -> Image:

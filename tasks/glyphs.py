@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tasks.cache import Arrays, load_or_build, progress
 from tasks.episodes import Splits
-from tasks.pool import ImagePool, few_shot_splits, shuffled_split
+from tasks.few_shot import few_shot_splits, shuffled_split
+from tasks.pool import ImagePool
 
 SIDE = 28  # of a frame, in pixels
 EM = 24.0  # font size in a frame, in pixels: capitals are about 17 pixels high

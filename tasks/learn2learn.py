@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tasks.cache import cache_dir
 from tasks.episodes import SPLIT_NAMES, Episodes, Pair, Splits
-from tasks.pool import require_at_least_one, way_targets
+from tasks.few_shot import require_at_least_one, way_targets
 from tasks.taskset import Taskset, UncutTask, root_dataset, seeded_globals
 
 RECIPE = (

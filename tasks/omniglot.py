@@ -15,8 +15,9 @@ import torch
 
 from tasks.cache import Arrays, cache_dir, download, load_or_build
 from tasks.episodes import Splits
+from tasks.few_shot import few_shot_splits
 from tasks.files import Files, content_digest
-from tasks.pool import ImagePool, few_shot_splits
+from tasks.pool import ImagePool
 
 SIDE = 28  # pixels
 DRAWINGS = 20  # images of a character

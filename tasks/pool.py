@@ -1,26 +1,28 @@
-"""Images by class, and the N-way K-shot classification tasks that are drawn from them."""
+"""Images or features, grouped by class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from tasks.episodes import SPLIT_NAMES, Episodes, Pair, Splits
+from torch.utils.data import Dataset
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePool:
-    """Images grouped by class. `len` is the number of classes.
+    """Images or features grouped by class. `len` is the number of classes.
 
-    Build a pool with `from_sorted`. A `subset` shares the images of the whole pool and keeps its
-    class numbers.
+    Images are uint8. Features, such as the embeddings of another network, are of a float type.
+    Build a pool with `from_sorted` or `from_dataset`. A `subset` shares the images of the whole
+    pool and keeps its class numbers.
 
     Args:
-        images: uint8 `[N, channels, height, width]`.
+        images: uint8 `[N, channels, height, width]`, or features, float `[N, ...]`.
         starts: The row of the first image of each class, int64 `[classes]`.
         counts: The number of images of each class, int64 `[classes]`.
         names: The name of each class. `Splits` checks by name that no class is in two splits.
@@ -51,8 +53,8 @@ class ImagePool:
         """A whole pool of images that are sorted by class.
 
         Args:
-            images: uint8 `[N, channels, height, width]`: `counts[0]` images of class 0, then
-                `counts[1]` images of class 1, and so on.
+            images: uint8 `[N, channels, height, width]`, or features, float `[N, ...]`:
+                `counts[0]` of class 0, then `counts[1]` of class 1, and so on.
             counts: The number of images of each class.
             names: The name of each class.
 
@@ -62,10 +64,13 @@ class ImagePool:
         """
         counts = np.asarray(counts, dtype=np.int64)
         names = tuple(names)
-        if images.dtype != torch.uint8 or images.ndim != 4:
+        is_image = images.dtype == torch.uint8 and images.ndim == 4
+        is_feature = images.is_floating_point() and images.ndim >= 2
+        if not (is_image or is_feature):
             raise ValueError(
                 f"images: got {images.dtype} of shape {tuple(images.shape)}, "
-                "expected torch.uint8 [N, channels, height, width]"
+                "expected images, torch.uint8 [N, channels, height, width], "
+                "or features, float [N, ...]"
             )
         if len(names) != len(counts) or counts.sum() != len(images):
             raise ValueError(
@@ -79,6 +84,44 @@ class ImagePool:
             counts=counts,
             names=names,
             ids=np.arange(len(names)),
+        )
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset[tuple[Any, Any]]) -> ImagePool:
+        """A whole pool of the examples of any dataset, sorted by label.
+
+        Args:
+            dataset: A map-style dataset of pairs (input, label). Inputs are tensors or arrays of
+                one shape: uint8 images `[channels, height, width]`, or float features `[...]`.
+                Labels are numbers or names. A label, as text, is the name of its class.
+
+        Raises:
+            ValueError: If inputs are something else, differ in shape, or there are none.
+
+        Example:
+            >>> from torch.utils.data import TensorDataset
+            >>> dataset = TensorDataset(torch.randn(6, 16), torch.tensor([4, 7, 7, 4, 4, 7]))
+            >>> pool = ImagePool.from_dataset(dataset)
+            >>> pool.names, pool.counts.tolist()
+            (('4', '7'), [3, 3])
+        """
+        examples = [dataset[i] for i in range(len(cast(Sized, dataset)))]
+        try:
+            inputs = torch.stack([torch.as_tensor(example[0]) for example in examples])
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"dataset: got inputs that do not stack ({error}), "
+                "expected one or more tensors of one shape; "
+                "give a dataset of images transform=Compose([Resize(...), PILToTensor()])"
+            ) from error
+        labels = [np.asarray(example[1]).item() for example in examples]
+        sizes = Counter(labels)
+        classes = sorted(sizes)
+        order = sorted(range(len(labels)), key=labels.__getitem__)
+        return cls.from_sorted(
+            inputs[order],
+            counts=[sizes[label] for label in classes],
+            names=map(str, classes),
         )
 
     def __len__(self) -> int:
@@ -98,177 +141,3 @@ class ImagePool:
         """The images of the class at `position`, `[count, channels, height, width]`."""
         start = self.starts[position]
         return self.images[start : start + self.counts[position]]
-
-
-class FewShot:
-    """N-way K-shot classification tasks.
-
-    A task has `ways` distinct classes, drawn uniformly. Of each class it has `shots` support
-    images and `queries` other query images.
-
-    Inputs are float32 in [0, 1], `[tasks, ways·shots, channels, height, width]` (query:
-    `ways·queries`): first all images of way 0, then those of way 1, and so on. Targets are int64
-    `[tasks, ways·shots]` in 0 … ways−1. `labels["classes"]`, int64 `[tasks, ways]`, holds the
-    number in the whole pool (`pool.ids`) of the class behind each way.
-
-    Args:
-        pool: The classes of one split.
-        ways: The number of classes in a task, 1 … len(pool).
-        shots: The number of support images of each class, ≥ 1.
-        queries: The number of query images of each class, ≥ 1.
-        name: The source and the split, such as "glyphs/train". It seeds the episodes.
-
-    Raises:
-        ValueError: If a number is below 1, there are fewer classes than ways, or a class has fewer
-            than shots + queries images.
-
-    Example:
-        >>> images = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
-        >>> pool = ImagePool.from_sorted(images, counts=[4, 4, 4], names=["a", "b", "c"])
-        >>> family = FewShot(pool, ways=2, shots=1, queries=3, name="letters/train")
-        >>> family.sample(5, np.random.default_rng(0)).query[0].shape
-        torch.Size([5, 6, 1, 8, 8])
-    """
-
-    kind = "classification"
-
-    def __init__(
-        self,
-        pool: ImagePool,
-        *,
-        ways: int,
-        shots: int,
-        queries: int,
-        name: str,
-    ) -> None:
-        require_at_least_one(ways=ways, shots=shots, queries=queries)
-        if ways > len(pool):
-            raise ValueError(
-                f"ways: got {ways}, but {name} has {len(pool)} classes; "
-                "ask for fewer ways or give it more classes"
-            )
-        smallest = int(np.argmin(pool.counts))
-        available = pool.counts[smallest]
-        if shots + queries > available:
-            raise ValueError(
-                f"shots + queries: got {shots} + {queries} = {shots + queries}, "
-                f"but class {pool.names[smallest]!r} of {name} has {available} images; "
-                "ask for fewer shots or queries"
-            )
-        self.pool = pool
-        self.name = name
-        self.ways = ways
-        self.shots = shots
-        self.queries = queries
-        self.input_shape = tuple(pool.images.shape[1:])
-        self.outputs = ways
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes that tasks are drawn from."""
-        return self.pool.names
-
-    def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
-        """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
-        pool = self.pool
-        classes = [rng.choice(len(pool), self.ways, replace=False) for _ in range(tasks)]
-        ways = np.stack(classes)  # [tasks, ways]
-
-        # Support and query share no image, because they are cut from one draw without replacement.
-        count = self.shots + self.queries
-        drawn = [
-            pool.starts[c] + rng.choice(pool.counts[c], count, replace=False) for c in ways.ravel()
-        ]
-        rows = np.stack(drawn).reshape(tasks, self.ways, count)
-        images = torch.from_numpy(rows)
-        return Episodes(
-            support=self._inputs_and_targets(images[:, :, : self.shots]),
-            query=self._inputs_and_targets(images[:, :, self.shots :]),
-            labels={"classes": torch.from_numpy(pool.ids[ways])},
-        )
-
-    def _inputs_and_targets(self, rows: Tensor) -> Pair:
-        """The images at `rows`, `[tasks, ways, count]`, and the ways that they belong to."""
-        inputs = self.pool.images[rows.flatten(1)].float().div_(255)
-        return inputs, way_targets(*rows.shape)
-
-
-def way_targets(tasks: int, ways: int, count: int) -> Tensor:
-    """Targets 0 … ways−1, each `count` times in turn: int64 `[tasks, ways·count]`.
-
-    Example:
-        >>> way_targets(tasks=1, ways=3, count=2)
-        tensor([[0, 0, 1, 1, 2, 2]])
-    """
-    return torch.arange(ways).repeat_interleave(count).repeat(tasks, 1)
-
-
-def require_at_least_one(**numbers: int) -> None:
-    """Raise a ValueError that names the first of these arguments that is below 1.
-
-    Example:
-        >>> require_at_least_one(ways=5, shots=0)
-        Traceback (most recent call last):
-            ...
-        ValueError: shots: got 0, expected at least 1
-    """
-    for argument, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{argument}: got {number}, expected at least 1")
-
-
-def shuffled_split(
-    classes: int, seed: int, shares: tuple[float, float] = (0.64, 0.16)
-) -> list[np.ndarray]:
-    """Split class positions 0 … classes−1 at random into train, validation and test.
-
-    Args:
-        classes: The number of classes.
-        seed: The shuffle depends on this seed alone.
-        shares: The shares of train and validation. Test has the remaining classes.
-
-    Returns:
-        Three arrays of positions, int64, in shuffled order. Any of them may be empty.
-
-    Example:
-        >>> [len(part) for part in shuffled_split(25, seed=0)]
-        [16, 4, 5]
-    """
-    boundaries = np.round(np.cumsum(shares) * classes).astype(int)
-    order = np.random.default_rng(seed).permutation(classes)
-    return np.split(order, boundaries)
-
-
-def few_shot_splits(
-    name: str,
-    pool: ImagePool,
-    split: Sequence[np.ndarray],
-    *,
-    ways: int,
-    shots: int,
-    queries: int,
-) -> Splits:
-    """Few-shot families on the train, validation and test classes of a pool.
-
-    Args:
-        name: The source. The families are called name/train, name/validation and name/test.
-        pool: All classes.
-        split: The positions in `pool` of the train, validation and test classes.
-        ways: As for `FewShot`, as are `shots` and `queries`.
-        shots: See `ways`.
-        queries: See `ways`.
-
-    Raises:
-        ValueError: If a family cannot give such tasks, or two of them share a class.
-    """
-    families = [
-        FewShot(
-            pool.subset(classes),
-            ways=ways,
-            shots=shots,
-            queries=queries,
-            name=f"{name}/{part}",
-        )
-        for part, classes in zip(SPLIT_NAMES, split, strict=True)
-    ]
-    return Splits(*families)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tasks.episodes import SPLIT_NAMES, Episodes, Splits
-from tasks.pool import require_at_least_one
+from tasks.few_shot import require_at_least_one
 
 AMPLITUDE = (0.1, 5.0)
 PHASE = (0.0, np.pi)  # radians

@@ -1,6 +1,7 @@
-"""Small image files of known pixels, in folders and zips, and where the real data sets are."""
+"""Small image files of known pixels, in folders and archives, and where the real data sets are."""
 
 import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def write_zip(path, files):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
+    return path
+
+
+def write_tar(path, files, compression="", prefix="", links=()):
+    """Write files, `{path: bytes}`, and links, `(path, target, type)`, into a tar at `path`."""
+    with tarfile.open(path, f"w:{compression}") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, target, kind in links:
+            member = tarfile.TarInfo(name)
+            member.linkname = target
+            member.type = kind
+            archive.addfile(member)
     return path
 
 

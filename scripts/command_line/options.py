@@ -75,7 +75,7 @@ class RunOptions:
     device: str = "auto"
     """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
     data_root: Path | None = None
-    """Where the data is: a folder or zip of images, or Omniglot's zips or their tree.
+    """Where the data is: a folder or archive of images or features, or Omniglot's zips or tree.
     Omniglot is downloaded without it."""
     out: Path | None = None
     """Folder for the files of the run. By default runs/TASK-METHOD-SEED."""

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reported.helpers import fails_today
 
 import tasks
 
@@ -19,7 +18,6 @@ def sample(family):
     return family.sample(20, np.random.default_rng(0))
 
 
-@fails_today(ValueError, "the folder family looks for image files, and finds none among pickles")
 def test_the_pickles_of_mini_imagenet_load(tmp_path):
     for number, part in enumerate(PARTS):
         values = 100 * number + np.arange(8)  # the gray value of an image tells its part and row
@@ -44,7 +42,6 @@ def test_the_pickles_of_mini_imagenet_load(tmp_path):
     ("suffix", "compression"),
     [("tar", ""), ("tar.gz", "gz"), ("tgz", "gz"), ("tar.bz2", "bz2")],
 )
-@fails_today(ValueError, "a file is read as a zip only")
 def test_a_tar_archive_loads_as_the_folder_in_it(tmp_path, suffix, compression):
     for number in range(10):
         folder = tmp_path / "img" / f"c{number}"
@@ -63,7 +60,6 @@ def test_a_tar_archive_loads_as_the_folder_in_it(tmp_path, suffix, compression):
     assert torch.equal(got.query[0], expected.query[0])
 
 
-@fails_today(ValueError, "a pool takes images of type uint8 only")
 def test_tasks_of_float_features_hold_the_rows_of_their_classes():
     features = torch.randn(40, 16)
     pool = tasks.ImagePool.from_sorted(features, [4] * 10, map(str, range(10)))

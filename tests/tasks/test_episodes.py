@@ -10,7 +10,7 @@ import torch
 from episode_checks import assert_class_major, assert_no_input_twice, is_same
 
 from tasks import EpisodeSampler, FewShot, ImagePool, Splits
-from tasks.pool import few_shot_splits, shuffled_split
+from tasks.few_shot import few_shot_splits, shuffled_split
 
 COUNTS = (6, 8, 7, 6, 9, 6, 7)
 
@@ -83,18 +83,6 @@ def test_every_class_image_and_way_is_drawn_evenly():
     assert (images - 3000 * 8 / 42).abs().max() < 4.5 * (3000 * 8 / 42) ** 0.5
 
 
-def test_a_subset_shares_pixels_and_keeps_class_numbers():
-    whole = numbered_pool()
-    part = whole.subset(np.array([4, 1])).subset(np.array([1, 0]))
-    assert part.images.data_ptr() == whole.images.data_ptr()
-    assert part.names == ("class 1", "class 4")
-    assert part.ids.tolist() == [1, 4]
-    assert torch.equal(part.images_of(1), whole.images_of(4))
-    episodes = few_shot(part, ways=2).sample(30, np.random.default_rng(0))
-    assert set(episodes.labels["classes"].flatten().tolist()) == {1, 4}
-    assert image_numbers(episodes.query[0]).min() >= 6  # class 0 has images 0 … 5
-
-
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
@@ -112,18 +100,6 @@ def test_a_subset_shares_pixels_and_keeps_class_numbers():
 def test_numbers_that_the_data_cannot_serve_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         few_shot(**numbers)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "counts", "message"),
-    [
-        (torch.float32, [4], r"images: got torch.float32 of shape \(4, 1, 2, 2\)"),
-        (torch.uint8, [3], r"counts: got 1 classes of 3 images in all, expected 1 .* of 4 images"),
-    ],
-)
-def test_a_pool_whose_parts_do_not_fit_is_refused(dtype, counts, message):
-    with pytest.raises(ValueError, match=message):
-        ImagePool.from_sorted(torch.zeros(4, 1, 2, 2, dtype=dtype), counts, ["a"])
 
 
 # Splits of the classes

@@ -181,7 +181,7 @@ def test_incomplete_and_damaged_data_is_named_and_not_cached(tmp_path, empty_cac
 
     zips = {f"{part}.zip": b"PK not a zip" for part in omniglot.CHARACTERS}
     write_tree(tmp_path / "zips", zips)
-    with pytest.raises(ValueError, match=r"images_background\.zip: got an unreadable zip"):
+    with pytest.raises(ValueError, match=r"images_background\.zip: got an unreadable archive"):
         tasks.load("omniglot", data_root=tmp_path / "zips")
     assert not empty_cache.exists()
 

@@ -1,0 +1,249 @@
+"""Images and features in the arrays of pickles, `.npz`, `.npy` and `.pt` files, by class."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.cache import progress
+from tasks.files import Files, fit_square
+from tasks.pickles import foreign_name, load_plain
+from tasks.split_lists import PART_WORDS, PARTS
+
+LABELS = ("labels", "label", "targets", "target", "y", "label_specific")
+ARRAY_LAYOUT = (
+    "expected an array and its class_dict, an array and its labels, or an array for each class"
+)
+
+Content = dict[str, Any]  # what the files of one part hold, by name
+ClassArrays = dict[str, np.ndarray]  # the inputs of each class, by its name
+
+
+def _load_numpy(data: bytes) -> Any:
+    loaded = np.load(io.BytesIO(data), allow_pickle=False)
+    return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+
+
+def _load_torch(data: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch advises to load the file without this check, which would run its code.
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            raise foreign_name(name[1]) from error
+        raise
+
+
+# What reads a file, by its suffix. None of them runs code that the file holds.
+READERS: dict[str, Callable[[bytes], Any]] = {
+    ".pkl": load_plain,
+    ".pickle": load_plain,
+    ".npz": _load_numpy,
+    ".npy": _load_numpy,
+    ".pt": _load_torch,
+    ".pth": _load_torch,
+}
+
+
+def array_paths(files: Files) -> list[str]:
+    """The paths that end in one of the suffixes of `READERS`."""
+    return [path for path in files.paths if _suffix(path) in READERS]
+
+
+def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
+    """The inputs of each class in the files of arrays: one part, or train, validation and test.
+
+    Args:
+        files: What holds the files. The words train, val (or valid, validation) and test in a
+            file's name, or else in its folder's, tell its part. Where they occur, files without
+            them, or with those of two parts, are passed over.
+        size: Pixels a side of an image.
+        color: Whether images have three channels or one of grey.
+
+    Returns:
+        For each part, images uint8 `[n, channels, size, size]` or features float32 `[n, ...]`.
+
+    Raises:
+        ValueError: If a file cannot be read or does not fit, or a part has no file.
+    """
+    paths_of: dict[frozenset[int], list[str]] = defaultdict(list)
+    for path in array_paths(files):
+        paths_of[_parts_in_name(path)].append(path)
+    groups = [paths_of.get(frozenset([part]), []) for part in range(len(PARTS))]
+    if not any(groups):
+        groups = [paths_of.get(frozenset(), [])]
+    if not all(groups):
+        named = [path for paths in groups for path in paths]
+        raise ValueError(
+            f"data_root: got files of arrays {named or array_paths(files)} in {files.root}, "
+            f"expected one or more of each of {', '.join(PARTS)}"
+        )
+
+    parts = []
+    for paths in groups:
+        where = f"{files.root}: {', '.join(paths)}"
+        classes = _classes(where, _content(files, paths))
+        parts.append(
+            {
+                name: _inputs(f"{where}: class {name!r}", array, size, color)
+                for name, array in progress(classes.items(), f"reading {paths[0]}")
+            }
+        )
+    return parts
+
+
+def _suffix(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def _parts_in_name(path: str) -> frozenset[int]:
+    """The parts whose words are in the name of a file, or else in that of its nearest folder."""
+    for name in reversed(path.lower().split("/")):
+        words = re.split(r"[^a-z]+", name)
+        parts = frozenset(PART_WORDS[word] for word in words if word in PART_WORDS)
+        if parts:
+            return parts
+    return frozenset()
+
+
+def _content(files: Files, paths: Sequence[str]) -> Content:
+    """The entries of some files together."""
+    content: Content = {}
+    for path in paths:
+        for name, value in _entries(files, path):
+            if name in content:
+                raise ValueError(
+                    f"{files.root}: {path}: {name!r} is in another file too, "
+                    "expected it once; move one of them"
+                )
+            content[name] = value
+    return content
+
+
+def _entries(files: Files, path: str) -> Iterator[tuple[str, Any]]:
+    """The named values in one file. A single array has the name of its file."""
+    data = files.read(path)
+    try:
+        value = READERS[_suffix(path)](data)
+    except Exception as error:  # A damaged file can raise any.
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{files.root}: {path}: got {len(data)} bytes that cannot be read ({reason}), "
+            "expected arrays, dictionaries, lists, strings and numbers; "
+            "download it again, or save it in this form"
+        ) from error
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield str(name), entry
+    elif isinstance(value, tuple) and len(value) == 2:
+        yield "inputs", value[0]
+        yield "labels", value[1]
+    else:
+        words = re.split(r"[-_.\s]+", PurePosixPath(path).stem)
+        kept = [word for word in words if word.lower() not in PART_WORDS]
+        yield "_".join(kept) or "inputs", value
+
+
+def _classes(where: str, content: Content) -> ClassArrays:
+    """The raw inputs of each class, from any of the three forms in `ARRAY_LAYOUT`."""
+    arrays = {name: _array(value) for name, value in content.items()}
+    large = {name: array for name, array in arrays.items() if array.ndim >= 2}
+    labels = [name for name in arrays if name.lower() in LABELS]
+    if "class_dict" not in content and not labels:
+        if len(large) < 2:
+            raise ValueError(f"{where}: got {sorted(content)}; {ARRAY_LAYOUT}")
+        return large
+
+    if len(large) != 1:
+        raise ValueError(
+            f"{where}: got {sorted(large) or 'no array'} beside the classes, "
+            "expected one array of two or more axes, [n, ...]"
+        )
+    (inputs,) = large.values()
+    if "class_dict" in content:
+        rows = _rows_of_dict(where, content["class_dict"])
+    else:
+        rows = _rows_of_labels(where, arrays[labels[0]], len(inputs))
+    _check_rows(where, rows, len(inputs))
+    return {name: inputs[numbers] for name, numbers in rows.items()}
+
+
+def _array(value: Any) -> np.ndarray:
+    """A tensor, list or array as an array. Of anything else, or a ragged list, one without axes."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().to_dense()
+        # NumPy has no bfloat16.
+        return np.asarray(value.float() if value.is_floating_point() else value)
+    if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
+        with contextlib.suppress(ValueError):
+            return np.asarray(value)
+    return np.zeros(())
+
+
+def _rows_of_dict(where: str, class_dict: Any) -> ClassArrays:
+    if not isinstance(class_dict, Mapping):
+        raise ValueError(
+            f"{where}: got class_dict of type {type(class_dict).__name__}, "
+            "expected a dictionary from each class to its rows"
+        )
+    return {str(name): _array(rows) for name, rows in class_dict.items()}
+
+
+def _rows_of_labels(where: str, labels: np.ndarray, n: int) -> ClassArrays:
+    if labels.shape != (n,):
+        raise ValueError(f"{where}: got labels of shape {labels.shape}, expected ({n},), as inputs")
+    names, numbers = np.unique(labels, return_inverse=True)
+    return {str(name): np.flatnonzero(numbers == i) for i, name in enumerate(names)}
+
+
+def _check_rows(where: str, rows: ClassArrays, n: int) -> None:
+    """Raise unless every class has rows of its own among the n inputs."""
+    used = np.zeros(n, np.int64)
+    for name, numbers in rows.items():
+        if numbers.ndim != 1 or len(numbers) == 0 or numbers.dtype.kind not in "iu":
+            raise ValueError(
+                f"{where}: class {name!r} has no rows, expected one or more row numbers; "
+                "remove the class, or give it inputs"
+            )
+        if numbers.min() < 0 or numbers.max() >= n:
+            raise ValueError(
+                f"{where}: class {name!r} has rows {numbers.min()} … {numbers.max()}, "
+                f"expected them in 0 … {n - 1}, as there are {n} inputs"
+            )
+        np.add.at(used, numbers, 1)
+    # An input that is there twice could be in both support and query.
+    if (used > 1).any():
+        raise ValueError(f"{where}: row {int(used.argmax())} is listed twice; list every row once")
+
+
+def _inputs(where: str, array: np.ndarray, size: int, color: bool) -> np.ndarray:
+    """Images, uint8 `[n, channels, size, size]`, or features, float32 `[n, ...]`."""
+    if array.dtype.kind == "f" and array.ndim >= 2:
+        return array.astype(np.float32, copy=False)
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)  # the channels last
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise ValueError(
+            f"{where}: got {array.dtype} of shape {array.shape}, "
+            "expected images, uint8 [n, height, width, 1 or 3], or features, float [n, ...]"
+        )
+    channels = 3 if color else 1
+    if array.shape[1:] != (size, size, channels):
+        from PIL import Image
+
+        # Pillow takes greys without the axis of their one channel.
+        pixels = array[..., 0] if array.shape[3] == 1 else array
+        images = map(Image.fromarray, pixels)
+        array = np.stack([fit_square(image, size, color=color) for image in images])
+    return array.transpose(0, 3, 1, 2)
