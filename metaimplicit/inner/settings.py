@@ -34,10 +34,30 @@ def resolve_setting(value: Any, meta: Params, parameter: str, *, option: str) ->
         [[0.1, 0.01], 0.5]
     """
     if isinstance(value, Mapping):
-        return resolve_setting(_entry_of(value, parameter, option), meta, parameter, option=option)
+        entry = value[key_of(value, parameter, option)]
+        return resolve_setting(entry, meta, parameter, option=option)
     if isinstance(value, list):
         return [resolve_setting(entry, meta, parameter, option=option) for entry in value]
     return resolve(value, meta, parameter)
+
+
+def key_of(entries: Mapping[str, Any], parameter: str, option: str) -> str:
+    """The first key of a dict of settings that fits a parameter.
+
+    Raises:
+        ValueError: No key fits.
+
+    Example:
+        >>> key_of({"head.*": 0.1, "body": 0.2, "*": 0.3}, "body.0.weight", "lr")
+        'body'
+    """
+    for key in entries:
+        if fnmatchcase(parameter, key) or parameter.startswith(f"{key}."):
+            return key
+    raise ValueError(
+        f"{option}: got a dict with the keys {list(entries)}, expected one that fits the "
+        f"parameter {parameter!r}; add its name, or '*' for all others"
+    )
 
 
 def at_step(options: Mapping[str, Any], step: int | None) -> dict[str, Any]:
@@ -113,13 +133,3 @@ def constant_choices(setting: Any) -> list[Any]:
         return [choice for entry in setting for choice in constant_choices(entry)]
     learnt = any(isinstance(number, (Tensor, FromMeta)) for number in numbers_in(setting))
     return [] if learnt else [setting]
-
-
-def _entry_of(entries: Mapping[str, Any], parameter: str, option: str) -> Any:
-    for key, entry in entries.items():
-        if fnmatchcase(parameter, key) or parameter.startswith(f"{key}."):
-            return entry
-    raise ValueError(
-        f"{option}: got a dict with the keys {list(entries)}, expected one that fits the "
-        f"parameter {parameter!r}; add its name, or '*' for all others"
-    )

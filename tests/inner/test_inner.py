@@ -206,8 +206,8 @@ def test_undifferentiated_steps_leave_no_graph():
         ),
         (lambda: TorchOptimizer(torch.optim.AdamW, decoupled_weight_decay=False), "AdamW options"),
         (
-            lambda: TorchOptimizer(torch.optim.RMSprop, centered=True),
-            r"RMSprop options: got \['centered'\]",
+            lambda: TorchOptimizer(torch.optim.RMSprop, capturable=True),
+            r"RMSprop options: got \['capturable'\]",
         ),
         (lambda: TorchOptimizer(torch.optim.Adam, betas=(1.5, 0.9)), "Invalid beta"),
     ],
