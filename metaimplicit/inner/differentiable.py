@@ -60,9 +60,10 @@ def run_steps(
         loop.params = straight_through(loop.params, start)
     if differentiated_steps > 0:
         loop.advance(range(first_differentiated, steps), meta, differentiated=True)
+    taken = torch.zeros_like(loop.active, dtype=torch.int64) + loop.taken
     return Trajectory(
         params=loop.params,
-        steps=loop.taken,
+        steps=taken,
         gradient_norm=loop.gradient_norm,
         iterates=tuple(loop.iterates),
         state=loop.state,
@@ -83,7 +84,7 @@ class _RunningLoop:
         keep_iterates: Whether `iterates` are kept.
         iterates: θ_0 … θ_t.
         active: The tasks that go on, `[tasks]`, bool.
-        taken: The number of steps that each task took, `[tasks]`.
+        taken: The number of steps that each task took, `[tasks]`, or all tasks if none can stop.
         gradient_norm: ‖∂f/∂θ‖ of each task, where it was last computed, `[tasks]`.
     """
 
@@ -96,13 +97,12 @@ class _RunningLoop:
     keep_iterates: bool
     iterates: list[Params] = field(default_factory=list)
     active: Tensor = field(init=False)
-    taken: Tensor = field(init=False)
+    taken: Tensor | int = 0
     gradient_norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         first = next(iter(self.params.values()))
         self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        self.taken = torch.zeros_like(self.active, dtype=torch.int64)
         self.gradient_norm = torch.zeros_like(self.active, dtype=first.dtype)
 
     def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
@@ -137,7 +137,7 @@ class _RunningLoop:
                 params = leaves(params)
 
             self.params = params
-            self.taken += self.active
+            self.taken = self.taken + (1 if self.tol is None else self.active.long())
             if self.keep_iterates:
                 self.iterates.append(params)
             if self._is_finished(t):

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from metaimplicit.learner.episodes import Pair, check_pair, shapes_of
-from metaimplicit.learner.losses import MetaLoss, TaskLoss
+from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.targets import Classes, find_classes, fixed_random_state, task_of
-from metaimplicit.params import Params
 
 # What torch's losses say of targets that broadcast.
 BROADCAST = "that is different to the input size"
@@ -25,32 +24,33 @@ class TargetCheck:
     What the loss does with them is found out once for each kind of batch: the types and numbers of
     axes of its tensors. Only the range of class indices is checked in every batch.
 
+    Args:
+        call: The model as it is, `inputs of one task -> outputs`.
+        loss: Makes the loss of the set as it is, or with `on_cpu=True` a copy on the CPU.
+
     Example:
-        >>> check = TargetCheck()
-        >>> pair = Pair(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, 7]]))
-        >>> loss = MetaLoss(torch.nn.functional.cross_entropy, "loss")
-        >>> check("support", pair, loss=loss, meta={}, call=lambda inputs: inputs)
+        >>> def make_loss(on_cpu=False):
+        ...     return torch.nn.functional.cross_entropy
+        >>> check = TargetCheck(call=lambda inputs: inputs, loss=make_loss)
+        >>> check("support", Pair(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, 7]])))
         Traceback (most recent call last):
         ...
         ValueError: support labels: got 7, expected class indices from 0 to 3, one for each output \
 of the model; convert targets that are not class indices to float
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call: Callable[[Any], Tensor], loss: Callable[..., TaskLoss]) -> None:
+        self._call = call
+        self._loss = loss
         self._classes: dict[Any, Classes | None] = {}
         self._ignored: set[int] = set()
 
-    def __call__(
-        self, name: str, pair: Pair, *, loss: MetaLoss, meta: Params, call: Callable[[Any], Tensor]
-    ) -> Classes | None:
+    def __call__(self, name: str, pair: Pair) -> Classes | None:
         """Check a batch.
 
         Args:
             name: What errors call the set.
             pair: Inputs and targets, with the task axis first.
-            loss: The loss of the set.
-            meta: φ.
-            call: The model, `inputs of a task -> outputs`.
 
         Returns:
             Where the loss reads class indices. None if it treats no integers as classes.
@@ -63,27 +63,19 @@ of the model; convert targets that are not class indices to float
         kind = _kind(pair)
         if kind in self._classes:
             classes = self._classes[kind]
-            return classes and self._check_range(name, pair, classes, loss, meta, call)
+            return classes and self._check_range(name, pair, classes)
 
-        with fixed_random_state(pair):
-            first = task_of(pair, 0)
-            with torch.no_grad():
-                outputs = call(first.inputs)
-            classes = find_classes(loss.at(meta), outputs, first.targets)
-        checked = classes and self._check_range(name, pair, classes, loss, meta, call)
-        check_loss(name, loss.at(meta), outputs, first.targets, has_classes=classes is not None)
+        loss = self._loss()
+        first = task_of(pair, 0)
+        with fixed_random_state(pair), torch.no_grad():
+            outputs = self._call(first.inputs)
+        classes = find_classes(loss, outputs, first.targets)
+        checked = classes and self._check_range(name, pair, classes)
+        check_loss(name, loss, outputs, first.targets, has_classes=classes is not None)
         self._classes[kind] = classes
         return checked
 
-    def _check_range(
-        self,
-        name: str,
-        pair: Pair,
-        classes: Classes,
-        loss: MetaLoss,
-        meta: Params,
-        call: Callable[[Any], Tensor],
-    ) -> Classes:
+    def _check_range(self, name: str, pair: Pair, classes: Classes) -> Classes:
         """The classes, of which not all examples count if the loss ignores a label of the batch."""
         labels = classes.labels(pair.targets)
         low, high = (int(bound) for bound in labels.aminmax())
@@ -94,10 +86,10 @@ of the model; convert targets that are not class indices to float
         for label in set(outside) - self._ignored:
             task = task_of(pair, int((labels == label).flatten(1).any(1).nonzero()[0]))
             with fixed_random_state(pair), torch.no_grad():
-                outputs = call(task.inputs).cpu()
+                outputs = self._call(task.inputs).cpu()
             # On CUDA, an index out of range would end the process.
             targets = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, task.targets)
-            error = _error_of(loss.at(meta, on_cpu=True), outputs, targets)
+            error = _error_of(self._loss(on_cpu=True), outputs, targets)
             if error is not None:
                 refused[label] = error
         if refused:

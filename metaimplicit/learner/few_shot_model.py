@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from metaimplicit.learner.forms import plain_inputs
 from metaimplicit.learner.learnable import Learnable, LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
-from metaimplicit.learner.problem import call_model, few_shot_problem
-from metaimplicit.learner.targets import task_of
+from metaimplicit.learner.problem import call_model, few_shot_problem, inner_iterates
+from metaimplicit.learner.targets import Group, task_of
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
@@ -143,6 +143,23 @@ class FewShotModel(nn.Module):
         lifted = self._lift(plain_inputs(inputs), way)
         return lifted.apply(lambda p, x: self._call(p, meta, x), params)
 
+    def _way(self, group: Group) -> Vectorize:
+        return "loop" if group.looped or self.vectorize == "loop" else "vmap"
+
+    def _iterates(self, group: Group, steps: int) -> tuple[Params, ...]:
+        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
+        meta = self._detached_meta()
+        way = self._way(group)
+        try:
+            return inner_iterates(self._lift(group.data, way), self.inner, meta, steps)
+        except RuntimeError:
+            if self.vectorize != "auto" or way == "loop":
+                raise
+        # Nothing was timed yet. If the loop works, this model cannot be vmapped.
+        iterates = inner_iterates(self._lift(group.data, "loop"), self.inner, meta, steps)
+        self.vectorize = "loop"
+        return iterates
+
     def _lift(self, data: Any, vectorize: Vectorize) -> LiftedProblem:
         return LiftedProblem(
             self.problem, data, batched=True, vectorize=vectorize, chunk_size=self.chunk_size
@@ -151,6 +168,18 @@ class FewShotModel(nn.Module):
     def _call(self, params: Params, meta: Params, inputs: Any) -> Tensor:
         """The model at `params`, and at `meta` where `params` has no entry."""
         return call_model(self.model, {n: meta[n] for n in self._of_model} | params, inputs)
+
+    def _outputs(self, inputs: Any) -> Tensor:
+        """The model at φ, as a constant."""
+        return self._call({}, self._detached_meta(), inputs)
+
+    def _support_loss(self, *, on_cpu: bool = False) -> TaskLoss:
+        """The loss of the support set at φ, as a constant, or a copy of it on the CPU."""
+        return self._losses()[0].at(self._detached_meta(), on_cpu=on_cpu)
+
+    def _query_loss(self, *, on_cpu: bool = False) -> TaskLoss:
+        """The loss of the query set, likewise."""
+        return self._losses()[1].at(self._detached_meta(), on_cpu=on_cpu)
 
     def _detached_meta(self) -> Params:
         return detached(self.meta)

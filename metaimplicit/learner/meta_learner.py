@@ -20,14 +20,14 @@ from metaimplicit.learner.forms import read_episodes, read_support
 from metaimplicit.learner.gradients import accumulate, warn_if_useless
 from metaimplicit.learner.learnable import Learn, make_learnable
 from metaimplicit.learner.losses import TaskLoss
-from metaimplicit.learner.problem import inner_iterates, step_counts
+from metaimplicit.learner.problem import step_counts
 from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
-from metaimplicit.learner.targets import Group, Metric, accuracy, measure
+from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import reject_running_statistics
-from metaimplicit.params import Adapt, Params, select
+from metaimplicit.params import Adapt, select
 
 
 class MetaLearner(FewShotModel):
@@ -136,8 +136,8 @@ class MetaLearner(FewShotModel):
         )
         self.method = method
         self.metric = metric
-        self._check_support = TargetCheck()
-        self._check_query = TargetCheck()
+        self._check_support = TargetCheck(self._outputs, self._support_loss)
+        self._check_query = TargetCheck(self._outputs, self._query_loss)
 
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
@@ -165,8 +165,8 @@ class MetaLearner(FewShotModel):
             with reject_changed_buffers(self.model):
                 self._choose_vectorize(groups[0])
                 results = [self._hypergradient(group.data, self._way(group)) for group in groups]
-            outputs = [result.aux for result in results]
-            accuracies = combine(list(map(self._measure, groups, outputs)), torch.cat)
+            measured = [self._measure(g, r.aux) for g, r in zip(groups, results, strict=True)]
+        accuracies = combine(measured, torch.cat)
 
         # There is one group, or each of them is one task.
         gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
@@ -233,29 +233,20 @@ class MetaLearner(FewShotModel):
     def _read(self, episodes: EpisodeBatch) -> list[Group]:
         """The tasks in groups of one shape, if nothing is wrong with them."""
         reject_running_statistics(self.model)
-        meta = self._detached_meta()
-        call = partial(self._call, {}, meta)
-        loss, query_loss = self._losses()
-        groups = []
         batches = read_episodes(episodes)
+        groups = []
         for data in batches:
-            support, query = data
-            self._check_support("episodes.support", support, loss=loss, meta=meta, call=call)
-            classes = self._check_query(
-                "episodes.query", query, loss=query_loss, meta=meta, call=call
-            )
+            self._check_support("episodes.support", data.support)
+            classes = self._check_query("episodes.query", data.query)
             groups.append(Group(data, classes, looped=len(batches) > 1))
         return groups
 
     def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
         """Support sets, likewise. They stand for the query sets as well."""
         reject_running_statistics(self.model)
-        meta = self._detached_meta()
-        call = partial(self._call, {}, meta)
-        loss, _ = self._losses()
         pairs = read_support(support, batched=batched)
         for pair in pairs:
-            self._check_support("support", pair, loss=loss, meta=meta, call=call)
+            self._check_support("support", pair)
         return [Group(Episode(pair, pair), None, looped=len(pairs) > 1) for pair in pairs]
 
     def _hypergradient(self, data: Episode, vectorize: Vectorize) -> Hypergradient:
@@ -279,23 +270,6 @@ class MetaLearner(FewShotModel):
                 lambda way: self._hypergradient(group.data, way).outer_loss
             )
 
-    def _way(self, group: Group) -> Vectorize:
-        return "loop" if group.looped or self.vectorize == "loop" else "vmap"
-
-    def _iterates(self, group: Group, steps: int) -> tuple[Params, ...]:
-        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        meta = self._detached_meta()
-        way = self._way(group)
-        try:
-            return inner_iterates(self._lift(group.data, way), self.inner, meta, steps)
-        except RuntimeError:
-            if self.vectorize != "auto" or way == "loop":
-                raise
-        # Nothing was timed yet. If the loop works, this model cannot be vmapped.
-        iterates = inner_iterates(self._lift(group.data, "loop"), self.inner, meta, steps)
-        self.vectorize = "loop"
-        return iterates
-
     def _measure_path(self, group: Group, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The query losses and measures after some numbers of steps, `[counts, tasks]` each."""
         iterates = self._iterates(group, max(counts))
@@ -311,11 +285,5 @@ class MetaLearner(FewShotModel):
         return torch.stack(losses), combine(measures, torch.stack)
 
     def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
-        """The metric or the accuracy of each task, `[tasks]`. None if there is none."""
-        targets = group.data.query.targets
-        if self.metric is not None:
-            return measure(self.metric, outputs, targets)
-        if group.classes is None:
-            return None
-        _, query_loss = self._losses()
-        return accuracy(query_loss.at(self._detached_meta()), outputs, targets, group.classes)
+        """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
+        return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)

@@ -97,11 +97,42 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
     return None
 
 
-def accuracy(loss: TaskLoss, outputs: Tensor, targets: Any, classes: Classes) -> Tensor:
+def measure(
+    group: Group, outputs: Tensor, *, metric: Metric | None, make_loss: Callable[[], TaskLoss]
+) -> Tensor | None:
+    """The metric of each task, or its accuracy, `[tasks]`, in float64.
+
+    Args:
+        group: The tasks.
+        outputs: The outputs for their query sets, `[tasks, ...]`.
+        metric: The metric. If None, the accuracy.
+        make_loss: Makes the loss of the query set of one task.
+
+    Returns:
+        None if there is no metric, and the loss treats no targets as classes.
+
+    Example:
+        >>> pair = (torch.zeros(1, 2, 3), torch.tensor([[0, 1]]))
+        >>> classes = Classes(leaf=0, axis=1, size=3, all_count=True)
+        >>> group = Group(Episode.of(pair, pair), classes, looped=False)
+        >>> measure(group, torch.eye(2, 3).unsqueeze(0), metric=None, make_loss=lambda: None)
+        tensor([1.], dtype=torch.float64)
+    """
+    targets = group.data.query.targets
+    if metric is not None:
+        return mean_metric(metric, outputs, targets)
+    if group.classes is None:
+        return None
+    return accuracy(make_loss, outputs, targets, group.classes)
+
+
+def accuracy(
+    make_loss: Callable[[], TaskLoss], outputs: Tensor, targets: Any, classes: Classes
+) -> Tensor:
     """The share of correct predictions among the examples of each task that count.
 
     Args:
-        loss: `(outputs, targets) -> scalar`, of one task.
+        make_loss: Makes the loss of one task, which is needed if not all examples count.
         outputs: One score for each class on the axis of the classes, `[tasks, ...]`.
         targets: Class indices, or a pytree that holds them, `[tasks, ...]`.
         classes: Where the loss reads them.
@@ -113,13 +144,14 @@ def accuracy(loss: TaskLoss, outputs: Tensor, targets: Any, classes: Classes) ->
         >>> scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]]])
         >>> labels = torch.tensor([[0, 1, -100]])  # cross-entropy ignores -100
         >>> classes = Classes(leaf=0, axis=1, size=2, all_count=False)
-        >>> accuracy(torch.nn.functional.cross_entropy, scores, labels, classes)
+        >>> accuracy(lambda: torch.nn.functional.cross_entropy, scores, labels, classes)
         tensor([0.5000], dtype=torch.float64)
     """
     correct = outputs.argmax(classes.axis + 1) == classes.labels(targets)
     if classes.all_count:
         return correct.double().flatten(1).mean(1)
 
+    loss = make_loss()
     counted = []
     for task, of_task in enumerate(outputs):
         slopes = output_slopes(loss, of_task, task_of(targets, task))
@@ -130,7 +162,7 @@ def accuracy(loss: TaskLoss, outputs: Tensor, targets: Any, classes: Classes) ->
     return (correct.flatten(1) * weights).sum(1) / weights.sum(1)
 
 
-def measure(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
+def mean_metric(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
     """The mean of a metric of each task, `[tasks]`, in float64.
 
     Args:
@@ -141,7 +173,7 @@ def measure(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
     Example:
         >>> def within_one(outputs, targets):
         ...     return (outputs - targets).abs() < 1
-        >>> measure(within_one, torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
+        >>> mean_metric(within_one, torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
         tensor([0.5000], dtype=torch.float64)
     """
     values = []
