@@ -108,8 +108,9 @@ def check_loss(
 ) -> None:
     """Check that the loss takes the targets of a task, and does not broadcast them.
 
-    Targets of another shape than the outputs broadcast if the loss has another value once the
-    outputs have their shape. A loss that removes an axis of the outputs by itself has the same.
+    Targets of another shape than the outputs broadcast if the loss has the same value once both
+    are expanded to one shape, and another once the outputs are reshaped to that of the targets. A
+    loss that reshapes the outputs by itself is no such loss.
 
     Args:
         name: What errors call the set.
@@ -142,8 +143,7 @@ broadcast against each other in the loss, expected one shape; reshape the target
             if not isinstance(leaf, Tensor) or leaf.shape == outputs.shape:
                 continue
             if leaf.numel() == outputs.numel() > 1:
-                aligned = _value(loss, outputs.reshape(leaf.shape), targets)
-                broadcasts |= _differ(value, aligned)
+                broadcasts |= _is_broadcast(loss, outputs, targets, leaf, value=value)
     if broadcasts:
         raise ValueError(
             f"{name}: got targets of shape {shapes_of(targets)} for outputs of shape "
@@ -178,8 +178,24 @@ def _error_of(loss: TaskLoss, outputs: Tensor, targets: Any) -> Exception | None
     return value
 
 
-def _differ(value: Any, other: Any) -> bool:
-    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+def _is_broadcast(
+    loss: TaskLoss, outputs: Tensor, targets: Any, leaf: Tensor, *, value: Any
+) -> bool:
+    """Whether the loss broadcasts its outputs and one of its targets, of as many numbers."""
+    try:
+        shape = torch.broadcast_shapes(outputs.shape, leaf.shape)
+    except RuntimeError:
         return False
-    same_shape = value.shape == other.shape
-    return same_shape and not torch.allclose(value, other, rtol=1e-4, equal_nan=True)
+    expanded = tree_map(lambda x: x.expand(shape) if x is leaf else x, targets)
+    as_expanded = _value(loss, outputs.expand(shape), expanded)
+    as_reshaped = _value(loss, outputs.reshape(leaf.shape), targets)
+    return _same(value, as_expanded) is True and _same(value, as_reshaped) is False
+
+
+def _same(value: Any, other: Any) -> bool | None:
+    """Whether two values of a loss are equal. None if one of them is an error."""
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return None
+    if value.shape != other.shape:
+        return None
+    return torch.allclose(value, other, rtol=1e-4, equal_nan=True)

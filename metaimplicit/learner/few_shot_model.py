@@ -30,7 +30,7 @@ class FewShotModel(nn.Module):
         chunk_size: The number of tasks that are vmapped at a time. If None, all.
 
     Raises:
-        ValueError: Two meta-parameters have one name.
+        ValueError: Two meta-parameters have one name, or a loss has a parameter of the model.
 
     Example:
         >>> import torch
@@ -73,15 +73,10 @@ class FewShotModel(nn.Module):
         self.chunk_size = chunk_size
         self._of_model = [name for name, p in model.named_parameters() if p.requires_grad]
 
-        of_losses = {name for part in self._losses() for name in part.parameters}
-        conflicts = sorted(of_losses & set(dict(model.named_parameters())))
-        if conflicts:
-            raise ValueError(
-                f"loss: the model has a parameter {conflicts[0]!r} already, expected that name to "
-                "be free for the parameter of the loss; rename the module of the model"
-            )
-        taken = {*dict(model.named_parameters()), *of_losses}
-        self.learnt = LearntNumbers(learnable.logs, taken=taken)
+        of_model = dict(model.named_parameters())
+        of_losses = {key: p for part in self._losses() for key, p in part.parameters.items()}
+        _check_loss_parameters(of_model, of_losses)
+        self.learnt = LearntNumbers(learnable.logs, taken={*of_model, *of_losses})
         self._trainable = set(self._trainable_parameters())
 
     @property
@@ -194,3 +189,20 @@ class FewShotModel(nn.Module):
         for loss in self._losses():
             params |= loss.parameters
         return params
+
+
+def _check_loss_parameters(of_model: Params, of_losses: Params) -> None:
+    """Raise ValueError if a loss has a parameter of the model, or one of the same name."""
+    for key, parameter in of_losses.items():
+        if key in of_model:
+            raise ValueError(
+                f"loss: the model has a parameter {key!r} already, expected that name to be free "
+                "for the parameter of the loss; rename the module of the model"
+            )
+        shared = [name for name, p in of_model.items() if p is parameter]
+        if shared:
+            raise ValueError(
+                f"loss: got one with the parameter {shared[0]!r} of the model, which would stay "
+                "as it is while that of the model adapts, expected parameters of its own; return "
+                "what the loss needs from the model, or use proximal as a penalty"
+            )

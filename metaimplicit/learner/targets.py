@@ -60,7 +60,7 @@ class Group(NamedTuple):
 def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | None:
     """Where a loss reads class indices. None if it treats no integers as classes.
 
-    The loss is called with labels that take every class in turn.
+    The loss is called with labels that take every class in turn; see `_trial_labels`.
 
     Args:
         loss: `(outputs, targets) -> scalar`, of one task.
@@ -79,19 +79,15 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
     leaves, structure = tree_flatten(targets)
     for position, axis in _candidates(outputs, leaves):
         size = outputs.shape[axis]
-        labels = leaves[position]
-        probes = -(-size // labels.numel())  # calls until every class was a label once
         counted: list[Tensor | None] = []
-        for probe in range(min(probes, MAX_PROBES)):
-            first = probe * labels.numel()
-            flat = torch.arange(first, first + labels.numel(), device=labels.device) % size
-            every_class = flat.reshape(labels.shape)
-            with_classes = [*leaves[:position], every_class, *leaves[position + 1 :]]
-            tree = tree_unflatten(with_classes, structure)
-            counted.append(_pulled_to(every_class, output_slopes(loss, outputs, tree), axis))
+        for labels in _trial_labels(leaves[position], size):
+            with_labels = [*leaves[:position], labels, *leaves[position + 1 :]]
+            slopes = output_slopes(loss, outputs, tree_unflatten(with_labels, structure))
+            counted.append(_pulled_to(labels, slopes, axis))
         known = [c for c in counted if c is not None]
         if len(known) == len(counted) and any(bool(c.any()) for c in known):
-            complete = probes <= MAX_PROBES and all(bool(c.all()) for c in known)
+            every_class = size <= MAX_PROBES * leaves[position].numel()
+            complete = every_class and all(bool(c.all()) for c in known)
             # Further tensors may be masks, which differ from batch to batch.
             return Classes(position, axis, size, all_count=complete and len(leaves) == 1)
     return None
@@ -239,6 +235,19 @@ def _candidates(outputs: Tensor, leaves: list[Any]) -> Iterator[tuple[int, int]]
         for axis in range(outputs.dim()):
             if shape[:axis] + shape[axis + 1 :] == leaf.shape:
                 yield position, axis
+
+
+def _trial_labels(like: Tensor, size: int) -> Iterator[Tensor]:
+    """Labels to call the loss with: the last class for all, and then every class in turn.
+
+    With one class for all, the loss pulls up one output of every example along the right axis, and
+    all or none along another one.
+    """
+    yield torch.full_like(like, size - 1)
+    probes = min(-(-size // like.numel()), MAX_PROBES)
+    for first in range(0, probes * like.numel(), like.numel()):
+        flat = torch.arange(first, first + like.numel(), device=like.device)
+        yield (flat % size).reshape(like.shape)
 
 
 def _pulled_to(labels: Tensor, slopes: Tensor | None, axis: int) -> Tensor | None:
