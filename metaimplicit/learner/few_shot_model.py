@@ -30,7 +30,7 @@ class FewShotModel(nn.Module):
         chunk_size: The number of tasks that are vmapped at a time. If None, all.
 
     Raises:
-        ValueError: Two meta-parameters have one name, or a loss has a parameter of the model.
+        ValueError: Two meta-parameters have one name, or a loss has a parameter that adapts.
 
     Example:
         >>> import torch
@@ -73,9 +73,9 @@ class FewShotModel(nn.Module):
         self.chunk_size = chunk_size
         self._of_model = [name for name, p in model.named_parameters() if p.requires_grad]
 
-        of_model = dict(model.named_parameters())
+        of_model: Params = dict(model.named_parameters())
         of_losses = {key: p for part in self._losses() for key, p in part.parameters.items()}
-        _check_loss_parameters(of_model, of_losses)
+        _check_loss_parameters(of_model, of_losses, self.adapted)
         self.learnt = LearntNumbers(learnable.logs, taken={*of_model, *of_losses})
         self._trainable = set(self._trainable_parameters())
 
@@ -191,18 +191,18 @@ class FewShotModel(nn.Module):
         return params
 
 
-def _check_loss_parameters(of_model: Params, of_losses: Params) -> None:
-    """Raise ValueError if a loss has a parameter of the model, or one of the same name."""
+def _check_loss_parameters(of_model: Params, of_losses: Params, adapted: Sequence[str]) -> None:
+    """Raise ValueError if a loss has a parameter that adapts, or one of a name that is taken."""
     for key, parameter in of_losses.items():
         if key in of_model:
             raise ValueError(
                 f"loss: the model has a parameter {key!r} already, expected that name to be free "
                 "for the parameter of the loss; rename the module of the model"
             )
-        shared = [name for name, p in of_model.items() if p is parameter]
+        shared = [name for name in adapted if of_model[name] is parameter]
         if shared:
             raise ValueError(
                 f"loss: got one with the parameter {shared[0]!r} of the model, which would stay "
-                "as it is while that of the model adapts, expected parameters of its own; return "
-                "what the loss needs from the model, or use proximal as a penalty"
+                "as it is in the loss while it adapts in the model, expected parameters of its "
+                "own; return what the loss needs from the model, or use proximal as a penalty"
             )
