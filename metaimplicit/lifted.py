@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.iterate import Iterate
+from metaimplicit.labels import long_labels
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
 
@@ -158,7 +159,8 @@ class LiftedProblem:
     def _lift_scalar(
         self, name: str, function: Callable[..., Any], params: Params, data: Any
     ) -> tuple[Tensor, Any]:
-        result = self._lift(function, params, data)
+        with long_labels(data):
+            result = self._lift(function, params, data)
         loss, aux = result if isinstance(result, tuple) else (result, None)
         if not isinstance(loss, Tensor) or loss.shape != (self.tasks,):
             shaped = isinstance(loss, Tensor)

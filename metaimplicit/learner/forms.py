@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.learner.episodes import Episode, Pair
 
 # What two parts may be called, in an object or a dict that holds them.
 SETS = (("support", "query"), ("train", "test"))
 PARTS = (("inputs", "targets"),)
-SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def name_parts(batch: Any) -> Episode | list[Episode]:
