@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,7 @@ def hypergradient(
     """
     inner = make_inner(inner)
     method = make_method(method)
+    problem = method.outer_problem(problem)
     lifted = LiftedProblem(
         problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start
     )
@@ -274,10 +275,10 @@ def meta_leaves(meta: Params) -> Params:
     Raises:
         ValueError: `meta` is empty, or holds anything but real tensors.
     """
-    if not meta or not all(isinstance(m, Tensor) for m in meta.values()):
-        raise ValueError(
-            f"meta: got {type(meta).__name__} {list(meta)}, expected a non-empty dict of tensors"
-        )
+    is_dict = isinstance(meta, Mapping)
+    if not is_dict or not meta or not all(isinstance(m, Tensor) for m in meta.values()):
+        got = f"{type(meta).__name__} {list(meta)}" if is_dict else type(meta).__name__
+        raise ValueError(f"meta: got {got}, expected a non-empty dict of tensors by name")
     for name, m in meta.items():
         if m.is_complex():
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.iterate import Iterate
+from metaimplicit.labels import long_labels
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
 
@@ -117,7 +118,11 @@ class LiftedProblem:
         """The outer loss g for each task, `[tasks]`, and the aux it returned (None without one)."""
 
         def one_task(p: Params, d: Any) -> Any:
-            return self.problem.outer_loss(p, meta, d)
+            result = self.problem.outer_loss(p, meta, d)
+            if not isinstance(result, tuple):
+                return result
+            loss, aux = result
+            return loss, tree_map(_number_to_tensor, aux)
 
         return self._lift_scalar("outer_loss", one_task, params, data)
 
@@ -154,7 +159,8 @@ class LiftedProblem:
     def _lift_scalar(
         self, name: str, function: Callable[..., Any], params: Params, data: Any
     ) -> tuple[Tensor, Any]:
-        result = self._lift(function, params, data)
+        with long_labels(data):
+            result = self._lift(function, params, data)
         loss, aux = result if isinstance(result, tuple) else (result, None)
         if not isinstance(loss, Tensor) or loss.shape != (self.tasks,):
             shaped = isinstance(loss, Tensor)
@@ -183,6 +189,11 @@ class LiftedProblem:
 
 def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def _number_to_tensor(leaf: Any) -> Any:
+    """A plain number as a tensor, which can be stacked over the tasks."""
+    return torch.as_tensor(leaf) if isinstance(leaf, (bool, int, float)) else leaf
 
 
 def _task(tree: Any, index: int) -> Any:

@@ -1,6 +1,7 @@
 """Every test starts from the same random state. Workers side by side have a thread each."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors are of type float64, so that tolerances can be near round-off."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

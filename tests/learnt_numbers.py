@@ -32,6 +32,8 @@ def torch_loop(optimizer: type[torch.optim.Optimizer], **options: object) -> Tor
     return TorchOptimizer(optimizer, steps=STEPS, lr=FromMeta("lr"), **options)
 
 
+BY_STEP = ("by step", "by parameter")  # a number belongs to a step of one call of the loop
+
 LEARNT_LOOPS = {
     "gradient-descent": LearntLoop(
         GradientDescent(steps=STEPS, lr=FromMeta("lr"), momentum=FromMeta("mu")),
@@ -90,6 +92,62 @@ LEARNT_LOOPS = {
     "asgd": LearntLoop(
         torch_loop(torch.optim.ASGD, lambd=FromMeta("l")),
         {"lr": 0.1, "l": 0.01},
+    ),
+    "nadam": LearntLoop(
+        torch_loop(
+            torch.optim.NAdam,
+            betas=(FromMeta("b1"), FromMeta("b2")),
+            momentum_decay=FromMeta("psi"),
+            weight_decay=FromMeta("wd"),
+            eps=FromMeta("eps"),
+        ),
+        {"lr": 0.05, "b1": 0.8, "b2": 0.95, "psi": 0.3, "wd": 0.1, "eps": 0.01},
+    ),
+    "nadam, decoupled": LearntLoop(
+        torch_loop(
+            torch.optim.NAdam, weight_decay=FromMeta("wd"), decoupled_weight_decay=True, eps=0.01
+        ),
+        {"lr": 0.05, "wd": 0.1},
+    ),
+    "radam": LearntLoop(  # its steps are rectified from the sixth on
+        TorchOptimizer(
+            torch.optim.RAdam,
+            steps=8,
+            lr=FromMeta("lr"),
+            betas=(FromMeta("b1"), FromMeta("b2")),
+            weight_decay=FromMeta("wd"),
+            eps=FromMeta("eps"),
+        ),
+        {"lr": 0.05, "b1": 0.8, "b2": 0.95, "wd": 0.1, "eps": 0.01},
+    ),
+    "rmsprop, centred": LearntLoop(
+        torch_loop(torch.optim.RMSprop, alpha=FromMeta("a"), centered=True, eps=FromMeta("eps")),
+        {"lr": 0.02, "a": 0.9, "eps": 0.1},
+    ),
+    "by step": LearntLoop(
+        GradientDescent(
+            steps=STEPS,
+            lr=[FromMeta("lr"), 0.05, FromMeta("log_lr", torch.exp), FromMeta("lr")],
+            momentum=[0.3, FromMeta("mu"), 0.5, 0.0],
+        ),
+        {"lr": 0.1, "log_lr": -2.0, "mu": 0.5},
+    ),
+    "by parameter": LearntLoop(
+        GradientDescent(
+            steps=STEPS,
+            lr={"0.weight": FromMeta("lr"), "*.bias": 0.2, "2": [FromMeta("last"), 0.1, 0.1, 0.05]},
+        ),
+        {"lr": 0.1, "last": 0.3},
+    ),
+    "clipped": LearntLoop(
+        GradientDescent(steps=STEPS, lr=FromMeta("lr"), max_grad_norm=FromMeta("limit")),
+        {"lr": 0.2, "limit": 0.5},
+    ),
+    "clipped adam": LearntLoop(
+        TorchOptimizer(
+            torch.optim.Adam, steps=STEPS, lr=FromMeta("lr"), eps=0.01, max_grad_norm=0.3
+        ),
+        {"lr": 0.05},
     ),
     "rprop": LearntLoop(
         torch_loop(torch.optim.Rprop),

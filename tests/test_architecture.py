@@ -13,7 +13,7 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "models", "normalization", "options"),
+    ("params", "graph", "labels", "models", "normalization", "options"),
     ("problem", "iterate"),
     ("lifted",),
     ("operators",),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from metaimplicit.inner.settings import numbers_in
 from metaimplicit.iterate import Iterate, OptimizerState
 from metaimplicit.params import Params
 from metaimplicit.problem import FromMeta
@@ -119,6 +120,7 @@ class InnerLoop(ABC):
         gradients: Params,
         state: OptimizerState,
         meta: Params,
+        step: int | None = None,
     ) -> tuple[Params, OptimizerState]:
         """One step s_t = Φ(s_{t−1}, φ) as a pure function, s = (θ, the state of the optimiser).
 
@@ -127,12 +129,15 @@ class InnerLoop(ABC):
             gradients: ∂f/∂θ at θ_{t−1}. A parameter that is not among them keeps its value.
             state: The state of the optimiser, empty before the first step.
             meta: The meta-parameters, where `FromMeta` numbers are read.
+            step: The number t − 1 of the step in the loop, from 0. None stands for a step that
+                belongs to no loop.
 
         Returns:
             θ_t and the new state. The arguments are left as they are.
 
         Raises:
-            ValueError: The steps of this loop are no such function, as with a line search.
+            ValueError: The steps of this loop are no such function, as with a line search. Or its
+                numbers differ from step to step, and there is none for this step.
         """
         raise ValueError(
             f"inner: got {type(self).__name__}, whose steps are not differentiable; "
@@ -168,6 +173,10 @@ class InnerLoop(ABC):
         numbers = [number for _, number in self._numbers()]
         return any(isinstance(x, FromMeta) and x.reads(key) for x in numbers)
 
+    def learns_before(self, step: int) -> bool:
+        """Whether some number that only steps before `step` use is read from φ."""
+        return False
+
     def check(self) -> None:
         """Raise ValueError if `steps` or `tol` is out of range."""
         if self.steps < 1:
@@ -188,12 +197,12 @@ class InnerLoop(ABC):
                 )
 
     def _numbers(self) -> Iterator[tuple[str, Any]]:
-        """All numbers of this loop with their names. Dicts and tuples of numbers are unpacked."""
-        for field_name, value in vars(self).items():
-            entries = value if isinstance(value, dict) else {field_name: value}
-            for name, entry in entries.items():
-                for number in entry if isinstance(entry, tuple) else (entry,):
-                    yield name, number
+        """All numbers of this loop with their names. Those of dicts, lists and tuples as well."""
+        fields = dict(vars(self))
+        fields |= fields.pop("options", {})
+        for name, setting in fields.items():
+            for number in numbers_in(setting):
+                yield name, number
 
 
 def straight_through(params: Params, start: Params) -> Params:

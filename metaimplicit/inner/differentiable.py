@@ -8,9 +8,9 @@ give NaN at a zero gradient, or differ from `torch.optim`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,87 +20,15 @@ from torch import Tensor
 from metaimplicit.graph import check_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
 from metaimplicit.inner.rules import RULES
+from metaimplicit.inner.settings import at_step
+from metaimplicit.inner.step import DifferentiableStep, align_tasks
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import FromMeta, resolve
 
 with warnings.catch_warnings():
     # The source of `higher` compares a literal by `is`.
     warnings.simplefilter("ignore", SyntaxWarning)
     from higher import optim as higher_optim
-
-
-@dataclass(frozen=True)
-class DifferentiableStep:
-    """One step of an optimiser of `torch.optim`, differentiable in all that it reads.
-
-    Args:
-        optimizer: A class in `RULES`.
-        options: Its options, each a number, a tensor, `FromMeta`, or a tuple of these.
-
-    Raises:
-        ValueError: The optimiser or an option is not known to agree with `torch.optim`, or a
-            constant is out of range.
-
-    Example:
-        >>> step = DifferentiableStep(torch.optim.SGD, {"lr": 0.5})
-        >>> gradients = {"w": torch.tensor([[2.0]])}
-        >>> params, state = step.take({"w": torch.tensor([[3.0]])}, gradients, state={}, meta={})
-        >>> params["w"]
-        tensor([[2.]])
-    """
-
-    optimizer: type[torch.optim.Optimizer]
-    options: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in RULES:
-            known = ", ".join(sorted(cls.__name__ for cls in RULES))
-            raise ValueError(
-                f"optimizer: got {self.optimizer!r}, expected one of torch.optim's {known}"
-            )
-        tested = RULES[self.optimizer].options
-        unknown = sorted(set(self.options) - tested)
-        if unknown:
-            raise ValueError(
-                f"{self.optimizer.__name__} options: got {unknown}, expected some of "
-                f"{sorted(tested)}; the others have no derivative that could be tested against "
-                "torch.optim"
-            )
-        _ = self.defaults  # torch checks the range of constants
-
-    @cached_property
-    def defaults(self) -> dict[str, Any]:
-        """All options of the optimiser. Options that depend on tensors have stand-ins."""
-        constants = {key: x for key, x in self.options.items() if not _holds_tensor(x)}
-        if "momentum" in self.options and "momentum" not in constants:
-            # A stand-in, because torch refuses Nesterov's momentum without a number.
-            constants["momentum"] = 0.5
-        parameter = torch.zeros((), requires_grad=True)
-        return self.optimizer([parameter], **constants).defaults
-
-    def resolved_options(self, meta: Params, parameter: str) -> dict[str, Any]:
-        """The options that were given, with their values for one parameter."""
-        return {key: resolve(value, meta, parameter) for key, value in self.options.items()}
-
-    def take(
-        self,
-        params: Params,
-        gradients: Params,
-        *,
-        state: OptimizerState,
-        meta: Params,
-    ) -> tuple[Params, OptimizerState]:
-        """The step as a pure function; see `InnerLoop.take_step`."""
-        rule = RULES[self.optimizer].step
-        new_params = dict(params)
-        new_state = dict(state)
-        for name, gradient in gradients.items():
-            group = self.defaults | self.resolved_options(meta, name)
-            slots = dict(state.get(name, {}))
-            new_params[name] = rule(group, slots, params[name], gradient)
-            new_state[name] = slots
-        return new_params, new_state
 
 
 def run_steps(
@@ -132,9 +60,10 @@ def run_steps(
         loop.params = straight_through(loop.params, start)
     if differentiated_steps > 0:
         loop.advance(range(first_differentiated, steps), meta, differentiated=True)
+    taken = torch.zeros_like(loop.active, dtype=torch.int64) + loop.taken
     return Trajectory(
         params=loop.params,
-        steps=loop.taken,
+        steps=taken,
         gradient_norm=loop.gradient_norm,
         iterates=tuple(loop.iterates),
         state=loop.state,
@@ -155,7 +84,7 @@ class _RunningLoop:
         keep_iterates: Whether `iterates` are kept.
         iterates: θ_0 … θ_t.
         active: The tasks that go on, `[tasks]`, bool.
-        taken: The number of steps that each task took, `[tasks]`.
+        taken: The number of steps that each task took, `[tasks]`, or all tasks if none can stop.
         gradient_norm: ‖∂f/∂θ‖ of each task, where it was last computed, `[tasks]`.
     """
 
@@ -168,13 +97,12 @@ class _RunningLoop:
     keep_iterates: bool
     iterates: list[Params] = field(default_factory=list)
     active: Tensor = field(init=False)
-    taken: Tensor = field(init=False)
+    taken: Tensor | int = 0
     gradient_norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         first = next(iter(self.params.values()))
         self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        self.taken = torch.zeros_like(self.active, dtype=torch.int64)
         self.gradient_norm = torch.zeros_like(self.active, dtype=first.dtype)
 
     def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
@@ -190,6 +118,7 @@ class _RunningLoop:
             state=self.state,
             meta=meta,
             track=differentiated,
+            first=steps.start,
         )
         for t in steps:
             check = differentiated and t == steps.start
@@ -208,7 +137,7 @@ class _RunningLoop:
                 params = leaves(params)
 
             self.params = params
-            self.taken += self.active
+            self.taken = self.taken + (1 if self.tol is None else self.active.long())
             if self.keep_iterates:
                 self.iterates.append(params)
             if self._is_finished(t):
@@ -245,33 +174,37 @@ class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]
         state: OptimizerState,
         meta: Params,
         track: bool,
+        first: int,
     ) -> None:
         self._rule = RULES[step.optimizer].step
-        self._names = names
+        self._clipped = partial(step.clipped, meta=meta)
+        self._options = {name: step.options_of(name, meta) for name in names}
+        self._t = first
         # `higher` copies the groups, and asks of a parameter only which one it is. So the names
-        # stand for the parameters, and the options, which may have a graph, come afterwards.
-        groups = [step.defaults | {"params": [name]} for name in names]
-        resolved = [step.resolved_options(meta, name) for name in names]
-        override = {key: [options[key] for options in resolved] for key in step.options}
+        # stand for the parameters.
+        groups = [{"params": [name]} for name in names]
         super().__init__(
-            SimpleNamespace(param_groups=groups, state={}),
-            names,
-            override=override,
-            track_higher_grads=track,
+            SimpleNamespace(param_groups=groups, state={}), names, track_higher_grads=track
         )
         for name, group_state in zip(names, self.state, strict=True):
             group_state[0] = dict(state.get(name, {}))
 
     def _update(self, grouped_grads: Any, **_: Any) -> None:
-        groups = zip(self.param_groups, self.state, grouped_grads, strict=True)
-        for group, group_state, (gradient,) in groups:
-            (p,) = group["params"]
-            if gradient is not None:
-                group["params"] = [self._rule(group, group_state[0], p, gradient)]
+        pairs = zip(self._options, grouped_grads, strict=True)
+        present = {name: gradient for name, (gradient,) in pairs if gradient is not None}
+        gradients = self._clipped(present)
+        groups = zip(self._options.items(), self.param_groups, self.state, strict=True)
+        for (name, options), group, group_state in groups:
+            if name in gradients:
+                (p,) = group["params"]
+                settings = at_step(options, self._t)
+                new = self._rule(settings, group_state[0], p, gradients[name])
+                group["params"] = [new]
+        self._t += 1
 
     def slots(self) -> OptimizerState:
         """The state of the optimiser, by parameter."""
-        pairs = zip(self._names, self.state, strict=True)
+        pairs = zip(self._options, self.state, strict=True)
         return {name: dict(group_state[0]) for name, group_state in pairs}
 
     def detach_state(self) -> None:
@@ -292,10 +225,4 @@ def _require_grad(params: Params) -> Params:
 
 def _choose(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` for the active tasks, `old` for the others."""
-    return torch.where(active.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return any(_holds_tensor(part) for part in value)
-    return isinstance(value, (Tensor, FromMeta))
+    return torch.where(align_tasks(active, new), new, old)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
-from metaimplicit.inner.differentiable import DifferentiableStep, run_steps
+from metaimplicit.inner.differentiable import run_steps
 from metaimplicit.inner.rules import RULES
+from metaimplicit.inner.settings import Setting, at_step, lists_in, numbers_in
+from metaimplicit.inner.step import DifferentiableStep
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
-from metaimplicit.problem import Number
+from metaimplicit.problem import FromMeta, Number
 
 
 class _StepwiseLoop(InnerLoop):
@@ -53,9 +55,30 @@ class _StepwiseLoop(InnerLoop):
         gradients: Params,
         state: OptimizerState,
         meta: Params,
+        step: int | None = None,
     ) -> tuple[Params, OptimizerState]:
         """One step as a pure function; see `InnerLoop.take_step`."""
-        return self._make_step().take(params, gradients, state=state, meta=meta)
+        return self._make_step().take(params, gradients, state=state, meta=meta, step=step)
+
+    def learns_before(self, step: int) -> bool:
+        """Whether some number that only steps before `step` use is read from φ."""
+        early = [number for numbers in self._lists() for number in numbers_in(numbers[:step])]
+        return any(isinstance(number, FromMeta) for number in early)
+
+    def _check_steps(self) -> None:
+        """Check the options, and that every list of numbers has one for each step."""
+        self.check()
+        self._make_step()
+        for numbers in self._lists():
+            if len(numbers) < self.steps:
+                raise ValueError(
+                    f"inner: got the numbers {numbers} for {self.steps} steps, "
+                    "expected one for each step"
+                )
+
+    def _lists(self) -> list[list[Any]]:
+        options = self._make_step().options.values()
+        return [numbers for setting in options for numbers in lists_in(setting)]
 
 
 @dataclass(frozen=True)
@@ -64,32 +87,38 @@ class GradientDescent(_StepwiseLoop):
 
     Args:
         steps: T ≥ 1.
-        lr: η, a float, a tensor or `FromMeta` (one number, or one for each tensor or element).
+        lr: η, a float, a tensor or `FromMeta` (one number, or one for each tensor or element). A
+            dict gives each parameter its own: its keys are names of parameters or modules, or glob
+            patterns, of which the first that fits counts. A list gives each step its own.
         momentum: μ, likewise.
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes T steps.
+        max_grad_norm: The gradient of a task is scaled down to this norm if it is larger, as by
+            `torch.nn.utils.clip_grad_norm_`. If None, it is not clipped.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or there are fewer of them than steps.
 
     Example:
-        >>> GradientDescent(steps=10, lr=0.5).updated(lr=0.1)
-        GradientDescent(steps=10, lr=0.1, momentum=0.0, tol=None)
+        >>> GradientDescent(steps=10, lr=0.5).updated(lr=0.1).lr
+        0.1
+        >>> GradientDescent(steps=2, lr={"head": [0.1, 0.01], "*": 0.5}).lr["*"]
+        0.5
     """
 
     steps: int = 5
-    lr: Number = 0.1
-    momentum: Number = 0.0
+    lr: Setting = 0.1
+    momentum: Setting = 0.0
     tol: float | None = None
+    max_grad_norm: Number | None = None
 
     fixed_point_objection = ""
 
     def __post_init__(self) -> None:
-        self.check()
-        self._make_step()
+        self._check_steps()
 
     def _make_step(self) -> DifferentiableStep:
         options = {"lr": self.lr, "momentum": self.momentum}
-        return DifferentiableStep(torch.optim.SGD, options)
+        return DifferentiableStep(torch.optim.SGD, options, self.max_grad_norm)
 
 
 @dataclass(frozen=True, init=False)
@@ -97,12 +126,15 @@ class TorchOptimizer(_StepwiseLoop):
     """An optimiser of `torch.optim` as the inner loop. Gradients pass through its whole state.
 
     Args:
-        optimizer: `torch.optim.SGD`, `Adam`, `AdamW`, `Adadelta`, `Adagrad`, `Adamax`, `ASGD`,
-            `RMSprop` or `Rprop`.
+        optimizer: `torch.optim.SGD`, `Adam`, `AdamW`, `NAdam`, `RAdam`, `Adadelta`, `Adagrad`,
+            `Adamax`, `ASGD`, `RMSprop` or `Rprop`.
         steps: T ≥ 1.
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes T steps.
+        max_grad_norm: The gradient of a task is scaled down to this norm if it is larger, as by
+            `torch.nn.utils.clip_grad_norm_`. If None, it is not clipped.
         options: The options of the optimiser, each a float, a tensor or `FromMeta`, as in
-            `lr=0.01, betas=(FromMeta("beta1"), 0.999)`.
+            `lr=0.01, betas=(FromMeta("beta1"), 0.999)`. A dict gives each parameter its own, and a
+            list each step, as for `GradientDescent`.
 
     Raises:
         ValueError: The optimiser or an option is not known to agree with `torch.optim`, or a number
@@ -117,6 +149,7 @@ class TorchOptimizer(_StepwiseLoop):
     optimizer: type[torch.optim.Optimizer]
     steps: int
     tol: float | None
+    max_grad_norm: Number | None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __init__(
@@ -125,18 +158,19 @@ class TorchOptimizer(_StepwiseLoop):
         *,
         steps: int = 5,
         tol: float | None = None,
+        max_grad_norm: Number | None = None,
         **options: Any,
     ) -> None:
         # A frozen dataclass allows no plain assignment.
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "tol", tol)
+        object.__setattr__(self, "max_grad_norm", max_grad_norm)
         object.__setattr__(self, "options", options)
-        self.check()
-        self._make_step()
+        self._check_steps()
 
     def _make_step(self) -> DifferentiableStep:
-        return DifferentiableStep(self.optimizer, self.options)
+        return DifferentiableStep(self.optimizer, self.options, self.max_grad_norm)
 
     @property
     def fixed_point_objection(self) -> str:  # type: ignore[override]
@@ -149,16 +183,16 @@ class TorchOptimizer(_StepwiseLoop):
     def drift(self) -> str:  # type: ignore[override]
         """Decoupled decay pulls on θ for as long as the step size does not vanish."""
         options = self._make_step().defaults
-        decays = bool(options.get("weight_decay", 0.0))
-        if issubclass(self.optimizer, torch.optim.AdamW) and decays:
+        is_adamw = issubclass(self.optimizer, torch.optim.AdamW)
+        is_decoupled = is_adamw or options.get("decoupled_weight_decay") is True
+        if is_decoupled and options["weight_decay"]:
             return f"the decoupled weight decay of {self.optimizer.__name__}"
         return ""
 
     def decay(self, meta: Params, parameter: str) -> float | Tensor:
-        """λ of the penalty that the rule of the optimiser minimises beside the loss."""
-        step = self._make_step()
-        group = step.defaults | step.resolved_options(meta, parameter)
-        strength: float | Tensor = RULES[self.optimizer].decay(group)
+        """λ of the penalty that the rule of the optimiser minimises, at its last step."""
+        options = at_step(self._make_step().options_of(parameter, meta), self.steps - 1)
+        strength: float | Tensor = RULES[self.optimizer].decay(options)
         return strength
 
     @property
@@ -167,10 +201,10 @@ class TorchOptimizer(_StepwiseLoop):
         return self.options.get("lr")
 
     def updated(self, **changes: Any) -> TorchOptimizer:
-        """A copy of this loop in which `steps`, `tol` or some options have other values.
+        """A copy of this loop in which some fields or options have other values.
 
         Raises:
             ValueError: An option is unknown, or a value is out of range.
         """
-        arguments = {"steps": self.steps, "tol": self.tol, **self.options}
-        return TorchOptimizer(self.optimizer, **(arguments | changes))
+        fields = {"steps": self.steps, "tol": self.tol, "max_grad_norm": self.max_grad_norm}
+        return TorchOptimizer(self.optimizer, **{**fields, **self.options, **changes})

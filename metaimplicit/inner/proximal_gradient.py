@@ -62,7 +62,12 @@ class ProximalGradient(InnerLoop):
             raise ValueError(f"lr: got {self.lr}, expected a step size > 0")
 
     def take_step(
-        self, params: Params, gradients: Params, state: OptimizerState, meta: Params
+        self,
+        params: Params,
+        gradients: Params,
+        state: OptimizerState,
+        meta: Params,
+        step: int | None = None,
     ) -> tuple[Params, OptimizerState]:
         """One step as a pure function; see `InnerLoop.take_step`.
 

@@ -9,7 +9,6 @@ formula has one, at zero gradients as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -148,12 +147,75 @@ def adamax(group: Group, state: Slots, p: Value, g: Value) -> Value:
     return p - group["lr"] / (1 - beta1**step) * mean / norm
 
 
+def nadam(group: Group, state: Slots, p: Value, g: Value) -> Value:
+    """Adam with Nesterov's momentum (Dozat 2016)."""
+    beta1, beta2 = group["betas"]
+    lr = group["lr"]
+    step = _count_step(state)
+    p, g = _decay(group, p, g)
+    # μ_t = β₁ (1 − ½ 0.96^{tψ}), where ψ is the momentum's decay.
+    momentum = beta1 * (1 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
+    next_momentum = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * group["momentum_decay"]))
+    product = state.get("momentum_product", 1.0) * momentum
+    state["momentum_product"] = product
+    mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
+    state["mean"] = mean
+    square = beta2 * state.get("square", 0.0) + (1 - beta2) * g * g
+    state["square"] = square
+    scale = _root(square) / (1 - beta2**step) ** 0.5 + group["eps"]
+    from_gradient = (1 - momentum) / (1 - product) * g
+    from_mean = next_momentum / (1 - product * next_momentum) * mean
+    return p - lr * (from_gradient + from_mean) / scale
+
+
+def radam(group: Group, state: Slots, p: Value, g: Value) -> Value:
+    """Rectified Adam (Liu et al. 2020, alg. 2)."""
+    beta1, beta2 = group["betas"]
+    step = _count_step(state)
+    p, g = _decay(group, p, g)
+    mean = beta1 * state.get("mean", 0.0) + (1 - beta1) * g
+    state["mean"] = mean
+    square = beta2 * state.get("square", 0.0) + (1 - beta2) * g * g
+    state["square"] = square
+    move = group["lr"] / (1 - beta1**step) * mean
+    # While ρ_t ≤ 5, the mean square is too uncertain to divide by, and the rectification is 0.
+    rectification = _rectification(beta2, step)
+    if not isinstance(rectification, Tensor) and rectification == 0:
+        return p - move
+    rectified = rectification * (1 - beta2**step) ** 0.5 * move / (_root(square) + group["eps"])
+    if not isinstance(rectification, Tensor):
+        return p - rectified
+    return p - torch.where(rectification > 0, rectified, move)
+
+
+def _rectification(beta2: Value, step: int) -> Value:
+    """The factor r_t of RAdam, and 0 where ρ_t ≤ 5."""
+    limit = 2 / (1 - beta2) - 1
+    rho = limit - 2 * step * beta2**step / (1 - beta2**step)
+    certain = rho > 5
+    if isinstance(rho, Tensor):
+        # Any other point at which the root has a derivative will do where r_t is 0.
+        limit = torch.where(certain, limit, 7.0)
+        rho = torch.where(certain, rho, 6.0)
+    elif not certain:
+        return 0.0
+    factor = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) ** 0.5
+    return torch.where(certain, factor, 0.0) if isinstance(rho, Tensor) else factor
+
+
 def rmsprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
-    """RMSprop (Hinton 2012, lecture 6e), uncentred."""
+    """RMSprop (Hinton 2012, lecture 6e), which if centred divides by the deviation (Graves 2013).
+
+    The variance of constant gradients is zero. There the derivative of its root is taken as zero.
+    """
     alpha = group["alpha"]
     g = _add_weight_decay(group, p, g)
     square = alpha * state.get("square", 0.0) + (1 - alpha) * g * g
     state["square"] = square
+    if group["centered"]:
+        mean = alpha * state.get("mean", 0.0) + (1 - alpha) * g
+        state["mean"] = mean
+        square = square - mean * mean
     scaled = g / (_root(square) + group["eps"])
     buffer = group["momentum"] * state.get("buffer", 0.0) + scaled
     state["buffer"] = buffer
@@ -194,9 +256,32 @@ def rprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
     return p - g.sign() * size
 
 
+def clip_factor(gradients: Tensor, limit: Value) -> Tensor:
+    """min(1, limit/(‖g‖ + 10⁻⁶)) of each task, the factor of `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        gradients: g, `[tasks, n]`.
+        limit: The largest norm, a number or a scalar tensor.
+
+    Example:
+        >>> clip_factor(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+        tensor([0.2000, 1.0000])
+    """
+    norm = _root(gradients.square().sum(1))
+    factor: Tensor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return factor
+
+
 def _add_weight_decay(group: Group, p: Value, g: Value) -> Value:
     decay = group["weight_decay"]
     return g + decay * p if isinstance(decay, Tensor) or decay != 0 else g
+
+
+def _decay(group: Group, p: Value, g: Value) -> tuple[Value, Value]:
+    """The parameter and its gradient after weight decay, coupled or decoupled."""
+    if group["decoupled_weight_decay"]:
+        return p * (1 - group["lr"] * group["weight_decay"]), g
+    return p, _add_weight_decay(group, p, g)
 
 
 def _count_step(state: Slots) -> int:
@@ -212,6 +297,11 @@ def _root(x: Tensor) -> Tensor:
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _coupled_decay(group: Group) -> Value:
+    """The decay that is added to the gradient. A decoupled one is no penalty; see `_no_decay`."""
+    return 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
 
 
 def _no_decay(_: Group) -> float:
@@ -238,7 +328,7 @@ class UpdateRule(NamedTuple):
 
     step: Rule
     options: set[str]
-    decay: Callable[[Group], Value] = itemgetter("weight_decay")
+    decay: Callable[[Group], Value] = _coupled_decay
 
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
@@ -265,8 +355,22 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
         options={"lr", "lambd", "alpha", "t0", "weight_decay"},
         decay=lambda group: group["weight_decay"] + group["lambd"],
     ),
+    torch.optim.NAdam: UpdateRule(
+        nadam,
+        options={
+            "lr",
+            "betas",
+            "eps",
+            "weight_decay",
+            "momentum_decay",
+            "decoupled_weight_decay",
+        },
+    ),
+    torch.optim.RAdam: UpdateRule(
+        radam, options={"lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"}
+    ),
     torch.optim.RMSprop: UpdateRule(
-        rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum"}
+        rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum", "centered"}
     ),
     torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}, decay=_no_decay),
 }

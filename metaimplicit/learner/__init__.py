@@ -1,6 +1,7 @@
 """Few-shot learning: `MetaLearner`, what it takes, and what it returns."""
 
 from metaimplicit.learner.episodes import Episode, EpisodeBatch, Pair
+from metaimplicit.learner.forms import name_parts, read_episodes
 from metaimplicit.learner.learnable import Granularity
 from metaimplicit.learner.meta_learner import MetaLearner
 from metaimplicit.learner.results import AdaptedModel, Step
@@ -14,5 +15,7 @@ __all__ = [
     "MetaLearner",
     "Pair",
     "Step",
+    "name_parts",
+    "read_episodes",
     "solver_generator",
 ]

@@ -1,22 +1,22 @@
-"""Batches of few-shot tasks: their form, the checks on them, and the accuracy of predictions."""
+"""Few-shot tasks: their parts, and a check that the parts fit together."""
 
 # This module does not import `annotations` from `__future__`. That would turn the types of the
 # fields of a NamedTuple into strings that documentation tools cannot resolve.
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Pair(NamedTuple):
     """The inputs and targets of one set of examples.
 
     Attributes:
-        inputs: `[m, ...]`, or `[tasks, m, ...]` for a batch of tasks.
-        targets: Integer class indices, or floats for regression. Their leading sizes are those of
-            the inputs.
+        inputs: A tensor `[m, ...]`, or `[tasks, m, ...]` for a batch of tasks. Or several such: the
+            model receives a tuple as positional arguments, and a dict as keyword arguments.
+        targets: A tensor of the same leading sizes, or any pytree of tensors, as the loss takes it.
 
     Example:
         >>> pair = Pair(torch.zeros(3, 2), torch.tensor([0, 1, 2]))
@@ -25,8 +25,8 @@ class Pair(NamedTuple):
         True
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Any
+    targets: Any
 
 
 class Episode(NamedTuple):
@@ -47,7 +47,7 @@ class Episode(NamedTuple):
     query: Pair
 
     @classmethod
-    def of(cls, support: Sequence[Tensor], query: Sequence[Tensor]) -> "Episode":
+    def of(cls, support: Sequence[Any], query: Sequence[Any]) -> "Episode":
         """The episode of two plain `(inputs, targets)` pairs.
 
         Raises:
@@ -56,109 +56,64 @@ class Episode(NamedTuple):
         return cls(Pair(*support), Pair(*query))
 
 
-class EpisodeBatch(Protocol):
-    """What the learner takes: anything with `support` and `query`, such as an `Episode`.
-
-    Each is an `(inputs, targets)` pair of tensors `[tasks, m, ...]`. The number m of examples may
-    differ between support and query.
+class HasSets(Protocol):
+    """An object with a support set and a query set, each a pair `(inputs, targets)`.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> from metaimplicit import MetaLearner
-        >>> learner = MetaLearner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss)
-        >>> support = (torch.randn(4, 5, 2), torch.randn(4, 5, 1))  # 4 tasks of 5 examples
-        >>> query = (torch.randn(4, 9, 2), torch.randn(4, 9, 1))
-        >>> episodes = SimpleNamespace(support=support, query=query)
-        >>> learner.backward(episodes).report.inner_gradient_norm.shape  # one norm for each task
-        torch.Size([4])
+        >>> def count_tasks(episodes: HasSets) -> int:
+        ...     inputs, targets = episodes.support
+        ...     return len(inputs)
+        >>> pair = Pair(torch.zeros(4, 3, 2), torch.zeros(4, 3))
+        >>> count_tasks(Episode(pair, pair))
+        4
     """
 
     @property
-    def support(self) -> tuple[Tensor, Tensor]:
+    def support(self) -> Any:
         """The examples that the tasks adapt on."""
 
     @property
-    def query(self) -> tuple[Tensor, Tensor]:
+    def query(self) -> Any:
         """The examples that the adapted models are measured on."""
 
 
+EpisodeBatch = HasSets | Mapping[str, Any] | Sequence[Any]
+"""What the learner takes; see `forms.name_parts` for its forms."""
+
+
 def check_pair(name: str, pair: Pair) -> None:
-    """Check that inputs and targets begin with the same `[tasks, examples]`, neither of them 0.
+    """Check that a set is not empty, and that inputs and targets have the same leading sizes.
+
+    Sizes are compared where inputs and targets are one tensor each. If there are several, only the
+    model and the loss know how they belong together.
 
     Args:
         name: What the error calls the pair.
         pair: The inputs and targets of a batch of tasks.
 
     Raises:
-        ValueError: The inputs have fewer than two axes, the leading sizes differ, or one is 0.
+        ValueError: A tensor is empty, or inputs and targets begin with different
+            `[tasks, examples]`.
 
     Example:
         >>> check_pair("support", Pair(torch.zeros(2, 3, 1), torch.zeros(2, 3)))
     """
-    leading = pair.inputs.shape[:2]
-    if pair.inputs.dim() < 2 or leading != pair.targets.shape[:2] or 0 in leading:
+    inputs, targets = pair
+    single = isinstance(inputs, Tensor) and isinstance(targets, Tensor)
+    differ = single and (inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2])
+    tensors = [x for x in tree_leaves(pair) if isinstance(x, Tensor)]
+    if differ or any(0 in x.shape[:2] for x in tensors):
         raise ValueError(
-            f"{name}: got inputs {tuple(pair.inputs.shape)} and targets "
-            f"{tuple(pair.targets.shape)}, expected both to begin with [tasks, examples], "
-            "neither empty"
+            f"{name}: got inputs {shapes_of(inputs)} and targets {shapes_of(targets)}, "
+            "expected both to begin with [tasks, examples], neither empty"
         )
 
 
-def check_classes(support: Tensor, query: Tensor, classes: int) -> None:
-    """Check the labels of a batch of tasks.
-
-    Args:
-        support: Class indices, `[tasks, m, ...]`.
-        query: Class indices, `[tasks, q, ...]`.
-        classes: The number of outputs of the model, one for each class.
-
-    Raises:
-        ValueError: A label is outside 0 … classes − 1, or a task has a query label that does not
-            occur in its support set.
+def shapes_of(tree: Any) -> Any:
+    """The shapes of the tensors of a pytree, for errors.
 
     Example:
-        >>> check_classes(torch.tensor([[0, 1]]), torch.tensor([[1, 1, 0]]), classes=2)
+        >>> shapes_of({"x": torch.zeros(2, 3), "lengths": None})
+        {'x': (2, 3), 'lengths': None}
     """
-    for name, labels in {"support": support, "query": query}.items():
-        low = int(labels.min())
-        high = int(labels.max())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"episodes.{name} labels: got {low if low < 0 else high}, expected class indices "
-                f"from 0 to {classes - 1}, one for each output of the model; convert targets that "
-                "are not class indices to float"
-            )
-
-    present = torch.zeros(len(support), classes, dtype=torch.bool, device=support.device)
-    present.scatter_(1, support.flatten(1), True)
-    missing = ~present.gather(1, query.flatten(1))
-    if bool(missing.any()):
-        task, position = missing.nonzero()[0].tolist()
-        label = int(query.flatten(1)[task, position])
-        raise ValueError(
-            f"episodes: task {task} has class {label} in its query set, but no example of it in "
-            "its support set, expected every class of the query in the support"
-        )
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor | None:
-    """The share of correct predictions of each task.
-
-    Args:
-        outputs: One score for each class, `[tasks, m, classes, ...]`, as cross-entropy takes them.
-        targets: Class indices, `[tasks, m, ...]`.
-
-    Returns:
-        `[tasks]`, in float64. None if the targets are floats, or have another number of axes.
-
-    Example:
-        >>> scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]])
-        >>> accuracy(scores, torch.tensor([[0, 1]]))
-        tensor([0.5000], dtype=torch.float64)
-        >>> accuracy(scores, torch.zeros(1, 2, 2)) is None
-        True
-    """
-    if targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
-        return None
-    correct = outputs.argmax(2) == targets
-    return correct.double().flatten(1).mean(1)
+    return tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, tree)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from metaimplicit.inner import InnerLoop
+from metaimplicit.inner.settings import Setting, key_of
 from metaimplicit.methods import Method
 from metaimplicit.params import Params
 from metaimplicit.problem import FromMeta, Proximal
@@ -79,7 +80,8 @@ def make_learnable(
 
     Args:
         learn: The numbers to learn, of `"lr"` and `"proximal"`. A mapping gives their granularity,
-            which is `"scalar"` otherwise.
+            which is `"scalar"` otherwise. If the loop has a step size for each step or each layer,
+            each of them is learnt, at this granularity.
         inner: The inner loop.
         proximal: λ ≥ 0, or None for the default of `proximal_strength`.
         method: The method, which must be able to give their gradients.
@@ -105,8 +107,10 @@ def make_learnable(
     logs: Params = {}
 
     if "lr" in granularities:
-        logs |= _log_step_sizes(inner, granularities["lr"], params)
-        inner = inner.updated(lr=FromMeta("log_lr", torch.exp))
+        lr, logs = _learn_step_sizes(
+            getattr(inner, "lr", None), "log_lr", params, granularity=granularities["lr"]
+        )
+        inner = inner.updated(lr=lr)
     if "proximal" in granularities:
         if strength == 0:
             raise ValueError(
@@ -171,21 +175,51 @@ def _granularities(learn: Learn, method: Method) -> dict[str, Granularity]:
     return granularities
 
 
-def _log_step_sizes(inner: InnerLoop, granularity: Granularity, params: Params) -> Params:
-    """`{"log_lr": scalar}`, or `{"log_lr.<parameter>": scalar or tensor of its shape}`."""
-    lr = getattr(inner, "lr", None)
+def _learn_step_sizes(
+    lr: Any, name: str, params: Params, *, granularity: Granularity
+) -> tuple[Setting, Params]:
+    """A setting like `lr` whose numbers are read from φ, and their logarithms by name.
+
+    Args:
+        lr: A number, or a dict of settings by parameter, or a list of settings by step.
+        name: The name of the logarithm, or what the names of several begin with.
+        params: The parameters that the setting is for.
+        granularity: How many logarithms there are for each number.
+    """
+    logs: Params = {}
+    if isinstance(lr, Mapping):
+        by_parameter = {}
+        for key, entry in lr.items():
+            own = {n: p for n, p in params.items() if key_of(lr, n, "lr") == key}
+            if own:
+                setting, entry_logs = _learn_step_sizes(
+                    entry, f"{name}.{key}", own, granularity=granularity
+                )
+                by_parameter[key] = setting
+                logs |= entry_logs
+        return by_parameter, logs
+    if isinstance(lr, list):
+        by_step = []
+        for t, entry in enumerate(lr):
+            setting, entry_logs = _learn_step_sizes(
+                entry, f"{name}[{t}]", params, granularity=granularity
+            )
+            by_step.append(setting)
+            logs |= entry_logs
+        return by_step, logs
+
     if not isinstance(lr, (int, float)) or not lr > 0:
         raise ValueError(
             f"learn 'lr': got an inner loop with lr={lr!r}, expected a number > 0 to start from"
         )
     like = next(iter(params.values()))
     if granularity == "scalar":
-        return {"log_lr": _log(lr, (), like)}
-    logs = {}
-    for name, p in params.items():
-        shape = () if granularity == "per-tensor" else tuple(p.shape)
-        logs[f"log_lr.{name}"] = _log(lr, shape, like)
-    return logs
+        logs[name] = _log(lr, (), like)
+    else:
+        for parameter, p in params.items():
+            shape = () if granularity == "per-tensor" else tuple(p.shape)
+            logs[f"{name}.{parameter}"] = _log(lr, shape, like)
+    return FromMeta(name, torch.exp), logs
 
 
 def _log(value: float, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,49 +12,55 @@ from torch import Tensor, nn
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.learner.buffers import reject_changed_buffers
-from metaimplicit.learner.episodes import (
-    Episode,
-    EpisodeBatch,
-    Pair,
-    accuracy,
-    check_classes,
-    check_pair,
-)
-from metaimplicit.learner.learnable import Learn, LearntNumbers, make_learnable
-from metaimplicit.learner.problem import call_model, few_shot_problem, inner_iterates
-from metaimplicit.learner.results import AdaptedModel, Step
+from metaimplicit.learner.checks import TargetCheck
+from metaimplicit.learner.defaults import with_default_curvature, with_default_weights
+from metaimplicit.learner.episodes import Episode, EpisodeBatch
+from metaimplicit.learner.few_shot_model import FewShotModel
+from metaimplicit.learner.forms import read_episodes, read_support
+from metaimplicit.learner.gradients import accumulate, warn_if_useless
+from metaimplicit.learner.learnable import Learn, make_learnable
+from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.learner.problem import step_counts
+from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
+from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
-from metaimplicit.lifted import LiftedProblem, Vectorize
-from metaimplicit.methods import Implicit, Method, make_method
+from metaimplicit.lifted import Vectorize
+from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import reject_running_statistics
-from metaimplicit.params import Adapt, Params, select
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.params import Adapt, select
 
 
-class MetaLearner(nn.Module):
+class MetaLearner(FewShotModel):
     """Learns the initialisation φ from which an inner loop adapts a model to a task.
 
         min_φ mean_tasks loss(model_{θ*}(query))
         with θ* = argmin_θ loss(model_θ(support)) + λ/2 ‖θ − φ‖² (Rajeswaran et al. 2019, eq. 4).
 
-    φ consists of the model's parameters that require grad, and of the numbers in `learn`. With
-    λ = 0 and `method="unrolled"`, which are the defaults, this is MAML (Finn et al. 2017).
+    φ consists of the parameters of the model and of the losses that require grad, and of the
+    numbers in `learn`. With λ = 0 and `method="unrolled"`, which are the defaults, this is MAML
+    (Finn et al. 2017).
 
     Args:
         model: A module that maps inputs `[m, ...]` to outputs `[m, ...]`. Its batch normalisation,
             if any, uses the statistics of the set that it is called with, so it must not track
             running statistics in training mode.
-        loss: `(outputs, targets) -> scalar`, such as `torch.nn.functional.cross_entropy`.
+        loss: `(outputs, targets) -> scalar`, such as `torch.nn.functional.cross_entropy`, or a
+            module, whose parameters are learnt.
+        query_loss: The loss of the query set. If None, it is `loss`.
+        metric: `(outputs, targets) -> numbers` of the query set of one task, whose mean is measured
+            in place of the accuracy. If None, it is the accuracy for the integers that the loss
+            treats as classes.
         inner: The inner loop, or its flag, such as `"newton-cg"`.
         method: How the meta-gradient is computed, or its flag, such as `"cg"`. An `Implicit` method
-            without a curvature gets `"gauss-newton"`.
+            without a curvature gets `"gauss-newton"`. `Unrolled(iterates=True)` takes the mean
+            query loss of all iterates, or weighs them by its `weights` (MAML++).
         proximal: λ ≥ 0. If None, it depends on `method`: 2 for methods that see the initialisation
             only through the inner loss (their `reach` lacks `"start"`), such as all implicit ones,
             and 0 for all others.
         learn: The inner numbers that are learnt as well: `"lr"`, `"proximal"`, or both. They stay
             positive, because their logarithms are the parameters. A mapping gives `"lr"` a
             granularity: `{"lr": "scalar"}` (the default), `"per-tensor"`, or `"per-element"`
-            (Meta-SGD).
+            (Meta-SGD). If the inner loop has several step sizes, each of them is learnt.
         adapt: The parameters that adapt: a predicate on their names, a glob pattern, or several
             patterns. The others are learnt but do not adapt. If None, all parameters adapt.
         vectorize: How tasks are batched, `"vmap"` or `"loop"`. With `"auto"`, the first call of
@@ -64,6 +70,9 @@ class MetaLearner(nn.Module):
     Attributes:
         method: The method, with its curvature.
         inner: The inner loop. If its step size is learnt, it reads it from φ.
+        loss: The loss of the support set.
+        query_loss: The loss of the query set, or None.
+        metric: As given.
         adapted: The names of the parameters that adapt.
         learnt: The logarithms of the numbers in `learn`.
         penalty: The proximal term of the inner loss. None if λ = 0.
@@ -84,13 +93,13 @@ class MetaLearner(nn.Module):
         Proximal(strength=2.0, center='meta')
     """
 
-    vectorize: Vectorize | Literal["auto"]
-
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: TaskLoss,
         *,
+        query_loss: TaskLoss | None = None,
+        metric: Metric | None = None,
         inner: str | InnerLoop = "gradient-descent",
         method: str | Method = "unrolled",
         proximal: float | None = None,
@@ -99,7 +108,6 @@ class MetaLearner(nn.Module):
         vectorize: Vectorize | Literal["auto"] = "auto",
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__()
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -108,81 +116,67 @@ class MetaLearner(nn.Module):
                 "model: got no parameter that requires grad, expected some; "
                 "call model.requires_grad_()"
             )
-        self.model = model
-        self.loss = loss
-        self.method = _with_default_curvature(make_method(method))
-        self.adapted = select(trainable, adapt)
-        self.vectorize = vectorize
-        self.chunk_size = chunk_size
-        self._trainable = set(trainable)
-        self._classes: int | None = None  # the width of the model's outputs, once it is needed
-
-        self.inner, self.penalty, logs = make_learnable(
+        method = with_default_curvature(make_method(method))
+        adapted = select(trainable, adapt)
+        learnable = make_learnable(
             learn,
             make_inner(inner),
             proximal,
-            method=self.method,
-            params={name: trainable[name] for name in self.adapted},
+            method=method,
+            params={name: trainable[name] for name in adapted},
         )
-        self.learnt = LearntNumbers(logs, taken=dict(model.named_parameters()))
-
-    @property
-    def problem(self) -> BilevelProblem:
-        """The bilevel problem of one task, for `hypergradient`.
-
-        Its data is an `Episode`, or any pair (support, query) of (inputs, targets) pairs. Its
-        meta-parameters are `meta`.
-        """
-        return few_shot_problem(
-            self._call,
-            self.loss,
-            adapted=self.adapted,
-            penalty=self.penalty,
-            model=self.model,
+        super().__init__(
+            model,
+            loss,
+            query_loss,
+            adapted=adapted,
+            learnable=learnable,
+            vectorize=vectorize,
+            chunk_size=chunk_size,
         )
-
-    @property
-    def meta(self) -> Params:
-        """φ by name: the model's parameters that require grad, and the learnt logarithms.
-
-        Raises:
-            ValueError: A parameter was frozen or unfrozen since the learner was built.
-        """
-        params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        changed = sorted(params.keys() ^ self._trainable)
-        if changed:
-            raise ValueError(
-                f"model: {changed[0]!r} was frozen or unfrozen after the learner was built, "
-                "expected the parameters as they were; build a new learner"
-            )
-        return params | self.learnt.by_name()
+        self.method = method
+        self.metric = metric
+        self._check_support = TargetCheck(self._outputs, self._support_loss)
+        self._check_query = TargetCheck(self._outputs, self._query_loss)
 
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
 
         Args:
-            episodes: A batch of tasks, on the device of the model.
+            episodes: A batch of tasks, on the device of the model: an object with `support` and
+                `query`, a dict with these keys or "train" and "test", a pair `(support, query)`,
+                or a list of tasks. Each set is a pair `(inputs, targets)` of pytrees of tensors
+                `[tasks, m, ...]`, or of lists with one entry for each task. Tasks of different
+                sizes are computed one after another.
 
         Returns:
             The loss, the accuracy and the method's report, at the parameters before any step.
 
         Raises:
-            ValueError: The episodes are malformed, have labels out of range, or query classes
-                without support. A forward pass changed a buffer of the model. The method cannot
-                give the gradient of a parameter.
+            ValueError: The episodes are malformed, or the loss refuses their targets. A forward
+                pass changed a buffer of the model. The method cannot give the gradient of a
+                parameter.
+
+        Warns:
+            RuntimeWarning: The meta-gradient is not finite, or too large to mean anything.
         """
-        data = self._check(episodes)
-        with reject_changed_buffers(self.model):
-            if self.vectorize == "auto":
-                self.vectorize = self._choose_vectorize(data)
-            result = self._hypergradient(data, self.vectorize)
-        for name, p in self.meta.items():
-            if p.requires_grad:
-                gradient = result.grads[name]
-                p.grad = gradient if p.grad is None else p.grad + gradient
-        accuracies = accuracy(result.aux, data.query.targets)
-        mean = None if accuracies is None else accuracies.mean()
-        return Step(result.outer_loss, mean, result.report)
+        with torch.inference_mode(False):
+            groups = self._read(episodes)
+            with reject_changed_buffers(self.model):
+                self._choose_vectorize(groups[0])
+                results = [self._hypergradient(group.data, self._way(group)) for group in groups]
+            measured = [self._measure(g, r.aux) for g, r in zip(groups, results, strict=True)]
+        accuracies = combine(measured, torch.cat)
+
+        # There is one group, or each of them is one task.
+        gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
+        warn_if_useless(gradients)
+        accumulate(self.meta, gradients)
+        return Step(
+            loss=mean([result.outer_loss for result in results]),
+            accuracy=None if accuracies is None else accuracies.mean(),
+            report=join_reports([result.report for result in results]),
+        )
 
     def evaluate(
         self, episodes: EpisodeBatch, steps: int | Sequence[int] | None = None
@@ -190,46 +184,31 @@ class MetaLearner(nn.Module):
         """The query loss and accuracy of each task along the inner loop.
 
         Args:
-            episodes: A batch of tasks, on the device of the model.
+            episodes: A batch of tasks, as for `backward`.
             steps: Measure after 0, 1, …, `steps` inner steps, or after each number of steps of a
                 sequence. If None, measure after 0 … T steps, T being those of the inner loop.
 
         Returns:
-            The losses, `[counts, tasks]`, and the accuracies, likewise. The accuracies are None
-            for regression. Neither has a graph.
+            The losses, `[counts, tasks]`, and the accuracies, or the `metric`, likewise. The
+            accuracies are None if the loss treats no targets as classes. Neither has a graph.
 
         Raises:
             ValueError: A number of steps is negative, or the episodes are malformed.
         """
-        if isinstance(steps, Sequence):
-            counts = list(steps)
-        else:
-            counts = list(range((self.inner.steps if steps is None else steps) + 1))
-        if not counts or min(counts) < 0:
-            raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
-        data = self._check(episodes)
-        iterates = self._iterates(data.support, max(counts))
-        lifted = self._lift(data)
-        meta = self._detached_meta()
-
-        losses = []
-        accuracies = []
-        with torch.no_grad():
-            for count in counts:
-                loss, outputs = lifted.outer(iterates[count], meta, data)
-                losses.append(loss)
-                correct = accuracy(outputs, data.query.targets)
-                if correct is not None:
-                    accuracies.append(correct)
-        return torch.stack(losses), torch.stack(accuracies) if accuracies else None
+        counts = step_counts(steps, self.inner)
+        with torch.inference_mode(False):
+            of_groups = [self._measure_path(group, counts) for group in self._read(episodes)]
+        losses, measures = zip(*of_groups, strict=True)
+        return torch.cat(losses, dim=1), combine(measures, partial(torch.cat, dim=1))
 
     def adapt(
-        self, support: tuple[Tensor, Tensor], *, steps: int | None = None, batched: bool = False
+        self, support: Any, *, steps: int | None = None, batched: bool = False
     ) -> AdaptedModel:
         """Adapt the model to a support set, or to one support set for each task.
 
         Args:
-            support: Inputs and targets, `[m, ...]`, or `[tasks, m, ...]` if `batched`.
+            support: Inputs and targets, `[m, ...]`, or `[tasks, m, ...]` if `batched`, in any form
+                that a set of `backward` has.
             steps: The number of inner steps, ≥ 0. If None, those of the inner loop.
             batched: Whether `support` carries the task axis.
 
@@ -237,60 +216,38 @@ class MetaLearner(nn.Module):
             A callable model. It does not change the learner.
 
         Raises:
-            ValueError: `steps` is negative, or inputs and targets differ in their leading sizes.
+            ValueError: `steps` is negative, inputs and targets differ in their leading sizes, or
+                the loss refuses the targets.
         """
         if steps is not None and steps < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
-        pair = Pair(*support)
-        if not batched:
-            pair = Pair(pair.inputs.unsqueeze(0), pair.targets.unsqueeze(0))
-        check_pair("support", pair)
-        end = self._iterates(pair, self.inner.steps if steps is None else steps)[-1]
-        params = {name: p.detach() for name, p in end.items()}
+        count = self.inner.steps if steps is None else steps
+        with torch.inference_mode(False):
+            groups = self._read_support(support, batched=batched)
+            ends = [self._iterates(group, count)[-1] for group in groups]
+            params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}
         if not batched:
             params = {name: p.squeeze(0) for name, p in params.items()}
         return AdaptedModel(self.predict, params, batched=batched)
 
-    def predict(self, params: Params, inputs: Tensor, *, batched: bool = False) -> Tensor:
-        """The outputs of the model with some parameters replaced by adapted ones.
-
-        Args:
-            params: The adapted parameters, `{name: [*shape]}`, or `[tasks, *shape]` if `batched`.
-                Parameters that it does not hold are the learner's, as constants.
-            inputs: `[m, ...]`, or `[tasks, m, ...]` if `batched`.
-            batched: Whether both carry the task axis.
-
-        Returns:
-            `[m, ...]`, or `[tasks, m, ...]` if `batched`.
-        """
-        meta = self._detached_meta()
-        if not batched:
-            return self._call(params, meta, inputs)
-        outputs: Tensor = self._lift(inputs).apply(lambda p, x: self._call(p, meta, x), params)
-        return outputs
-
-    def _call(self, params: Params, meta: Params, inputs: Tensor) -> Tensor:
-        """The model at `params`, and at `meta` where `params` has no entry."""
-        weights = {name: m for name, m in meta.items() if name not in self.learnt.names}
-        return call_model(self.model, weights | params, inputs)
-
-    def _detached_meta(self) -> Params:
-        return {name: m.detach() for name, m in self.meta.items()}
-
-    def _check(self, episodes: EpisodeBatch) -> Episode:
-        """The episodes with named parts; ValueError if something is wrong with them."""
-        data = Episode.of(episodes.support, episodes.query)
+    def _read(self, episodes: EpisodeBatch) -> list[Group]:
+        """The tasks in groups of one shape, if nothing is wrong with them."""
         reject_running_statistics(self.model)
-        check_pair("episodes.support", data.support)
-        check_pair("episodes.query", data.query)
-        if not data.support.targets.is_floating_point():
-            if self._classes is None:
-                first_task = data.support.inputs[0]
-                with torch.no_grad():
-                    outputs = self._call({}, self._detached_meta(), first_task)
-                self._classes = outputs.shape[1]
-            check_classes(data.support.targets, data.query.targets, self._classes)
-        return data
+        batches = read_episodes(episodes)
+        groups = []
+        for data in batches:
+            self._check_support("episodes.support", data.support)
+            classes = self._check_query("episodes.query", data.query)
+            groups.append(Group(data, classes, looped=len(batches) > 1))
+        return groups
+
+    def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
+        """Support sets, likewise. They stand for the query sets as well."""
+        reject_running_statistics(self.model)
+        pairs = read_support(support, batched=batched)
+        for pair in pairs:
+            self._check_support("support", pair)
+        return [Group(Episode(pair, pair), None, looped=len(pairs) > 1) for pair in pairs]
 
     def _hypergradient(self, data: Episode, vectorize: Vectorize) -> Hypergradient:
         return hypergradient(
@@ -298,41 +255,35 @@ class MetaLearner(nn.Module):
             self.meta,
             data,
             inner=self.inner,
-            method=self.method,
+            method=with_default_weights(self.method, self.inner.steps),
             batched=True,
             vectorize=vectorize,
             chunk_size=self.chunk_size,
         )
 
-    def _choose_vectorize(self, data: Episode) -> Vectorize:
-        with preserve_random_state(self.method, cuda=data.support.inputs.is_cuda):
-            return choose_vectorize(lambda way: self._hypergradient(data, way).outer_loss)
+    def _choose_vectorize(self, group: Group) -> None:
+        if self.vectorize != "auto" or group.looped:
+            return
+        cuda = next(iter(self.meta.values())).is_cuda
+        with preserve_random_state(self.method, cuda=cuda):
+            self.vectorize = choose_vectorize(
+                lambda way: self._hypergradient(group.data, way).outer_loss
+            )
 
-    def _lift(self, data: Any, vectorize: Vectorize | None = None) -> LiftedProblem:
-        if vectorize is None:
-            vectorize = "loop" if self.vectorize == "loop" else "vmap"
-        return LiftedProblem(
-            self.problem, data, batched=True, vectorize=vectorize, chunk_size=self.chunk_size
-        )
-
-    def _iterates(self, support: Pair, steps: int) -> tuple[Params, ...]:
-        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        reject_running_statistics(self.model)
-        data = Episode(support, support)
+    def _measure_path(self, group: Group, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The query losses and measures after some numbers of steps, `[counts, tasks]` each."""
+        iterates = self._iterates(group, max(counts))
+        lifted = self._lift(group.data, self._way(group))
         meta = self._detached_meta()
-        try:
-            return inner_iterates(self._lift(data), self.inner, meta, steps)
-        except RuntimeError:
-            if self.vectorize != "auto":
-                raise
-        # Nothing was timed yet. If the loop works, this model cannot be vmapped.
-        iterates = inner_iterates(self._lift(data, "loop"), self.inner, meta, steps)
-        self.vectorize = "loop"
-        return iterates
+        losses = []
+        measures = []
+        with torch.no_grad():
+            for count in counts:
+                loss, outputs = lifted.outer(iterates[count], meta, group.data)
+                losses.append(loss)
+                measures.append(self._measure(group, outputs))
+        return torch.stack(losses), combine(measures, torch.stack)
 
-
-def _with_default_curvature(method: Method) -> Method:
-    # The Hessian of a few-shot support loss is indefinite; Gauss–Newton is semi-definite.
-    if isinstance(method, Implicit) and method.curvature is None:
-        return replace(method, curvature="gauss-newton")
-    return method
+    def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
+        """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
+        return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)

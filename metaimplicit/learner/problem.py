@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,38 +11,52 @@ from torch import Tensor, nn
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.episodes import Episode
+from metaimplicit.learner.losses import MetaLoss
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Proximal
 
-Call = Callable[[Params, Params, Tensor], Tensor]  # (params, meta, inputs) -> outputs
+Call = Callable[[Params, Params, Any], Tensor]  # (params, meta, inputs) -> outputs
+
+
+@dataclass(frozen=True)
+class SupportLoss(Composite):
+    """A composite whose loss reads φ: its data is the pair (φ, data)."""
+
+    def output_loss(self, outputs: Tensor, meta: Params, data: Any) -> Tensor:
+        """The first term of f as a function of the outputs."""
+        return self.loss(outputs, (meta, data))
 
 
 def few_shot_problem(
     call: Call,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: MetaLoss,
     *,
+    query_loss: MetaLoss,
     adapted: Sequence[str],
     penalty: Proximal | None,
     model: nn.Module,
 ) -> BilevelProblem:
-    """min_φ loss(outputs_{θ*}(query)), θ* = argmin_θ loss(outputs_θ(support)) + penalty(θ, φ).
+    """min_φ ℓ'(outputs_{θ*}(query)), θ* = argmin_θ ℓ(outputs_θ(support)) + penalty(θ, φ).
 
     The problem is that of one task. Its data is an `Episode`, or any pair (support, query) of
     (inputs, targets) pairs. Its outer loss returns the query outputs as aux.
 
     Args:
         call: `(params, meta, inputs) -> outputs`.
-        loss: `(outputs, targets) -> scalar`.
+        loss: ℓ, the loss of the support set.
+        query_loss: ℓ', the loss of the query set.
         adapted: The names of the parameters that adapt. They start at the entries of φ that have
             their names.
         penalty: The proximal term. If None, there is none.
         model: The module that `call` calls, for curvature that looks into layers.
 
     Example:
+        >>> mse = MetaLoss(nn.functional.mse_loss, "loss")
         >>> problem = few_shot_problem(
         ...     call=lambda params, meta, inputs: params["w"] * inputs,
-        ...     loss=lambda outputs, targets: (outputs - targets).square().mean(),
+        ...     loss=mse,
+        ...     query_loss=mse,
         ...     adapted=["w"],
         ...     penalty=None,
         ...     model=nn.Identity(),
@@ -58,36 +73,70 @@ def few_shot_problem(
     def support_outputs(params: Params, meta: Params, data: Any) -> Tensor:
         return call(params, meta, Episode.of(*data).support.inputs)
 
-    def support_loss(outputs: Tensor, data: Any) -> Tensor:
-        return loss(outputs, Episode.of(*data).support.targets)
+    def support_loss(outputs: Tensor, meta_and_data: Any) -> Tensor:
+        meta, data = meta_and_data
+        return loss(meta, outputs, Episode.of(*data).support.targets)
 
-    def query_loss(params: Params, meta: Params, data: Any) -> tuple[Tensor, Tensor]:
+    def outer_loss(params: Params, meta: Params, data: Any) -> tuple[Tensor, Tensor]:
         query = Episode.of(*data).query
         outputs = call(params, meta, query.inputs)
-        return loss(outputs, query.targets), outputs
+        return query_loss(meta, outputs, query.targets), outputs
 
-    inner_loss = Composite(support_outputs, support_loss, penalty=penalty, module=model)
-    return BilevelProblem(init, inner_loss, query_loss)
+    inner_loss = SupportLoss(support_outputs, support_loss, penalty=penalty, module=model)
+    return BilevelProblem(init, inner_loss, outer_loss)
 
 
-def call_model(model: nn.Module, params: Params, inputs: Tensor) -> Tensor:
+def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:
     """The outputs of the model with the parameters of these names replaced.
+
+    Args:
+        model: The model.
+        params: Some of its parameters.
+        inputs: What it is called with: a tuple is its positional arguments, a dict its keyword
+            arguments, and anything else its only argument.
 
     Raises:
         ValueError: The model does not return one tensor.
 
     Example:
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> call_model(model, {"weight": torch.tensor([[2.0]])}, torch.ones(1, 1))
-        tensor([[2.]])
+        >>> model = nn.Bilinear(1, 1, 1, bias=False)
+        >>> inputs = (torch.ones(1, 1), torch.tensor([[3.0]]))
+        >>> call_model(model, {"weight": torch.tensor([[[2.0]]])}, inputs)
+        tensor([[6.]])
     """
-    outputs = torch.func.functional_call(model, params, (inputs,))
+    args = inputs if type(inputs) is tuple else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    outputs = torch.func.functional_call(model, params, args, kwargs)
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"model: got a call that returns {type(outputs).__name__}, expected one tensor; "
             "wrap the model"
         )
     return outputs
+
+
+def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int]:
+    """The numbers of inner steps after which to measure.
+
+    Args:
+        steps: 0, 1, …, `steps`, or the numbers themselves. If None, 0 … T.
+        inner: The inner loop, whose T is the default.
+
+    Raises:
+        ValueError: A number is negative, or there is none.
+
+    Example:
+        >>> from metaimplicit.inner import GradientDescent
+        >>> step_counts(None, GradientDescent(steps=2)), step_counts([5, 1], GradientDescent())
+        ([0, 1, 2], [5, 1])
+    """
+    if isinstance(steps, Sequence):
+        counts = list(steps)
+    else:
+        counts = list(range((inner.steps if steps is None else steps) + 1))
+    if not counts or min(counts) < 0:
+        raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
+    return counts
 
 
 def inner_iterates(

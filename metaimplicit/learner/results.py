@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from metaimplicit.methods import Report
 from metaimplicit.params import Params
+from metaimplicit.solvers import SolverState
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class Step:
 
     Attributes:
         loss: The mean query loss over the tasks, a scalar without a graph.
-        accuracy: The mean query accuracy, a scalar. None for regression.
+        accuracy: The mean over the tasks of their query accuracy, or of the learner's `metric`, a
+            scalar. None if the loss treats no targets as classes.
         report: The report of the method: its inner loop and its solve.
 
     Example:
@@ -38,7 +43,7 @@ class Step:
 class Predict(Protocol):
     """A model as a function of its adapted parameters, such as `MetaLearner.predict`."""
 
-    def __call__(self, params: Params, inputs: Tensor, *, batched: bool) -> Tensor:
+    def __call__(self, params: Params, inputs: Any, *, batched: bool) -> Any:
         """The outputs for `inputs`. If `batched`, all three carry the task axis first."""
 
 
@@ -46,7 +51,8 @@ class AdaptedModel:
     """A model with adapted parameters, of one task or of a batch of tasks.
 
     Call it on inputs `[m, ...]` to get outputs `[m, ...]`. If it is batched, both carry the task
-    axis first. Parameters that do not adapt are those that the learner has at the time of the call.
+    axis first, or are lists with one entry for each task. Parameters that do not adapt are those
+    that the learner has at the time of the call.
 
     Args:
         predict: The model as a function of its adapted parameters.
@@ -72,8 +78,17 @@ class AdaptedModel:
         self._predict = predict
         self._batched = batched
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """The outputs of the adapted model, of each task on its own inputs if batched."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs of the adapted model, of each task on its own inputs if batched.
+
+        Several inputs are several arguments, or one argument that holds them as an episode does.
+
+        Raises:
+            TypeError: There are positional and keyword arguments.
+        """
+        if args and kwargs:
+            raise TypeError("adapted model: got positional and keyword inputs, expected one kind")
+        inputs = args[0] if len(args) == 1 else args or kwargs
         return self._predict(self.params, inputs, batched=self._batched)
 
     def __len__(self) -> int:
@@ -90,3 +105,61 @@ class AdaptedModel:
             raise TypeError("this model holds one task; adapt with batched=True for several")
         params = {name: p[task] for name, p in self.params.items()}
         return AdaptedModel(self._predict, params, batched=False)
+
+
+def join_reports(reports: Sequence[Report]) -> Report:
+    """The report of several groups of tasks as one, with the tasks in the order of the groups.
+
+    Tensors are joined along the task axis. A number is the largest of the groups, as a product is
+    one over all tasks. Anything else is that of the first group.
+
+    Example:
+        >>> def report(steps):
+        ...     return Report("cg", torch.tensor([steps]), torch.zeros(1), products=steps)
+        >>> joined = join_reports([report(3), report(5)])
+        >>> joined.inner_steps, joined.products
+        (tensor([3, 5]), 5)
+    """
+    if len(reports) == 1:
+        return reports[0]
+    # No solve starts from several states, so the joined report has none.
+    joined: Report = _join(list(reports))
+    return dataclasses.replace(joined, state=SolverState())
+
+
+def combine(
+    values: Sequence[Tensor | None], function: Callable[[list[Tensor]], Tensor]
+) -> Tensor | None:
+    """A function of several tensors. None if one of them is missing.
+
+    Example:
+        >>> combine([torch.ones(1), None], torch.cat) is None
+        True
+    """
+    present = [value for value in values if value is not None]
+    return function(present) if len(present) == len(values) else None
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one shape, which for one tensor is that tensor.
+
+    Example:
+        >>> mean([torch.tensor([1.0]), torch.tensor([3.0])])
+        tensor([2.])
+    """
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
+
+
+def _join(values: list[Any]) -> Any:
+    first = values[0]
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(values) if first.dim() else first
+    if isinstance(first, (int, float)):
+        return max(values)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        joined = {name: _join([getattr(value, name) for value in values]) for name in names}
+        return dataclasses.replace(first, **joined)
+    return first

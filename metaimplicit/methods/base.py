@@ -14,6 +14,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState, Status
 
 # By name of a meta-parameter. None: no path leads from θ* to it.
@@ -196,7 +197,6 @@ class Method(ABC):
         flag: The name that messages give it.
         remedy: What to do about a gradient that it cannot give.
         carries_graph: Whether θ* carries its graph to φ. If not, the adaptation has a pullback.
-        argmin_objection: Why `argmin` cannot use it. If empty, it can.
 
     Example:
         These methods can differentiate through the loop's numbers, such as a step size.
@@ -209,7 +209,6 @@ class Method(ABC):
     flag: str
     remedy: str = ""
     carries_graph: bool = False
-    argmin_objection: str = ""
 
     @property
     def reach(self) -> frozenset[str]:
@@ -218,6 +217,18 @@ class Method(ABC):
         By default, all of them.
         """
         return ALL_ROUTES
+
+    @property
+    def argmin_objection(self) -> str:
+        """Why `argmin` cannot use it. By default it can, and this is empty."""
+        return ""
+
+    def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
+        """The problem whose outer loss takes the parameters that `adapt` returns.
+
+        It is the problem itself, unless the method returns more than θ*.
+        """
+        return problem
 
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:

@@ -116,7 +116,9 @@ class Forward(Method):
             if streams and t > 0:
                 in_loss, unread = read_by_loss(problem, iterate.params, meta, data=data)
                 dependencies.loss.update(in_loss)
-            step = InnerStep(problem, inner, fixed=fixed, unread=unread, active=active, data=data)
+            step = InnerStep(
+                problem, inner, fixed=fixed, unread=unread, active=active, data=data, number=t
+            )
             iterate, z, norm = self._push(step, iterate, z, phi=phi, units=units)
             if inner.tol is not None:
                 active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task

@@ -26,6 +26,7 @@ class InnerStep:
         unread: The parameters that the loss does not depend on. They stay as they are.
         active: `[tasks]`, False for tasks whose tolerance was met at an earlier step. They stay.
         data: What the inner loss sees at this step.
+        number: The number of the step in the loop. None stands for a step that belongs to no loop.
     """
 
     problem: LiftedProblem
@@ -34,6 +35,7 @@ class InnerStep:
     unread: set[str]
     active: Tensor
     data: Any
+    number: int | None = None
 
     def __call__(
         self, params: Params, state: OptimizerState, phi: Params
@@ -59,7 +61,7 @@ class InnerStep:
         # torch.func.grad gives zeros for unread parameters, which weight decay would still move.
         used = {name: g for name, g in gradients.items() if name not in self.unread}
         state = {name: state.get(name, {}) for name in params}
-        next_params, next_state = self.inner.take_step(params, used, state, meta)
+        next_params, next_state = self.inner.take_step(params, used, state, meta, step=self.number)
         if self.inner.tol is not None:
             moves = self.active & ~(norm.detach() <= self.inner.tol)
             for name, p in next_params.items():

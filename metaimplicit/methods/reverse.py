@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
@@ -12,6 +15,7 @@ from metaimplicit.methods.base import ALL_ROUTES, Adaptation, Method, Report
 from metaimplicit.methods.shared import run_inner
 from metaimplicit.options import option
 from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem
 
 START_ONLY = frozenset({"start"})
 
@@ -24,11 +28,16 @@ class Unrolled(Method):
     number of times.
 
     Args:
-        iterates: Whether the outer loss receives all iterates θ_0 … θ_T, stacked as `[T+1, *shape]`
-            (multi-step losses). If False, it receives θ_T.
+        iterates: Whether the outer loss receives all iterates θ_0 … θ_T, stacked as
+            `[T+1, *shape]`. If False, it receives θ_T.
+        weights: w_0 … w_T of a multi-step loss Σ_t w_t g(θ_t) (MAML++, Antoniou et al. 2019, §4).
+            With them, the outer loss is written for one θ, and its aux is that of θ_T. They need
+            `iterates`. If None, the outer loss receives the iterates stacked, except that of
+            `MetaLearner`, whose weights are then 1/(T+1).
 
     Raises:
-        ValueError: All iterates of an inner loop with a tolerance, whose T varies.
+        ValueError: All iterates of an inner loop with a tolerance, whose T varies. Weights without
+            `iterates`, or another number of weights than of iterates.
 
     Example:
         >>> from metaimplicit import BilevelProblem, GradientDescent
@@ -45,8 +54,39 @@ class Unrolled(Method):
     """
 
     iterates: bool = option(False, flag=None)
+    weights: Sequence[float] | None = option(None, flag=None)
     flag = "unrolled"
     carries_graph = True
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and not self.iterates:
+            raise ValueError(
+                f"Unrolled weights: got {self.weights} with iterates=False, "
+                "expected iterates=True: they weigh the iterates"
+            )
+
+    @property
+    def argmin_objection(self) -> str:
+        """`argmin` has no outer loss that the weights could apply to."""
+        return "" if self.weights is None else "weighted for an outer loss"
+
+    def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
+        """The problem with the outer loss Σ_t w_t g(θ_t), if there are weights."""
+        if self.weights is None:
+            return problem
+        weights = [float(w) for w in self.weights]
+
+        def multi_step_loss(params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
+            # `params` are stacked iterates, [T + 1, *shape] each.
+            total: Any = 0.0
+            for t, weight in enumerate(weights):
+                iterate = {name: p[t] for name, p in params.items()}
+                result = problem.outer_loss(iterate, meta, data)
+                loss, aux = result if isinstance(result, tuple) else (result, None)
+                total = total + weight * loss
+            return total, aux
+
+        return replace(problem, outer_loss=multi_step_loss)
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop with the graph of all its steps."""
@@ -57,6 +97,11 @@ class Unrolled(Method):
             )
         if not self.iterates:
             return _reverse(self, problem, inner, meta=meta, steps=inner.steps)
+        if self.weights is not None and len(self.weights) != inner.steps + 1:
+            raise ValueError(
+                f"Unrolled weights: got {len(self.weights)} for {inner.steps} inner steps, "
+                f"expected {inner.steps + 1}, one for each iterate θ_0 … θ_T"
+            )
         return _stacked_iterates(self, problem, inner, meta=meta)
 
 
@@ -71,7 +116,8 @@ class Truncated(Method):
         steps: K, 0 ≤ K ≤ T. With K = T it is `Unrolled`, with K = 0 it is `FirstOrder`.
 
     Raises:
-        ValueError: K is negative or larger than T, or the inner loop has a tolerance.
+        ValueError: K is negative or larger than T, the inner loop has a tolerance, or a number of
+            a step before the last K is read from φ.
 
     Example:
         >>> Truncated(steps=3)
@@ -105,6 +151,13 @@ class Truncated(Method):
             raise ValueError(
                 f"Truncated: got an inner loop with tol={inner.tol}, expected a fixed "
                 "number of steps, of which the last are known beforehand; use tol=None"
+            )
+        skipped = inner.steps - self.steps
+        if self.steps > 0 and inner.learns_before(skipped):
+            raise ValueError(
+                f"Truncated: got an inner loop that reads the numbers of its first {skipped} steps "
+                "from meta, expected constants there, since no gradient passes through these "
+                "steps; give it more steps or use 'unrolled'"
             )
         return _reverse(self, problem, inner, meta=meta, steps=self.steps)
 

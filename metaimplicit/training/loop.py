@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from metaimplicit.learner import EpisodeBatch, MetaLearner, Step
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Step, name_parts
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import Resumable, load_checkpoint, save_checkpoint
 from metaimplicit.training.files import write_json
@@ -130,7 +132,9 @@ def fit(
     stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
     stopwatch = Stopwatch(progress)
     saved = progress.step
-    with RunLog(out, progress, total=budget.steps, bar=bar) as log:
+    with RunLog(out, progress, total=budget.steps, bar=bar) as log, warnings.catch_warnings():
+        # Such a step ends in NonFiniteError, or is clipped.
+        warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
         while budget.spent(progress) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(budget.spent(progress))
@@ -229,13 +233,16 @@ def _take_step(
 
 
 def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> None:
-    for name, pair in {"support": episodes.support, "query": episodes.query}.items():
-        for part, values in zip(("inputs", "targets"), pair, strict=True):
-            if values.is_floating_point() and not values.isfinite().all():
-                raise NonFiniteError(
-                    f"step {step}: the {name} {part} hold NaN or Inf; {context}. "
-                    "Clean the data, then resume"
-                )
+    named = name_parts(episodes)
+    for episode in named if isinstance(named, list) else [named]:
+        for name, pair in episode._asdict().items():
+            for part, tree in pair._asdict().items():
+                tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+                if not all(bool(x.isfinite().all()) for x in tensors if x.is_floating_point()):
+                    raise NonFiniteError(
+                        f"step {step}: the {name} {part} hold NaN or Inf; {context}. "
+                        "Clean the data, then resume"
+                    )
 
 
 def _require_finite_values(

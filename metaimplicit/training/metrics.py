@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, Pair
+from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def evaluate(
 
     Example:
         >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
-        >>> pair = Pair(torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
-        >>> evaluate(learner, [Episode(pair, pair)], steps=[0, 2]).losses.shape
+        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
+        >>> evaluate(learner, [Episode.of(pair, pair)], steps=[0, 2]).losses.shape
         torch.Size([2, 4])
     """
     device = next(learner.parameters()).device
@@ -157,19 +158,20 @@ def evaluate(
     return Evaluation(all_losses, torch.cat(accuracies, dim=1)[:, :tasks], counts)
 
 
-def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode:
-    """The episodes on a device.
+def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Episode]:
+    """The episodes on a device: one batch of tasks, or a list of tasks if they came as a list.
 
     Example:
-        >>> pair = Pair(torch.zeros(1, 2, 3), torch.zeros(1, 2))
-        >>> to_device(Episode(pair, pair), torch.device("meta")).support.inputs.device.type
+        >>> pair = (torch.zeros(1, 2, 3), torch.zeros(1, 2))
+        >>> to_device((pair, pair), torch.device("meta")).support.inputs.device.type
         'meta'
     """
 
-    def move(pair: Sequence[Tensor]) -> Pair:
-        return Pair(*(tensor.to(device, non_blocking=True) for tensor in pair))
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
-    return Episode(move(episodes.support), move(episodes.query))
+    moved: Episode | list[Episode] = tree_map(move, name_parts(episodes))
+    return moved
 
 
 def peak_memory(device: torch.device) -> float:

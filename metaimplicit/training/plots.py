@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.learner import EpisodeBatch, MetaLearner, Pair
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Pair, read_episodes
 from metaimplicit.training.files import write_atomically
 from metaimplicit.training.log import read_metrics
 from metaimplicit.training.metrics import Evaluation, to_device
@@ -66,7 +66,8 @@ def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> 
         torch.Size([2, 200])
     """
     device = next(learner.parameters()).device
-    support, query = to_device(episodes, device)
+    (batch,) = read_episodes(to_device(episodes, device))
+    support, query = batch
     low = float(query.inputs.min())
     high = float(query.inputs.max())
     dtype = query.inputs.dtype
@@ -76,7 +77,8 @@ def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> 
     def predict(count: int) -> Tensor:
         adapted = learner.adapt(support, steps=count, batched=True)
         with torch.no_grad():
-            return adapted(inputs).squeeze(-1).cpu()
+            outputs: Tensor = adapted(inputs)
+        return outputs.squeeze(-1).cpu()
 
     return Fits(
         grid=grid.cpu(),

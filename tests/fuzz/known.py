@@ -150,13 +150,6 @@ KNOWN: dict[str, Kind] = {
         (Case(model="gru", method="forward", loss="mse", outputs=1),),
         "Batching rule not implemented for aten::",
     ),
-    "labels of eight bits": Kind(
-        "Cross-entropy takes uint8 labels; the learner's check and forward mode do not.",
-        TORCH,
-        lambda case: case.labels == "uint8",
-        (Case(labels="uint8"), Case(labels="uint8", method="forward", door="hypergradient")),
-        "Expected dtype int32/int64 for index",
-    ),
     "dropout in forward mode": Kind(
         "Forward mode pushes tangents through vmap, which wants to know about random draws.",
         TORCH,

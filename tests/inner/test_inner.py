@@ -30,6 +30,7 @@ def loss(params, _=0):
     return quadratic - (theta * B).sum(1) + 0.1 * theta.sin().sum(1)
 
 
+DECOUPLED = {"decoupled_weight_decay": True}
 OPTIMIZERS = [
     (torch.optim.SGD, {"lr": 0.05}),
     (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.2}),
@@ -53,6 +54,17 @@ OPTIMIZERS = [
     (torch.optim.Adamax, {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1}),
     (torch.optim.ASGD, {"lr": 0.05, "lambd": 0.1, "alpha": 0.6, "t0": 3, "weight_decay": 0.1}),
     (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "weight_decay": 0.1}),
+    (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "centered": True}),
+    (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps": 1e-3},
+    ),
+    (torch.optim.NAdam, {}),
+    (torch.optim.NAdam, {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}),
+    (torch.optim.NAdam, {"lr": 0.1, "momentum_decay": 0.2, "weight_decay": 0.2} | DECOUPLED),
+    (torch.optim.RAdam, {}),
+    (torch.optim.RAdam, {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}),
+    (torch.optim.RAdam, {"lr": 0.1, "betas": (0.9, 0.6), "weight_decay": 0.2} | DECOUPLED),
     (torch.optim.Rprop, {"lr": 0.01, "etas": (0.4, 1.3), "step_sizes": (1e-4, 0.1)}),
 ]
 LEARNABLE = [(cls, options) for cls, options in OPTIMIZERS if cls is not torch.optim.Rprop]
@@ -77,8 +89,9 @@ def torch_steps(optimizer, options, steps):
 def test_steps_are_those_of_torch(optimizer, options, differentiated_steps):
     loop = TorchOptimizer(optimizer, steps=STEPS, **options)
     end = loop.run(loss, START, {}, differentiated_steps=differentiated_steps).params
-    # torch keeps the step size of ASGD in float32.
-    tolerance = 1e-6 if optimizer is torch.optim.ASGD else 1e-12
+    # torch keeps the step size of ASGD and the momentum product of NAdam in float32.
+    in_float32 = (torch.optim.ASGD, torch.optim.NAdam)
+    tolerance = 1e-6 if optimizer in in_float32 else 1e-12
     for name, p in torch_steps(optimizer, options, STEPS).items():
         assert relative_error(end[name].detach(), p.detach()) < tolerance
 
@@ -206,8 +219,8 @@ def test_undifferentiated_steps_leave_no_graph():
         ),
         (lambda: TorchOptimizer(torch.optim.AdamW, decoupled_weight_decay=False), "AdamW options"),
         (
-            lambda: TorchOptimizer(torch.optim.RMSprop, centered=True),
-            r"RMSprop options: got \['centered'\]",
+            lambda: TorchOptimizer(torch.optim.RMSprop, capturable=True),
+            r"RMSprop options: got \['capturable'\]",
         ),
         (lambda: TorchOptimizer(torch.optim.Adam, betas=(1.5, 0.9)), "Invalid beta"),
     ],

@@ -9,7 +9,9 @@ from learner.few_shot import (
 )
 from oracles import relative_error
 
-from metaimplicit import CG, GradientDescent, Implicit, TorchOptimizer
+from metaimplicit import CG, GradientDescent, Implicit, TorchOptimizer, Truncated
+
+NAMES = ("weight", "bias")
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,77 @@ def test_a_state_dict_holds_every_learnt_number():
             p.add_(0.1)
     other.load_state_dict(learner.state_dict())
     assert torch.equal(other.evaluate(draw_episodes())[0], learner.evaluate(draw_episodes())[0])
+
+
+SCHEDULES = {
+    "each step": ([0.3, 0.2, 0.1], "scalar", ["log_lr[0]", "log_lr[1]", "log_lr[2]"]),
+    "each layer": ({"0": 0.3, "2": 0.1}, "scalar", ["log_lr.0", "log_lr.2"]),
+    "patterns": ({"*.bias": 0.3, "*": 0.1}, "scalar", ["log_lr.*", "log_lr.*.bias"]),
+    "each step of a layer": (
+        {"0": [0.3, 0.2, 0.1], "*": 0.2},
+        "scalar",
+        ["log_lr.*", "log_lr.0[0]", "log_lr.0[1]", "log_lr.0[2]"],
+    ),
+    "each layer of a step": (
+        [0.3, {"0": 0.2, "2": 0.1}, 0.1],
+        "scalar",
+        ["log_lr[0]", "log_lr[1].0", "log_lr[1].2", "log_lr[2]"],
+    ),
+    "each tensor of each step": (
+        [0.3, 0.2, 0.1],
+        "per-tensor",
+        [f"log_lr[{t}].{layer}.{name}" for t in range(3) for layer in (0, 2) for name in NAMES],
+    ),
+    "each element of each step": (
+        [0.3, 0.2, 0.1],
+        "per-element",
+        [f"log_lr[{t}].{layer}.{name}" for t in range(3) for layer in (0, 2) for name in NAMES],
+    ),
+    "each tensor of a layer": (
+        {"0": 0.3, "2.weight": 0.1, "2.bias": 0.2},
+        "per-tensor",
+        [
+            "log_lr.0.0.bias",
+            "log_lr.0.0.weight",
+            "log_lr.2.bias.2.bias",
+            "log_lr.2.weight.2.weight",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_step_sizes_of_layers_and_steps_are_learnt(name):
+    lr, granularity, names = SCHEDULES[name]
+    options = {"inner": GradientDescent(steps=3, lr=lr), "method": "unrolled"}
+    learner = make_learner(learn={"lr": granularity}, **options)
+    assert sorted(learner.learnt.by_name()) == sorted(names)
+    fixed = make_learner(**options)
+    losses = learner.evaluate(draw_episodes())[0]
+    assert torch.allclose(losses, fixed.evaluate(draw_episodes())[0], rtol=1e-12)
+
+    learner.backward(draw_episodes())
+    for p in learner.learnt.values():
+        assert p.grad.abs().max() > 0
+        assert_gradient_matches_differences(learner, p, torch.ones_like(p))
+    other = make_learner(learn={"lr": granularity}, **options)
+    other.load_state_dict(learner.state_dict())
+    forward = make_learner(learn={"lr": granularity}, **(options | {"method": "forward"}))
+    forward.backward(draw_episodes())
+    for p, q in zip(learner.learnt.values(), forward.learnt.values(), strict=True):
+        assert relative_error(q.grad, p.grad) < 1e-10
+
+
+def test_numbers_of_steps_are_learnt_only_by_methods_that_differentiate_the_steps():
+    options = {"inner": GradientDescent(steps=3, lr=[0.3, 0.2, 0.1]), "learn": {"lr"}}
+    for method in ("cg", "first-order", "sama"):
+        with pytest.raises(ValueError, match=r"learn 'lr': .* cannot give its gradient"):
+            make_learner(method=method, **options)
+    learner = make_learner(method=Truncated(2), **options)
+    with pytest.raises(ValueError, match="reads the numbers of its first 1 steps from meta"):
+        learner.backward(draw_episodes())
+    learner = make_learner(method=Truncated(3), **options)
+    learner.backward(draw_episodes())
+    with pytest.raises(ValueError, match="for 9 steps, expected one for each step"):
+        learner.evaluate(draw_episodes(), steps=9)
+    assert learner.evaluate(draw_episodes(), steps=1)[0].shape[0] == 2

@@ -187,3 +187,36 @@ def test_a_task_that_is_not_finite_makes_the_gradient_nan():
     assert forward.grads["a"].isnan()
     assert forward.report.inner_steps.tolist() == [3, 3]
     assert run(method="unrolled").grads["a"].isnan()
+
+
+# Labels of short integer types, which torch's transformations refuse.
+
+
+class CrossEntropy(nn.Module):
+    """A loss module of the user that calls torch's loss by keyword."""
+
+    def forward(self, outputs, targets):
+        return torch.nn.functional.nll_loss(input=outputs.log_softmax(1), target=targets)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("method", ["unrolled", "forward", "first-order", "dense", "f2sa", "sama"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_labels_of_every_integer_type_have_the_hypergradient_of_int64(dtype, method, vectorize):
+    labels = torch.randint(3, (2, 6))
+    inputs = randn(2, 6, 4, seed=3)
+
+    def run(labels, loss):
+        problem = BilevelProblem(
+            init=lambda meta, data: {"w": meta["w"]},
+            inner_loss=lambda params, meta, data: (
+                loss(data[0] @ params["w"], data[1]) + (params["w"] - meta["w"]).square().sum()
+            ),
+            outer_loss=lambda params, meta, data: loss(data[0] @ params["w"], data[1]),
+        )
+        options = {"inner": THREE_STEPS, "method": method, "vectorize": vectorize}
+        meta = {"w": randn(4, 3, seed=4)}
+        return hypergradient(problem, meta, (inputs, labels), batched=True, **options).grads["w"]
+
+    for loss in (torch.nn.functional.cross_entropy, CrossEntropy()):
+        assert torch.equal(run(labels.to(dtype), loss), run(labels, loss))

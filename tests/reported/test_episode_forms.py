@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reported.helpers import assert_learns, assert_same, draw, fails_today, plain_maml, split
+from reported.helpers import assert_learns, assert_same, draw, plain_maml, split
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,7 +72,6 @@ def ragged_lists():
     "form",
     [several_inputs, named_inputs, named_targets, torchmeta_batch, tuple_of_pairs, ragged_lists],
 )
-@fails_today(AttributeError, "the learner takes .support and .query, two tensors each")
 def test_episodes_of_this_form_have_the_meta_gradient_of_a_plain_loop(form):
     plain, episodes = form()
     model = TwoInputs() if form in (several_inputs, named_inputs) else nn.Linear(4, 5)

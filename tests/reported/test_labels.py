@@ -5,7 +5,6 @@ from reported.helpers import (
     assert_learns,
     assert_same,
     draw,
-    fails_today,
     plain_maml,
     split,
 )
@@ -27,7 +26,6 @@ def test_the_hypergradient_of_padded_tasks_is_that_of_their_labelled_examples():
     assert_hypergradient(plain_maml(model, cut), model, episodes)
 
 
-@fails_today(ValueError, "the learner refuses the label -100")
 def test_the_learner_ignores_examples_labelled_ignore_index():
     model = nn.Linear(4, 5)
     episodes, cut = padded_and_cut()
@@ -38,7 +36,6 @@ def test_the_learner_ignores_examples_labelled_ignore_index():
         assert_same(accuracy, right.double().mean())
 
 
-@fails_today(ValueError, "the learner refuses a query label that the support set lacks")
 def test_the_learner_takes_query_words_that_the_support_lacks():
     model = nn.Linear(4, 5)
     episodes = draw(tasks=2)

@@ -6,7 +6,6 @@ from reported.helpers import (
     assert_learns,
     cross_entropy,
     draw,
-    fails_today,
     plain_maml,
     refuses,
     split,
@@ -29,25 +28,17 @@ def run(meta, vectorize="loop"):
     return hypergradient(problem, meta, draw().support, **options)
 
 
-@pytest.mark.parametrize(
-    "vectorize",
-    [
-        pytest.param("loop", marks=fails_today(TypeError, "torch.stack refuses floats")),
-        pytest.param("vmap", marks=fails_today(ValueError, "torch.vmap refuses to return floats")),
-    ],
-)
+@pytest.mark.parametrize("vectorize", ["loop", "vmap"])
 def test_a_float_as_aux_comes_back_for_each_task(vectorize):
     meta = {name: p.detach() for name, p in nn.Linear(4, 5).named_parameters()}
     assert run(meta, vectorize).aux.tolist() == [0.5, 0.5, 0.5]
 
 
-@fails_today(AttributeError, "the check of meta calls its method values")
 def test_a_list_as_meta_is_refused_with_what_is_expected():
     with refuses("meta", "got list", "dict"):
         run([p.detach() for p in nn.Linear(4, 5).parameters()])
 
 
-@fails_today(RuntimeError, "the labels are used as an index, which has to be int64")
 def test_labels_of_type_uint8_have_the_meta_gradient_of_int64_labels():
     model = nn.Linear(4, 5)
     episodes = draw()
@@ -58,7 +49,6 @@ def test_labels_of_type_uint8_have_the_meta_gradient_of_int64_labels():
     assert_learns(expected, model, episodes)
 
 
-@fails_today(IndexError, "adapt does not check labels, so that the loss raises")
 def test_adapt_refuses_a_label_out_of_range_with_the_range():
     learner = MetaLearner(nn.Linear(4, 5), F.cross_entropy, inner=INNER, method=Unrolled())
     inputs, labels = draw().support

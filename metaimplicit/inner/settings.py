@@ -1,0 +1,135 @@
+"""The numbers of an optimiser: one for all, one for each parameter, or one for each inner step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from metaimplicit.params import Params
+from metaimplicit.problem import FromMeta, Number, resolve
+
+# A number, a dict of settings by parameter, or a list of settings by step. They may be nested.
+Setting = Number | Mapping[str, Any] | list[Any]
+
+
+def resolve_setting(value: Any, meta: Params, parameter: str, *, option: str) -> Any:
+    """The value of a setting for one parameter. A list stays a list, with one value for each step.
+
+    Args:
+        value: The setting. A key of a dict is the name of a parameter, the name of a module, which
+            stands for all parameters in it, or a glob pattern. The first key that fits counts.
+        meta: Where `FromMeta` numbers are read.
+        parameter: The name of the parameter.
+        option: What the error calls the setting.
+
+    Raises:
+        ValueError: A dict has no key for this parameter.
+
+    Example:
+        >>> sizes = {"head": [0.1, 0.01], "*": 0.5}
+        >>> [resolve_setting(sizes, {}, name, option="lr") for name in ("head.bias", "body.bias")]
+        [[0.1, 0.01], 0.5]
+    """
+    if isinstance(value, Mapping):
+        entry = value[key_of(value, parameter, option)]
+        return resolve_setting(entry, meta, parameter, option=option)
+    if isinstance(value, list):
+        return [resolve_setting(entry, meta, parameter, option=option) for entry in value]
+    return resolve(value, meta, parameter)
+
+
+def key_of(entries: Mapping[str, Any], parameter: str, option: str) -> str:
+    """The first key of a dict of settings that fits a parameter.
+
+    Raises:
+        ValueError: No key fits.
+
+    Example:
+        >>> key_of({"head.*": 0.1, "body": 0.2, "*": 0.3}, "body.0.weight", "lr")
+        'body'
+    """
+    for key in entries:
+        if fnmatchcase(parameter, key) or parameter.startswith(f"{key}."):
+            return key
+    raise ValueError(
+        f"{option}: got a dict with the keys {list(entries)}, expected one that fits the "
+        f"parameter {parameter!r}; add its name, or '*' for all others"
+    )
+
+
+def at_step(options: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+    """The resolved options at one inner step.
+
+    Args:
+        options: By name. A list holds one value for each step.
+        step: The number of the step, from 0. None stands for a step that belongs to no loop.
+
+    Raises:
+        ValueError: A list has no value for this step.
+
+    Example:
+        >>> at_step({"lr": [0.1, 0.01], "momentum": 0.9}, 1)
+        {'lr': 0.01, 'momentum': 0.9}
+    """
+    chosen = dict(options)
+    for name, value in options.items():
+        if not isinstance(value, list):
+            continue
+        if step is None or step >= len(value):
+            which = "a step outside of the inner loop" if step is None else f"step {step}"
+            raise ValueError(
+                f"{name}: got numbers for steps 0 to {len(value) - 1}, but the method needs one "
+                f"for {which}; use the same number at every step, or another method"
+            )
+        chosen[name] = value[step]
+    return chosen
+
+
+def numbers_in(setting: Any) -> Iterator[Any]:
+    """All numbers of a setting: floats, tensors and `FromMeta`.
+
+    Example:
+        >>> list(numbers_in({"weight": [0.1, 0.2], "*": (0.3, 0.4)}))
+        [0.1, 0.2, 0.3, 0.4]
+    """
+    if isinstance(setting, Mapping):
+        setting = list(setting.values())
+    if not isinstance(setting, (list, tuple)):
+        yield setting
+        return
+    for entry in setting:
+        yield from numbers_in(entry)
+
+
+def lists_in(setting: Any) -> Iterator[list[Any]]:
+    """The lists of a setting, each with one entry for each step.
+
+    Example:
+        >>> list(lists_in({"weight": [0.1, 0.2], "bias": 0.3}))
+        [[0.1, 0.2]]
+    """
+    if isinstance(setting, list):
+        yield setting
+    elif isinstance(setting, Mapping):
+        for entry in setting.values():
+            yield from lists_in(entry)
+
+
+def constant_choices(setting: Any) -> list[Any]:
+    """The constants among the values that a parameter may get at some step.
+
+    Values that depend on tensors are left out, because only their graph knows them.
+
+    Example:
+        >>> constant_choices({"weight": [0.1, FromMeta("lr")], "*": 0.3})
+        [0.1, 0.3]
+    """
+    if isinstance(setting, Mapping):
+        setting = list(setting.values())
+    if isinstance(setting, list):
+        return [choice for entry in setting for choice in constant_choices(entry)]
+    learnt = any(isinstance(number, (Tensor, FromMeta)) for number in numbers_in(setting))
+    return [] if learnt else [setting]

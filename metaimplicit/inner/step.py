@@ -1,0 +1,127 @@
+"""One step of an optimiser as a pure function that autograd can pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaimplicit.inner.rules import RULES, Group, clip_factor
+from metaimplicit.inner.settings import at_step, constant_choices, resolve_setting
+from metaimplicit.iterate import OptimizerState
+from metaimplicit.params import Params, flatten
+from metaimplicit.problem import Number, resolve
+
+
+@dataclass(frozen=True)
+class DifferentiableStep:
+    """One step of an optimiser of `torch.optim`, differentiable in all that it reads.
+
+    Args:
+        optimizer: A class in `RULES`.
+        options: Its options, each a number, a tensor, `FromMeta`, or a tuple of these; or a dict
+            of these by parameter, or a list by step.
+        max_grad_norm: The largest norm of the gradient of a task, beyond which it is scaled down.
+            If None, it is not clipped.
+
+    Raises:
+        ValueError: The optimiser or an option is not known to agree with `torch.optim`, or a
+            constant is out of range.
+
+    Example:
+        >>> step = DifferentiableStep(torch.optim.SGD, {"lr": 0.5})
+        >>> gradients = {"w": torch.tensor([[2.0]])}
+        >>> params, state = step.take({"w": torch.tensor([[3.0]])}, gradients, state={}, meta={})
+        >>> params["w"]
+        tensor([[2.]])
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    options: Mapping[str, Any]
+    max_grad_norm: Number | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in RULES:
+            known = ", ".join(sorted(cls.__name__ for cls in RULES))
+            raise ValueError(
+                f"optimizer: got {self.optimizer!r}, expected one of torch.optim's {known}"
+            )
+        tested = RULES[self.optimizer].options
+        unknown = sorted(set(self.options) - tested)
+        if unknown:
+            raise ValueError(
+                f"{self.optimizer.__name__} options: got {unknown}, expected some of "
+                f"{sorted(tested)}; the others have no derivative that could be tested against "
+                "torch.optim"
+            )
+        _ = self.defaults  # torch checks the range of constants
+        limit = self.max_grad_norm
+        if isinstance(limit, (int, float)) and not limit > 0:
+            raise ValueError(f"max_grad_norm: got {limit}, expected a norm > 0, or None")
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """All options of the optimiser. Options that depend on tensors have stand-ins."""
+        choices = {key: constant_choices(setting) for key, setting in self.options.items()}
+        if "momentum" in choices and not choices["momentum"]:
+            # A stand-in, because torch refuses Nesterov's momentum without a number.
+            choices["momentum"] = [0.5]
+        parameter = torch.zeros((), requires_grad=True)
+        for row in range(max([1, *map(len, choices.values())])):
+            constants = {key: x[min(row, len(x) - 1)] for key, x in choices.items() if x}
+            defaults = self.optimizer([parameter], **constants).defaults
+        return defaults
+
+    def options_of(self, parameter: str, meta: Params) -> Group:
+        """All options for one parameter. A list holds one value for each step."""
+        given = {
+            key: resolve_setting(setting, meta, parameter, option=key)
+            for key, setting in self.options.items()
+        }
+        return self.defaults | given
+
+    def clipped(self, gradients: Params, meta: Params) -> Params:
+        """The gradients of each task, scaled as `torch.nn.utils.clip_grad_norm_` does.
+
+        Args:
+            gradients: ∂f/∂θ, `{name: [tasks, *shape]}`.
+            meta: Where a `max_grad_norm` of `FromMeta` is read.
+        """
+        if self.max_grad_norm is None or not gradients:
+            return gradients
+        factor = clip_factor(flatten(gradients), resolve(self.max_grad_norm, meta))
+        return {name: g * align_tasks(factor, g).to(g) for name, g in gradients.items()}
+
+    def take(
+        self,
+        params: Params,
+        gradients: Params,
+        *,
+        state: OptimizerState,
+        meta: Params,
+        step: int | None = None,
+    ) -> tuple[Params, OptimizerState]:
+        """The step as a pure function; see `InnerLoop.take_step`."""
+        rule = RULES[self.optimizer].step
+        new_params = dict(params)
+        new_state = dict(state)
+        for name, gradient in self.clipped(gradients, meta).items():
+            options = at_step(self.options_of(name, meta), step)
+            slots = dict(state.get(name, {}))
+            new_params[name] = rule(options, slots, params[name], gradient)
+            new_state[name] = slots
+        return new_params, new_state
+
+
+def align_tasks(per_task: Tensor, p: Tensor) -> Tensor:
+    """`[tasks]` with as many axes as a parameter, so that both broadcast.
+
+    Example:
+        >>> align_tasks(torch.ones(3), torch.zeros(3, 5, 2)).shape
+        torch.Size([3, 1, 1])
+    """
+    return per_task.reshape(-1, *[1] * (p.dim() - 1))

@@ -1,0 +1,54 @@
+"""Class indices of short integer types, which torch takes only outside of its transformations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def long_labels(data: Any) -> AbstractContextManager[Any]:
+    """A context in which torch's losses of classes take labels of every integer type.
+
+    Under vmap and in forward mode, `cross_entropy` and `nll_loss` refuse uint8, which they take
+    outside. If `data` holds no such tensor, the context does nothing and costs nothing.
+
+    Args:
+        data: The pytree that the labels may be in.
+
+    Example:
+        >>> scores = torch.zeros(4, 3, 5)
+        >>> labels = torch.zeros(4, 3, dtype=torch.uint8)
+        >>> with long_labels(labels):
+        ...     torch.vmap(F.cross_entropy)(scores, labels).shape
+        torch.Size([4])
+    """
+    has_short = any(isinstance(x, Tensor) and x.dtype in SHORT_INTEGERS for x in tree_leaves(data))
+    return _LongLabels() if has_short else nullcontext()
+
+
+class _LongLabels(TorchFunctionMode):
+    """Casts the targets of torch's losses of classes to int64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (F.cross_entropy, F.nll_loss):
+            if "target" in kwargs:
+                kwargs["target"] = _long(kwargs["target"])
+            else:
+                args = (args[0], _long(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _long(target: Tensor) -> Tensor:
+    return target.long() if target.dtype in SHORT_INTEGERS else target

@@ -1,0 +1,160 @@
+"""The learner within the modes of autograd, and meta-gradients that mean nothing."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learner.few_shot import draw_episodes, make_learner
+from torch import nn
+
+from metaimplicit import GradientDescent, MetaLearner, TorchOptimizer
+from metaimplicit.learner.gradients import warn_if_useless
+
+MODES = {
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "grad": torch.enable_grad,
+    "inference mode within grad": lambda: torch.inference_mode(True),
+}
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("method", ["unrolled", "cg"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("drawn", ["inside", "outside"])
+def test_every_call_is_the_same_in_any_mode_of_autograd(mode, method, vectorize, drawn):
+    learner = make_learner(method=method, vectorize=vectorize)
+    data = draw_episodes()
+    expected, accuracies = learner.evaluate(data)
+    batch = learner.adapt(data.support, batched=True)(data.query[0]).detach()
+    one = learner.adapt((data.support[0][0], data.support[1][0]))(data.query[0][0]).detach()
+    learner.backward(data)
+    gradients = [p.grad.clone() for p in learner.parameters()]
+    learner.zero_grad()
+
+    with MODES[mode]():
+        if drawn == "inside":
+            data = draw_episodes()
+        losses, measured = learner.evaluate(data)
+        assert torch.equal(losses, expected)
+        assert torch.equal(measured, accuracies)
+        assert torch.equal(learner.adapt(data.support, batched=True)(data.query[0]), batch)
+        pair = (data.support[0][0], data.support[1][0])
+        assert torch.equal(learner.adapt(pair)(data.query[0][0]), one)
+        tasks = [
+            tuple((x[i], y[i]) for x, y in (data.support, data.query))
+            for i in range(len(data.support[0]))
+        ]
+        assert torch.allclose(learner.evaluate(tasks)[0], expected, rtol=1e-12)
+        learner.backward(data)
+    for p, gradient in zip(learner.parameters(), gradients, strict=True):
+        assert torch.equal(p.grad, gradient)
+        assert not p.is_inference()
+
+
+def test_a_learner_trains_after_it_was_evaluated_in_inference_mode():
+    learner = make_learner(method="unrolled")
+    with torch.inference_mode():
+        adapted = learner.adapt(draw_episodes().support, batched=True)
+        learner.evaluate(draw_episodes())
+    learner.backward(draw_episodes())
+    loss = adapted(draw_episodes().query[0]).square().mean()
+    assert not loss.requires_grad
+    assert not any(p.is_inference() for p in adapted.params.values())
+
+
+class Root(nn.Module):
+    """√|w·x|, whose derivative is infinite at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return (x @ self.w).abs().sqrt()
+
+
+X = torch.randn(2, 4, 3)
+Y = torch.randn(2, 4)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "first-order"])
+def test_a_meta_gradient_that_is_not_finite_is_warned_of_by_name(method):
+    learner = MetaLearner(Root(), F.mse_loss, method=method)
+    with pytest.warns(RuntimeWarning, match="the meta-gradient of 'w' is not finite; lower"):
+        step = learner.backward(((X, Y), (X, Y)))
+    assert step.loss.isnan() or step.loss.isfinite()
+    assert not learner.model.w.grad.isfinite().all()
+
+
+def test_a_query_set_that_is_ignored_as_a_whole_has_no_loss_and_no_accuracy():
+    query = torch.full((2, 4), -100)
+    support = torch.randint(5, (2, 4))
+    step = MetaLearner(nn.Linear(3, 5), F.cross_entropy).backward(((X, support), (X, query)))
+    assert step.loss.isnan()
+    assert step.accuracy.isnan()
+
+
+def test_a_meta_gradient_that_explodes_is_warned_of():
+    """Where all gradients are zero, a step of Adam has the derivative 1 − lr H/ε."""
+    model = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    inner = TorchOptimizer(torch.optim.Adam, steps=4, lr=0.1)
+    learner = MetaLearner(model, F.mse_loss, inner=inner)
+    support = (X.double(), torch.zeros(2, 4, 1, dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match=r"the meta-gradient has the norm \d\.\de\+\d\d; lower"):
+        learner.backward((support, (X.double(), Y.double().unsqueeze(-1))))
+    assert learner.model.weight.grad.isfinite().all()
+
+
+QUIET = {
+    "ordinary": {"w": torch.randn(3)},
+    "zero": {"w": torch.zeros(3)},
+    "large": {"w": torch.full((3,), 1e6)},
+    "float64": {"w": torch.full((3,), 1e12, dtype=torch.float64)},
+    "bfloat16": {"w": torch.full((3,), 1e4, dtype=torch.bfloat16)},
+    "half": {"w": torch.full((3,), 1e4, dtype=torch.float16)},
+    "scalar": {"w": torch.tensor(1.0)},
+    "two types": {"w": torch.ones(3), "v": torch.ones(3, dtype=torch.float64)},
+}
+LOUD = {
+    "NaN": {"w": torch.tensor([1.0, float("nan")])},
+    "infinite": {"w": torch.tensor([1.0, float("-inf")])},
+    "one of many": {"v": torch.ones(3), "w": torch.tensor([float("inf")])},
+    "beyond round-off": {"w": torch.full((3,), 1e8)},
+    "beyond round-off of float64": {"w": torch.full((3,), 1e17, dtype=torch.float64)},
+    "bfloat16": {"w": torch.full((3,), 1e8, dtype=torch.bfloat16)},
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_gradients_that_mean_something_are_not_warned_of(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_useless(QUIET[name])
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_gradients_that_mean_nothing_are_warned_of(name):
+    with pytest.warns(RuntimeWarning, match="the meta-gradient"):
+        warn_if_useless(LOUD[name])
+
+
+def test_tasks_of_several_sizes_have_one_report():
+    learner = make_learner(method="cg", inner=GradientDescent(steps=3, lr=0.3))
+    data = draw_episodes()
+    tasks = []
+    for i in range(3):
+        support, query = ((x[i], y[i]) for x, y in (data.support, data.query))
+        keep = slice(None, None if i else 3)  # the first task lacks a class
+        tasks.append(((support[0][keep], support[1][keep]), query))
+    report = learner.backward(tasks).report
+    alone = [learner.backward([task]).report for task in tasks]
+    for name in ("inner_steps", "inner_gradient_norm", "residual", "status", "error_bound"):
+        joined = torch.cat([getattr(each, name) for each in alone])
+        assert torch.allclose(getattr(report, name), joined, rtol=1e-9), name
+    assert report.products == max(each.products for each in alone)
+    assert (report.sigma, report.curvature) == (0.5, "gauss-newton")
