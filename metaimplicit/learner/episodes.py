@@ -37,6 +37,7 @@ class Episode(NamedTuple):
         query: Likewise.
 
     Example:
+        >>> import torch
         >>> support = (torch.zeros(3, 2), torch.tensor([0, 1, 2]))
         >>> query = (torch.ones(6, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
         >>> Episode.of(support, query).query.inputs.shape
@@ -63,6 +64,7 @@ class HasSets(Protocol):
         >>> def count_tasks(episodes: HasSets) -> int:
         ...     inputs, targets = episodes.support
         ...     return len(inputs)
+        >>> import torch
         >>> pair = Pair(torch.zeros(4, 3, 2), torch.zeros(4, 3))
         >>> count_tasks(Episode(pair, pair))
         4
