@@ -19,6 +19,7 @@ class Pair(NamedTuple):
         targets: A tensor of the same leading sizes, or any pytree of tensors, as the loss takes it.
 
     Example:
+        >>> import torch
         >>> pair = Pair(torch.zeros(3, 2), torch.tensor([0, 1, 2]))
         >>> inputs, targets = pair
         >>> targets is pair.targets
