@@ -1,0 +1,320 @@
+"""Any loss of a batch, split into the losses of its examples."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Loss = Callable[..., Any]
+
+NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+class Count(NamedTuple):
+    """What counts in the loss of a batch. It depends on the targets, not on the outputs.
+
+    Attributes:
+        scale: s in V = s · mean ℓᵢ, where V is the loss of the batch and ℓᵢ, zero where an example
+            does not count, are its losses. It is 1 for a plain mean, m for a sum and
+            m/(m − k) for a mean that leaves out k of the m examples.
+        counted: Which losses count, bool, shaped as they are. None if all do.
+    """
+
+    scale: float | Tensor
+    counted: Tensor | None
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """The losses of a batch, with V = s · mean ℓ.
+
+    Args:
+        losses: ℓ, `[m]`, or `[m, *positions]` if an example has several labels.
+        count: s, and which losses count.
+
+    Example:
+        >>> losses = ExampleLosses(torch.tensor([[1.0, 3.0], [4.0, 0.0]]), Count(1.0, None))
+        >>> losses.of_examples()
+        tensor([2., 2.])
+        >>> losses.weighted_mean(torch.tensor([1.0, 10.0]))
+        tensor(11.)
+    """
+
+    losses: Tensor
+    count: Count
+
+    def detach(self) -> ExampleLosses:
+        """The same without a graph."""
+        return ExampleLosses(self.losses.detach(), self.count)
+
+    def of_examples(self) -> Tensor:
+        """The mean loss of the labels of an example that count, `[m]`; 0 if none does."""
+        if self.losses.dim() == 1:
+            return self.losses
+        if self.count.counted is None:
+            return self.losses.flatten(1).mean(1)
+        labels = self.count.counted.flatten(1).sum(1).clamp(min=1)
+        return self.losses.flatten(1).sum(1) / labels
+
+    def weighted_mean(self, weights: Tensor) -> Tensor:
+        """The scalar s · mean(w ℓ), which is V if w = 1.
+
+        Args:
+            weights: w, `[m]` or shaped as the losses.
+
+        Raises:
+            ValueError: The weights have another shape.
+        """
+        if weights.shape not in (self.losses.shape, self.losses.shape[:1]):
+            raise ValueError(
+                f"weights: got shape {tuple(weights.shape)} for losses "
+                f"{tuple(self.losses.shape)}, expected one weight for each example, [m], or one "
+                "for each loss"
+            )
+        mean = (align(weights, self.losses.dim()) * self.losses).mean()
+        scale = self.count.scale
+        return mean if isinstance(scale, float) and scale == 1 else scale * mean
+
+
+def align(weights: Tensor, dims: int) -> Tensor:
+    """`weights` with axes of length 1 behind, so that the first axis is that of the examples.
+
+    Example:
+        >>> align(torch.ones(4), 3).shape
+        torch.Size([4, 1, 1])
+    """
+    missing = dims - weights.dim()
+    return weights.reshape(*weights.shape, *[1] * missing) if missing > 0 else weights
+
+
+class SplitLoss:
+    """A loss of a batch, V, and the losses ℓᵢ of its examples.
+
+    V is the loss with its own reduction. ℓᵢ is the loss with `reduction="none"`, if it has an
+    attribute or an argument `reduction`, and else the loss of example i by itself.
+
+    How examples count in V (labels that are ignored, weights of classes, a sum or a mean) is not
+    read from names. It is measured, once for each tensor of targets: V and ℓ are evaluated at
+    outputs that depend on nothing, and s = V/mean ℓ. Where s is not 1, a second evaluation checks
+    that s does not depend on the outputs.
+
+    Args:
+        loss: `(outputs, targets) -> Tensor`, a function or a module.
+
+    Example:
+        >>> loss = SplitLoss(nn.CrossEntropyLoss())
+        >>> outputs = torch.zeros(3, 2)
+        >>> targets = torch.tensor([0, 1, -100])
+        >>> loss.value(outputs, targets)
+        tensor(0.6931)
+        >>> loss.split(outputs, targets).count
+        Count(scale=1.5, counted=tensor([ True,  True, False]))
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self._whole, self._unreduced = _reductions(loss)
+        self._vmaps = True
+        self._counts = WeakTensorKeyDictionary()
+
+    def value(self, outputs: Any, targets: Any) -> Tensor:
+        """V, a scalar, or the mean if the loss returns the losses of the examples."""
+        value: Tensor = self._whole(outputs, _widen(targets))
+        return value.mean() if isinstance(value, Tensor) and value.dim() else value
+
+    def split(self, outputs: Any, targets: Any) -> ExampleLosses:
+        """The losses of the examples.
+
+        Raises:
+            ValueError: V is not a multiple of their mean, or no example counts.
+        """
+        count = self._count(outputs, targets)
+        return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+
+    def _losses(self, outputs: Any, targets: Any, counted: Tensor | None = None) -> Tensor:
+        """ℓ, `[m]` or `[m, *positions]`."""
+        targets = _widen(targets)
+        if self._unreduced is not None:
+            losses: Tensor = self._unreduced(outputs, targets)
+            m = _examples(outputs, targets)
+            if losses.dim() and len(losses) == m:
+                return losses
+            # Positions may have been flattened into the axis of the examples.
+            if losses.numel() % m == 0 and losses.numel() > 0 and (losses.dim() or m == 1):
+                return losses.reshape(m, -1) if losses.numel() > m else losses.reshape(m)
+            self._unreduced = None
+        return self._losses_one_by_one(outputs, targets, counted)
+
+    def _losses_one_by_one(self, outputs: Any, targets: Any, counted: Tensor | None) -> Tensor:
+        if counted is not None:
+            # An example that does not count has the loss 0/0. It lends the targets of another one.
+            first = counted.to(torch.uint8).argmax()
+            targets = tree_map(
+                lambda y: torch.where(align(counted, y.dim()), y, y.index_select(0, first[None])),
+                targets,
+            )
+
+        def loss_of_one(example: tuple[Any, Any]) -> Tensor:
+            return self.value(*tree_map(lambda x: x.unsqueeze(0), example))
+
+        examples = (outputs, targets)
+        if self._vmaps:
+            try:
+                losses = torch.vmap(loss_of_one, randomness="different")(examples)
+            except RuntimeError:
+                self._vmaps = False
+        if not self._vmaps:
+            m = _examples(outputs, targets)
+            one_each = [tree_map(lambda x, i=i: x[i], examples) for i in range(m)]
+            losses = torch.stack([loss_of_one(example) for example in one_each])
+        return losses if counted is None else torch.where(counted, losses, 0.0)
+
+    def _count(self, outputs: Any, targets: Any) -> Count:
+        """What `_measure` returns, remembered while the targets live and stay as they are."""
+        if not isinstance(targets, Tensor) or _is_transformed(targets):
+            return self._measure(outputs, targets)
+        key = (targets._version, _shapes(outputs))
+        known = self._counts.get(targets)
+        if known is None or known[0] != key:
+            known = (key, self._measure(outputs, targets))
+            counted = known[1].counted
+            # A tensor that was made inside of a transform must not outlive it.
+            if counted is None or not _is_transformed(counted):
+                self._counts[targets] = known
+        count: Count = known[1]
+        return count
+
+    @torch.no_grad()
+    def _measure(self, outputs: Any, targets: Any) -> Count:
+        """Evaluate V and ℓ at outputs that depend on nothing: s, and what counts."""
+        value, losses = self._at_reference(outputs, targets, power=1)
+        hidden = any(_is_transformed(y) for y in tree_leaves(targets) if isinstance(y, Tensor))
+        if not hidden and _is_plain_mean(value, losses):
+            return Count(1.0, None)
+
+        # At one reference, a loss that counts may be 0 by chance.
+        second_value, second_losses = self._at_reference(outputs, targets, power=2)
+        counted = (losses.isfinite() & (losses != 0)) | (
+            second_losses.isfinite() & (second_losses != 0)
+        )
+        mean = torch.where(counted, losses, 0.0).mean()
+        if hidden:  # under vmap, where numbers cannot be read
+            return Count(value / mean, counted)
+
+        second_mean = torch.where(counted, second_losses, 0.0).mean()
+        scales = ((value / mean).item(), (second_value / second_mean).item())
+        tolerance = 1000 * torch.finfo(losses.dtype).eps
+        if not math.isclose(*scales, rel_tol=tolerance):
+            raise ValueError(self._refusal(counted, scales))
+        return Count(scales[0], None if counted.all() else counted)
+
+    def _at_reference(self, outputs: Any, targets: Any, power: int) -> tuple[Tensor, Tensor]:
+        """V and ℓ at the reference outputs, in single precision or better if the loss allows it."""
+        try:
+            reference = _reference(outputs, power, widen=True)
+            return self.value(reference, targets), self._losses(reference, targets)
+        except RuntimeError:  # a loss with weights in half precision
+            reference = _reference(outputs, power, widen=False)
+            return self.value(reference, targets), self._losses(reference, targets)
+
+    def _refusal(self, counted: Tensor, scales: tuple[float, float]) -> str:
+        name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        if not counted.any():
+            return f"loss: {name} counts no example of the batch, expected at least one that counts"
+        if self._unreduced is None:
+            return (
+                f"loss: the value of {name} is no mean of its values at single examples, which "
+                "variables weigh; give it an argument `reduction`, with which it returns its "
+                "losses [m] for 'none'"
+            )
+        return (
+            f"loss: the value of {name} is {scales[0]:.6g} times the mean of its losses for "
+            f"reduction='none' at some outputs and {scales[1]:.6g} times at others, expected one "
+            "number, so that examples can be weighed; use a loss that is a weighted sum over "
+            "examples"
+        )
+
+
+def _reductions(loss: Loss) -> tuple[Loss, Loss | None]:
+    """The loss with its own reduction, and with none; None if it has no such argument."""
+    own = getattr(loss, "reduction", None)
+    if isinstance(own, str):
+        unreduced = _with_attribute(loss, "none")
+        return (_with_attribute(loss, "mean") if own == "none" else loss), unreduced
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a function without a signature, as compiled ones are
+        return partial(loss, reduction="mean"), partial(loss, reduction="none")
+    parameter = parameters.get("reduction")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if parameter is None and (isinstance(loss, nn.Module) or not takes_any):
+        return loss, None
+    default = None if parameter is None else parameter.default
+    has_own = isinstance(default, str) and default != "none"
+    whole = loss if has_own else partial(loss, reduction="mean")
+    return whole, partial(loss, reduction="none")
+
+
+def _with_attribute(loss: Loss, reduction: str) -> Loss:
+    """A shallow copy, which shares parameters and buffers."""
+    changed: Any = copy.copy(loss)
+    changed.reduction = reduction
+    return changed  # type: ignore[no-any-return]
+
+
+def _widen(targets: Any) -> Any:
+    """Labels as int64, which losses of torch ask for."""
+    if isinstance(targets, Tensor) and targets.dtype in NARROW_INTEGERS:
+        return targets.long()
+    return targets
+
+
+def _examples(outputs: Any, targets: Any) -> int:
+    """m, by the targets, or by the outputs if the targets are no tensors."""
+    leaves = [x for x in tree_leaves((targets, outputs)) if isinstance(x, Tensor)]
+    return len(leaves[0]) if leaves and leaves[0].dim() else 1
+
+
+def _reference(outputs: Any, power: int, *, widen: bool) -> Any:
+    """Outputs between 0 and 1, valid as scores and as probabilities, that no example shares."""
+
+    def replace(z: Any) -> Any:
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            return z
+        dtype = torch.promote_types(z.dtype, torch.float32) if widen else z.dtype
+        line = torch.linspace(0.2, 0.8, z.numel(), dtype=dtype, device=z.device)
+        return line.pow(power).reshape(z.shape) if power > 1 else line.reshape(z.shape)
+
+    return tree_map(replace, outputs)
+
+
+def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:
+    """Whether V = mean ℓ ≠ 0 to round-off."""
+    mean = losses.mean().item()
+    error = abs(value.item() - mean)
+    tolerance = 16 * torch.finfo(losses.dtype).eps
+    if not 0 < abs(mean) < math.inf:
+        return False
+    if error <= tolerance * abs(mean):
+        return True
+    return error <= tolerance * losses.abs().mean().item()  # of losses of both signs
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    return tuple((x.shape, x.dtype) for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform such as vmap wraps the tensor."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
