@@ -1,100 +1,26 @@
-"""Any loss of a batch, split into the losses of its examples."""
+"""Any loss of a batch, whole and split into examples."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
+
 Loss = Callable[..., Any]
 
 NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
-
-
-class Count(NamedTuple):
-    """What counts in the loss of a batch. It depends on the targets, not on the outputs.
-
-    Attributes:
-        scale: s in V = s · mean ℓᵢ, where V is the loss of the batch and ℓᵢ, zero where an example
-            does not count, are its losses. It is 1 for a plain mean, m for a sum and
-            m/(m − k) for a mean that leaves out k of the m examples.
-        counted: Which losses count, bool, shaped as they are. None if all do.
-    """
-
-    scale: float | Tensor
-    counted: Tensor | None
-
-
-@dataclass(frozen=True)
-class ExampleLosses:
-    """The losses of a batch, with V = s · mean ℓ.
-
-    Args:
-        losses: ℓ, `[m]`, or `[m, *positions]` if an example has several labels.
-        count: s, and which losses count.
-
-    Example:
-        >>> losses = ExampleLosses(torch.tensor([[1.0, 3.0], [4.0, 0.0]]), Count(1.0, None))
-        >>> losses.of_examples()
-        tensor([2., 2.])
-        >>> losses.weighted_mean(torch.tensor([1.0, 10.0]))
-        tensor(11.)
-    """
-
-    losses: Tensor
-    count: Count
-
-    def detach(self) -> ExampleLosses:
-        """The same without a graph."""
-        return ExampleLosses(self.losses.detach(), self.count)
-
-    def of_examples(self) -> Tensor:
-        """The mean loss of the labels of an example that count, `[m]`; 0 if none does."""
-        if self.losses.dim() == 1:
-            return self.losses
-        if self.count.counted is None:
-            return self.losses.flatten(1).mean(1)
-        labels = self.count.counted.flatten(1).sum(1).clamp(min=1)
-        return self.losses.flatten(1).sum(1) / labels
-
-    def weighted_mean(self, weights: Tensor) -> Tensor:
-        """The scalar s · mean(w ℓ), which is V if w = 1.
-
-        Args:
-            weights: w, `[m]` or shaped as the losses.
-
-        Raises:
-            ValueError: The weights have another shape.
-        """
-        if weights.shape not in (self.losses.shape, self.losses.shape[:1]):
-            raise ValueError(
-                f"weights: got shape {tuple(weights.shape)} for losses "
-                f"{tuple(self.losses.shape)}, expected one weight for each example, [m], or one "
-                "for each loss"
-            )
-        mean = (align(weights, self.losses.dim()) * self.losses).mean()
-        scale = self.count.scale
-        return mean if isinstance(scale, float) and scale == 1 else scale * mean
-
-
-def align(weights: Tensor, dims: int) -> Tensor:
-    """`weights` with axes of length 1 behind, so that the first axis is that of the examples.
-
-    Example:
-        >>> align(torch.ones(4), 3).shape
-        torch.Size([4, 1, 1])
-    """
-    missing = dims - weights.dim()
-    return weights.reshape(*weights.shape, *[1] * missing) if missing > 0 else weights
 
 
 class SplitLoss:
@@ -104,9 +30,10 @@ class SplitLoss:
     attribute or an argument `reduction`, and else the loss of example i by itself.
 
     How examples count in V (labels that are ignored, weights of classes, a sum or a mean) is not
-    read from names. It is measured, once for each tensor of targets: V and ℓ are evaluated at
-    outputs that depend on nothing, and s = V/mean ℓ. Where s is not 1, a second evaluation checks
-    that s does not depend on the outputs.
+    read from names. It is measured for each tensor of targets, unless all its labels have been seen
+    to count plainly in a batch of this shape: V and ℓ are evaluated at outputs that depend on
+    nothing, and s = V/mean ℓ. Where s is not 1, a second evaluation checks that s does not depend
+    on the outputs.
 
     Args:
         loss: `(outputs, targets) -> Tensor`, a function or a module.
@@ -126,6 +53,8 @@ class SplitLoss:
         self._whole, self._unreduced = _reductions(loss)
         self._vmaps = True
         self._counts = WeakTensorKeyDictionary()
+        self._lines: dict[Any, Tensor] = {}
+        self._plain_labels: defaultdict[Any, set[int]] = defaultdict(set)
 
     def value(self, outputs: Any, targets: Any) -> Tensor:
         """V, a scalar, or the mean if the loss returns the losses of the examples."""
@@ -170,7 +99,9 @@ class SplitLoss:
         examples = (outputs, targets)
         if self._vmaps:
             try:
-                losses = torch.vmap(loss_of_one, randomness="different")(examples)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    losses = torch.vmap(loss_of_one, randomness="different")(examples)
             except RuntimeError:
                 self._vmaps = False
         if not self._vmaps:
@@ -183,12 +114,12 @@ class SplitLoss:
         """What `_measure` returns, remembered while the targets live and stay as they are."""
         if not isinstance(targets, Tensor) or _is_transformed(targets):
             return self._measure(outputs, targets)
-        key = (targets._version, _shapes(outputs))
+        version = None if targets.is_inference() else targets._version
+        key = (version, _shapes(outputs))
         known = self._counts.get(targets)
         if known is None or known[0] != key:
             known = (key, self._measure(outputs, targets))
             counted = known[1].counted
-            # A tensor that was made inside of a transform must not outlive it.
             if counted is None or not _is_transformed(counted):
                 self._counts[targets] = known
         count: Count = known[1]
@@ -197,9 +128,17 @@ class SplitLoss:
     @torch.no_grad()
     def _measure(self, outputs: Any, targets: Any) -> Count:
         """Evaluate V and ℓ at outputs that depend on nothing: s, and what counts."""
+        labels = _labels(targets)
+        plain_labels = self._plain_labels[_shapes(outputs)]
+        if labels and labels <= plain_labels:
+            return Count(1.0, None)
         value, losses = self._at_reference(outputs, targets, power=1)
         hidden = any(_is_transformed(y) for y in tree_leaves(targets) if isinstance(y, Tensor))
         if not hidden and _is_plain_mean(value, losses):
+            # Weights of classes may balance in one batch. In an example they do not. One loss
+            # alone is both the mean and the sum.
+            if labels and losses.numel() > 1 and self._is_plain_alone(outputs, targets):
+                plain_labels |= labels
             return Count(1.0, None)
 
         # At one reference, a loss that counts may be 0 by chance.
@@ -219,13 +158,53 @@ class SplitLoss:
         return Count(scales[0], None if counted.all() else counted)
 
     def _at_reference(self, outputs: Any, targets: Any, power: int) -> tuple[Tensor, Tensor]:
-        """V and ℓ at the reference outputs, in single precision or better if the loss allows it."""
+        """V and ℓ at the reference outputs, or at these outputs if the loss refuses those."""
+        for widen in (True, False):  # False for a loss with parts in half precision
+            try:
+                return self._evaluate(self._reference(outputs, power, widen=widen), targets)
+            except (RuntimeError, ValueError):
+                continue
+        return self._evaluate(outputs, targets)
+
+    def _reference(self, outputs: Any, power: int, *, widen: bool) -> Any:
+        """Numbers between 0 and 1, valid as scores and as probabilities, shaped as the outputs."""
+
+        def replace(z: Any) -> Any:
+            if not isinstance(z, Tensor) or not z.is_floating_point():
+                return z
+            dtype = torch.promote_types(z.dtype, torch.float32) if widen else z.dtype
+            return self._line(z, dtype, power)
+
+        return tree_map(replace, outputs)
+
+    def _line(self, z: Tensor, dtype: torch.dtype, power: int) -> Tensor:
+        """A line along the second axis, shaped as z; one number if there is no such axis."""
+        key = (z.shape, dtype, z.device, power)
+        line = self._lines.get(key)
+        if line is None:
+            size = z.shape[1] if z.dim() > 1 else 1
+            line = torch.linspace(0.2357, 0.8123, size, dtype=dtype, device=z.device).pow(power)
+            line = align(line, z.dim() - 1) if z.dim() > 0 else line[0]
+            line = line.expand(z.shape)
+            if len(self._lines) >= 16:
+                self._lines.clear()
+            # A tensor that was made inside of a transform must not outlive it.
+            if not _is_transformed(line):
+                self._lines[key] = line
+        return line
+
+    def _evaluate(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        return self.value(outputs, targets), self._losses(outputs, targets)
+
+    def _is_plain_alone(self, outputs: Any, targets: Any) -> bool:
+        """Whether V of each example by itself is its loss."""
+        reference = self._reference(outputs, power=1, widen=True)
         try:
-            reference = _reference(outputs, power, widen=True)
-            return self.value(reference, targets), self._losses(reference, targets)
-        except RuntimeError:  # a loss with weights in half precision
-            reference = _reference(outputs, power, widen=False)
-            return self.value(reference, targets), self._losses(reference, targets)
+            losses = self._losses(reference, targets)
+            alone = self._losses_one_by_one(reference, targets, None)
+        except (RuntimeError, ValueError):  # a loss of two examples or more, say
+            return False
+        return torch.allclose(alone, losses.flatten(1).mean(1) if losses.dim() > 1 else losses)
 
     def _refusal(self, counted: Tensor, scales: tuple[float, float]) -> str:
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
@@ -286,17 +265,13 @@ def _examples(outputs: Any, targets: Any) -> int:
     return len(leaves[0]) if leaves and leaves[0].dim() else 1
 
 
-def _reference(outputs: Any, power: int, *, widen: bool) -> Any:
-    """Outputs between 0 and 1, valid as scores and as probabilities, that no example shares."""
-
-    def replace(z: Any) -> Any:
-        if not isinstance(z, Tensor) or not z.is_floating_point():
-            return z
-        dtype = torch.promote_types(z.dtype, torch.float32) if widen else z.dtype
-        line = torch.linspace(0.2, 0.8, z.numel(), dtype=dtype, device=z.device)
-        return line.pow(power).reshape(z.shape) if power > 1 else line.reshape(z.shape)
-
-    return tree_map(replace, outputs)
+def _labels(targets: Any) -> set[int]:
+    """The classes that the targets name; empty if they are no integers that can be read."""
+    if not isinstance(targets, Tensor) or _is_transformed(targets):
+        return set()
+    if targets.is_floating_point() or targets.is_complex():
+        return set()
+    return set(targets.unique().tolist())
 
 
 def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:

@@ -17,7 +17,8 @@ from metaimplicit.problem import BilevelProblem, Composite, Proximal
 from metaimplicit.tuning.batches import Batch, batch_entry, split_batch
 from metaimplicit.tuning.calls import ModelCall, output_tensor
 from metaimplicit.tuning.domains import Domain
-from metaimplicit.tuning.losses import ExampleLosses, Loss, SplitLoss, align
+from metaimplicit.tuning.example_losses import ExampleLosses, align
+from metaimplicit.tuning.losses import Loss, SplitLoss
 from metaimplicit.tuning.variables import Variable
 
 Penalty = Callable[[Params, Params], Tensor]

@@ -101,7 +101,7 @@ class ClassWeights(Variable):
             IndexError: A label that counts is negative, or `classes` or more.
         """
         weights = meta["class_weights"]
-        targets: Tensor = batch_entry(batch, "targets")
+        targets = _target_tensor(self, batch)
         has_classes = targets.dim() > 1 and targets.shape[1] == self.classes
         one_each = targets.numel() == losses.numel()
         if not targets.is_floating_point() and one_each:
@@ -111,7 +111,7 @@ class ClassWeights(Variable):
             weights = weights.reshape(-1, *[1] * (targets.dim() - 2))
             return weights.expand_as(targets).reshape(losses.shape)
         if targets.is_floating_point() and has_classes:
-            return (targets.movedim(1, -1) @ weights).reshape(losses.shape)
+            return (targets.movedim(1, -1).to(weights) @ weights).reshape(losses.shape)
         if targets.is_floating_point() and one_each and self.classes == 2:
             return torch.lerp(weights[0], weights[1], targets.to(weights)).reshape(losses.shape)
         raise ValueError(
@@ -162,22 +162,23 @@ class WeightNetwork(Variable):
         """wᵢ in (0, 2), `[m]`."""
         features = losses[:, None]
         if self.classes is not None:
-            features = torch.cat([features, self._scores(batch).to(features)], 1)
+            features = torch.cat([features, self._scores(batch, features)], 1)
         hidden = torch.relu(features @ meta["weight_network.in"].T + meta["weight_network.bias"])
         return 2 * torch.sigmoid(hidden @ meta["weight_network.out"] + meta["weight_network.shift"])
 
-    def _scores(self, batch: Batch) -> Tensor:
+    def _scores(self, batch: Batch, like: Tensor) -> Tensor:
         """The example's class, one-hot, or its scores of the classes, `[m, classes]`."""
         assert self.classes is not None
-        targets: Tensor = batch_entry(batch, "targets")
+        targets = _target_tensor(self, batch)
         if targets.dim() > 1 and targets.is_floating_point():
             if targets.shape[1] != self.classes:
                 raise ValueError(
                     f"WeightNetwork: got targets {tuple(targets.shape)}, expected scores "
                     f"[m, {self.classes}] of the classes, or their numbers"
                 )
-            return targets.flatten(2).mean(2) if targets.dim() > 2 else targets
-        one_hot = nn.functional.one_hot(_counted_labels(targets, batch), self.classes)
+            scores = targets.to(like)
+            return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
+        one_hot = nn.functional.one_hot(_counted_labels(targets, batch), self.classes).to(like)
         counted = batch.get("counted")
         if counted is not None:
             one_hot = one_hot * counted.reshape(targets.shape).unsqueeze(-1)
@@ -185,6 +186,16 @@ class WeightNetwork(Variable):
             return one_hot
         total = one_hot.flatten(1, -2).sum(1)
         return total / total.sum(1, keepdim=True).clamp(min=1)
+
+
+def _target_tensor(variable: Variable, batch: Batch) -> Tensor:
+    targets = batch_entry(batch, "targets")
+    if isinstance(targets, Tensor):
+        return targets
+    raise ValueError(
+        f"{type(variable).__name__}: got targets that are a {type(targets).__name__}, expected one "
+        "tensor, which says the classes"
+    )
 
 
 def _counted_labels(targets: Tensor, batch: Batch) -> Tensor:
