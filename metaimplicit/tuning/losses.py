@@ -135,9 +135,8 @@ class SplitLoss:
         value, losses = self._at_reference(outputs, targets, power=1)
         hidden = any(_is_transformed(y) for y in tree_leaves(targets) if isinstance(y, Tensor))
         if not hidden and _is_plain_mean(value, losses):
-            # Weights of classes may balance in one batch. In an example they do not. One loss
-            # alone is both the mean and the sum.
-            if labels and losses.numel() > 1 and self._is_plain_alone(outputs, targets):
+            # Weights of classes may balance in one batch. In one example they do not.
+            if labels and self._is_plain_alone(outputs, targets):
                 plain_labels |= labels
             return Count(1.0, None)
 

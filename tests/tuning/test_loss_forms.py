@@ -112,6 +112,12 @@ LOSSES = {
         log_softmax,
         not_ignored,
     ),
+    "a mask in a function without reduction": (
+        lambda z, y: Masked()(z, y),
+        Y,
+        log_softmax,
+        lambda y: float(y != 1),
+    ),
     "losses of the examples": (
         lambda z, y: F.cross_entropy(z, y, reduction="none"),
         Y,
