@@ -31,6 +31,7 @@ class ExampleLosses:
         count: s, and which losses count.
 
     Example:
+        >>> import torch
         >>> losses = ExampleLosses(torch.tensor([[1.0, 3.0], [4.0, 0.0]]), Count(1.0, None))
         >>> losses.of_examples()
         tensor([2., 2.])
@@ -78,6 +79,7 @@ def align(weights: Tensor, dims: int) -> Tensor:
     """`weights` with axes of length 1 behind, so that the first axis is that of the examples.
 
     Example:
+        >>> import torch
         >>> align(torch.ones(4), 3).shape
         torch.Size([4, 1, 1])
     """

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
-
-Loss = Callable[..., Any]
+from metaimplicit.tuning.output_shapes import has_classes_last, refuse_broadcast
+from metaimplicit.tuning.reductions import Loss, split_reductions
 
 NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
@@ -39,7 +35,7 @@ class SplitLoss:
         loss: `(outputs, targets) -> Tensor`, a function or a module.
 
     Example:
-        >>> loss = SplitLoss(nn.CrossEntropyLoss())
+        >>> loss = SplitLoss(torch.nn.CrossEntropyLoss())
         >>> outputs = torch.zeros(3, 2)
         >>> targets = torch.tensor([0, 1, -100])
         >>> loss.value(outputs, targets)
@@ -50,25 +46,45 @@ class SplitLoss:
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
-        self._whole, self._unreduced = _reductions(loss)
+        self._whole, self._unreduced = split_reductions(loss)
         self._vmaps = True
+        self._moves_classes: dict[Any, bool] = {}
         self._counts = WeakTensorKeyDictionary()
         self._lines: dict[Any, Tensor] = {}
         self._plain_labels: defaultdict[Any, set[int]] = defaultdict(set)
 
     def value(self, outputs: Any, targets: Any) -> Tensor:
-        """V, a scalar, or the mean if the loss returns the losses of the examples."""
-        value: Tensor = self._whole(outputs, _widen(targets))
-        return value.mean() if isinstance(value, Tensor) and value.dim() else value
+        """V, a scalar, or the mean if the loss returns the losses of the examples.
+
+        Raises:
+            ValueError: The targets broadcast against the outputs.
+        """
+        return self._value(self._arrange(outputs, targets), targets)
 
     def split(self, outputs: Any, targets: Any) -> ExampleLosses:
         """The losses of the examples.
 
         Raises:
-            ValueError: V is not a multiple of their mean, or no example counts.
+            ValueError: V is not a multiple of their mean, no example counts, or the targets
+                broadcast against the outputs.
         """
+        outputs = self._arrange(outputs, targets)
         count = self._count(outputs, targets)
         return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+
+    def _arrange(self, outputs: Any, targets: Any) -> Any:
+        """The outputs as the loss takes them, with classes on axis 1 if it refuses them last."""
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            return outputs
+        shapes = (outputs.shape, targets.shape)
+        if shapes not in self._moves_classes:
+            refuse_broadcast(self._value, outputs, targets)
+            self._moves_classes[shapes] = has_classes_last(self._value, outputs, targets)
+        return outputs.movedim(-1, 1) if self._moves_classes[shapes] else outputs
+
+    def _value(self, outputs: Any, targets: Any) -> Tensor:
+        value: Tensor = self._whole(outputs, _widen(targets))
+        return value.mean() if isinstance(value, Tensor) and value.dim() else value
 
     def _losses(self, outputs: Any, targets: Any, counted: Tensor | None = None) -> Tensor:
         """ℓ, `[m]` or `[m, *positions]`."""
@@ -94,7 +110,7 @@ class SplitLoss:
             )
 
         def loss_of_one(example: tuple[Any, Any]) -> Tensor:
-            return self.value(*tree_map(lambda x: x.unsqueeze(0), example))
+            return self._value(*tree_map(lambda x: x.unsqueeze(0), example))
 
         examples = (outputs, targets)
         if self._vmaps:
@@ -193,7 +209,7 @@ class SplitLoss:
         return line
 
     def _evaluate(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        return self.value(outputs, targets), self._losses(outputs, targets)
+        return self._value(outputs, targets), self._losses(outputs, targets)
 
     def _is_plain_alone(self, outputs: Any, targets: Any) -> bool:
         """Whether V of each example by itself is its loss."""
@@ -221,34 +237,6 @@ class SplitLoss:
             "number, so that examples can be weighed; use a loss that is a weighted sum over "
             "examples"
         )
-
-
-def _reductions(loss: Loss) -> tuple[Loss, Loss | None]:
-    """The loss with its own reduction, and with none; None if it has no such argument."""
-    own = getattr(loss, "reduction", None)
-    if isinstance(own, str):
-        unreduced = _with_attribute(loss, "none")
-        return (_with_attribute(loss, "mean") if own == "none" else loss), unreduced
-    function = loss.forward if isinstance(loss, nn.Module) else loss
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # a function without a signature, as compiled ones are
-        return partial(loss, reduction="mean"), partial(loss, reduction="none")
-    parameter = parameters.get("reduction")
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if parameter is None and (isinstance(loss, nn.Module) or not takes_any):
-        return loss, None
-    default = None if parameter is None else parameter.default
-    has_own = isinstance(default, str) and default != "none"
-    whole = loss if has_own else partial(loss, reduction="mean")
-    return whole, partial(loss, reduction="none")
-
-
-def _with_attribute(loss: Loss, reduction: str) -> Loss:
-    """A shallow copy, which shares parameters and buffers."""
-    changed: Any = copy.copy(loss)
-    changed.reduction = reduction
-    return changed  # type: ignore[no-any-return]
 
 
 def _widen(targets: Any) -> Any:

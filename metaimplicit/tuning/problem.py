@@ -18,7 +18,8 @@ from metaimplicit.tuning.batches import Batch, batch_entry, split_batch
 from metaimplicit.tuning.calls import ModelCall, output_tensor
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.example_losses import ExampleLosses, align
-from metaimplicit.tuning.losses import Loss, SplitLoss
+from metaimplicit.tuning.losses import SplitLoss
+from metaimplicit.tuning.reductions import Loss
 from metaimplicit.tuning.variables import Variable
 
 Penalty = Callable[[Params, Params], Tensor]

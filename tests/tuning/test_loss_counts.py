@@ -17,7 +17,7 @@ from tuning_loop import (
 )
 
 from metaimplicit import GradientDescent, Tuner, hypergradient, tuning_problem
-from metaimplicit.tuning import ClassWeights, ExampleWeights, WeightNetwork
+from metaimplicit.tuning import ClassWeights, ExampleWeights, WeightDecay, WeightNetwork
 
 SOFT = torch.randn(M, C, generator=torch.Generator().manual_seed(5)).double().softmax(1)
 
@@ -172,3 +172,33 @@ def test_weights_of_another_shape_are_refused():
     problem, meta, _ = tuning_problem(case.model, F.cross_entropy, [Two(C)])
     with pytest.raises(ValueError, match=r"weights: got shape \(2,\) for losses \(8,\)"):
         problem.inner_loss(problem.init(meta, None), meta, (case.x, Y))
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.L1Loss(), lambda z, y: (z - y).abs().sum()])
+def test_targets_that_broadcast_against_the_outputs_are_refused(loss, weighed):
+    """(z − y)² of [m, 1] and [m] would be m² differences."""
+    case = draw(outputs=1)
+    variable = ExampleWeights(20) if weighed else WeightDecay()
+    problem, meta, _ = tuning_problem(case.model, loss, [variable])
+    params = problem.init(meta, None)
+    message = r"targets: got shape \(8,\) for outputs of shape \(8, 1\).*expected the shape of the"
+    for evaluate in (problem.inner_loss, problem.outer_loss):
+        with pytest.raises(ValueError, match=message):
+            evaluate(params, meta, (case.x, SOFT[:, 0], INDEX))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: F.mse_loss(z.squeeze(1), y),
+        lambda z, y: F.mse_loss(z.flatten(), y),
+        lambda z, y: F.softplus(-(z - z.T) * (y[:, None] - y).sign()).mean(),
+    ],
+    ids=["squeezed", "flattened", "pairs of examples"],
+)
+def test_a_loss_that_takes_targets_of_another_shape_is_not(loss):
+    case = draw(outputs=1)
+    problem, meta, _ = tuning_problem(case.model, loss, [WeightDecay(start=0.0)])
+    got = problem.inner_loss(problem.init(meta, None), meta, (case.x, SOFT[:, 0]))
+    torch.testing.assert_close(got, loss(case.model(case.x), SOFT[:, 0]))

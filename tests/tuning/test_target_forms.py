@@ -157,10 +157,15 @@ def test_binary_targets_have_two_classes(y):
 
 
 class Tagger(nn.Linear):
-    """Scores of the classes of T words, `[m, classes, T]`."""
+    """Scores of the classes of T words, `[m, classes, T]` or `[m, T, classes]`."""
+
+    def __init__(self, *sizes, classes_last=False):
+        super().__init__(*sizes)
+        self.classes_last = classes_last
 
     def forward(self, x):
-        return super().forward(x).reshape(len(x), C, T)
+        scores = super().forward(x).reshape(len(x), C, T)
+        return scores.mT if self.classes_last else scores
 
 
 TAGS = torch.randint(0, C, (M, T), generator=torch.Generator().manual_seed(3))
@@ -173,13 +178,22 @@ def flattened(z, y, reduction="mean"):
 
 
 @pytest.mark.parametrize("y", [TAGS, PADDED], ids=["full", "padded"])
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), flattened], ids=["module", "flattened"])
+@pytest.mark.parametrize(
+    ("loss", "classes_last"),
+    [
+        (nn.CrossEntropyLoss(), False),
+        (nn.CrossEntropyLoss(), True),
+        (flattened, False),
+        (lambda z, y, **reduction: flattened(z.mT, y, **reduction), True),
+    ],
+    ids=["module", "classes last", "flattened", "flattened, classes last"],
+)
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_an_example_of_several_labels(variable, loss, y):
+def test_an_example_of_several_labels(variable, loss, classes_last, y):
     """ClassWeights weigh labels; the others weigh examples and see their mean loss."""
     case = draw()
     torch.manual_seed(4)
-    model = Tagger(5, C * T).double()
+    model = Tagger(5, C * T, classes_last=classes_last).double()
     weigher, weight_of_one = VARIABLES[variable]
 
     def mean(params, x, meta):
