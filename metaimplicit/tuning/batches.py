@@ -1,11 +1,105 @@
-"""Batches without end, from a function of their number or from a loader."""
+"""Training batches: their parts, by one rule, and an endless stream of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+from torch import Tensor
+
 Source = Callable[[int], Any] | Iterable[Any]
+Batch = dict[str, Any]
+
+
+class NamedInputs(dict[str, Any]):
+    """The entries of a batch that are neither targets nor index, which are its inputs.
+
+    Example:
+        >>> NamedInputs(input_ids=1)
+        {'input_ids': 1}
+    """
+
+
+TARGETS = ("targets", "target", "labels", "label", "y")
+INDEX = ("index", "idx")
+
+
+def split_batch(data: Any) -> Batch:
+    """Take a batch apart into what goes into the model, what goes into the loss, and numbers.
+
+    The rule is:
+
+    - A tuple or list is `(inputs, targets)` or `(inputs, targets, index)`.
+    - A mapping, a dataclass or a named tuple with an entry `targets`, `target`, `labels`, `label`
+      or `y` has its targets there, and the index, if any, in `index` or `idx`. Its inputs are its
+      entry `inputs`, if there is one, and the other entries are left to variables that ask for
+      them. Else its inputs are all its other entries, which the model receives by their names.
+
+    The index holds the numbers of the examples in the training set, int64 `[m]`.
+
+    Returns:
+        A dict with `"inputs"`, `"targets"`, `"index"` and other entries, as far as the batch has
+        them.
+
+    Raises:
+        ValueError: The batch has none of these forms, or its third part is not an index.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([1, 0])
+        >>> batch = split_batch({"input_ids": torch.ones(2, 5), "labels": labels})
+        >>> list(batch), list(batch["inputs"]), batch["targets"] is labels
+        (['targets', 'inputs'], ['input_ids'], True)
+        >>> list(split_batch((torch.ones(2, 5), labels, torch.arange(2))))
+        ['inputs', 'targets', 'index']
+    """
+    entries = _entries_by_name(data)
+    if entries is not None:
+        return _split_entries(entries)
+    if isinstance(data, (tuple, list)) and len(data) in (2, 3):
+        batch = dict(zip(("inputs", "targets", "index"), data, strict=False))
+        if len(data) == 3:
+            _check_index(batch["index"])
+        return batch
+    got = type(data).__name__
+    if isinstance(data, (tuple, list)):
+        got = f"{got} of {len(data)}"
+    raise ValueError(
+        f"batch: got a {got}, expected (inputs, targets), (inputs, targets, index), or a mapping "
+        f"with one of the entries {', '.join(TARGETS)}; write several inputs as "
+        "((first, second), targets)"
+    )
+
+
+def batch_entry(batch: Batch, name: str) -> Any:
+    """An entry of a batch that `split_batch` took apart.
+
+    Raises:
+        ValueError: The batch does not have it.
+
+    Example:
+        >>> batch_entry({"inputs": 1.0, "targets": 2.0}, "targets")
+        2.0
+    """
+    if name in batch:
+        return batch[name]
+    hint = f"; its name is one of {', '.join(TARGETS)}" if name == "targets" else ""
+    raise ValueError(
+        f"batch: got one with the entries {sorted(batch)}, expected one with {name}{hint}"
+    )
+
+
+def holds_tensors_directly(data: Any) -> bool:
+    """Whether this is a list such as `[inputs, targets]`, which is one batch and not several.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.ones(2, 3), torch.ones(2)
+        >>> holds_tensors_directly([x, y]), holds_tensors_directly([(x, y), (x, y)])
+        (True, False)
+    """
+    return isinstance(data, list) and any(isinstance(part, Tensor) for part in data)
 
 
 def read_batches(source: Source, *, first: int) -> Iterator[Any]:
@@ -38,3 +132,49 @@ def read_batches(source: Source, *, first: int) -> Iterator[Any]:
             raise ValueError(
                 "batches: got an iterable without any, or one that is used up, expected a loader"
             )
+
+
+def _entries_by_name(data: Any) -> dict[str, Any] | None:
+    """The entries of a mapping, or of an object whose fields name its targets; else None."""
+    if hasattr(data, "keys") and hasattr(data, "__getitem__"):
+        return {str(name): data[name] for name in data.keys()}  # noqa: SIM118  (not only of dicts)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        names: tuple[str, ...] = data._fields
+    elif is_dataclass(data) and not isinstance(data, type):
+        names = tuple(field.name for field in fields(data))
+    else:
+        return None
+    named = {name: getattr(data, name) for name in names}
+    return named if set(named) & set(TARGETS) else None
+
+
+def _split_entries(entries: dict[str, Any]) -> Batch:
+    batch: Batch = {}
+    for part, names in {"targets": TARGETS, "index": INDEX}.items():
+        present = [name for name in names if name in entries]
+        if len(present) > 1 and present[0] != part:
+            raise ValueError(
+                f"batch: got the entries {present}, of which each may be its {part}, expected one "
+                f"of them, or one of the name {part}"
+            )
+        if present:
+            batch[part] = entries.pop(present[0])
+    if "index" in batch:
+        _check_index(batch["index"])
+    # Without an entry "inputs", every entry that is left is an input.
+    if entries and "inputs" not in entries:
+        entries = {"inputs": NamedInputs(entries)}
+    return batch | entries
+
+
+def _check_index(index: Any) -> None:
+    valid = isinstance(index, Tensor) and index.dim() == 1
+    if valid and not index.is_floating_point() and not index.is_complex():
+        return
+    got = type(index).__name__
+    if isinstance(index, Tensor):
+        got = f"{index.dtype} of shape {tuple(index.shape)}"
+    raise ValueError(
+        f"batch: got {got} as its index, expected the numbers of its examples, int64 [m]; a tuple "
+        "of three is (inputs, targets, index), and ((first, second), targets) has two inputs"
+    )

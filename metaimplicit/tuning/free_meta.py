@@ -89,6 +89,19 @@ class FreeMeta:
             for name, free in self.tensors.items()
         }
 
+    def require_coordinates(self) -> FreeMeta:
+        """Return this φ.
+
+        Raises:
+            ValueError: No entry of φ is a floating-point tensor, so that there is nothing to tune.
+        """
+        if not self.tensors:
+            dtypes = {name: str(value.dtype) for name, value in self._constants.items()}
+            raise ValueError(
+                f"meta: got {dtypes}, expected at least one floating-point tensor to tune"
+            )
+        return self
+
     def check(self, tensors: Params) -> None:
         """Raise ValueError unless `tensors` have the names and shapes of these coordinates."""
         expected = {name: tuple(free.shape) for name, free in self.tensors.items()}

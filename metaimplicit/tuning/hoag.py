@@ -66,7 +66,8 @@ class HOAG:
         steps: The number of steps taken.
 
     Raises:
-        ValueError: An option is out of range, or a value lies outside its domain.
+        ValueError: An option is out of range, a value lies outside its domain, or no entry of
+            `meta` is a floating-point tensor.
 
     Example:
         The minimiser of f = (w − 2)² + λw² is w = 2/(1 + λ), so g = (w − 1)² is minimal at λ = 1.
@@ -118,7 +119,7 @@ class HOAG:
         self.solver = solver or CG(max_steps=100)
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         self.tolerance = tolerance
-        self.free = FreeMeta(meta, domains)
+        self.free = FreeMeta(meta, domains).require_coordinates()
         self.line_search = LineSearch()
         self.end: Iterate | None = None
         self.state = SolverState()

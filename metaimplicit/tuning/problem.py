@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,13 @@ from torch import Tensor, nn
 from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Proximal
+from metaimplicit.tuning.batches import Batch, batch_entry, split_batch
+from metaimplicit.tuning.calls import ModelCall, output_tensor
 from metaimplicit.tuning.domains import Domain
-from metaimplicit.tuning.variables import Batch, Variable
+from metaimplicit.tuning.example_losses import ExampleLosses, align
+from metaimplicit.tuning.losses import SplitLoss
+from metaimplicit.tuning.reductions import Loss
+from metaimplicit.tuning.variables import Variable
 
 Penalty = Callable[[Params, Params], Tensor]
 
@@ -43,13 +49,17 @@ class TuningProblem(NamedTuple):
     domains: dict[str, Domain]
 
     def weights(self, params: Params, meta: Params, data: Any) -> Tensor:
-        """wᵢ of the examples of a training batch, `[m]`, without a graph.
+        """wᵢ of the examples of a training batch, without a graph.
+
+        Returns:
+            `[m]`, or one weight for each label, `[m, *positions]`, if an example has several and a
+            variable weighs them (`Variable.weighs_labels`).
 
         Raises:
             ValueError: No variable of the problem weighs examples.
         """
         loss = self.problem.inner_loss
-        if not isinstance(loss, Composite) or loss.weights is None:
+        if not isinstance(loss, WeightedLoss) or loss.weights is None:
             raise ValueError(
                 "weights: got a problem without any, expected a variable that weighs examples"
             )
@@ -58,9 +68,47 @@ class TuningProblem(NamedTuple):
             return loss.weights(meta, losses, data)
 
 
+@dataclass(frozen=True)
+class ModelProblem(BilevelProblem):
+    """A bilevel problem whose data are batches of examples, as `split_batch` reads them.
+
+    Example:
+        >>> from metaimplicit.tuning import ClassWeights
+        >>> tuning = tuning_problem(nn.Linear(2, 3), nn.CrossEntropyLoss(), [ClassWeights(3)])
+        >>> isinstance(tuning.problem, ModelProblem)
+        True
+    """
+
+
+@dataclass(frozen=True)
+class WeightedLoss(Composite):
+    """A composite whose loss says how examples count, so that f is the loss itself if w = 1.
+
+    Args:
+        loss: `(outputs, data) -> ExampleLosses`.
+        weights: `(meta, losses, data) -> w`, `[m]` or shaped as the losses. The `ExampleLosses`
+            that it receives are detached.
+
+    Example:
+        >>> from metaimplicit.tuning import ClassWeights
+        >>> tuning = tuning_problem(nn.Linear(2, 3), nn.CrossEntropyLoss(), [ClassWeights(3)])
+        >>> isinstance(tuning.problem.inner_loss, WeightedLoss)
+        True
+    """
+
+    loss: Callable[[Tensor, Any], Any]
+    weights: Callable[[Params, Any, Any], Tensor] | None = None
+
+    def output_loss(self, outputs: Tensor, meta: Params, data: Any) -> Tensor:
+        """The first term of f as a function of the outputs."""
+        losses: ExampleLosses = self.loss(outputs, data)
+        assert self.weights is not None
+        return losses.weighted_mean(self.weights(meta, losses.detach(), data))
+
+
 def tuning_problem(
     model: nn.Module,
-    loss: Callable[..., Tensor],
+    loss: Loss,
     variables: Sequence[Variable],
     *,
     penalty: Proximal | None = None,
@@ -69,15 +117,22 @@ def tuning_problem(
 
         f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalties,    g = (1/m) Σᵢ ℓ(model(xᵢ), yᵢ)
 
-    f is evaluated on training batches and g on validation batches. A batch is a pair
-    `(inputs, targets)`, as a loader gives, or a dict with the entries `"inputs"`, `"targets"` and,
-    for variables that need the numbers of the examples, `"index"`.
+    f is evaluated on training batches and g on validation batches. A batch is `(inputs, targets)`,
+    `(inputs, targets, index)` or a mapping with an entry `targets`, `labels` or the like, such as
+    those of Hugging Face; `split_batch` states the rule.
+
+    m counts as the loss counts: labels that it ignores are left out, and a loss that is a sum, or a
+    mean weighed by classes, stays one. With all wᵢ = 1, the first term of f is the loss itself.
 
     Args:
         model: Its parameters that require grad are θ, and start where they are. The model itself is
-            not changed.
-        loss: ℓ, called as the losses of `torch.nn.functional`: with the outputs, the targets, and
-            `reduction`, which is `"none"` for [m] losses or `"mean"` for their mean.
+            not changed. It receives several inputs one by one or by their names, and returns what
+            the loss takes, or a tuple, mapping or dataclass whose entry `logits`, or first entry,
+            the loss takes.
+        loss: Called with the outputs and the targets: a module such as `nn.CrossEntropyLoss()`, or
+            a function. Its reduction is its own. Where variables weigh examples, its attribute or
+            argument `reduction` is set to `"none"`; a loss that has neither is called with one
+            example at a time.
         variables: The hyperparameters. Their weights are multiplied and their penalties added.
         penalty: A penalty that is not a hyperparameter, or reads its strength by `FromMeta`.
 
@@ -100,15 +155,25 @@ def tuning_problem(
             "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
         )
     meta, domains = _collect_entries(variables, start)
-    losses = _make_losses(model, loss, variables)
-    inner_loss = Composite(
-        outputs=losses.outputs,
-        loss=losses.inner_loss,
-        penalty=_total_penalty(variables, start, penalty),
-        module=model,
-        weights=losses.weights if losses.weight_factors else None,
-    )
-    problem = BilevelProblem(
+    losses = _Losses(model, loss, variables)
+    total_penalty = _total_penalty(variables, start, penalty)
+    inner_loss: Composite
+    if losses.weighers:
+        inner_loss = WeightedLoss(
+            outputs=losses.outputs,
+            loss=losses.split,
+            penalty=total_penalty,
+            module=model,
+            weights=losses.weights,
+        )
+    else:
+        inner_loss = Composite(
+            outputs=losses.outputs,
+            loss=losses.inner_loss,
+            penalty=total_penalty,
+            module=model,
+        )
+    problem = ModelProblem(
         init=lambda meta, data: start,
         inner_loss=inner_loss,
         outer_loss=losses.outer_loss,
@@ -116,60 +181,72 @@ def tuning_problem(
     return TuningProblem(problem, meta, domains)
 
 
-@dataclass(frozen=True)
 class _Losses:
     """The parts of f and g as functions of the parameters, the meta-parameters and a batch."""
 
-    model: nn.Module
-    loss: Callable[..., Tensor]
-    make_inputs: Callable[[Params, Batch], Tensor]
-    make_targets: Callable[[Batch], Tensor]
-    weight_factors: tuple[Callable[[Params, Tensor, Batch], Tensor], ...]
+    def __init__(self, model: nn.Module, loss: Loss, variables: Sequence[Variable]) -> None:
+        makers = [v for v in variables if v.inputs is not None]
+        if len(makers) > 1:
+            raise ValueError(
+                f"variables: got {len(makers)} that make the inputs, expected at most one"
+            )
+        self.call = ModelCall(model)
+        self.loss = SplitLoss(loss)
+        self.maker = makers[0] if makers else None
+        self.weighers = [v for v in variables if v.weights is not None]
+        self._takes_all_outputs: bool | None = None
 
-    def outputs(self, params: Params, meta: Params, data: Any) -> Tensor:
-        return self._call(params, self.make_inputs(meta, _as_dict(data)))
+    def outputs(self, params: Params, meta: Params, data: Any) -> Any:
+        """The outputs at the training inputs."""
+        batch = split_batch(data)
+        if self.maker is None or self.maker.inputs is None:
+            inputs = batch_entry(batch, "inputs")
+        else:
+            inputs = self.maker.inputs(meta, batch)
+        return self._choose(self.call(params, inputs), lambda: self.targets(batch))
 
-    def inner_loss(self, outputs: Tensor, data: Any) -> Tensor:
-        """The losses of the examples, `[m]`, if they are weighed, else their mean."""
-        targets = self.make_targets(_as_dict(data))
-        reduction = "none" if self.weight_factors else "mean"
-        return self.loss(outputs, targets, reduction=reduction)
+    def targets(self, batch: Batch) -> Any:
+        """The training targets."""
+        return batch_entry(batch, "targets") if self.maker is None else self.maker.targets(batch)
 
-    def weights(self, meta: Params, losses: Tensor, data: Any) -> Tensor:
-        batch = _as_dict(data)
-        batch = batch | {"targets": self.make_targets(batch)}
-        factors = [weights(meta, losses, batch) for weights in self.weight_factors]
-        return torch.stack(factors).prod(0)
+    def inner_loss(self, outputs: Any, data: Any) -> Tensor:
+        """The training loss without weights, a scalar."""
+        return self.loss.value(outputs, self.targets(split_batch(data)))
+
+    def split(self, outputs: Any, data: Any) -> ExampleLosses:
+        """The losses of the training examples."""
+        return self.loss.split(outputs, self.targets(split_batch(data)))
+
+    def weights(self, meta: Params, losses: ExampleLosses, data: Any) -> Tensor:
+        """The product of the variables' weights, `[m]` or shaped as the losses."""
+        batch = split_batch(data)
+        batch |= {"targets": self.targets(batch), "counted": losses.count.counted}
+        factors = []
+        for variable in self.weighers:
+            assert variable.weights is not None
+            seen = losses.losses if variable.weighs_labels else losses.of_examples()
+            factors.append(variable.weights(meta, seen, batch))
+        dims = max(factor.dim() for factor in factors)
+        return reduce(torch.mul, (align(factor, dims) for factor in factors))
 
     def outer_loss(self, params: Params, meta: Params, data: Any) -> Tensor:
-        batch = _as_dict(data)
-        outputs = self._call(params, batch["inputs"])
-        return self.loss(outputs, batch["targets"], reduction="mean")
+        """The validation loss, a scalar."""
+        batch = split_batch(data)
+        targets = batch_entry(batch, "targets")
+        outputs = self.call(params, batch_entry(batch, "inputs"))
+        return self.loss.value(self._choose(outputs, lambda: targets), targets)
 
-    def _call(self, params: Params, inputs: Tensor) -> Tensor:
-        frozen = {
-            name: p.detach() for name, p in self.model.named_parameters() if name not in params
-        }
-        outputs: Tensor = torch.func.functional_call(self.model, frozen | params, (inputs,))
-        return outputs
-
-
-def _make_losses(
-    model: nn.Module,
-    loss: Callable[..., Tensor],
-    variables: Sequence[Variable],
-) -> _Losses:
-    makers = [v for v in variables if v.inputs is not None]
-    if len(makers) > 1:
-        raise ValueError(f"variables: got {len(makers)} that make the inputs, expected at most one")
-    make_inputs = makers[0].inputs if makers else None
-    return _Losses(
-        model=model,
-        loss=loss,
-        make_inputs=make_inputs or (lambda meta, batch: batch["inputs"]),
-        make_targets=makers[0].targets if makers else (lambda batch: batch["targets"]),
-        weight_factors=tuple(v.weights for v in variables if v.weights is not None),
-    )
+    def _choose(self, outputs: Any, targets: Callable[[], Any]) -> Any:
+        """What the model returns, if the loss takes it, or else the tensor in it."""
+        if isinstance(outputs, Tensor):
+            return outputs
+        if self._takes_all_outputs is None:
+            try:
+                self.loss.value(outputs, targets())
+                self._takes_all_outputs = True
+            except (TypeError, AttributeError):
+                self._takes_all_outputs = False
+        return outputs if self._takes_all_outputs else output_tensor(outputs)
 
 
 def _collect_entries(
@@ -211,11 +288,3 @@ def _total_penalty(
         return torch.stack(values).sum()
 
     return total
-
-
-def _as_dict(data: Any) -> Batch:
-    """A batch as a dict; a pair becomes its `"inputs"` and `"targets"`."""
-    if isinstance(data, dict):
-        return data
-    inputs, targets = data
-    return {"inputs": inputs, "targets": targets}

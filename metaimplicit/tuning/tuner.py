@@ -18,11 +18,12 @@ from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.solvers import SolverState
-from metaimplicit.tuning.batches import Source, read_batches
+from metaimplicit.tuning.batches import Source, holds_tensors_directly, read_batches
 from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss_newton
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
+from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -61,7 +62,8 @@ class Tuner:
         stopping: The best measurement of `fit`, over all calls.
 
     Raises:
-        ValueError: An option or a value is out of range, or a domain names no entry of `meta`.
+        ValueError: An option or a value is out of range, a domain names no entry of `meta`, or no
+            entry is a floating-point tensor.
 
     Example:
         The argmin of f = (w − φ)² is w = φ, so g = (w − 1)² is minimal at φ = 1.
@@ -106,7 +108,7 @@ class Tuner:
         self.warm_start = warm_start
         self.schedule = schedule
         self.on_nonfinite = on_nonfinite
-        self._free = FreeMeta(meta, domains)
+        self._free = FreeMeta(meta, domains).require_coordinates()
         self.optimizer = optimizer(list(self._free.tensors.values()))
         self.end: Iterate | None = None
         self.state = SolverState()
@@ -134,7 +136,8 @@ class Tuner:
 
         Args:
             train: A list of K + 1 batches, one for each inner step and one for the curvature.
-                Anything but a list is a batch that serves them all.
+                Anything but a list is a batch that serves them all, and so is a list of tensors,
+                `[inputs, targets]`, if the problem is one of `tuning_problem`.
             validation: The batch of the outer loss.
 
         Raises:
@@ -142,10 +145,13 @@ class Tuner:
             ValueError: `train` is a list of another length; or see `hypergradient`.
         """
         k = self.inner.steps
-        batches = train if isinstance(train, list) else [train] * (k + 1)
+        is_one = isinstance(self.problem, ModelProblem) and holds_tensors_directly(train)
+        batches = [train] * (k + 1) if is_one or not isinstance(train, list) else train
         if len(batches) != k + 1:
-            got = f"got a list of {len(batches)} batches"
-            raise ValueError(f"train: {got}, expected {k + 1}, one more than inner steps")
+            raise ValueError(
+                f"train: got a list of {len(batches)} batches, expected {k + 1}, one more than "
+                "inner steps; a batch that serves them all is a tuple or a mapping"
+            )
         inner = self.inner
         if self.schedule is not None:
             inner = inner.updated(lr=_step_size(inner) * self.schedule(self.steps))

@@ -288,10 +288,9 @@ class Regressions(nn.Module):
         return torch.einsum("tnp,tp->tn", x, self.weight)
 
 
-def half_mean_squares(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def half_mean_squares(outputs: Tensor, targets: Tensor) -> Tensor:
     """Σ_t ½ mean_n (ŷ_tn − y_tn)², both `[regressions, points]`.
 
     The sum, not the mean over regressions: the solution of one does not depend on their number.
-    `reduction` is ignored; `tuning_problem` passes it to every loss.
     """
     return 0.5 * (outputs - targets).square().mean(-1).sum()

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reported.helpers import INNER, STEPS, assert_same, descend, fails_today
+from reported.helpers import INNER, STEPS, assert_same, descend
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -92,15 +92,12 @@ def build(change):
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(change, marks=fails_today(error, reason), id=change.__name__)
-        for change, error, reason in (
-            (loss_module, TypeError, "a loss module takes no argument reduction"),
-            (loader_with_index, ValueError, "a batch is unpacked into two"),
-            (hugging_face_batch, KeyError, "a dict has to have the key inputs"),
-            (multi_label_targets, RuntimeError, "an example has to have one loss"),
-            (mixup_labels, IndexError, "a label is used as an index"),
-            (ignored_labels, IndexError, "a label is used as an index"),
-        )
+        loss_module,
+        loader_with_index,
+        hugging_face_batch,
+        multi_label_targets,
+        mixup_labels,
+        ignored_labels,
     ],
 )
 def test_the_tuner_takes_this_and_has_the_hypergradient_of_a_plain_loop(change):

@@ -26,7 +26,6 @@ from metaimplicit import (
     Proximal,
     Tuner,
     hypergradient,
-    tuning_problem,
 )
 from metaimplicit.operators import Fisher
 from metaimplicit.params import flatten
@@ -239,11 +238,3 @@ def test_bad_batches_and_losses_are_refused():
     problem, meta, _ = make_problem(ExampleWeights(9))
     with pytest.raises(ValueError, match="ExampleWeights: got a batch without 'index'"):
         problem.inner_loss(PARAMS, meta, (TRAIN["inputs"], TRAIN["targets"]))
-
-    def reduced(outputs, targets, reduction):
-        return F.cross_entropy(outputs, targets)
-
-    problem, meta, _ = tuning_problem(MODEL, reduced, [ClassWeights(3)])
-    message = r"weights: got shape \(9,\) for losses \(\), expected \[m\] for both"
-    with pytest.raises(ValueError, match=message):
-        problem.inner_loss(PARAMS, meta, TRAIN)

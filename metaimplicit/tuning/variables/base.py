@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from metaimplicit.params import Params
 from metaimplicit.problem import Proximal
+from metaimplicit.tuning.batches import Batch, batch_entry
 from metaimplicit.tuning.domains import Domain, Positive
-
-Batch = dict[str, Tensor]
 
 
 class Variable(ABC):
@@ -28,11 +28,16 @@ class Variable(ABC):
             variable of a problem has it.
         weights: `(meta, losses, batch) -> wᵢ`, `[m]`, given the losses ℓᵢ, `[m]`, detached. The
             weights of several variables are multiplied.
+        weighs_labels: Says what `weights` weighs if an example has several labels, `[m,
+            *positions]` (the words of a sentence, the pixels of an image, several answers). If
+            False, it receives the mean loss of each example and returns `[m]`. If True, it receives
+            the loss of each label and returns their weights, shaped as the losses.
         penalty: `(params, start, meta) -> scalar`, where `start` are the parameters with which the
             model came. The penalties of several variables are added.
 
-    `batch` is a dict of tensors with `"inputs"` and `"targets"`, and `"index"` if the loader gives
-    the numbers of the examples.
+    `batch` is a dict with `"inputs"` and `"targets"`, and `"index"` if the loader gives the numbers
+    of the examples. `weights` also finds `"counted"` there: which losses count, bool, shaped as the
+    losses of labels, or None if all do.
 
     Example:
         >>> import torch
@@ -49,8 +54,9 @@ class Variable(ABC):
         tensor([1., 1.])
     """
 
-    inputs: Callable[[Params, Batch], Tensor] | None = None
+    inputs: Callable[[Params, Batch], Any] | None = None
     weights: Callable[[Params, Tensor, Batch], Tensor] | None = None
+    weighs_labels: bool = False
     penalty: Callable[[Params, Params, Params], Tensor] | None = None
 
     @abstractmethod
@@ -61,9 +67,9 @@ class Variable(ABC):
         """The domains of its entries, whose names are given; by default all are real numbers."""
         return {}
 
-    def targets(self, batch: Batch) -> Tensor:
+    def targets(self, batch: Batch) -> Any:
         """yᵢ, `[m]`. It is asked only of the variable that has `inputs`."""
-        return batch["targets"]
+        return batch_entry(batch, "targets")
 
     @property
     def proximal(self) -> Proximal | None:
@@ -117,9 +123,10 @@ def example_index(variable: Variable, batch: Batch) -> Tensor:
     if "index" not in batch:
         raise ValueError(
             f"{type(variable).__name__}: got a batch without 'index', expected the numbers of its "
-            "examples, int64 [m]"
+            "examples, int64 [m], as the third part of a tuple or as an entry of that name"
         )
-    return batch["index"]
+    index: Tensor = batch["index"]
+    return index
 
 
 def check_choice(name: str, got: str, known: tuple[str, ...]) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metaimplicit.params import Params
+from metaimplicit.tuning.batches import Batch, NamedInputs, batch_entry
 from metaimplicit.tuning.domains import Domain, Positive
-from metaimplicit.tuning.variables.base import (
-    Batch,
-    Variable,
-    check_choice,
-    example_index,
-    prototype,
-)
+from metaimplicit.tuning.variables.base import Variable, check_choice, example_index, prototype
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,23 @@ class Augmentation(Variable):
         """Positive numbers."""
         return dict.fromkeys(names, Positive())
 
-    def inputs(self, meta: Params, batch: Batch) -> Tensor:
-        """The augmented inputs, `[m, *shape]`.
+    def inputs(self, meta: Params, batch: Batch) -> Any:
+        """The augmented inputs, `[m, *shape]`, under their name if the batch has one for them.
 
         Raises:
-            ValueError: The batch has no `"index"`.
+            ValueError: The batch has no `"index"`, or its inputs are not one tensor.
         """
-        x = batch["inputs"]
-        generator = np.random.default_rng(example_index(self, batch).tolist())
+        inputs = batch_entry(batch, "inputs")
+        index = example_index(self, batch)
+        if isinstance(inputs, Tensor):
+            return self._augment(inputs, meta, index)
+        if isinstance(inputs, NamedInputs) and len(inputs) == 1:
+            [(name, x)] = inputs.items()
+            return NamedInputs({name: self._augment(x, meta, index)})
+        raise ValueError(f"Augmentation: got {type(inputs).__name__} as inputs, expected a tensor")
+
+    def _augment(self, x: Tensor, meta: Params, index: Tensor) -> Tensor:
+        generator = np.random.default_rng(index.tolist())
         one_each = (len(x), *[1] * (x.dim() - 1))
         # All three are drawn, in this order, so that no kind depends on which others are used.
         shapes = {"brightness": one_each, "contrast": one_each, "noise": x.shape}

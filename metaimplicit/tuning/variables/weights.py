@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.params import Params
+from metaimplicit.tuning.batches import Batch, batch_entry
 from metaimplicit.tuning.domains import Box, Domain, Positive
-from metaimplicit.tuning.variables.base import Batch, Variable, example_index, prototype
+from metaimplicit.tuning.variables.base import Variable, example_index, prototype
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,21 @@ class ExampleWeights(Variable):
             ValueError: The batch has no `"index"`.
             IndexError: A number is negative, or `count` or more.
         """
-        index = example_index(self, batch)
-        # A negative number would count from the end; `count` is out of range.
-        index = torch.where(index < 0, self.count, index)
-        return meta["example_weights"][index]
+        # `index_select` refuses a negative number, which an index would count from the end.
+        return meta["example_weights"].index_select(0, example_index(self, batch))
 
 
 @dataclass(frozen=True)
 class ClassWeights(Variable):
     """A weight for each class: wᵢ = `meta["class_weights"][yᵢ]` > 0.
+
+    An example with several labels has the weight of each label's class at its loss. Targets that
+    are real numbers are read as follows:
+
+    - Soft labels, `[m, classes]` with one loss an example, as of mixup: wᵢ = Σ_c y_ic w_c.
+    - Multi-label targets, `[m, classes]` with one loss for each class, as of binary cross-entropy:
+      the loss of class c has the weight w_c.
+    - One number between 0 and 1 for each loss, with two classes: w = (1 − y) w₀ + y w₁.
 
     Args:
         classes: The number of classes.
@@ -76,6 +83,8 @@ class ClassWeights(Variable):
     classes: int
     start: float = 1.0
 
+    weighs_labels = True
+
     def meta(self, params: Params) -> Params:
         """`{"class_weights": [classes]}`."""
         return {"class_weights": prototype(params).new_full((self.classes,), self.start)}
@@ -85,8 +94,31 @@ class ClassWeights(Variable):
         return {"class_weights": Positive()}
 
     def weights(self, meta: Params, losses: Tensor, batch: Batch) -> Tensor:
-        """wᵢ, `[m]`, by the targets of the batch, int64 `[m]`."""
-        return meta["class_weights"][batch["targets"]]
+        """wᵢ, shaped as the losses.
+
+        Raises:
+            ValueError: The targets say no class for each loss.
+            IndexError: A label that counts is negative, or `classes` or more.
+        """
+        weights = meta["class_weights"]
+        targets = _target_tensor(self, batch)
+        has_classes = targets.dim() > 1 and targets.shape[1] == self.classes
+        one_each = targets.numel() == losses.numel()
+        if not targets.is_floating_point() and one_each:
+            labels = _counted_labels(targets, batch).flatten()
+            return weights.index_select(0, labels).reshape(losses.shape)
+        if targets.is_floating_point() and has_classes and one_each:
+            weights = weights.reshape(-1, *[1] * (targets.dim() - 2))
+            return weights.expand_as(targets).reshape(losses.shape)
+        if targets.is_floating_point() and has_classes:
+            return (targets.movedim(1, -1).to(weights) @ weights).reshape(losses.shape)
+        if targets.is_floating_point() and one_each and self.classes == 2:
+            return torch.lerp(weights[0], weights[1], targets.to(weights)).reshape(losses.shape)
+        raise ValueError(
+            f"ClassWeights: got targets {tuple(targets.shape)} of {targets.dtype} for losses "
+            f"{tuple(losses.shape)}, expected the number of a class for each loss, or scores "
+            f"[m, {self.classes}] of the classes"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,8 +129,9 @@ class WeightNetwork(Variable):
 
     Args:
         hidden: The width of the hidden layer.
-        classes: The number of classes. If given, V sees the example's class, too, one-hot. If None,
-            it sees the loss alone.
+        classes: The number of classes. If given, V sees the example's class, too, one-hot, or its
+            scores of the classes, `[m, classes]`. Where an example has several labels, it sees the
+            mean over those that count. If None, it sees the loss alone.
         seed: Of the hidden layer's weights to start from.
 
     Example:
@@ -129,7 +162,47 @@ class WeightNetwork(Variable):
         """wᵢ in (0, 2), `[m]`."""
         features = losses[:, None]
         if self.classes is not None:
-            one_hot = nn.functional.one_hot(batch["targets"].long(), self.classes)
-            features = torch.cat([features, one_hot.to(features)], 1)
+            features = torch.cat([features, self._scores(batch, features)], 1)
         hidden = torch.relu(features @ meta["weight_network.in"].T + meta["weight_network.bias"])
         return 2 * torch.sigmoid(hidden @ meta["weight_network.out"] + meta["weight_network.shift"])
+
+    def _scores(self, batch: Batch, like: Tensor) -> Tensor:
+        """The example's class, one-hot, or its scores of the classes, `[m, classes]`."""
+        assert self.classes is not None
+        targets = _target_tensor(self, batch)
+        if targets.dim() > 1 and targets.is_floating_point():
+            if targets.shape[1] != self.classes:
+                raise ValueError(
+                    f"WeightNetwork: got targets {tuple(targets.shape)}, expected scores "
+                    f"[m, {self.classes}] of the classes, or their numbers"
+                )
+            scores = targets.to(like)
+            return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
+        one_hot = nn.functional.one_hot(_counted_labels(targets, batch), self.classes).to(like)
+        counted = batch.get("counted")
+        if counted is not None:
+            one_hot = one_hot * counted.reshape(targets.shape).unsqueeze(-1)
+        if targets.dim() == 1:
+            return one_hot
+        total = one_hot.flatten(1, -2).sum(1)
+        return total / total.sum(1, keepdim=True).clamp(min=1)
+
+
+def _target_tensor(variable: Variable, batch: Batch) -> Tensor:
+    targets = batch_entry(batch, "targets")
+    if isinstance(targets, Tensor):
+        return targets
+    raise ValueError(
+        f"{type(variable).__name__}: got targets that are a {type(targets).__name__}, expected one "
+        "tensor, which says the classes"
+    )
+
+
+def _counted_labels(targets: Tensor, batch: Batch) -> Tensor:
+    """The numbers of classes, int64, with 0 for what does not count, such as the label −100."""
+    labels = targets if targets.dtype == torch.int64 else targets.long()
+    counted = batch.get("counted")
+    if counted is None:
+        return labels
+    # A label that does not count says nothing; 0 is valid, and its loss is 0.
+    return torch.where(counted.reshape(labels.shape), labels, 0)

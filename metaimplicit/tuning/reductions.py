@@ -1,0 +1,49 @@
+"""The two ways in which a loss is called: with its own reduction, and with none."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+Loss = Callable[..., Any]
+
+
+def split_reductions(loss: Loss) -> tuple[Loss, Loss | None]:
+    """The loss with its own reduction, and with none, or None if it has no such argument.
+
+    Example:
+        >>> whole, unreduced = split_reductions(nn.MSELoss(reduction="sum"))
+        >>> whole.reduction, unreduced.reduction
+        ('sum', 'none')
+        >>> split_reductions(lambda outputs, targets: outputs.mean())[1] is None
+        True
+    """
+    own = getattr(loss, "reduction", None)
+    if isinstance(own, str):
+        unreduced = _with_attribute(loss, "none")
+        return (_with_attribute(loss, "mean") if own == "none" else loss), unreduced
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a function without a signature, as compiled ones are
+        return partial(loss, reduction="mean"), partial(loss, reduction="none")
+    parameter = parameters.get("reduction")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if parameter is None and (isinstance(loss, nn.Module) or not takes_any):
+        return loss, None
+    default = None if parameter is None else parameter.default
+    has_own = isinstance(default, str) and default != "none"
+    whole = loss if has_own else partial(loss, reduction="mean")
+    return whole, partial(loss, reduction="none")
+
+
+def _with_attribute(loss: Loss, reduction: str) -> Loss:
+    """A shallow copy, which shares parameters and buffers."""
+    changed: Any = copy.copy(loss)
+    changed.reduction = reduction
+    return changed  # type: ignore[no-any-return]
