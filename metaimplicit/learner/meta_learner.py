@@ -115,6 +115,7 @@ class MetaLearner(nn.Module):
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self._trainable = set(trainable)
+        self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
         self._classes: int | None = None  # the width of the model's outputs, once it is needed
 
         self.inner, self.penalty, logs = make_learnable(
@@ -139,6 +140,7 @@ class MetaLearner(nn.Module):
             adapted=self.adapted,
             penalty=self.penalty,
             model=self.model,
+            checked=self._checked.setdefault(id(self.loss), {}),
         )
 
     @property

@@ -24,6 +24,7 @@ def few_shot_problem(
     adapted: Sequence[str],
     penalty: Proximal | None,
     model: nn.Module,
+    checked: dict[Any, Any] | None = None,
 ) -> BilevelProblem:
     """min_φ loss(outputs_{θ*}(query)), θ* = argmin_θ loss(outputs_θ(support)) + penalty(θ, φ).
 
@@ -37,6 +38,7 @@ def few_shot_problem(
             their names.
         penalty: The proximal term. If None, there is none.
         model: The module that `call` calls, for curvature that looks into layers.
+        checked: As in `Composite`, for a learner that builds this problem for every batch.
 
     Example:
         >>> problem = few_shot_problem(
@@ -66,7 +68,13 @@ def few_shot_problem(
         outputs = call(params, meta, query.inputs)
         return loss(outputs, query.targets), outputs
 
-    inner_loss = Composite(support_outputs, support_loss, penalty=penalty, module=model)
+    inner_loss = Composite(
+        support_outputs,
+        support_loss,
+        penalty=penalty,
+        module=model,
+        checked={} if checked is None else checked,
+    )
     return BilevelProblem(init, inner_loss, query_loss)
 
 
