@@ -20,6 +20,7 @@ from metaimplicit.operators.output_loss import (
     Checked,
     OutputLoss,
     cut_before_log_softmax,
+    output_gradient,
     widen,
 )
 from metaimplicit.params import Params, unflatten
@@ -111,7 +112,7 @@ class GGN(RetainedGraphCurvature):
         Args:
             steps: The number of power iterations for each end of the spectrum.
         """
-        z, slope = self._output_gradient_in_double()
+        z, slope = output_gradient(self._loss, widen(self._loss, self._outputs))
         if not slope.requires_grad:  # a linear loss
             return
 
@@ -147,13 +148,6 @@ class GGN(RetainedGraphCurvature):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def _output_gradient_in_double(self) -> tuple[Tensor, Tensor]:
-        """The outputs as a leaf, and ∂ℓ/∂z there with its graph."""
-        z = widen(self._loss, self._outputs).requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
-        return z, slope
 
     def _product(self, vector: Params, batched: bool) -> Tensor:
         # Jv: the gradient is Jᵀr at r = ∂ℓ/∂z, so its derivative in r, pulled back from v, is Jv.

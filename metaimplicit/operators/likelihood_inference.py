@@ -15,8 +15,10 @@ from metaimplicit.operators.likelihood import (
 )
 from metaimplicit.operators.output_loss import (
     Checked,
+    NoSecondDerivativeError,
     OutputLoss,
     cut_before_log_softmax,
+    output_gradient,
     output_hessian_product,
     random_outputs,
     widen,
@@ -134,7 +136,7 @@ def loss_scores(
     slope = None
     if expectation == "empirical":
         otherwise = "mean"
-        slope, _ = output_hessian_product(loss, z, z)
+        slope = output_gradient(loss, z)[1].detach()
     inferred = infer_likelihood(
         loss, z, owner=owner, likelihood=likelihood, checked=checked, otherwise=otherwise
     )
@@ -158,22 +160,38 @@ def _weights(family: Family, loss: OutputLoss, z: Tensor) -> Tensor:
 
 
 class _Evidence(NamedTuple):
-    """What a loss does at some outputs z: ∂ℓ/∂z, and (∂²ℓ/∂z²) v."""
+    """What a loss does at some outputs.
+
+    Args:
+        z: The outputs.
+        vector: v.
+        slope: ∂ℓ/∂z.
+        product: (∂²ℓ/∂z²) v.
+        slack: By how much the product may differ from wF v, as a part of w‖v‖.
+    """
 
     z: Tensor
     vector: Tensor
     slope: Tensor
     product: Tensor
+    slack: float
 
 
 def _find_family(loss: OutputLoss, z: Tensor, likelihood: Likelihood | None) -> Family | None:
     """The first family that has the Hessian of the loss as a multiple of its Fisher matrix."""
     z = widen(loss, z)
+    with torch.no_grad():
+        eps = max(torch.finfo(x.dtype).eps for x in (z, loss(z)))
+    tol = eps**0.5
+    # Torch's softplus drops e⁻²⁰ far from zero, where a model's own outputs may be.
+    points = ((random_outputs(z, 1), 100 * eps), (random_outputs(z, 2), 100 * eps), (z, tol))
     evidence = []
-    for seed, at in enumerate((random_outputs(z, 1), random_outputs(z, 2), z)):
-        vector = random_outputs(z, 3 + seed)
-        evidence.append(_Evidence(at, vector, *output_hessian_product(loss, at, vector)))
-
+    try:
+        for seed, (at, slack) in enumerate(points):
+            v = random_outputs(z, 3 + seed)
+            evidence.append(_Evidence(at, v, *output_hessian_product(loss, at, v), slack))
+    except NoSecondDerivativeError:
+        return None
     if not all(bool(seen.product.isfinite().all()) for seen in evidence[:2]):
         return None  # The loss is no function of logits or means, which may be any numbers.
 
@@ -181,22 +199,19 @@ def _find_family(loss: OutputLoss, z: Tensor, likelihood: Likelihood | None) -> 
     families = [Family(name) for name in names]
     if "softmax" in names:  # The classes may be on any axis after that of the examples.
         families += [Family("softmax", axis) for axis in range(2 - z.dim(), -1)]
-    with torch.no_grad():
-        eps = max(torch.finfo(x.dtype).eps for x in (z, loss(z)))
     for family in families:
         weights = _weights(family, loss, evidence[0].z)
-        if all(_explains(family, weights, seen, eps) for seen in evidence):
+        if all(_explains(family, weights, seen, tol) for seen in evidence):
             return family
     return None
 
 
-def _explains(family: Family, weights: Tensor, seen: _Evidence, eps: float) -> bool:
+def _explains(family: Family, weights: Tensor, seen: _Evidence, tol: float) -> bool:
     """Whether ∂²ℓ/∂z² = wF at some outputs, as far as one product can tell."""
 
     def norm(x: Tensor) -> Tensor:
         return family.sum(x.square()).sqrt()
 
-    tol = eps**0.5
     largest = weights.max()
     if bool((weights < -tol * largest.abs()).any()):
         return False
@@ -207,8 +222,7 @@ def _explains(family: Family, weights: Tensor, seen: _Evidence, eps: float) -> b
 
     expected = weights * family.fisher_product(family.mean(seen.z), seen.vector)
     error = norm(seen.product - expected)
-    roundoff = 100 * eps * largest * norm(seen.vector)
-    fits = error <= tol * norm(expected) + roundoff
+    fits = error <= tol * norm(expected) + seen.slack * largest * norm(seen.vector)
     # Outputs at which the loss is not finite say nothing.
     is_unknown = ~norm(seen.slope).isfinite()
     return bool((fits | is_unknown).all())
@@ -216,5 +230,4 @@ def _explains(family: Family, weights: Tensor, seen: _Evidence, eps: float) -> b
 
 def _is_finite(loss: OutputLoss, z: Tensor) -> bool:
     """Whether the slope of a loss is finite."""
-    slope, _ = output_hessian_product(loss, z, z)
-    return bool(slope.isfinite().all())
+    return bool(output_gradient(loss, z)[1].isfinite().all())

@@ -15,6 +15,24 @@ OutputLoss = Callable[[Tensor], Tensor]  # ℓ(z), [tasks, …] -> [tasks]
 Checked = dict[Any, Any]  # what earlier checks of a loss have found, by the shape of the outputs
 
 
+class NoSecondDerivativeError(ValueError):
+    """A loss has no second derivative in the outputs, as torch's margin losses have none."""
+
+
+def output_gradient(loss: OutputLoss, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Z as a leaf, and ∂ℓ/∂z there with its graph, both `[tasks, …]`.
+
+    Example:
+        >>> z, slope = output_gradient(lambda z: z.pow(3).sum(1), torch.tensor([[1.0, 2.0]]))
+        >>> slope.detach()
+        tensor([[ 3., 12.]])
+    """
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(z).sum(), z, create_graph=True)
+    return z, slope
+
+
 def output_hessian_product(loss: OutputLoss, z: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     """∂ℓ/∂z and (∂²ℓ/∂z²) v, without a graph, both in the shape of z.
 
@@ -23,18 +41,27 @@ def output_hessian_product(loss: OutputLoss, z: Tensor, vector: Tensor) -> tuple
         z: The outputs at which the derivatives are taken, `[tasks, …]`.
         vector: v, in the shape of z.
 
+    Raises:
+        NoSecondDerivativeError: The loss has no second derivative.
+
     Example:
         >>> z = torch.tensor([[1.0, 2.0]])
         >>> output_hessian_product(lambda z: z.pow(3).sum(1), z, torch.ones(1, 2))
         (tensor([[ 3., 12.]]), tensor([[ 6., 12.]]))
     """
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(z).sum(), z, create_graph=True)
-        product = None
-        if slope.requires_grad:
+    z, slope = output_gradient(loss, z)
+    product = None
+    if slope.requires_grad:
+        try:
             (product,) = torch.autograd.grad(slope, z, vector, allow_unused=True)
-    return slope.detach(), torch.zeros_like(z) if product is None else product
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise NoSecondDerivativeError(
+                f"loss: it has no second derivative in the outputs ({error}); write it with other "
+                "operations, or use 'first-order'"
+            ) from error
+    return slope.detach(), torch.zeros_like(slope) if product is None else product
 
 
 def widen(loss: OutputLoss, z: Tensor) -> Tensor:
@@ -91,8 +118,8 @@ def cut_before_log_softmax(loss: OutputLoss, z: Tensor, checked: Checked) -> Cut
     Args:
         loss: ℓ, `[tasks, …] -> [tasks]`.
         z: The outputs of the model, `[tasks, …]`, without a graph.
-        checked: What earlier checks of this loss have found. A loss that has curvature is not
-            checked again for outputs of the same shape.
+        checked: What earlier checks of this loss have found. The cut is chosen once for outputs of
+            one shape.
 
     Example:
         >>> log_p = torch.tensor([[[0.2, 0.8]]]).log()
@@ -101,17 +128,16 @@ def cut_before_log_softmax(loss: OutputLoss, z: Tensor, checked: Checked) -> Cut
         >>> product.squeeze(), cut.is_linear  # p₁p₂ = 0.16
         (tensor([ 0.1600, -0.1600]), False)
     """
-    key = ("has curvature", z.shape, z.dtype)
-    if checked.get(key):
-        return Cut(loss, is_linear=False)
-    if not _is_linear(loss, z):
-        checked[key] = True
-        return Cut(loss, is_linear=False)
-
-    slope, _ = output_hessian_product(loss, z, torch.ones_like(z))
-    axis = _class_axis(z, slope)
+    key = ("class axis", z.shape, z.dtype)
+    axis = checked.get(key)
+    if key not in checked:
+        if _is_linear(loss, z):
+            axis = _class_axis(z, output_gradient(loss, z)[1].detach())
+            if axis is None or _is_linear(lambda z: loss(z.log_softmax(axis)), z):
+                return Cut(loss, is_linear=True)
+        checked[key] = axis
     if axis is None:
-        return Cut(loss, is_linear=True)
+        return Cut(loss, is_linear=False)
     return Cut(lambda z: loss(z.log_softmax(axis)), is_linear=False)
 
 
@@ -122,7 +148,10 @@ def _is_linear(loss: OutputLoss, z: Tensor) -> bool:
     for seed in range(2):
         vector = random_outputs(z, seed) + 1
         at = z if seed == 0 else random_outputs(z, seed)
-        slope, product = output_hessian_product(loss, at, vector)
+        try:
+            slope, product = output_hessian_product(loss, at, vector)
+        except NoSecondDerivativeError:
+            return False
         if not bool(product.norm() <= roundoff * slope.norm()):
             return False
     return True
