@@ -100,11 +100,13 @@ def is_killed(mutant: Mutant, tree: Path, workers: int) -> bool:
     target.write_text(mutant.source())
     # The tests of the mutated package run first, because they are the likeliest to fail.
     near = tree / "tests" / mutant.path.parent.name
-    stages = ([str(near)] if near.is_dir() else [], ["tests"])
+    stages = [["tests", "-m", "not slow"], ["tests", "-m", "slow"]]
+    if near.is_dir():
+        stages.insert(0, [str(near)])
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        for paths in filter(None, stages):
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", str(workers), *paths]
+        for stage in stages:
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", str(workers), *stage]
             command += ["-p", "no:cacheprovider", "--ignore=tests/test_architecture.py"]
             run = subprocess.run(
                 command, cwd=tree, env=environment, capture_output=True, timeout=TIME_LIMIT

@@ -77,10 +77,12 @@ def with_options(value: Value, values: dict[str, Any]) -> Value:
         >>> method.solver.rank, method.damping
         (20, 0.1)
     """
+    if not values:
+        return value
     known = options_of(value)
-    for name, new in values.items():
-        value = _replace_at(value, known[name].path, new)
-    return value
+    changes = {known[name].path: new for name, new in values.items()}
+    changed: Value = _replace_at(value, changes)
+    return changed
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Iterator[Option]:
@@ -125,8 +127,10 @@ def _help(kind: type, name: str) -> str:
     return ""
 
 
-def _replace_at(value: Any, path: tuple[str, ...], new: Any) -> Any:
-    name, *rest = path
-    if rest:
-        new = _replace_at(getattr(value, name), tuple(rest), new)
-    return replace(value, **{name: new})
+def _replace_at(value: Any, changes: dict[tuple[str, ...], Any]) -> Any:
+    """A copy with other values at some paths, all set at once so that they are checked together."""
+    fields_here = {path[0]: new for path, new in changes.items() if len(path) == 1}
+    for first in {path[0] for path in changes if len(path) > 1}:
+        deeper = {path[1:]: new for path, new in changes.items() if path[0] == first}
+        fields_here[first] = _replace_at(getattr(value, first), deeper)
+    return replace(value, **fields_here)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ from metaimplicit.operators import (
     Products,
     central_difference,
     find_curvature,
+    invertible_curvatures,
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers import ADVICE, CG, Solution, Solver, SolverState
 
-Curvature = Literal["hessian", "gauss-newton", "kfac", "ekfac", "diagonal"] | CurvatureClass
+Curvature = str | CurvatureClass  # a key of `CURVATURES`, or a class
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Implicit(Method):
     solver: Solver = field(default_factory=CG)
     curvature: Curvature | None = None
     damping: float = 0.0
-    preconditioner: Literal["kfac", "ekfac", "diagonal"] | CurvatureClass | None = None
+    preconditioner: Curvature | None = None
     products: Products = "double-backward"
     batch: Any = field(default=UNSET, repr=False)
     strict: bool = False
@@ -97,9 +98,10 @@ class Implicit(Method):
         if self.preconditioner is not None:
             kind, _ = find_curvature(self.preconditioner, argument="preconditioner")
             if not issubclass(kind, Invertible):
+                known = ", ".join(invertible_curvatures())
                 raise ValueError(
-                    f"preconditioner: got {self.preconditioner!r}, expected 'kfac', "
-                    "'ekfac', 'diagonal' or a partial KroneckerFactored"
+                    f"preconditioner: got {self.preconditioner!r}, expected one of {known}, or a "
+                    "class of curvature that knows its inverse"
                 )
         if self.products not in get_args(Products):
             known = ", ".join(get_args(Products))

@@ -67,6 +67,16 @@ def find_curvature(
     return value, options
 
 
+def invertible_curvatures() -> list[str]:
+    """The flags of the curvatures that know their inverse, so that they can precondition.
+
+    Example:
+        >>> invertible_curvatures()
+        ['kfac', 'ekfac', 'diagonal']
+    """
+    return [flag for flag in CURVATURES if issubclass(find_curvature(flag)[0], Invertible)]
+
+
 __all__ = [
     "CURVATURES",
     "GGN",
@@ -87,4 +97,5 @@ __all__ = [
     "Sum",
     "central_difference",
     "find_curvature",
+    "invertible_curvatures",
 ]

@@ -108,8 +108,7 @@ class Curvature(LinearOperator):
         operator = cls.from_loss(parts, **options)
         if not isinstance(operator, Invertible):
             raise ValueError(
-                f"preconditioner: got {cls.__name__}, expected K-FAC, EKFAC or a diagonal, "
-                "which know their inverse"
+                f"preconditioner: got {cls.__name__}, expected a curvature that knows its inverse"
             )
         return operator
 

@@ -100,7 +100,7 @@ def reject_flags_of_others(args: list[str], method: str, inner: str) -> None:
 
 
 def describe_other_methods(method: str) -> str:
-    """The flags of all methods but one, a line for each method that has any.
+    """What all methods but one do, with their flags, a line for each.
 
     The flags that all implicit methods share have a line of their own.
     """
@@ -109,8 +109,8 @@ def describe_other_methods(method: str) -> str:
     for other in METHODS:
         options = method_flags(other).options
         flags = [_flag(name, option) for name, option in options.items() if name not in shared]
-        if flags and other != method:
-            lines.append(f"- {other}: {' '.join(flags)}")
+        if other != method:
+            lines.append(f"- {other}: {' '.join(flags) or 'no option'}")
     switches = " ".join(f"--{name}" for name in shared)
     return "\n".join([*lines, f"- all implicit methods: {switches}"])
 

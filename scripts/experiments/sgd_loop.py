@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tasks
 from metaimplicit import FromMeta, GradientDescent, hypergradient
@@ -111,6 +111,7 @@ def peak_of_loop(problem: TuningProblem, data: Data, method: str, *, steps: int)
 def live_tensor_bytes() -> int:
     """The bytes of the storages of all tensors that Python's garbage collector tracks."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    # A tensor of another type may have no memory, as those that torch's compiler traces with.
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

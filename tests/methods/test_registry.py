@@ -3,7 +3,7 @@
 import pytest
 
 from metaimplicit import METHODS, Implicit, Nystrom
-from metaimplicit.methods import known_options, make_method, methods_with
+from metaimplicit.methods import known_options, make_method, methods_with, with_options
 
 
 @pytest.mark.parametrize("flag", METHODS)
@@ -34,3 +34,10 @@ def test_an_option_out_of_range_is_refused():
 
 def test_known_options_drops_those_that_the_method_does_not_have_and_those_that_are_none():
     assert known_options("nystrom", rank=4, solver_steps=2, rho=None) == {"rank": 4}
+
+
+def test_options_are_set_together_and_then_checked():
+    """One of these two alone would be refused."""
+    method = Implicit(curvature="gauss-newton")
+    changed = with_options(method, {"products": "finite-differences", "curvature": "hessian"})
+    assert (changed.products, changed.curvature) == ("finite-differences", "hessian")

@@ -197,7 +197,7 @@ def test_a_preconditioner_needs_an_inverse():
     parts = parts_of("cross-entropy")
     core = GGN.from_loss(parts)
     assert isinstance(Diagonal.preconditioner(core, parts), Diagonal)
-    with pytest.raises(ValueError, match="preconditioner: got GGN, expected K-FAC"):
+    with pytest.raises(ValueError, match="preconditioner: got GGN, expected a curvature"):
         GGN.preconditioner(core, parts)
 
 

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from oracles import Matrix, randn, relative_error, symmetric
+from solver_cases import SOLVERS
 
 from metaimplicit import CG, Dense, Neumann, Nystrom
-from metaimplicit.solvers import MINRES, Auto, Lanczos, NystromCG, Status
+from metaimplicit.solvers import (
+    MINRES,
+    Auto,
+    Factored,
+    Lanczos,
+    NystromCG,
+    OneStep,
+    Richardson,
+    Status,
+)
 
 DEFINITE = torch.linspace(1, 10, 12).unsqueeze(0)
 INDEFINITE = torch.linspace(-4, 5, 12).unsqueeze(0)
@@ -42,6 +52,14 @@ CASES = {  # a solver, and its status on each of the systems
     "nystrom, streamed": (Nystrom(**SKETCH, chunk=2), LOW_RANK),
     "nystrom-cg": (NystromCG(**SKETCH, **LIMITS), DEFINITE_ONLY),
 }
+
+# `Factored` needs an operator that it can invert. The others take a step or two of a loop.
+TESTED_ELSEWHERE = {Factored, OneStep, Richardson}
+
+
+def test_every_solver_has_a_row():
+    rows = {type(solver) for solver, _ in CASES.values()}
+    assert {type(solver) for solver in SOLVERS.values()} == rows | TESTED_ELSEWHERE
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
