@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -153,6 +153,8 @@ class Composite:
         weights: `(meta, losses, data) -> [m]`. If given, `loss` returns one loss for each of the
             m examples, and the first term of f is (1/m) Σᵢ wᵢ ℓᵢ. The `losses` that `weights`
             receives are detached (Shu et al. 2019), so w depends on φ alone.
+        checked: What a curvature has found out about `loss`, so that it looks once. Objects that
+            are built again and again for one loss share one dict.
 
     Example:
         >>> fit = Composite(
@@ -169,6 +171,7 @@ class Composite:
     penalty: Callable[[Params, Params], Tensor] | None = None
     module: nn.Module | None = None
     weights: Callable[[Params, Tensor, Any], Tensor] | None = None
+    checked: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, params: Params, meta: Params, data: Any) -> Tensor:
         """The inner loss at `params`, a scalar."""

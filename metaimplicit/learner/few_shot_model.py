@@ -71,6 +71,7 @@ class FewShotModel(nn.Module):
         self.penalty = learnable.penalty
         self.vectorize = vectorize
         self.chunk_size = chunk_size
+        self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
         self._of_model = [name for name, p in model.named_parameters() if p.requires_grad]
 
         of_model: Params = dict(model.named_parameters())
@@ -94,6 +95,7 @@ class FewShotModel(nn.Module):
             adapted=self.adapted,
             penalty=self.penalty,
             model=self.model,
+            checked=self._checked.setdefault(id(self.loss), {}),
         )
 
     @property

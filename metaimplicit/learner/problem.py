@@ -36,6 +36,7 @@ def few_shot_problem(
     adapted: Sequence[str],
     penalty: Proximal | None,
     model: nn.Module,
+    checked: dict[Any, Any] | None = None,
 ) -> BilevelProblem:
     """min_φ ℓ'(outputs_{θ*}(query)), θ* = argmin_θ ℓ(outputs_θ(support)) + penalty(θ, φ).
 
@@ -50,6 +51,7 @@ def few_shot_problem(
             their names.
         penalty: The proximal term. If None, there is none.
         model: The module that `call` calls, for curvature that looks into layers.
+        checked: As in `Composite`, for a learner that builds this problem for every batch.
 
     Example:
         >>> mse = MetaLoss(nn.functional.mse_loss, "loss")
@@ -82,7 +84,13 @@ def few_shot_problem(
         outputs = call(params, meta, query.inputs)
         return query_loss(meta, outputs, query.targets), outputs
 
-    inner_loss = SupportLoss(support_outputs, support_loss, penalty=penalty, module=model)
+    inner_loss = SupportLoss(
+        support_outputs,
+        support_loss,
+        penalty=penalty,
+        module=model,
+        checked={} if checked is None else checked,
+    )
     return BilevelProblem(init, inner_loss, outer_loss)
 
 

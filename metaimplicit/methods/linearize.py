@@ -133,9 +133,10 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         params,
         outputs=reject_random_numbers(lambda p: problem.outputs(f, p, meta, data)),
         loss=lambda z: problem.output_loss(f, z, meta, data),
-        weighted=f.weights is not None,
         module=f.module,
         apply_model=apply_model,
+        # Weights may depend on the losses, so what is true of one batch may not be of another.
+        checked=f.checked if f.weights is None else {},
     )
 
 

@@ -14,7 +14,7 @@ from metaimplicit.operators.base import (
 )
 from metaimplicit.operators.curvature import Curvature, LossParts
 from metaimplicit.operators.diagonal import Diagonal
-from metaimplicit.operators.fisher import Expectation, Fisher, Likelihood
+from metaimplicit.operators.fisher import Fisher
 from metaimplicit.operators.gauss_newton import GGN
 from metaimplicit.operators.hessian import (
     Hessian,
@@ -22,6 +22,7 @@ from metaimplicit.operators.hessian import (
     central_difference,
 )
 from metaimplicit.operators.kronecker import KroneckerFactored
+from metaimplicit.operators.likelihood import Expectation, Likelihood
 
 CurvatureClass = type[Curvature] | partial[Any]  # a class, or a class with some of its options
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from metaimplicit.operators.base import Invertible, LinearOperator
+from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.params import Params, flatten, leaves
 
 Operator = TypeVar("Operator", bound="Curvature")
@@ -24,10 +25,11 @@ class LossParts:
         params: The point θ, `{name: [tasks, *shape]}`.
         outputs: z(θ), `{name: [tasks, *shape]} -> [tasks, …]`. For a loss without parts, the loss.
         loss: ℓ(z), `[tasks, …] -> [tasks]`. For a loss without parts, the identity.
-        weighted: Whether the loss weighs its examples.
         module: The model whose layers are seen, if there is one.
         apply_model: Lifts a function of one task's model over the task axis: `(function, params)`,
             where `function(call, params)` receives the model as `call(params) -> outputs`.
+        checked: What earlier checks of the loss have found. Whoever evaluates one loss again and
+            again hands in one dict.
 
     Example:
         >>> parts = LossParts(
@@ -41,10 +43,10 @@ class LossParts:
 
     params: Params
     outputs: Callable[[Params], Tensor]
-    loss: Callable[[Tensor], Tensor]
-    weighted: bool = False
+    loss: OutputLoss
     module: nn.Module | None = None
     apply_model: Callable[[Callable[..., Any], Params], Any] | None = None
+    checked: Checked = field(default_factory=dict)
 
     def total(self, params: Params) -> Tensor:
         """ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`."""
@@ -166,6 +168,45 @@ class RetainedGraphCurvature(Curvature):
         self.gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
+def vjp(
+    outputs: Params,
+    inputs: Params,
+    vectors: Params,
+    *,
+    batched: bool = False,
+) -> Params:
+    """(∂outputs/∂inputs)ᵀ vectors by input. It is zero for inputs that nothing connects.
+
+    Args:
+        outputs: Tensors with their graph, `{name: [tasks, …]}`. The graph is retained.
+        inputs: Tensors in that graph, `{name: [tasks, *shape]}`.
+        vectors: One for each output, of its shape.
+        batched: Whether each vector leads with an axis of k vectors. So does the result then.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> vjp({"square": x.square()}, {"x": x}, {"square": torch.ones(1, 2)})
+        {'x': tensor([[2., 4.]])}
+    """
+    connected = [name for name, output in outputs.items() if output.requires_grad]
+    products: Sequence[Tensor | None] = [None] * len(inputs)
+    if connected:
+        products = torch.autograd.grad(
+            [outputs[name] for name in connected],
+            list(inputs.values()),
+            [vectors[name] for name in connected],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    lead = next(iter(vectors.values())).shape[:1] if batched else ()
+    pairs = zip(inputs.items(), products, strict=True)
+    return {
+        name: x.new_zeros(*lead, *x.shape) if product is None else product
+        for (name, x), product in pairs
+    }
+
+
 def flat_vjp(
     outputs: Params,
     inputs: Params,
@@ -173,36 +214,12 @@ def flat_vjp(
     *,
     batched: bool = False,
 ) -> Tensor:
-    """(∂outputs/∂inputs)ᵀ vectors, `[tasks, n]`. It is zero for inputs that nothing connects.
-
-    Args:
-        outputs: Tensors with their graph, `{name: [tasks, …]}`. The graph is retained.
-        inputs: Tensors in that graph, `{name: [tasks, *shape]}`, n numbers for each task.
-        vectors: One for each output, of its shape.
-        batched: Whether each vector leads with an axis of k vectors. So does the result then,
-            `[k, tasks, n]`.
+    """The same as `vjp`, as one vector for each task, `[tasks, n]`, or `[k, tasks, n]`.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
         >>> flat_vjp({"square": x.square()}, {"x": x}, {"square": torch.ones(1, 2)})
         tensor([[2., 4.]])
     """
-    lead = next(iter(vectors.values())).shape[:1] if batched else ()
-    connected = [name for name, output in outputs.items() if output.requires_grad]
-    if not connected:
-        flat = flatten(inputs).detach()
-        return flat.new_zeros(*lead, *flat.shape)
-    products = torch.autograd.grad(
-        [outputs[name] for name in connected],
-        list(inputs.values()),
-        [vectors[name] for name in connected],
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
-    pairs = zip(inputs.items(), products, strict=True)
-    filled = {
-        name: x.new_zeros(*lead, *x.shape) if product is None else product
-        for (name, x), product in pairs
-    }
-    return flatten(filled, batch=2 if batched else 1)
+    products = vjp(outputs, inputs, vectors, batched=batched)
+    return flatten(products, batch=2 if batched else 1)

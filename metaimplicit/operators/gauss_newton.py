@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,14 @@ from metaimplicit.operators.curvature import (
     LossParts,
     RetainedGraphCurvature,
     flat_vjp,
+    vjp,
+)
+from metaimplicit.operators.output_loss import (
+    Checked,
+    OutputLoss,
+    cut_before_log_softmax,
+    output_gradient,
+    widen,
 )
 from metaimplicit.params import Params, unflatten
 
@@ -24,11 +33,16 @@ class GGN(RetainedGraphCurvature):
     is convex in z. Jv is the derivative of r ↦ Jᵀr, so every product runs through retained graphs
     and no forward pass is repeated.
 
+    If the loss is linear in z and z are log-probabilities (log-softmax and `nll_loss`), z are the
+    logits instead, see `cut_before_log_softmax`. For any other loss that is linear in z the matrix
+    is zero. If the Hessian is not, a warning says so.
+
     Args:
         outputs: z, `{name: [tasks, *shape]} -> [tasks, …]`, task by task.
         loss: ℓ, `[tasks, …] -> [tasks]`, convex in the outputs (cross-entropy, squared error, …).
             Its Hessian in the outputs is taken by autograd.
         params: The point θ, `{name: [tasks, *shape]}`.
+        checked: What earlier checks of this loss have found. If None, they are made again.
 
     Raises:
         ValueError: The outputs use an operation without a second derivative.
@@ -43,13 +57,24 @@ class GGN(RetainedGraphCurvature):
     semidefinite = True
 
     def __init__(
-        self, outputs: Callable[[Params], Tensor], loss: Callable[[Tensor], Tensor], params: Params
+        self,
+        outputs: Callable[[Params], Tensor],
+        loss: OutputLoss,
+        params: Params,
+        *,
+        checked: Checked | None = None,
     ) -> None:
         super().__init__(params)
         self._outputs = outputs(self.params)
-        self._loss = loss
-        total = loss(self._outputs).sum()
-        (self._slope,) = torch.autograd.grad(total, self._outputs, create_graph=True)  # ∂ℓ/∂z
+        total = loss(self._outputs)
+        cut = cut_before_log_softmax(
+            loss, self._outputs.detach(), {} if checked is None else checked
+        )
+        if cut.loss is not loss:
+            total = cut.loss(self._outputs)
+        self._loss = cut.loss
+        # r = ∂ℓ/∂z
+        (self._slope,) = torch.autograd.grad(total.sum(), self._outputs, create_graph=True)
         if not self._slope.requires_grad:
             # The loss is linear in z. Jᵀr still needs a tensor r to be differentiated at.
             self._slope = self._slope.requires_grad_()
@@ -63,11 +88,13 @@ class GGN(RetainedGraphCurvature):
         )
         self._set_gradient(gradients)
         check_differentiable(gradients)
+        if cut.is_linear:
+            self._warn_of_zero()
 
     @classmethod
     def from_loss(cls, parts: LossParts, **options: Any) -> GGN:
         """The Gauss–Newton matrix of a loss; it has no options."""
-        return cls(parts.outputs, parts.loss, parts.params, **options)
+        return cls(parts.outputs, parts.loss, parts.params, checked=parts.checked, **options)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Jᵀ (∂²ℓ/∂z²) J v, `[tasks, n] -> [tasks, n]`."""
@@ -85,7 +112,7 @@ class GGN(RetainedGraphCurvature):
         Args:
             steps: The number of power iterations for each end of the spectrum.
         """
-        z, slope = self._output_gradient_in_double()
+        z, slope = output_gradient(self._loss, widen(self._loss, self._outputs))
         if not slope.requires_grad:  # a linear loss
             return
 
@@ -109,21 +136,23 @@ class GGN(RetainedGraphCurvature):
                 f"{float(smallest.min()):.2g}), expected one that is; use curvature='hessian'"
             )
 
-    def _output_gradient_in_double(self) -> tuple[Tensor, Tensor]:
-        """The outputs as a leaf, and ∂ℓ/∂z there with its graph."""
-        with torch.enable_grad():
-            try:
-                z = self._outputs.detach().double().requires_grad_()
-                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
-            except RuntimeError:  # the loss holds tensors of another type
-                z = self._outputs.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(self._loss(z).sum(), z, create_graph=True)
-        return z, slope
+    def _warn_of_zero(self) -> None:
+        """Warn if the loss is linear in z and the model is not linear in θ."""
+        # Then the Hessian is ∂(Jᵀr)/∂θ with a constant r, and Gauss–Newton leaves out all of it.
+        direction = {name: torch.ones_like(g) for name, g in self.gradient.items()}
+        if bool((flat_vjp(self.gradient, self.params, direction).abs() > 0).any()):
+            warnings.warn(
+                "Gauss–Newton: the loss is linear in the outputs, so its Gauss–Newton matrix is "
+                "zero, although its Hessian is not; use curvature='hessian' (optim.Newton), or cut "
+                "the model before its last function and let the loss apply that",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _product(self, vector: Params, batched: bool) -> Tensor:
         # Jv: the gradient is Jᵀr at r = ∂ℓ/∂z, so its derivative in r, pulled back from v, is Jv.
         gradient = {name: self.gradient[name] for name in vector}
-        tangent = _vjp_in(self._slope, gradient, vector, batched=batched)
+        tangent = vjp(gradient, {"r": self._slope}, vector, batched=batched)["r"]
         cotangent = self._output_hessian_product(tangent, batched)
         outputs = {"outputs": self._outputs}
         return flat_vjp(outputs, self.params, {"outputs": cotangent}, batched=batched)
@@ -134,18 +163,8 @@ class GGN(RetainedGraphCurvature):
         batched: bool,
     ) -> Tensor:
         """(∂²ℓ/∂z²) ż, in the shape of the outputs (with k vectors first, if `batched`)."""
-        return _vjp_in(self._outputs, {"slope": self._slope}, {"slope": tangent}, batched=batched)
-
-
-def _vjp_in(
-    at: Tensor,
-    outputs: Params,
-    vectors: Params,
-    batched: bool,
-) -> Tensor:
-    """(∂outputs/∂at)ᵀ vectors in the shape of `at`."""
-    flat = flat_vjp(outputs, {"at": at}, vectors, batched=batched)
-    return flat.reshape(*flat.shape[:-1], *at.shape[1:])
+        z = {"z": self._outputs}
+        return vjp({"r": self._slope}, z, {"r": tangent}, batched=batched)["z"]
 
 
 def _power_iteration(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,32 +10,26 @@ from torch import Tensor, nn
 
 from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.curvature import Curvature, LossParts
-from metaimplicit.operators.fisher import (
-    Expectation,
-    Likelihood,
-    output_scores,
-)
 from metaimplicit.operators.hessian import Hessian
-from metaimplicit.operators.layers import (
-    Layers,
-    Lift,
-    is_supported,
-    layer_patches,
-    record_with_probes,
-    second_moments,
-)
+from metaimplicit.operators.kronecker_block import make_block
+from metaimplicit.operators.layers import Layers, is_supported
+from metaimplicit.operators.likelihood import Expectation, Likelihood
+from metaimplicit.operators.likelihood_inference import loss_scores
+from metaimplicit.operators.output_loss import Checked, OutputLoss
+from metaimplicit.operators.probes import Lift, record_with_probes
 from metaimplicit.params import Params, flatten, unflatten
 
-ADVICE = "leave it out by adapt=, or use curvature='gauss-newton'"
+ADVICE = "use curvature='gauss-newton', or choose other parameters by adapt="
 
 
 class KroneckerFactored(Curvature, Invertible):
-    """K-FAC: F ≈ ⊕_layers G ⊗ A, with A = E[ā āᵀ] and G = E[g gᵀ] of each layer.
+    """K-FAC: F ≈ ⊕_layers G ⊗ A, with A = E[ā āᵀ] and G = Σᵢ wᵢ E[gᵢ gᵢᵀ] of each layer.
 
-    Here ā is a layer's input, with a 1 at its end if the bias adapts, and g the gradient in its
-    output (Martens & Grosse 2015). Over m examples with R positions each, A = Σ ā āᵀ/(mR) and
-    G = Σ g gᵀ/m. A linear layer has R = 1. For a convolution the positions are the output pixels,
-    and ā is the patch under one (Grosse & Martens 2016).
+    Here ā is a layer's input, with a 1 at its end if the bias adapts, and g the gradient of
+    −log p(y|z) in its output (Martens & Grosse 2015). The examples have the weights wᵢ of the loss,
+    which are 1/m in a mean over m examples. With R positions in each, A = Σ wᵢ ā āᵀ/(R Σ wᵢ). A
+    linear layer has R = 1. For a convolution the positions are the output pixels, and ā is the
+    patch under one (Grosse & Martens 2016).
 
     If the model couples its examples, as batch-norm does, no example has a gradient of its own.
     Then g is the gradient of the whole set through the outputs of this example.
@@ -46,9 +39,9 @@ class KroneckerFactored(Curvature, Invertible):
             are removed again.
         lift: Runs a function of one task over the task axis: `(function, params)`, where
             `function(call, params)` receives the model as `call(params) -> outputs`.
-        loss: `[tasks, m, d] -> [tasks]`, the mean over examples.
+        loss: `[tasks, m, d] -> [tasks]`, as in `Fisher`, the matrix that is approximated.
         params: The point θ, `{name: [tasks, *shape]}`, by the module's names.
-        likelihood: As in `Fisher`, the matrix that is approximated.
+        likelihood: As in `Fisher`.
         expectation: As in `Fisher`.
         samples: As in `Fisher`.
         generator: As in `Fisher`.
@@ -57,15 +50,18 @@ class KroneckerFactored(Curvature, Invertible):
             (George et al. 2018).
         others: What to do with adapted parameters of any other layer: `"raise"`, or `"zero"`, which
             gives them a zero block.
+        strict: Whether a loss of no such likelihood is refused. If False, the diagonal of ∂²ℓ/∂z²
+            takes the place of F, which is good enough for a preconditioner.
+        checked: As in `Fisher`.
 
     Attributes:
         blocks: The eigenvectors and eigenvalues of G ⊗ A, one block for each layer.
         gradient: ∂ℓ/∂θ with its graph. Only `from_loss` sets it.
 
     Raises:
-        ValueError: A parameter of another kind of layer adapts. A layer is called twice, or not at
-            all, is grouped, or is padded with anything but zeros. The outputs do not have the
-            shape [tasks, m, d].
+        ValueError: The loss is −log p of no such likelihood. A parameter of another kind of layer
+            adapts, or of two layers. A layer is called twice, or not at all, is grouped, or is
+            padded with anything but zeros. The outputs do not have the shape [tasks, m, d].
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -80,7 +76,6 @@ class KroneckerFactored(Curvature, Invertible):
         ...     lift,
         ...     loss=lambda z: 0.5 * z.square().mean((1, 2)),
         ...     params={"weight": torch.ones(1, 1, 2)},
-        ...     likelihood="gaussian",
         ... )
         >>> torch.allclose(kfac.matvec(torch.ones(1, 2)), torch.tensor([[0.5, 2.0]]))  # G = 1
         True
@@ -92,15 +87,17 @@ class KroneckerFactored(Curvature, Invertible):
         self,
         module: nn.Module,
         lift: Lift,
-        loss: Callable[[Tensor], Tensor],
+        loss: OutputLoss,
         params: Params,
         *,
-        likelihood: Likelihood = "softmax",
+        likelihood: Likelihood | None = None,
         expectation: Expectation = "exact",
         samples: int = 1,
         generator: torch.Generator | None = None,
         corrected: bool = False,
         others: Literal["raise", "zero"] = "raise",
+        strict: bool = True,
+        checked: Checked | None = None,
     ) -> None:
         if others not in ("raise", "zero"):
             raise ValueError(f"KFAC others: got {others!r}, expected 'raise' or 'zero'")
@@ -111,31 +108,33 @@ class KroneckerFactored(Curvature, Invertible):
         self.device = first.device
 
         layers = _adapted_layers(module, self.params, others)
-        recording = record_with_probes(layers, lift, self.params, advice=ADVICE)
+        checked = {} if checked is None else checked
+        recording = record_with_probes(layers, lift, self.params, advice=ADVICE, checked=checked)
         if recording.outputs.dim() != 3:
             raise ValueError(
                 f"KFAC: got outputs of shape {tuple(recording.outputs.shape)}, expected "
                 "[tasks, m, d], a row for each example; use curvature='gauss-newton'"
             )
-        z = recording.outputs.detach().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(loss(z).sum(), z)
-        scores = output_scores(
-            z.detach(),
-            slope,
+        scores, weights = loss_scores(
+            loss,
+            recording.outputs.detach(),
+            owner="KFAC",
             likelihood=likelihood,
             expectation=expectation,
+            checked=checked,
+            strict=strict,
             samples=samples,
             generator=generator,
         )
         gradients = recording.output_gradients(scores)
         self.blocks = [
-            _make_block(
+            make_block(
                 name,
                 layer,
                 self.params,
                 inputs=recording.inputs[name],
                 gradients=gradients[name],
+                weights=weights,
                 corrected=corrected,
             )
             for name, layer in layers.items()
@@ -146,7 +145,7 @@ class KroneckerFactored(Curvature, Invertible):
         """The factors of a loss; `options` are the keyword arguments of the constructor.
 
         Raises:
-            ValueError: The loss hides its layers, or weighs its examples.
+            ValueError: The loss hides its layers.
         """
         gradient = Hessian.from_loss(parts).gradient
         operator = cls._factor(parts, **options)
@@ -158,7 +157,7 @@ class KroneckerFactored(Curvature, Invertible):
         cls, core: LinearOperator, parts: LossParts, **options: Any
     ) -> KroneckerFactored:
         """The factors of a loss, without its gradient. It does not look at `core`."""
-        return cls._factor(parts, **options)
+        return cls._factor(parts, **{"strict": False} | options)
 
     @classmethod
     def _factor(cls, parts: LossParts, **options: Any) -> KroneckerFactored:
@@ -166,12 +165,14 @@ class KroneckerFactored(Curvature, Invertible):
             raise ValueError(
                 "KFAC: got an inner loss that hides its layers, expected Composite(…, module=model)"
             )
-        if parts.weighted:
-            raise ValueError(
-                "KFAC: got an inner loss with weights, which it does not see; use 'gauss-newton'"
-            )
-        lift = parts.apply_model
-        return cls(parts.module, lift, loss=parts.loss, params=parts.params, **options)
+        return cls(
+            parts.module,
+            parts.apply_model,
+            loss=parts.loss,
+            params=parts.params,
+            checked=parts.checked,
+            **options,
+        )
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product F v, `[tasks, n] -> [tasks, n]`."""
@@ -196,31 +197,6 @@ class KroneckerFactored(Curvature, Invertible):
         return flatten(product)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """One layer's V ↦ U_G (S ∘ (U_Gᵀ V U_A)) U_Aᵀ, V = [weight, bias] `[tasks, out, in (+ 1)]`.
-
-    The eigenvectors of G ⊗ A are the columns of U_G ⊗ U_A, and S holds the eigenvalues.
-    """
-
-    weight: str
-    bias: str | None
-    left: Tensor  # U_G, [tasks, out, out]
-    right: Tensor  # U_A, [tasks, in (+ 1), in (+ 1)]
-    values: Tensor  # S, [tasks, out, in (+ 1)]
-
-    def apply(self, parts: Params, values: Tensor) -> Params:
-        """The product with the layer's entries of `parts`, with `values` in the place of S."""
-        weight = parts[self.weight]
-        v = weight.flatten(2)
-        if self.bias is not None:
-            v = torch.cat([v, parts[self.bias].unsqueeze(-1)], dim=-1)
-        v = self.left @ (values * (self.left.mT @ v @ self.right)) @ self.right.mT
-        if self.bias is None:
-            return {self.weight: v.reshape(weight.shape)}
-        return {self.weight: v[..., :-1].reshape(weight.shape), self.bias: v[..., -1]}
-
-
 def _adapted_layers(
     module: nn.Module,
     params: Params,
@@ -229,6 +205,13 @@ def _adapted_layers(
     """The linear and convolutional layers whose weights adapt, by name."""
     layers: Layers = {}
     covered = set()
+    names: dict[int, str] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(p), name)
+        if first != name and first in params:
+            raise ValueError(
+                f"KFAC: {first!r} and {name!r} are one parameter of two layers; {ADVICE}"
+            )
     for name, layer in module.named_modules():
         prefix = f"{name}." if name else ""
         if not isinstance(layer, (nn.Linear, nn.Conv2d)) or f"{prefix}weight" not in params:
@@ -247,44 +230,6 @@ def _adapted_layers(
             "adapts; leave it out by adapt=, give it a zero block by others='zero', or use "
             "curvature='gauss-newton'"
         )
+    if not layers:
+        raise ValueError(f"KFAC: no linear or 2-d convolutional layer adapts; {ADVICE}")
     return layers
-
-
-def _make_block(
-    name: str,
-    layer: nn.Linear | nn.Conv2d,
-    params: Params,
-    *,
-    inputs: Tensor,
-    gradients: Tensor,
-    corrected: bool,
-) -> _Block:
-    """A block from the layer's inputs `[tasks, m, …]`, output gradients `[count, tasks, m, …]`."""
-    prefix = f"{name}." if name else ""
-    bias = f"{prefix}bias" if f"{prefix}bias" in params else None
-    examples = inputs.shape[1]
-    a, g = layer_patches(layer, inputs, gradients, bias=bias is not None)
-    input_moment, gradient_moment = second_moments(a, g, examples)
-    input_values, right = torch.linalg.eigh(input_moment)
-    gradient_values, left = torch.linalg.eigh(gradient_moment)
-    if corrected:
-        values = _moments_in_basis(a @ right.unsqueeze(1), g, left) / examples
-    else:
-        # The eigenvalues of G ⊗ A are the products of those of G and A.
-        values = gradient_values.clamp(min=0).unsqueeze(-1) * input_values.clamp(min=0).unsqueeze(
-            -2
-        )
-    return _Block(f"{prefix}weight", bias, left=left, right=right, values=values)
-
-
-def _moments_in_basis(
-    rotated_a: Tensor,
-    g: Tensor,
-    left: Tensor,
-) -> Tensor:
-    """Σ (U_Gᵀ (Σ_r g āᵀ) U_A)² over the draws and examples, `[tasks, out, in (+ 1)]`."""
-    moments = []
-    for draw in g:
-        gradient = torch.einsum("tmro,tmri->tmoi", draw @ left.unsqueeze(1), rotated_a)
-        moments.append(gradient.square().sum(1))
-    return torch.stack(moments).sum(0)

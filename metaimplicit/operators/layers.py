@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaimplicit.params import Params
-
 Layers = dict[str, nn.Linear | nn.Conv2d]  # by name
-Call = Callable[[Params], Tensor]  # the outputs of one task's model
-Lift = Callable[[Callable[[Call, Params], Any], Params], Any]  # a function over the task axis
 
 Result = TypeVar("Result")
 Record = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -83,101 +78,6 @@ def record_layers(
     return result
 
 
-@dataclass(frozen=True)
-class ProbedPass:
-    """A forward pass in which a zero, the probe, was added to the output of each layer.
-
-    The gradient in a probe is the gradient in the layer's output.
-
-    Attributes:
-        outputs: The model's outputs, `[tasks, …]`, with the graph to the probes.
-        inputs: Each layer's input, `{layer: [tasks, m, …]}`, without a graph.
-        probes: `{layer: [tasks, m, …]}`.
-    """
-
-    outputs: Tensor
-    inputs: Params
-    probes: Params
-
-    def output_gradients(self, scores: Tensor) -> Params:
-        """The gradients of sᵀ outputs in each layer's output, for each s of `scores`.
-
-        Args:
-            scores: `[count, *outputs.shape]`.
-
-        Returns:
-            `{layer: [count, tasks, m, …]}`.
-        """
-        probes = list(self.probes.values())
-        gradients = torch.autograd.grad(self.outputs, probes, scores, is_grads_batched=True)
-        return dict(zip(self.probes, gradients, strict=True))
-
-
-def record_with_probes(
-    layers: Layers,
-    lift: Lift,
-    params: Params,
-    *,
-    advice: str,
-) -> ProbedPass:
-    """Run a model with a probe at the output of each layer. It runs twice, first for the shapes.
-
-    Args:
-        layers: The layers by name. The model calls each of them exactly once.
-        lift: Runs a function of one task over the task axis: `(function, params)`, where
-            `function(call, params)` receives the model as `call(params) -> outputs`.
-        params: The point θ, `{name: [tasks, *shape]}`.
-        advice: What to do, the end of an error's message.
-
-    Raises:
-        ValueError: A layer is called twice, or not at all.
-
-    Example:
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> x = torch.ones(1, 3, 2)  # one task, three examples
-        >>> def lift(function, params):
-        ...     return function(lambda p: torch.func.functional_call(model, p, (x,)), params)
-        >>> weight = {"weight": torch.ones(1, 2)}
-        >>> recording = record_with_probes({"": model}, lift, weight, advice="freeze it")
-        >>> recording.output_gradients(torch.ones(1, 1, 3, 1))[""].shape
-        torch.Size([1, 1, 3, 1])
-    """
-
-    def layer_outputs(call: Call, own: Params) -> Params:
-        outputs: Params = {}
-
-        def record(name: str, _: Tensor, output: Tensor) -> None:
-            outputs[name] = output
-
-        record_layers(layers, lambda: call(own), record, advice=advice)
-        return outputs
-
-    def outputs_and_inputs(
-        call: Call,
-        both: Params,
-    ) -> tuple[Tensor, Params]:
-        inputs: Params = {}
-
-        def record(
-            name: str,
-            layer_input: Tensor,
-            output: Tensor,
-        ) -> Tensor:
-            inputs[name] = layer_input
-            return output + both[f"probe {name}"]
-
-        own = {name: both[name] for name in params}
-        return record_layers(layers, lambda: call(own), record, advice=advice), inputs
-
-    with torch.no_grad():
-        shapes = lift(layer_outputs, params)
-    probes = {name: torch.zeros_like(out).requires_grad_() for name, out in shapes.items()}
-    with torch.enable_grad():
-        both = params | {f"probe {name}": probe for name, probe in probes.items()}
-        outputs, inputs = lift(outputs_and_inputs, both)
-    return ProbedPass(outputs, {name: x.detach() for name, x in inputs.items()}, probes)
-
-
 def is_supported(layer: nn.Module) -> bool:
     """Whether a layer has a Kronecker-factored block.
 
@@ -241,26 +141,52 @@ def layer_patches(
     return a, g
 
 
-def second_moments(
-    a: Tensor,
-    g: Tensor,
-    examples: int,
-) -> tuple[Tensor, Tensor]:
-    """The Kronecker factors A = E[ā āᵀ] and G = Σ g gᵀ/examples of a layer.
+def row_weights(weights: Tensor, a: Tensor) -> Tensor:
+    """The weight of each row of ā in A = E[ā āᵀ], which is that of its example. Their sum is 1.
 
     Args:
-        a: ā, `[tasks, m, R, in (+ 1)]`. The mean is over m and R.
-        g: Output gradients, `[count, tasks, m, R, out]`. The sum is over all axes but the tasks'.
-        examples: The number of examples.
+        weights: The weights of the examples, `[tasks, m, …]`, ≥ 0, of sum 1 for each task. Further
+            axes are those of the positions in an example, such as the tokens of a sequence.
+        a: ā of a layer, `[tasks, m, R, in (+ 1)]`. The R positions share out those of `weights`.
+
+    Returns:
+        `[tasks, m, R]`. If the layer sees another number of examples than the loss does, as a layer
+        that runs on pairs, every row weighs the same.
+
+    Example:
+        >>> row_weights(torch.tensor([[0.25, 0.75]]), torch.ones(1, 2, 2, 5)).tolist()
+        [[[0.125, 0.125], [0.375, 0.375]]]
+    """
+    tasks, m, positions, _ = a.shape
+    if weights.shape[1] == m:
+        by_position = weights.reshape(tasks, m, -1)
+        count = by_position.shape[2]
+        if count == positions:
+            return by_position
+        return F.adaptive_avg_pool1d(by_position, positions) * (count / positions)
+    if weights[0].numel() == m * positions:
+        return weights.reshape(tasks, m, positions)
+    return torch.full_like(a[..., 0], 1 / (m * positions))
+
+
+def second_moments(a: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The Kronecker factors A = Σ ω ā āᵀ and G = Σ g gᵀ of a layer.
+
+    Args:
+        a: ā, `[tasks, m, R, in (+ 1)]`.
+        g: Output gradients, `[count, tasks, m, R, out]`, of scores that contain the weights of the
+            examples. The sum is over all axes but the tasks'.
+        weights: Those of the examples, `[tasks, m, …]`, of sum 1; ω are their `row_weights`.
 
     Returns:
         A `[tasks, in (+ 1), in (+ 1)]` and G `[tasks, out, out]`.
 
     Example:
-        >>> A, G = second_moments(torch.ones(1, 4, 1, 2), torch.ones(1, 1, 4, 1, 1), examples=4)
+        >>> a, g = torch.ones(1, 4, 1, 2), torch.full((1, 1, 4, 1, 1), 0.5)
+        >>> A, G = second_moments(a, g, weights=torch.full((1, 4), 0.25))
         >>> A.tolist(), G.tolist()
         ([[[1.0, 1.0], [1.0, 1.0]]], [[[1.0]]])
     """
-    inputs = a.flatten(1, 2)
+    weighted = row_weights(weights, a).unsqueeze(-1) * a
     gradients = g.transpose(0, 1).flatten(1, 3)
-    return inputs.mT @ inputs / inputs.shape[1], gradients.mT @ gradients / examples
+    return weighted.flatten(1, 2).mT @ a.flatten(1, 2), gradients.mT @ gradients

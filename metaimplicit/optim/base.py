@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metaimplicit.operators import Likelihood
+from metaimplicit.operators.output_loss import Checked
 from metaimplicit.optim.checks import (
     check_dependence,
     check_finite,
     check_pair,
     check_scalar,
-    check_softmax_loss,
 )
 from metaimplicit.optim.closure import Closure, ReplayedClosure
 from metaimplicit.params import Params
@@ -35,7 +34,6 @@ class SecondOrder(torch.optim.Optimizer):
             predicted one. It is None before.
         closure_signature: What `step` expects, for messages.
         min_output_dims: The least number of axes of the model's outputs.
-        likelihood: p(y|z), of which the loss has to be −log p. If None, any loss will do.
 
     Raises:
         ValueError: The model is no `nn.Module`, has no parameter that requires grad, or has
@@ -46,7 +44,6 @@ class SecondOrder(torch.optim.Optimizer):
         "closure() -> (outputs, targets), as in step(lambda: (model(x), y))"
     )
     min_output_dims: ClassVar[int] = 0
-    likelihood: Likelihood | None = None
 
     def __init__(
         self,
@@ -64,6 +61,7 @@ class SecondOrder(torch.optim.Optimizer):
         if seed is not None:
             self._random = torch.Generator().manual_seed(seed)
         self.ratio: float | None = None
+        self._checked: Checked = {}  # what earlier steps have found out about the loss
         super().__init__(list(self._trainable.values()), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -139,7 +137,7 @@ class BatchLoss:
     """L(θ) = ℓ(z(θ)) of one batch, in the two parts from which operators are built.
 
     The parts have the axis of one task. `outputs` is called before `loss`, whose first call checks
-    that the loss is finite, depends on the model, and has the likelihood of the optimiser.
+    that the loss is finite and depends on the model.
 
     Args:
         optimizer: The optimiser whose model is evaluated.
@@ -194,8 +192,6 @@ class BatchLoss:
     def _check(self, value: Tensor, outputs: Tensor) -> None:
         owner = type(self._optimizer).__name__
         check_finite(owner, value, outputs)
-        if self._optimizer.likelihood == "softmax":
-            check_softmax_loss(owner, value, outputs)
         check_dependence(value, self._optimizer._trainable, source="loss")
 
 

@@ -11,14 +11,6 @@ from torch import Tensor
 
 from metaimplicit.operators import Expectation, Likelihood
 
-# The likelihood of losses whose name says it.
-_LIKELIHOOD_OF = {
-    "cross_entropy": "softmax",
-    "CrossEntropyLoss": "softmax",
-    "mse_loss": "gaussian",
-    "MSELoss": "gaussian",
-}
-
 
 def raise_if(
     condition: Tensor,
@@ -107,40 +99,20 @@ def check_loss(owner: str, loss: Any) -> None:
         )
 
 
-def check_likelihood(
-    owner: str,
-    loss: Any,
-    likelihood: str,
-    *,
-    expectation: str,
-) -> None:
-    """Raise ValueError if `loss` cannot be the mean of −log p(y|z) over examples.
+def check_fisher_options(owner: str, *, likelihood: str | None, expectation: str) -> None:
+    """Raise ValueError if one of the options of a Fisher matrix is unknown.
 
     Args:
-        owner: The class that has the loss, for the message.
-        loss: `(outputs, targets) -> scalar`.
-        likelihood: p(y|z), one of `Likelihood`.
+        owner: The class that has the options, for the message.
+        likelihood: p(y|z), one of `Likelihood`, or None.
         expectation: How the expectation over y is taken, one of `Expectation`.
 
     Example:
-        >>> check_likelihood("KFAC", torch.nn.MSELoss(), "gaussian", expectation="exact")
+        >>> check_fisher_options("KFAC", likelihood=None, expectation="exact")
     """
-    check_loss(owner, loss)
-    if getattr(loss, "reduction", "mean") == "sum":
-        raise ValueError(
-            f"{owner} loss: got reduction='sum', expected the mean over examples, because the "
-            "Fisher matrix is a mean; use reduction='mean'"
-        )
-    _check_word(owner, "likelihood", likelihood, known=get_args(Likelihood))
+    if likelihood is not None:
+        _check_word(owner, "likelihood", likelihood, known=get_args(Likelihood))
     _check_word(owner, "expectation", expectation, known=get_args(Expectation))
-
-    name = getattr(loss, "__name__", type(loss).__name__)
-    expected = _LIKELIHOOD_OF.get(name, likelihood)
-    if likelihood != expected:
-        raise ValueError(
-            f"{owner} likelihood: got {likelihood!r} for {name}, expected {expected!r}, whose "
-            "−log p this loss is, up to a factor"
-        )
 
 
 def _check_word(owner: str, argument: str, word: str, *, known: tuple[str, ...]) -> None:
@@ -252,34 +224,3 @@ def check_dependence(value: Tensor, params: Mapping[str, Tensor], *, source: str
                 f"{source}: it reads {name!r} without calling the model, so that its gradient "
                 "would be lost; call the model, or take the parameter from it inside the closure"
             )
-
-
-def check_softmax_loss(owner: str, loss: Tensor, outputs: Tensor) -> None:
-    """Raise ValueError if `loss` is seen not to be the mean of −log softmax(outputs).
-
-    The gradient of −log softmax(z) sums to zero over the classes. That of `nll_loss` does not, but
-    its outputs are normalised: Σ exp z = 1, and they serve as logits.
-
-    Args:
-        owner: The class that has the loss, for the message.
-        loss: A scalar with its graph to the outputs.
-        outputs: z, `[…, classes]`.
-
-    Example:
-        >>> z = torch.zeros(2, 3, requires_grad=True)
-        >>> loss = torch.nn.functional.cross_entropy(z, torch.tensor([0, 1]))
-        >>> check_softmax_loss("KFAC", loss, z)
-    """
-    if not loss.requires_grad:
-        return
-    (slope,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-    roundoff = 10 * torch.finfo(slope.dtype).eps
-    unbalanced = slope.sum(-1).abs().sum() > 0.01 * slope.abs().sum() + roundoff
-    normalised = (outputs.detach().logsumexp(-1).abs() < 1e-3).all()
-    raise_if(
-        unbalanced & ~normalised,
-        f"{owner} loss: got one whose gradient does not sum to zero over the last axis of the "
-        "outputs, expected cross-entropy over that axis; move the classes there, set "
-        "likelihood='gaussian' for ½ Σ (z − y)², or use GaussNewton",
-        ValueError,
-    )

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.operators import Expectation, Likelihood
-from metaimplicit.operators.fisher import output_scores
 from metaimplicit.operators.layers import layer_patches, second_moments
 from metaimplicit.optim.checks import raise_if
 from metaimplicit.optim.factored_layers import FactoredLayer
@@ -20,65 +18,24 @@ from metaimplicit.params import Params
 FactorStates = Mapping[str, dict[str, Any]]
 
 
-def batch_scores(
-    outputs: Tensor,
-    loss: Tensor,
-    *,
-    likelihood: Likelihood,
-    expectation: Expectation,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Vectors s in the outputs z with Σ s sᵀ = E[∇_z log p ∇_z log pᵀ] for each example.
-
-    Args:
-        outputs: z, `[m, …, d]`, with their graph to the loss.
-        loss: The mean of −log p over examples, a scalar. Its graph is retained.
-        likelihood: p(y|z), as in `Fisher`.
-        expectation: The expectation over y, as in `Fisher`, with one draw for each example.
-        generator: The generator of the draws, on the device of the outputs.
-
-    Returns:
-        `[count, m, …, d]`, with a count of d for `"exact"` and 1 otherwise.
-
-    Example:
-        >>> z = torch.zeros(3, 2, requires_grad=True)
-        >>> loss = 0.5 * z.square().sum(-1).mean()
-        >>> batch_scores(z, loss, likelihood="gaussian", expectation="exact")[:, 0]
-        tensor([[1., 0.],
-                [0., 1.]])
-    """
-    z = outputs.detach().unsqueeze(0)
-    slope = z  # a stand-in, which only "empirical" reads
-    if expectation == "empirical":
-        (gradient,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-        slope = gradient.unsqueeze(0)
-    scores = output_scores(
-        z,
-        slope,
-        likelihood=likelihood,
-        expectation=expectation,
-        generator=generator,
-    )
-    return scores.squeeze(1)
-
-
 def update_factors(
     states: FactorStates,
     layers: Mapping[str, FactoredLayer],
     inputs: Params,
     *,
     output_gradients: Params,
-    examples: int,
+    weights: Tensor,
     decay: float,
 ) -> None:
-    """A ← decay A + (1 − decay) E[ā āᵀ] and G ← decay G + (1 − decay) E[g gᵀ] of every layer.
+    """A ← decay A + (1 − decay) E[ā āᵀ] and G ← decay G + (1 − decay) Σ g gᵀ of every layer.
 
     Args:
         states: The states of the layers. A state without factors takes those of this batch.
         layers: The layers by name.
         inputs: The input of each layer, `{layer: [m, …]}`.
-        output_gradients: The gradients in each layer's output, `{layer: [count, m, …]}`.
-        examples: The number of rows of the outputs of the model.
+        output_gradients: The gradients in each layer's output, `{layer: [count, m, …]}`, of scores
+            that contain the weights of the examples.
+        weights: Those of the examples, `[1, m, …]`.
         decay: The decay of the averages, in [0, 1].
 
     Example:
@@ -86,9 +43,10 @@ def update_factors(
         >>> states = {"head": {}}
         >>> layers = {"head": FactoredLayer(nn.Linear(2, 1), "head.weight", None)}
         >>> inputs = {"head": torch.ones(4, 2)}
-        >>> gradients = {"head": torch.ones(1, 4, 1)}
+        >>> gradients = {"head": torch.full((1, 4, 1), 0.5)}
+        >>> weights = torch.full((1, 4), 0.25)
         >>> update_factors(
-        ...     states, layers, inputs, output_gradients=gradients, examples=4, decay=0.9
+        ...     states, layers, inputs, output_gradients=gradients, weights=weights, decay=0.9
         ... )
         >>> states["head"]["A"].tolist(), states["head"]["G"].tolist()
         ([[1.0, 1.0], [1.0, 1.0]], [[1.0]])
@@ -103,7 +61,7 @@ def update_factors(
             output_gradients[name].to(dtype).unsqueeze(1),
             bias=layer.bias is not None,
         )
-        batch_a, batch_g = second_moments(a, g, examples)
+        batch_a, batch_g = second_moments(a, g, weights)
         for key, batch in (("A", batch_a[0]), ("G", batch_g[0])):
             if key in state:
                 state[key].lerp_(batch, 1 - decay)

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.layers import record_layers
+from metaimplicit.operators.likelihood_inference import loss_scores
 from metaimplicit.optim.base import BatchLoss, Loss, SecondOrder
 from metaimplicit.optim.checks import (
     check_count,
     check_finite,
+    check_fisher_options,
     check_fraction,
-    check_likelihood,
+    check_loss,
     check_positive,
     check_scalar,
-    check_softmax_loss,
     raise_if,
 )
 from metaimplicit.optim.closure import Closure, ReplayedClosure
@@ -31,7 +32,6 @@ from metaimplicit.optim.factored_layers import (
     find_factored_layers,
 )
 from metaimplicit.optim.factors import (
-    batch_scores,
     invert_factors,
     precondition,
     update_factors,
@@ -62,9 +62,9 @@ class KFAC(SecondOrder):
     Args:
         model: The model. Its linear and 2-d convolutional layers are called once in a forward pass.
             Its outputs are `[m, …, d]`.
-        loss: `(outputs, targets) -> scalar`, the mean of −log p over examples. For `"softmax"` it
-            is cross-entropy over the last axis. For `"gaussian"` it is ½ Σ_d (z − y)², which is d/2
-            times `F.mse_loss`.
+        loss: `(outputs, targets) -> scalar`, −log p of the examples in any weighted sum: the forms
+            of cross-entropy, squared error, and binary cross-entropy of logits. The factors count
+            examples as the loss does.
         lr: The length of the step, > 0. It is `param_groups[0]["lr"]`, which schedulers set.
         damping: λ > 0. The present one is `param_groups[0]["damping"]`.
         momentum: μ in [0, 1).
@@ -79,7 +79,8 @@ class KFAC(SecondOrder):
             It is multiplied by (19/20)^T if ρ > ¾ and ν = 1, because a step that is cut short fits
             its model for any λ. (In §6.5 λ is part of m, and no step is cut.) No step is taken
             back. If None, λ is fixed.
-        likelihood: p(y|z), `"softmax"`, or `"gaussian"` with unit variance.
+        likelihood: p(y|z): `"softmax"`, `"gaussian"` with unit variance, or `"sigmoid"`. If None,
+            the one that the loss has.
         expectation: The expectation over y in G: `"monte-carlo"`, with one draw for each example;
             `"exact"`, with as many backward passes as outputs; or `"empirical"`, with the targets
             in the place of y. `"exact"` is for models that treat examples one by one. Batch-norm in
@@ -90,7 +91,7 @@ class KFAC(SecondOrder):
 
     Raises:
         ValueError: A number is out of range, a parameter is in another kind of layer, two layers
-            share a parameter, or the loss does not fit the likelihood.
+            share a parameter. On a step: the loss is −log p of no such likelihood.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -104,7 +105,6 @@ class KFAC(SecondOrder):
     """
 
     min_output_dims = 2
-    likelihood: Likelihood
 
     def __init__(
         self,
@@ -119,12 +119,13 @@ class KFAC(SecondOrder):
         invert_every: int = 20,
         kl_clip: float | None = 1e-3,
         adapt_every: int | None = None,
-        likelihood: Likelihood = "softmax",
+        likelihood: Likelihood | None = None,
         expectation: Expectation = "monte-carlo",
         others: Literal["raise", "gradient"] = "raise",
         seed: int = 0,
     ) -> None:
-        check_likelihood("KFAC", loss, likelihood, expectation=expectation)
+        check_loss("KFAC", loss)
+        check_fisher_options("KFAC", likelihood=likelihood, expectation=expectation)
         check_positive("KFAC", lr=lr, damping=damping)
         check_fraction("KFAC", momentum=momentum, decay=decay)
         check_count("KFAC", "step", update_every=update_every, invert_every=invert_every)
@@ -191,7 +192,8 @@ class KFAC(SecondOrder):
         else:
             predicted = self._predicted_reduction(replay, gradients, delta)
             self._add(delta)
-            self._adapt_damping(loss, self._evaluate(replay)[1], predicted, nu=nu)
+            after = check_scalar(self.loss(*self._evaluate(replay)), "loss")
+            self._adapt_damping(loss, after, predicted, nu=nu)
         group["steps"] += 1
         return loss
 
@@ -199,7 +201,8 @@ class KFAC(SecondOrder):
         """L and ∇L. The factors are updated from the same forward pass."""
         recording = LayerRecording()
         with torch.enable_grad():
-            outputs, loss = self._evaluate(evaluate, recording if updates_factors else None)
+            outputs, targets = self._evaluate(evaluate, recording if updates_factors else None)
+            loss = check_scalar(self.loss(outputs, targets), "loss")
         if not loss.requires_grad:
             raise ValueError(
                 "closure: the loss does not depend on the model; call the model with gradients on, "
@@ -208,15 +211,7 @@ class KFAC(SecondOrder):
         output_gradients: dict[str, Tensor] = {}
         if updates_factors:
             check_finite(self._owner, loss.detach(), outputs.detach())
-            if self.param_groups[0]["steps"] == 0 and self.likelihood == "softmax":
-                check_softmax_loss(self._owner, loss, outputs)
-            scores = batch_scores(
-                outputs,
-                loss,
-                likelihood=self.likelihood,
-                expectation=self.expectation,
-                generator=self._make_generator() if self._draws_targets else None,
-            )
+            scores, weights = self._scores(outputs.detach(), targets)
             output_gradients = recording.output_gradients(outputs, scores)
 
         gradients = self._gradients(loss)
@@ -226,21 +221,30 @@ class KFAC(SecondOrder):
             "KFAC: the loss or its gradient is not finite; no parameter was changed",
         )
         if updates_factors:
-            examples = outputs.detach()[..., 0].numel()
-            self._update_factors(recording.inputs, output_gradients, examples)
+            self._update_factors(recording.inputs, output_gradients, weights)
         return loss.detach(), gradients
 
     def _evaluate(
         self, evaluate: Closure, recording: LayerRecording | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The outputs and the loss, with the layers recorded if a recording is given."""
+    ) -> tuple[Tensor, Any]:
+        """The outputs and the targets, with the layers recorded if a recording is given."""
         if recording is None:
-            result = evaluate()
-        else:
-            modules = {name: layer.module for name, layer in self._layers.items()}
-            result = record_layers(modules, evaluate, recording.record, ADVICE)
-        outputs, targets = self._unpack(result)
-        return outputs, check_scalar(self.loss(outputs, targets), "loss")
+            return self._unpack(evaluate())
+        modules = {name: layer.module for name, layer in self._layers.items()}
+        return self._unpack(record_layers(modules, evaluate, recording.record, ADVICE))
+
+    def _scores(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """The scores `[count, m, …, d]`, and the weights of the examples `[1, m, …]`."""
+        scores, weights = loss_scores(
+            lambda z: self.loss(z.squeeze(0), targets).unsqueeze(0),
+            outputs.unsqueeze(0),
+            owner=self._owner,
+            likelihood=self.likelihood,
+            expectation=self.expectation,
+            checked=self._checked,
+            generator=self._make_generator() if self._draws_targets else None,
+        )
+        return scores.squeeze(1), weights
 
     def _gradients(self, loss: Tensor) -> Params:
         """∇L by name. The graph of the loss is freed."""
@@ -255,7 +259,7 @@ class KFAC(SecondOrder):
             gradients[name] = gradient
         return gradients
 
-    def _update_factors(self, inputs: Params, output_gradients: Params, examples: int) -> None:
+    def _update_factors(self, inputs: Params, output_gradients: Params, weights: Tensor) -> None:
         group = self.param_groups[0]
         group["updates"] += 1
         update_factors(
@@ -263,7 +267,7 @@ class KFAC(SecondOrder):
             self._layers,
             inputs,
             output_gradients=output_gradients,
-            examples=examples,
+            weights=weights,
             decay=min(1 - 1 / group["updates"], group["decay"]),
         )
 
@@ -312,6 +316,7 @@ class KFAC(SecondOrder):
                 batch.loss,
                 self._task_params(),
                 likelihood=self.likelihood,
+                checked=self._checked,
             )
         g = flatten({name: gradients[name].unsqueeze(0) for name in self._trainable})
         d = flatten({name: delta[name].unsqueeze(0) for name in self._trainable})

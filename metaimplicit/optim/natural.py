@@ -16,7 +16,7 @@ from metaimplicit.operators import (
     Likelihood,
 )
 from metaimplicit.optim.base import BatchLoss, Loss
-from metaimplicit.optim.checks import check_likelihood, check_loss, check_scalar
+from metaimplicit.optim.checks import check_fisher_options, check_loss, check_scalar
 from metaimplicit.optim.closure import ReplayedClosure
 from metaimplicit.optim.damped import Damped
 from metaimplicit.solvers import Solver
@@ -99,7 +99,7 @@ class GaussNewton(_GeneralisedGaussNewton):
         )
 
     def _make_curvature(self, batch: BatchLoss) -> Curvature:
-        return GGN(batch.outputs, batch.loss, self._task_params())
+        return GGN(batch.outputs, batch.loss, self._task_params(), checked=self._checked)
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         solution = self.solver.solve(operator + Identity(operator, damping), g)
@@ -125,14 +125,15 @@ class NaturalGradient(_GeneralisedGaussNewton):
 
     Args:
         model: The model whose parameters that require grad are moved. Its outputs are `[m, …, d]`.
-        loss: `(outputs, targets) -> scalar`, the mean of −log p over examples. For `"softmax"` it
-            is cross-entropy over the last axis. For `"gaussian"` it is ½ Σ_d (z − y)², which is d/2
-            times `F.mse_loss`.
+        loss: `(outputs, targets) -> scalar`, −log p of the examples in any weighted sum: the forms
+            of cross-entropy, squared error, and binary cross-entropy of logits. F counts examples
+            as the loss does.
         lr: The length of the step, > 0.
         damping: λ at the start. The present one is `param_groups[0]["damping"]`.
         adapt_damping: Whether λ follows ρ, which costs one more evaluation of the closure. If
             False, λ ≥ 0 is fixed and every step is taken.
-        likelihood: p(y|z), `"softmax"`, or `"gaussian"` with unit variance.
+        likelihood: p(y|z): `"softmax"`, `"gaussian"` with unit variance, or `"sigmoid"`. If None,
+            the one that the loss has.
         expectation: The expectation over y: `"exact"`; `"monte-carlo"`, with one draw for each
             example; or `"empirical"`, with the targets in the place of y.
         solver: What solves with F + λI. If None, `Dense` for up to 1024 parameters, and CG with at
@@ -140,8 +141,8 @@ class NaturalGradient(_GeneralisedGaussNewton):
         seed: The seed of the draws.
 
     Raises:
-        ValueError: A number is out of range, the loss does not fit the likelihood, or the model has
-            no parameters in single or double precision.
+        ValueError: A number is out of range, or the model has no parameters in single or double
+            precision. On a step: the loss is −log p of no such likelihood.
 
     Example:
         >>> import torch
@@ -156,7 +157,6 @@ class NaturalGradient(_GeneralisedGaussNewton):
     """
 
     min_output_dims = 2
-    likelihood: Likelihood
 
     def __init__(
         self,
@@ -166,12 +166,12 @@ class NaturalGradient(_GeneralisedGaussNewton):
         lr: float = 1.0,
         damping: float = 1e-2,
         adapt_damping: bool = True,
-        likelihood: Likelihood = "softmax",
+        likelihood: Likelihood | None = None,
         expectation: Expectation = "exact",
         solver: Solver | None = None,
         seed: int = 0,
     ) -> None:
-        check_likelihood("NaturalGradient", loss, likelihood, expectation=expectation)
+        check_fisher_options("NaturalGradient", likelihood=likelihood, expectation=expectation)
         super().__init__(
             model,
             loss,
@@ -194,4 +194,5 @@ class NaturalGradient(_GeneralisedGaussNewton):
             likelihood=self.likelihood,
             expectation=self.expectation,
             generator=generator,
+            checked=self._checked,
         )

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from fuzz.case import KRONECKER, Case
+from fuzz.case import Case
 from fuzz.verdicts import TORCH, WRONG, Verdict
 
-LIKELIHOODS = ("fisher", *KRONECKER)
 IMPLICIT = {"method": "implicit", "solver": "dense", "proximal": 1.0}
 WORDS = {"model": "embedding", "padding": True}
 _TANGENTS = Case(
@@ -49,62 +48,11 @@ class Kind(NamedTuple):
         return same and self.covers(verdict.case)
 
 
-def _ignores_or_weighs(case: Case) -> bool:
-    return case.classes and case.variant in ("ignore", "ignore-class", "weights")
-
-
 def _vmapped(case: Case) -> bool:
     return case.vectorize != "loop"
 
 
 KNOWN: dict[str, Kind] = {
-    "log-softmax under Gauss–Newton": Kind(
-        "The loss is linear in log-probabilities, so the curvature is zero and A = λI.",
-        WRONG,
-        lambda case: (
-            case.implicit and case.log_softmax and case.matrix in ("gauss-newton", "diagonal")
-        ),
-        (
-            Case(loss="nll", log_softmax=True, **IMPLICIT),
-            Case(loss="nll", log_softmax=True, curvature="diagonal", **IMPLICIT),
-        ),
-    ),
-    "softmax for any loss": Kind(
-        "Fisher, kfac and ekfac take the softmax likelihood, whatever the loss is.",
-        WRONG,
-        lambda case: case.matrix in LIKELIHOODS and not case.classes,
-        (
-            Case(loss="mse", outputs=1, curvature="kfac", **IMPLICIT),
-            Case(loss="bce", outputs=2, curvature="fisher", **IMPLICIT),
-        ),
-    ),
-    "softmax over the last axis": Kind(
-        "Fisher takes the last axis for the classes; cross-entropy's classes are on axis 1.",
-        WRONG,
-        lambda case: case.matrix == "fisher" and case.model == "tagger" and case.classes,
-        (Case(model="tagger", curvature="fisher", **IMPLICIT),),
-    ),
-    "examples that do not count": Kind(
-        "Fisher, kfac and ekfac count ignored examples, and leave class weights out.",
-        WRONG,
-        lambda case: case.matrix in LIKELIHOODS and _ignores_or_weighs(case),
-        (
-            Case(variant="ignore-class", curvature="kfac", **IMPLICIT),
-            Case(variant="weights", curvature="fisher", **IMPLICIT),
-        ),
-    ),
-    "summed losses": Kind(
-        "Fisher, kfac and ekfac divide by the number of examples; the loss is a sum.",
-        WRONG,
-        lambda case: case.matrix in LIKELIHOODS and case.classes and case.variant == "sum",
-        (Case(variant="sum", curvature="fisher", **IMPLICIT),),
-    ),
-    "tied weights under K-FAC": Kind(
-        "K-FAC sees the first of the layers that share a weight, and none of the others.",
-        WRONG,
-        lambda case: case.matrix in KRONECKER and case.model == "tied",
-        (Case(model="tied", curvature="kfac", **IMPLICIT),),
-    ),
     "padding under vmap": Kind(
         "Torch's batching rule trains the padding row of every task but the first.",
         WRONG,
@@ -156,20 +104,6 @@ KNOWN: dict[str, Kind] = {
         lambda case: case.dropout and case.method == "forward",
         (Case(dropout=True, method="forward", tasks=1),),
         "randomness error mode",
-    ),
-    "K-FAC of a loop that diverged": Kind(
-        "The eigenvalues of factors that are not finite end in torch's error, not in NON_FINITE.",
-        TORCH,
-        lambda case: case.matrix in KRONECKER and case.steps > 10,
-        (Case(model="linear", loss="mse", steps=100, lr=1e4, curvature="kfac", **IMPLICIT),),
-        "linalg.eigh",
-    ),
-    "K-FAC without a layer": Kind(
-        "Where no adapted weight belongs to a layer that K-FAC knows, it differentiates nothing.",
-        TORCH,
-        lambda case: case.matrix in KRONECKER or case.preconditioner == "kfac",
-        (Case(model="linear", frozen=True, curvature="kfac", **IMPLICIT),),
-        "`inputs` argument to `grad()` cannot be empty",
     ),
 }
 

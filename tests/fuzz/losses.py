@@ -124,6 +124,8 @@ def example_weights(case: Case, targets: Tensor) -> Tensor:
     weights = torch.ones(targets.shape, dtype=torch.float64)
     if case.variant == "weights" and case.classes:
         weights = torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)[targets.long()]
+    elif case.variant == "weights":
+        weights = 1 + (POSITIVE_WEIGHT - 1) * targets.double()
     elif case.variant == "ignore":
         weights = (targets != IGNORED).double()
     elif case.variant == "ignore-class":

@@ -15,7 +15,6 @@ from metaimplicit.operators import (
     Fisher,
     Hessian,
     Identity,
-    LossParts,
     Scaled,
     Sum,
     find_curvature,
@@ -192,13 +191,6 @@ def test_what_is_no_curvature_is_refused(curvature):
     message = "preconditioner: got .*, expected one of hessian, .*, or a class of curvature"
     with pytest.raises(ValueError, match=message):
         find_curvature(curvature, argument="preconditioner")
-
-
-def test_a_weighted_loss_has_no_fisher_matrix():
-    parts = parts_of("cross-entropy")
-    weighted = LossParts(parts.params, parts.outputs, parts.loss, weighted=True)
-    with pytest.raises(ValueError, match="Fisher: got an inner loss with weights"):
-        Fisher.from_loss(weighted)
 
 
 def test_a_preconditioner_needs_an_inverse():

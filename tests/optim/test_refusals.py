@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import randn, relative_error
+from losses_of_likelihoods import NOT_FITTING
+from oracles import relative_error
 from second_order import (
-    EXAMPLES,
     LABELS,
+    TARGETS,
     Point,
     X,
     network,
@@ -19,8 +20,6 @@ from torch import nn
 
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient, Newton
 from metaimplicit.solvers import CG
-
-BINARY = (randn(EXAMPLES, 1, seed=2) > 0).double()
 
 
 @pytest.mark.parametrize(
@@ -96,30 +95,6 @@ def test_models_without_parameters_of_one_type_are_refused(make_model, message):
         (GaussNewton, nn.MSELoss(reduction="none"), {}, "loss: got reduction='none'"),
         (
             NaturalGradient,
-            nn.CrossEntropyLoss(reduction="sum"),
-            {},
-            "loss: got reduction='sum', expected the mean over examples",
-        ),
-        (
-            KFAC,
-            nn.CrossEntropyLoss(reduction="sum"),
-            {},
-            "loss: got reduction='sum', expected the mean over examples",
-        ),
-        (
-            NaturalGradient,
-            F.mse_loss,
-            {},
-            "likelihood: got 'softmax' for mse_loss, expected 'gaussian'",
-        ),
-        (
-            KFAC,
-            nn.CrossEntropyLoss(),
-            {"likelihood": "gaussian"},
-            "likelihood: got 'gaussian' for CrossEntropyLoss, expected 'softmax'",
-        ),
-        (
-            NaturalGradient,
             F.cross_entropy,
             {"likelihood": "poisson"},
             "likelihood: got 'poisson', expected one of softmax, gaussian",
@@ -139,24 +114,36 @@ def test_losses_and_likelihoods_that_do_not_fit_are_refused(make, loss, options,
 
 @pytest.mark.parametrize("make", [NaturalGradient, KFAC])
 @pytest.mark.parametrize(
-    ("make_model", "loss", "targets"),
+    ("loss", "targets", "likelihood"),
     [
-        (lambda: nn.Linear(3, 1), F.binary_cross_entropy_with_logits, BINARY),
-        (
-            lambda: nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (4, 2))),
-            F.cross_entropy,
-            LABELS[:, None].repeat(1, 2),
-        ),
+        (F.mse_loss, TARGETS, "softmax"),
+        (nn.CrossEntropyLoss(), LABELS, "gaussian"),
+        (F.cross_entropy, LABELS, "sigmoid"),
+        (F.binary_cross_entropy_with_logits, TARGETS, "softmax"),
     ],
-    ids=["binary cross-entropy", "cross-entropy over another axis"],
 )
-def test_a_loss_that_is_no_cross_entropy_over_the_last_axis_is_refused(
-    make, make_model, loss, targets
-):
-    model = make_model().double()
-    message = "loss: got one whose gradient does not sum to zero over the last axis of the outputs"
-    with pytest.raises(ValueError, match=f"{make.__name__} {message}"):
-        make(model, loss).step(lambda: (model(X), targets))
+def test_a_likelihood_that_the_loss_does_not_have_is_refused(make, loss, targets, likelihood):
+    model = network()
+    start = vector(model)
+    message = f"got a loss that is −log p of no {likelihood} likelihood.*optim.GaussNewton"
+    with pytest.raises(ValueError, match=message):
+        make(model, loss, likelihood=likelihood).step(lambda: (model(X), targets))
+    assert torch.equal(vector(model), start)
+
+
+@pytest.mark.parametrize("expectation", ["exact", "monte-carlo"])
+@pytest.mark.parametrize("make", [NaturalGradient, KFAC])
+@pytest.mark.parametrize("name", NOT_FITTING)
+def test_a_loss_of_no_likelihood_is_refused(make, name, expectation):
+    loss, targets = NOT_FITTING[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3)).double()
+    start = vector(model)
+    message = "got a loss that is −log p of no softmax, gaussian, sigmoid likelihood"
+    optimizer = make(model, loss, expectation=expectation)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda: (model(X[: len(targets)]), targets))
+    assert torch.equal(vector(model), start)
 
 
 @pytest.mark.parametrize("make", [NaturalGradient, KFAC])

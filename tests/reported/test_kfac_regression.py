@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reported.helpers import assert_same, fails_today
+from reported.helpers import assert_same
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,17 +10,15 @@ from metaimplicit import Dense, GradientDescent, Implicit, Unrolled, hypergradie
 from metaimplicit.operators import Fisher
 from metaimplicit.tuning import WeightDecay
 
-softmax = fails_today(AssertionError, "the likelihood is softmax whatever the loss")
-
 
 @pytest.mark.parametrize(
     "method",
     [
         pytest.param(Implicit(Dense()), id="dense"),
         pytest.param(Unrolled(), id="unrolled"),
-        pytest.param("kfac", marks=softmax, id="kfac"),
-        pytest.param("ekfac", marks=softmax, id="ekfac"),
-        pytest.param(Implicit(Dense(), curvature=Fisher), marks=softmax, id="Fisher"),
+        "kfac",
+        "ekfac",
+        pytest.param(Implicit(Dense(), curvature=Fisher), id="Fisher"),
     ],
 )
 def test_the_curvature_of_one_linear_layer_and_one_datum_is_exact_for_mse_loss(method):

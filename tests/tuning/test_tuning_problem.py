@@ -10,6 +10,7 @@ from tiny_classification import (
     VALIDATION,
     make_problem,
     network,
+    random_like,
     softmax_regression,
     stream,
 )
@@ -39,6 +40,7 @@ from metaimplicit.tuning import (
     Scalar,
     SyntheticData,
     WeightDecay,
+    WeightNetwork,
 )
 
 INNER = GradientDescent(steps=1, lr=0.1)
@@ -53,8 +55,8 @@ def make_tuner(*variables, **options):
     )
 
 
-def test_gauss_newton_sees_the_weights():
-    """For softmax regression it is the Hessian."""
+def test_gauss_newton_and_fisher_see_the_weights():
+    """For softmax regression both are the Hessian."""
     penalty = Proximal(0.1, center="zero")
     model = softmax_regression()
     problem, _, _ = make_problem(
@@ -65,7 +67,7 @@ def test_gauss_newton_sees_the_weights():
     meta = {"example_weights": torch.linspace(0.1, 2.0, 9, dtype=torch.float64)}
     inner = GradientDescent(steps=20, lr=0.5)
     results = {}
-    for curvature in ("hessian", "gauss-newton"):
+    for curvature in ("hessian", "gauss-newton", Fisher):
         method = Implicit(Dense(), curvature=curvature, batch=TRAIN)
         grads = hypergradient(
             problem,
@@ -75,12 +77,13 @@ def test_gauss_newton_sees_the_weights():
             method=method,
         ).grads
         results[curvature] = flatten(grads, 0)
-    assert_close(
-        results["hessian"],
-        results["gauss-newton"],
-        rtol=1e-10,
-        atol=1e-14,
-    )
+    for curvature in ("gauss-newton", Fisher):
+        assert_close(
+            results["hessian"],
+            results[curvature],
+            rtol=1e-10,
+            atol=1e-14,
+        )
     assert results["hessian"].norm() > 1e-3
 
 
@@ -213,17 +216,17 @@ def test_a_bad_problem_is_refused(variables, model, message):
 @pytest.mark.parametrize(
     ("curvature", "message"),
     [
-        ("kfac", "KFAC: got an inner loss with weights"),
-        (Fisher, "Fisher: got an inner loss with weights"),
+        ("kfac", "KFAC: got a loss that is −log p of no softmax"),
+        (Fisher, "Fisher: got a loss that is −log p of no softmax"),
     ],
 )
-def test_curvatures_that_do_not_know_weights_refuse_them(curvature, message):
-    problem, meta, _ = make_problem(ClassWeights(3))
+def test_weights_that_depend_on_the_losses_have_no_likelihood(curvature, message):
+    problem, meta, _ = make_problem(WeightNetwork(hidden=3))
     method = Implicit(CG(), batch=TRAIN, damping=0.1, curvature=curvature)
     with pytest.raises(ValueError, match=message):
         hypergradient(
             problem,
-            meta,
+            random_like(meta),
             stream(2),
             inner=GradientDescent(steps=2),
             method=method,
