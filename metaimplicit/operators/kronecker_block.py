@@ -64,7 +64,13 @@ def make_block(
 
 
 def _eigh(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues and eigenvectors of each task, NaN where the matrix is not finite."""
+    """The eigenvalues and eigenvectors of each task, NaN where the matrix is not finite.
+
+    Matrices in half precision are factored in single precision.
+    """
+    if moments.dtype in (torch.float16, torch.bfloat16):
+        values, vectors = _eigh(moments.float())
+        return values.to(moments.dtype), vectors.to(moments.dtype)
     try:
         values, vectors = torch.linalg.eigh(moments)
     except RuntimeError:
