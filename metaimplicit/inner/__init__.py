@@ -11,6 +11,7 @@ from metaimplicit.inner.base import InnerLoop, Trajectory
 from metaimplicit.inner.known import KnownSolution
 from metaimplicit.inner.lbfgs import LBFGS
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
+from metaimplicit.inner.optimizers import SGDW
 from metaimplicit.inner.proximal_gradient import ProximalGradient
 from metaimplicit.inner.regularizers import (
     BoxConstraint,
@@ -19,7 +20,6 @@ from metaimplicit.inner.regularizers import (
     Regularizer,
     SimplexConstraint,
 )
-from metaimplicit.inner.rules import SGDW
 from metaimplicit.inner.trust_region import NewtonCG
 
 # A row is called when its loop is needed, since making a torch optimiser imports torch's compiler.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metaimplicit.graph import check_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
-from metaimplicit.inner.rules import RULES
+from metaimplicit.inner.optimizers import RULES
 from metaimplicit.inner.settings import at_step
 from metaimplicit.inner.step import DifferentiableStep, align_tasks
 from metaimplicit.iterate import OptimizerState

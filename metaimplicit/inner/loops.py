@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.inner.differentiable import run_steps
-from metaimplicit.inner.rules import RULES
+from metaimplicit.inner.optimizers import RULES
 from metaimplicit.inner.settings import Setting, at_step, lists_in, numbers_in
 from metaimplicit.inner.step import DifferentiableStep
 from metaimplicit.iterate import OptimizerState

@@ -9,7 +9,7 @@ formula has one, at zero gradients as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,44 +40,6 @@ def sgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
         state["buffer"] = buffer
         g = g + momentum * buffer if group["nesterov"] else buffer
     return p - lr * g if isinstance(lr, Tensor) else p.add(g, alpha=-lr)
-
-
-class SGDW(torch.optim.SGD):
-    """SGD with decoupled weight decay (Loshchilov & Hutter 2019, alg. 1): θ ← (1 − ηδ)θ − ηm.
-
-    Args:
-        params: The parameters, or groups of them.
-        decoupled_weight_decay: δ ≥ 0.
-        options: The options of `torch.optim.SGD`.
-
-    Example:
-        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> w.grad = torch.tensor([2.0])
-        >>> optimizer = SGDW([w], lr=0.1, decoupled_weight_decay=0.5)
-        >>> optimizer.step()
-        >>> w.data  # 0.95 · 1 − 0.1 · 2
-        tensor([0.7500])
-    """
-
-    def __init__(self, params: Any, *, decoupled_weight_decay: float = 0.0, **options: Any) -> None:
-        if not decoupled_weight_decay >= 0:
-            raise ValueError(
-                f"decoupled_weight_decay: got {decoupled_weight_decay}, expected a number ≥ 0"
-            )
-        super().__init__(params, **options)
-        self.defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        for group in self.param_groups:
-            group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Shrink the parameters, then take the step of SGD."""
-        for group in self.param_groups:
-            shrinkage = 1 - group["lr"] * group["decoupled_weight_decay"]
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.mul_(shrinkage)
-        return super().step(closure)
 
 
 def sgdw(group: Group, state: Slots, p: Value, g: Value) -> Value:
@@ -297,80 +259,3 @@ def _root(x: Tensor) -> Tensor:
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
-
-
-def _coupled_decay(group: Group) -> Value:
-    """The decay that is added to the gradient. A decoupled one is no penalty; see `_no_decay`."""
-    return 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
-
-
-def _no_decay(_: Group) -> float:
-    """AdamW's decay is no penalty: where the loop ends, ∂f/∂θ = 0 all the same."""
-    return 0.0
-
-
-def _decay_of_sgdw(group: Group) -> Value:
-    """At rest m = (1 − dampening) g/(1 − μ) and δθ + m = 0, so g + λθ = 0 with this λ."""
-    momentum = group["momentum"]
-    if not isinstance(momentum, Tensor) and momentum == 0:
-        return group["decoupled_weight_decay"]
-    return group["decoupled_weight_decay"] * (1 - momentum) / (1 - group["dampening"])
-
-
-class UpdateRule(NamedTuple):
-    """A rule, and what is known of its options.
-
-    Attributes:
-        step: The rule.
-        options: The options for which tests compare it with `torch.optim`.
-        decay: λ of the penalty λ/2 ‖p‖² that the rule minimises beside the loss, from the options.
-    """
-
-    step: Rule
-    options: set[str]
-    decay: Callable[[Group], Value] = _coupled_decay
-
-
-RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
-    torch.optim.SGD: UpdateRule(
-        sgd, options={"lr", "momentum", "dampening", "weight_decay", "nesterov"}
-    ),
-    SGDW: UpdateRule(
-        sgdw,
-        options={"lr", "momentum", "dampening", "nesterov", "decoupled_weight_decay"},
-        decay=_decay_of_sgdw,
-    ),
-    torch.optim.Adam: UpdateRule(adam, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}),
-    torch.optim.AdamW: UpdateRule(
-        adamw, options={"lr", "betas", "eps", "weight_decay", "amsgrad"}, decay=_no_decay
-    ),
-    torch.optim.Adadelta: UpdateRule(adadelta, options={"lr", "rho", "eps", "weight_decay"}),
-    torch.optim.Adagrad: UpdateRule(
-        adagrad,
-        options={"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"},
-    ),
-    torch.optim.Adamax: UpdateRule(adamax, options={"lr", "betas", "eps", "weight_decay"}),
-    torch.optim.ASGD: UpdateRule(
-        asgd,
-        options={"lr", "lambd", "alpha", "t0", "weight_decay"},
-        decay=lambda group: group["weight_decay"] + group["lambd"],
-    ),
-    torch.optim.NAdam: UpdateRule(
-        nadam,
-        options={
-            "lr",
-            "betas",
-            "eps",
-            "weight_decay",
-            "momentum_decay",
-            "decoupled_weight_decay",
-        },
-    ),
-    torch.optim.RAdam: UpdateRule(
-        radam, options={"lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"}
-    ),
-    torch.optim.RMSprop: UpdateRule(
-        rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum", "centered"}
-    ),
-    torch.optim.Rprop: UpdateRule(rprop, options={"lr", "etas", "step_sizes"}, decay=_no_decay),
-}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.inner.rules import RULES, Group, clip_factor
+from metaimplicit.inner.optimizers import RULES
+from metaimplicit.inner.rules import Group, clip_factor
 from metaimplicit.inner.settings import at_step, constant_choices, resolve_setting
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten

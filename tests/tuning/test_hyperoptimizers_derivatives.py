@@ -20,7 +20,7 @@ from tower_network import (
 )
 
 from metaimplicit import Hyperoptimizer
-from metaimplicit.inner.rules import RULES
+from metaimplicit.inner.optimizers import RULES
 from metaimplicit.tuning import Real
 from metaimplicit.tuning.hyperoptimizers import SGD, AdaGrad, Adam, AdamW, RMSProp
 
