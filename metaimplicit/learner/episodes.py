@@ -19,6 +19,7 @@ class Pair(NamedTuple):
         targets: A tensor of the same leading sizes, or any pytree of tensors, as the loss takes it.
 
     Example:
+        >>> import torch
         >>> pair = Pair(torch.zeros(3, 2), torch.tensor([0, 1, 2]))
         >>> inputs, targets = pair
         >>> targets is pair.targets
@@ -37,6 +38,7 @@ class Episode(NamedTuple):
         query: Likewise.
 
     Example:
+        >>> import torch
         >>> support = (torch.zeros(3, 2), torch.tensor([0, 1, 2]))
         >>> query = (torch.ones(6, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
         >>> Episode.of(support, query).query.inputs.shape
@@ -60,6 +62,7 @@ class HasSets(Protocol):
     """An object with a support set and a query set, each a pair `(inputs, targets)`.
 
     Example:
+        >>> import torch
         >>> def count_tasks(episodes: HasSets) -> int:
         ...     inputs, targets = episodes.support
         ...     return len(inputs)
@@ -96,6 +99,7 @@ def check_pair(name: str, pair: Pair) -> None:
             `[tasks, examples]`.
 
     Example:
+        >>> import torch
         >>> check_pair("support", Pair(torch.zeros(2, 3, 1), torch.zeros(2, 3)))
     """
     inputs, targets = pair
@@ -113,6 +117,7 @@ def shapes_of(tree: Any) -> Any:
     """The shapes of the tensors of a pytree, for errors.
 
     Example:
+        >>> import torch
         >>> shapes_of({"x": torch.zeros(2, 3), "lengths": None})
         {'x': (2, 3), 'lengths': None}
     """

@@ -85,8 +85,8 @@ class MetaLearner(FewShotModel):
     Example:
         >>> from torch.nn.functional import cross_entropy
         >>> learner = MetaLearner(nn.Linear(2, 3), cross_entropy)  # MAML
-        >>> pair = Pair(torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))  # 4 tasks of 3 classes
-        >>> step = learner.backward(Episode(support=pair, query=pair))
+        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))  # 4 tasks of 3 classes
+        >>> step = learner.backward({"support": pair, "query": pair})
         >>> step.loss.shape, learner.model.weight.grad.shape
         (torch.Size([]), torch.Size([3, 2]))
         >>> MetaLearner(nn.Linear(2, 3), cross_entropy, method="cg").penalty  # implicit MAML
