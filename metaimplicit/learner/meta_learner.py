@@ -136,8 +136,8 @@ class MetaLearner(FewShotModel):
         )
         self.method = method
         self.metric = metric
-        self._check_support = TargetCheck(self._outputs, self._support_loss)
-        self._check_query = TargetCheck(self._outputs, self._query_loss)
+        self._check_support = TargetCheck(self._outputs, self._support_loss_on_cpu)
+        self._check_query = TargetCheck(self._outputs, self._query_loss_on_cpu)
 
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
