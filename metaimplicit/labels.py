@@ -15,24 +15,33 @@ from torch.utils._pytree import tree_leaves
 SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
-def long_labels(data: Any) -> AbstractContextManager[Any]:
+def has_short_integers(data: Any) -> bool:
+    """Whether a pytree holds a tensor of an integer type shorter than int64.
+
+    Example:
+        >>> has_short_integers({"image": torch.zeros(2, dtype=torch.uint8)})
+        True
+    """
+    return any(isinstance(x, Tensor) and x.dtype in SHORT_INTEGERS for x in tree_leaves(data))
+
+
+def long_labels(needed: bool) -> AbstractContextManager[Any]:
     """A context in which torch's losses of classes take labels of every integer type.
 
     Under vmap and in forward mode, `cross_entropy` and `nll_loss` refuse uint8, which they take
-    outside. If `data` holds no such tensor, the context does nothing and costs nothing.
+    outside.
 
     Args:
-        data: The pytree that the labels may be in.
+        needed: Whether there may be such labels. If not, the context does nothing.
 
     Example:
         >>> scores = torch.zeros(4, 3, 5)
         >>> labels = torch.zeros(4, 3, dtype=torch.uint8)
-        >>> with long_labels(labels):
+        >>> with long_labels(has_short_integers(labels)):
         ...     torch.vmap(F.cross_entropy)(scores, labels).shape
         torch.Size([4])
     """
-    has_short = any(isinstance(x, Tensor) and x.dtype in SHORT_INTEGERS for x in tree_leaves(data))
-    return _LongLabels() if has_short else nullcontext()
+    return _LongLabels() if needed else nullcontext()
 
 
 class _LongLabels(TorchFunctionMode):

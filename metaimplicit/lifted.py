@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.iterate import Iterate
-from metaimplicit.labels import long_labels
+from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
 
@@ -70,6 +70,7 @@ class LiftedProblem:
         self.start = start
         self.tasks = _count_tasks(self.at(0)) if batched else 1
         self._calls_directly = not batched
+        self._short_integers: bool | None = None
 
         if start is not None:
             sizes = {len(p) for p in start.params.values()}
@@ -159,7 +160,7 @@ class LiftedProblem:
     def _lift_scalar(
         self, name: str, function: Callable[..., Any], params: Params, data: Any
     ) -> tuple[Tensor, Any]:
-        with long_labels(data):
+        with long_labels(self._has_short_integers(data)):
             result = self._lift(function, params, data)
         loss, aux = result if isinstance(result, tuple) else (result, None)
         if not isinstance(loss, Tensor) or loss.shape != (self.tasks,):
@@ -170,6 +171,14 @@ class LiftedProblem:
                 "reduce it, e.g. with .mean()"
             )
         return loss, aux
+
+    def _has_short_integers(self, data: Any) -> bool:
+        """Whether the data hold short integers, which is looked up once for data that stay."""
+        if data is not self.data:
+            return has_short_integers(data)
+        if self._short_integers is None:
+            self._short_integers = has_short_integers(data)
+        return self._short_integers
 
     def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):

@@ -60,7 +60,7 @@ def key_of(entries: Mapping[str, Any], parameter: str, option: str) -> str:
     )
 
 
-def at_step(options: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+def at_step(options: dict[str, Any], step: int | None) -> dict[str, Any]:
     """The resolved options at one inner step.
 
     Args:
@@ -74,10 +74,11 @@ def at_step(options: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         >>> at_step({"lr": [0.1, 0.01], "momentum": 0.9}, 1)
         {'lr': 0.01, 'momentum': 0.9}
     """
+    scheduled = {name: value for name, value in options.items() if isinstance(value, list)}
+    if not scheduled:
+        return options
     chosen = dict(options)
-    for name, value in options.items():
-        if not isinstance(value, list):
-            continue
+    for name, value in scheduled.items():
         if step is None or step >= len(value):
             which = "a step outside of the inner loop" if step is None else f"step {step}"
             raise ValueError(

@@ -1,4 +1,8 @@
-"""Checks of a batch of tasks against what the loss does with it, before any gradient is taken."""
+"""Checks of a batch of tasks against what the loss does with it, before any gradient is taken.
+
+They call the loss on one task. These trials run on the CPU, where an index that is out of range is
+an error. On CUDA, it would end the process.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from metaimplicit.learner.episodes import Pair, check_pair, shapes_of
 from metaimplicit.learner.losses import TaskLoss
-from metaimplicit.learner.targets import Classes, find_classes, fixed_random_state, task_of
+from metaimplicit.learner.targets import (
+    Classes,
+    find_classes,
+    fixed_random_state,
+    layout_of_cross_entropy,
+    task_of,
+)
 
-# What torch's losses say of targets that broadcast.
+# What torch's losses say of targets that broadcast, and why a trial may fail on the CPU alone.
 BROADCAST = "that is different to the input size"
+CPU_ALONE = ("same device", "not implemented for")
+IGNORED_BY_DEFAULT = -100  # by torch's losses
 
 
 class TargetCheck:
@@ -26,12 +38,12 @@ class TargetCheck:
 
     Args:
         call: The model as it is, `inputs of one task -> outputs`.
-        loss: Makes the loss of the set as it is, or with `on_cpu=True` a copy on the CPU.
+        make_loss: Makes the loss of the set as it is, on the CPU.
 
     Example:
-        >>> def make_loss(on_cpu=False):
-        ...     return torch.nn.functional.cross_entropy
-        >>> check = TargetCheck(call=lambda inputs: inputs, loss=make_loss)
+        >>> check = TargetCheck(
+        ...     call=lambda inputs: inputs, make_loss=lambda: torch.nn.functional.cross_entropy
+        ... )
         >>> check("support", Pair(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, 7]])))
         Traceback (most recent call last):
         ...
@@ -39,9 +51,9 @@ class TargetCheck:
 of the model; convert targets that are not class indices to float
     """
 
-    def __init__(self, call: Callable[[Any], Tensor], loss: Callable[..., TaskLoss]) -> None:
+    def __init__(self, call: Callable[[Any], Tensor], make_loss: Callable[[], TaskLoss]) -> None:
         self._call = call
-        self._loss = loss
+        self._make_loss = make_loss
         self._classes: dict[Any, Classes | None] = {}
         self._ignored: set[int] = set()
 
@@ -65,15 +77,23 @@ of the model; convert targets that are not class indices to float
             classes = self._classes[kind]
             return classes and self._check_range(name, pair, classes)
 
-        loss = self._loss()
-        first = task_of(pair, 0)
-        with fixed_random_state(pair), torch.no_grad():
-            outputs = self._call(first.inputs)
-        classes = find_classes(loss, outputs, first.targets)
+        loss = self._make_loss()
+        outputs, targets = self._call_task(pair, 0)
+        if _is_of_cpu_alone(_value(loss, outputs, targets)):
+            classes = layout_of_cross_entropy(outputs, targets)
+        else:
+            classes = find_classes(loss, outputs, targets)
         checked = classes and self._check_range(name, pair, classes)
-        check_loss(name, loss, outputs, first.targets, has_classes=classes is not None)
+        check_loss(name, loss, outputs, targets, has_classes=classes is not None)
         self._classes[kind] = classes
         return checked
+
+    def _call_task(self, pair: Pair, index: int) -> tuple[Tensor, Any]:
+        """The outputs and the targets of one task, on the CPU."""
+        task = task_of(pair, index)
+        with fixed_random_state(pair), torch.no_grad():
+            outputs = self._call(task.inputs)
+        return _on_cpu(outputs), tree_map(_on_cpu, task.targets)
 
     def _check_range(self, name: str, pair: Pair, classes: Classes) -> Classes:
         """The classes, of which not all examples count if the loss ignores a label of the batch."""
@@ -84,14 +104,12 @@ of the model; convert targets that are not class indices to float
         outside: list[int] = labels[(labels < 0) | (labels >= classes.size)].unique().tolist()
         refused: dict[int, Exception] = {}
         for label in set(outside) - self._ignored:
-            task = task_of(pair, int((labels == label).flatten(1).any(1).nonzero()[0]))
-            with fixed_random_state(pair), torch.no_grad():
-                outputs = self._call(task.inputs).cpu()
-            # On CUDA, an index out of range would end the process.
-            targets = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, task.targets)
-            error = _error_of(self._loss(on_cpu=True), outputs, targets)
-            if error is not None:
-                refused[label] = error
+            task = int((labels == label).flatten(1).any(1).nonzero()[0])
+            value = _value(self._make_loss(), *self._call_task(pair, task))
+            # A loss that cannot be tried is taken to be one of torch's.
+            is_ignored = label == IGNORED_BY_DEFAULT and _is_of_cpu_alone(value)
+            if isinstance(value, Exception) and not is_ignored:
+                refused[label] = value
         if refused:
             worst = min(refused) if min(refused) < 0 else max(refused)
             raise ValueError(
@@ -115,8 +133,8 @@ def check_loss(
     Args:
         name: What errors call the set.
         loss: `(outputs, targets) -> scalar`.
-        outputs: The outputs of the model for this task.
-        targets: Its targets.
+        outputs: The outputs of the model for this task, on the CPU.
+        targets: Its targets, on the CPU.
         has_classes: Whether the targets hold class indices, which have another shape by design.
 
     Raises:
@@ -130,14 +148,14 @@ def check_loss(
         ValueError: support: got targets of shape (3,) for outputs of shape (3, 1), which \
 broadcast against each other in the loss, expected one shape; reshape the targets
     """
+    shapes = f"got targets of shape {shapes_of(targets)} for outputs of shape {shapes_of(outputs)}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = _value(loss, outputs, targets)
         if isinstance(value, Exception):
-            raise ValueError(
-                f"{name}: got targets of shape {shapes_of(targets)} for outputs of shape "
-                f"{tuple(outputs.shape)}, which the loss refuses: {value}"
-            ) from value
+            if _is_of_cpu_alone(value):
+                return
+            raise ValueError(f"{name}: {shapes}, which the loss refuses: {value}") from value
         broadcasts = any(BROADCAST in str(warning.message) for warning in caught)
         for leaf in tree_leaves(targets) if not has_classes else ():
             if not isinstance(leaf, Tensor) or leaf.shape == outputs.shape:
@@ -146,8 +164,7 @@ broadcast against each other in the loss, expected one shape; reshape the target
                 broadcasts |= _is_broadcast(loss, outputs, targets, leaf, value=value)
     if broadcasts:
         raise ValueError(
-            f"{name}: got targets of shape {shapes_of(targets)} for outputs of shape "
-            f"{tuple(outputs.shape)}, which broadcast against each other in the loss, expected one "
+            f"{name}: {shapes}, which broadcast against each other in the loss, expected one "
             "shape; reshape the targets"
         )
 
@@ -159,7 +176,20 @@ def _kind(pair: Pair) -> Any:
     for x in leaves:
         is_tensor = isinstance(x, Tensor)
         kinds.append((x.dtype, *(min(size, 2) for size in x.shape[1:])) if is_tensor else type(x))
-    return str(structure), tuple(kinds)
+    return structure, tuple(kinds)
+
+
+def _on_cpu(leaf: Any) -> Any:
+    """A tensor on the CPU, in a type that the CPU computes with."""
+    if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
+        return leaf
+    return leaf.float().cpu() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf.cpu()
+
+
+def _is_of_cpu_alone(value: Any) -> bool:
+    """Whether a loss failed because its tensors are elsewhere, or the CPU lacks an operation."""
+    is_error = isinstance(value, Exception)
+    return is_error and any(reason in str(value) for reason in CPU_ALONE)
 
 
 def _value(loss: TaskLoss, outputs: Tensor, targets: Any) -> Any:
@@ -169,13 +199,6 @@ def _value(loss: TaskLoss, outputs: Tensor, targets: Any) -> Any:
             return loss(outputs.detach().requires_grad_(), targets)
         except Exception as error:  # a loss may raise anything
             return error
-
-
-def _error_of(loss: TaskLoss, outputs: Tensor, targets: Any) -> Exception | None:
-    value = _value(loss, outputs, targets)
-    if not isinstance(value, Exception) or "same device" in str(value):
-        return None  # a loss that holds tensors of another device cannot be asked on the CPU
-    return value
 
 
 def _is_broadcast(

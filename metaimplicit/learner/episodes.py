@@ -62,6 +62,7 @@ class HasSets(Protocol):
     """An object with a support set and a query set, each a pair `(inputs, targets)`.
 
     Example:
+        >>> import torch
         >>> def count_tasks(episodes: HasSets) -> int:
         ...     inputs, targets = episodes.support
         ...     return len(inputs)
@@ -99,13 +100,16 @@ def check_pair(name: str, pair: Pair) -> None:
             `[tasks, examples]`.
 
     Example:
+        >>> import torch
         >>> check_pair("support", Pair(torch.zeros(2, 3, 1), torch.zeros(2, 3)))
     """
     inputs, targets = pair
-    single = isinstance(inputs, Tensor) and isinstance(targets, Tensor)
-    differ = single and (inputs.dim() < 2 or inputs.shape[:2] != targets.shape[:2])
-    tensors = [x for x in tree_leaves(pair) if isinstance(x, Tensor)]
-    if differ or any(0 in x.shape[:2] for x in tensors):
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+        leading = inputs.shape[:2]
+        fits = inputs.dim() >= 2 and leading == targets.shape[:2] and 0 not in leading
+    else:
+        fits = all(0 not in x.shape[:2] for x in tree_leaves(pair) if isinstance(x, Tensor))
+    if not fits:
         raise ValueError(
             f"{name}: got inputs {shapes_of(inputs)} and targets {shapes_of(targets)}, "
             "expected both to begin with [tasks, examples], neither empty"
@@ -116,6 +120,7 @@ def shapes_of(tree: Any) -> Any:
     """The shapes of the tensors of a pytree, for errors.
 
     Example:
+        >>> import torch
         >>> shapes_of({"x": torch.zeros(2, 3), "lengths": None})
         {'x': (2, 3), 'lengths': None}
     """

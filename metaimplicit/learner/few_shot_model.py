@@ -170,13 +170,15 @@ class FewShotModel(nn.Module):
         """The model at φ, as a constant."""
         return self._call({}, self._detached_meta(), inputs)
 
-    def _support_loss(self, *, on_cpu: bool = False) -> TaskLoss:
-        """The loss of the support set at φ, as a constant, or a copy of it on the CPU."""
-        return self._losses()[0].at(self._detached_meta(), on_cpu=on_cpu)
+    def _query_loss(self) -> TaskLoss:
+        """The loss of the query set at φ, as a constant."""
+        return self._losses()[1].at(self._detached_meta())
 
-    def _query_loss(self, *, on_cpu: bool = False) -> TaskLoss:
-        """The loss of the query set, likewise."""
-        return self._losses()[1].at(self._detached_meta(), on_cpu=on_cpu)
+    def _support_loss_on_cpu(self) -> TaskLoss:
+        return self._losses()[0].on_cpu(self._detached_meta())
+
+    def _query_loss_on_cpu(self) -> TaskLoss:
+        return self._losses()[1].on_cpu(self._detached_meta())
 
     def _detached_meta(self) -> Params:
         return detached(self.meta)

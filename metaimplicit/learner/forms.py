@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
@@ -29,7 +30,7 @@ def name_parts(batch: Any) -> Episode | list[Episode]:
 
     Returns:
         One episode whose tensors carry the task axis first, or a list with one episode for each
-        task. Inputs and targets are the batch's own, with their mappings as dicts.
+        task. Inputs and targets are the batch's own, with mappings as dicts and arrays as tensors.
 
     Raises:
         ValueError: The batch has another form, or one that can be read in two ways.
@@ -69,12 +70,11 @@ def read_episodes(batch: Any) -> list[Episode]:
         [1, 1]
     """
     named = name_parts(batch)
-    tasks: Any = tree_map(_recordable, named)
     if isinstance(named, Episode):
-        if not any(_has_list(pair.inputs) and _has_list(pair.targets) for pair in tasks):
-            return [_with_long_labels(_with_tuples(tasks))]
-        tasks = _split_tasks(tasks)
-    tasks = [_with_long_labels(_with_tuples(task)) for task in tasks]
+        if not any(_has_list(pair.inputs) and _has_list(pair.targets) for pair in named):
+            return [_plain_episode(named)]
+        named = _split_tasks(named)
+    tasks = [_plain_episode(task) for task in named]
     if _have_same_shapes(tasks):
         return [tree_map(_stack, *tasks)]
     return [tree_map(_stack, task) for task in tasks]
@@ -94,7 +94,8 @@ def read_support(support: Any, *, batched: bool) -> list[Pair]:
     """
     if batched and _is_list(support) and all(isinstance(pair, tuple) for pair in support):
         return [read.support for read in read_episodes([(pair, pair) for pair in support])]
-    pair = Pair(*_two_parts(support, PARTS, "support"))
+    inputs, targets = _two_parts(support, PARTS, "support")
+    pair = Pair(_with_known_types(inputs), _with_known_types(targets))
     episode = Episode(pair, pair)
     return [read.support for read in read_episodes(episode if batched else [episode])]
 
@@ -106,7 +107,7 @@ def plain_inputs(inputs: Any) -> Any:
         >>> plain_inputs([1, {"mask": [2, 3]}])
         (1, {'mask': (2, 3)})
     """
-    return _with_tuples(_with_dicts(inputs))
+    return _rebuild(inputs, lambda x: x)
 
 
 def _is_list_of_tasks(batch: Any) -> bool:
@@ -132,7 +133,7 @@ def _name_sets(value: Any) -> Episode:
     pairs = []
     for name, examples in zip(SETS[0], sets, strict=True):
         inputs, targets = _two_parts(examples, PARTS, f"episodes.{name}")
-        pairs.append(Pair(_with_dicts(inputs), _with_dicts(targets)))
+        pairs.append(Pair(_with_known_types(inputs), _with_known_types(targets)))
     return Episode(*pairs)
 
 
@@ -179,6 +180,8 @@ def _describe(value: Any) -> str:
 
 
 def _has_list(tree: Any) -> bool:
+    if isinstance(tree, Tensor):
+        return False
     return any(_is_list(leaf) for leaf in _listed_leaves(tree))
 
 
@@ -213,30 +216,48 @@ def _split_tasks(batch: Episode) -> list[Episode]:
     return [task(index) for index in range(sizes.pop())]
 
 
-def _recordable(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+def _plain_episode(task: Episode) -> Episode:
+    """The task with its parts as the model and the loss take them."""
+
+    def read(pair: Pair) -> Pair:
+        return Pair(_rebuild(pair.inputs, _recordable), _rebuild(pair.targets, _long_label))
+
+    return Episode(read(task.support), read(task.query))
 
 
-def _with_dicts(tree: Any) -> Any:
-    """A pytree with its mappings as dicts, which pytrees know."""
-    return tree_map(lambda x: _with_dicts(dict(x)) if isinstance(x, Mapping) else x, tree)
+def _with_known_types(tree: Any) -> Any:
+    """A pytree with its mappings as dicts, which pytrees know, and its arrays as tensors."""
+    if isinstance(tree, Tensor):
+        return tree
+
+    def known(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):
+            return _with_known_types(dict(leaf))
+        return torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    return tree_map(known, tree)
 
 
-def _with_tuples(tree: Any) -> Any:
-    """A pytree with its lists as tuples."""
-    return tree_map(
-        lambda x: tuple(map(_with_tuples, x)) if _is_list(x) else x, tree, is_leaf=_is_list
-    )
+def _rebuild(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A pytree with tuples for its lists, dicts for its mappings, and converted tensors."""
+    if isinstance(tree, Tensor):
+        return convert(tree)
+    if isinstance(tree, Mapping):
+        return {key: _rebuild(part, convert) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        parts = [_rebuild(part, convert) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
 
 
-def _with_long_labels(task: Episode) -> Episode:
-    """The task with integer targets as int64, which every loss and its derivatives take."""
+def _recordable(x: Tensor) -> Tensor:
+    """The tensor, or a copy if it is of `inference_mode`, which autograd cannot record."""
+    return x.clone() if x.is_inference() else x
 
-    def long(x: Any) -> Any:
-        is_short = isinstance(x, Tensor) and x.dtype in SHORT_INTEGERS
-        return x.long() if is_short else x
 
-    return Episode(*(Pair(pair.inputs, tree_map(long, pair.targets)) for pair in task))
+def _long_label(x: Tensor) -> Tensor:
+    """Integers as int64, which every loss and its derivatives take."""
+    return x.long() if x.dtype in SHORT_INTEGERS else _recordable(x)
 
 
 def _have_same_shapes(tasks: list[Episode]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -50,13 +49,17 @@ class MetaLoss:
         params = {name: meta[key] for name, key in self._names.items()}
         return _call(self._loss, params, outputs, targets)
 
-    def at(self, meta: Params, *, on_cpu: bool = False) -> TaskLoss:
-        """The loss at φ, or a copy of it on the CPU."""
-        if not on_cpu:
-            return partial(self, meta)
-        params = {name: meta[key].cpu() for name, key in self._names.items()}
-        loss = copy.deepcopy(self._loss).cpu() if isinstance(self._loss, nn.Module) else self._loss
-        return partial(_call, loss, params)
+    def at(self, meta: Params) -> TaskLoss:
+        """The loss at φ."""
+        return partial(self, meta)
+
+    def on_cpu(self, meta: Params) -> TaskLoss:
+        """The loss at φ, with its parameters and buffers on the CPU."""
+        tensors: Params = {}
+        if isinstance(self._loss, nn.Module):
+            tensors |= dict(self._loss.named_parameters()) | dict(self._loss.named_buffers())
+        tensors |= {name: meta[key] for name, key in self._names.items()}
+        return partial(_call, self._loss, {name: t.cpu() for name, t in tensors.items()})
 
 
 def _call(loss: TaskLoss, params: Params, outputs: Any, targets: Any) -> Tensor:

@@ -85,9 +85,8 @@ class MetaLearner(FewShotModel):
     Example:
         >>> from torch.nn.functional import cross_entropy
         >>> learner = MetaLearner(nn.Linear(2, 3), cross_entropy)  # MAML
-        >>> from metaimplicit.learner import Episode, Pair
-        >>> pair = Pair(torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))  # 4 tasks of 3 classes
-        >>> step = learner.backward(Episode(support=pair, query=pair))
+        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))  # 4 tasks of 3 classes
+        >>> step = learner.backward({"support": pair, "query": pair})
         >>> step.loss.shape, learner.model.weight.grad.shape
         (torch.Size([]), torch.Size([3, 2]))
         >>> MetaLearner(nn.Linear(2, 3), cross_entropy, method="cg").penalty  # implicit MAML
@@ -137,8 +136,8 @@ class MetaLearner(FewShotModel):
         )
         self.method = method
         self.metric = metric
-        self._check_support = TargetCheck(self._outputs, self._support_loss)
-        self._check_query = TargetCheck(self._outputs, self._query_loss)
+        self._check_support = TargetCheck(self._outputs, self._support_loss_on_cpu)
+        self._check_query = TargetCheck(self._outputs, self._query_loss_on_cpu)
 
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.

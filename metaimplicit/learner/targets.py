@@ -93,6 +93,18 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
     return None
 
 
+def layout_of_cross_entropy(outputs: Tensor, targets: Any) -> Classes | None:
+    """Where torch's losses read class indices, for a loss that cannot be asked.
+
+    Example:
+        >>> layout_of_cross_entropy(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))
+        Classes(leaf=0, axis=1, size=5, all_count=True)
+    """
+    if (0, 1) not in _candidates(outputs, tree_leaves(targets)):
+        return None
+    return Classes(leaf=0, axis=1, size=outputs.shape[1], all_count=True)
+
+
 def measure(
     group: Group, outputs: Tensor, *, metric: Metric | None, make_loss: Callable[[], TaskLoss]
 ) -> Tensor | None:

@@ -252,6 +252,18 @@ def test_several_inputs_are_the_arguments_of_the_model(name, vectorize):
     assert_is_the_plain_loop(learner, tasks, tasks)
 
 
+def test_arrays_become_tensors():
+    tasks = draw_tasks()
+    arrays = [tuple((x.numpy(), y.int().numpy()) for x, y in task) for task in tasks]
+    assert_is_the_plain_loop(make_learner(nn.Linear(FEATURES, WAYS)), arrays, tasks)
+    support, query = stacked(tasks)
+    batch = tuple((x.numpy(), y.numpy()) for x, y in (support, query))
+    assert_is_the_plain_loop(make_learner(nn.Linear(FEATURES, WAYS)), batch, tasks)
+    learner = make_learner(nn.Linear(FEATURES, WAYS))
+    expected = learner.adapt(tasks[0][0])(tasks[0][1][0])
+    assert_same(learner.adapt(arrays[0][0])(tasks[0][1][0]), expected)
+
+
 def test_inputs_may_be_any_mapping_and_lists_that_a_loader_made_of_tuples():
     tasks = [tuple((UserDict(x=x, mask=x.flip(0)), y) for x, y in task) for task in draw_tasks()]
     plain = [tuple((dict(x), y) for x, y in task) for task in tasks]

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.learner import Pair
+from metaimplicit.learner.checks import TargetCheck
 
 TASKS = 3
 EXAMPLES = 10
@@ -427,6 +429,20 @@ def test_targets_that_the_loss_refuses_are_named(name, vectorize):
         return
     with pytest.raises(ValueError, match=rf"episodes\.query.*{message}"):
         learner.backward([(good, bad)])
+
+
+def test_a_loss_that_cannot_be_tried_on_the_cpu_is_taken_for_cross_entropy():
+    def elsewhere(outputs, targets):
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    check = TargetCheck(call=lambda x: x, make_loss=lambda: elsewhere)
+    scores = torch.randn(2, 3, WAYS)
+    labels = torch.tensor([[0, 1, -100], [1, 2, 3]])
+    assert check("query", Pair(scores, labels.abs() % WAYS)) == (0, 1, WAYS, True)
+    assert check("query", Pair(scores, labels)) == (0, 1, WAYS, False)
+    with pytest.raises(ValueError, match="query labels: got 9, expected class indices from 0 to 4"):
+        check("query", Pair(scores, labels.clamp(0) + 6))
+    assert check("query", Pair(scores, torch.randn(2, 3))) is None
 
 
 def test_a_metric_replaces_the_accuracy():
