@@ -57,6 +57,7 @@ class InnerLoop(ABC):
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes all steps.
         differentiable: Whether a gradient can pass through the steps. If False, the loop serves
             implicit methods only.
+        second_derivatives: Whether a step takes second derivatives of the loss.
 
     Example:
         >>> import torch
@@ -73,6 +74,7 @@ class InnerLoop(ABC):
     steps: int
     tol: float | None = None
     differentiable: ClassVar[bool] = True
+    second_derivatives: ClassVar[bool] = False
 
     @abstractmethod
     def run(

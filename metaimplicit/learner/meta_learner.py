@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from metaimplicit.methods import Implicit, Method, make_method
 from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Adapt, Params, select
 from metaimplicit.problem import BilevelProblem
+from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.vectorization import AutoVectorize, VmapChecks
 
 
 class MetaLearner(nn.Module):
@@ -58,7 +60,9 @@ class MetaLearner(nn.Module):
         adapt: The parameters that adapt: a predicate on their names, a glob pattern, or several
             patterns. The others are learnt but do not adapt. If None, all parameters adapt.
         vectorize: How tasks are batched, `"vmap"` or `"loop"`. With `"auto"`, the first call of
-            `backward` times both and keeps the faster.
+            `backward` times both and keeps the faster. A loop is kept where vmap is impossible, or
+            differs from a loop; the two are compared at the first batch of a shape and at a few
+            later ones. The report names the reason.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
 
     Attributes:
@@ -84,7 +88,7 @@ class MetaLearner(nn.Module):
         Proximal(strength=2.0, center='meta')
     """
 
-    vectorize: Vectorize | Literal["auto"]
+    vectorize: AutoVectorize
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class MetaLearner(nn.Module):
         proximal: float | None = None,
         learn: Learn = (),
         adapt: Adapt = None,
-        vectorize: Vectorize | Literal["auto"] = "auto",
+        vectorize: AutoVectorize = "auto",
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +118,8 @@ class MetaLearner(nn.Module):
         self.adapted = select(trainable, adapt)
         self.vectorize = vectorize
         self.chunk_size = chunk_size
+        self._checks = VmapChecks() if vectorize == "auto" else None
+        self._objection = ""  # why vmap is not used
         self._trainable = set(trainable)
         self._classes: int | None = None  # the width of the model's outputs, once it is needed
 
@@ -157,6 +163,7 @@ class MetaLearner(nn.Module):
             )
         return params | self.learnt.by_name()
 
+    @explain_unsupported()
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
 
@@ -173,6 +180,7 @@ class MetaLearner(nn.Module):
         """
         data = self._check(episodes)
         with reject_changed_buffers(self.model):
+            self._check_vmap(data)
             if self.vectorize == "auto":
                 self.vectorize = self._choose_vectorize(data)
             result = self._hypergradient(data, self.vectorize)
@@ -182,8 +190,12 @@ class MetaLearner(nn.Module):
                 p.grad = gradient if p.grad is None else p.grad + gradient
         accuracies = accuracy(result.aux, data.query.targets)
         mean = None if accuracies is None else accuracies.mean()
-        return Step(result.outer_loss, mean, result.report)
+        report = result.report
+        if self._objection:
+            report = replace(report, tasks_by=f"loop: {self._objection}")
+        return Step(result.outer_loss, mean, report)
 
+    @explain_unsupported()
     def evaluate(
         self, episodes: EpisodeBatch, steps: int | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -223,6 +235,7 @@ class MetaLearner(nn.Module):
                     accuracies.append(correct)
         return torch.stack(losses), torch.stack(accuracies) if accuracies else None
 
+    @explain_unsupported()
     def adapt(
         self, support: tuple[Tensor, Tensor], *, steps: int | None = None, batched: bool = False
     ) -> AdaptedModel:
@@ -251,6 +264,7 @@ class MetaLearner(nn.Module):
             params = {name: p.squeeze(0) for name, p in params.items()}
         return AdaptedModel(self.predict, params, batched=batched)
 
+    @explain_unsupported()
     def predict(self, params: Params, inputs: Tensor, *, batched: bool = False) -> Tensor:
         """The outputs of the model with some parameters replaced by adapted ones.
 
@@ -308,27 +322,36 @@ class MetaLearner(nn.Module):
         with preserve_random_state(self.method, cuda=data.support.inputs.is_cuda):
             return choose_vectorize(lambda way: self._hypergradient(data, way).outer_loss)
 
-    def _lift(self, data: Any, vectorize: Vectorize | None = None) -> LiftedProblem:
-        if vectorize is None:
-            vectorize = "loop" if self.vectorize == "loop" else "vmap"
+    def _check_vmap(self, data: Episode) -> None:
+        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
+        if self._checks is None or self.vectorize == "loop":
+            return
+        self._objection = self._checks.objection(
+            self.problem,
+            self.meta,
+            data,
+            last_step=self.inner.steps,
+            second_derivatives=self.method.second_derivatives,
+        )
+        if self._objection:
+            self.vectorize = "loop"
+
+    def _lift(self, data: Any) -> LiftedProblem:
         return LiftedProblem(
-            self.problem, data, batched=True, vectorize=vectorize, chunk_size=self.chunk_size
+            self.problem,
+            data,
+            batched=True,
+            vectorize="loop" if self.vectorize == "loop" else "vmap",
+            chunk_size=self.chunk_size,
+            second_derivatives=self.inner.second_derivatives,
         )
 
     def _iterates(self, support: Pair, steps: int) -> tuple[Params, ...]:
         """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
         reject_running_statistics(self.model)
         data = Episode(support, support)
-        meta = self._detached_meta()
-        try:
-            return inner_iterates(self._lift(data), self.inner, meta, steps)
-        except RuntimeError:
-            if self.vectorize != "auto":
-                raise
-        # Nothing was timed yet. If the loop works, this model cannot be vmapped.
-        iterates = inner_iterates(self._lift(data, "loop"), self.inner, meta, steps)
-        self.vectorize = "loop"
-        return iterates
+        self._check_vmap(data)
+        return inner_iterates(self._lift(data), self.inner, self._detached_meta(), steps)
 
 
 def _with_default_curvature(method: Method) -> Method:

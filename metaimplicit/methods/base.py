@@ -46,6 +46,8 @@ class Report:
         error_bound: ‖v − Au‖/σ ≥ ‖u − A⁻¹v‖. It bounds the error of the solve, and says nothing of
             stationarity or of Gauss–Newton against the Hessian. None unless σ > 0 and A − σI is
             positive semi-definite.
+        tasks_by: How the tasks were batched, `"vmap"` or `"loop"`. If vmap was found to be wrong or
+            impossible, the reason stands behind it.
         state: What makes the next solve of a nearby problem cheaper: the solution, a sketch. Pass
             it to the next call of `hypergradient`, or save it with a checkpoint.
 
@@ -67,6 +69,7 @@ class Report:
     sigma: float = 0.0
     rho: float = 0.0
     error_bound: Tensor | None = None
+    tasks_by: str = ""
     state: SolverState = field(default_factory=SolverState, repr=False)
 
     def share(self, status: Status) -> float:
@@ -192,6 +195,14 @@ class Method(ABC):
         By default, all of them.
         """
         return ALL_ROUTES
+
+    @property
+    def second_derivatives(self) -> bool:
+        """Whether it takes second derivatives, or tangents of gradients, of the inner loss.
+
+        By default, it does.
+        """
+        return True
 
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
