@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 FIRST_DERIVATIVES = (
-    "'first-order' or Implicit(curvature='hessian', products='finite-differences'), "
-    "which need first derivatives only"
+    "'first-order' or Implicit(products='finite-differences'), which need first derivatives only"
 )
 REVERSE_MODE = (
     "reverse mode: 'unrolled' in the place of 'forward', "
@@ -28,10 +27,13 @@ class UnsupportedOperationError(ValueError, RuntimeError):
 
 
 @contextmanager
-def explain_unsupported() -> Iterator[None]:
+def explain_unsupported(first_derivatives: str = FIRST_DERIVATIVES) -> Iterator[None]:
     """Raise torch's errors about what it cannot differentiate or vmap with what to do about them.
 
     Other errors pass unchanged.
+
+    Args:
+        first_derivatives: What to use for an operation without second derivatives.
 
     Raises:
         UnsupportedOperationError: In the place of an error of torch that `ADVICE` has a row for.
@@ -52,14 +54,18 @@ derivative of it; use 'first-order' or ...
     except UnsupportedOperationError:
         raise
     except RuntimeError as error:
-        advice = find_advice(error)
+        advice = find_advice(error, first_derivatives)
         if advice is None:
             raise
         raise UnsupportedOperationError(advice) from error
 
 
-def find_advice(error: RuntimeError) -> str | None:
+def find_advice(error: RuntimeError, first_derivatives: str = FIRST_DERIVATIVES) -> str | None:
     """What an error of torch means and what to do, by its message. None for any other error.
+
+    Args:
+        error: The error.
+        first_derivatives: What to use for an operation without second derivatives.
 
     Example:
         >>> find_advice(RuntimeError("Batching rule not implemented for aten::lstm.input."))
@@ -73,7 +79,7 @@ def find_advice(error: RuntimeError) -> str | None:
         if match is not None:
             name = match[1] if match.re.groups else first_sentence(error)
             replacement = "".join(text for part, text in REPLACEMENTS.items() if part in name)
-            return advice.format(name, replacement)
+            return advice.format(name, replacement, first_derivatives)
     return None
 
 
@@ -116,21 +122,22 @@ REPLACEMENTS = {
 }
 
 # By a pattern in the message of torch. {0} is the group of the pattern, an operation, or else the
-# first sentence of the message. {1} is a replacement of the operation.
+# first sentence of the message. {1} is a replacement of the operation, and {2} is what to use for
+# an operation without second derivatives.
 ADVICE = {
     r"Sparse(?:CPU|CUDA)|[Ss]parse tensors?|_sparse_coo_tensor": (
         "sparse tensors: torch cannot split them by task, nor differentiate them again; use "
         "sparse=False in nn.Embedding and nn.EmbeddingBag, or dense tensors"
     ),
     r"derivative for '?(?:aten::)?_*([\w.]+)_backward'? is not implemented": (
-        "{0}: torch has no second derivative of it; use {1}" + FIRST_DERIVATIVES
+        "{0}: torch has no second derivative of it; use {1}{2}"
     ),
     r"derivative for '?(?:aten::)?_*([\w.]+)'? is not implemented": (
         "{0}: torch has no derivative of it; replace it, or detach its inputs"
     ),
     r"aot_autograd does not currently support double backward": (
         "torch.compile: a compiled function has no second derivative; use the function that was "
-        "compiled (a module has it in _orig_mod), vectorize='vmap', or " + FIRST_DERIVATIVES
+        "compiled (a module has it in _orig_mod), vectorize='vmap', or {2}"
     ),
     r"forward AD with _*([\w.]+) that does not support it": (
         "{0}: torch has no forward-mode derivative of it; use {1}" + REVERSE_MODE

@@ -13,13 +13,23 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "models", "normalization", "options"),
+    (
+        "params",
+        "options",
+        "random_state",
+        "graph",
+        "mended",
+        "unsupported",
+        "models",
+        "normalization",
+    ),
     ("problem", "iterate"),
     ("lifted",),
     ("operators",),
     ("solvers",),
     ("inner",),
     ("methods",),
+    ("vectorization",),
     ("hypergradient",),
     ("learner", "diagnostics", "tuning", "optim"),
     ("training",),

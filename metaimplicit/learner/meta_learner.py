@@ -49,7 +49,7 @@ class MetaLearner(nn.Module):
         loss: `(outputs, targets) -> scalar`, such as `torch.nn.functional.cross_entropy`.
         inner: The inner loop, or its flag, such as `"newton-cg"`.
         method: How the meta-gradient is computed, or its flag, such as `"cg"`. An `Implicit` method
-            without a curvature gets `"gauss-newton"`.
+            without a curvature gets `"gauss-newton"`, unless its `products` ask for the Hessian.
         proximal: λ ≥ 0. If None, it depends on `method`: 2 for methods that see the initialisation
             only through the inner loss (their `reach` lacks `"start"`), such as all implicit ones,
             and 0 for all others.
@@ -327,11 +327,7 @@ class MetaLearner(nn.Module):
         if self._checks is None or self.vectorize == "loop":
             return
         self._objection = self._checks.objection(
-            self.problem,
-            self.meta,
-            data,
-            last_step=self.inner.steps,
-            second_derivatives=self.method.second_derivatives,
+            self.problem, self.meta, data, inner=self.inner, method=self.method
         )
         if self._objection:
             self.vectorize = "loop"
@@ -355,7 +351,10 @@ class MetaLearner(nn.Module):
 
 
 def _with_default_curvature(method: Method) -> Method:
-    # The Hessian of a few-shot support loss is indefinite; Gauss–Newton is semi-definite.
-    if isinstance(method, Implicit) and method.curvature is None:
-        return replace(method, curvature="gauss-newton")
-    return method
+    # The Hessian of a few-shot support loss is indefinite; Gauss–Newton is semi-definite. But other
+    # products than double-backward are an option of the Hessian.
+    if not isinstance(method, Implicit) or method.curvature is not None:
+        return method
+    if method.products != "double-backward":
+        return method
+    return replace(method, curvature="gauss-newton")

@@ -13,6 +13,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.random_state import RandomState
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class InnerStep:
 def read_by_loss(
     problem: LiftedProblem, params: Params, meta: Params, *, data: Any
 ) -> tuple[set[str], set[str]]:
-    """What the inner loss depends on.
+    """What the inner loss depends on. It draws no random numbers: those are for the step itself.
 
     Args:
         problem: The lifted problem.
@@ -87,7 +88,9 @@ def read_by_loss(
         ValueError: It depends on a tensor that requires grad and is not in `meta`.
     """
     variables = leaves(params)
+    state = RandomState.read(next(iter(params.values())).device)
     losses = [problem.inner(variables, meta, data)]
+    state.restore()
     in_loss = find_dependencies(
         losses, meta, params=variables.values(), functions=[problem.problem.inner_loss]
     )

@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.random_state import RandomState
+from metaimplicit.unsupported import explain_unsupported
 
 Closure = Callable[[], Any]
+
+explain_torch_errors = explain_unsupported(
+    "an optimiser of torch.optim, which needs first derivatives only"
+)
 
 
 class ReplayedClosure:

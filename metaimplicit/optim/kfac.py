@@ -20,7 +20,7 @@ from metaimplicit.optim.checks import (
     check_softmax_loss,
     raise_if,
 )
-from metaimplicit.optim.closure import Closure, ReplayedClosure
+from metaimplicit.optim.closure import Closure, ReplayedClosure, explain_torch_errors
 from metaimplicit.optim.damping import (
     levenberg_marquardt,
     predicted_reduction,
@@ -154,6 +154,7 @@ class KFAC(SecondOrder):
         self._layers = find_factored_layers(model, self._trainable, others=others)
 
     @torch.no_grad()
+    @explain_torch_errors
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step on one batch.
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods import Method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
 from metaimplicit.vectorization.blame import find_differing_module
@@ -29,13 +31,16 @@ class VmapChecks:
 
     Example:
         >>> import torch
+        >>> from metaimplicit.inner import make_inner
+        >>> from metaimplicit.methods import Unrolled
         >>> problem = BilevelProblem(
         ...     init=lambda meta, data: {"w": meta["w"]},
         ...     inner_loss=lambda params, meta, data: params["w"] * (1 if data > 0 else -1),
         ...     outer_loss=lambda params, meta, data: params["w"],
         ... )
+        >>> meta, inner, method = {"w": torch.ones(())}, make_inner("gradient-descent"), Unrolled()
         >>> checks = VmapChecks()
-        >>> checks.objection(problem, {"w": torch.ones(())}, torch.ones(2), last_step=1)
+        >>> checks.objection(problem, meta, torch.ones(2), inner=inner, method=method)
         "vmap: It looks like you're attempting to use a Tensor in some data-dependent control flow"
     """
 
@@ -44,13 +49,7 @@ class VmapChecks:
         self._objections: dict[Hashable, str] = {}
 
     def objection(
-        self,
-        problem: BilevelProblem,
-        meta: Params,
-        data: Any,
-        *,
-        last_step: int,
-        second_derivatives: bool = True,
+        self, problem: BilevelProblem, meta: Params, data: Any, *, inner: InnerLoop, method: Method
     ) -> str:
         """Why a loop has to be used for these data. Empty if vmap is right, as far as is known.
 
@@ -60,16 +59,17 @@ class VmapChecks:
             problem: The problem of one task.
             meta: φ.
             data: The data of all tasks, or a `Stream` of such.
-            last_step: T, the step whose data the outer loss sees.
-            second_derivatives: Whether the inner loss is differentiated twice.
+            inner: The inner loop. The outer loss sees the data of the step after its last.
+            method: The method. Its derivatives are compared.
         """
+        second_derivatives = differentiates_twice(method, inner)
         shapes = _shapes(data.fn(0) if isinstance(data, Stream) else data)
         key = (shapes, second_derivatives)
         self._calls[key] += 1
         if key in self._objections or self._calls[key] not in CHECKED_CALLS:
             return self._objections.get(key, "")
 
-        compared = evaluations(last_step=last_step, second_derivatives=second_derivatives)
+        compared = evaluations(last_step=inner.steps, second_derivatives=second_derivatives)
         objection = find_objection(problem, meta, data, compared)
         if objection is None:
             return ""
@@ -95,10 +95,10 @@ def lift(
     meta: Params,
     data: Any,
     *,
-    vectorize: AutoVectorize,
+    inner: InnerLoop,
+    method: Method,
     batched: bool,
-    last_step: int,
-    second_derivatives: bool,
+    vectorize: AutoVectorize,
     owner: Any = None,
     chunk_size: int | None = None,
     start: Iterate | None = None,
@@ -109,10 +109,10 @@ def lift(
         problem: As for `LiftedProblem`.
         meta: φ.
         data: As for `LiftedProblem`.
-        vectorize: With `"auto"`, vmap unless it is wrong or impossible.
+        inner: The inner loop.
+        method: The method.
         batched: As for `LiftedProblem`.
-        last_step: T, the step whose data the outer loss sees.
-        second_derivatives: As for `LiftedProblem`.
+        vectorize: With `"auto"`, vmap unless it is wrong or impossible.
         owner: The object to which the checks of vmap belong. If None, the problem.
         chunk_size: As for `LiftedProblem`.
         start: As for `LiftedProblem`.
@@ -122,6 +122,8 @@ def lift(
 
     Example:
         >>> import torch
+        >>> from metaimplicit.inner import make_inner
+        >>> from metaimplicit.methods import Unrolled
         >>> problem = BilevelProblem(
         ...     init=lambda meta, data: {"w": meta["w"]},
         ...     inner_loss=lambda params, meta, data: params["w"] * data,
@@ -131,10 +133,10 @@ def lift(
         ...     problem,
         ...     {"w": torch.ones(())},
         ...     torch.ones(2),
-        ...     vectorize="auto",
+        ...     inner=make_inner("gradient-descent"),
+        ...     method=Unrolled(),
         ...     batched=True,
-        ...     last_step=1,
-        ...     second_derivatives=False,
+        ...     vectorize="auto",
         ... )
         >>> lifted.vectorize, lifted.objection
         ('loop', "vmap: It looks like you're calling .item() on a Tensor")
@@ -148,14 +150,25 @@ def lift(
         vectorize="vmap" if vectorize == "auto" else vectorize,
         chunk_size=chunk_size,
         start=start,
-        second_derivatives=second_derivatives,
+        second_derivatives=differentiates_twice(method, inner),
     )
     if vectorize != "auto" or not batched:
         return lifted
-    objection = checks_of(owner or problem).objection(
-        problem, meta, data, last_step=last_step, second_derivatives=second_derivatives
-    )
+    checks = checks_of(owner or problem)
+    objection = checks.objection(problem, meta, data, inner=inner, method=method)
     return lifted.looped(objection) if objection else lifted
+
+
+def differentiates_twice(method: Method, inner: InnerLoop) -> bool:
+    """Whether second derivatives of the inner loss are taken, by the method or by the inner loop.
+
+    Example:
+        >>> from metaimplicit.inner import make_inner
+        >>> from metaimplicit.methods import FirstOrder
+        >>> differentiates_twice(FirstOrder(), make_inner("gradient-descent"))
+        False
+    """
+    return method.second_derivatives or inner.second_derivatives
 
 
 _CHECKS = WeakIdKeyDictionary()
