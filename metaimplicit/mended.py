@@ -21,7 +21,8 @@ class MendedDerivatives:
       and no batching rule on the CPU. The fast paths of `nn.MultiheadAttention` and
       `nn.TransformerEncoderLayer`, which have no derivative at all, are off.
     - Under `torch.vmap`, `padding_idx` of an embedding holds for every task. The batching rule of
-      torch applies it to the first task alone. In forward mode, the padding row has no tangent.
+      torch applies it to the first task alone. In forward mode, the padding row has no tangent. And
+      `scale_grad_by_freq` counts the words of each task by itself.
     - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
 
     These are settings of the whole process. They are as they were when the last thread leaves the
@@ -99,8 +100,13 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     """`torch.embedding`, which `F.embedding` and `nn.Embedding` call."""
-    if padding_idx < 0 or not _is_transformed():
+    if not _is_transformed():
         return _ORIGINAL_EMBEDDING(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+    if scale_grad_by_freq:
+        # A weight that the tasks share becomes one for each, so that no frequency is over tasks.
+        weight = weight + torch.zeros_like(indices, dtype=weight.dtype).sum()
+    if padding_idx < 0:
+        return _ORIGINAL_EMBEDDING(weight, indices, -1, scale_grad_by_freq, sparse)
     rows = _ORIGINAL_EMBEDDING(weight, indices, -1, scale_grad_by_freq, sparse)
     is_padding = (indices == padding_idx).unsqueeze(-1)
     return torch.where(is_padding, rows.detach(), rows)

@@ -135,11 +135,11 @@ ADVICE = {
     r"derivative for '?(?:aten::)?_*([\w.]+)'? is not implemented": (
         "{0}: torch has no derivative of it; replace it, or detach its inputs"
     ),
-    r"aot_autograd does not currently support double backward": (
+    r"aot_autograd does not currently support double backward|donated buffers": (
         "torch.compile: a compiled function has no second derivative; use the function that was "
         "compiled (a module has it in _orig_mod), vectorize='vmap', or {2}"
     ),
-    r"forward AD with _*([\w.]+) that does not support it": (
+    r"forward AD with _*([\w.]+?)(?:_forward)? that does not support it": (
         "{0}: torch has no forward-mode derivative of it; use {1}" + REVERSE_MODE
     ),
     r"stateless API can't be used with nn\.(\w+)": (
@@ -159,6 +159,10 @@ ADVICE = {
     r"saved tensor hooks|tensor may have escaped|data pointer of Tensor that doesn't": (
         "torch.func cannot transform checkpointing, nor code that reads the memory of a tensor "
         "({0}); use " + LOOP + " and " + REVERSE_MODE
+    ),
+    r"output with shape .* doesn't match the broadcast shape": (
+        "an in-place operation cannot write what differs between tasks to a tensor that they "
+        "share ({0}); write to a new tensor, or use " + LOOP
     ),
     r"(?i)vmap|functorch|batching operators": (
         "torch.func cannot transform the model or a loss ({0}); use "

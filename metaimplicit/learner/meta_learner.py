@@ -24,13 +24,14 @@ from metaimplicit.learner.learnable import Learn, LearntNumbers, make_learnable
 from metaimplicit.learner.problem import call_model, few_shot_problem, inner_iterates
 from metaimplicit.learner.results import AdaptedModel, Step
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
+from metaimplicit.learner.wrappers import reject_distributed
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Implicit, Method, make_method
 from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Adapt, Params, select
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.unsupported import explain_unsupported
-from metaimplicit.vectorization import AutoVectorize, VmapChecks
+from metaimplicit.vectorization import AutoVectorize, VmapRecords, explain_objection
 
 
 class MetaLearner(nn.Module):
@@ -106,6 +107,7 @@ class MetaLearner(nn.Module):
         super().__init__()
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
+        reject_distributed(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -118,7 +120,7 @@ class MetaLearner(nn.Module):
         self.adapted = select(trainable, adapt)
         self.vectorize = vectorize
         self.chunk_size = chunk_size
-        self._checks = VmapChecks() if vectorize == "auto" else None
+        self._vmap_records = VmapRecords() if vectorize == "auto" else None
         self._objection = ""  # why vmap is not used
         self._trainable = set(trainable)
         self._classes: int | None = None  # the width of the model's outputs, once it is needed
@@ -324,11 +326,12 @@ class MetaLearner(nn.Module):
 
     def _check_vmap(self, data: Episode) -> None:
         """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
-        if self._checks is None or self.vectorize == "loop":
+        if self._vmap_records is None or self.vectorize == "loop":
             return
-        self._objection = self._checks.objection(
-            self.problem, self.meta, data, inner=self.inner, method=self.method
-        )
+        if self._vmap_records.next_call(data).is_due:
+            self._objection = explain_objection(
+                self.problem, self.meta, data, inner=self.inner, method=self.method
+            )
         if self._objection:
             self.vectorize = "loop"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ REPEATS = 2  # calls of each, of which the faster counts: the first may warm cac
 
 def choose_vectorize(run: Callable[[Vectorize], Tensor]) -> Vectorize:
     """Time `run("loop")` and `run("vmap")`, twice each, and return the faster.
+
+    Warnings are not shown, as the run that follows shows them.
 
     Args:
         run: The computation. It returns a scalar tensor, which is read to wait for the device.
@@ -36,15 +39,19 @@ def choose_vectorize(run: Callable[[Vectorize], Tensor]) -> Vectorize:
         >>> choose_vectorize(run)
         'vmap'
     """
-    try:
-        vmap = _shortest_time(run, "vmap")
-    except RuntimeError:
-        run("loop")
-        return "loop"
-    try:
-        loop = _shortest_time(run, "loop")
-    except RuntimeError:
-        return "vmap"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loop = _shortest_time(run, "loop")
+        except RuntimeError:
+            with suppress(RuntimeError):
+                run("vmap")
+                return "vmap"
+            raise
+        try:
+            vmap = _shortest_time(run, "vmap")
+        except RuntimeError:
+            return "loop"
     return "vmap" if vmap <= loop else "loop"
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Hashable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaimplicit.inner import InnerLoop
@@ -26,8 +26,64 @@ AutoVectorize = Literal["auto", "vmap", "loop"]
 CHECKED_CALLS = frozenset({1, 2, 50, 500})
 
 
-class VmapChecks:
-    """Compares vmap with a loop at the first batch of each shape, and at a few later ones.
+@dataclass
+class ShapeRecord:
+    """What is known of vmap for data of one shape.
+
+    Attributes:
+        calls: How often there were such data.
+        objection: Why a loop has to be used. Empty if vmap is right, as far as is known.
+
+    Example:
+        >>> [ShapeRecord(calls).is_due for calls in (1, 2, 3)]
+        [True, True, False]
+    """
+
+    calls: int = 0
+    objection: str = ""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether vmap and a loop should be compared at this call."""
+        return self.calls in CHECKED_CALLS and not self.objection
+
+
+class VmapRecords:
+    """The record of each shape of data.
+
+    Example:
+        >>> import torch
+        >>> records = VmapRecords()
+        >>> [records.next_call(torch.zeros(n)).calls for n in (2, 2, 3)]
+        [1, 2, 1]
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[Hashable, ShapeRecord] = {}
+
+    def next_call(self, data: Any) -> ShapeRecord:
+        """The record of the shape of `data`, in which a call is counted."""
+        if isinstance(data, Stream):
+            data = data.fn(0)
+        key = tuple((x.shape, x.dtype) for x in tree_leaves(data) if isinstance(x, Tensor))
+        record = self._records.setdefault(key, ShapeRecord())
+        record.calls += 1
+        return record
+
+
+def explain_objection(
+    problem: BilevelProblem, meta: Params, data: Any, *, inner: InnerLoop, method: Method
+) -> str:
+    """Why a loop has to be used for these data. Empty if vmap gives what a loop gives.
+
+    A warning is given if vmap gives something else.
+
+    Args:
+        problem: The problem of one task.
+        meta: φ.
+        data: The data of all tasks, or a `Stream` of such.
+        inner: The inner loop. The outer loss sees the data of the step after its last.
+        method: The method.
 
     Example:
         >>> import torch
@@ -35,59 +91,33 @@ class VmapChecks:
         >>> from metaimplicit.methods import Unrolled
         >>> problem = BilevelProblem(
         ...     init=lambda meta, data: {"w": meta["w"]},
-        ...     inner_loss=lambda params, meta, data: params["w"] * (1 if data > 0 else -1),
-        ...     outer_loss=lambda params, meta, data: params["w"],
+        ...     inner_loss=lambda params, meta, data: params["w"] * data,
+        ...     outer_loss=lambda params, meta, data: params["w"] * data.item(),
         ... )
-        >>> meta, inner, method = {"w": torch.ones(())}, make_inner("gradient-descent"), Unrolled()
-        >>> checks = VmapChecks()
-        >>> checks.objection(problem, meta, torch.ones(2), inner=inner, method=method)
-        "vmap: It looks like you're attempting to use a Tensor in some data-dependent control flow"
+        >>> meta, data = {"w": torch.ones(())}, torch.ones(2)
+        >>> inner = make_inner("gradient-descent")
+        >>> explain_objection(problem, meta, data, inner=inner, method=Unrolled())
+        "vmap: It looks like you're calling .item() on a Tensor"
     """
-
-    def __init__(self) -> None:
-        self._calls: Counter[Hashable] = Counter()
-        self._objections: dict[Hashable, str] = {}
-
-    def objection(
-        self, problem: BilevelProblem, meta: Params, data: Any, *, inner: InnerLoop, method: Method
-    ) -> str:
-        """Why a loop has to be used for these data. Empty if vmap is right, as far as is known.
-
-        A warning is given the first time that vmap is found to be wrong.
-
-        Args:
-            problem: The problem of one task.
-            meta: φ.
-            data: The data of all tasks, or a `Stream` of such.
-            inner: The inner loop. The outer loss sees the data of the step after its last.
-            method: The method. Its derivatives are compared.
-        """
-        second_derivatives = differentiates_twice(method, inner)
-        shapes = _shapes(data.fn(0) if isinstance(data, Stream) else data)
-        key = (shapes, second_derivatives)
-        self._calls[key] += 1
-        if key in self._objections or self._calls[key] not in CHECKED_CALLS:
-            return self._objections.get(key, "")
-
-        compared = evaluations(last_step=inner.steps, second_derivatives=second_derivatives)
-        objection = find_objection(problem, meta, data, compared)
-        if objection is None:
-            return ""
-        module = objection.module
-        if objection.difference is not None:
-            module = find_differing_module(problem, meta, data, objection.difference)
-        reason = objection.reason
-        if module is not None:
-            reason = f"{_describe(module, problem)}: {reason}"
-        self._objections[key] = reason
-        if objection.difference is not None:
-            warnings.warn(
-                f"{reason}; a loop over the tasks is used in its place. Say vectorize='loop' if "
-                "you know this",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return reason
+    twice = differentiates_twice(method, inner)
+    compared = evaluations(last_step=inner.steps, second_derivatives=twice)
+    objection = find_objection(problem, meta, data, compared)
+    if objection is None:
+        return ""
+    module = objection.module
+    if objection.difference is not None:
+        module = find_differing_module(problem, meta, data, objection.difference)
+    reason = objection.reason
+    if module is not None:
+        reason = f"{_describe(module, problem)}: {reason}"
+    if objection.difference is not None:
+        warnings.warn(
+            f"{reason}; a loop over the tasks is used in its place. Say vectorize='loop' if you "
+            "know this",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return reason
 
 
 def lift(
@@ -113,7 +143,7 @@ def lift(
         method: The method.
         batched: As for `LiftedProblem`.
         vectorize: With `"auto"`, vmap unless it is wrong or impossible.
-        owner: The object to which the checks of vmap belong. If None, the problem.
+        owner: The object to which what is known of vmap belongs. If None, the problem.
         chunk_size: As for `LiftedProblem`.
         start: As for `LiftedProblem`.
 
@@ -138,8 +168,8 @@ def lift(
         ...     batched=True,
         ...     vectorize="auto",
         ... )
-        >>> lifted.vectorize, lifted.objection
-        ('loop', "vmap: It looks like you're calling .item() on a Tensor")
+        >>> lifted.tasks_by
+        "loop: vmap: It looks like you're calling .item() on a Tensor"
     """
     if vectorize not in get_args(AutoVectorize):
         raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
@@ -154,9 +184,10 @@ def lift(
     )
     if vectorize != "auto" or not batched:
         return lifted
-    checks = checks_of(owner or problem)
-    objection = checks.objection(problem, meta, data, inner=inner, method=method)
-    return lifted.looped(objection) if objection else lifted
+    record = records_of(owner or problem, method).next_call(data)
+    if record.is_due:
+        record.objection = explain_objection(problem, meta, data, inner=inner, method=method)
+    return lifted.looped(record.objection) if record.objection else lifted
 
 
 def differentiates_twice(method: Method, inner: InnerLoop) -> bool:
@@ -171,32 +202,26 @@ def differentiates_twice(method: Method, inner: InnerLoop) -> bool:
     return method.second_derivatives or inner.second_derivatives
 
 
-_CHECKS = WeakIdKeyDictionary()
+_RECORDS = WeakIdKeyDictionary()  # by owner, and then by what its method needs
 
 
-def checks_of(function: Any) -> VmapChecks:
-    """The checks that belong to an object, for as long as it lives.
+def records_of(owner: Any, method: Method) -> VmapRecords:
+    """What is known of vmap for a problem or a loss, for as long as that lives.
 
     Args:
-        function: A problem or a loss. A bound method stands for its object.
+        owner: The problem or the loss. A bound method stands for its object.
+        method: The method, since other methods need other derivatives.
 
     Example:
+        >>> from metaimplicit.methods import FirstOrder
         >>> def loss(params, meta, data): ...
-        >>> checks_of(loss) is checks_of(loss)
+        >>> records_of(loss, FirstOrder()) is records_of(loss, FirstOrder())
         True
     """
-    owner = getattr(function, "__self__", function)
-    checks = VmapChecks()
+    by_method: dict[Hashable, VmapRecords] = {}
     with suppress(TypeError):  # an object without weak references is not remembered
-        checks = _CHECKS.setdefault(owner, checks)
-    return checks
-
-
-def _shapes(data: Any) -> Hashable:
-    """The structure of data, with the shapes and types of their tensors."""
-    leaves, spec = tree_flatten(data)
-    kinds = [(x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves]
-    return str(spec), tuple(kinds)
+        by_method = _RECORDS.setdefault(getattr(owner, "__self__", owner), by_method)
+    return by_method.setdefault((type(method), method.second_derivatives), VmapRecords())
 
 
 def _describe(module: nn.Module, problem: BilevelProblem) -> str:

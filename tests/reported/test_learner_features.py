@@ -118,7 +118,6 @@ def compiled(model):
     ],
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # from inside torch.compile
-@fails_today(RuntimeError, "torch's own error names no remedy")
 def test_a_wrapped_model_that_cannot_be_unrolled_is_refused_with_a_remedy(wrap, patterns):
     # Under vmap the compiled model works, so the loop is what has to be refused.
     options = {"inner": INNER, "method": Unrolled(), "vectorize": "loop"}
