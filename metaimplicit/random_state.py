@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,3 +37,20 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+@contextmanager
+def restored_random_state(device: torch.device) -> Iterator[RandomState]:
+    """Put the present states back at the end of a block, which receives them.
+
+    Example:
+        >>> with restored_random_state(torch.device("cpu")) as state:
+        ...     first = torch.rand(2)
+        >>> torch.equal(first, torch.rand(2))
+        True
+    """
+    state = RandomState.read(device)
+    try:
+        yield state
+    finally:
+        state.restore()

@@ -13,7 +13,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.random_state import RandomState
+from metaimplicit.random_state import restored_random_state
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ def read_by_loss(
         ValueError: It depends on a tensor that requires grad and is not in `meta`.
     """
     variables = leaves(params)
-    state = RandomState.read(next(iter(params.values())).device)
-    losses = [problem.inner(variables, meta, data)]
-    state.restore()
+    with restored_random_state(next(iter(params.values())).device):
+        losses = [problem.inner(variables, meta, data)]
     in_loss = find_dependencies(
         losses, meta, params=variables.values(), functions=[problem.problem.inner_loss]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem
+from metaimplicit.random_state import restored_random_state
 from metaimplicit.vectorization.comparison import (
     Evaluation,
     choose_tasks,
@@ -58,14 +60,19 @@ def find_differing_module(
     """
     calls: list[_Call] = []
 
+    thread = get_ident()
+
     def record(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        if get_ident() != thread:
+            return
         state = dict(module.named_parameters()) | dict(module.named_buffers())
         inputs, spec = tree_flatten((state, args, kwargs))
         constants = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
         calls.append(_Call(module, constants, spec))
 
     lifted = LiftedProblem(problem, choose_tasks(data), batched=True, vectorize="loop")
-    with torch.enable_grad(), torch.random.fork_rng():
+    device = next(iter(meta.values())).device
+    with torch.enable_grad(), restored_random_state(device):
         theta = leaves(lifted.init(meta))
         handle = register_module_forward_hook(record, with_kwargs=True)
         try:

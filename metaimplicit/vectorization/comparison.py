@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.random_state import restored_random_state
 from metaimplicit.unsupported import find_module, first_sentence
 
 # Groups of tensors by what they are, such as "∂f/∂θ". Each tensor leads with an axis of rows: the
@@ -78,14 +80,8 @@ def find_objection(
         >>> find_objection(problem, {"w": torch.ones(())}, torch.ones(2), compared).reason
         "vmap: It looks like you're calling .item() on a Tensor"
     """
-    device = next(iter(meta.values())).device
     data = choose_tasks(data)
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-        warnings.catch_warnings(),
-        _restored_buffers(),
-    ):
+    with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers():
         warnings.simplefilter("ignore")
         for evaluate in compared:
             objection = _compare(problem, meta, data, evaluate)
@@ -97,16 +93,17 @@ def find_objection(
 def _compare(
     problem: BilevelProblem, meta: Params, data: Any, evaluate: Evaluation
 ) -> Objection | None:
+    def lifted_by(vectorize: Vectorize) -> LiftedProblem:
+        lifted = LiftedProblem(problem, data, batched=True, vectorize=vectorize)
+        return lifted.with_same_randomness()
+
     def run(vectorize: Vectorize, shift: float = 0.0) -> Groups:
-        torch.manual_seed(0)
-        loop, lifted = (
-            LiftedProblem(problem, data, batched=True, vectorize=way).with_same_randomness()
-            for way in ("loop", vectorize)
-        )
         phi = {name: m.detach() for name, m in meta.items()}
         phi |= leaves({n: _shifted(m, shift) for n, m in meta.items() if m.is_floating_point()})
-        theta = {name: _shifted(p, shift) for name, p in loop.init(phi).items()}
-        return evaluate(lifted, leaves(theta), phi)
+        with restored_random_state(next(iter(meta.values())).device):
+            start = lifted_by("loop").init(phi)
+            theta = leaves({n: _shifted(p, shift) for n, p in start.items()})
+            return evaluate(lifted_by(vectorize), theta, phi)
 
     try:
         loop = run("loop")
@@ -152,8 +149,11 @@ def choose_tasks(data: Any, at_most: int = 8) -> Any:
 def _restored_buffers() -> Iterator[None]:
     """Let the buffers of the modules that are called be after the block what they were before."""
     before: dict[int, tuple[Tensor, int, Tensor]] = {}
+    thread = get_ident()
 
     def keep(module: nn.Module, _: Any) -> None:
+        if get_ident() != thread:
+            return
         for buffer in module.buffers(recurse=False):
             before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
 
