@@ -298,7 +298,7 @@ RIGHT = {
     "a random choice": lambda: Function(lambda x: x * torch.bernoulli(torch.full((6,), 0.5))),
     "nothing": nn.Identity,
     "not a number": lambda: Function(lambda x: x + torch.where(x > 100, 0.0, torch.nan)),
-    "amplified round-off": lambda: Function(lambda x: torch.sin(1e7 * x)),
+    "amplified round-off": lambda: Function(lambda x: torch.sin(1e9 * x)),
     "batch norm": lambda: nn.BatchNorm1d(6, track_running_stats=False),
     "a zero": lambda: Function(lambda x: 0 * x),
 }
