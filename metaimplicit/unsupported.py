@@ -77,20 +77,21 @@ def find_advice(error: RuntimeError, first_derivatives: str = FIRST_DERIVATIVES)
     for pattern, advice in ADVICE.items():
         match = re.search(pattern, message)
         if match is not None:
-            name = match[1] if match.re.groups else first_sentence(error)
+            name = match[1] if match.re.groups else shorten(error)
             replacement = "".join(text for part, text in REPLACEMENTS.items() if part in name)
             return advice.format(name, replacement, first_derivatives)
     return None
 
 
-def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error's message, without its last full stop.
+def shorten(error: BaseException) -> str:
+    """The first line of an error's message, without requests to file an issue.
 
     Example:
-        >>> first_sentence(RuntimeError("It is broken. Please file an issue."))
+        >>> shorten(RuntimeError("It is broken. Please file an issue."))
         'It is broken'
     """
-    return re.split(r"\.\s+(?=[A-Z])|\.?\s*\n|\.$", str(error).strip(), maxsplit=1)[0]
+    line, *_ = str(error).strip().splitlines() or [""]
+    return re.split(r"[.,]?\s+(?=[Pp]lease )|\.\s+(?=We don't support)", line)[0].rstrip(".")
 
 
 def find_module(error: BaseException) -> nn.Module | None:
@@ -122,7 +123,7 @@ REPLACEMENTS = {
 }
 
 # By a pattern in the message of torch. {0} is the group of the pattern, an operation, or else the
-# first sentence of the message. {1} is a replacement of the operation, and {2} is what to use for
+# first line of the message. {1} is a replacement of the operation, and {2} is what to use for
 # an operation without second derivatives.
 ADVICE = {
     r"Sparse(?:CPU|CUDA)|[Ss]parse tensors?|_sparse_coo_tensor": (
@@ -149,7 +150,7 @@ ADVICE = {
         "torch.jit: the parameters of a jitted module cannot be replaced by those of a task; use "
         "the module before torch.jit, whose parts may be jitted"
     ),
-    r"[Bb]atching rule not implemented for (?:aten::)?([\w.]*\w)": (
+    r"[Bb]atching rule not implemented for (?:aten::)?([\w.:]*\w)": (
         "{0}: torch cannot vmap it; use " + LOOP
     ),
     r"must override the setup_context|does not have vmap support": (

@@ -19,7 +19,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.random_state import restored_random_state
-from metaimplicit.unsupported import find_module, first_sentence
+from metaimplicit.unsupported import find_module, shorten
 
 # Groups of tensors by what they are, such as "∂f/∂θ". Each tensor leads with an axis of rows: the
 # tasks, or one row for all of them.
@@ -112,7 +112,7 @@ def _compare(
     try:
         vmap = run("vmap")
     except Exception as error:
-        return Objection(first_sentence(error), module=find_module(error))
+        return Objection(shorten(error), module=find_module(error))
 
     eps = _unit_roundoff([*tree_leaves(loop), *meta.values()])
     difference = _largest_difference(loop, vmap)
