@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from metaimplicit.unsupported import FIRST_DERIVATIVES
+
 
 def find_dependencies(
     outputs: Iterable[Tensor],
@@ -79,7 +81,7 @@ def check_differentiable(gradients: Iterable[Tensor | None]) -> None:
             raise ValueError(
                 "inner loss: it uses an operation whose backward is once_differentiable, "
                 "so second derivatives would silently leave it out; replace it, or use "
-                "'first-order' or Implicit(products='finite-differences')"
+                + FIRST_DERIVATIVES
             )
         inputs = {n for n, _ in node.next_functions if n is not None} - seen
         seen |= inputs

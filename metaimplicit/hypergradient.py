@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch.utils._pytree import tree_map
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
 from metaimplicit.iterate import Iterate
-from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Gradients, Method, Report, make_method
 from metaimplicit.methods.pullback import attach_pullback
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
 from metaimplicit.solvers import SolverState
+from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.vectorization import AutoVectorize, lift
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Hypergradient:
     aux: Any = None
 
 
+@explain_unsupported()
 def hypergradient(
     problem: BilevelProblem,
     meta: Params,
@@ -52,7 +55,7 @@ def hypergradient(
     inner: str | InnerLoop,
     method: str | Method,
     batched: bool = False,
-    vectorize: Vectorize = "vmap",
+    vectorize: AutoVectorize = "auto",
     chunk_size: int | None = None,
     state: SolverState | None = None,
     start: Iterate | None = None,
@@ -67,7 +70,9 @@ def hypergradient(
         inner: The inner loop that approximates θ*, or its flag.
         method: How the derivative of θ* is computed, or the flag of that method.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
-        vectorize: `"vmap"` over the tasks, or `"loop"`: one call per task under one graph.
+        vectorize: `"vmap"` over the tasks, or `"loop"`: one call per task under one graph. With
+            `"auto"`, vmap unless it differs from a loop or is impossible. The two are compared at
+            the first batch of a shape and at a few later ones, and the report names the reason.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
         state: `report.state` of the last call, where an implicit method's solver starts (Arbel &
             Mairal 2022). It helps if φ moved little and the data are the same.
@@ -82,6 +87,7 @@ def hypergradient(
         ValueError: The method cannot give the gradient of an entry of φ. A loss is not a scalar per
             task. A loss depends on a tensor that requires grad and is not in `meta`. An option is
             out of range.
+        UnsupportedOperationError: torch cannot differentiate or vmap an operation.
         FloatingPointError: A strict implicit method could not solve its system.
 
     Example:
@@ -98,12 +104,20 @@ def hypergradient(
     """
     inner = make_inner(inner)
     method = make_method(method)
-    problem = method.outer_problem(problem)
-    lifted = LiftedProblem(
-        problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size, start=start
+    phi = meta_leaves(meta)
+    lifted = lift(
+        method.outer_problem(problem),
+        phi,
+        data,
+        inner=inner,
+        method=method,
+        batched=batched,
+        vectorize=vectorize,
+        owner=problem,
+        chunk_size=chunk_size,
+        start=start,
     )
     with torch.enable_grad():
-        phi = meta_leaves(meta)
         adaptation = method.adapt(lifted, inner, phi)
         outer = outer_gradients(lifted, adaptation.params, phi, data=lifted.at(inner.steps))
         indirect, report = adaptation.pull_back(outer.of_params, phi, state)
@@ -122,7 +136,9 @@ def hypergradient(
         grads=grads,
         params=params if batched else _squeeze(params),
         # A loop that drifts may be far from its end although g hardly shows it.
-        report=report.judged_by(outer.losses, tolerance=1e-6 if inner.drift else 1e-3),
+        report=replace(report, tasks_by=lifted.tasks_by).judged_by(
+            outer.losses, tolerance=1e-6 if inner.drift else 1e-3
+        ),
         end=adaptation.end,
         aux=_detach(outer.aux, batched),
     )
@@ -179,6 +195,7 @@ def outer_gradients(
     return OuterGradients(losses.detach(), aux, of_params, of_meta)
 
 
+@explain_unsupported()
 def argmin(
     inner_loss: Loss | Composite,
     init: Callable[[Params, Any], Params],
@@ -189,7 +206,7 @@ def argmin(
     method: str | Method,
     solution: Params | None = None,
     batched: bool = False,
-    vectorize: Vectorize = "vmap",
+    vectorize: AutoVectorize = "auto",
     chunk_size: int | None = None,
 ) -> Params:
     """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ.
@@ -246,10 +263,18 @@ def argmin(
             "use 'unrolled' or an implicit method"
         )
     problem = BilevelProblem(init, inner_loss, outer_loss=lambda *_: None)
-    lifted = LiftedProblem(
-        problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size
-    )
     phi = meta_leaves(meta)
+    lifted = lift(
+        problem,
+        phi,
+        data,
+        inner=inner,
+        method=method,
+        batched=batched,
+        vectorize=vectorize,
+        owner=inner_loss,
+        chunk_size=chunk_size,
+    )
     for name, m in phi.items():
         m.requires_grad_(meta[name].requires_grad)
     with torch.enable_grad():

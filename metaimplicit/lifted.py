@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
+from metaimplicit.mended import mended_derivatives
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.random_state import RandomState
 
 Vectorize = Literal["vmap", "loop"]
 
@@ -34,6 +36,11 @@ class LiftedProblem:
             arithmetic dominates.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
         start: Where the inner loop continues. If None, it starts at `problem.init`.
+        second_derivatives: Whether the functions are differentiated more than once, or in forward
+            mode. If not, attention may run by a fused kernel.
+
+    Attributes:
+        objection: Why the tasks are not vmapped, where that was not asked for.
 
     Raises:
         ValueError: The tensors of `data` disagree about the number of tasks, or `data` holds arrays
@@ -59,6 +66,7 @@ class LiftedProblem:
         vectorize: Vectorize = "vmap",
         chunk_size: int | None = None,
         start: Iterate | None = None,
+        second_derivatives: bool = True,
     ) -> None:
         if vectorize not in ("vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
@@ -68,9 +76,12 @@ class LiftedProblem:
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self.start = start
+        self.second_derivatives = second_derivatives
         self.tasks = _count_tasks(self.at(0)) if batched else 1
         self._calls_directly = not batched
         self._short_integers: bool | None = None
+        self._randomness = "different"
+        self.objection = ""
 
         if start is not None:
             sizes = {len(p) for p in start.params.values()}
@@ -86,6 +97,30 @@ class LiftedProblem:
         other.vectorize = "vmap"
         other._calls_directly = False
         return other
+
+    def looped(self, objection: str) -> LiftedProblem:
+        """The same problem in a loop over the tasks, for this reason."""
+        other = copy(self)
+        other.vectorize = "loop"
+        other.objection = objection
+        return other
+
+    def with_same_randomness(self) -> LiftedProblem:
+        """The same problem, whose tasks all draw the same random numbers in a call."""
+        other = copy(self)
+        other._randomness = "same"
+        return other
+
+    @property
+    def tasks_by(self) -> str:
+        """How the tasks are batched, for a report. Empty if there is no batch."""
+        if not self.batched:
+            return ""
+        return f"{self.vectorize}: {self.objection}" if self.objection else self.vectorize
+
+    @property
+    def _vmaps(self) -> bool:
+        return self.vectorize == "vmap" and not self._calls_directly
 
     def at(self, step: int) -> Any:
         """The data that inner step `step` sees."""
@@ -181,17 +216,25 @@ class LiftedProblem:
         return self._short_integers
 
     def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
+        if self.second_derivatives or self._vmaps:
+            with mended_derivatives:
+                return self._map(function, params, data)
+        return self._map(function, params, data)
+
+    def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):
             single = {name: p.squeeze(0) for name, p in params.items()}
             return _map_tensors(lambda x: x.unsqueeze(0), function(single, data))
         if not self.batched:
             data = _map_tensors(lambda x: x.unsqueeze(0), data)
         if self.vectorize == "loop":
+            if self._randomness == "same":
+                function = _repeating_random_numbers(function, (params, data))
             results = [function(_task(params, i), _task(data, i)) for i in range(self.tasks)]
             return tree_map(lambda *x: torch.stack(x), *results)
         axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (params, data))
         lifted = torch.vmap(
-            function, in_dims=axes, randomness="different", chunk_size=self.chunk_size
+            function, in_dims=axes, randomness=self._randomness, chunk_size=self.chunk_size
         )
         return lifted(params, data)
 
@@ -207,6 +250,18 @@ def _number_to_tensor(leaf: Any) -> Any:
 
 def _task(tree: Any, index: int) -> Any:
     return _map_tensors(lambda x: x[index], tree)
+
+
+def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """The same function, of which every call draws the random numbers that come next now."""
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    state = RandomState.read(tensors[0].device if tensors else torch.device("cpu"))
+
+    def repeating(*args: Any) -> Any:
+        state.restore()
+        return function(*args)
+
+    return repeating
 
 
 def _count_tasks(data: Any) -> int:

@@ -13,13 +13,24 @@ import metaimplicit
 import tasks
 
 LAYERS = (
-    ("params", "graph", "labels", "models", "normalization", "options"),
+    (
+        "params",
+        "options",
+        "random_state",
+        "graph",
+        "labels",
+        "mended",
+        "unsupported",
+        "models",
+        "normalization",
+    ),
     ("problem", "iterate"),
     ("lifted",),
     ("operators",),
     ("solvers",),
     ("inner",),
     ("methods",),
+    ("vectorization",),
     ("hypergradient",),
     ("learner", "diagnostics", "tuning", "optim", "root"),
     ("training",),

@@ -18,11 +18,13 @@ from metaimplicit.diagnostics.differences import (
 from metaimplicit.diagnostics.smoothness import has_kink
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
-from metaimplicit.lifted import LiftedProblem
+from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import FirstOrder, Implicit, Method, Unrolled, make_method
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Dense, Status
+from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.vectorization import AutoVectorize
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Check:
         return "\n".join([*lines, self.verdict])
 
 
+@explain_unsupported()
 def check_hypergradient(
     problem: BilevelProblem,
     meta: Params,
@@ -89,6 +92,7 @@ def check_hypergradient(
     inner: str | InnerLoop,
     method: str | Method,
     batched: bool = False,
+    vectorize: AutoVectorize = "auto",
     directions: int = 3,
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -108,6 +112,7 @@ def check_hypergradient(
         inner: As for `hypergradient`.
         method: As for `hypergradient`.
         batched: As for `hypergradient`.
+        vectorize: As for `hypergradient`.
         directions: The number of random directions, ≥ 1.
         tolerance: The relative error up to which the verdict is "Right".
         seed: Seeds the random directions.
@@ -135,9 +140,18 @@ def check_hypergradient(
         )
     method = make_method(method)
     inner = make_inner(inner)
-    result = hypergradient(problem, meta, data, inner=inner, method=method, batched=batched)
+    result = hypergradient(
+        problem, meta, data, inner=inner, method=method, batched=batched, vectorize=vectorize
+    )
 
-    lifted = LiftedProblem(problem, data, batched=batched)
+    way: Vectorize = "loop" if result.report.tasks_by.startswith("loop") else "vmap"
+    lifted = LiftedProblem(
+        problem,
+        data,
+        batched=batched,
+        vectorize=way,
+        second_derivatives=inner.second_derivatives,
+    )
     values = detached(meta)
     procedure = _Procedure(lifted, inner)
     procedure.check_deterministic(values, params=_with_task_axis(result, batched))
@@ -151,9 +165,7 @@ def check_hypergradient(
     differences = extrapolated_differences(
         procedure.outer_loss, values, units, step=step_size(entries)
     )
-    dense = _compare_with_dense(
-        result, problem, values, data=data, inner=inner, method=method, batched=batched
-    )
+    dense = _compare_with_dense(result, lifted, values, inner=inner, method=method)
     params = _with_task_axis(result, batched)
     kinked = isinstance(method, Implicit) and has_kink(
         lambda p: lifted.inner(p, values, lifted.at(inner.steps - 1)), params
@@ -218,21 +230,22 @@ class _DenseComparison:
 
 
 def _compare_with_dense(
-    result: Hypergradient,
-    problem: BilevelProblem,
-    meta: Params,
-    *,
-    data: Any,
-    inner: InnerLoop,
-    method: Method,
-    batched: bool,
+    result: Hypergradient, lifted: LiftedProblem, meta: Params, *, inner: InnerLoop, method: Method
 ) -> _DenseComparison | None:
     """A result of an implicit method against that of a dense solve. None if there can be none."""
-    n = sum(p[0].numel() for p in _with_task_axis(result, batched).values())
+    n = sum(p[0].numel() for p in _with_task_axis(result, lifted.batched).values())
     if not isinstance(method, Implicit) or n > Dense().max_size:
         return None
     method = replace(method, solver=Dense())
-    exact = hypergradient(problem, meta, data, inner=inner, method=method, batched=batched)
+    exact = hypergradient(
+        lifted.problem,
+        meta,
+        lifted.data,
+        inner=inner,
+        method=method,
+        batched=lifted.batched,
+        vectorize=lifted.vectorize,
+    )
     names = [name for name, m in meta.items() if m.is_floating_point()]
     gradient = torch.cat([result.grads[name].flatten() for name in names])
     expected = torch.cat([exact.grads[name].flatten() for name in names])

@@ -15,11 +15,12 @@ from torch import Tensor
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.diagnostics.starting_point import RecordingDense, StartingPoint, solve_inner
 from metaimplicit.inner import InnerLoop
-from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import METHODS, Curvature, Implicit
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Status
+from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.vectorization import lift
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def comparable_methods() -> dict[str, Implicit]:
     }
 
 
+@explain_unsupported()
 def compare(
     problem: BilevelProblem,
     meta: Params,
@@ -179,7 +181,8 @@ def compare(
         raise ValueError(f"seeds, products: got {seeds}, {tuple(products)}, expected at least 1")
     exact_solver = RecordingDense()
     exact = Implicit(exact_solver, curvature=curvature, damping=damping)
-    point = solve_inner(exact, LiftedProblem(problem, data, batched=batched), inner, meta)
+    lifted = lift(problem, meta, data, inner=inner, method=exact, batched=batched, vectorize="auto")
+    point = solve_inner(exact, lifted, inner, meta)
     exact_run = point.run(exact, seed=0)
     expected = exact_run.hypergradient
     n = flatten(point.adaptation.params).shape[1]

@@ -64,6 +64,7 @@ class InnerLoop(ABC):
             empty, it does.
         drift: What keeps the loop near such a point from settling there, in words. If empty,
             nothing does.
+        second_derivatives: Whether a step takes second derivatives of the loss.
 
     Example:
         >>> import torch
@@ -83,6 +84,7 @@ class InnerLoop(ABC):
     fixed_point_objection: str = "whose step is no function of its iterate"
     implicit_objection: str = ""
     drift: str = ""
+    second_derivatives: ClassVar[bool] = False
 
     @abstractmethod
     def run(

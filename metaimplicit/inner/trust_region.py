@@ -79,6 +79,7 @@ class NewtonCG(InnerLoop):
     tol: float | None = 1e-6
 
     differentiable = False
+    second_derivatives = True
 
     def __post_init__(self) -> None:
         self.check()

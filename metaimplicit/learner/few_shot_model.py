@@ -7,14 +7,18 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.forms import plain_inputs
 from metaimplicit.learner.learnable import Learnable, LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
 from metaimplicit.learner.problem import call_model, few_shot_problem, inner_iterates
 from metaimplicit.learner.targets import Group, task_of
 from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.methods import Method
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
+from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.vectorization import VmapRecords, explain_objection
 
 
 class FewShotModel(nn.Module):
@@ -50,6 +54,7 @@ class FewShotModel(nn.Module):
     """
 
     vectorize: Vectorize | Literal["auto"]
+    method: Method
 
     def __init__(
         self,
@@ -72,6 +77,8 @@ class FewShotModel(nn.Module):
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
+        self._vmap_records = VmapRecords() if vectorize == "auto" else None
+        self._objection = ""  # why vmap is not used
         self._of_model = [name for name, p in model.named_parameters() if p.requires_grad]
 
         of_model: Params = dict(model.named_parameters())
@@ -114,6 +121,7 @@ class FewShotModel(nn.Module):
             )
         return params | self.learnt.by_name()
 
+    @explain_unsupported()
     def predict(self, params: Params, inputs: Any, *, batched: bool = False) -> Any:
         """The outputs of the model with some parameters replaced by adapted ones.
 
@@ -145,21 +153,30 @@ class FewShotModel(nn.Module):
 
     def _iterates(self, group: Group, steps: int) -> tuple[Params, ...]:
         """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        meta = self._detached_meta()
-        way = self._way(group)
-        try:
-            return inner_iterates(self._lift(group.data, way), self.inner, meta, steps)
-        except RuntimeError:
-            if self.vectorize != "auto" or way == "loop":
-                raise
-        # Nothing was timed yet. If the loop works, this model cannot be vmapped.
-        iterates = inner_iterates(self._lift(group.data, "loop"), self.inner, meta, steps)
-        self.vectorize = "loop"
-        return iterates
+        if not group.looped:
+            self._check_vmap(group.data)
+        lifted = self._lift(group.data, self._way(group))
+        return inner_iterates(lifted, self.inner, self._detached_meta(), steps)
+
+    def _check_vmap(self, data: Episode) -> None:
+        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
+        if self._vmap_records is None or self.vectorize == "loop":
+            return
+        if self._vmap_records.next_call(data).is_due:
+            self._objection = explain_objection(
+                self.problem, self.meta, data, inner=self.inner, method=self.method
+            )
+        if self._objection:
+            self.vectorize = "loop"
 
     def _lift(self, data: Any, vectorize: Vectorize) -> LiftedProblem:
         return LiftedProblem(
-            self.problem, data, batched=True, vectorize=vectorize, chunk_size=self.chunk_size
+            self.problem,
+            data,
+            batched=True,
+            vectorize=vectorize,
+            chunk_size=self.chunk_size,
+            second_derivatives=self.inner.second_derivatives,
         )
 
     def _call(self, params: Params, meta: Params, inputs: Any) -> Tensor:

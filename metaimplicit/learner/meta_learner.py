@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,13 @@ from metaimplicit.learner.problem import step_counts
 from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
 from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
+from metaimplicit.learner.wrappers import reject_distributed
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Adapt, select
+from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.vectorization import AutoVectorize
 
 
 class MetaLearner(FewShotModel):
@@ -52,8 +56,9 @@ class MetaLearner(FewShotModel):
             treats as classes.
         inner: The inner loop, or its flag, such as `"newton-cg"`.
         method: How the meta-gradient is computed, or its flag, such as `"cg"`. An `Implicit` method
-            without a curvature gets `"gauss-newton"`. `Unrolled(iterates=True)` takes the mean
-            query loss of all iterates, or weighs them by its `weights` (MAML++).
+            without a curvature gets `"gauss-newton"`, unless its `products` ask for the Hessian.
+            `Unrolled(iterates=True)` takes the mean query loss of all iterates, or weighs them by
+            its `weights` (MAML++).
         proximal: λ ≥ 0. If None, it depends on `method`: 2 for methods that see the initialisation
             only through the inner loss (their `reach` lacks `"start"`), such as all implicit ones,
             and 0 for all others.
@@ -64,7 +69,9 @@ class MetaLearner(FewShotModel):
         adapt: The parameters that adapt: a predicate on their names, a glob pattern, or several
             patterns. The others are learnt but do not adapt. If None, all parameters adapt.
         vectorize: How tasks are batched, `"vmap"` or `"loop"`. With `"auto"`, the first call of
-            `backward` times both and keeps the faster.
+            `backward` times both and keeps the faster. A loop is kept where vmap is impossible, or
+            differs from a loop; the two are compared at the first batch of a shape and at a few
+            later ones. The report names the reason.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
 
     Attributes:
@@ -105,11 +112,12 @@ class MetaLearner(FewShotModel):
         proximal: float | None = None,
         learn: Learn = (),
         adapt: Adapt = None,
-        vectorize: Vectorize | Literal["auto"] = "auto",
+        vectorize: AutoVectorize = "auto",
         chunk_size: int | None = None,
     ) -> None:
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
+        reject_distributed(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -139,6 +147,7 @@ class MetaLearner(FewShotModel):
         self._check_support = TargetCheck(self._outputs, self._support_loss_on_cpu)
         self._check_query = TargetCheck(self._outputs, self._query_loss_on_cpu)
 
+    @explain_unsupported()
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
 
@@ -172,12 +181,16 @@ class MetaLearner(FewShotModel):
         gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
         warn_if_useless(gradients)
         accumulate(self.meta, gradients)
+        report = join_reports([result.report for result in results])
+        if self._objection:
+            report = replace(report, tasks_by=f"loop: {self._objection}")
         return Step(
             loss=mean([result.outer_loss for result in results]),
             accuracy=None if accuracies is None else accuracies.mean(),
-            report=join_reports([result.report for result in results]),
+            report=report,
         )
 
+    @explain_unsupported()
     def evaluate(
         self, episodes: EpisodeBatch, steps: int | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -201,6 +214,7 @@ class MetaLearner(FewShotModel):
         losses, measures = zip(*of_groups, strict=True)
         return torch.cat(losses, dim=1), combine(measures, partial(torch.cat, dim=1))
 
+    @explain_unsupported()
     def adapt(
         self, support: Any, *, steps: int | None = None, batched: bool = False
     ) -> AdaptedModel:
@@ -262,7 +276,10 @@ class MetaLearner(FewShotModel):
         )
 
     def _choose_vectorize(self, group: Group) -> None:
-        if self.vectorize != "auto" or group.looped:
+        if group.looped:
+            return
+        self._check_vmap(group.data)
+        if self.vectorize != "auto":
             return
         cuda = next(iter(self.meta.values())).is_cuda
         with preserve_random_state(self.method, cuda=cuda):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -18,14 +19,17 @@ REPEATS = 2  # calls of each, of which the faster counts: the first may warm cac
 def choose_vectorize(run: Callable[[Vectorize], Tensor]) -> Vectorize:
     """Time `run("loop")` and `run("vmap")`, twice each, and return the faster.
 
+    Warnings are not shown, as the run that follows shows them.
+
     Args:
         run: The computation. It returns a scalar tensor, which is read to wait for the device.
 
     Returns:
-        `"loop"` if vmap raises RuntimeError, which means that an operation has no batching rule.
+        The other one if either raises RuntimeError. Vmap does for an operation without a batching
+        rule, and a loop does for a compiled module, which torch does not use under vmap.
 
     Raises:
-        RuntimeError: From the loop.
+        RuntimeError: From the loop, if both raise one.
 
     Example:
         >>> import time
@@ -35,11 +39,19 @@ def choose_vectorize(run: Callable[[Vectorize], Tensor]) -> Vectorize:
         >>> choose_vectorize(run)
         'vmap'
     """
-    loop = _shortest_time(run, "loop")
-    try:
-        vmap = _shortest_time(run, "vmap")
-    except RuntimeError:
-        return "loop"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loop = _shortest_time(run, "loop")
+        except RuntimeError:
+            with suppress(RuntimeError):
+                run("vmap")
+                return "vmap"
+            raise
+        try:
+            vmap = _shortest_time(run, "vmap")
+        except RuntimeError:
+            return "loop"
     return "vmap" if vmap <= loop else "loop"
 
 

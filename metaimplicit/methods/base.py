@@ -51,6 +51,8 @@ class Report:
             be read beside g. It is 0 at a stationary point.
         spectral_radius: That of one step of the inner loop, estimated by `FixedPoint`. The loop
             converges if it is below 1.
+        tasks_by: How the tasks were batched, `"vmap"` or `"loop"`. If vmap was found to be wrong or
+            impossible, the reason stands behind it.
         state: What makes the next solve of a nearby problem cheaper: the solution, a sketch. Pass
             it to the next call of `hypergradient`, or save it with a checkpoint.
 
@@ -74,6 +76,7 @@ class Report:
     error_bound: Tensor | None = None
     leftover: Tensor | None = None
     spectral_radius: Tensor | None = None
+    tasks_by: str = ""
     state: SolverState = field(default_factory=SolverState, repr=False)
 
     def judged_by(self, losses: Tensor, tolerance: float) -> Report:
@@ -229,6 +232,14 @@ class Method(ABC):
         It is the problem itself, unless the method returns more than θ*.
         """
         return problem
+
+    @property
+    def second_derivatives(self) -> bool:
+        """Whether it takes second derivatives, or tangents of gradients, of the inner loss.
+
+        By default, it does.
+        """
+        return True
 
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:

@@ -25,6 +25,7 @@ from metaimplicit.methods.inner_step import (
 from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
+from metaimplicit.random_state import RandomState
 from metaimplicit.solvers import SolverState
 
 
@@ -213,14 +214,19 @@ class Forward(Method):
 
         Returns the values, which are the same for every tangent, and the pushed tangents, stacked.
         """
-        count = max((len(x) for x in tree_leaves(tangents)), default=0)
+        leaves = tree_leaves(tangents)
+        count = max((len(x) for x in leaves), default=0)
         chunk = self.chunk or max(count, 1)
         values: Any = None
         parts: list[Any] = []
+        # All tangents are those of one step, which draws its random numbers once.
+        state = RandomState.read(leaves[0].device if leaves else torch.device("cpu"))
         for begin in range(0, max(count, 1), chunk):
             rows = slice(begin, begin + chunk)
             part = tree_map(lambda x, rows=rows: x[rows].contiguous(), tangents)
-            values, pushed = torch.vmap(push, out_dims=(None, 0))(part)  # type: ignore[arg-type]
+            state.restore()
+            along = torch.vmap(push, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
+            values, pushed = along(part)
             parts.append(pushed)
         if len(parts) == 1:
             return values, parts[0]

@@ -129,6 +129,11 @@ class Implicit(Method):
             return "hessian"
         return find_curvature(self.curvature)[0].__name__.lower()
 
+    @property
+    def second_derivatives(self) -> bool:
+        """Whether A is more than differences of gradients."""
+        return self.products != "finite-differences" or self.preconditioner is not None
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph. The curvature is taken where it ends."""
         data_at_solution(problem, self.batch, "Implicit")

@@ -13,6 +13,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.random_state import restored_random_state
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class InnerStep:
 def read_by_loss(
     problem: LiftedProblem, params: Params, meta: Params, *, data: Any
 ) -> tuple[set[str], set[str]]:
-    """What the inner loss depends on.
+    """What the inner loss depends on. It draws no random numbers: those are for the step itself.
 
     Args:
         problem: The lifted problem.
@@ -89,7 +90,8 @@ def read_by_loss(
         ValueError: It depends on a tensor that requires grad and is not in `meta`.
     """
     variables = leaves(params)
-    losses = [problem.inner(variables, meta, data)]
+    with restored_random_state(next(iter(params.values())).device):
+        losses = [problem.inner(variables, meta, data)]
     in_loss = find_dependencies(
         losses, meta, params=variables.values(), functions=[problem.problem.inner_loss]
     )

@@ -40,6 +40,7 @@ class Reptile(Method):
         "use 'unrolled' or an implicit method"
     )
     argmin_objection = "no derivative"
+    second_derivatives = False
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph."""

@@ -140,6 +140,11 @@ class Truncated(Method):
         """All routes, but with K = 0 the start alone."""
         return ALL_ROUTES if self.steps else START_ONLY
 
+    @property
+    def second_derivatives(self) -> bool:
+        """Whether it differentiates a step."""
+        return self.steps > 0
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop with the graph of its last K steps."""
         if self.steps > inner.steps:
@@ -180,6 +185,7 @@ class FirstOrder(Method):
         "it reaches the initialisation alone, not a step size or a regulariser; "
         "use 'unrolled', or an implicit method for what the inner loss reads"
     )
+    second_derivatives = False
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph, but for the identity from θ_0 to θ_T."""

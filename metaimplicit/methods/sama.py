@@ -63,6 +63,7 @@ class SAMA(Method):
         "it reaches what the inner loss reads, but no step size and no starting point; "
         "use 'forward' or 'unrolled'"
     )
+    second_derivatives = False
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph, and take ∂f/∂θ where it ends."""

@@ -64,6 +64,7 @@ class ValueFunction(Method):
         "use 'forward' or 'unrolled'"
     )
     argmin_objection = "no derivative without its outer loss"
+    second_derivatives = False
 
     def __post_init__(self) -> None:
         if not self.strength > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -92,7 +93,7 @@ class Hessian(RetainedGraphCurvature):
         if self.products == "double-backward":
             return self._product(unflatten(vectors, self.params), batched=True)
         if self.products == "finite-differences":
-            return super().matmat(vectors)
+            return super().matmat(torch.where(self._inert, 0.0, vectors))
         return torch.vmap(self.matvec)(vectors)
 
     def columns(self, index: Tensor) -> Tensor:
@@ -104,6 +105,21 @@ class Hessian(RetainedGraphCurvature):
     def _product(self, vector: Params, batched: bool) -> Tensor:
         gradient = {name: self.gradient[name] for name in vector}
         return flat_vjp(gradient, self.params, vector, batched=batched)
+
+    @cached_property
+    def _inert(self) -> Tensor:
+        """The entries in which H is zero, `[tasks, n]`.
+
+        A padding row of an embedding is inert. The gradient in it is zero by definition, but other
+        gradients change as it moves, so differences of them would give H columns without rows.
+        """
+        gradient = flatten(self.gradient).detach()
+        if bool(gradient.all()):
+            return torch.zeros_like(gradient, dtype=torch.bool)
+        # Row i of H is zero if (Hw)_i = 0 exactly for a w without a pattern.
+        w = torch.cos(1 + torch.arange(gradient.numel(), device=self.device).square())
+        product = self.matvec(w.to(gradient).reshape(self.shape))
+        return (gradient == 0) & (product == 0)
 
     def _gradient_at(self, params: Params) -> Params:
         point = leaves(params)

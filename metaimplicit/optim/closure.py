@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.mended import mended_derivatives
+from metaimplicit.random_state import RandomState
+from metaimplicit.unsupported import explain_unsupported
+
 Closure = Callable[[], Any]
+
+explain_torch_errors = explain_unsupported(
+    "an optimiser of torch.optim, which needs first derivatives only"
+)
 
 
 class ReplayedClosure:
@@ -38,7 +45,7 @@ class ReplayedClosure:
         self._device = device
         self._was_called = False
         self._buffers = {f"model.{name}": b.clone() for name, b in model.named_buffers()}
-        self._random_state = _RandomState.read(device)
+        self._random_state = RandomState.read(device)
 
     def __call__(self, params: Mapping[str, Tensor] | None = None) -> Any:
         """What the closure returns.
@@ -50,15 +57,19 @@ class ReplayedClosure:
         swapped = {f"model.{name}": p for name, p in (params or {}).items()}
         if not self._was_called:
             self._was_called = True
-            return torch.func.functional_call(self._module, swapped, ())
+            return self._run(swapped)
 
         swapped |= {name: b.clone() for name, b in self._buffers.items()}
-        current = _RandomState.read(self._device)
+        current = RandomState.read(self._device)
         self._random_state.restore()
         try:
-            return torch.func.functional_call(self._module, swapped, ())
+            return self._run(swapped)
         finally:
             current.restore()
+
+    def _run(self, swapped: Mapping[str, Tensor]) -> Any:
+        with mended_derivatives:
+            return torch.func.functional_call(self._module, dict(swapped), ())
 
 
 class _ClosureModule(nn.Module):
@@ -71,22 +82,3 @@ class _ClosureModule(nn.Module):
 
     def forward(self) -> Any:
         return self.closure()
-
-
-@dataclass(frozen=True)
-class _RandomState:
-    """The states of the global generators, of the CPU and of one CUDA device."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-    device: torch.device
-
-    @classmethod
-    def read(cls, device: torch.device) -> _RandomState:
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda, device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)

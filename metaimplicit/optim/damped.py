@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metaimplicit.operators import Curvature, Identity
 from metaimplicit.optim.base import SecondOrder
 from metaimplicit.optim.checks import check_nonnegative, check_positive, raise_if
-from metaimplicit.optim.closure import Closure, ReplayedClosure
+from metaimplicit.optim.closure import Closure, ReplayedClosure, explain_torch_errors
 from metaimplicit.optim.damping import (
     levenberg_marquardt,
     predicted_reduction,
@@ -75,6 +75,7 @@ class Damped(SecondOrder):
         return CG(max_steps=50, tol=1e-3)
 
     @torch.no_grad()
+    @explain_torch_errors
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step on one batch.
 

@@ -21,7 +21,7 @@ from metaimplicit.optim.checks import (
     check_scalar,
     raise_if,
 )
-from metaimplicit.optim.closure import Closure, ReplayedClosure
+from metaimplicit.optim.closure import Closure, ReplayedClosure, explain_torch_errors
 from metaimplicit.optim.damping import (
     levenberg_marquardt,
     predicted_reduction,
@@ -155,6 +155,7 @@ class KFAC(SecondOrder):
         self._layers = find_factored_layers(model, self._trainable, others=others)
 
     @torch.no_grad()
+    @explain_torch_errors
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step on one batch.
 

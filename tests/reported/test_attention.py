@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from reported.helpers import assert_learns, assert_same, draw, fails_today, plain_maml, split
+from reported.helpers import assert_learns, assert_same, draw, plain_maml, split
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner
-
-FIRST_DERIVATIVES_ONLY = {"first-order", "reptile", "sama", "f2sa", "kfac", "ekfac"}
-no_derivative = fails_today(RuntimeError, "the fused kernel has no second derivative")
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -40,10 +37,8 @@ def sequences():
     return draw(tasks=2, examples=5, inputs=lambda *shape: torch.randn(*shape, 3, 4))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # the fused kernel's
 @pytest.mark.parametrize("vectorize", ["loop", "vmap"])
 @pytest.mark.parametrize("kind", KINDS)
-@no_derivative
 def test_attention_has_the_meta_gradient_of_a_plain_loop(kind, vectorize):
     model = network(kind)
     episodes = sequences()
@@ -60,15 +55,11 @@ def meta_gradient(kind, method):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def marks(flag):
-    return [] if flag in FIRST_DERIVATIVES_ONLY else no_derivative
-
-
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        *[pytest.param(kind, Implicit(CG()), marks=no_derivative, id=kind) for kind in KINDS],
-        *[pytest.param("ScaledDotProduct", flag, marks=marks(flag), id=flag) for flag in METHODS],
+        *[pytest.param(kind, Implicit(CG()), id=kind) for kind in KINDS],
+        *[pytest.param("ScaledDotProduct", flag, id=flag) for flag in METHODS],
     ],
 )
 def test_attention_has_the_numbers_of_the_math_kernel_under_every_method(kind, method):

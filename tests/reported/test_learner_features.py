@@ -10,7 +10,6 @@ from reported.helpers import (
     assert_learns,
     assert_same,
     draw,
-    fails_today,
     plain_maml,
     refuses,
     split,
@@ -114,7 +113,6 @@ def compiled(model):
     ],
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # from inside torch.compile
-@fails_today(RuntimeError, "torch's own error names no remedy")
 def test_a_wrapped_model_that_cannot_be_unrolled_is_refused_with_a_remedy(wrap, patterns):
     # Under vmap the compiled model works, so the loop is what has to be refused.
     options = {"inner": INNER, "method": Unrolled(), "vectorize": "loop"}

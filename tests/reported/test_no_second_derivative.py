@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reported.helpers import INNER, assert_same, draw, fails_today, refuses
+from reported.helpers import INNER, assert_same, draw, refuses
 from torch import nn
 from torch.nn import functional as F
 
@@ -54,7 +54,6 @@ def sparse():
         pytest.param(sparse, FirstOrder(), ["Embedding", "sparse=False"], id="sparse, first-order"),
     ],
 )
-@fails_today(RuntimeError, "torch's own error names no remedy")
 def test_an_operation_without_the_derivative_is_refused_with_a_remedy(case, method, patterns):
     model, loss, episodes = case()
     with refuses(*patterns):

@@ -6,13 +6,10 @@ from reported.helpers import (
     assert_hypergradient,
     assert_learns,
     draw,
-    fails_today,
     plain_maml,
     split,
 )
 from torch import nn
-
-trained = fails_today(AssertionError, "under vmap torch applies padding_idx to the first task only")
 
 
 def network_and_words():
@@ -20,8 +17,7 @@ def network_and_words():
     return model, draw(tasks=2, inputs=lambda *shape: torch.randint(0, 3, (*shape, 4)))
 
 
-# vectorize="auto" is one of these two, as timings decide.
-@pytest.mark.parametrize("vectorize", ["loop", pytest.param("vmap", marks=trained)])
+@pytest.mark.parametrize("vectorize", ["loop", "vmap", "auto"])
 def test_the_learner_leaves_the_padding_row_of_every_task_alone(vectorize):
     model, episodes = network_and_words()
     expected = plain_maml(model, split(episodes))
@@ -30,7 +26,6 @@ def test_the_learner_leaves_the_padding_row_of_every_task_alone(vectorize):
     assert torch.equal(adapted[:, 0], torch.zeros(2, 6))
 
 
-@trained
 def test_hypergradient_leaves_the_padding_row_of_every_task_alone():
     model, episodes = network_and_words()
     result = assert_hypergradient(plain_maml(model, split(episodes)), model, episodes)

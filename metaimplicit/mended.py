@@ -1,0 +1,153 @@
+"""Operations of torch whose derivatives are missing or wrong, mended while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.backends import cuda, mha
+
+_ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
+_ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
+
+
+class MendedDerivatives:
+    """A block in which these operations have all their derivatives, as `with mended_derivatives:`.
+
+    - Attention runs by its math kernel. The fused kernels have no second derivative, no tangent,
+      and no batching rule on the CPU. The fast paths of `nn.MultiheadAttention` and
+      `nn.TransformerEncoderLayer`, which have no derivative at all, are off.
+    - Under `torch.vmap`, `padding_idx` of an embedding holds for every task. The batching rule of
+      torch applies it to the first task alone. In forward mode, the padding row has no tangent. And
+      `scale_grad_by_freq` counts the words of each task by itself.
+    - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
+    - `nn.utils.weight_norm` has its second derivative. That of torch 2.14 is wrong on the CPU.
+
+    These are settings of the whole process. They are as they were when the last thread leaves the
+    block. What was computed within the block can be differentiated outside of it.
+
+    Example:
+        >>> weight, words = torch.ones(2, 3, 1), torch.zeros(2, 1, dtype=torch.int64)
+        >>> def total(weight, words):  # of one task
+        ...     return torch.nn.functional.embedding(words, weight, padding_idx=0).sum()
+        >>> with mended_derivatives:
+        ...     gradient = torch.vmap(torch.func.grad(total))(weight, words)
+        >>> gradient.abs().sum()  # word 0 is the padding
+        tensor(0.)
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._entered = 0
+        self._before = _MENDED
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._entered == 0:
+                self._before = _Settings.read()
+                _MENDED.apply()
+            self._entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._entered -= 1
+            if self._entered == 0:
+                self._before.apply()
+
+
+class _Settings(NamedTuple):
+    """What of torch the block changes."""
+
+    flash: bool
+    memory_efficient: bool
+    cudnn: bool
+    math: bool
+    fast_path: bool
+    embedding: Callable[..., Tensor]
+    mse_loss: Callable[..., Tensor]
+    weight_norm: Callable[..., Tensor]
+
+    @classmethod
+    def read(cls) -> _Settings:
+        return cls(
+            flash=cuda.flash_sdp_enabled(),
+            memory_efficient=cuda.mem_efficient_sdp_enabled(),
+            cudnn=cuda.cudnn_sdp_enabled(),
+            math=cuda.math_sdp_enabled(),
+            fast_path=mha.get_fastpath_enabled(),
+            embedding=torch.embedding,
+            mse_loss=torch._C._nn.mse_loss,
+            weight_norm=torch._weight_norm,
+        )
+
+    def apply(self) -> None:
+        # These flags hold on the CPU as well.
+        cuda.enable_flash_sdp(self.flash)
+        cuda.enable_mem_efficient_sdp(self.memory_efficient)
+        cuda.enable_cudnn_sdp(self.cudnn)
+        cuda.enable_math_sdp(self.math)
+        mha.set_fastpath_enabled(self.fast_path)
+        # A TorchFunctionMode would see these calls as well, but it costs 3 % of a meta-step.
+        torch.embedding = self.embedding
+        torch._C._nn.mse_loss = self.mse_loss
+        torch._weight_norm = self.weight_norm
+
+
+def _embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`torch.embedding`, which `F.embedding` and `nn.Embedding` call."""
+    if not _is_transformed():
+        return _ORIGINAL_EMBEDDING(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+    if scale_grad_by_freq:
+        # A weight that the tasks share becomes one for each, so that no frequency is over tasks.
+        weight = weight + torch.zeros_like(indices, dtype=weight.dtype).sum()
+    if padding_idx < 0:
+        return _ORIGINAL_EMBEDDING(weight, indices, -1, scale_grad_by_freq, sparse)
+    rows = _ORIGINAL_EMBEDDING(weight, indices, -1, scale_grad_by_freq, sparse)
+    is_padding = (indices == padding_idx).unsqueeze(-1)
+    return torch.where(is_padding, rows.detach(), rows)
+
+
+def _mse_loss(inputs: Tensor, targets: Tensor, reduction: int = 1) -> Tensor:
+    """What `F.mse_loss` and `nn.MSELoss` call. The reductions are 0 none, 1 mean and 2 sum."""
+    # Under vmap torch's own function is decomposed, and has all derivatives.
+    if not _is_transformed() or torch._C._functorch.is_batchedtensor(inputs):
+        return _ORIGINAL_MSE_LOSS(inputs, targets, reduction)
+    squares = (inputs - targets).square()
+    if reduction == 0:
+        return squares
+    return squares.mean() if reduction == 1 else squares.sum()
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """G v/‖v‖ with the norm over all axes but `dim`, or over all axes if it is −1."""
+    axes = tuple(axis for axis in range(v.dim()) if axis != dim)
+    norm: Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1)
+    return v * (g / norm)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func`, such as vmap or jvp, is running."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+_MENDED = _Settings(
+    flash=False,
+    memory_efficient=False,
+    cudnn=False,
+    math=True,
+    fast_path=False,
+    embedding=_embedding,
+    mse_loss=_mse_loss,
+    weight_norm=_weight_norm,
+)
+
+mended_derivatives = MendedDerivatives()

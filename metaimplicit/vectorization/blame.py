@@ -1,0 +1,116 @@
+"""Which module is to blame for a difference between vmap and a loop over the tasks."""
+
+from __future__ import annotations
+
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.params import Params, leaves
+from metaimplicit.problem import BilevelProblem
+from metaimplicit.random_state import restored_random_state
+from metaimplicit.vectorization.comparison import (
+    Evaluation,
+    choose_tasks,
+    evaluations,
+    find_objection,
+    weighted_sum,
+)
+
+
+class _Call(NamedTuple):
+    """A call of a module: the leaves of the pytree (its parameters and buffers, args, kwargs)."""
+
+    module: nn.Module
+    inputs: list[Any]
+    spec: TreeSpec
+
+
+def find_differing_module(
+    problem: BilevelProblem, meta: Params, data: Any, evaluate: Evaluation
+) -> nn.Module | None:
+    """The first module whose outputs, or their derivatives, differ between vmap and a loop.
+
+    Args:
+        problem: The problem of one task.
+        meta: φ.
+        data: The data of all tasks, or a `Stream` of such.
+        evaluate: It is evaluated in a loop. Then each call of a module is repeated by itself, under
+            vmap and in a loop.
+
+    Returns:
+        The innermost of the modules that differ. None if each module agrees by itself.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: meta,
+        ...     inner_loss=lambda params, meta, data: model(data).sum(),
+        ...     outer_loss=lambda params, meta, data: model(data).sum(),
+        ... )
+        >>> compared = evaluations(last_step=1, second_derivatives=True)
+        >>> meta = {"w": torch.ones(())}
+        >>> print(find_differing_module(problem, meta, torch.ones(2, 3, 1), compared[1]))
+        None
+    """
+    calls: list[_Call] = []
+
+    thread = get_ident()
+
+    def record(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        if get_ident() != thread:
+            return
+        state = dict(module.named_parameters()) | dict(module.named_buffers())
+        inputs, spec = tree_flatten((state, args, kwargs))
+        constants = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+        calls.append(_Call(module, constants, spec))
+
+    lifted = LiftedProblem(problem, choose_tasks(data), batched=True, vectorize="loop")
+    device = next(iter(meta.values())).device
+    with torch.enable_grad(), restored_random_state(device):
+        theta = leaves(lifted.init(meta))
+        handle = register_module_forward_hook(record, with_kwargs=True)
+        try:
+            evaluate(lifted, theta, meta)
+        finally:
+            handle.remove()
+
+    # The loop makes all calls of one task before those of the next.
+    calls_of_task = len(calls) // lifted.tasks
+    for position in range(calls_of_task):
+        same_call = calls[position::calls_of_task]
+        if _differs(same_call):
+            return same_call[0].module
+    return None
+
+
+def _differs(calls: list[_Call]) -> bool:
+    """Whether a call of one module, with the inputs of each task, differs under vmap."""
+    module, first, spec = calls[0]
+    if len({call.module for call in calls}) > 1 or any(call.spec != spec for call in calls):
+        return False
+    columns = list(zip(*(call.inputs for call in calls), strict=True))
+    tensors = {
+        str(i): torch.stack(column)
+        for i, column in enumerate(columns)
+        if isinstance(column[0], Tensor) and len({x.shape for x in column}) == 1
+    }
+    params = {key: x for key, x in tensors.items() if x.is_floating_point()}
+
+    def loss(theta: Params, _: Params, data: Params) -> Tensor:
+        replaced = data | theta
+        inputs = [replaced.get(str(i), x) for i, x in enumerate(first)]
+        state, args, kwargs = tree_unflatten(inputs, spec)
+        outputs = torch.func.functional_call(module, state, args, kwargs)
+        return weighted_sum([x.double() for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+
+    problem = BilevelProblem(lambda _, data: {key: data[key] for key in params}, loss, loss)
+    meta = {"unused": torch.zeros(())}
+    compared = evaluations(last_step=0, second_derivatives=True)
+    objection = find_objection(problem, meta, tensors, compared)
+    return objection is not None and objection.difference is not None

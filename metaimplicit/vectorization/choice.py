@@ -1,0 +1,233 @@
+"""`vectorize="auto"`: vmap, unless it differs from a loop or is impossible."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.iterate import Iterate
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods import Method
+from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.vectorization.blame import find_differing_module
+from metaimplicit.vectorization.comparison import evaluations, find_objection
+
+AutoVectorize = Literal["auto", "vmap", "loop"]
+
+CHECKED_CALLS = frozenset({1, 2, 50, 500})
+
+
+@dataclass
+class ShapeRecord:
+    """What is known of vmap for data of one shape.
+
+    Attributes:
+        calls: How often there were such data.
+        objection: Why a loop has to be used. Empty if vmap is right, as far as is known.
+
+    Example:
+        >>> [ShapeRecord(calls).is_due for calls in (1, 2, 3)]
+        [True, True, False]
+    """
+
+    calls: int = 0
+    objection: str = ""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether vmap and a loop should be compared at this call."""
+        return self.calls in CHECKED_CALLS and not self.objection
+
+
+class VmapRecords:
+    """The record of each shape of data.
+
+    Example:
+        >>> import torch
+        >>> records = VmapRecords()
+        >>> [records.next_call(torch.zeros(n)).calls for n in (2, 2, 3)]
+        [1, 2, 1]
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[Hashable, ShapeRecord] = {}
+
+    def next_call(self, data: Any) -> ShapeRecord:
+        """The record of the shape of `data`, in which a call is counted."""
+        if isinstance(data, Stream):
+            data = data.fn(0)
+        key = tuple((x.shape, x.dtype) for x in tree_leaves(data) if isinstance(x, Tensor))
+        record = self._records.setdefault(key, ShapeRecord())
+        record.calls += 1
+        return record
+
+
+def explain_objection(
+    problem: BilevelProblem, meta: Params, data: Any, *, inner: InnerLoop, method: Method
+) -> str:
+    """Why a loop has to be used for these data. Empty if vmap gives what a loop gives.
+
+    A warning is given if vmap gives something else.
+
+    Args:
+        problem: The problem of one task.
+        meta: φ.
+        data: The data of all tasks, or a `Stream` of such.
+        inner: The inner loop. The outer loss sees the data of the step after its last.
+        method: The method.
+
+    Example:
+        >>> import torch
+        >>> from metaimplicit.inner import make_inner
+        >>> from metaimplicit.methods import Unrolled
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": meta["w"]},
+        ...     inner_loss=lambda params, meta, data: params["w"] * data,
+        ...     outer_loss=lambda params, meta, data: params["w"] * data.item(),
+        ... )
+        >>> meta, data = {"w": torch.ones(())}, torch.ones(2)
+        >>> inner = make_inner("gradient-descent")
+        >>> explain_objection(problem, meta, data, inner=inner, method=Unrolled())
+        "vmap: It looks like you're calling .item() on a Tensor"
+    """
+    twice = differentiates_twice(method, inner)
+    compared = evaluations(last_step=inner.steps, second_derivatives=twice)
+    objection = find_objection(problem, meta, data, compared)
+    if objection is None:
+        return ""
+    module = objection.module
+    if objection.difference is not None:
+        module = find_differing_module(problem, meta, data, objection.difference)
+    reason = objection.reason
+    if module is not None:
+        reason = f"{_describe(module, problem)}: {reason}"
+    if objection.difference is not None:
+        warnings.warn(
+            f"{reason}; a loop over the tasks is used in its place. Say vectorize='loop' if you "
+            "know this",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return reason
+
+
+def lift(
+    problem: BilevelProblem,
+    meta: Params,
+    data: Any,
+    *,
+    inner: InnerLoop,
+    method: Method,
+    batched: bool,
+    vectorize: AutoVectorize,
+    owner: Any = None,
+    chunk_size: int | None = None,
+    start: Iterate | None = None,
+) -> LiftedProblem:
+    """The problem over the task axis, by vmap or by a loop, as `vectorize` says.
+
+    Args:
+        problem: As for `LiftedProblem`.
+        meta: φ.
+        data: As for `LiftedProblem`.
+        inner: The inner loop.
+        method: The method.
+        batched: As for `LiftedProblem`.
+        vectorize: With `"auto"`, vmap unless it is wrong or impossible.
+        owner: The object to which what is known of vmap belongs. If None, the problem.
+        chunk_size: As for `LiftedProblem`.
+        start: As for `LiftedProblem`.
+
+    Raises:
+        ValueError: As for `LiftedProblem`.
+
+    Example:
+        >>> import torch
+        >>> from metaimplicit.inner import make_inner
+        >>> from metaimplicit.methods import Unrolled
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": meta["w"]},
+        ...     inner_loss=lambda params, meta, data: params["w"] * data,
+        ...     outer_loss=lambda params, meta, data: params["w"] * data.item(),
+        ... )
+        >>> lifted = lift(
+        ...     problem,
+        ...     {"w": torch.ones(())},
+        ...     torch.ones(2),
+        ...     inner=make_inner("gradient-descent"),
+        ...     method=Unrolled(),
+        ...     batched=True,
+        ...     vectorize="auto",
+        ... )
+        >>> lifted.tasks_by
+        "loop: vmap: It looks like you're calling .item() on a Tensor"
+    """
+    if vectorize not in get_args(AutoVectorize):
+        raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
+    lifted = LiftedProblem(
+        problem,
+        data,
+        batched=batched,
+        vectorize="vmap" if vectorize == "auto" else vectorize,
+        chunk_size=chunk_size,
+        start=start,
+        second_derivatives=differentiates_twice(method, inner),
+    )
+    if vectorize != "auto" or not batched:
+        return lifted
+    record = records_of(owner or problem, method).next_call(data)
+    if record.is_due:
+        record.objection = explain_objection(problem, meta, data, inner=inner, method=method)
+    return lifted.looped(record.objection) if record.objection else lifted
+
+
+def differentiates_twice(method: Method, inner: InnerLoop) -> bool:
+    """Whether second derivatives of the inner loss are taken, by the method or by the inner loop.
+
+    Example:
+        >>> from metaimplicit.inner import make_inner
+        >>> from metaimplicit.methods import FirstOrder
+        >>> differentiates_twice(FirstOrder(), make_inner("gradient-descent"))
+        False
+    """
+    return method.second_derivatives or inner.second_derivatives
+
+
+_RECORDS = WeakIdKeyDictionary()  # by owner, and then by what its method needs
+
+
+def records_of(owner: Any, method: Method) -> VmapRecords:
+    """What is known of vmap for a problem or a loss, for as long as that lives.
+
+    Args:
+        owner: The problem or the loss. A bound method stands for its object.
+        method: The method, since other methods need other derivatives.
+
+    Example:
+        >>> from metaimplicit.methods import FirstOrder
+        >>> def loss(params, meta, data): ...
+        >>> records_of(loss, FirstOrder()) is records_of(loss, FirstOrder())
+        True
+    """
+    by_method: dict[Hashable, VmapRecords] = {}
+    with suppress(TypeError):  # an object without weak references is not remembered
+        by_method = _RECORDS.setdefault(getattr(owner, "__self__", owner), by_method)
+    return by_method.setdefault((type(method), method.second_derivatives), VmapRecords())
+
+
+def _describe(module: nn.Module, problem: BilevelProblem) -> str:
+    """A module by its name in the model, if that is known, and its class."""
+    loss = problem.inner_loss
+    model = loss.module if isinstance(loss, Composite) else None
+    names = {id(m): name for name, m in model.named_modules()} if model is not None else {}
+    name = names.get(id(module), "")
+    return f"module {name!r} ({type(module).__name__})" if name else type(module).__name__

@@ -1,0 +1,266 @@
+"""Does vmap give what a loop over the tasks gives? Values and derivatives of both losses."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.params import Params, leaves
+from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.random_state import restored_random_state
+from metaimplicit.unsupported import find_module, shorten
+
+# Groups of tensors by what they are, such as "∂f/∂θ". Each tensor leads with an axis of rows: the
+# tasks, or one row for all of them.
+Groups = dict[str, Params]
+Evaluation = Callable[[LiftedProblem, Params, Params], Groups]  # of (problem, θ, φ)
+
+
+class Objection(NamedTuple):
+    """Why vmap cannot be used.
+
+    Attributes:
+        reason: In words.
+        module: The module in which vmap raised an error. None if there is none.
+        difference: What differs between vmap and a loop. None if vmap raised an error.
+    """
+
+    reason: str
+    module: nn.Module | None = None
+    difference: Evaluation | None = None
+
+
+def evaluations(*, last_step: int, second_derivatives: bool) -> list[Evaluation]:
+    """What has to agree: θ₀, f, g and their first derivatives, and those of ∂f/∂θ.
+
+    Args:
+        last_step: T, the step whose data the outer loss sees.
+        second_derivatives: Whether ∂f/∂θ is differentiated.
+    """
+    outer_loss = partial(_of_outer_loss, last_step=last_step)
+    compared: list[Evaluation] = [_of_start, _of_inner_loss, outer_loss]
+    return [*compared, _of_inner_gradient] if second_derivatives else compared
+
+
+def find_objection(
+    problem: BilevelProblem, meta: Params, data: Any, compared: list[Evaluation]
+) -> Objection | None:
+    """Compare vmap with a loop over at most eight of the tasks, at the parameters of `init`.
+
+    All tasks draw the same random numbers. The random state, the buffers of modules and the
+    `.grad` of `meta` are left as they were.
+
+    Args:
+        problem: The problem of one task.
+        meta: φ.
+        data: The data of all tasks, or a `Stream` of such.
+        compared: What is compared. What a loop cannot evaluate is left out.
+
+    Returns:
+        None if vmap gives what the loop gives, up to round-off.
+
+    Example:
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": meta["w"]},
+        ...     inner_loss=lambda params, meta, data: params["w"] * data,
+        ...     outer_loss=lambda params, meta, data: params["w"] * data.item(),
+        ... )
+        >>> compared = evaluations(last_step=1, second_derivatives=False)
+        >>> find_objection(problem, {"w": torch.ones(())}, torch.ones(2), compared).reason
+        "vmap: It looks like you're calling .item() on a Tensor"
+    """
+    data = choose_tasks(data)
+    with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers():
+        warnings.simplefilter("ignore")
+        for evaluate in compared:
+            objection = _compare(problem, meta, data, evaluate)
+            if objection is not None:
+                return objection
+    return None
+
+
+def _compare(
+    problem: BilevelProblem, meta: Params, data: Any, evaluate: Evaluation
+) -> Objection | None:
+    def lifted_by(vectorize: Vectorize) -> LiftedProblem:
+        lifted = LiftedProblem(problem, data, batched=True, vectorize=vectorize)
+        return lifted.with_same_randomness()
+
+    def run(vectorize: Vectorize, shift: float = 0.0) -> Groups:
+        phi = {name: m.detach() for name, m in meta.items()}
+        phi |= leaves({n: _shifted(m, shift) for n, m in meta.items() if m.is_floating_point()})
+        with restored_random_state(next(iter(meta.values())).device):
+            start = lifted_by("loop").init(phi)
+            theta = leaves({n: _shifted(p, shift) for n, p in start.items()})
+            return evaluate(lifted_by(vectorize), theta, phi)
+
+    try:
+        loop = run("loop")
+    except Exception:  # the caller will meet it again, and it has nothing to do with vmap
+        return None
+    try:
+        vmap = run("vmap")
+    except Exception as error:
+        return Objection(shorten(error), module=find_module(error))
+
+    eps = _unit_roundoff([*tree_leaves(loop), *meta.values()])
+    difference = _largest_difference(loop, vmap)
+    if difference.size <= 3 * math.sqrt(eps):
+        return None
+    # What amplifies a change of the parameters by round-off may amplify that of vmap, too.
+    roundoff = _largest_difference(loop, run("loop", shift=8 * eps))
+    if difference.size <= 100 * roundoff.size:
+        return None
+    reason = f"vmap differs from a loop by {difference.size:.0e} in {difference.where}"
+    return Objection(reason, difference=evaluate)
+
+
+def choose_tasks(data: Any, at_most: int = 8) -> Any:
+    """The data of the first and the last task, and of some between them.
+
+    Example:
+        >>> choose_tasks(torch.arange(5), at_most=3)
+        tensor([0, 2, 4])
+    """
+    if isinstance(data, Stream):
+        return Stream(lambda t: choose_tasks(data.fn(t), at_most))
+
+    def chosen(x: Any) -> Any:
+        if not isinstance(x, Tensor) or len(x) <= at_most:
+            return x
+        rows = torch.linspace(0, len(x) - 1, at_most, device=x.device).round().long()
+        return x[rows]
+
+    return tree_map(chosen, data)
+
+
+@contextmanager
+def _restored_buffers() -> Iterator[None]:
+    """Let the buffers of the modules that are called be after the block what they were before."""
+    before: dict[int, tuple[Tensor, int, Tensor]] = {}
+    thread = get_ident()
+
+    def keep(module: nn.Module, _: Any) -> None:
+        if get_ident() != thread:
+            return
+        for buffer in module.buffers(recurse=False):
+            before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for buffer, version, copied in before.values():
+            if buffer._version != version:
+                buffer.detach().copy_(copied)
+
+
+def _of_start(problem: LiftedProblem, _: Params, meta: Params) -> Groups:
+    """θ₀ and its derivative in φ."""
+    start = problem.init(meta)
+    return {"θ₀": start} | _gradients("θ₀", weighted_sum(start.values()), {}, meta)
+
+
+def _of_inner_loss(problem: LiftedProblem, theta: Params, meta: Params) -> Groups:
+    losses = problem.inner(theta, meta, problem.at(0))
+    return {"f": {"": losses}} | _gradients("f", losses.sum(), theta, meta)
+
+
+def _of_outer_loss(
+    problem: LiftedProblem, theta: Params, meta: Params, *, last_step: int
+) -> Groups:
+    losses, _ = problem.outer(theta, meta, problem.at(last_step))
+    return {"g": {"": losses}} | _gradients("g", losses.sum(), theta, meta)
+
+
+def _of_inner_gradient(problem: LiftedProblem, theta: Params, meta: Params) -> Groups:
+    """The derivatives of ⟨∂f/∂θ, v⟩ for one v."""
+    total = problem.inner(theta, meta, problem.at(0)).sum()
+    targets = list(theta.values())
+    gradients = torch.autograd.grad(total, targets, create_graph=True, allow_unused=True)
+    slope = weighted_sum([g for g in gradients if g is not None])
+    return _gradients("(∂f/∂θ)", slope, theta, meta)
+
+
+def _gradients(name: str, total: Tensor, theta: Params, meta: Params) -> Groups:
+    """The derivatives of a scalar in θ and φ."""
+    phi = {key: m for key, m in meta.items() if m.requires_grad}
+    if not total.requires_grad:
+        return {}
+    targets = [*theta.values(), *phi.values()]
+    gradients = torch.autograd.grad(total, targets, allow_unused=True)
+    of_theta = zip(theta, gradients[: len(theta)], strict=True)
+    of_phi = zip(phi, gradients[len(theta) :], strict=True)
+    return {
+        f"∂{name}/∂θ": {key: g for key, g in of_theta if g is not None},
+        f"∂{name}/∂φ": {key: g.unsqueeze(0) for key, g in of_phi if g is not None},
+    }
+
+
+class _Difference(NamedTuple):
+    size: float
+    where: str
+
+
+def _largest_difference(groups: Groups, others: Groups) -> _Difference:
+    """The largest distance of a tensor, relative to the norm of its group, over all rows."""
+    largest = _Difference(0.0, "")
+    for label, group in groups.items():
+        norms = [_row_norms(x.nan_to_num()) for x in group.values()]
+        for name, x in group.items():
+            other = others.get(label, {}).get(name, torch.zeros_like(x))
+            same = (x == other) | (x.isnan() & other.isnan())
+            distance = _row_norms(torch.where(same, 0.0, x - other))
+            ratio = distance / torch.stack(norms).norm(dim=0).clamp(min=1e-300)
+            size = float(ratio.nan_to_num(nan=math.inf).max())
+            if size > largest.size:
+                largest = _Difference(size, f"{label} of {name!r}" if name else label)
+    return largest
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x.detach().double().reshape(len(x), -1), dim=1)
+    return norms
+
+
+def _unit_roundoff(tensors: list[Tensor]) -> float:
+    """That of the coarsest type that the losses may be computed in."""
+    device = tensors[0].device.type
+    types = {x.dtype for x in tensors if x.is_floating_point()}
+    if torch.is_autocast_enabled(device):
+        types.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in types)
+
+
+def _shifted(x: Tensor, relative: float) -> Tensor:
+    x = x.detach()
+    return x * (1 + relative * _weights(x)) if relative else x
+
+
+def weighted_sum(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of all numbers, each with a weight of its own, so that no two cancel by symmetry.
+
+    Example:
+        >>> weighted_sum([torch.ones(2), torch.zeros(3)])
+        tensor(0.1242)
+    """
+    sums = [(x * _weights(x)).sum() for x in tensors]
+    return torch.stack(sums).sum()
+
+
+def _weights(like: Tensor) -> Tensor:
+    """Numbers between −1 and 1 without a pattern, in the shape of a tensor."""
+    count = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
+    return torch.cos(1 + count.square()).to(like).reshape(like.shape)

@@ -1,0 +1,117 @@
+"""What is mended is as it was when the last block ends, whatever happens in it."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.backends import cuda, mha
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.mended import mended_derivatives
+
+
+def settings():
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        mha.get_fastpath_enabled(),
+        torch.embedding,
+        torch._C._nn.mse_loss,
+    )
+
+
+def assert_mended():
+    flash, efficient, cudnn, math, fast, embedding, mse_loss = settings()
+    assert (flash, efficient, cudnn, math, fast) == (False, False, False, True, False)
+    assert embedding.__module__ == mse_loss.__module__ == "metaimplicit.mended"
+
+
+def test_blocks_nest():
+    before = settings()
+    with mended_derivatives:
+        with mended_derivatives:
+            assert_mended()
+        assert_mended()
+    assert settings() == before
+
+
+def test_an_error_leaves_nothing_behind():
+    before = settings()
+    with pytest.raises(KeyError), mended_derivatives:
+        raise KeyError
+    assert settings() == before
+
+
+def test_what_the_user_had_chosen_comes_back():
+    mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+            before = settings()
+            with mended_derivatives:
+                assert_mended()
+            assert settings() == before
+    finally:
+        mha.set_fastpath_enabled(True)
+
+
+def test_what_the_user_chooses_within_holds_for_that_long():
+    with mended_derivatives:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            assert cuda.flash_sdp_enabled()
+        assert_mended()
+
+
+def test_threads_that_overlap_leave_nothing_behind():
+    before = settings()
+    entered, left = threading.Event(), threading.Event()
+
+    def stay_until_the_other_has_left():
+        with mended_derivatives:
+            entered.set()
+            left.wait(timeout=60)
+            assert_mended()
+
+    thread = threading.Thread(target=stay_until_the_other_has_left)
+    with mended_derivatives:
+        thread.start()
+        assert entered.wait(timeout=60)
+    left.set()
+    thread.join()
+    assert settings() == before
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_a_learner_leaves_nothing_behind(vectorize):
+    before = settings()
+    seen = []
+
+    class Watching(nn.Linear):
+        def forward(self, x):
+            seen.append(settings())
+            if len(seen) > 2:
+                raise KeyError
+            return super().forward(x)
+
+    learner = MetaLearner(
+        Watching(2, 5), F.cross_entropy, inner=GradientDescent(steps=3), vectorize=vectorize
+    )
+    x, y = torch.randn(2, 5, 2), torch.arange(5).repeat(2, 1)
+    with pytest.raises(KeyError):
+        learner.adapt((x, y), batched=True)
+    assert settings() == before
+    assert (seen[0] == before) is (vectorize == "loop")  # adapting in a loop is first order
+
+
+def test_outside_of_transforms_the_operations_are_those_of_torch():
+    weight = torch.randn(4, 2, requires_grad=True)
+    words = torch.tensor([[0, 1], [1, 3]])
+    with mended_derivatives:
+        out = F.embedding(words, weight, padding_idx=1)
+        loss = F.mse_loss(out, torch.zeros_like(out))
+    assert type(out.grad_fn).__name__.startswith("Embedding")
+    assert type(loss.grad_fn).__name__.startswith("MseLoss")

@@ -1,0 +1,230 @@
+"""Vmap is compared with a loop, which is used where they differ or vmap is impossible."""
+
+import re
+
+import pytest
+import torch
+from reported.helpers import INNER, assert_learns, cross_entropy, draw, plain_maml, split
+from torch import nn
+from torch.nn import functional as F
+from vectorization import wrong_rules
+from vectorization.problems import meta_of, network, problem_of
+
+from metaimplicit import (
+    BilevelProblem,
+    FirstOrder,
+    MetaLearner,
+    Stream,
+    Unrolled,
+    argmin,
+    check_hypergradient,
+    hypergradient,
+)
+
+WRONG = {
+    "WrongValue": wrong_rules.WrongValue,
+    "WrongFunction": wrong_rules.WrongFunction,
+    "WrongGradient": wrong_rules.WrongGradient,
+    "WrongSecondDerivative": wrong_rules.WrongSecondDerivative,
+    "WrongParameter": wrong_rules.WrongParameter,
+    "WrongOperator": wrong_rules.WrongOperator,
+}
+
+
+def differs(name):
+    return pytest.warns(RuntimeWarning, match=re.escape(f"{name}: vmap differs from a loop by"))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_learner_keeps_the_loop_and_names_the_module_that_differs(name):
+    model = network(WRONG[name]())
+    episodes = draw()
+    expected = plain_maml(model, split(episodes))
+    with differs(f"module '1.1' ({name})"):
+        learner = assert_learns(expected, model, episodes, vectorize="auto")
+    assert learner.vectorize == "loop"
+    assert f"module '1.1' ({name})" in learner.backward(draw()).report.tasks_by
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_hypergradient_and_argmin_keep_the_loop_as_well(name):
+    model = network(WRONG[name]())
+    episodes = draw()
+    loss, gradients = plain_maml(model, split(episodes))
+    data = (episodes.support, episodes.query)
+    how = {"inner": INNER, "method": Unrolled(), "batched": True}
+    problem = problem_of(model)
+    with differs(f"module '1.1' ({name})"):
+        result = hypergradient(problem, meta_of(model), data, **how)
+    torch.testing.assert_close(result.outer_loss, loss)
+    torch.testing.assert_close(list(result.grads.values()), list(gradients))
+
+    meta = {n: m.requires_grad_() for n, m in meta_of(model).items()}
+    with differs(f"module '1.1' ({name})"):
+        params = argmin(problem.inner_loss, problem.init, meta, data, **how)
+    losses = [
+        cross_entropy(model, {n: p[i] for n, p in params.items()}, query)
+        for i, (_, query) in enumerate(split(episodes))
+    ]
+    torch.stack(losses).mean().backward()
+    torch.testing.assert_close([m.grad for m in meta.values()], list(gradients))
+
+
+def test_the_warning_is_given_once():
+    model = network(wrong_rules.WrongValue())
+    problem = problem_of(model)
+    episodes = draw()
+    data = (episodes.support, episodes.query)
+    how = {"inner": INNER, "method": Unrolled(), "batched": True}
+    with differs("module '1.1' (WrongValue)"):
+        first = hypergradient(problem, meta_of(model), data, **how)
+    second = hypergradient(problem, meta_of(model), data, **how)
+    assert second.report.tasks_by == first.report.tasks_by
+    assert second.report.tasks_by.startswith("loop: module '1.1' (WrongValue)")
+    assert torch.equal(second.outer_loss, first.outer_loss)
+
+
+def test_check_hypergradient_uses_the_loop_throughout():
+    model = network(wrong_rules.WrongGradient())
+    episodes = draw(tasks=2)
+    data = (episodes.support, episodes.query)
+    with differs("module '1.1' (WrongGradient)"):
+        check = check_hypergradient(
+            problem_of(model), meta_of(model), data, inner=INNER, method="unrolled", batched=True
+        )
+    assert check.verdict.startswith("Right")
+
+
+def test_adapting_alone_is_checked_as_well():
+    model = network(wrong_rules.WrongValue())
+    support = draw().support
+    expected = MetaLearner(model, F.cross_entropy, vectorize="loop").adapt(support, batched=True)
+    learner = MetaLearner(model, F.cross_entropy)
+    with differs("module '1.1' (WrongValue)"):
+        adapted = learner.adapt(support, batched=True)
+    torch.testing.assert_close(adapted.params, expected.params)
+
+
+def words(highest):
+    return draw(inputs=lambda *shape: torch.randint(0, highest, (*shape, 3)))
+
+
+def test_a_later_batch_is_compared_too():
+    model = nn.Sequential(wrong_rules.WrongWord(), nn.Linear(6, 5))
+    learner = MetaLearner(model, F.cross_entropy, inner=INNER)
+    learner.backward(words(highest=4))
+    model.zero_grad()
+    episodes = words(highest=5)
+    _, gradients = plain_maml(model, split(episodes))
+    with differs("module '0' (WrongWord)"):
+        learner.backward(episodes)
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(gradients))
+
+
+def test_every_shape_is_compared():
+    model = nn.Sequential(wrong_rules.WrongWord(), nn.Linear(6, 5))
+    learner = MetaLearner(model, F.cross_entropy)
+    for _ in range(3):
+        learner.backward(words(highest=4))
+    other = draw(examples=5, inputs=lambda *shape: torch.randint(0, 5, (*shape, 3)))
+    with differs("module '0' (WrongWord)"):
+        learner.backward(other)
+
+
+def test_a_difference_outside_of_any_module_is_found_in_each_function():
+    def wrong(x):
+        return x / 2 if wrong_rules.is_vmapped(x) else x
+
+    functions = {
+        "init": lambda meta, data: {"w": meta["w"].clone()},
+        "inner_loss": lambda params, meta, data: (params["w"] - data).square().sum(),
+        "outer_loss": lambda params, meta, data: params["w"].square().sum(),
+    }
+    spoilt = {
+        "init": lambda meta, data: {"w": meta["w"] + wrong(data)},
+        "inner_loss": lambda params, meta, data: wrong((params["w"] - data).square().sum()),
+        "outer_loss": lambda params, meta, data: wrong(params["w"].square().sum()),
+    }
+    loops = {"θ₀": "init", "f": "inner_loss", "g": "outer_loss"}
+    data = torch.randn(3, 2)
+    for label, name in loops.items():
+        problem = BilevelProblem(**(functions | {name: spoilt[name]}))
+        with pytest.warns(RuntimeWarning, match=f"^vmap differs from a loop by .* in {label}"):
+            result = hypergradient(
+                problem, {"w": torch.ones(2)}, data, inner=INNER, method="unrolled", batched=True
+            )
+        expected = hypergradient(
+            problem,
+            {"w": torch.ones(2)},
+            data,
+            inner=INNER,
+            method="unrolled",
+            batched=True,
+            vectorize="loop",
+        )
+        assert torch.equal(result.grads["w"], expected.grads["w"])
+
+
+def test_many_tasks_are_compared_by_a_few_of_them():
+    calls = []
+
+    def inner_loss(params, meta, data):
+        calls.append(0)
+        return (params["w"] - data).square()
+
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=inner_loss,
+        outer_loss=lambda params, meta, data: params["w"].square(),
+    )
+    meta = {"w": torch.ones(())}
+    data = Stream(lambda t: torch.randn(1000))
+    result = hypergradient(problem, meta, data, inner=INNER, method="unrolled", batched=True)
+    assert result.report.tasks_by == "vmap"
+    assert len(calls) < 50
+
+
+def test_first_order_methods_are_not_asked_for_second_derivatives():
+    """Their memory is what they are used for."""
+    model = network(wrong_rules.WrongSecondDerivative())
+    episodes = draw()
+    data = (episodes.support, episodes.query)
+    how = {"inner": INNER, "batched": True}
+    problem = problem_of(model)
+    result = hypergradient(problem, meta_of(model), data, method=FirstOrder(), **how)
+    assert result.report.tasks_by == "vmap"
+    with differs("module '1.1' (WrongSecondDerivative)"):
+        hypergradient(problem, meta_of(model), data, method=Unrolled(), **how)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_a_way_that_is_asked_for_is_taken(vectorize):
+    model = network(wrong_rules.WrongValue())
+    episodes = draw()
+    data = (episodes.support, episodes.query)
+    result = hypergradient(
+        problem_of(model),
+        meta_of(model),
+        data,
+        inner=INNER,
+        method=Unrolled(),
+        batched=True,
+        vectorize=vectorize,
+    )
+    assert result.report.tasks_by == vectorize
+
+
+def test_an_error_of_the_users_own_passes_as_it_is():
+    model = network(nn.Identity())
+    episodes = draw(inputs=lambda *shape: torch.randn(*shape, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        MetaLearner(model, F.cross_entropy, vectorize="auto").backward(episodes)
+    with pytest.raises(ValueError, match="vectorize: got 'fast', expected"):
+        hypergradient(
+            problem_of(model),
+            meta_of(model),
+            (episodes.support, episodes.query),
+            inner=INNER,
+            method=Unrolled(),
+            vectorize="fast",
+        )

@@ -1,0 +1,179 @@
+"""The padding row of an embedding is not trained, whoever calls the embedding, and however."""
+
+import pytest
+import torch
+from reported.helpers import assert_learns, assert_same, draw, plain_maml, split
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import embedding  # bound before anything is mended
+
+from metaimplicit import FirstOrder, MetaLearner
+
+WORDS, WIDTH = 7, 3
+
+
+class Head(nn.Module):
+    """A linear layer on the mean of the words that `embed` returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WORDS, WIDTH))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, words):
+        return self.head(self.embed(words).mean(-2))
+
+
+class ByModule(Head):
+    def __init__(self, **options):
+        super().__init__()
+        del self.weight
+        self.layer = nn.Embedding(WORDS, WIDTH, **options)
+
+    def embed(self, words):
+        return self.layer(words)
+
+
+class ByFunction(Head):
+    def embed(self, words):
+        return F.embedding(words, self.weight, padding_idx=2)
+
+
+class ByImportedFunction(Head):
+    def embed(self, words):
+        return embedding(words, self.weight, 2)
+
+
+class ByTorch(Head):
+    def embed(self, words):
+        return torch.embedding(self.weight, words, 2)
+
+
+class Positions(Head):
+    """Adds learnt positions, whose indices are the same in every task."""
+
+    def embed(self, words):
+        places = torch.arange(words.shape[-1])
+        positions = F.embedding(places, self.weight.flip(0), padding_idx=1)
+        return F.embedding(words, self.weight, padding_idx=2) + positions
+
+
+class Tied(Head):
+    """The padding row has a gradient as an output weight alone."""
+
+    def embed(self, words):
+        states = F.embedding(words, self.weight, padding_idx=2)
+        return F.linear(torch.tanh(states @ self.weight.T), self.weight.T)
+
+
+class Encoder(ByModule):
+    """Attention that leaves the padding out."""
+
+    def __init__(self):
+        super().__init__(padding_idx=2)
+        options = {"dim_feedforward": 4, "dropout": 0.0, "batch_first": True}
+        self.encoder = nn.TransformerEncoderLayer(WIDTH, 1, **options)
+
+    def embed(self, words):
+        return self.encoder(self.layer(words), src_key_padding_mask=words == 2)
+
+
+MODELS = {
+    "nn.Embedding": lambda: ByModule(padding_idx=2),
+    "counted from the end": lambda: ByModule(padding_idx=-5),
+    "frequencies": lambda: ByModule(padding_idx=2, scale_grad_by_freq=True),
+    "frequencies without padding": lambda: ByModule(scale_grad_by_freq=True),
+    "F.embedding": ByFunction,
+    "imported embedding": ByImportedFunction,
+    "torch.embedding": ByTorch,
+    "positions": Positions,
+    "tied": Tied,
+    "encoder": Encoder,
+}
+vectorized = pytest.mark.parametrize("vectorize", ["vmap", "loop", "auto"])
+
+
+def words(*shape):
+    """Words 1 to 4. The padding, word 2, is there."""
+    numbers = torch.randint(1, 5, (*shape, 4))
+    numbers[..., 0] = 2
+    return numbers.where(torch.arange(4) != 1, 1)
+
+
+@vectorized
+@pytest.mark.parametrize("name", MODELS)
+def test_the_meta_gradient_is_that_of_a_plain_loop(name, vectorize):
+    model = MODELS[name]()
+    episodes = draw(inputs=words)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = plain_maml(model, split(episodes))
+    assert_learns(expected, model, episodes, vectorize=vectorize)
+
+
+@vectorized
+@pytest.mark.parametrize("name", ["nn.Embedding", "F.embedding", "torch.embedding", "encoder"])
+def test_the_padding_row_of_each_task_stays_where_it_was(name, vectorize):
+    model = MODELS[name]()
+    embedded = next(n for n, p in model.named_parameters() if len(p) == WORDS)
+    with torch.no_grad():
+        model.get_parameter(embedded)[2] = 0.5
+    learner = MetaLearner(model, F.cross_entropy, vectorize=vectorize)
+    rows = learner.adapt(draw(inputs=words).support, batched=True).params[embedded]
+    assert torch.equal(rows[:, 2], torch.full((3, WIDTH), 0.5))
+    assert not torch.equal(rows[0, 1], rows[1, 1])
+
+
+def head_only(model, episodes, steps=3, lr=0.1):
+    """MAML that adapts the head alone, as a plain loop."""
+    shared = {n: p for n, p in model.named_parameters() if not n.startswith("head")}
+    losses = []
+    for (x, y), query in split(episodes):
+        head = {n: p for n, p in model.named_parameters() if n.startswith("head")}
+        for _ in range(steps):
+            loss = F.cross_entropy(torch.func.functional_call(model, shared | head, x), y)
+            slopes = torch.autograd.grad(loss, list(head.values()), create_graph=True)
+            head = {n: p - lr * g for (n, p), g in zip(head.items(), slopes, strict=True)}
+        outputs = torch.func.functional_call(model, shared | head, query[0])
+        losses.append(F.cross_entropy(outputs, query[1]))
+    mean = torch.stack(losses).mean()
+    return mean.detach(), torch.autograd.grad(mean, list(model.parameters()))
+
+
+@vectorized
+@pytest.mark.parametrize("name", MODELS)
+def test_an_embedding_that_all_tasks_share_has_its_gradient(name, vectorize):
+    model = MODELS[name]()
+    episodes = draw(inputs=words)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = head_only(model, episodes)
+    assert_learns(expected, model, episodes, vectorize=vectorize, adapt="head.*")
+
+
+def test_a_batch_with_padding_may_follow_one_without():
+    model = ByModule(padding_idx=6)
+    learner = MetaLearner(model, F.cross_entropy, vectorize="auto")
+    without = draw(inputs=words)
+    learner.backward(without)
+    padded = draw(inputs=lambda *shape: words(*shape).where(torch.arange(4) != 1, 6))
+    adapted = learner.adapt(padded.support, batched=True).params["layer.weight"]
+    assert torch.equal(adapted[:, 6], model.layer.weight[6].detach().expand(3, -1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@vectorized
+def test_the_padding_of_a_bag_holds_for_each_task_as_well(vectorize):
+    def gradients(layer):
+        torch.manual_seed(0)
+        model = nn.Sequential(layer(), nn.Linear(WIDTH, 5))
+        learner = MetaLearner(model, F.cross_entropy, method=FirstOrder(), vectorize=vectorize)
+        learner.backward(draw(inputs=words))
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    class Sum(nn.Embedding):
+        def forward(self, x):
+            return super().forward(x).sum(-2)
+
+    expected = gradients(lambda: Sum(WORDS, WIDTH, padding_idx=2))
+    bag = gradients(lambda: nn.EmbeddingBag(WORDS, WIDTH, padding_idx=2, mode="sum"))
+    assert_same(bag, expected)

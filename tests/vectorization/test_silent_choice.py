@@ -1,0 +1,171 @@
+"""Vmap is given up without a word where it is impossible, and kept where it is right."""
+
+import warnings
+
+import pytest
+import torch
+from reported.helpers import INNER, assert_learns, draw, plain_maml, split
+from torch import nn
+from torch.nn import functional as F
+from vectorization.problems import meta_of, network, problem_of
+
+from metaimplicit import Unrolled, hypergradient
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return 2 * x if x.sum() > 0 else x
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer(1, 6, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.unsqueeze(-1))[0].mean(1)
+
+
+class Packed(Recurrent):
+    def forward(self, x):
+        lengths = torch.full((len(x),), x.shape[1])
+        pack = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(-1), lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(pack)[0], batch_first=True)[0].mean(1)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def checkpointed(x):
+    return torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False)
+
+
+# What torch cannot vmap, with the module that is named (None where torch raises in the backward).
+IMPOSSIBLE = {
+    "LSTM": (lambda: Recurrent(nn.LSTM), "LSTM"),
+    "GRU": (lambda: Recurrent(nn.GRU), "GRU"),
+    "RNN": (lambda: Recurrent(nn.RNN), "RNN"),
+    "packed sequences": (lambda: Packed(nn.GRU), "GRU"),
+    "a number": (lambda: Function(lambda x: x * x.mean().item()), "Function"),
+    "control flow": (Branch, "Branch"),
+    "a mask": (lambda: Function(lambda x: x * x[x > 0].mean()), "Function"),
+    "in place": (lambda: Function(lambda x: torch.zeros(len(x), 6).add_(x)), "Function"),
+    "numpy": (lambda: Function(lambda x: x * float(x.detach().numpy().mean())), "Function"),
+    "autograd.Function": (lambda: Function(Square.apply), "Function"),
+    "rrelu": (lambda: nn.RReLU().eval(), "RReLU"),
+    "checkpointing": (lambda: Function(checkpointed), None),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_the_loop_is_kept_without_a_word_where_vmap_is_impossible(name):
+    make, module = IMPOSSIBLE[name]
+    model = nn.Sequential(nn.Linear(4, 6), make(), nn.Linear(6, 5))
+    episodes = draw()
+    expected = plain_maml(model, split(episodes))
+    learner = assert_learns(expected, model, episodes, vectorize="auto")
+    assert learner.vectorize == "loop"
+
+    data = (episodes.support, episodes.query)
+    how = {"inner": INNER, "method": Unrolled(), "batched": True}
+    result = hypergradient(problem_of(model), meta_of(model), data, **how)
+    torch.testing.assert_close(list(result.grads.values()), list(expected[1]))
+    for report in (result.report, learner.backward(episodes).report):
+        assert report.tasks_by.startswith("loop: ")
+        if module is not None:
+            assert f"({module})" in report.tasks_by
+
+
+def noisy(generator):
+    return Function(lambda x: x + torch.randn(x.shape, generator=generator))
+
+
+class Counting(nn.Module):
+    """A network that counts its calls in a buffer, which each call reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.layer(x)
+
+
+# What has to stay under vmap, since a loop has the same derivatives.
+RIGHT = {
+    "dropout": lambda: nn.Dropout(0.5),
+    "dropout of channels": lambda: Function(lambda x: F.dropout1d(x.unsqueeze(0)).squeeze(0)),
+    "noise": lambda: Function(lambda x: x + torch.randn_like(x)),
+    "noise of a generator": lambda: noisy(torch.Generator().manual_seed(0)),
+    "a random choice": lambda: Function(lambda x: x * torch.bernoulli(torch.full((6,), 0.5))),
+    "nothing": nn.Identity,
+    "not a number": lambda: Function(lambda x: x + torch.where(x > 100, 0.0, torch.nan)),
+    "amplified round-off": lambda: Function(lambda x: torch.sin(1e9 * x)),
+    "batch norm": lambda: nn.BatchNorm1d(6, track_running_stats=False),
+    "a zero": lambda: Function(lambda x: 0 * x),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_vmap_is_kept_without_a_word_where_it_is_right(name):
+    model = network(RIGHT[name]())
+    episodes = draw()
+    data = (episodes.support, episodes.query)
+    generator = torch.get_rng_state()
+    problem = problem_of(model)
+    seen = []
+    for vectorize in ("vmap", "auto"):
+        torch.set_rng_state(generator)
+        result = hypergradient(
+            problem,
+            meta_of(model),
+            data,
+            inner=INNER,
+            method=Unrolled(),
+            batched=True,
+            vectorize=vectorize,
+        )
+        seen.append((result, torch.get_rng_state()))
+    (vmap, after_vmap), (auto, after_auto) = seen
+    assert auto.report.tasks_by == "vmap"
+    assert torch.equal(after_vmap, after_auto)  # the comparison consumes no random numbers
+    if name != "noise of a generator":
+        torch.testing.assert_close(auto.grads, vmap.grads, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_comparison_leaves_buffers_and_gradients_alone():
+    model = Counting()
+    loop = {"inner": INNER, "method": Unrolled(), "batched": True}
+    episodes = draw()
+    data = (episodes.support, episodes.query)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = hypergradient(problem_of(model), meta_of(model), data, **loop)
+    calls = model.calls.item()
+    assert result.report.tasks_by == "vmap"
+    model.calls.zero_()
+    hypergradient(problem_of(model), meta_of(model), data, vectorize="vmap", **loop)
+    assert calls == model.calls.item() > 0
+    assert all(p.grad is None for p in model.parameters())
