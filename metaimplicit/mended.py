@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.backends import cuda, mha
 
+# `torch.nn.utils.weight_norm` is the function, which hides its module of the same name.
+_WEIGHT_NORM_MODULE: Any = sys.modules["torch.nn.utils.weight_norm"]
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
 
@@ -94,6 +97,7 @@ class _Settings(NamedTuple):
         torch.embedding = self.embedding
         torch._C._nn.mse_loss = self.mse_loss
         torch._weight_norm = self.weight_norm
+        _WEIGHT_NORM_MODULE._weight_norm = self.weight_norm
 
 
 def _embedding(
