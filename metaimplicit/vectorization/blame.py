@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from metaimplicit.lifted import LiftedProblem
@@ -58,8 +60,26 @@ def find_differing_module(
         >>> print(find_differing_module(problem, meta, torch.ones(2, 3, 1), compared[1]))
         None
     """
-    calls: list[_Call] = []
+    lifted = LiftedProblem(problem, choose_tasks(data), batched=True, vectorize="loop")
+    device = next(iter(meta.values())).device
+    with torch.enable_grad(), restored_random_state(device):
+        theta = leaves(lifted.init(meta))
+        calls = _record_calls(lambda: evaluate(lifted, theta, meta))
 
+    # The loop makes all calls of one task before those of the next.
+    calls_of_task = len(calls) // lifted.tasks
+    for position in range(calls_of_task):
+        same_call = calls[position::calls_of_task]
+        if _differs(same_call):
+            return same_call[0].module
+    return None
+
+
+def _record_calls(function: Callable[[], Any]) -> list[_Call]:
+    """The calls of modules in a function, in the order in which they end."""
+    modules: dict[nn.Module, None] = {}
+    handles = [register_module_forward_pre_hook(lambda module, _: modules.setdefault(module))]
+    calls: list[_Call] = []
     thread = get_ident()
 
     def record(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
@@ -70,23 +90,16 @@ def find_differing_module(
         constants = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
         calls.append(_Call(module, constants, spec))
 
-    lifted = LiftedProblem(problem, choose_tasks(data), batched=True, vectorize="loop")
-    device = next(iter(meta.values())).device
-    with torch.enable_grad(), restored_random_state(device):
-        theta = leaves(lifted.init(meta))
-        handle = register_module_forward_hook(record, with_kwargs=True)
-        try:
-            evaluate(lifted, theta, meta)
-        finally:
+    try:
+        function()
+        handles.pop().remove()
+        # Torch never removes all of a hook with keywords that is registered for every module.
+        handles = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
+        function()
+    finally:
+        for handle in handles:
             handle.remove()
-
-    # The loop makes all calls of one task before those of the next.
-    calls_of_task = len(calls) // lifted.tasks
-    for position in range(calls_of_task):
-        same_call = calls[position::calls_of_task]
-        if _differs(same_call):
-            return same_call[0].module
-    return None
+    return calls
 
 
 def _differs(calls: list[_Call]) -> bool:
@@ -112,5 +125,7 @@ def _differs(calls: list[_Call]) -> bool:
     problem = BilevelProblem(lambda _, data: {key: data[key] for key in params}, loss, loss)
     meta = {"unused": torch.zeros(())}
     compared = evaluations(last_step=0, second_derivatives=True)
-    objection = find_objection(problem, meta, tensors, compared)
-    return objection is not None and objection.difference is not None
+    with suppress(Exception):  # a module without a gradient, say
+        objection = find_objection(problem, meta, tensors, compared)
+        return objection is not None and objection.difference is not None
+    return False

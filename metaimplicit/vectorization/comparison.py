@@ -65,10 +65,14 @@ def find_objection(
         problem: The problem of one task.
         meta: φ.
         data: The data of all tasks, or a `Stream` of such.
-        compared: What is compared. What a loop cannot evaluate is left out.
+        compared: What is compared. Except for the inner loss, what a loop cannot evaluate is left
+            out.
 
     Returns:
         None if vmap gives what the loop gives, up to round-off.
+
+    Raises:
+        Exception: The inner loss or its gradient raises an error in a loop.
 
     Example:
         >>> problem = BilevelProblem(
@@ -107,7 +111,9 @@ def _compare(
 
     try:
         loop = run("loop")
-    except Exception:  # the caller will meet it again, and it has nothing to do with vmap
+    except Exception:
+        if evaluate is _of_inner_loss:
+            raise  # every method would meet it, and the message of a loop is clearer
         return None
     try:
         vmap = run("vmap")

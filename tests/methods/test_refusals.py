@@ -142,7 +142,7 @@ def test_gauss_newton_of_a_plain_function_is_refused():
             {"method": Unrolled(iterates=True), "inner": GradientDescent(tol=0.1)},
             "Unrolled iterates: got an inner loop with tol=0.1",
         ),
-        ({"vectorize": "auto"}, "vectorize: got 'auto'"),
+        ({"vectorize": "fast"}, "vectorize: got 'fast'"),
         ({"meta": {}}, "meta: got dict"),
         (
             {"inner": GradientDescent(lr=FromMeta("nowhere"))},

@@ -70,6 +70,15 @@ def test_hypergradient_and_argmin_keep_the_loop_as_well(name):
     torch.testing.assert_close([m.grad for m in meta.values()], list(gradients))
 
 
+def test_no_hook_is_left_behind():
+    modules = torch.nn.modules.module
+    model = network(wrong_rules.WrongValue())
+    with differs("module '1.1' (WrongValue)"):
+        MetaLearner(model, F.cross_entropy).backward(draw())
+    assert not modules._has_any_global_hook()
+    assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
+
+
 def test_the_warning_is_given_once():
     model = network(wrong_rules.WrongValue())
     problem = problem_of(model)
@@ -217,8 +226,12 @@ def test_a_way_that_is_asked_for_is_taken(vectorize):
 def test_an_error_of_the_users_own_passes_as_it_is():
     model = network(nn.Identity())
     episodes = draw(inputs=lambda *shape: torch.randn(*shape, 3))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        MetaLearner(model, F.cross_entropy, vectorize="auto").backward(episodes)
+    for door in ("backward", "adapt"):
+        learner = MetaLearner(model, F.cross_entropy)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            learner.backward(episodes) if door == "backward" else learner.adapt(
+                episodes.support, batched=True
+            )
     with pytest.raises(ValueError, match="vectorize: got 'fast', expected"):
         hypergradient(
             problem_of(model),
