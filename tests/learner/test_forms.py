@@ -346,6 +346,10 @@ REFUSED = {
         [[[X, X], [Y, Y]], [[X, X], [Y, Y]]],
         "may be two tasks or two sets; name the sets",
     ),
+    "lists of two tasks in a list": (
+        [([X[0], X[1]], [Y[0], Y[1]]), ([X[0], X[1]], [Y[0], Y[1]])],
+        "may be two tasks or two sets; name the sets",
+    ),
     "lists of different lengths": (
         SimpleNamespace(support=([X[0], X[1]], [Y[0], Y[1]]), query=(X, Y)),
         r"got lists and tensors for \[2, 3\] tasks",
