@@ -60,10 +60,9 @@ def run_steps(
         loop.params = straight_through(loop.params, start)
     if differentiated_steps > 0:
         loop.advance(range(first_differentiated, steps), meta, differentiated=True)
-    taken = torch.zeros_like(loop.active, dtype=torch.int64) + loop.taken
     return Trajectory(
         params=loop.params,
-        steps=taken,
+        steps=loop.steps_of_tasks(),
         gradient_norm=loop.gradient_norm,
         iterates=tuple(loop.iterates),
         state=loop.state,
@@ -83,7 +82,7 @@ class _RunningLoop:
         tol: ‖∂f/∂θ‖ at which a task stops, if it is not None.
         keep_iterates: Whether `iterates` are kept.
         iterates: θ_0 … θ_t.
-        active: The tasks that go on, `[tasks]`, bool.
+        active: The tasks that go on, `[tasks]`, bool. With a `tol` only.
         taken: The number of steps that each task took, `[tasks]`, or all tasks if none can stop.
         gradient_norm: ‖∂f/∂θ‖ of each task, where it was last computed, `[tasks]`.
     """
@@ -101,9 +100,9 @@ class _RunningLoop:
     gradient_norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        first = next(iter(self.params.values()))
-        self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        self.gradient_norm = torch.zeros_like(self.active, dtype=first.dtype)
+        if self.tol is not None:
+            first = next(iter(self.params.values()))
+            self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
 
     def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
         """Take these steps, with their graph or without one, until no task is active."""
@@ -144,6 +143,13 @@ class _RunningLoop:
                 break
         self.state = stepper.slots()
 
+    def steps_of_tasks(self) -> Tensor:
+        """The number of steps that each task took, `[tasks]`, int64."""
+        if isinstance(self.taken, Tensor):
+            return self.taken
+        first = next(iter(self.params.values()))
+        return torch.full((len(first),), self.taken, device=first.device)
+
     def _inspect_gradients(
         self, gradients: Sequence[Tensor | None], *, t: int, check: bool
     ) -> Sequence[Tensor | None]:
@@ -156,9 +162,11 @@ class _RunningLoop:
         return gradients
 
     def _is_finished(self, t: int) -> bool:
+        if self.tol is None:
+            return False
         # Reading `active` makes the CPU wait for the GPU, so there it is read at intervals.
         check_every = 8 if self.active.device.type == "cuda" else 1
-        if self.tol is None or (t + 1) % check_every != 0:
+        if (t + 1) % check_every != 0:
             return False
         return not bool(self.active.any())
 

@@ -17,6 +17,8 @@ from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import Number, resolve
 
+PAIRS = ("betas", "etas", "step_sizes")  # the options of torch.optim that are tuples
+
 
 @dataclass(frozen=True)
 class DifferentiableStep:
@@ -68,6 +70,12 @@ class DifferentiableStep:
     def defaults(self) -> dict[str, Any]:
         """All options of the optimiser. Options that depend on tensors have stand-ins."""
         choices = {key: constant_choices(setting) for key, setting in self.options.items()}
+        for key, values in choices.items():
+            if key not in PAIRS and any(isinstance(value, tuple) for value in values):
+                raise ValueError(
+                    f"{key}: got {self.options[key]}, expected a number, a dict of numbers by "
+                    "parameter, or a list of numbers by step"
+                )
         if "momentum" in choices and not choices["momentum"]:
             # A stand-in, because torch refuses Nesterov's momentum without a number.
             choices["momentum"] = [0.5]

@@ -112,7 +112,8 @@ def check_pair(name: str, pair: Pair) -> None:
     if not fits:
         raise ValueError(
             f"{name}: got inputs {shapes_of(inputs)} and targets {shapes_of(targets)}, "
-            "expected both to begin with [tasks, examples], neither empty"
+            "expected both to begin with [tasks, examples], neither empty; put a tensor without "
+            "an axis of examples after that of tasks into a tuple, (x,)"
         )
 
 

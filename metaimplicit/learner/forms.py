@@ -118,14 +118,15 @@ def _is_list_of_tasks(batch: Any) -> bool:
     pairs_of_pairs = all(_is_two(task) and all(map(_is_pair, task)) for task in batch)
     if not pairs_of_pairs or len(batch) != 2:
         return pairs_of_pairs
-    # They are two tasks, or two sets that have two inputs and two targets each.
+    # They are two tasks, or two sets that have two inputs and two targets each, or lists of two
+    # tasks. A pair of sets is a tuple, unless it was made of lists throughout.
     sets = [examples for task in batch for examples in task]
-    if all(map(_is_list, [batch, *batch, *sets])):
+    if _is_list(batch) and all(map(_is_list, sets)):
         raise ValueError(
-            "episodes: got lists of two in lists of two, which may be two tasks or two sets; "
+            "episodes: got a list of two with lists of two, which may be two tasks or two sets; "
             "name the sets, {'support': …, 'query': …}"
         )
-    return isinstance(batch, list)
+    return _is_list(batch)
 
 
 def _name_sets(value: Any) -> Episode:

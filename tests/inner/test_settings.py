@@ -245,6 +245,7 @@ REFUSED = [
     (lambda: GradientDescent(steps=2, lr=[0.1, -0.2]), "Invalid learning rate"),
     (lambda: GradientDescent(lr={"w": 0.1, "*": -0.2}), "Invalid learning rate: -0.2"),
     (lambda: GradientDescent(steps=2, lr=[0.1, 0.2]).updated(steps=3), "for 3 steps, expected one"),
+    (lambda: GradientDescent(steps=2, lr=(0.1, 0.2)), "a dict of .* or a list of numbers by step"),
     (lambda: GradientDescent(max_grad_norm=0.0), "max_grad_norm: got 0.0, expected a norm > 0"),
     (
         lambda: TorchOptimizer(torch.optim.Adam, betas=[(0.9, 0.9)] * 4 + [(1.5, 0.9)]),

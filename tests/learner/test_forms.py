@@ -252,6 +252,36 @@ def test_several_inputs_are_the_arguments_of_the_model(name, vectorize):
     assert_is_the_plain_loop(learner, tasks, tasks)
 
 
+def test_tensors_in_tuples_need_not_begin_with_the_examples():
+    """A recurrent model that takes time first, and a loss of one target for each set."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.Linear(FEATURES + WAYS, WAYS)
+
+        def forward(self, x):
+            state = torch.zeros(x.shape[1], WAYS)
+            for step in x:
+                state = self.cell(torch.cat([step, state], dim=1)).tanh()
+            return state
+
+    def of_the_set(outputs, targets):
+        return F.mse_loss(outputs.mean(0), targets[0])
+
+    sequences = [
+        tuple(((torch.randn(7, 10, FEATURES),), torch.arange(10) % WAYS) for _ in range(2))
+        for _ in range(TASKS)
+    ]
+    learner = make_learner(TimeFirst())
+    expected = plain_maml(learner.model, F.cross_entropy, sequences)
+    assert_learns(learner, sequences, expected)
+
+    sets = [tuple((x, (torch.randn(WAYS),)) for x, _ in task) for task in draw_tasks()]
+    learner = make_learner(nn.Linear(FEATURES, WAYS), of_the_set)
+    assert_learns(learner, sets, plain_maml(learner.model, of_the_set, sets))
+
+
 def test_arrays_become_tensors():
     tasks = draw_tasks()
     arrays = [tuple((x.numpy(), y.int().numpy()) for x, y in task) for task in tasks]
@@ -314,6 +344,10 @@ REFUSED = {
     "no task": ([], "episodes: got list of 0"),
     "lists of two in lists of two": (
         [[[X, X], [Y, Y]], [[X, X], [Y, Y]]],
+        "may be two tasks or two sets; name the sets",
+    ),
+    "lists of two tasks in a list": (
+        [([X[0], X[1]], [Y[0], Y[1]]), ([X[0], X[1]], [Y[0], Y[1]])],
         "may be two tasks or two sets; name the sets",
     ),
     "lists of different lengths": (

@@ -7,11 +7,12 @@ import pytest
 import torch
 from training.sinusoid_run import assert_same_weights, make_parts, no_decay, train, weights
 
-from metaimplicit import Implicit, Nystrom
+from metaimplicit import Implicit, MetaLearner, Nystrom
 from metaimplicit.training import (
     Budget,
     NonFiniteError,
     Progress,
+    evaluate,
     fit,
     load_checkpoint,
     load_learner,
@@ -206,3 +207,68 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, b
     with pytest.raises(ValueError, match=next(iter(bad))):
         train(tmp_path / "run", make_parts(), **bad)
     assert not (tmp_path / "run").exists()
+
+
+class Repeated:
+    """A sampler of the same batch again and again."""
+
+    def __init__(self, episodes):
+        self.episodes = episodes
+
+    def batches(self, count, workers=0, pin_memory=False):
+        return (self.episodes for _ in range(count))
+
+    def state_dict(self):
+        return {}
+
+
+def draw_set(examples):
+    return torch.randn(examples, 1), torch.randn(examples, 1)
+
+
+def stacked_sets(tasks):
+    return tuple(torch.stack(x) for x in zip(*[draw_set(5) for _ in range(tasks)], strict=True))
+
+
+BATCHES = {
+    "a dict": lambda: {"train": stacked_sets(3), "test": stacked_sets(3)},
+    "a pair": lambda: (stacked_sets(3), stacked_sets(3)),
+    "named inputs": lambda: [
+        tuple(({"input": x}, y) for x, y in (draw_set(4), draw_set(4))) for _ in range(3)
+    ],
+    "tasks of different sizes": lambda: [(draw_set(n), draw_set(4)) for n in (2, 3, 5)],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_training_takes_the_batches_that_the_learner_takes(tmp_path, name):
+    learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+    optimizer = torch.optim.Adam(learner.parameters())
+    episodes = BATCHES[name]()
+    fit(
+        learner,
+        optimizer,
+        Repeated(episodes),
+        out=tmp_path,
+        budget=Budget(steps=2),
+        validation=lambda: [episodes],
+        bar=False,
+    )
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 2]
+    assert evaluate(learner, [episodes, episodes], steps=[1]).losses.shape == (1, 6)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_of_any_form_are_searched_for_nan(tmp_path, name):
+    learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+    optimizer = torch.optim.Adam(learner.parameters())
+    episodes = torch.utils._pytree.tree_map(lambda x: x.fill_(math.nan), BATCHES[name]())
+    with pytest.raises(NonFiniteError, match="step 1: the support inputs hold NaN or Inf"):
+        fit(
+            learner,
+            optimizer,
+            Repeated(episodes),
+            out=tmp_path,
+            budget=Budget(steps=2),
+            bar=False,
+        )
