@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaimplicit.inner import rules
+import metaimplicit.inner.rules as rules
 from metaimplicit.inner.rules import Group, Rule, Value
 
 

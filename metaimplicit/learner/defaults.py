@@ -10,15 +10,18 @@ from metaimplicit.methods import Implicit, Method, Unrolled
 def with_default_curvature(method: Method) -> Method:
     """The method. If it is implicit and has no curvature, it takes Gauss–Newton.
 
-    The Hessian of a few-shot support loss is indefinite, and Gauss–Newton is semi-definite.
+    The Hessian of a few-shot support loss is indefinite, and Gauss–Newton is semi-definite. But
+    other products than double-backward are an option of the Hessian, so they ask for it.
 
     Example:
         >>> with_default_curvature(Implicit()).curvature
         'gauss-newton'
     """
-    if isinstance(method, Implicit) and method.curvature is None:
-        return replace(method, curvature="gauss-newton")
-    return method
+    if not isinstance(method, Implicit) or method.curvature is not None:
+        return method
+    if method.products != "double-backward":
+        return method
+    return replace(method, curvature="gauss-newton")
 
 
 def with_default_weights(method: Method, steps: int) -> Method:

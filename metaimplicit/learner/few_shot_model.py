@@ -17,6 +17,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Method
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
+from metaimplicit.random_state import restored_random_state
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import VmapRecords, explain_objection
 
@@ -184,8 +185,10 @@ class FewShotModel(nn.Module):
         return call_model(self.model, {n: meta[n] for n in self._of_model} | params, inputs)
 
     def _outputs(self, inputs: Any) -> Tensor:
-        """The model at φ, as a constant."""
-        return self._call({}, self._detached_meta(), inputs)
+        """The model at φ, as a constant. Random numbers that it draws are drawn again later."""
+        meta = self._detached_meta()
+        with restored_random_state(next(iter(meta.values())).device):
+            return self._call({}, meta, inputs)
 
     def _query_loss(self) -> TaskLoss:
         """The loss of the query set at φ, as a constant."""

@@ -229,6 +229,7 @@ def test_check_hypergradient_calls_it_right(kind):
     assert check.verdict.startswith("Right")
 
 
+@pytest.mark.filterwarnings("ignore:argmin. the linear system was left:RuntimeWarning")
 @pytest.mark.parametrize("method", ["unrolled", "forward", "cg"])
 @pytest.mark.parametrize("kind", ["function", "heads", "encoder", "padded encoder"])
 def test_argmin_has_the_derivative_of_the_math_kernel(kind, method):

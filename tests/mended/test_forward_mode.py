@@ -57,6 +57,7 @@ def regression():
     return episodes
 
 
+@pytest.mark.filterwarnings("ignore:the meta-gradient has the norm:RuntimeWarning")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_mode_has_the_meta_gradient_of_a_plain_loop(name, loss):
@@ -128,8 +129,6 @@ def test_forward_mode_has_the_gradient_of_a_plain_loop_with_the_same_draws(name)
     episodes = draw(tasks=1)
     got = random_meta_gradient(model, episodes, method=Forward(), vectorize="loop")
     torch.manual_seed(1)
-    with torch.no_grad():
-        model(episodes.support[0][0])  # the learner counts the classes first
     _, gradients = plain_maml(model, split(episodes))
     expected = torch.cat([g.flatten() for g in gradients])
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)

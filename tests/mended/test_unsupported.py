@@ -54,11 +54,6 @@ WITHOUT_TANGENT = {
     "EmbeddingBag": (bag, F.cross_entropy, "embedding_bag"),
     "cdist": (lambda: linear(Function(lambda x: torch.cdist(x, x[:6]))), F.cross_entropy, "cdist"),
     "grid_sample": (lambda: linear(Function(grid)), F.cross_entropy, "grid_sampler_2d"),
-    "weight_norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))),
-        F.cross_entropy,
-        "weight_norm_interface",
-    ),
     "autograd.Function": (
         lambda: linear(Function(Square.apply)),
         F.cross_entropy,

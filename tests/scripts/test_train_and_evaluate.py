@@ -174,6 +174,7 @@ def test_evaluate_refuses_folders_without_a_run_and_numbers_out_of_range(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
 def test_divergence_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capsys):
     out = tmp_path / "run"
     args = [*SMALL, "--inner-lr", "1e20", "--inner-steps", "5", "--out", str(out)]
