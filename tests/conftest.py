@@ -24,8 +24,15 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
+SLOW_FOLDERS = {"scripts", "fuzz", "mended", "vectorization", "zoo"}
+SLOW_FILES = {
+    *("test_stationarity", "test_fixed_point", "test_inner_decay"),
+    *("test_targets", "test_precision", "test_losses", "test_modes", "test_forms"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole programs, in `tests/scripts` and `tests/fuzz`, are slow, one and all."""
+    """Whole programs and long tables are slow, one and all."""
     for item in items:
-        if item.path.parent.name in ("scripts", "fuzz"):
+        if item.path.parent.name in SLOW_FOLDERS or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
