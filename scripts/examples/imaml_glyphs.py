@@ -3,7 +3,7 @@
 The meta-gradient is implicit: one linear solve at the adapted parameters replaces the way back
 through the inner steps, and the memory that they would take.
 
-python scripts/examples/imaml_glyphs.py         # about one and a half minutes on one core
+python scripts/examples/imaml_glyphs.py         # about one minute on one core
 """
 
 import torch
@@ -13,7 +13,7 @@ import tasks
 from metaimplicit import CG, GradientDescent, Implicit, MetaLearner
 from metaimplicit.models import ConvNet
 
-META_STEPS = 200
+META_STEPS = 150
 
 
 def main(meta_steps: int = META_STEPS, filters: int = 16) -> float:
