@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from threading import Lock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock, local
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,10 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     """`torch.embedding`, which `F.embedding` and `nn.Embedding` call."""
+    ignored = getattr(_thread, "ignored", None)
+    if ignored is not None and padding_idx >= 0:
+        ignored.append(padding_idx)
+        padding_idx = -1
     if not _is_transformed():
         return _ORIGINAL_EMBEDDING(weight, indices, padding_idx, scale_grad_by_freq, sparse)
     if scale_grad_by_freq:
@@ -132,7 +137,7 @@ def _mse_loss(inputs: Tensor, targets: Tensor, reduction: int = 1) -> Tensor:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """G v/‖v‖ with the norm over all axes but `dim`, or over all axes if it is −1."""
+    """The weight g v/‖v‖, with the norm over all axes but `dim`, or over all if it is −1."""
     axes = tuple(axis for axis in range(v.dim()) if axis != dim)
     norm: Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1)
     return v * (g / norm)
@@ -155,3 +160,24 @@ _MENDED = _Settings(
 )
 
 mended_derivatives = MendedDerivatives()
+
+_thread = local()
+
+
+@contextmanager
+def without_padding() -> Iterator[list[int]]:
+    """Give the padding rows of embeddings their gradient. The block receives their numbers.
+
+    Example:
+        >>> weight = torch.ones(3, 1, requires_grad=True)
+        >>> with without_padding() as rows:
+        ...     word = torch.nn.functional.embedding(torch.tensor(2), weight, padding_idx=2)
+        >>> torch.autograd.grad(word.sum(), weight)[0].flatten(), rows
+        (tensor([0., 0., 1.]), [2])
+    """
+    _thread.ignored = []
+    try:
+        with mended_derivatives:
+            yield _thread.ignored
+    finally:
+        _thread.ignored = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from metaimplicit.diagnostics.differences import (
     dot,
     extrapolated_differences,
+    find_padding,
     random_directions,
     relative_error,
     step_size,
@@ -159,7 +160,8 @@ def check_hypergradient(
     entries = {name: m for name, m in values.items() if m.is_floating_point()}
     if not entries:
         raise ValueError(f"meta: got {list(meta)}, expected a floating-point entry")
-    units = random_directions(entries, count=directions, seed=seed)
+    padding = find_padding(lifted, values, last_step=inner.steps)
+    units = random_directions(entries, count=directions, seed=seed, fixed=padding)
     slopes = torch.stack([dot(result.grads, unit) for unit in units])
 
     differences = extrapolated_differences(

@@ -8,17 +8,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.mended import without_padding
 from metaimplicit.params import Params
 
 
-def random_directions(entries: Params, *, count: int, seed: int) -> list[Params]:
-    """Random directions of norm one in φ, shaped as its entries."""
+def find_padding(problem: LiftedProblem, meta: Params, *, last_step: int) -> Params:
+    """Which numbers of φ are padding rows of embeddings, by name. Empty if there are none.
+
+    Their gradient is zero by definition, so differences must leave them where they are.
+    """
+
+    def gradients() -> Params:
+        phi = {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
+        theta = problem.init(phi)
+        f = problem.inner(theta, phi, problem.at(0))
+        g, _ = problem.outer(theta, phi, problem.at(last_step))
+        targets = {name: m for name, m in phi.items() if m.requires_grad}
+        values = torch.autograd.grad(f.sum() + g.sum(), list(targets.values()), allow_unused=True)
+        return {n: g for n, g in zip(targets, values, strict=True) if g is not None}
+
+    with torch.enable_grad():
+        with without_padding() as rows:
+            everywhere = gradients()
+        if not rows:
+            return {}
+        return {name: g != everywhere[name] for name, g in gradients().items()}
+
+
+def random_directions(
+    entries: Params, *, count: int, seed: int, fixed: Params | None = None
+) -> list[Params]:
+    """Random directions of norm one in φ, shaped as its entries. They are zero where `fixed`."""
     generator = torch.Generator().manual_seed(seed)
     directions = []
     for _ in range(count):
         direction = {}
         for name, m in entries.items():
             direction[name] = torch.randn(m.shape, generator=generator).to(m)
+            if fixed is not None and name in fixed:
+                direction[name].masked_fill_(fixed[name], 0.0)
         norm = _norm(direction)
         directions.append({name: d / norm for name, d in direction.items()})
     return directions

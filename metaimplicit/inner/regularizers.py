@@ -131,7 +131,7 @@ class SimplexConstraint(Regularizer):
     total: Number = 1.0
 
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
-        """Z = max(x − τ, 0), with τ from the k largest entries (Duchi et al. 2008, fig. 1)."""
+        """The point max(x − τ, 0), τ from the k largest entries (Duchi et al. 2008, fig. 1)."""
         ordered, _ = x.sort(dim=-1, descending=True)
         count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
         tau = (ordered.cumsum(-1) - numbers["total"]) / count

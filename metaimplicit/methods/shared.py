@@ -103,8 +103,9 @@ def initial_dependencies(
 def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:
     """`function(problem)`, repeated under vmap if torch needs that.
 
-    Outside of vmap, torch 2.14 cannot take the forward derivative of the gradient of some losses
-    (`F.mse_loss`). It raises RuntimeError "ZeroTensors are immutable".
+    Outside of vmap, torch 2.14 cannot take the forward derivative of the gradient of some
+    operations. It raises RuntimeError "ZeroTensors are immutable". `mended_derivatives` has one of
+    these, `F.mse_loss`.
     """
     try:
         return function(problem)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.graph import check_differentiable
+from metaimplicit.mended import without_padding
 from metaimplicit.operators.base import LinearOperator
 from metaimplicit.operators.curvature import (
     LossParts,
@@ -17,6 +18,7 @@ from metaimplicit.operators.curvature import (
     flat_vjp,
 )
 from metaimplicit.params import Params, flatten, leaves, unflatten
+from metaimplicit.random_state import restored_random_state
 
 Products = Literal["double-backward", "forward-over-reverse", "finite-differences"]
 
@@ -93,7 +95,7 @@ class Hessian(RetainedGraphCurvature):
         if self.products == "double-backward":
             return self._product(unflatten(vectors, self.params), batched=True)
         if self.products == "finite-differences":
-            return super().matmat(torch.where(self._inert, 0.0, vectors))
+            return self._differences(vectors)
         return torch.vmap(self.matvec)(vectors)
 
     def columns(self, index: Tensor) -> Tensor:
@@ -106,20 +108,44 @@ class Hessian(RetainedGraphCurvature):
         gradient = {name: self.gradient[name] for name in vector}
         return flat_vjp(gradient, self.params, vector, batched=batched)
 
-    @cached_property
-    def _inert(self) -> Tensor:
-        """The entries in which H is zero, `[tasks, n]`.
+    def _differences(self, vectors: Tensor) -> Tensor:
+        """HV, `[k, tasks, n]`, by differences of gradients.
 
-        A padding row of an embedding is inert. The gradient in it is zero by definition, but other
-        gradients change as it moves, so differences of them would give H columns without rows.
+        The gradient in a padding row of an embedding lacks what the embedding contributes, but the
+        other gradients change as the row moves. So its columns of H are known by symmetry alone.
+        """
+        padded = self._padding_rows
+        if padded is None:
+            return super().matmat(vectors)
+        others = torch.where(padded, 0.0, vectors)
+        of_padding = torch.where(padded, super().matmat(vectors - others), 0.0)
+        return super().matmat(others) + of_padding
+
+    @cached_property
+    def _padding_rows(self) -> Tensor | None:
+        """Which entries are padding rows of embeddings, `[tasks, n]`. None if there are none.
+
+        Raises:
+            ValueError: H couples them with other entries.
         """
         gradient = flatten(self.gradient).detach()
-        if bool(gradient.all()):
-            return torch.zeros_like(gradient, dtype=torch.bool)
-        # Row i of H is zero if (Hw)_i = 0 exactly for a w without a pattern.
+        point = {name: p.detach() for name, p in self.params.items()}
+        with without_padding() as rows:
+            difference = (flatten(self._gradient_at(point)) - gradient).abs()
+        if not rows:
+            return None
+        padded = difference > 1e3 * torch.finfo(self.dtype).eps * difference.max()
+
+        # They are coupled if (Hw)_i ≠ 0 for a w without a pattern that leaves them out.
         w = torch.cos(1 + torch.arange(gradient.numel(), device=self.device).square())
-        product = self.matvec(w.to(gradient).reshape(self.shape))
-        return (gradient == 0) & (product == 0)
+        w = w.to(gradient).reshape(self.shape)
+        if bool((self.matvec(torch.where(padded, 0.0, w)) * padded).any()):
+            raise ValueError(
+                "products: got 'finite-differences' for an embedding whose padding row "
+                "(padding_idx) is read elsewhere as well, as by a tied layer, expected "
+                "'double-backward'; or use CG"
+            )
+        return padded
 
     def _gradient_at(self, params: Params) -> Params:
         point = leaves(params)
@@ -159,7 +185,9 @@ def central_difference(
     h = torch.finfo(theta.dtype).eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
     h = h / torch.where(length > 0, length, 1.0)
 
-    ahead = function(unflatten(theta + h * vector, at))
+    # Both ends draw the same random numbers, whose difference would be divided by h.
+    with restored_random_state(theta.device):
+        ahead = function(unflatten(theta + h * vector, at))
     behind = function(unflatten(theta - h * vector, at))
     difference = ahead - behind
     slope: Tensor = difference / (2 * h.reshape(-1, *[1] * (difference.dim() - 1)))

@@ -1,4 +1,4 @@
-"""Tangents that torch lacks: of mse_loss outside of vmap, and of dropout."""
+"""Tangents that torch lacks, of mse_loss outside of vmap; and random numbers in derivatives."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from metaimplicit import (
     Unrolled,
     hypergradient,
 )
+from metaimplicit.operators import central_difference
 
 
 class Recurrent(nn.Module):
@@ -159,3 +160,12 @@ def test_the_tangent_of_a_step_size_has_one_mask_as_well():
         end = end * (1 - rate * m)
     (expected,) = torch.autograd.grad(end.sum(), rate)
     torch.testing.assert_close(result.grads["lr"], expected, rtol=1e-12, atol=0)
+
+
+def test_a_difference_has_one_mask_at_both_of_its_ends():
+    theta, v = {"w": torch.randn(2, 5)}, torch.randn(2, 5)
+    torch.manual_seed(2)
+    slope = central_difference(lambda p: F.dropout(p["w"], 0.5).sum(1), theta, v)
+    torch.manual_seed(2)
+    mask = F.dropout(torch.ones(2, 5), 0.5)
+    torch.testing.assert_close(slope, (mask * v).sum(1), rtol=1e-8, atol=1e-8)

@@ -2,13 +2,24 @@
 
 import pytest
 import torch
-from reported.helpers import assert_learns, assert_same, draw, plain_maml, split
+from reported.helpers import (
+    INNER,
+    assert_learns,
+    assert_same,
+    cross_entropy,
+    draw,
+    plain_maml,
+    refuses,
+    split,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding  # bound before anything is mended
 
-from metaimplicit import FirstOrder, MetaLearner
+from metaimplicit import BilevelProblem, FirstOrder, MetaLearner, check_hypergradient
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.operators import Hessian
 
 WORDS, WIDTH = 7, 3
 
@@ -177,3 +188,57 @@ def test_the_padding_of_a_bag_holds_for_each_task_as_well(vectorize):
     expected = gradients(lambda: Sum(WORDS, WIDTH, padding_idx=2))
     bag = gradients(lambda: nn.EmbeddingBag(WORDS, WIDTH, padding_idx=2, mode="sum"))
     assert_same(bag, expected)
+
+
+def as_problem(model, penalty=0.0):
+    def loss(params, meta, data):
+        squares = sum(p.square().sum() for p in params.values())
+        return cross_entropy(model, params, data) + 0.5 * penalty * squares
+
+    return BilevelProblem(
+        init=lambda meta, data: dict(meta),
+        inner_loss=lambda params, meta, data: loss(params, meta, data[0]),
+        outer_loss=lambda params, meta, data: loss(params, meta, data[1]),
+    )
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("name", ["nn.Embedding", "F.embedding", "torch.embedding"])
+def test_check_hypergradient_leaves_the_padding_row_where_it_is(name, batched):
+    model = MODELS[name]()
+    episodes = draw(tasks=2, inputs=words)
+    meta = {n: p.detach() for n, p in model.named_parameters()}
+    data = (episodes.support, episodes.query) if batched else split(episodes)[0]
+    check = check_hypergradient(
+        as_problem(model), meta, data, inner=INNER, method="unrolled", batched=batched
+    )
+    assert check.verdict.startswith("Right")
+    assert check.error < 1e-8
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["nn.Embedding", "F.embedding", "torch.embedding"])
+def test_differences_of_gradients_have_the_hessian_of_double_backward(name, penalty):
+    model = MODELS[name]()
+    data = split(draw(tasks=1, inputs=words))[0]
+    params = {n: p.detach().unsqueeze(0) for n, p in model.named_parameters()}
+    problem = LiftedProblem(as_problem(model, penalty), data, batched=False)
+
+    def matrix(products):
+        hessian = Hessian(lambda p: problem.inner(p, {}, data), params, products)
+        n = hessian.shape[1]
+        return hessian.matmat(torch.eye(n).unsqueeze(1)).squeeze(1)
+
+    expected = matrix("double-backward")
+    assert_same(matrix("forward-over-reverse"), expected, rtol=1e-9)
+    torch.testing.assert_close(matrix("finite-differences"), expected, rtol=0, atol=1e-8)
+
+
+def test_differences_of_gradients_refuse_a_padding_row_that_is_tied():
+    data = split(draw(tasks=1, inputs=words))[0]
+    model = MODELS["tied"]()
+    params = {n: p.detach().unsqueeze(0) for n, p in model.named_parameters()}
+    problem = LiftedProblem(as_problem(model), data, batched=False)
+    hessian = Hessian(lambda p: problem.inner(p, {}, data), params, "finite-differences")
+    with refuses("padding_idx", "double-backward"):
+        hessian.matmat(torch.eye(hessian.shape[1]).unsqueeze(1))
