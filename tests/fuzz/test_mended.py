@@ -16,6 +16,22 @@ DENSE_TANGENTS = {
     **IMPLICIT,
 }
 CASES = {
+    "weight decay": Case(inner="SGD", options=(("weight_decay", 0.3),), **IMPLICIT),
+    "weight decay of Adam": Case(
+        inner="Adam", options=(("weight_decay", 0.3),), lr=0.05, **IMPLICIT
+    ),
+    "decay of averaged SGD": Case(inner="ASGD", options=(("lambd", 0.2),), **IMPLICIT),
+    "log-softmax": Case(loss="nll", log_softmax=True, **IMPLICIT),
+    "log-softmax and a diagonal": Case(
+        loss="nll", log_softmax=True, curvature="diagonal", **IMPLICIT
+    ),
+    "K-FAC of squared errors": Case(loss="mse", outputs=1, curvature="kfac", **IMPLICIT),
+    "Fisher of binary cross-entropy": Case(loss="bce", outputs=2, curvature="fisher", **IMPLICIT),
+    "Fisher with classes on axis 1": Case(model="tagger", curvature="fisher", **IMPLICIT),
+    "K-FAC with ignored examples": Case(variant="ignore-class", curvature="kfac", **IMPLICIT),
+    "Fisher with class weights": Case(variant="weights", curvature="fisher", **IMPLICIT),
+    "Fisher of a sum": Case(variant="sum", curvature="fisher", **IMPLICIT),
+    "labels of eight bits": Case(labels="uint8"),
     "padding under vmap": Case(vectorize="vmap", **WORDS),
     "padding under vmap, implicit": Case(vectorize="vmap", **WORDS, **IMPLICIT),
     "padding in forward mode": Case(method="forward", **WORDS),
