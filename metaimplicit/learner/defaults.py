@@ -10,18 +10,15 @@ from metaimplicit.methods import Implicit, Method, Unrolled
 def with_default_curvature(method: Method) -> Method:
     """The method. If it is implicit and has no curvature, it takes Gauss–Newton.
 
-    The Hessian of a few-shot support loss is indefinite, and Gauss–Newton is semi-definite. But
-    other products than double-backward are an option of the Hessian, so they ask for it.
+    The Hessian of a few-shot support loss is indefinite, and Gauss–Newton is semi-definite.
 
     Example:
         >>> with_default_curvature(Implicit()).curvature
         'gauss-newton'
     """
-    if not isinstance(method, Implicit) or method.curvature is not None:
+    if not isinstance(method, Implicit):
         return method
-    if method.products != "double-backward":
-        return method
-    return replace(method, curvature="gauss-newton")
+    return method.with_default_curvature("gauss-newton")
 
 
 def with_default_weights(method: Method, steps: int) -> Method:

@@ -134,6 +134,15 @@ class Implicit(Method):
         """Whether A is more than differences of gradients."""
         return self.products != "finite-differences" or self.preconditioner is not None
 
+    def with_default_curvature(self, curvature: Curvature) -> Implicit:
+        """The method with this curvature if it leaves the curvature open.
+
+        Products other than double-backward are an option of the Hessian, so they ask for it.
+        """
+        if self.curvature is not None or self.products != "double-backward":
+            return self
+        return replace(self, curvature=curvature)
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph. The curvature is taken where it ends."""
         data_at_solution(problem, self.batch, "Implicit")

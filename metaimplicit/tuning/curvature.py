@@ -26,11 +26,9 @@ def default_to_gauss_newton(method: Method, problem: BilevelProblem) -> Method:
     loss = problem.inner_loss
     if not isinstance(loss, Composite) or loss.module is None:
         return method
-    if not isinstance(method, Implicit) or method.curvature is not None:
+    if not isinstance(method, Implicit):
         return method
-    if method.products != "double-backward":
-        return method
-    return replace(method, curvature="gauss-newton")
+    return method.with_default_curvature("gauss-newton")
 
 
 def bind_curvature_batch(method: Method, batch: Any) -> Method:

@@ -23,13 +23,6 @@ METHODS = {  # a method for n parameters, and the plain loop that it is held aga
 RECURRENT = ("lstm tagger", "gru tagger")
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def normalized(v, g, dim=0):
     """Weight normalisation without torch's own function, whose second derivative is wrong."""
     return v * g / v.flatten(1).norm(dim=1).reshape(g.shape)
@@ -40,7 +33,7 @@ def episodes_of(make_data):
     return SimpleNamespace(support=support, query=query)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ZOO)
