@@ -286,7 +286,7 @@ def argmin(
         params = attach_pullback(adaptation, method, meta)
     elif torch.is_grad_enabled():
         params = adaptation.params
-        for name in set(meta) - find_dependencies(params.values(), meta):
+        for name in meta.keys() - find_dependencies(params.values(), meta):
             if meta[name].requires_grad:
                 method.check_reach(name, adaptation.dependencies)
     else:
