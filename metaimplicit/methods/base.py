@@ -15,7 +15,7 @@ from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.report import Report
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.problem import BilevelProblem, Decay
 from metaimplicit.solvers import SolverState
 
 # By name of a meta-parameter. None: no path leads from θ* to it.
@@ -56,6 +56,13 @@ class Dependencies:
             "loop": self.inner.reads(name),
         }
         return {route for route, does in depends.items() if does}
+
+    def decay(self, params: Params, meta: Params) -> Decay | None:
+        """The penalty that the inner loop adds to the loss of the parameters that it moves."""
+        strengths = {name: self.inner.decay(meta, name) for name in params if name not in self.idle}
+        if not any(isinstance(value, Tensor) or value != 0 for value in strengths.values()):
+            return None
+        return Decay(strengths)
 
 
 ALL_ROUTES = frozenset({"start", "loss", "loop"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, get_args
@@ -187,7 +186,7 @@ class Implicit(Method):
                     lifted,
                     end.params,
                     meta,
-                    decay=_decay_of_loop(dependencies, end.params, meta),
+                    decay=dependencies.decay(end.params, meta),
                     vectors=vectors,
                     report=report,
                     state=state,
@@ -219,7 +218,7 @@ class Implicit(Method):
         shifted = point.core + Identity(point.core, sigma)
         inverse = None
         if preconditioner is not None:
-            inverse = _damped_inverse(preconditioner, sigma)
+            inverse = partial(preconditioner.inverse, shift=sigma)
         solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
         if bool((solution.rayleigh < 0.999 * sigma).any()):
             point.core.check_convex()
@@ -228,22 +227,9 @@ class Implicit(Method):
         if self.check_curvature:
             hessian_residual = linearize_by("hessian").residual(solution.value, v)
 
-        # (dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u.
-        if self.products == "finite-differences":
-
-            def penalized_loss(p: Params) -> Tensor:
-                loss = problem.inner(p, meta, data)
-                return loss if decay is None else loss + problem.penalty(decay, p, meta)
-
-            slope = central_difference(penalized_loss, params, solution.value)
-            mixed = vector_jacobian_product(
-                {"slope": slope}, meta, {"slope": -torch.ones_like(slope)}
-            )
-        else:
-            mixed = vector_jacobian_product(
-                point.gradient, meta, unflatten(-solution.value, params)
-            )
-
+        mixed = self._mixed_product(
+            point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
+        )
         products = solution.products + point.core.setup_products
         if preconditioner is not None:
             products += preconditioner.setup_products
@@ -263,6 +249,28 @@ class Implicit(Method):
             leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
             state=solution.state,
         )
+
+    def _mixed_product(
+        self,
+        point: Linearization,
+        u: Tensor,
+        *,
+        problem: LiftedProblem,
+        params: Params,
+        meta: Params,
+        data: Any,
+        decay: Decay | None,
+    ) -> Gradients:
+        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u."""
+        if self.products != "finite-differences":
+            return vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
+
+        def penalized_loss(p: Params) -> Tensor:
+            loss = problem.inner(p, meta, data)
+            return loss if decay is None else loss + problem.penalty(decay, p, meta)
+
+        slope = central_difference(penalized_loss, params, u)
+        return vector_jacobian_product({"slope": slope}, meta, {"slope": -torch.ones_like(slope)})
 
     def _linearize(
         self,
@@ -288,19 +296,3 @@ class Implicit(Method):
             )
         kind, options = find_curvature(self.preconditioner)
         return kind.preconditioner(point.core, point.parts, **options)
-
-
-def _decay_of_loop(dependencies: Dependencies, params: Params, meta: Params) -> Decay | None:
-    """The penalty that the inner loop adds to the loss of the parameters that it moves."""
-    strengths = {
-        name: dependencies.inner.decay(meta, name)
-        for name in params
-        if name not in dependencies.idle
-    }
-    if not any(isinstance(strength, Tensor) or strength != 0 for strength in strengths.values()):
-        return None
-    return Decay(strengths)
-
-
-def _damped_inverse(operator: Invertible, shift: float) -> Callable[[Tensor], Tensor]:
-    return lambda vector: operator.inverse(vector, shift)
