@@ -155,7 +155,13 @@ def measure_apart(settings: Benchmark, method: str, inner_steps: int) -> dict[st
     context = multiprocessing.get_context("spawn")
     # A multiprocessing.Pool would wait for ever for a process that was killed.
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, settings, method, inner_steps).result()
+        future = pool.submit(measure, settings, method, inner_steps)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # the pool would wait for the end of the measurement
+            raise
 
 
 def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import IO
@@ -39,18 +40,29 @@ def handle_errors(main: Main) -> Callable[[list[str]], None]:
     def handled(args: list[str]) -> None:
         open_streams()
         limit_memory()
+        before = threading.excepthook
+        threading.excepthook = print_unless_raised_again
         try:
             main([arg for arg in args if arg != DEBUG])
             sys.stdout.flush()
         except KeyboardInterrupt:
             end("stopped", code=130)
-        except (*REFUSED, *FAILED) as error:
+        except (*REFUSED, *FAILED) as raised:
             if DEBUG in args:
                 traceback.print_exc()
+            error = behind(raised)
             # An unsupported operation is a ValueError and a RuntimeError: the model must change.
             end(f"error: {one_line(error)}", code=2 if isinstance(error, REFUSED) else 1)
+        finally:
+            threading.excepthook = before
 
     return handled
+
+
+def print_unless_raised_again(thrown: threading.ExceptHookArgs) -> None:
+    """Print the trace of a thread. TensorBoard raises an OSError again in the main thread."""
+    if not issubclass(thrown.exc_type, OSError):
+        threading.__excepthook__(thrown)
 
 
 def end(line: str, *, code: int) -> None:
@@ -60,6 +72,11 @@ def end(line: str, *, code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         discard_if_full(stream)
     sys.exit(code)
+
+
+def behind(error: BaseException) -> BaseException:
+    """The error that counts. On a full disk, torch.save raises a RuntimeError over the OSError."""
+    return error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,8 @@ import errno
 import gc
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from command_line import handle_errors, require_package, require_writable
 from command_line.memory import limit_memory, physical_memory
 from scripts.running import SMALL, error_line, load_main
 from torch.utils.data import DataLoader
+
+from metaimplicit.training import loop
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FULL = Path("/dev/full")
@@ -53,6 +57,20 @@ def raising(error):
 )
 def test_an_error_is_one_line_and_an_exit_code(error, code, line, capsys):
     assert outcome(raising(error), [], capsys) == (code, line)
+
+
+def test_a_full_disk_is_named_where_torch_hides_it(capsys):
+    class FullFile(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left")
+
+    def main(args):
+        torch.save({"x": torch.zeros(9)}, FullFile())
+
+    assert outcome(main, [], capsys) == (2, "error: [Errno 28] No space left\n")
 
 
 @pytest.mark.parametrize("code", [129, 143])
@@ -235,3 +253,20 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
     line = error_line(load_main("train"), args, capsys)
     assert line == "error: [Errno 28] No space left on device"
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_that_is_removed_during_a_run_ends_it_in_one_line(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    take_step = loop._take_step
+
+    def remove_and_take_step(*args, **options):
+        shutil.rmtree(run)
+        return take_step(*args, **options)
+
+    monkeypatch.setattr(loop, "_take_step", remove_and_take_step)
+    with pytest.raises(SystemExit) as stop:
+        load_main("train")([*SMALL, "--checkpoint-every=1", "--out", str(run)])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("error: .*metrics.jsonl: the file was removed during the run", last)
+    assert not run.exists()
