@@ -76,7 +76,8 @@ def end(line: str, *, code: int) -> None:
 
 def behind(error: BaseException) -> BaseException:
     """The error that counts. On a full disk, torch.save raises a RuntimeError over the OSError."""
-    return error.__context__ if isinstance(error.__context__, OSError) else error
+    hidden = error.__context__
+    return hidden if isinstance(error, RuntimeError) and isinstance(hidden, OSError) else error
 
 
 def one_line(error: BaseException) -> str:

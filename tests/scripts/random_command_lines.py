@@ -195,7 +195,9 @@ def describe_check(subject: Subject, args: list[str]) -> str:
     return "runs"
 
 
-def describe_process(command: list[str], *, timeout: float, bytes_of_data: int) -> tuple[str, str]:
+def describe_process(
+    command: list[str], *, folder: Path, timeout: float, bytes_of_data: int
+) -> tuple[str, str]:
     """How a process ends, and what it wrote on standard error.
 
     The ends are `runs`, `line`, `stopped` after the timeout, `trace`, `hang` and `silent`.
@@ -211,6 +213,7 @@ def describe_process(command: list[str], *, timeout: float, bytes_of_data: int) 
         text=True,
         errors="backslashreplace",
         preexec_fn=limit,
+        cwd=folder,
     )
     interrupted = False
     try:
@@ -264,6 +267,7 @@ def run_processes(options: Options, run: Path, folder: Path) -> Counter[str]:
         args = [*subject.base, *out, *drawn]
         end, text = describe_process(
             [str(SCRIPTS / f"{subject.script}.py"), *args],
+            folder=folder,
             timeout=options.timeout,
             bytes_of_data=options.gibibytes * 2**30,
         )
