@@ -2,6 +2,9 @@
 
 python scripts/benchmark.py --methods cg unrolled --inner-steps 4 16 64
 python scripts/benchmark.py --towers                     # towers of optimisers instead
+
+With --out, every row is stored when it is done: the same command again only measures what is
+missing.
 """
 
 from __future__ import annotations
@@ -11,21 +14,30 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import tower_benchmark
-import tyro
-from command_line import exit_on
+from command_line import (
+    RowFile,
+    find_device,
+    handle_errors,
+    parse_options,
+    require_package,
+)
+from command_line.ranges import check_ranges, within
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.learner import Episode, Pair
 from metaimplicit.methods import known_options, make_method
 from metaimplicit.models import ConvNet
-from metaimplicit.training import peak_memory, write_json
+from metaimplicit.training import peak_memory
 
 WAYS = 5
 SHOTS = 5
@@ -39,70 +51,117 @@ class Benchmark:
 
     methods: tuple[str, ...] = ("unrolled", "truncated", "first-order", "cg", "neumann", "nystrom")
     """Flags of the methods."""
-    inner_steps: tuple[int, ...] = (4, 16, 64)
+    inner_steps: Annotated[tuple[int, ...], within(1, 10_000)] = (4, 16, 64)
     """Numbers of inner steps."""
-    filters: int = 32
+    filters: Annotated[int, within(1, 4096)] = 32
     """Channels of the convolutional network."""
-    tasks: int = 8
+    tasks: Annotated[int, within(1, 10_000)] = 8
     """Tasks in a meta-step, 5-way 5-shot, 28×28 pixels."""
-    repeats: int = 1
+    repeats: Annotated[int, within(0, 10_000)] = 1
     """Meta-steps that are timed after the first, which is measured for memory. The median counts.
     With 0, the first one is timed."""
-    threads: int = 1
+    threads: Annotated[int, within(1, 512)] = 1
     """CPU threads."""
     device: str = "cpu"
     """cpu or cuda."""
     out: Path | None = None
-    """JSON file for the numbers."""
+    """JSON file for the rows. Those that it has are not measured."""
     towers: bool = False
     """Time training steps by towers of optimisers instead, on the CPU."""
 
 
+@handle_errors
+def run_command(args: list[str]) -> None:
+    """Run `main` with the settings that a command line gives."""
+    main(parse_options(Benchmark, args))
+
+
 def main(settings: Benchmark) -> None:
-    """Measure everything and print a table.
+    """Measure everything and print a table."""
+    check_settings(settings)
+    rows = RowFile(settings.out)
+    if settings.towers:
+        time_towers(settings, rows)
+    else:
+        measure_methods(settings, rows)
+
+
+def check_settings(settings: Benchmark) -> None:
+    """Check the settings before any work.
 
     Raises:
-        ValueError: A number is out of range.
+        ImportError: --towers compares with a package that is not installed.
+        ValueError: A number is out of range, or a method or the device is unknown.
     """
-    for name, minimum in {"threads": 1, "filters": 1, "tasks": 1, "repeats": 0}.items():
-        value = getattr(settings, name)
-        if value < minimum:
-            raise ValueError(f"--{name}: got {value}, expected at least {minimum}")
-    result = time_towers(settings) if settings.towers else measure_methods(settings)
-    if settings.out is not None:
-        write_json(settings.out, result)
+    check_ranges(settings)
+    find_device(settings.device)
+    for method in settings.methods:
+        make_method(method)
+    if settings.towers:
+        require_package(
+            "gradient_descent_the_ultimate_optimizer",
+            purpose="--towers",
+            extra="dev",
+        )
 
 
-def time_towers(settings: Benchmark) -> list[str]:
+def time_towers(settings: Benchmark, rows: RowFile) -> None:
     """Print the tables of `tower_benchmark`."""
     torch.set_num_threads(settings.threads)
-    tables = [tower_benchmark.perceptron(), tower_benchmark.residual_network()]
-    print(*tables, sep="\n\n")
-    return tables
+    for network in (tower_benchmark.perceptron, tower_benchmark.residual_network):
+        case = {"towers": network.__name__, "threads": settings.threads}
+        row = rows.read_or_make(case, partial(make_table, network))
+        print(row["table"], end="\n\n")
 
 
-def measure_methods(settings: Benchmark) -> dict[str, Any]:
-    """Measure each method at each number of inner steps in a fresh process."""
-    # glibc then returns freed blocks at once, so that the resident size is what is in use.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    context = multiprocessing.get_context("spawn")
-    rows: list[dict[str, Any]] = []
+def make_table(network: Callable[[], str]) -> dict[str, str]:
+    """The row of a table."""
+    return {"table": network()}
+
+
+def measure_methods(settings: Benchmark, rows: RowFile) -> None:
+    """Measure each method at each number of inner steps, and print a line for each."""
     print(f"{'method':<12} {'inner steps':>11} {'peak MiB':>9} {'growth':>7} {'seconds':>8}")
     for method in settings.methods:
         smallest = None
         for steps in settings.inner_steps:
-            with context.Pool(1) as pool:
-                numbers = pool.apply(measure, (settings, method, steps))
-            mebibytes = numbers["mebibytes"]
+            case = {
+                "method": method,
+                "inner_steps": steps,
+                "filters": settings.filters,
+                "tasks": settings.tasks,
+                "repeats": settings.repeats,
+                "threads": settings.threads,
+                "device": settings.device,
+            }
+            row = rows.read_or_make(case, partial(measure_apart, settings, method, steps))
+            mebibytes = row["mebibytes"]
             smallest = smallest or mebibytes
-            growth = mebibytes / smallest
-            rows.append({"method": method, "inner_steps": steps, **numbers, "growth": growth})
             print(
-                f"{method:<12} {steps:>11} {mebibytes:>9.1f} {growth:>7.2f} "
-                f"{numbers['seconds']:>8.3f}",
+                f"{method:<12} {steps:>11} {mebibytes:>9.1f} {mebibytes / smallest:>7.2f} "
+                f"{row['seconds']:>8.3f}",
                 flush=True,
             )
-    return {"settings": {k: str(v) for k, v in asdict(settings).items()}, "rows": rows}
+
+
+def measure_apart(settings: Benchmark, method: str, inner_steps: int) -> dict[str, float]:
+    """What `measure` returns in a fresh process.
+
+    Raises:
+        RuntimeError: The process was killed.
+    """
+    # glibc then returns freed blocks at once, so that the resident size is what is in use.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    context = multiprocessing.get_context("spawn")
+    # A multiprocessing.Pool would wait for ever for a process that was killed.
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        future = pool.submit(measure, settings, method, inner_steps)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # the pool would wait for the end of the measurement
+            raise
 
 
 def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, float]:
@@ -151,5 +210,4 @@ def memory_in_use(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    with exit_on(ValueError, code=2):
-        main(tyro.cli(Benchmark, args=sys.argv[1:], config=(tyro.conf.FlagCreatePairsOff,)))
+    run_command(sys.argv[1:])

@@ -1,7 +1,8 @@
 """Inverse curvature–vector products side by side, at equal numbers of products.
 
 Every method starts from the same solution of the same problem. Tables are printed; JSON and plots
-are left in runs/compare.
+are left in runs/compare. What is done is kept in rows.json there: the same command again only
+measures what is missing.
 
 python scripts/compare.py                           # every problem
 python scripts/compare.py --problems logistic digits-0.01 --products 10 30
@@ -13,13 +14,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import peers
 import studies
 import torch
-import tyro
+from command_line import RowFile, handle_errors, parse_options
+from command_line.ranges import Seeds, Threads, check_ranges, within
 from comparison_report import (
     draw,
     errors_against_condition,
@@ -30,7 +33,7 @@ from comparison_report import (
 )
 from problems import Instance, named_problems, quadratic
 
-from metaimplicit.diagnostics.compare import Comparison, compare
+from metaimplicit.diagnostics.compare import Comparison, Row, compare
 from metaimplicit.training import write_json
 
 
@@ -40,9 +43,9 @@ class Settings:
 
     problems: tuple[str, ...] = tuple(named_problems(None))
     """Problems to compare the methods on."""
-    products: tuple[int, ...] = (10, 30, 100)
+    products: Annotated[tuple[int, ...], within(1, 10_000)] = (10, 30, 100)
     """Numbers of products with the curvature."""
-    seeds: int = 5
+    seeds: Seeds = 5
     """Number of sketches, of which the median counts. For --robustness, number of data sets."""
     conditioning: bool = False
     """Study the error against the condition of a quadratic."""
@@ -54,22 +57,43 @@ class Settings:
     """Compare the public libraries that are installed with exact values."""
     data_root: Path | None = None
     """Folder with Omniglot for the episodes. If it is not given, they are glyphs."""
-    threads: int | None = None
+    threads: Threads = None
     """Number of CPU threads. If it is not given, torch chooses."""
     out: Path = Path("runs/compare")
     """Folder for JSON and plots."""
 
 
+@handle_errors
+def run_command(args: list[str]) -> None:
+    """Run `main` with the settings that a command line gives."""
+    main(parse_options(Settings, args))
+
+
 def main(settings: Settings) -> None:
-    """Run the study that the settings choose, and store what it returns.
+    """Run the study that the settings choose, and store what it returns."""
+    study = choose_study(settings)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    results = STUDIES[study](settings, RowFile(settings.out / "rows.json"))
+    options = {name: str(value) for name, value in asdict(settings).items()}
+    write_json(settings.out / f"{study}.json", {"settings": options, "found": results})
+
+
+def choose_study(settings: Settings) -> str:
+    """The key of `STUDIES` that the settings choose.
 
     Raises:
         ValueError: A setting is out of range, or chooses a second study.
     """
-    if settings.threads is not None:
-        if settings.threads < 1:
-            raise ValueError(f"--threads: got {settings.threads}, expected at least 1")
-        torch.set_num_threads(settings.threads)
+    check_ranges(settings)
+    makers = named_problems(settings.data_root)
+    unknown = sorted(set(settings.problems) - set(makers))
+    if unknown:
+        known = ", ".join(makers)
+        raise ValueError(f"--problems: got {', '.join(unknown)}, expected some of {known}")
+    for name in ("problems", "products"):
+        if not getattr(settings, name):
+            raise ValueError(f"--{name}: got none, expected at least one")
     flags = {
         "conditioning": settings.conditioning,
         "robustness": settings.robustness,
@@ -79,25 +103,16 @@ def main(settings: Settings) -> None:
     chosen = [study for study, flag in flags.items() if flag]
     if len(chosen) > 1:
         raise ValueError(f"--{chosen[0]}, --{chosen[1]}: got several studies, expected one")
-
-    settings.out.mkdir(parents=True, exist_ok=True)
-    study = chosen[0] if chosen else "problems"
-    results = STUDIES[study](settings)
-    options = {name: str(value) for name, value in asdict(settings).items()}
-    write_json(settings.out / f"{study}.json", {"settings": options, "found": results})
+    return chosen[0] if chosen else "problems"
 
 
-def study_problems(settings: Settings) -> dict[str, Any]:
+def study_problems(settings: Settings, rows: RowFile) -> dict[str, Any]:
     """The errors on every problem, against products."""
     makers = named_problems(settings.data_root)
-    unknown = sorted(set(settings.problems) - set(makers))
-    if unknown:
-        known = ", ".join(makers)
-        raise ValueError(f"--problems: got {', '.join(unknown)}, expected some of {known}")
     comparisons = {}
     plotted = []
     for name in settings.problems:
-        comparison = run(makers[name](), settings)
+        comparison = read_or_run(name, makers[name], settings, rows)
         comparisons[name] = asdict(comparison)
         plotted += split_panel(name, errors_against_products(comparison))
         print(table(name, comparison), flush=True)
@@ -105,7 +120,7 @@ def study_problems(settings: Settings) -> dict[str, Any]:
     return comparisons
 
 
-def study_conditioning(settings: Settings) -> dict[str, Any]:
+def study_conditioning(settings: Settings, rows: RowFile) -> dict[str, Any]:
     """The errors on quadratics of condition 10 … 10⁶, against the condition.
 
     They have 300 unknowns. Their eigenvalues are equidistant in the logarithm.
@@ -113,7 +128,10 @@ def study_conditioning(settings: Settings) -> dict[str, Any]:
     comparisons = {}
     for exponent in range(1, 7):
         spectrum = torch.logspace(-exponent, 0, 300).double()
-        comparisons[f"1e{exponent}"] = run(quadratic(spectrum), settings)
+        condition = f"1e{exponent}"
+        comparisons[condition] = read_or_run(
+            f"condition {condition}", partial(quadratic, spectrum), settings, rows
+        )
     plotted = []
     for products in settings.products:
         lines = errors_against_condition(comparisons, products)
@@ -125,9 +143,9 @@ def study_conditioning(settings: Settings) -> dict[str, Any]:
     return {condition: asdict(comparison) for condition, comparison in comparisons.items()}
 
 
-def study_robustness(settings: Settings) -> list[dict[str, Any]]:
+def study_robustness(settings: Settings, rows: RowFile) -> list[dict[str, Any]]:
     """The errors and the validation losses of `studies.study_robustness`, against ρ."""
-    records = studies.study_robustness(settings.seeds)
+    records = studies.study_robustness(settings.seeds, rows)
     plotted = []
     for key, title in (("error", "hypergradient error"), ("loss", "validation loss")):
         for k in studies.COUNTS:
@@ -137,23 +155,41 @@ def study_robustness(settings: Settings) -> list[dict[str, Any]]:
     return records
 
 
-def study_drift(settings: Settings) -> list[dict[str, Any]]:
+def study_drift(settings: Settings, rows: RowFile) -> list[dict[str, Any]]:
     """The products of `studies.study_drift`."""
-    return studies.study_drift()
+    return studies.study_drift(rows)
 
 
-def study_peers(settings: Settings) -> dict[str, Any]:
-    """The errors and the seconds of other libraries, from `peers`."""
+def study_peers(settings: Settings, rows: RowFile) -> dict[str, Any]:
+    """The errors and the seconds of other libraries, from `peers`.
+
+    They are always measured: it takes seconds, and a library may have been installed since.
+    """
     return {"errors": peers.compare_errors(), "seconds": peers.compare_seconds()}
 
 
-STUDIES: dict[str, Callable[[Settings], Any]] = {
+STUDIES: dict[str, Callable[[Settings, RowFile], Any]] = {
     "problems": study_problems,
     "conditioning": study_conditioning,
     "robustness": study_robustness,
     "drift": study_drift,
     "peers": study_peers,
 }
+
+
+def read_or_run(
+    name: str, make: Callable[[], Instance], settings: Settings, rows: RowFile
+) -> Comparison:
+    """All methods on one problem, from the stored rows if they are there."""
+    case = {
+        "problem": name,
+        "products": list(settings.products),
+        "seeds": settings.seeds,
+        "data_root": None if settings.data_root is None else str(settings.data_root),
+    }
+    row = rows.read_or_make(case, lambda: {"comparison": asdict(run(make(), settings))})
+    stored = row["comparison"]
+    return Comparison(**stored | {"rows": [Row(**entry) for entry in stored["rows"]]})
 
 
 def run(instance: Instance, settings: Settings) -> Comparison:
@@ -171,8 +207,4 @@ def run(instance: Instance, settings: Settings) -> Comparison:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings))
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    run_command(sys.argv[1:])

@@ -8,21 +8,23 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 from command_line import (
-    BAD_INPUT,
     RunOptions,
     Split,
     build_learner,
     check_classes,
-    exit_on,
+    handle_errors,
+    parse_options,
     predict_test_curves,
+    require_writable,
     run_test,
     split_family,
 )
+from command_line.ranges import Threads, within
 
 import tasks
 from metaimplicit import MetaLearner
@@ -38,6 +40,8 @@ from metaimplicit.training import (
     write_json,
 )
 
+EVALUATION = "evaluation.json"
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -45,11 +49,11 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Folder of a run of scripts/train.py."""
-    episodes: int = 600
-    """Tasks, at least 2."""
-    steps: int | None = None
+    episodes: Annotated[int, within(2, 1_000_000)] = 600
+    """Tasks."""
+    steps: Annotated[int | None, within(0, 100_000)] = None
     """Inner steps. By default those of the run's own test."""
-    seed: int | None = None
+    seed: Annotated[int | None, within(0, 2**32 - 1)] = None
     """Seed of the tasks. By default that of the run's own test, which gives the same tasks."""
     split: Split = "test"
     """Whose classes the tasks have, test or validation: never those of training."""
@@ -57,16 +61,17 @@ class Evaluate:
     """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
     data_root: Path | None = None
     """Where the data is, if it has moved since."""
-    threads: int | None = None
+    threads: Threads = None
     """CPU threads of torch. By default torch's own choice."""
 
 
+@handle_errors
 def main(args: list[str]) -> None:
     """Evaluate a run and print a table."""
-    command = tyro.cli(Evaluate, args=args)
-    with exit_on(*BAD_INPUT, code=2):
-        options = load_options(command)
-        family, learner, progress = load_run(command, options)
+    command = parse_options(Evaluate, args)
+    options = load_options(command)
+    require_writable(command.run / EVALUATION)
+    family, learner, progress = load_run(command, options)
     seed = options.test_seed if command.seed is None else command.seed
     result = run_test(learner, family, options, seed=seed)
 
@@ -76,7 +81,7 @@ def main(args: list[str]) -> None:
         "transductive": is_transductive(learner.model),
         "meta_steps": progress.step,
     }
-    write_json(command.run / "evaluation.json", result.summary() | about)
+    write_json(command.run / EVALUATION, result.summary() | about)
     fits = predict_test_curves(learner, options, command.split, seed=seed)
     title = f"{options.task}, {options.method}"
     plot_adaptation(command.run, result, title=title, fits=fits)
@@ -99,10 +104,6 @@ def load_options(command: Evaluate) -> RunOptions:
         raise FileNotFoundError(
             f"run: found no {CONFIG} in {command.run}; give the folder of a run of scripts/train.py"
         )
-    for name, minimum in {"episodes": 2, "steps": 0, "seed": 0}.items():
-        value = getattr(command, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name}: got {value}, expected at least {minimum}")
     stored: dict[str, Any] = read_json(path).get("options", {})
     if "task" not in stored:
         raise ValueError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from command_line import RowFile
 from problems import Instance, drifting_systems, logistic
 from torch import Tensor
 from tqdm import tqdm
@@ -48,11 +50,12 @@ def robustness_variants() -> list[Variant]:
     return variants
 
 
-def study_robustness(data_sets: int) -> list[Record]:
+def study_robustness(data_sets: int, rows: RowFile) -> list[Record]:
     """Every variant on Hataya & Yamada's logistic regression; prints a table.
 
     Args:
         data_sets: Number of data sets, of seeds 1, 2, ….
+        rows: Where records are stored. Those that it has are not measured.
 
     Returns:
         A record for each variant, with means over the data sets: the relative `error`, the `cosine`
@@ -64,18 +67,15 @@ def study_robustness(data_sets: int) -> list[Record]:
         f"{'validation loss':>20}"
     )
     records = []
-    seeds = range(1, data_sets + 1)
     for variant in tqdm(robustness_variants(), disable=None):
-        first = [compare_with_exact(logistic(seed), variant.method, seed) for seed in seeds]
-        losses = [tune(logistic(seed), variant, seed) for seed in seeds]
-        record = {
+        case = {
+            "study": "robustness",
+            "data_sets": data_sets,
             "method": variant.name,
             "k": variant.k,
             "rho": variant.rho,
-            **{key: mean(one[key] for one in first) for key in ("error", "cosine", "norm")},
-            "loss": mean(losses),
-            "std": stdev(losses) if len(losses) > 1 else 0.0,
         }
+        record = rows.read_or_make(case, partial(measure_variant, variant, data_sets))
         records.append(record)
         rho = "" if variant.rho is None else f"{variant.rho:g}"
         print(
@@ -85,6 +85,18 @@ def study_robustness(data_sets: int) -> list[Record]:
             flush=True,
         )
     return records
+
+
+def measure_variant(variant: Variant, data_sets: int) -> Record:
+    """The means over the data sets that `study_robustness` describes."""
+    seeds = range(1, data_sets + 1)
+    first = [compare_with_exact(logistic(seed), variant.method, seed) for seed in seeds]
+    losses = [tune(logistic(seed), variant, seed) for seed in seeds]
+    return {
+        **{key: mean(one[key] for one in first) for key in ("error", "cosine", "norm")},
+        "loss": mean(losses),
+        "std": stdev(losses) if len(losses) > 1 else 0.0,
+    }
 
 
 def compare_with_exact(instance: Instance, method: Implicit, seed: int) -> dict[str, float]:
@@ -128,11 +140,14 @@ def take_hypergradient(instance: Instance, method: Implicit, decay: Tensor) -> H
     )
 
 
-def study_drift() -> list[Record]:
+def study_drift(rows: RowFile) -> list[Record]:
     """Products to a residual of 1e-6 over systems that drift, beside cold solves; prints a table.
 
     Systems are those of `drifting_systems`. Their solvers keep what helps from system to system:
     `auto` its Ritz vectors, `nystrom-cg` its sketch, `lanczos` its solution.
+
+    Args:
+        rows: Where the records of a drift are stored. Those that it has are not measured.
 
     Returns:
         A record for each drift and solver: how many systems come before A turns indefinite
@@ -144,34 +159,44 @@ def study_drift() -> list[Record]:
         f"{'drift':>6} {'definite':>9}  {'method':<11}{'/ cold cg':>10}{'/ lanczos':>10}"
         f"{'all':>6}{'worst':>7}"
     )
-    solvers = warm_solvers()
-    records = []
+    records: list[Record] = []
     for drift in (1e-4, 1e-3, 1e-2):
-        systems = list(drifting_systems(drift, count=SYSTEMS))
-        definite = count_definite(systems)
-        cold = {
-            "cg": [solve(system, CG(999), SolverState()).products for system in systems],
-            "lanczos": [solve(system, Lanczos(999), SolverState()).products for system in systems],
-        }
-        for name, solver in solvers.items():
-            products, worst = solve_in_turn(systems, solver)
-            spent = sum(products[:definite])
-            shares = {other: spent / sum(counts[:definite]) for other, counts in cold.items()}
-            record = {
-                "drift": drift,
-                "definite": definite,
-                "method": name,
-                "shares": shares,
-                "all": sum(products) / sum(cold["lanczos"]),
-                "worst": worst,
-            }
-            records.append(record)
+        case = {"study": "drift", "drift": drift}
+        row = rows.read_or_make(case, partial(measure_drift, drift))
+        for record in row["records"]:
+            shares = record["shares"]
             print(
-                f"{drift:>6g} {definite:>9}  {name:<11}{shares['cg']:>10.2f}"
-                f"{shares['lanczos']:>10.2f}{record['all']:>6.2f}{worst:>7.0e}",
+                f"{drift:>6g} {record['definite']:>9}  {record['method']:<11}"
+                f"{shares['cg']:>10.2f}{shares['lanczos']:>10.2f}"
+                f"{record['all']:>6.2f}{record['worst']:>7.0e}",
                 flush=True,
             )
+        records += row["records"]
     return records
+
+
+def measure_drift(drift: float) -> dict[str, list[Record]]:
+    """The `records` of all warm solvers at one drift."""
+    systems = list(drifting_systems(drift, count=SYSTEMS))
+    definite = count_definite(systems)
+    cold = {
+        "cg": [solve(system, CG(999), SolverState()).products for system in systems],
+        "lanczos": [solve(system, Lanczos(999), SolverState()).products for system in systems],
+    }
+    records = []
+    for name, solver in warm_solvers().items():
+        products, worst = solve_in_turn(systems, solver)
+        spent = sum(products[:definite])
+        record = {
+            "drift": drift,
+            "definite": definite,
+            "method": name,
+            "shares": {other: spent / sum(counts[:definite]) for other, counts in cold.items()},
+            "all": sum(products) / sum(cold["lanczos"]),
+            "worst": worst,
+        }
+        records.append(record)
+    return {"records": records}
 
 
 def warm_solvers() -> dict[str, Solver]:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from command_line import (
-    BAD_INPUT,
     RunOptions,
     build_learner,
     check_classes,
-    exit_on,
+    handle_errors,
     parse,
     predict_test_curves,
     run_test,
@@ -59,10 +58,10 @@ class Run:
     rehearsal: Report
 
 
+@handle_errors
 def main(args: list[str]) -> None:
     """Train a learner and test it."""
-    with exit_on(*BAD_INPUT, code=2):
-        run = set_up(parse(args))
+    run = set_up(parse(args))
     progress = train(run)
     test(run, progress)
 
@@ -136,22 +135,21 @@ def train(run: Run) -> Progress:
     batches = -(-options.validation_episodes // options.meta_batch)  # rounded up
     config = {"options": options.dump(), **describe(run.learner, run.rehearsal)}
     try:
-        with exit_on(FloatingPointError, code=1):
-            return fit(
-                run.learner,
-                run.optimizer,
-                run.sampler,
-                out=options.folder,
-                budget=run.budget,
-                config=config | {"classes": run.splits.digests},
-                validation=lambda: (validation[i] for i in range(batches)),
-                validate_every=options.validate_every,
-                checkpoint_every=options.checkpoint_every,
-                schedule=cosine if options.schedule == "cosine" else constant,
-                clip=options.clip,
-                workers=options.workers,
-                resume=options.resume,
-            )
+        return fit(
+            run.learner,
+            run.optimizer,
+            run.sampler,
+            out=options.folder,
+            budget=run.budget,
+            config=config | {"classes": run.splits.digests},
+            validation=lambda: (validation[i] for i in range(batches)),
+            validate_every=options.validate_every,
+            checkpoint_every=options.checkpoint_every,
+            schedule=cosine if options.schedule == "cosine" else constant,
+            clip=options.clip,
+            workers=options.workers,
+            resume=options.resume,
+        )
     except KeyboardInterrupt:
         sys.stderr.write(
             "stopped; the same command with --resume continues from the last checkpoint\n"

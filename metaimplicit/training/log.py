@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections import deque
 from pathlib import Path
@@ -70,7 +71,15 @@ class RunLog:
             split: What the values were measured on, `"train"` or `"validation"`.
             progress: When they were measured.
             values: Numbers by name. Those that are not finite are written as null.
+
+        Raises:
+            FileNotFoundError: The file was removed while the run wrote to it.
         """
+        if os.fstat(self._lines.fileno()).st_nlink == 0:
+            raise FileNotFoundError(
+                f"{self._lines.name}: the file was removed during the run, expected it to stay; "
+                "start the run again"
+            )
         line: dict[str, Any] = {
             "step": progress.step,
             "seconds": round(progress.seconds, 3),

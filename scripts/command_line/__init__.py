@@ -1,11 +1,13 @@
-"""The command lines of train.py and evaluate.py: options, defaults, and what is built from them."""
+"""The command lines of the scripts: options, their ranges and defaults, errors, stored rows."""
 
 from command_line.build import build_learner
 from command_line.defaults import default_options
 from command_line.device import find_device
-from command_line.errors import BAD_INPUT, exit_on
+from command_line.errors import handle_errors
 from command_line.options import RunOptions
 from command_line.parse import parse
+from command_line.requirements import require_package, require_writable
+from command_line.rows import RowFile
 from command_line.testing import (
     Split,
     check_classes,
@@ -13,18 +15,24 @@ from command_line.testing import (
     run_test,
     split_family,
 )
+from command_line.usage import ABOUT_ERRORS, explain_usage, parse_options
 
 __all__ = [
-    "BAD_INPUT",
+    "ABOUT_ERRORS",
+    "RowFile",
     "RunOptions",
     "Split",
     "build_learner",
     "check_classes",
     "default_options",
-    "exit_on",
+    "explain_usage",
     "find_device",
+    "handle_errors",
     "parse",
+    "parse_options",
     "predict_test_curves",
+    "require_package",
+    "require_writable",
     "run_test",
     "split_family",
 ]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from command_line.ranges import range_of
 from metaimplicit.inner import INNER_LOOPS, make_inner
 from metaimplicit.methods import METHODS, Implicit, Option, make_method, options_of
 
@@ -36,10 +37,10 @@ class FlagGroup:
     @property
     def parsed_type(self) -> Any:
         """A type for tyro: a dictionary with one entry for each flag."""
-        entries = {
-            flag: Annotated[option.type, tyro.conf.arg(help=option.help)]
-            for flag, option in self.options.items()
-        }
+        entries = {}
+        for flag, option in self.options.items():
+            entry = tyro.conf.arg(help=option.help, help_behavior_hint=range_of(option))
+            entries[flag] = Annotated[option.type, entry]
         make_type: Any = TypedDict  # of entries that only the program knows
         return Annotated[make_type("Flags", entries), tyro.conf.arg(name=self.title)]
 
@@ -51,12 +52,19 @@ class FlagGroup:
         }
 
     def given(self, parsed: Mapping[str, Any]) -> dict[str, Any]:
-        """The options whose parsed value is not the default, by their own names."""
-        return {
-            self.names[flag]: value
-            for flag, value in parsed.items()
-            if value != self.options[flag].default
-        }
+        """The options whose parsed value is not the default, by their own names.
+
+        Raises:
+            ValueError: A number is out of the range of its option.
+        """
+        values = {}
+        for flag, value in parsed.items():
+            allowed = range_of(self.options[flag])
+            if allowed is not None:
+                allowed.check(flag, value)
+            if value != self.options[flag].default:
+                values[self.names[flag]] = value
+        return values
 
 
 def method_flags(method: str) -> FlagGroup:

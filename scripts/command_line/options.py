@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from command_line.ranges import (
+    MOST,
+    Count,
+    InnerSteps,
+    Number,
+    Seed,
+    Threads,
+    check_ranges,
+    within,
+)
 
 Suppressed = tyro.conf.Suppress[dict[str, Any]]
 
 DEFAULT_MINUTES = 3.5
-MINIMA = {
-    "seed": 0,
-    "validate_every": 1,
-    "validation_episodes": 2,
-    "checkpoint_every": 1,
-    "test_episodes": 2,
-    "test_steps": 0,
-    "workers": 0,
-    "threads": 1,
-}
 CHANGEABLE = {  # what may differ when a run is resumed
     "steps",
     "minutes",
@@ -44,33 +44,33 @@ class RunOptions:
 
     task: str = "glyphs"
     """Where tasks come from: one of the tasks listed above."""
-    ways: int = 5
+    ways: Annotated[int, within(1, 10_000)] = 5
     """Classes of a task."""
-    shots: int = 1
+    shots: Annotated[int, within(1, 10_000)] = 1
     """Support examples of each class; for sinusoid, support points."""
-    queries: int = 5
+    queries: Annotated[int, within(1, 10_000)] = 5
     """Query examples of each class; for sinusoid, query points."""
     method: str = "cg"
     """How the meta-gradient is computed: unrolled (MAML), truncated, first-order, reptile, …,
     or implicitly (iMAML) by a solver: cg, auto, neumann, nystrom, dense, …"""
-    inner_steps: int = 4
+    inner_steps: InnerSteps = 4
     """Inner steps in training."""
-    inner_lr: float = 0.5
+    inner_lr: Number = 0.5
     """Inner step size, for the inner optimisers that have one."""
-    proximal: float = 0.1
+    proximal: Number = 0.1
     """λ of the term λ/2 ‖θ − φ‖² of the inner loss. Implicit methods need λ > 0."""
     inner_optimizer: str = "gradient-descent"
     """The inner optimiser, such as gradient-descent, momentum, adam or adamw.
     Implicit methods also take newton-cg and lbfgs."""
-    outer_lr: float = 4e-3
+    outer_lr: Number = 4e-3
     """Adam's step size on the meta-parameters at the start."""
-    meta_batch: int = 8
+    meta_batch: Annotated[int, within(1, 10_000)] = 8
     """Tasks in a meta-step."""
-    steps: int | None = None
+    steps: Annotated[int | None, within(1, 10**9)] = None
     """Meta-steps to train for."""
-    minutes: float | None = None
+    minutes: Annotated[float | None, within(1e-6, 1_000_000)] = None
     """Wall-clock minutes to train for, with --steps whichever ends first. Without both: 3.5."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initialisation and of the training episodes."""
     device: str = "auto"
     """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
@@ -86,36 +86,36 @@ class RunOptions:
     """Inner numbers to learn as well: lr, proximal, lr=per-tensor, lr=per-element (Meta-SGD)."""
     task_options: tuple[str, ...] = ()
     """Further options of the task: split=vinyals (omniglot), size=32 color=false (folder), …"""
-    filters: int = 32
+    filters: Annotated[int, within(1, 4096)] = 32
     """Channels of each of the four convolutions."""
     activation: Literal["relu", "softplus", "gelu"] = "relu"
     """Activation of the convolutions.
     A smooth one lets newton-cg reach the argmin; with relu it stops beside a kink."""
     pool: bool = False
     """Halve images by max-pooling instead of strided convolutions, which is slower."""
-    hidden: tuple[int, ...] = (40, 40)
+    hidden: Annotated[tuple[int, ...], within(1, 65_536)] = (40, 40)
     """Widths of the hidden layers for inputs that are not images."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
-    clip: float | None = None
+    clip: Annotated[float | None, within(1e-12, MOST)] = None
     """Largest norm of the meta-gradient. By default it is not clipped."""
     vectorize: Literal["auto", "vmap", "loop"] = "auto"
     """How tasks are batched. auto times both once and keeps the faster."""
-    chunk_size: int | None = None
+    chunk_size: Annotated[int | None, within(1, 10_000)] = None
     """Tasks vmapped at a time, to bound memory. By default all."""
-    workers: int = 0
+    workers: Annotated[int, within(0, 128)] = 0
     """Processes that draw episodes. With 0, the main process does."""
-    threads: int | None = None
+    threads: Threads = None
     """CPU threads of torch. By default torch's own choice."""
-    validate_every: int = 200
+    validate_every: Count = 200
     """Meta-steps between validations."""
-    validation_episodes: int = 100
+    validation_episodes: Annotated[int, within(2, 1_000_000)] = 100
     """Validation tasks, the same each time, rounded up to whole meta-batches."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Meta-steps between checkpoints."""
-    test_episodes: int = 600
+    test_episodes: Annotated[int, within(2, 1_000_000)] = 600
     """Test tasks at the end."""
-    test_steps: int = 16
+    test_steps: Annotated[int, within(0, 100_000)] = 16
     """Inner steps at test. An implicit method takes enough of them to reach the argmin."""
     method_options: Suppressed = field(default_factory=dict)
     """Options of the method that differ from its defaults, by name."""
@@ -161,18 +161,9 @@ class RunOptions:
         """The options with a limit and a folder.
 
         Raises:
-            ValueError: A number is out of range. This covers those that nothing else checks.
+            ValueError: A number is out of range.
         """
-        for name, minimum in MINIMA.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{_flag(name)}: got {value}, expected at least {minimum}")
-        numbers = asdict(self) | self.method_options | self.inner_options
-        for name, value in numbers.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{_flag(name)}: got {value}, expected a finite number")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"--clip: got {self.clip}, expected a norm > 0")
+        check_ranges(self)
         unlimited = self.steps is None and self.minutes is None
         return replace(
             self, minutes=DEFAULT_MINUTES if unlimited else self.minutes, out=self.folder

@@ -17,6 +17,7 @@ from command_line.flags import (
     reject_flags_of_others,
 )
 from command_line.options import RunOptions, default_folder
+from command_line.usage import ABOUT_ERRORS, explain_usage
 from metaimplicit.training import CONFIG, read_json, require_new_run_folder
 from tasks import family_summaries
 
@@ -27,7 +28,8 @@ DESCRIPTION = (
     "The defaults below are those of --task {task} with --method {method}. "
     "The options of {method} itself, if it has any, are in the second box. "
     "Those of the other methods are:\n\n"
-    "{flags}"
+    "{flags}\n\n"
+    f"{ABOUT_ERRORS}"
 )
 
 
@@ -77,7 +79,7 @@ def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
 
 def _read_choice(args: list[str]) -> argparse.Namespace:
     """The options on which the defaults of the others depend, and the folder of the run."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--task", default="glyphs")
     parser.add_argument("--method")
     parser.add_argument("--inner-optimizer", "--inner_optimizer")
@@ -85,7 +87,10 @@ def _read_choice(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
-    choice, _ = parser.parse_known_args(args)
+    try:
+        choice, _ = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
     return choice
 
 
@@ -96,23 +101,25 @@ def _parse_over(args: list[str], defaults: RunOptions) -> RunOptions:
     reject_flags_of_others(args, defaults.method, defaults.inner_optimizer)
     sequence: Any = tuple
     run = Annotated[RunOptions, tyro.conf.arg(name="")]
-    options, method_values, inner_values = tyro.cli(
-        sequence[run, method.parsed_type, inner.parsed_type],
-        args=args,
-        default=(
-            defaults,
-            method.defaults(defaults.method_options),
-            inner.defaults(defaults.inner_options),
-        ),
-        description=DESCRIPTION.format(
-            summary=RunOptions.__doc__,
-            tasks="\n".join(f"- {name}: {line}" for name, line in family_summaries().items()),
-            task=defaults.task,
-            method=defaults.method,
-            flags=describe_other_methods(defaults.method),
-        ),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    description = DESCRIPTION.format(
+        summary=RunOptions.__doc__,
+        tasks="\n".join(f"- {name}: {line}" for name, line in family_summaries().items()),
+        task=defaults.task,
+        method=defaults.method,
+        flags=describe_other_methods(defaults.method),
     )
+    with explain_usage():
+        options, method_values, inner_values = tyro.cli(
+            sequence[run, method.parsed_type, inner.parsed_type],
+            args=args,
+            default=(
+                defaults,
+                method.defaults(defaults.method_options),
+                inner.defaults(defaults.inner_options),
+            ),
+            description=description,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
     parsed: RunOptions = options
     return replace(
         parsed,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from command_line import find_device
+from command_line.ranges import Seeds, Threads, check_ranges
 from matplotlib.figure import Figure
 
 from experiments.runs import Case, Row, Runs
@@ -24,7 +25,7 @@ class Experiment(ABC):
 
     method: tuple[str, ...] = ()
     """Methods to compare, baselines included. If none is given, the default ones run."""
-    seeds: int = 3
+    seeds: Seeds = 3
     """Number of runs of each case. Their seeds are 0, 1, 2, …"""
     data_root: Path | None = None
     """Folder with the data. If it is not given, the data are downloaded."""
@@ -32,7 +33,7 @@ class Experiment(ABC):
     """Folder for the results, by default runs/tune/EXPERIMENT. Runs in it are not repeated."""
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:1, …; auto is CUDA if there is a CUDA device, else cpu."""
-    threads: int | None = None
+    threads: Threads = None
     """Number of CPU threads. If it is not given, torch chooses."""
     quick: bool = False
     """Run a smoke test: options left at their defaults take their smallest values."""
@@ -64,7 +65,7 @@ class Experiment(ABC):
 
     def check_options(self) -> None:
         """Raise ValueError for an option that is out of range. Subclasses check their own, too."""
-        self.check_range("seeds", "threads")
+        check_ranges(self)
         find_device(self.device)
         unknown = [method for method in self.method if method not in self.known_methods]
         if unknown:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from command_line.ranges import Number, Numbers, Steps, Width, within
 from torch import Tensor
 
 from experiments.char_lstm import CharLSTM, State, Text, help_topics, read_text, side_by_side
@@ -35,25 +36,25 @@ class CharTower(Towers):
     starts. A seed is an initialisation.
     """
 
-    start: tuple[float, ...] = (1e-4, 1e-3, 1e-1)
+    start: Numbers = (1e-4, 1e-3, 1e-1)
     """Step sizes lr to start from."""
     text: Path | None = None
     """Text file in UTF-8. If it is not given, the text is that of Python's help topics."""
-    hidden: int = 128
+    hidden: Width = 128
     """Number of units of each layer of the LSTM."""
-    layers: int = 1
+    layers: Annotated[int, within(1, 100)] = 1
     """Number of layers of the LSTM."""
-    embedding: int = 64
+    embedding: Width = 64
     """Size of the embedding of a character."""
-    streams: int = 32
+    streams: Annotated[int, within(1, 100_000)] = 32
     """Number of streams, which are the examples of a batch."""
-    window: int = 64
+    window: Annotated[int, within(1, 100_000)] = 64
     """Number of characters of each stream in a step. Gradients reach back no further."""
-    epochs: int = 10
+    epochs: Steps = 10
     """Number of passes through the training text."""
-    outer_sgd: float = 1e-3
+    outer_sgd: Number = 1e-3
     """Step size of the SGD that moves lr and the logits of β₁ and β₂ of `tower`."""
-    outer_adam: float = 0.01
+    outer_adam: Number = 0.01
     """Step size of the Adam that moves lr and the logits of β₁ and β₂ of `tower-adam`."""
 
     name = "char-tower"
@@ -80,7 +81,6 @@ class CharTower(Towers):
     def check_options(self) -> None:
         """Raise ValueError for sizes out of range, and what `data` raises."""
         super().check_options()
-        self.check_range("hidden", "layers", "embedding", "streams", "window")
         self.data()
 
     def run(self, case: Case, out: Path) -> Row:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Number, Numbers, Steps
 from torch import Tensor, nn
 
 import tasks
@@ -28,17 +29,17 @@ class CifarKFAC(SmallCifar, OptimizerComparison):
     epoch.
     """
 
-    epochs: int = 10
+    epochs: Steps = 10
     """Number of passes through the training set."""
-    momentum: tuple[float, ...] = (0.01, 0.03, 0.1)
+    momentum: Numbers = (0.01, 0.03, 0.1)
     """Step sizes to try for SGD with momentum 0.9."""
-    adam: tuple[float, ...] = (0.003, 0.01, 0.03)
+    adam: Numbers = (0.003, 0.01, 0.03)
     """Step sizes to try for `adam`."""
-    kfac: tuple[float, ...] = (0.01, 0.03, 0.1)
+    kfac: Numbers = (0.01, 0.03, 0.1)
     """Step sizes to try for `kfac`."""
-    damping: float = 0.01
+    damping: Number = 0.01
     """Damping λ of `kfac`."""
-    kl_clip: float = 0.001
+    kl_clip: Number = 0.001
     """Bound κ on the step of `kfac`. With 0.01 it stays near the loss it starts from."""
 
     name = "cifar-kfac"
@@ -53,11 +54,6 @@ class CifarKFAC(SmallCifar, OptimizerComparison):
     }
     metric_name = "test accuracy"
     metric_digits = 3
-
-    def check_options(self) -> None:
-        """Raise ValueError for sizes out of range."""
-        super().check_options()
-        self.check_range("epochs")
 
     @property
     def steps(self) -> int:

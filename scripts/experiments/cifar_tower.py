@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import MOST, Number, Steps, within
 from torch import Tensor, nn
 
 import tasks
@@ -33,15 +34,19 @@ class CifarTower(SmallCifar, Towers):
     augmented. The size of He et al. is --images 5000 --side 32 --epochs 164.
     """
 
-    start: tuple[tuple[float, float], ...] = ((0.01, 0.09), (0.1, 0.9), (1.0, 0.99))
+    start: Annotated[tuple[tuple[float, float], ...], within(0, MOST)] = (
+        (0.01, 0.09),
+        (0.1, 0.9),
+        (1.0, 0.99),
+    )
     """Pairs of lr and momentum to start from."""
-    epochs: int = 12
+    epochs: Steps = 12
     """Number of passes through the training set."""
-    decay: float = 1e-4
+    decay: Number = 1e-4
     """Strength of the decay: ½ decay ‖θ‖² is minimised, too. The losses shown do not include it."""
-    outer_sgd: float = 0.1
+    outer_sgd: Number = 0.1
     """Step size of the SGD that moves log lr and the logit of momentum of `tower`."""
-    outer_adam: float = 0.03
+    outer_adam: Number = 0.03
     """Step size of the Adam that moves log lr and the logit of momentum of `tower-adam`."""
 
     name = "cifar-tower"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from command_line import require_package
+from command_line.ranges import Number, Numbers, Products, within
 from torch import Tensor, nn
 
 import tasks
@@ -34,31 +35,31 @@ class DigitsAutoencoder(OptimizerComparison):
     Fisher matrix of targets drawn from the model, one for each image.
     """
 
-    seconds: float = 6.0
+    seconds: Annotated[float, within(1e-3, 1_000_000)] = 6.0
     """Seconds of each run, of its steps alone."""
-    cg_seconds: float = 24.0
+    cg_seconds: Annotated[float, within(1e-3, 1_000_000)] = 24.0
     """Seconds of `gauss-newton` and `natural-gradient`, which solve by CG and take fewer steps."""
-    images: int = 1000
+    images: Annotated[int, within(1, 1796)] = 1000
     """Number of training images out of 1797. The others are the test set."""
-    batch: int | None = None
+    batch: Annotated[int | None, within(1, 1796)] = None
     """Number of images in a step. If it is not given, a step sees all training images."""
-    products: int = 100
+    products: Products = 100
     """Largest number of CG steps of `gauss-newton` and `natural-gradient`."""
-    sgd: tuple[float, ...] = (0.03, 0.1, 0.3)
+    sgd: Numbers = (0.03, 0.1, 0.3)
     """Step sizes to try for `sgd`."""
-    momentum: tuple[float, ...] = (0.01, 0.03, 0.1)
+    momentum: Numbers = (0.01, 0.03, 0.1)
     """Step sizes to try for SGD with momentum 0.9."""
-    adam: tuple[float, ...] = (0.003, 0.01, 0.03)
+    adam: Numbers = (0.003, 0.01, 0.03)
     """Step sizes to try for `adam`."""
-    gauss_newton: tuple[float, ...] = (1.0,)
+    gauss_newton: Numbers = (1.0,)
     """Step lengths to try for `gauss-newton`."""
-    natural_gradient: tuple[float, ...] = (1.0,)
+    natural_gradient: Numbers = (1.0,)
     """Step lengths to try for `natural-gradient`."""
-    kfac: tuple[float, ...] = (0.1, 0.3, 1.0)
+    kfac: Numbers = (0.1, 0.3, 1.0)
     """Step sizes to try for `kfac`."""
-    damping: float = 0.01
+    damping: Number = 0.01
     """Damping λ of `kfac`. For `gauss-newton` and `natural-gradient` it is the λ to start from."""
-    kl_clip: float = 0.01
+    kl_clip: Number = 0.01
     """Bound κ on the step of `kfac`."""
 
     name = "digits-autoencoder"
@@ -74,12 +75,9 @@ class DigitsAutoencoder(OptimizerComparison):
     metric_digits = 4
 
     def check_options(self) -> None:
-        """Raise ValueError for seconds or sizes out of range."""
+        """Raise ValueError for sizes out of range, ImportError without scikit-learn."""
         super().check_options()
-        for option, seconds in (("seconds", self.seconds), ("cg-seconds", self.cg_seconds)):
-            if not 0 < seconds < math.inf:
-                raise ValueError(f"--{option}: got {seconds}, expected a positive number")
-        self.check_range("images", high=1796)
+        require_package("sklearn", purpose=self.name, extra="tune")
         self.check_range("batch", high=self.images)
 
     def batch_description(self) -> str:

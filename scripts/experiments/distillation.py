@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, InnerSteps, Number, Products, Steps, within
 from figures import legend_below
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -52,33 +53,33 @@ class Distillation(TuningExperiment):
     an --outer-lr of 0.001.
     """
 
-    images: int = 1
+    images: Count = 1
     """Number of synthetic images of each class."""
     network: Literal["linear", "mlp", "lenet"] = "linear"
     """Network: softmax regression, one hidden layer of 100 units, or LeNet."""
     start: Literal["drawn", "fixed"] = "drawn"
     """Initialisation of the network: drawn for each outer step, or fixed for the whole run."""
-    steps: int = 100
+    steps: Steps = 100
     """Number of outer steps."""
-    inner_steps: int = 60
+    inner_steps: InnerSteps = 60
     """Number of gradient steps on the synthetic images for each outer step."""
-    lr: float = 0.02
+    lr: Number = 0.02
     """Step size of the gradient steps, which have momentum 0.9."""
-    decay: float = 0.3
+    decay: Number = 0.3
     """Strength of the decay, ½ decay ‖θ‖² in the inner loss."""
-    batch: int = 256
+    batch: Count = 256
     """Number of real images for each outer step."""
-    outer_lr: float = 0.05
+    outer_lr: Number = 0.05
     """Step size of Adam on the standardised pixels."""
-    solver_steps: int = 10
+    solver_steps: Products = 10
     """Number of products of CG, of terms of Neumann's series, of steps that `truncated` keeps."""
-    rank: int = 10
+    rank: Products = 10
     """Number of columns of Nyström's sketch."""
-    rho: float = 0.1
+    rho: Number = 0.1
     """Damping ρ of Nyström."""
-    test: int = 1000
+    test: Count = 1000
     """Number of test images of each class. From 900 on, all of them are used."""
-    trials: int = 5
+    trials: Annotated[int, within(1, 1000)] = 5
     """Number of initialisations from which the images are tested."""
 
     name = "distillation"

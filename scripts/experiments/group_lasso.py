@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from command_line import require_package
+from command_line.ranges import Count, InnerSteps, Number, Products, Seeds, Steps, within
 from figures import legend_below
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -43,43 +44,43 @@ class GroupLasso(TuningExperiment):
     structure are those at the multiple of the strength that validates best.
     """
 
-    seeds: int = 5
+    seeds: Seeds = 5
     """Number of data sets, with one start each."""
-    features: int = 40
+    features: Annotated[int, within(2, 10_000)] = 40
     """Number of features P."""
-    groups: int = 5
+    groups: Annotated[int, within(2, 10_000)] = 5
     """Number of groups L, both planted and learnt."""
-    regressions: int = 250
+    regressions: Count = 250
     """Number of regressions T."""
-    points: int = 20
+    points: Count = 20
     """Number of training points N of each regression."""
-    validation: int = 20
+    validation: Count = 20
     """Number of validation points of each regression."""
-    test: int = 200
+    test: Count = 200
     """Number of test points of each regression."""
-    active: int = 1
+    active: Count = 1
     """Number of groups in the support of a regression."""
-    noise: float = 0.2
+    noise: Number = 0.2
     """Standard deviation of the noise. Inputs, and weights in the support, have 1."""
-    strength: float = 0.1
+    strength: Number = 0.1
     """Strength of the group penalty."""
-    smoothing: float = 1e-2
+    smoothing: Number = 1e-2
     """Smoothing ε of the norms."""
-    ridge: float = 1e-3
+    ridge: Number = 1e-3
     """Strength of the ridge penalty on the weights."""
-    inner_steps: int = 20
+    inner_steps: InnerSteps = 20
     """Number of gradient steps for each outer step. They start where the last ones ended."""
-    inner_lr: float = 0.1
+    inner_lr: Number = 0.1
     """Step size of the gradient steps, which have momentum 0.9."""
-    outer_steps: int = 80
+    outer_steps: Steps = 80
     """Number of steps of Adam on the logits of the memberships."""
-    outer_lr: float = 0.1
+    outer_lr: Number = 0.1
     """Step size of Adam."""
-    starts: int = 5
+    starts: Annotated[int, within(1, 1000)] = 5
     """Number of random memberships to start from. The start that validates best counts."""
-    solver_steps: int = 10
+    solver_steps: Products = 10
     """Number of products of CG, and of terms of Neumann's series."""
-    rank: int = 10
+    rank: Products = 10
     """Number of columns of Nyström's sketch."""
 
     name = "group-lasso"
@@ -104,12 +105,8 @@ class GroupLasso(TuningExperiment):
         super().check_options()
         self.check_range("groups", low=2, high=self.features)
         self.check_range("active", high=self.groups)
-        self.check_range("starts", "regressions", "points", "validation", "test")
-        self.check_range("inner_steps", "outer_steps")
-        if importlib.util.find_spec("scipy") is None:
-            raise ImportError(
-                f'{self.name}: found no scipy, which matches groups; pip install -e ".[tune]"'
-            )
+        # It matches the groups that are found to those that are true.
+        require_package("scipy", purpose=self.name, extra="tune")
 
     def method_options(self, flag: str) -> dict[str, Any]:
         """The options of the solvers."""

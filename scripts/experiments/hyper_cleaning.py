@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, InnerSteps, Number, Products, Share, Steps, within
 from figures import legend_below, panels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,31 +42,31 @@ class HyperCleaning(TuningExperiment):
     about 90.0 % for retrained, and an F1 of about 0.92.
     """
 
-    training: int = 500
+    training: Count = 500
     """Number of training images of each class."""
-    validation: int = 500
+    validation: Count = 500
     """Number of validation images of each class."""
-    share: float = 0.5
+    share: Share = 0.5
     """Share of the training labels that are wrong."""
-    hidden: int = 0
+    hidden: Annotated[int, within(0, 65_536)] = 0
     """Number of units of a hidden layer. With 0 there is none: softmax regression."""
-    steps: int = 40
+    steps: Steps = 40
     """Number of outer steps."""
-    inner_steps: int = 10
+    inner_steps: InnerSteps = 10
     """Number of gradient steps on the whole training set for each outer step."""
-    lr: float = 0.01
+    lr: Number = 0.01
     """Step size of the gradient steps, which have momentum 0.9."""
-    decay: float = 1e-2
+    decay: Number = 1e-2
     """Strength of the decay, ½ decay ‖θ‖² in the training loss."""
-    outer_lr: float = 0.2
+    outer_lr: Number = 0.2
     """Step size of Adam on the logits of the weights."""
-    solver_steps: int = 10
+    solver_steps: Products = 10
     """Number of products of CG, of terms of Neumann's series, of steps that `truncated` keeps."""
-    rank: int = 10
+    rank: Products = 10
     """Number of columns of Nyström's sketch."""
-    rho: float = 0.1
+    rho: Number = 0.1
     """Damping ρ of Nyström."""
-    penalty: float = 10.0
+    penalty: Number = 10.0
     """Penalty λ of F2SA."""
 
     name = "hyper-cleaning"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, Numbers, Steps, Width, within
 from figures import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,21 +67,21 @@ class MnistTower(Experiment):
     fixed. They run from every step size of `starts`, with seed 0.
     """
 
-    epochs: int = 30
+    epochs: Steps = 30
     """Number of passes through the 60,000 training images."""
-    batch: int = 256
+    batch: Count = 256
     """Number of images in a training batch."""
-    hidden: int = 128
+    hidden: Width = 128
     """Number of units of the hidden layer, which are tanh."""
     logits: Literal["tanh", "linear"] = "tanh"
     """Output of the network. The example of the paper's package applies tanh to it."""
-    heights: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    heights: Annotated[tuple[int, ...], within(0, 100)] = (0, 1, 2, 3, 4, 5)
     """Numbers N of levels above the SGD of the weights in `height-N`."""
-    starts: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    starts: Numbers = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """Step sizes that all levels of `height-N` start from."""
-    height_epochs: int = 5
+    height_epochs: Steps = 5
     """Number of epochs of `height-N`."""
-    training: int | None = None
+    training: Annotated[int | None, within(1, 1_000_000)] = None
     """Number of training images of each class. If it is not given, all are used."""
 
     name = "mnist-tower"
@@ -97,14 +98,10 @@ class MnistTower(Experiment):
     }
 
     def check_options(self) -> None:
-        """Raise ValueError for sizes, heights or starts out of range."""
+        """Raise ValueError for sizes or starts out of range."""
         super().check_options()
-        self.check_range("epochs", "height_epochs", "training")
-        if min(self.heights, default=0) < 0 or not min(self.starts, default=1.0) > 0:
-            raise ValueError(
-                f"--heights, --starts: got {self.heights} and {self.starts}, expected numbers ≥ 0 "
-                "and numbers > 0"
-            )
+        if not min(self.starts, default=1.0) > 0:
+            raise ValueError(f"--starts: got {self.starts}, expected numbers > 0")
 
     def cases(self) -> list[Case]:
         """Every method for every seed, then every height from every start."""

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from command_line import require_package
+from command_line.ranges import Count, Number, Numbers, within
 from figures import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -53,21 +55,21 @@ class Regularization(Experiment):
     """File in the format of libsvm."""
     newsgroups: Path | None = None
     """Folder with a folder of texts for each class, such as 20 newsgroups. Features are tf-idf."""
-    features: int = 2000
+    features: Count = 2000
     """Number of words of --newsgroups, the most frequent, that are features."""
-    start: tuple[float, ...] = (1.0, 1e-4, 1e2)
+    start: Numbers = (1.0, 1e-4, 1e2)
     """Values of λ that HOAG starts from."""
-    low: float = 1e-6
+    low: Number = 1e-6
     """Smallest λ."""
-    high: float = 1e3
+    high: Number = 1e3
     """Largest λ."""
-    grid: int = 60
+    grid: Annotated[int, within(2, 10_000)] = 60
     """Number of solves of each search."""
-    solves: int = 20
+    solves: Annotated[int, within(1, 10_000)] = 20
     """Number of solves of HOAG."""
-    tolerance: float = 0.1
+    tolerance: Number = 0.1
     """HOAG's solve k is to a gradient norm of tolerance/k³."""
-    tol: float = 1e-6
+    tol: Number = 1e-6
     """Gradient norm of the searches' solves, and of the exact solve."""
 
     name = "regularization"
@@ -94,8 +96,9 @@ class Regularization(Experiment):
                     f"--start: got {start}, expected a number from --low {self.low} to --high "
                     f"{self.high}"
                 )
-        self.check_range("grid", low=2)
-        self.check_range("solves")
+        require_package("sklearn", purpose=self.name, extra="tune")
+        if "tpe" in self.methods:
+            require_package("optuna", purpose="tpe", extra="tune")
         self.sources()
 
     def cases(self) -> list[Case]:

@@ -7,10 +7,11 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, InnerSteps, Number, Numbers, Products, Steps, within
 from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import nn
@@ -67,35 +68,35 @@ class Reweighting(TuningExperiment):
     the paper is --largest 5000 --filters 64 128 256 --steps 20000.
     """
 
-    imbalance: tuple[float, ...] = (100.0,)
+    imbalance: Numbers = (100.0,)
     """Size of the largest class over that of the smallest class."""
     variable: Literal["classes", "class-network", "network", "examples"] = "classes"
     """What weighs an example: its class, a network of its loss (and class), or its own weight."""
-    largest: int = 1000
+    largest: Count = 1000
     """Number of training images of the largest class."""
-    validation: int = 30
+    validation: Count = 30
     """Number of validation images of each class."""
-    test: int = 1000
+    test: Count = 1000
     """Number of test images of each class."""
-    filters: tuple[int, ...] = (16, 32, 64)
+    filters: Annotated[tuple[int, ...], within(1, 4096)] = (16, 32, 64)
     """Channels of the convolutions."""
-    steps: int = 2000
+    steps: Steps = 2000
     """Number of training steps in all."""
-    inner_steps: int = 20
+    inner_steps: InnerSteps = 20
     """Number of training steps for each hypergradient."""
-    batch: int = 64
+    batch: Count = 64
     """Number of images in a training batch, and in a validation batch."""
-    lr: float = 0.05
+    lr: Number = 0.05
     """Step size of SGD with momentum 0.9. It decreases to 0 along a cosine."""
-    decay: float = 5e-4
+    decay: Number = 5e-4
     """Strength of the decay, ½ decay ‖θ‖² in the training loss."""
-    outer_lr: float = 0.05
+    outer_lr: Number = 0.05
     """Step size of Adam on the parameters of the weights."""
-    solver_steps: int = 10
+    solver_steps: Products = 10
     """Number of products of CG, and of terms of Neumann's series."""
-    rank: int = 10
+    rank: Products = 10
     """Number of columns of Nyström's sketch."""
-    damping: float = 0.1
+    damping: Number = 0.1
     """Multiple of the identity added to the Gauss–Newton matrix. It includes Nyström's ρ."""
 
     name = "reweighting"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.base import Experiment
 from experiments.runs import Case, Row, Run, Runs
-from metaimplicit.training import CONFIG, read_json, write_atomically, write_json
+from metaimplicit.training import CHECKPOINT, CONFIG, read_json, write_atomically, write_json
 
 # Options of every experiment that do not change what a run computes.
 RUN_OPTIONS = ("method", "seeds", "out", "device", "threads", "data_root", "quick")
@@ -21,8 +21,8 @@ RUN_OPTIONS = ("method", "seeds", "out", "device", "threads", "data_root", "quic
 def execute(experiment: Experiment) -> str:
     """Make the runs whose results are missing; write rows.json, table.md and plot.png.
 
-    Every run has a folder of its own in the experiment's folder. If it holds a summary.json, the
-    run is not repeated.
+    Every run has a folder of its own in the experiment's folder. Its row is stored there, in
+    summary.json, when the run is done. If that file exists, the run is not repeated.
 
     Returns:
         The table, in Markdown.
@@ -37,7 +37,10 @@ def execute(experiment: Experiment) -> str:
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
 
-    runs = Runs(Run(case, read_or_run(experiment, case)) for case in experiment.cases())
+    cases = experiment.cases()
+    for case in cases:
+        require_same_options(experiment, case)
+    runs = Runs(Run(case, read_or_run(experiment, case)) for case in cases)
 
     table = experiment.table(runs)
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -56,14 +59,8 @@ def read_or_run(experiment: Experiment, case: Case) -> Row:
     """
     out = experiment.case_folder(case)
     summary = out / "summary.json"
-    config = {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
-    if (out / CONFIG).exists() and (stored := read_json(out / CONFIG)) != config:
-        raise FileExistsError(
-            f"--out: got {out}, which holds a run with other options ({stored}), expected a run "
-            "with the options given now; name another folder"
-        )
     if not summary.exists():
-        write_json(out / CONFIG, config)
+        write_json(out / CONFIG, run_config(experiment, case))
         # Sketches draw from torch's global generator. What ran before must not change them.
         torch.manual_seed(case["seed"])
         began = time.perf_counter()
@@ -72,6 +69,31 @@ def read_or_run(experiment: Experiment, case: Case) -> Row:
         print(f"{experiment.name} {case}: {summary}", flush=True)
     stored_row: Row = read_json(summary)
     return stored_row
+
+
+def require_same_options(experiment: Experiment, case: Case) -> None:
+    """Check that the folder of a run holds none, or one with the options given now.
+
+    A run that ended before its first checkpoint left nothing to lose, and does not count.
+
+    Raises:
+        FileExistsError: The folder holds a run with other options.
+    """
+    out = experiment.case_folder(case)
+    results = [name for name in ("summary.json", CHECKPOINT) if (out / name).exists()]
+    if not results or not (out / CONFIG).exists():
+        return
+    stored = read_json(out / CONFIG)
+    if stored != run_config(experiment, case):
+        raise FileExistsError(
+            f"--out: got {out}, which holds a run with other options ({stored}), expected a run "
+            "with the options given now; name another folder"
+        )
+
+
+def run_config(experiment: Experiment, case: Case) -> dict[str, Any]:
+    """What the config.json of a run holds."""
+    return {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
 
 
 def stored_options(experiment: Experiment) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, within
 
 import tasks
 from experiments.base import Experiment
@@ -17,13 +18,13 @@ from experiments.base import Experiment
 class SmallCifar(Experiment):
     """The options of experiments on small CIFAR-10. It stands first among their base classes."""
 
-    images: int = 500
+    images: Annotated[int, within(1, 5000)] = 500
     """Number of training images of each class."""
-    test: int = 1000
+    test: Annotated[int, within(1, 1000)] = 1000
     """Number of test images of each class."""
-    side: int = 16
+    side: Annotated[int, within(8, 32)] = 16
     """Pixels of a side: 32, or a divisor of it, for which squares of pixels are averaged."""
-    batch: int = 128
+    batch: Count = 128
     """Number of images in a batch."""
 
     sides: ClassVar[tuple[int, ...]] = (8, 16, 32)  # what `side` may be
@@ -34,8 +35,6 @@ class SmallCifar(Experiment):
         if self.side not in self.sides:
             known = ", ".join(map(str, self.sides))
             raise ValueError(f"--side: got {self.side}, expected one of {known}")
-        self.check_range("images", high=5000)
-        self.check_range("test", high=1000)
         self.check_range("batch", high=10 * self.images)
 
     def data(self, seed: int) -> tuple[tasks.Examples, tasks.Examples]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, Number, Share, Steps, Width
 from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import nn
@@ -45,29 +46,29 @@ class StepSize(TuningExperiment):
     leaves η and μ as they are.
     """
 
-    steps: int = 10_000
+    steps: Steps = 10_000
     """Number of training steps of all outer steps together."""
-    horizon: int = 100
+    horizon: Steps = 100
     """Number of training steps T for each hypergradient of `forward` and `unrolled`."""
-    period: int = 10
+    period: Steps = 10
     """Number of training steps for each hypergradient of `real-time`."""
-    lr: float = 0.001
+    lr: Number = 0.001
     """Step size η at the start."""
-    momentum: float = 0.5
+    momentum: Share = 0.5
     """Momentum μ at the start."""
-    outer_lr: float = 0.1
+    outer_lr: Number = 0.1
     """Step size of Adam on log η and logit μ for `forward` and `unrolled`."""
-    realtime_lr: float = 0.01
+    realtime_lr: Number = 0.01
     """Step size of Adam on log η and logit μ for `real-time`."""
-    hidden: int = 64
+    hidden: Width = 64
     """Number of units of the hidden layer, which are tanh."""
-    training: int = 500
+    training: Count = 500
     """Number of training images of each class."""
-    validation: int = 100
+    validation: Count = 100
     """Number of validation images of each class."""
-    test: int = 10_000
+    test: Count = 10_000
     """Number of test images. They are the first of the test set."""
-    batch: int = 64
+    batch: Count = 64
     """Number of images in a training batch."""
 
     name = "step-size"

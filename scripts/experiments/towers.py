@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from command_line.ranges import Number, Steps
 from figures import shared_legend_below
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -28,11 +29,11 @@ Schedule = Callable[[int], float]
 class Towers(Experiment):
     """Fixed hyperparameters, a step decay and towers, all from the same starts."""
 
-    epochs: int = 10
+    epochs: Steps = 10
     """Number of passes through the training set."""
-    outer_sgd: float = 0.01
+    outer_sgd: Number = 0.01
     """Step size of the SGD that moves the hyperparameters of `tower`."""
-    outer_adam: float = 0.01
+    outer_adam: Number = 0.01
     """Step size of the Adam that moves the hyperparameters of `tower-adam`."""
 
     default_methods = ("plain", "step-decay", "tower", "tower-adam")
@@ -47,7 +48,6 @@ class Towers(Experiment):
     def check_options(self) -> None:
         """Raise ValueError for starts and step sizes that are out of range."""
         super().check_options()
-        self.check_range("epochs")
         if not self.starts:
             raise ValueError("--start: got none, expected at least one")
         for start in self.starts:

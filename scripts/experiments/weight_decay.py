@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import problems
 import torch
 import torch.nn.functional as F
+from command_line.ranges import Count, Number, Numbers, Products, Seeds, Steps
 from figures import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,21 +50,21 @@ class WeightDecay(TuningExperiment):
     the decays as they are. Seed s is data set s + 1 of compare.py.
     """
 
-    seeds: int = 5
+    seeds: Seeds = 5
     """Number of data sets."""
-    outer_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    outer_lrs: Numbers = (0.1, 0.3, 1.0, 3.0)
     """Outer step sizes to compare. A method's best one has the lowest mean validation loss."""
-    outer_steps: int = 10
+    outer_steps: Steps = 10
     """Number of outer steps. The paper's code, with 1000 inner steps in all, takes 9."""
-    solver_steps: int = 5
+    solver_steps: Products = 5
     """Number of products of CG and of Nyström-CG, and of terms of Neumann's series."""
-    rank: int = 5
+    rank: Products = 5
     """Number of columns of Nyström's sketch."""
-    rho: float = 0.1
+    rho: Number = 0.1
     """Damping ρ of Nyström."""
-    scale: float = 0.1
+    scale: Number = 0.1
     """Step of Neumann's series. The paper's code has one option for it and ρ."""
-    test: int = 10_000
+    test: Count = 10_000
     """Number of test points. No choice depends on them."""
 
     name = "weight-decay"
@@ -88,7 +89,6 @@ class WeightDecay(TuningExperiment):
     def check_options(self) -> None:
         """Raise ValueError for sizes or step sizes out of range."""
         super().check_options()
-        self.check_range("outer_steps", "test")
         if not self.outer_lrs or not min(self.outer_lrs) > 0:
             raise ValueError(f"--outer-lrs: got {self.outer_lrs}, expected some numbers > 0")
 

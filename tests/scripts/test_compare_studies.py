@@ -117,11 +117,13 @@ def test_a_panel_with_too_many_lines_is_split_and_auto_is_in_each_part():
     ("options", "message"),
     [
         ({"drift": True, "peers": True}, "--drift, --peers: got several studies, expected one"),
-        ({"threads": 0}, "--threads: got 0, expected at least 1"),
+        ({"threads": 0}, "--threads: got 0, expected from 1 to 512"),
+        ({"products": (10, 0)}, "--products: got 0, expected from 1 to 10000"),
+        ({"products": ()}, "--products: got none, expected at least one"),
         ({"problems": ("quadratics",)}, "--problems: got quadratics, expected some of quadratic-w"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         main(Settings(out=tmp_path / "out", **options))
-    assert not (tmp_path / "out" / "problems.json").exists()
+    assert not (tmp_path / "out").exists()

@@ -105,8 +105,8 @@ def test_other_options_need_another_folder(tmp_path):
     ("options", "message"),
     [
         ({"method": ("cg", "steepest")}, "--method: got steepest, expected some of none, cg"),
-        ({"seeds": 0}, "--seeds: got 0, expected at least 1"),
-        ({"threads": 0}, "--threads: got 0, expected at least 1"),
+        ({"seeds": 0}, "--seeds: got 0, expected from 1 to 1000"),
+        ({"threads": 0}, "--threads: got 0, expected from 1 to 512"),
         ({"number": 21}, "--number: got 21, expected from 1 to 20"),
         ({"device": "gpu"}, "--device: got 'gpu', expected auto, cpu or a CUDA device"),
     ],
@@ -123,7 +123,8 @@ def test_an_option_out_of_range_is_refused_before_any_run(tmp_path, options, mes
     ("options", "message"),
     [
         ({"imbalance": (100.0, 0.5)}, r"imbalance: got 0.5, expected a finite n_0 / n_last ≥ 1"),
-        ({"inner_steps": 0}, "--inner-steps: got 0, expected from 1 to 2000"),
+        ({"inner_steps": 0}, "--inner-steps: got 0, expected from 1 to 100000"),
+        ({"inner_steps": 2001}, "--inner-steps: got 2001, expected from 1 to 2000"),
         ({"method": ("sgd",)}, r"--method: got sgd, expected some of none, none\+validation"),
     ],
 )
