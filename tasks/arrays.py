@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from tasks.cache import progress
-from tasks.files import Files, fit_square
+from tasks.files import Files
+from tasks.images import fit_square
 from tasks.pickles import foreign_name, load_plain
 from tasks.split_lists import PART_WORDS, PARTS
 

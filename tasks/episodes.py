@@ -162,7 +162,8 @@ def _class_digest(family: TaskFamily) -> str:
     classes = getattr(family, "classes", ())
     names = getattr(family, "class_names", classes)
     text = "\n".join(map(str, names))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # A file's name may hold bytes that are not UTF-8, which Python writes as surrogates.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 class EpisodeSampler(Dataset[Episodes]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
+import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +22,20 @@ Classes = dict[str, list[str]]  # the image files of each class, by its name
 Inputs = TypeVar("Inputs")
 
 
+def plain_name(name: str) -> str:
+    """The name without what the eye does not see: outer and repeated blanks, forms of accents.
+
+    Files of one data set often differ in these.
+
+    Example:
+        >>> plain_name(" polar  bear ")
+        'polar bear'
+        >>> plain_name("cafe\u0301") == "caf\u00e9"
+        True
+    """
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
 def classes_by_csv(source: Files, images: Sequence[str]) -> list[Classes]:
     """The classes of `train.csv`, `val.csv` and `test.csv`, or [] if there are none.
 
@@ -31,7 +48,7 @@ def classes_by_csv(source: Files, images: Sequence[str]) -> list[Classes]:
     paths = _one_of_each(source, lists, CSV_LISTS)
     images_called: dict[str, list[str]] = defaultdict(list)
     for image in images:
-        for name in {image, _file_name(image)}:
+        for name in {plain_name(image), plain_name(_file_name(image))}:
             images_called[name].append(image)
 
     parts = []
@@ -76,7 +93,7 @@ def classes_by_text(
     for class_name in classes:
         folders = class_name.split("/")
         for start in range(len(folders)):
-            classes_called["/".join(folders[start:])].add(class_name)
+            classes_called[plain_name("/".join(folders[start:]))].add(class_name)
 
     candidates = {path: name for path in source.paths if (name := _text_list(path))}
     lines = {path: list(_lines(source, path)) for path in candidates}
@@ -153,27 +170,47 @@ def _one_of_each(
 
 def _lines(source: Files, path: str) -> Iterator[tuple[str, str]]:
     """Where each line of a text list stands, and the line. Blank lines are left out."""
-    text = source.read(path).decode("utf-8-sig", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Bytes that are not UTF-8 are kept as they are in the names of files.
+    text = source.read(path).decode("utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
-            yield f"{source.root}: {path}, line {number}", line.strip().strip("/")
+            yield f"{source.root}: {path}, line {number}", plain_name(line.strip().strip("/"))
 
 
 def _rows(source: Files, path: str) -> Iterator[tuple[str, str, str]]:
     """Where each row of a CSV list stands, its filename and its label."""
+    data = source.read(path)
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = source.read(path).decode("utf-8-sig")
-        rows = csv.DictReader(text.splitlines())
-        columns = list(rows.fieldnames or ())
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        header, *rows = _csv_rows(text) or [(1, [])]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
-            f"{source.root}: {path}: got an unreadable list ({error}), expected CSV text"
+            f"{source.root}: {path}: got an unreadable list ({error}), "
+            "expected CSV text; save it as UTF-8"
         ) from error
-    if not {"filename", "label"} <= set(columns):
+    columns = [name.strip() for name in header[1]]
+    if columns.count("filename") != 1 or columns.count("label") != 1:
         raise ValueError(f"{source.root}: {path}: got columns {columns}, expected filename,label")
-    for line, row in enumerate(rows, start=2):
+    for line, fields in rows:
         where = f"{source.root}: {path}, line {line}"
-        filename = row["filename"] or ""
-        if not row["label"]:
+        if len(fields) > len(columns):
+            raise ValueError(
+                f"{where}: got {len(fields)} fields, expected {len(columns)}; "
+                "put fields that have a comma into quotes"
+            )
+        row = dict(zip(columns, map(plain_name, fields), strict=False))
+        filename = row.get("filename", "")
+        if not row.get("label"):
             raise ValueError(f"{where}: got no label for {filename!r}, expected filename,label")
         yield where, filename, row["label"]
+
+
+def _csv_rows(text: str) -> list[tuple[int, list[str]]]:
+    """The number of the last line of each row that is not blank, and the fields of the row."""
+    limit = csv.field_size_limit(len(text))  # A field may be of any length.
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return [(rows.line_num, fields) for fields in rows if fields]
+    finally:
+        csv.field_size_limit(limit)
