@@ -232,7 +232,7 @@ def _file_paths(root: Path, members: Iterable[tuple[str, Kind]]) -> list[str]:
                 f"{root}: got the path {name!r}, which leaves the archive; "
                 "pack the archive again with relative paths"
             )
-        if kind == "folder" or _is_hidden(path):
+        if kind == "folder" or any(map(_is_hidden, path.split("/"))):
             continue
         if kind != "file":
             raise ValueError(
@@ -246,9 +246,8 @@ def _file_paths(root: Path, members: Iterable[tuple[str, Kind]]) -> list[str]:
     return list(paths)
 
 
-def _is_hidden(path: str) -> bool:
-    parts = path.split("/")
-    return any(part.startswith((".", "__MACOSX")) for part in parts)
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -271,12 +270,13 @@ def _walk(root: Path) -> Iterator[str]:
         real_of[folder] = real
         path_of[real] = folder
         for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-            path = folder / entry.name
             if _is_hidden(entry.name):
                 continue
-            # Unlike the methods of `entry`, these take a link that leads nowhere for neither.
-            if os.path.isfile(entry):
-                yield str(path)
-            elif os.path.isdir(entry):
-                wait = waiting.append if entry.is_symlink() else waiting.appendleft
-                wait(path)
+            path = f"{folder}/{entry.name}".removeprefix("./")
+            is_link = entry.is_symlink()
+            # A link that leads nowhere is neither a file nor a folder. Its entry may not say so.
+            if os.path.isfile(entry) if is_link else entry.is_file():
+                yield path
+            elif os.path.isdir(entry) if is_link else entry.is_dir():
+                wait = waiting.append if is_link else waiting.appendleft
+                wait(PurePosixPath(path))
