@@ -17,8 +17,8 @@ import torch
 from tasks.cache import progress
 from tasks.files import Files
 from tasks.images import fit_square
+from tasks.list_files import PART_WORDS, PARTS
 from tasks.pickles import foreign_name, load_plain
-from tasks.split_lists import PART_WORDS, PARTS
 
 LABELS = ("labels", "label", "targets", "target", "y", "label_specific")
 ARRAY_LAYOUT = (

@@ -16,16 +16,10 @@ import torch
 from tasks.arrays import READERS, ClassArrays, array_classes, array_paths
 from tasks.cache import Arrays, load_or_build
 from tasks.files import Files
+from tasks.list_files import PARTS, part_called, plain_name
 from tasks.pool import ImagePool
 from tasks.repeats import image_digests, repeated_images
-from tasks.split_lists import (
-    PART_WORDS,
-    PARTS,
-    Classes,
-    classes_by_csv,
-    classes_by_text,
-    plain_name,
-)
+from tasks.split_lists import Classes, Division, divide_by_classes, divide_by_images
 
 LAYOUT = (
     "expected class/image files, train|val|test/class/image files, "
@@ -46,39 +40,41 @@ class ClassImages:
         pool: All classes.
         parts: The names of the train, validation and test classes, or of all classes if nothing
             splits them.
+        divided_by: What splits them, such as "lists train.txt, val.txt, test.txt".
         digests: What `image_digests` says of each image of the pool. Empty for features.
         paths: The file of each image of the pool. Empty for arrays.
     """
 
     pool: ImagePool
     parts: list[list[str]]
+    divided_by: str
     digests: np.ndarray
     paths: Sequence[str] = ()
 
-    def check_apart(self, split: Sequence[np.ndarray]) -> None:
-        """Raise if an image stands in two splits.
+    def positions(self) -> list[np.ndarray]:
+        """The positions in `pool` of the classes of each part."""
+        position = {name: i for i, name in enumerate(self.pool.names)}
+        return [np.array([position[name] for name in part], np.int64) for part in self.parts]
+
+    def repeats(self, split: Sequence[np.ndarray]) -> str:
+        """What to say of images that stand in two splits. Empty if there are none.
+
+        Images are equal if all their pixels are. Those of one colour do not count.
 
         Args:
             split: The positions in `pool` of the train, validation and test classes.
-
-        Raises:
-            ValueError: If the pixels of two images in different splits are equal, and not of one
-                colour. It names both.
         """
         if len(self.digests) == 0:
-            return
+            return ""
         split_of_class = np.full(len(self.pool), -1)
         for number, classes in enumerate(split):
             split_of_class[classes] = number
         split_of = np.repeat(split_of_class, self.pool.counts)
         repeats = repeated_images(self.digests, split_of)
-        if repeats:
-            one, other = (f"{self._place(row)} ({PARTS[split_of[row]]})" for row in repeats[0])
-            raise ValueError(
-                f"splits: got {len(repeats)} images in two splits, such as {one} = {other}, "
-                "expected none; remove one of the two, "
-                "or set allow_repeats=true if the data set is published so"
-            )
+        if not repeats:
+            return ""
+        one, other = (f"{self._place(row)} ({PARTS[split_of[row]]})" for row in repeats[0])
+        return f"equal images in two splits: {len(repeats)}, the first being {one} = {other}"
 
     def _place(self, row: int) -> str:
         """Where an image comes from."""
@@ -114,29 +110,31 @@ def read_class_images(
     files = Files(root, is_one_file=root.suffix.lower() in READERS)
     lists = files if split_lists is None else Files(split_lists)
     required = split_lists is not None
-    if files.image_paths:
-        parts = classes_by_csv(lists, files.image_paths)
-        if not parts:
-            parts = _classes_by_folder(files.image_paths)
-            parts = _chosen_by_text(lists, parts, required)
-        return _from_image_files(files, parts, size, color)
+    images = files.image_paths
+    if images:
+        division = divide_by_images(lists, images)
+        if division is None:
+            division = _divide_by_lists(lists, _divide_by_folders(images), required)
+        return _from_image_files(files, division, size, color)
     if not array_paths(files):
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
     whole = _from_arrays(files, size, color)
-    parts_of_names = [{name: name for name in part} for part in whole.parts]
-    chosen = _chosen_by_text(lists, parts_of_names, required)
-    return replace(whole, parts=[list(part) for part in chosen])
+    by_files = Division([{name: name for name in part} for part in whole.parts], whole.divided_by)
+    chosen = _divide_by_lists(lists, by_files, required)
+    parts = [list(part) for part in chosen.parts]
+    return replace(whole, parts=parts, divided_by=chosen.by)
 
 
-def _chosen_by_text(
+def _divide_by_lists(
     lists: Files,
-    parts: list[dict[str, Inputs]],
+    division: Division[Inputs],
     required: bool,
-) -> list[dict[str, Inputs]]:
-    """The classes that text lists choose, if there are any and nothing else splits the classes."""
-    if len(parts) == 3 and not required:
-        return parts
-    return classes_by_text(lists, _merged(parts), required=required) or parts
+) -> Division[Inputs]:
+    """What lists of classes divide, if there are any and nothing else divides the classes."""
+    if len(division.parts) == 3 and not required:
+        return division
+    classes = _merged(division.parts)
+    return divide_by_classes(lists, classes, required=required) or division
 
 
 def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
@@ -161,11 +159,11 @@ def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
 
 def _from_image_files(
     files: Files,
-    parts: Sequence[Classes],
+    division: Division[list[str]],
     size: int,
     color: bool,
 ) -> ClassImages:
-    classes = _merged(parts)
+    classes = _merged(division.parts)
     paths = [path for paths in classes.values() for path in paths]
 
     def decode() -> Arrays:
@@ -180,7 +178,8 @@ def _from_image_files(
         counts=[len(paths) for paths in classes.values()],
         names=classes,
     )
-    return ClassImages(pool, [list(part) for part in parts], arrays["digests"], paths)
+    parts = [list(part) for part in division.parts]
+    return ClassImages(pool, parts, division.by, arrays["digests"], paths)
 
 
 def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
@@ -206,7 +205,8 @@ def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
     pool = ImagePool.from_sorted(torch.from_numpy(arrays["inputs"]), arrays["counts"], names)
     stops = np.cumsum(arrays["part_sizes"]).tolist()
     parts = [names[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
-    return ClassImages(pool, parts, arrays["digests"])
+    divided_by = "names of files" if len(parts) == 3 else ""
+    return ClassImages(pool, parts, divided_by, arrays["digests"])
 
 
 def _cached(
@@ -232,8 +232,8 @@ def _check_alike(files: Files, classes: ClassArrays) -> None:
         )
 
 
-def _classes_by_folder(images: Sequence[str]) -> list[Classes]:
-    """Classes by folder: one part, or three if the top folders are train, val and test."""
+def _divide_by_folders(images: Sequence[str]) -> Division[list[str]]:
+    """Classes by folder: one part, or three if the top folders are called after them."""
     paths = [path.split("/") for path in images]
     # A zip often has one folder that wraps all others.
     while min(map(len, paths)) > 2 and len({path[0] for path in paths}) == 1:
@@ -243,15 +243,15 @@ def _classes_by_folder(images: Sequence[str]) -> list[Classes]:
             raise ValueError(f"data_root: {image} is in no class folder; {LAYOUT}")
 
     tops = {path[0] for path in paths}
-    split_tops = sorted(top for top in tops if top.lower() in PART_WORDS)
-    splits = {PART_WORDS[top.lower()] for top in split_tops}
-    if len(splits) < 2:
+    part_of = {top: part for top in tops if (part := part_called(top)) is not None}
+    split_tops = sorted(part_of)
+    if len(set(part_of.values())) < 2:
         classes: Classes = defaultdict(list)
         for image, path in zip(images, paths, strict=True):
             classes["/".join(path[:-1])].append(image)
-        return [classes]
+        return Division([classes])
 
-    if len(splits) < 3:
+    if len(set(part_of.values())) < 3:
         raise ValueError(f"data_root: got only the split folders {split_tops}; {LAYOUT}")
     others = sorted(tops - set(split_tops))
     if others:
@@ -262,6 +262,5 @@ def _classes_by_folder(images: Sequence[str]) -> list[Classes]:
     for image, (top, *folders, _) in zip(images, paths, strict=True):
         if not folders:
             raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
-        part = parts[PART_WORDS[top.lower()]]
-        part["/".join(folders)].append(image)
-    return parts
+        parts[part_of[top]]["/".join(folders)].append(image)
+    return Division(parts, f"folders {', '.join(sorted(part_of, key=part_of.__getitem__))}")

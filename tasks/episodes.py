@@ -117,6 +117,7 @@ class Splits:
         train: The family of the training classes.
         validation: The family of the validation classes.
         test: The family of the test classes.
+        source: Where the data comes from and what divides its classes, for people to read.
 
     Raises:
         ValueError: If two of them share a class. Families without `classes`, such as the sinusoid,
@@ -131,6 +132,7 @@ class Splits:
     train: TaskFamily
     validation: TaskFamily
     test: TaskFamily
+    source: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         families = (self.train, self.validation, self.test)

@@ -82,8 +82,14 @@ def load(
         split_lists=None if split_lists is None else Path(split_lists),
     )
     split = _split(classes, seed)
-    if not allow_repeats:
-        classes.check_apart(split)
+    if not allow_repeats and (repeats := classes.repeats(split)):
+        raise ValueError(
+            f"splits: {repeats}, expected none; remove one of the two, "
+            "or set allow_repeats=true if the data set is published so"
+        )
+    divided_by = f"split by {classes.divided_by}"
+    if not classes.divided_by:
+        divided_by = f"shuffled by seed {seed}, since nothing splits the classes"
     return few_shot_splits(
         "folder",
         classes.pool,
@@ -91,6 +97,7 @@ def load(
         ways=ways,
         shots=shots,
         queries=queries,
+        source=f"{data_root}, {divided_by}",
     )
 
 
@@ -98,5 +105,4 @@ def _split(classes: ClassImages, seed: int) -> list[np.ndarray]:
     """The positions of the train, validation and test classes among those of the pool."""
     if len(classes.parts) == 1:
         return shuffled_split(len(classes.pool), seed)
-    position = {name: i for i, name in enumerate(classes.pool.names)}
-    return [np.array([position[name] for name in part], np.int64) for part in classes.parts]
+    return classes.positions()

@@ -54,7 +54,7 @@ def test_the_rows_of_equal_images_in_two_splits_are_those_of_a_plain_search():
 def test_both_files_are_named_whatever_their_format(tmp_path, format):
     copy = {"test/k21/copy.bmp": encode(picture(1), format)}
     root = write_tree(tmp_path, split_folders() | copy)
-    message = r"got 1 images in two splits, such as train/k00/1\.png \(train\) = "
+    message = r"equal images in two splits: 1, the first being train/k00/1\.png \(train\) = "
     with pytest.raises(ValueError, match=message + r"test/k21/copy\.bmp \(test\)"):
         load(root)
     assert load(root, allow_repeats=True).test.pool.counts.tolist() == [3, 4]
