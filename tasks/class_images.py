@@ -37,6 +37,7 @@ class ClassImages:
     """The classes of a data set, and the split that comes with it.
 
     Args:
+        root: Where the data is.
         pool: All classes.
         parts: The names of the train, validation and test classes, or of all classes if nothing
             splits them.
@@ -45,6 +46,7 @@ class ClassImages:
         paths: The file of each image of the pool. Empty for arrays.
     """
 
+    root: Path
     pool: ImagePool
     parts: list[list[str]]
     divided_by: str
@@ -86,29 +88,32 @@ class ClassImages:
 
 
 def read_class_images(
-    root: Path,
+    data_root: str | Path,
     *,
     size: int,
     color: bool,
-    split_lists: Path | None,
+    split_lists: str | Path | None = None,
 ) -> ClassImages:
     """Read images or arrays in one of the layouts of `tasks.folder.load`.
 
     Many images are decoded once, into a file of the cache folder that is mapped into memory.
 
     Args:
-        root: A folder, a file of arrays, or a zip or tar.
-        size: Pixels a side.
+        data_root: A folder, a file of arrays, or a zip or tar.
+        size: Pixels a side, ≥ 1.
         color: Whether images have three channels or one of grey.
         split_lists: As for `tasks.folder.load`.
 
     Raises:
-        FileNotFoundError: If there is nothing at `root`.
+        FileNotFoundError: If there is nothing at `data_root`.
         ValueError: If there are no images, a file cannot be read, a list or folder does not fit, or
             a class is in two splits.
     """
+    if size < 1:
+        raise ValueError(f"size: got {size}, expected at least 1 pixel a side")
+    root = Path(data_root)
     files = Files(root, is_one_file=root.suffix.lower() in READERS)
-    lists = files if split_lists is None else Files(split_lists)
+    lists = files if split_lists is None else Files(Path(split_lists))
     required = split_lists is not None
     images = files.image_paths
     if images:
@@ -118,11 +123,24 @@ def read_class_images(
         return _from_image_files(files, division, size, color)
     if not array_paths(files):
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
-    whole = _from_arrays(files, size, color)
-    by_files = Division([{name: name for name in part} for part in whole.parts], whole.divided_by)
-    chosen = _divide_by_lists(lists, by_files, required)
-    parts = [list(part) for part in chosen.parts]
-    return replace(whole, parts=parts, divided_by=chosen.by)
+    return divide(_from_arrays(files, size, color), lists, required=required)
+
+
+def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages:
+    """The classes that lists of classes divide, if there are any and nothing else divides them.
+
+    Args:
+        classes: What was read.
+        lists: Where the lists are.
+        required: Whether they have to be there, and go before what else divides the classes.
+
+    Raises:
+        ValueError: If lists are incomplete, do not fit, or are required and missing.
+    """
+    parts = [{name: name for name in part} for part in classes.parts]
+    division = _divide_by_lists(lists, Division(parts, classes.divided_by), required)
+    names = [list(part) for part in division.parts]
+    return replace(classes, parts=names, divided_by=division.by)
 
 
 def _divide_by_lists(
@@ -179,7 +197,7 @@ def _from_image_files(
         names=classes,
     )
     parts = [list(part) for part in division.parts]
-    return ClassImages(pool, parts, division.by, arrays["digests"], paths)
+    return ClassImages(files.root, pool, parts, division.by, arrays["digests"], paths)
 
 
 def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
@@ -206,7 +224,7 @@ def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
     stops = np.cumsum(arrays["part_sizes"]).tolist()
     parts = [names[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
     divided_by = "names of files" if len(parts) == 3 else ""
-    return ClassImages(pool, parts, divided_by, arrays["digests"])
+    return ClassImages(files.root, pool, parts, divided_by, arrays["digests"])
 
 
 def _cached(

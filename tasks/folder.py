@@ -73,13 +73,11 @@ def load(
         raise FileNotFoundError(
             f"data_root: got none, but the folder family needs a folder or archive; {LAYOUT}"
         )
-    if size < 1:
-        raise ValueError(f"size: got {size}, expected at least 1 pixel a side")
     classes = read_class_images(
-        Path(data_root),
+        data_root,
         size=size,
         color=color,
-        split_lists=None if split_lists is None else Path(split_lists),
+        split_lists=split_lists,
     )
     split = _split(classes, seed)
     if not allow_repeats and (repeats := classes.repeats(split)):
