@@ -47,6 +47,7 @@ FAMILIES = {
     "fc100": "tasks.fc100",
     "mini-imagenet": "tasks.mini_imagenet",
     "folder": "tasks.folder",
+    "dataset": "tasks.dataset",
     "learn2learn": "tasks.learn2learn",
 }
 

@@ -37,7 +37,7 @@ class ClassImages:
     """The classes of a data set, and the split that comes with it.
 
     Args:
-        root: Where the data is.
+        root: Where the data is, for people to read.
         pool: All classes.
         parts: The names of the train, validation and test classes, or of all classes if nothing
             splits them.
@@ -46,7 +46,7 @@ class ClassImages:
         paths: The file of each image of the pool. Empty for arrays.
     """
 
-    root: Path
+    root: Path | str
     pool: ImagePool
     parts: list[list[str]]
     divided_by: str

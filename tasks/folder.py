@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from tasks.class_images import LAYOUT, ClassImages, read_class_images
 from tasks.episodes import Splits
 from tasks.few_shot import few_shot_splits, shuffled_split
@@ -79,28 +77,58 @@ def load(
         color=color,
         split_lists=split_lists,
     )
-    split = _split(classes, seed)
+    return splits_of(
+        "folder",
+        classes,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        seed=seed,
+        allow_repeats=allow_repeats,
+    )
+
+
+def splits_of(
+    name: str,
+    classes: ClassImages,
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
+    seed: int,
+    allow_repeats: bool,
+) -> Splits:
+    """Few-shot families on classes that their own split divides, or else a shuffle.
+
+    Args:
+        name: The name of the family.
+        classes: What was read.
+        ways: As for `load`, as are the other arguments.
+        shots: See `ways`.
+        queries: See `ways`.
+        seed: See `ways`.
+        allow_repeats: See `ways`.
+
+    Raises:
+        ValueError: If an image is in two splits, or the classes cannot give such tasks.
+    """
+    if classes.divided_by:
+        split = classes.positions()
+        divided_by = f"split by {classes.divided_by}"
+    else:
+        split = shuffled_split(len(classes.pool), seed)
+        divided_by = f"shuffled by seed {seed}, since nothing splits the classes"
     if not allow_repeats and (repeats := classes.repeats(split)):
         raise ValueError(
             f"splits: {repeats}, expected none; remove one of the two, "
             "or set allow_repeats=true if the data set is published so"
         )
-    divided_by = f"split by {classes.divided_by}"
-    if not classes.divided_by:
-        divided_by = f"shuffled by seed {seed}, since nothing splits the classes"
     return few_shot_splits(
-        "folder",
+        name,
         classes.pool,
         split,
         ways=ways,
         shots=shots,
         queries=queries,
-        source=f"{data_root}, {divided_by}",
+        source=f"{classes.root}, {divided_by}",
     )
-
-
-def _split(classes: ClassImages, seed: int) -> list[np.ndarray]:
-    """The positions of the train, validation and test classes among those of the pool."""
-    if len(classes.parts) == 1:
-        return shuffled_split(len(classes.pool), seed)
-    return classes.positions()

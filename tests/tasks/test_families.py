@@ -26,6 +26,11 @@ def folder_options(tmp_path, monkeypatch):
     return {"data_root": tmp_path, "size": 8}
 
 
+def dataset_options(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(200, 7))
+    return {"dataset": (values, np.arange(200) % 25)}
+
+
 def published_options(tmp_path, monkeypatch):
     """Each of train, val and test has a third of the classes."""
     files = {
@@ -51,6 +56,7 @@ def omniglot_options(tmp_path, monkeypatch):
 # Families that read data, and what `tasks.load` is given for them.
 DATA = {
     "cifar-fs": published_options,
+    "dataset": dataset_options,
     "fc100": published_options,
     "folder": folder_options,
     "learn2learn": learn2learn_options,
