@@ -71,6 +71,8 @@ def set_up(options: RunOptions) -> Run:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     splits = tasks.load(**options.task_arguments())
+    if splits.source:
+        print(f"{options.task}: {splits.source}")
     if options.resume:
         check_classes(options.folder, splits)
 
@@ -141,7 +143,7 @@ def train(run: Run) -> Progress:
             run.sampler,
             out=options.folder,
             budget=run.budget,
-            config=config | {"classes": run.splits.digests},
+            config=config | {"classes": run.splits.digests, "data": run.splits.source},
             validation=lambda: (validation[i] for i in range(batches)),
             validate_every=options.validate_every,
             checkpoint_every=options.checkpoint_every,

@@ -43,7 +43,11 @@ FAMILIES = {
     "glyphs": "tasks.glyphs",
     "sinusoid": "tasks.sinusoid",
     "omniglot": "tasks.omniglot",
+    "cifar-fs": "tasks.cifar_fs",
+    "fc100": "tasks.fc100",
+    "mini-imagenet": "tasks.mini_imagenet",
     "folder": "tasks.folder",
+    "dataset": "tasks.dataset",
     "learn2learn": "tasks.learn2learn",
 }
 

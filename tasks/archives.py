@@ -5,6 +5,7 @@ Nothing is extracted. A path that leaves its archive is refused, and so are link
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
 import posixpath
@@ -12,24 +13,19 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 Kind = Literal["file", "folder", "link or device"]
 
-# What the modules of the standard library raise for damaged, encrypted or foreign archives.
-UNREADABLE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    RuntimeError,
-)
+# Bits and numbers in the entries of a zip, as its specification (APPNOTE.TXT) calls them.
+ENCRYPTED = 1 << 0
+UTF8_NAME = 1 << 11
+WINDOWS = (0, 10)  # made on FAT or NTFS
 
 
 class Source(Protocol):
@@ -68,9 +64,12 @@ class Folder:
     root: Path
 
     def paths(self) -> list[str]:
-        """See `Source`."""
-        paths = [path.relative_to(self.root).as_posix() for path in _walk(self.root)]
-        return [path for path in paths if not _is_hidden(path)]
+        """See `Source`.
+
+        Raises:
+            ValueError: If two paths lead to one folder.
+        """
+        return list(_walk(self.root))
 
     def contents(self, paths: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """See `Source`."""
@@ -102,15 +101,20 @@ class Zip:
 
     def paths(self) -> list[str]:
         """See `Source`."""
-        with _readable(self.root), zipfile.ZipFile(self.root) as archive:
-            members = [(info.filename, _zip_kind(info)) for info in archive.infolist()]
+        with _open_zip(self.root) as archive:
+            members = [(_zip_name(info), _zip_kind(info)) for info in archive.infolist()]
         return _file_paths(self.root, members)
 
     def contents(self, paths: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """See `Source`."""
-        with _readable(self.root), zipfile.ZipFile(self.root) as archive:
-            members = {posixpath.normpath(info.filename): info for info in archive.infolist()}
+        with _open_zip(self.root) as archive:
+            members = {posixpath.normpath(_zip_name(info)): info for info in archive.infolist()}
             for path in paths:
+                if members[path].flag_bits & ENCRYPTED:
+                    raise ValueError(
+                        f"{self.root}: {path} is encrypted; "
+                        "unpack the archive with its password, and give the folder"
+                    )
                 with _readable(self.root, path):
                     data = archive.read(members[path])
                 yield path, data
@@ -124,19 +128,18 @@ class Tar:
 
     def paths(self) -> list[str]:
         """See `Source`."""
-        with _readable(self.root), tarfile.open(self.root) as archive:
-            members = [(member.name, _tar_kind(member)) for member in archive]
-            _read_to_the_end(archive)
+        members = [(member.name, _tar_kind(member)) for _, member in _tar_members(self.root)]
         return _file_paths(self.root, members)
 
     def contents(self, paths: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """See `Source`."""
         wanted = set(paths)
-        with _readable(self.root), tarfile.open(self.root) as archive:
-            for member in archive:
-                path = posixpath.normpath(member.name)
-                if path in wanted and (file := archive.extractfile(member)):
-                    yield path, file.read()
+        for archive, member in _tar_members(self.root):
+            path = posixpath.normpath(member.name)
+            if path in wanted and (file := archive.extractfile(member)):
+                with _readable(self.root, path):
+                    data = file.read()
+                yield path, data
 
 
 @contextmanager
@@ -144,7 +147,14 @@ def _readable(root: Path, path: str | None = None) -> Iterator[None]:
     """Raise a ValueError that names the archive, or the file in it, if it cannot be read."""
     try:
         yield
-    except UNREADABLE as error:
+    except MemoryError:
+        raise
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{root}: {path or 'the archive'} is packed in a way that is not supported ({error}); "
+            "pack it again as an ordinary zip or tar"
+        ) from error
+    except Exception as error:  # A damaged archive can raise any.
         if path is None:
             message = (
                 f"{root}: got an unreadable archive ({error}), "
@@ -162,13 +172,36 @@ def _is_tar(root: Path) -> bool:
         return True  # A compressed stream breaks off at once. Reading it says so.
 
 
+def _open_zip(root: Path) -> zipfile.ZipFile:
+    with _readable(root):
+        return zipfile.ZipFile(root)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The path of a member, with forward slashes."""
+    name = info.filename
+    if not info.flag_bits & UTF8_NAME:
+        # By the specification the name is in code page 437. Many programs write UTF-8 unmarked.
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/") if info.create_system in WINDOWS else name
+
+
 def _zip_kind(info: zipfile.ZipInfo) -> Kind:
     # The upper half holds the mode of a file system, or 0 where the zip was made without one.
     mode = info.external_attr >> 16
-    if info.is_dir():
+    if _zip_name(info).endswith("/"):
         return "folder"
     is_regular = stat.S_IFMT(mode) in (0, stat.S_IFREG)
     return "file" if is_regular else "link or device"
+
+
+def _tar_members(root: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Every member of a tar, with the open archive."""
+    with _readable(root), tarfile.open(root) as archive:
+        for member in archive:
+            yield archive, member
+        _read_to_the_end(archive)
 
 
 def _tar_kind(member: tarfile.TarInfo) -> Kind:
@@ -199,7 +232,7 @@ def _file_paths(root: Path, members: Iterable[tuple[str, Kind]]) -> list[str]:
                 f"{root}: got the path {name!r}, which leaves the archive; "
                 "pack the archive again with relative paths"
             )
-        if kind == "folder" or _is_hidden(path):
+        if kind == "folder" or any(map(_is_hidden, path.split("/"))):
             continue
         if kind != "file":
             raise ValueError(
@@ -213,16 +246,37 @@ def _file_paths(root: Path, members: Iterable[tuple[str, Kind]]) -> list[str]:
     return list(paths)
 
 
-def _is_hidden(path: str) -> bool:
-    parts = path.split("/")
-    return any(part.startswith((".", "__MACOSX")) for part in parts)
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """The files in every folder. A link to a folder that contains it would never end."""
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        here = Path(os.path.realpath(folder))
-        targets = {name: os.path.realpath(Path(folder, name)) for name in subfolders}
-        subfolders[:] = [name for name in subfolders if not here.is_relative_to(targets[name])]
-        paths = [Path(folder, name) for name in names]
-        yield from (path for path in paths if path.is_file())
+def _walk(root: Path) -> Iterator[str]:
+    """The path of every file, relative to `root`. Every real folder is entered once."""
+    real_of: dict[PurePosixPath, Path] = {}
+    path_of: dict[Path, PurePosixPath] = {}
+    # Links wait at the end, so that folders are entered by their own paths first.
+    waiting = deque([PurePosixPath()])
+    while waiting:
+        folder = waiting.popleft()
+        real = Path(os.path.realpath(root / folder))
+        above = [real_of[parent] for parent in folder.parents]
+        if any(parent.is_relative_to(real) for parent in above):
+            continue  # It contains itself, so this would never end.
+        if real in path_of:
+            raise ValueError(
+                f"{root}: {path_of[real]} and {folder} are one folder, whose files would be read "
+                "twice; expected every file once; remove the link"
+            )
+        real_of[folder] = real
+        path_of[real] = folder
+        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+            if _is_hidden(entry.name):
+                continue
+            path = f"{folder}/{entry.name}".removeprefix("./")
+            is_link = entry.is_symlink()
+            # A link that leads nowhere is neither a file nor a folder. Its entry may not say so.
+            if os.path.isfile(entry) if is_link else entry.is_file():
+                yield path
+            elif os.path.isdir(entry) if is_link else entry.is_dir():
+                wait = waiting.append if is_link else waiting.appendleft
+                wait(PurePosixPath(path))

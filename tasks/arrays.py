@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from tasks.cache import progress
-from tasks.files import Files, fit_square
+from tasks.files import Files
+from tasks.images import fit_square
+from tasks.list_files import PART_WORDS, PARTS
 from tasks.pickles import foreign_name, load_plain
-from tasks.split_lists import PART_WORDS, PARTS
 
 LABELS = ("labels", "label", "targets", "target", "y", "label_specific")
 ARRAY_LAYOUT = (
@@ -94,11 +95,69 @@ def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
         classes = _classes(where, _content(files, paths))
         parts.append(
             {
-                name: _inputs(f"{where}: class {name!r}", array, size, color)
+                name: class_inputs(f"{where}: class {name!r}", array, size, color=color)
                 for name, array in progress(classes.items(), f"reading {paths[0]}")
             }
         )
     return parts
+
+
+def read_file(files: Files, path: str, reader: Callable[[bytes], Any]) -> Any:
+    """What a reader makes of one of the files.
+
+    Raises:
+        ValueError: If it cannot read the file.
+    """
+    data = files.read(path)
+    try:
+        return reader(data)
+    except MemoryError:
+        raise
+    except Exception as error:  # A damaged file can raise any.
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{files.root}: {path}: got {len(data)} bytes that cannot be read ({reason}), "
+            "expected arrays, dictionaries, lists, strings and numbers; "
+            "download it again, or save it in this form"
+        ) from error
+
+
+def class_inputs(where: str, array: np.ndarray, size: int, *, color: bool) -> np.ndarray:
+    """The images or features of a class as a pool holds them.
+
+    Args:
+        where: The file and the class, for the message.
+        array: Images, uint8 `[n, height, width]`, `[n, height, width, channels]` or `[n, channels,
+            height, width]` with 1 or 3 channels, or features, float `[n, ...]`.
+        size: Pixels a side.
+        color: Whether images have three channels or one of grey.
+
+    Returns:
+        Images, uint8 `[n, channels, size, size]`, or features, float32 `[n, ...]`.
+
+    Raises:
+        ValueError: If the array is neither.
+    """
+    if array.dtype.kind == "f" and array.ndim >= 2:
+        return array.astype(np.float32, copy=False)
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)  # the channels last
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise ValueError(
+            f"{where}: got {array.dtype} of shape {array.shape}, "
+            "expected images, uint8 [n, height, width, 1 or 3], or features, float [n, ...]"
+        )
+    channels = 3 if color else 1
+    if array.shape[1:] != (size, size, channels):
+        from PIL import Image
+
+        # Pillow takes greys without the axis of their one channel.
+        pixels = array[..., 0] if array.shape[3] == 1 else array
+        images = map(Image.fromarray, pixels)
+        array = np.stack([fit_square(image, size, color=color) for image in images])
+    return array.transpose(0, 3, 1, 2)
 
 
 def _suffix(path: str) -> str:
@@ -131,16 +190,7 @@ def _content(files: Files, paths: Sequence[str]) -> Content:
 
 def _entries(files: Files, path: str) -> Iterator[tuple[str, Any]]:
     """The named values in one file. A single array has the name of its file."""
-    data = files.read(path)
-    try:
-        value = READERS[_suffix(path)](data)
-    except Exception as error:  # A damaged file can raise any.
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{files.root}: {path}: got {len(data)} bytes that cannot be read ({reason}), "
-            "expected arrays, dictionaries, lists, strings and numbers; "
-            "download it again, or save it in this form"
-        ) from error
+    value = read_file(files, path, READERS[_suffix(path)])
     if isinstance(value, Mapping):
         for name, entry in value.items():
             yield str(name), entry
@@ -223,27 +273,3 @@ def _check_rows(where: str, rows: ClassArrays, n: int) -> None:
     # An input that is there twice could be in both support and query.
     if (used > 1).any():
         raise ValueError(f"{where}: row {int(used.argmax())} is listed twice; list every row once")
-
-
-def _inputs(where: str, array: np.ndarray, size: int, color: bool) -> np.ndarray:
-    """Images, uint8 `[n, channels, size, size]`, or features, float32 `[n, ...]`."""
-    if array.dtype.kind == "f" and array.ndim >= 2:
-        return array.astype(np.float32, copy=False)
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
-        array = array.transpose(0, 2, 3, 1)  # the channels last
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        raise ValueError(
-            f"{where}: got {array.dtype} of shape {array.shape}, "
-            "expected images, uint8 [n, height, width, 1 or 3], or features, float [n, ...]"
-        )
-    channels = 3 if color else 1
-    if array.shape[1:] != (size, size, channels):
-        from PIL import Image
-
-        # Pillow takes greys without the axis of their one channel.
-        pixels = array[..., 0] if array.shape[3] == 1 else array
-        images = map(Image.fromarray, pixels)
-        array = np.stack([fit_square(image, size, color=color) for image in images])
-    return array.transpose(0, 3, 1, 2)

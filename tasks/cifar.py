@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -144,19 +142,16 @@ def _binary_paths(folder: Path) -> list[Path]:
 
 def _read_archive(source: Path) -> dict[str, bytes]:
     """Those of the binary files that are in the archive, by name."""
+    files = Files(source)
+    name_of = {path: PurePosixPath(path).name for path in files.paths}
     wanted = {name for names in BINARY_FILES.values() for name in names}
-    files = {}
-    try:
-        with tarfile.open(source, "r:gz") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name).name
-                if name in wanted and (file := archive.extractfile(member)):
-                    files[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    paths = [path for path, name in name_of.items() if name in wanted]
+    doubled = [name for name, count in Counter(map(name_of.get, paths)).items() if count > 1]
+    if doubled:
         raise ValueError(
-            f"{source}: got an unreadable archive ({error}), expected {URL}; download it again"
-        ) from error
-    return files
+            f"{source}: got {doubled[0]} in two folders, expected {URL}; download it again"
+        )
+    return {name_of[path]: data for path, data in files.contents(paths)}
 
 
 def _from_records(source: Path, files: dict[str, bytes], split: str) -> Examples:

@@ -117,6 +117,7 @@ class Splits:
         train: The family of the training classes.
         validation: The family of the validation classes.
         test: The family of the test classes.
+        source: Where the data comes from and what divides its classes, for people to read.
 
     Raises:
         ValueError: If two of them share a class. Families without `classes`, such as the sinusoid,
@@ -131,6 +132,7 @@ class Splits:
     train: TaskFamily
     validation: TaskFamily
     test: TaskFamily
+    source: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         families = (self.train, self.validation, self.test)
@@ -162,7 +164,8 @@ def _class_digest(family: TaskFamily) -> str:
     classes = getattr(family, "classes", ())
     names = getattr(family, "class_names", classes)
     text = "\n".join(map(str, names))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # A file's name may hold bytes that are not UTF-8, which Python writes as surrogates.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 class EpisodeSampler(Dataset[Episodes]):

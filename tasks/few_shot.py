@@ -162,6 +162,7 @@ def few_shot_splits(
     ways: int,
     shots: int,
     queries: int,
+    source: str = "",
 ) -> Splits:
     """Few-shot families on the train, validation and test classes of a pool.
 
@@ -172,6 +173,7 @@ def few_shot_splits(
         ways: As for `FewShot`, as are `shots` and `queries`.
         shots: See `ways`.
         queries: See `ways`.
+        source: As for `Splits`.
 
     Raises:
         ValueError: If a family cannot give such tasks, or two of them share a class.
@@ -186,4 +188,4 @@ def few_shot_splits(
         )
         for part, classes in zip(SPLIT_NAMES, split, strict=True)
     ]
-    return Splits(*families)
+    return Splits(*families, source=source)

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tasks.archives import OneFile, open_source
 from tasks.cache import progress
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".ppm",
-    ".pgm",
-    ".tif",
-    ".tiff",
-)
+from tasks.images import IMAGE_SUFFIXES, decode
 
 
 class Files:
@@ -80,8 +64,12 @@ class Files:
         Raises:
             ValueError: If this member of an archive is damaged.
         """
-        _, data = next(self._source.contents([path]))
+        _, data = next(self.contents([path]))
         return data
+
+    def contents(self, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Some of the paths, each with its bytes, in the order that is quickest to read."""
+        return self._source.contents(paths)
 
     def image(self, path: str, size: int, *, color: bool) -> np.ndarray:
         """Decode one image and `fit_square` it: uint8 `[size, size, channels]`.
@@ -98,54 +86,60 @@ class Files:
         return image
 
     def images(self, paths: Sequence[str], size: int, *, color: bool) -> np.ndarray:
-        """Decode several images as `image` does: uint8 `[n, size, size, channels]`."""
+        """Decode several images as `image` does: uint8 `[n, size, size, channels]`.
+
+        Raises:
+            ValueError: If an image cannot be decoded, or two paths lead to one file.
+        """
+        self._check_once(paths)
         channels = 3 if color else 1
-        decoded = np.empty((len(paths), size, size, channels), np.uint8)
+        # PyTorch has the channels first. So they are in memory, and need not be copied later.
+        decoded = np.empty((len(paths), channels, size, size), np.uint8).transpose(0, 2, 3, 1)
         rows = {path: row for row, path in enumerate(paths)}
-        contents = self._source.contents(paths)
+        contents = self.contents(paths)
         for path, data in progress(contents, f"decoding {self.root.name}", total=len(paths)):
-            decoded[rows[path]] = self._decode(path, data, size, color)
+            try:
+                decoded[rows[path]] = decode(data, size, color=color)
+            except ValueError as error:
+                raise ValueError(f"{self.root}: {path}: {error}") from error
         return decoded
 
-    def _decode(self, path: str, data: bytes, size: int, color: bool) -> np.ndarray:
-        """The image in the bytes of the file at `path`."""
-        from PIL import Image, UnidentifiedImageError
+    def stamp(self, paths: Sequence[str]) -> str:
+        """32 hexadecimal digits that change if one of the files is changed or exchanged.
 
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                return fit_square(opened, size, color=color)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            got = "an empty file"
-            if data:
-                got = f"{len(data)} bytes that do not decode ({error})"
-            raise ValueError(
-                f"{self.root}: {path}: got {got}, expected an image; replace or remove it"
-            ) from error
+        Nothing is read. They are a hash of the paths, and of the number, size and times that the
+        file system has of each file, or of the archive.
+        """
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(os.fsencode(path) + b"\0")
+        for status in self._status(paths):
+            numbers = (status.st_dev, status.st_ino, status.st_size)
+            # Unlike the first time, the second cannot be set to what it was.
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            digest.update(repr(numbers + times).encode())
+        return digest.hexdigest()[:32]
 
+    def bytes_of(self, paths: Sequence[str]) -> int:
+        """The size of the files together, or of the archive."""
+        return sum(status.st_size for status in self._status(paths))
 
-def fit_square(image: Image, size: int, *, color: bool) -> np.ndarray:
-    """Cut an image to its central square and resize it by Lanczos' filter.
+    def _status(self, paths: Sequence[str]) -> list[os.stat_result]:
+        """What the file system has of each file, or of the archive."""
+        if self.root.is_dir():
+            return [os.stat(f"{self.root}/{path}") for path in paths]
+        return [self.root.stat()]
 
-    Transparent pixels lie on white. Of 16-bit greys, the upper 8 bits are taken.
-
-    Args:
-        image: Of any size and mode.
-        size: Pixels a side.
-        color: Whether the result has three channels (red, green, blue) or one of grey.
-
-    Returns:
-        uint8 `[size, size, channels]`.
-
-    Example:
-        >>> from PIL import Image
-        >>> fit_square(Image.new("RGB", (9, 5), "red"), 3, color=True)[0, 0].tolist()
-        [255, 0, 0]
-    """
-    from PIL import Image, ImageOps
-
-    converted = _opaque_8_bit(image).convert("RGB" if color else "L")
-    square = ImageOps.fit(converted, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square).reshape(size, size, -1)
+    def _check_once(self, paths: Sequence[str]) -> None:
+        """Raise if two paths lead to one file, which would be in both support and query."""
+        path_of: dict[str, str] = {}
+        for path in paths:
+            other = path_of.setdefault(os.path.realpath(self.root / path), path)
+            if other != path:
+                raise ValueError(
+                    f"{self.root}: {other} and {path} are one file, "
+                    "expected every image once; remove the link"
+                )
 
 
 def content_digest(root: Path) -> str:
@@ -159,18 +153,5 @@ def content_digest(root: Path) -> str:
     else:
         files = Files(root)
         for path in files.paths:
-            digest.update(path.encode() + files.read(path))
+            digest.update(os.fsencode(path) + files.read(path))
     return digest.hexdigest()[:16]
-
-
-def _opaque_8_bit(image: Image) -> Image:
-    """The image with 8 bits a channel, laid on white if it is transparent."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        transparent = image.convert("RGBA")
-        white = Image.new("RGBA", transparent.size, "white")
-        return Image.alpha_composite(white, transparent)
-    return image

@@ -103,6 +103,7 @@ def load(
         ways=ways,
         shots=shots,
         queries=queries,
+        source=f"{roots['images_background'].parent}, the {split} split",
     )
 
 

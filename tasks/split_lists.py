@@ -1,72 +1,89 @@
-"""The lists of a split that come with a data set: CSV lists of images, text lists of classes."""
+"""The split that comes with a data set: lists of images, or lists of classes."""
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from tasks.files import Files
-
-PARTS = ("train", "val", "test")
-PART_WORDS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-CSV_LISTS = tuple(f"{part}.csv" for part in PARTS)
-TEXT_LISTS = tuple(f"{part}.txt" for part in PARTS)
+from tasks.list_files import PARTS, PartList, part_lists, plain_name
 
 Classes = dict[str, list[str]]  # the image files of each class, by its name
 Inputs = TypeVar("Inputs")
 
 
-def classes_by_csv(source: Files, images: Sequence[str]) -> list[Classes]:
-    """The classes of `train.csv`, `val.csv` and `test.csv`, or [] if there are none.
+@dataclass(frozen=True)
+class Division(Generic[Inputs]):
+    """The classes of a data set, and what divides them.
+
+    Args:
+        parts: The train, validation and test classes, or one part of all classes.
+        by: What divides them, such as "lists train.txt, val.txt, test.txt". Empty if nothing does.
+    """
+
+    parts: list[dict[str, Inputs]]
+    by: str = ""
+
+
+def divide_by_images(source: Files, images: Sequence[str]) -> Division[list[str]] | None:
+    """The classes of three lists of images, in CSV or else JSON, or None if there are none.
+
+    See `tasks.list_files.part_lists` for their forms. A filename is a path from the data's root, or
+    a name that one image has. Of a path from the root of another file system, the end counts.
 
     Raises:
-        ValueError: If some of them are missing or doubled, or one does not fit the images.
+        ValueError: If some of the lists are missing or doubled, or one does not fit the images.
     """
-    lists = {path: _file_name(path) for path in source.paths if _file_name(path) in CSV_LISTS}
-    if not lists:
-        return []
-    paths = _one_of_each(source, lists, CSV_LISTS)
+    for suffix in (".csv", ".json"):
+        lists = [one for one in part_lists(source, suffix) if one.rows is not None]
+        if lists:
+            break
+    else:
+        return None
+    lists = _one_of_each(source, lists, suffix, " that lists images")
     images_called: dict[str, list[str]] = defaultdict(list)
     for image in images:
-        for name in {image, _file_name(image)}:
-            images_called[name].append(image)
+        folders = image.split("/")
+        for start in range(len(folders)):
+            images_called[plain_name("/".join(folders[start:]))].append(image)
 
-    parts = []
+    parts: list[Classes] = []
     listed: set[str] = set()
-    for name in CSV_LISTS:
+    for one in lists:
         classes: Classes = defaultdict(list)
-        for where, filename, label in _rows(source, paths[name]):
-            matches = images_called.get(filename, [])
+        for where, filename, label in one.rows or ():
+            matches = images_called.get(_known_end(filename, images_called), [])
+            if filename in matches:  # The path of one image may be the end of another's.
+                matches = [filename]
             if len(matches) != 1:
                 raise ValueError(
                     f"{where}: {len(matches)} images are called {filename!r}, "
                     "expected one; give its path from data_root, or add the image"
                 )
-            image = matches[0]
+            (image,) = matches
             # An image that is listed twice could be in both support and query.
             if image in listed:
                 raise ValueError(f"{where}: {filename!r} is listed twice; list every image once")
             listed.add(image)
             classes[label].append(image)
         parts.append(classes)
-    return parts
+    return Division(parts, _describe(lists))
 
 
-def classes_by_text(
+def divide_by_classes(
     source: Files,
     classes: Mapping[str, Inputs],
     *,
     required: bool,
-) -> list[dict[str, Inputs]]:
-    """The classes of `train.txt`, `val.txt` and `test.txt`, or [] if none of them names a class.
+) -> Division[Inputs] | None:
+    """The classes of three lists of classes, in text or else JSON, or None if there are none.
 
-    The second may also be called `valid.txt` or `validation.txt`, and all in upper case. A line is
-    the name of a class, or the end of it after a slash. Classes that are in no list are left out.
-    A file without the name of any class is no list, and is passed over with a warning if all three
-    are there.
+    A line is the name of a class, or the end of it after a slash. Classes that are in no list are
+    left out. A file without the name of any class is no list. If all three are there, they are
+    passed over with a warning.
 
     Raises:
         ValueError: If some of the lists are missing or doubled, only some lines name a class, or
@@ -76,34 +93,24 @@ def classes_by_text(
     for class_name in classes:
         folders = class_name.split("/")
         for start in range(len(folders)):
-            classes_called["/".join(folders[start:])].add(class_name)
+            classes_called[plain_name("/".join(folders[start:]))].add(class_name)
 
-    candidates = {path: name for path in source.paths if (name := _text_list(path))}
-    lines = {path: list(_lines(source, path)) for path in candidates}
-    lists = {
-        path: name
-        for path, name in candidates.items()
-        if any(line in classes_called for _, line in lines[path])
-    }
-    if not lists:
-        if required:
-            raise ValueError(
-                f"split lists: {source.root} has no {', '.join(CSV_LISTS)}, and no "
-                f"{', '.join(TEXT_LISTS)} with a class a line; expected three of them"
-            )
-        if set(candidates.values()) == set(TEXT_LISTS):
-            warnings.warn(
-                f"{source.root}: {', '.join(candidates)} name no class, such as "
-                f"{next(iter(classes))!r}, so they do not split the classes; "
-                "for a split of your own, give one class a line",
-                stacklevel=2,
-            )
-        return []
+    foreign: list[PartList] = []
+    for suffix in (".txt", ".json"):
+        candidates = part_lists(source, suffix)
+        lists = [one for one in candidates if any(line in classes_called for _, line in one.lines)]
+        if lists:
+            break
+        foreign += [one for one in candidates if one.lines]
+    else:
+        _report_no_lists(source, foreign, classes, required=required)
+        return None
 
+    lists = _one_of_each(source, lists, suffix, " that names a class")
     parts = []
-    for path in _one_of_each(source, lists, TEXT_LISTS, " that names a class").values():
+    for one in lists:
         part = {}
-        for where, line in lines[path]:
+        for where, line in one.lines:
             matches = classes_called.get(line, set())
             if len(matches) != 1:
                 raise ValueError(
@@ -113,67 +120,68 @@ def classes_by_text(
             (class_name,) = matches
             part[class_name] = classes[class_name]
         parts.append(part)
-    return parts
+    return Division(parts, _describe(lists))
 
 
-def _file_name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
+def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
+    """The filename, or if it is a path of another file system, the longest end that is known."""
+    path = filename.replace("\\", "/") if ":" in filename[:2] else filename
+    if not (path.startswith("/") or path != filename):
+        return filename
+    folders = path.split("/")
+    ends = ("/".join(folders[start:]) for start in range(len(folders)))
+    return next((end for end in ends if end in images_called), filename)
 
 
-def _text_list(path: str) -> str | None:
-    """Which of `TEXT_LISTS` a path may be."""
-    word, _, suffix = _file_name(path).lower().rpartition(".")
-    is_list = suffix == "txt" and word in PART_WORDS
-    return TEXT_LISTS[PART_WORDS[word]] if is_list else None
+def _report_no_lists(
+    source: Files,
+    foreign: Sequence[PartList],
+    classes: Mapping[str, object],
+    *,
+    required: bool,
+) -> None:
+    """Raise if lists are required, and warn if three files could be lists but name no class."""
+    if required:
+        names = [", ".join(f"{part}{suffix}" for part in PARTS) for suffix in (".csv", ".txt")]
+        raise ValueError(
+            f"split lists: {source.root} has no {names[0]}, and no {names[1]} "
+            "with a class a line (nor such lists in .json); expected three of them"
+        )
+    if {one.part for one in foreign} == {0, 1, 2}:
+        warnings.warn(
+            f"{source.root}: {', '.join(one.path for one in foreign)} name no class, such as "
+            f"{next(iter(classes))!r}, so they do not split the classes; "
+            "for a split of your own, give one class a line",
+            stacklevel=2,
+        )
 
 
 def _one_of_each(
     source: Files,
-    lists: Mapping[str, str],
-    names: Sequence[str],
+    lists: Sequence[PartList],
+    suffix: str,
     which: str = "",
-) -> dict[str, str]:
-    """The path of each of the names, in their order. `lists` has the name of each path."""
-    path_of: dict[str, str] = {}
-    for path, name in lists.items():
-        if name in path_of:
+) -> list[PartList]:
+    """The lists in the order of `PARTS`. A ValueError names those that are missing or doubled."""
+    list_of: dict[int, PartList] = {}
+    names = [f"{part}{suffix}" for part in PARTS]
+    for one in lists:
+        other = list_of.setdefault(one.part, one)
+        if other is not one:
             raise ValueError(
-                f"split lists: {source.root} has {path_of[name]} and {path}, expected one {name}; "
+                f"split lists: {source.root} has {other.path} and {one.path}, "
+                f"expected one {names[one.part]}; "
                 "name the folder of the lists that you want as split_lists"
             )
-        path_of[name] = path
-    missing = [name for name in names if name not in path_of]
+    missing = [name for part, name in enumerate(names) if part not in list_of]
     if missing:
         raise ValueError(
             f"split lists: {source.root} has no {', '.join(missing)}{which}; "
             f"expected {', '.join(names)}"
         )
-    return {name: path_of[name] for name in names}
+    return [list_of[part] for part in range(len(PARTS))]
 
 
-def _lines(source: Files, path: str) -> Iterator[tuple[str, str]]:
-    """Where each line of a text list stands, and the line. Blank lines are left out."""
-    text = source.read(path).decode("utf-8-sig", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            yield f"{source.root}: {path}, line {number}", line.strip().strip("/")
-
-
-def _rows(source: Files, path: str) -> Iterator[tuple[str, str, str]]:
-    """Where each row of a CSV list stands, its filename and its label."""
-    try:
-        text = source.read(path).decode("utf-8-sig")
-        rows = csv.DictReader(text.splitlines())
-        columns = list(rows.fieldnames or ())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{source.root}: {path}: got an unreadable list ({error}), expected CSV text"
-        ) from error
-    if not {"filename", "label"} <= set(columns):
-        raise ValueError(f"{source.root}: {path}: got columns {columns}, expected filename,label")
-    for line, row in enumerate(rows, start=2):
-        where = f"{source.root}: {path}, line {line}"
-        filename = row["filename"] or ""
-        if not row["label"]:
-            raise ValueError(f"{where}: got no label for {filename!r}, expected filename,label")
-        yield where, filename, row["label"]
+def _describe(lists: Sequence[PartList]) -> str:
+    paths = dict.fromkeys(one.path for one in lists)
+    return f"lists {', '.join(paths)}"

@@ -163,7 +163,7 @@ def test_an_encrypted_zip_names_its_file(tmp_path):
     for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.index(header) + flags] |= 1  # of the first file: encrypted
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"data\.zip: c00/0\.png is damaged \(.*encrypted"):
+    with pytest.raises(ValueError, match=r"data\.zip: c00/0\.png is encrypted; unpack"):
         Files(path).read("c00/0.png")
 
 
@@ -171,3 +171,91 @@ def test_an_archive_has_the_digest_of_its_bytes(tmp_path):
     one = write_tar(tmp_path / "one.tar", FILES)
     other = write_tar(tmp_path / "other.tar", FILES | {"c02/2.png": b"x"})
     assert content_digest(one) != content_digest(other)
+
+
+def made_on_windows(path):
+    """Change a zip so that it says that it was made on a FAT file system."""
+    data = bytearray(path.read_bytes())
+    place = -1
+    while (place := data.find(b"PK\x01\x02", place + 1)) >= 0:
+        data[place + 5] = 0
+    path.write_bytes(data)
+    return path
+
+
+def without_utf8_flags(path):
+    """Change a zip so that it does not say in which code its names are."""
+    data = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        while (place := data.find(header, place + 1)) >= 0:
+            data[place + flags + 1] &= ~8
+    path.write_bytes(data)
+    return path
+
+
+def test_backslashes_divide_the_paths_of_a_zip_from_windows_alone(tmp_path):
+    names = {path.replace("/", "\\"): data for path, data in FILES.items()}
+    elsewhere = Files(write_zip(tmp_path / "unix.zip", names))
+    assert elsewhere.paths == sorted(names)
+    windows = Files(made_on_windows(write_zip(tmp_path / "windows.zip", names | {"c00\\": b""})))
+    assert windows.paths == sorted(FILES)
+    assert windows.read("c01/2.png") == FILES["c01/2.png"]
+    climbing = made_on_windows(write_zip(tmp_path / "up.zip", {"..\\..\\x.png": b"x"}))
+    with pytest.raises(ValueError, match="which leaves the archive"):
+        Files(climbing)
+
+
+def test_names_in_utf8_are_read_whether_or_not_the_zip_says_so(tmp_path):
+    path = write_zip(tmp_path / "data.zip", {"Ägypten/é.png": b"1", "a/1.png": b"2"})
+    assert Files(path).paths == ["a/1.png", "Ägypten/é.png"]
+    files = Files(without_utf8_flags(path))
+    assert files.paths == ["a/1.png", "Ägypten/é.png"]
+    assert files.read("Ägypten/é.png") == b"1"
+
+
+def test_names_in_code_page_437_are_read(tmp_path):
+    path = write_zip(tmp_path / "data.zip", {"Ä.png": b"1"})
+    in_utf8 = "Ä".encode()
+    # Two bytes that are no UTF-8: Ä and a capital Gamma.
+    path = without_utf8_flags(path)
+    path.write_bytes(path.read_bytes().replace(in_utf8, b"\x8e\xe2"))
+    assert Files(path).paths == ["ÄΓ.png"]
+
+
+def test_a_zip_whose_names_are_no_text_is_refused(tmp_path):
+    path = write_zip(tmp_path / "data.zip", {"Ä.png": b"1"})
+    path.write_bytes(path.read_bytes().replace("Ä".encode(), b"\xff\xfe"))
+    with pytest.raises(ValueError, match=r"data\.zip: got an unreadable archive"):
+        Files(path)
+
+
+def test_an_unknown_compression_names_its_file_and_what_to_do(tmp_path):
+    path = write_zip(tmp_path / "data.zip", FILES)
+    data = bytearray(path.read_bytes())
+    for header, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        data[data.index(header) + method] = 9  # of the first file: Deflate64
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"c00/0\.png is packed in a way .*; pack it again as"):
+        Files(path).read("c00/0.png")
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+@pytest.mark.filterwarnings("ignore::UserWarning:zipfile")
+def test_a_damaged_archive_is_read_or_refused_in_one_way(tmp_path, write):
+    whole = write(tmp_path / "data", FILES).read_bytes()
+    rng = np.random.default_rng(0)
+    messages = []
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 3):
+            data[place] = rng.integers(256)
+        (tmp_path / "data").write_bytes(data)
+        try:
+            files = Files(tmp_path / "data")
+            for path in files.paths:
+                files.read(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert all("data: " in message and ";" in message for message in messages)

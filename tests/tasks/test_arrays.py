@@ -10,6 +10,7 @@ import torch
 from image_files import red_square, write_tar, write_tree, write_zip
 
 import tasks
+from tasks import class_images
 
 PARTS = ("train", "val", "test")
 ROWS = 4  # of a class
@@ -167,13 +168,13 @@ def test_one_file_without_a_split_is_shuffled_or_split_by_text_lists(tmp_path, s
 
 def test_images_in_arrays_are_resized_as_files_are(tmp_path):
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (8, 9, 14, 3), np.uint8)
-    files = of_parts(CACHE, lambda part: cache(part, image_data=pixels))
+    pixels = rng.integers(0, 256, (3, 8, 9, 14, 3), np.uint8)
+    files = of_parts(CACHE, lambda part: cache(part, image_data=pixels[part]))
     write_tree(tmp_path / "arrays", files)
     from PIL import Image
 
     for part in range(3):
-        for row, image in enumerate(pixels):
+        for row, image in enumerate(pixels[part]):
             path = tmp_path / "files" / PARTS[part] / names(part)[row // ROWS] / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
@@ -181,6 +182,29 @@ def test_images_in_arrays_are_resized_as_files_are(tmp_path):
         expected, got = (load(tmp_path / root, **options) for root in ("files", "arrays"))
         assert torch.equal(got.test.pool.images, expected.test.pool.images)
         assert got.digests == expected.digests
+
+
+@pytest.mark.parametrize("layout", ["mini-ImageNet", "npz of features", "pt of a pair"])
+def test_large_files_are_read_once_and_split_by_lists_all_the_same(
+    tmp_path, empty_cache, monkeypatch, layout
+):
+    root = write_tree(tmp_path / "data", LAYOUTS[layout])
+    expected = load(root)
+    monkeypatch.setattr(class_images, "CACHED_BYTES", 1)
+    built = load(root)
+    monkeypatch.setattr(class_images, "array_classes", None)  # It is not called.
+    for splits in (built, load(root)):
+        assert splits.digests == expected.digests
+        for got, whole in zip(families(splits), families(expected), strict=True):
+            assert torch.equal(got.pool.images, whole.pool.images)
+            assert got.pool.counts.tolist() == whole.pool.counts.tolist()
+    assert len(list(empty_cache.iterdir())) == 1
+
+    first, second, third, *others = (name for f in families(expected) for name in f.classes)
+    lists = {"train.txt": [second, first], "val.txt": [third, others[0]], "test.txt": others[1:]}
+    write_tree(tmp_path / "lists", {name: "\n".join(text) for name, text in lists.items()})
+    splits = load(root, split_lists=tmp_path / "lists")
+    assert [list(family.classes) for family in families(splits)] == list(lists.values())
 
 
 def test_features_are_inputs_as_they_are(tmp_path):

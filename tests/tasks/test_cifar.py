@@ -170,7 +170,7 @@ def test_decoded_images_are_cached_by_what_they_were_decoded_from(
         offset: write(tmp_path / str(offset), class_images("BMP", offset)) for offset in (0, 5)
     }
     first = {offset: tasks.cifar10(root)[0] for offset, root in roots.items()}
-    assert len(list(small.glob("cifar10-images-*.npz"))) == 4
+    assert len(list(small.glob("cifar10-images-*.arrays"))) == 4
     monkeypatch.setattr(Files, "images", None)
     for offset, root in roots.items():
         again, _ = tasks.cifar10(root)
@@ -266,3 +266,10 @@ def test_without_data_the_error_says_the_layouts_and_the_source(tmp_path, small,
     message = r"cifar10: could not download it \(no network\); put https.*data_root"
     with pytest.raises(FileNotFoundError, match=message):
         tasks.cifar10()
+
+
+def test_an_archive_with_a_file_in_two_folders_is_refused(tmp_path, small):
+    root = write_archive(tmp_path, binary_files() | {"copy/test_batch.bin": b"x"})
+    message = r"got test_batch\.bin in two folders, expected https://.*download it again"
+    with pytest.raises(ValueError, match=message):
+        tasks.cifar10(root)

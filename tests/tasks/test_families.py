@@ -26,6 +26,21 @@ def folder_options(tmp_path, monkeypatch):
     return {"data_root": tmp_path, "size": 8}
 
 
+def dataset_options(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(200, 7))
+    return {"dataset": (values, np.arange(200) % 25)}
+
+
+def published_options(tmp_path, monkeypatch):
+    """Each of train, val and test has a third of the classes."""
+    files = {
+        f"{('train', 'val', 'test')[int(path[1:3]) % 3]}/{path}": data
+        for path, data in class_folders(15, count=8).items()
+    }
+    write_tree(tmp_path, files)
+    return {"data_root": tmp_path, "size": 8}
+
+
 def learn2learn_options(tmp_path, monkeypatch):
     import_learn2learn()
     monkeypatch.setattr("learn2learn.vision.datasets.full_omniglot.Omniglot", TinyOmniglot)
@@ -40,8 +55,12 @@ def omniglot_options(tmp_path, monkeypatch):
 
 # Families that read data, and what `tasks.load` is given for them.
 DATA = {
+    "cifar-fs": published_options,
+    "dataset": dataset_options,
+    "fc100": published_options,
     "folder": folder_options,
     "learn2learn": learn2learn_options,
+    "mini-imagenet": published_options,
     "omniglot": omniglot_options,
 }
 SLOW = ("glyphs", "learn2learn", "omniglot")

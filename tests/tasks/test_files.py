@@ -1,12 +1,14 @@
 """Image files in folders and zips: which are listed, and what is decoded of them."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 from image_files import class_folders, encode, red_square, write_tree, write_zip
 from PIL import Image
 
+import tasks
 from tasks.files import Files, content_digest
 
 
@@ -34,6 +36,84 @@ def test_links_are_followed_except_to_a_folder_that_contains_them(tmp_path):
     (root / "c05" / "up").symlink_to(root)
     (root / "c05" / "broken.png").symlink_to(tmp_path / "nowhere")
     assert Files(root).paths == sorted([*class_folders(4), "c05/0.png"])
+
+
+def linked_folders(root, links):
+    """Four classes, and links from paths below `root` to others."""
+    write_tree(root, class_folders(4))
+    for path, target in links.items():
+        (root / path).symlink_to(target if target.startswith("/") else root / target)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("links", "circles"),
+    [
+        ({"c00/top": "."}, True),
+        ({"c00/self": "c00"}, True),
+        ({"c00/system": "/"}, True),
+        ({"c00/system": "/etc/.."}, True),
+        ({"c00/loop.png": "c00/loop.png"}, True),
+        ({"c00/x": "c01"}, False),
+        ({"c00/x": "c01", "c01/y": "c00"}, False),
+        ({f"c{a:02d}/{b}": f"c{b:02d}" for a in range(4) for b in range(4) if a != b}, False),
+    ],
+)
+def test_circles_end_and_a_folder_that_two_paths_lead_to_is_named(tmp_path, links, circles):
+    root = linked_folders(tmp_path / "data", links)
+    if circles:
+        assert Files(root).paths == sorted(class_folders(4))
+    else:
+        with pytest.raises(ValueError, match=r"data: c0\d and c0\d/\w are one folder.*remove the"):
+            Files(root)
+
+
+def test_circles_through_another_folder_end(tmp_path):
+    other = write_tree(tmp_path / "other", {"1.png": b"x"})
+    root = linked_folders(tmp_path / "data", {"c04": str(other)})
+    for name, target in {"back": root, "up": tmp_path, "system": "/"}.items():
+        (other / name).symlink_to(target)
+    assert Files(root).paths == sorted([*class_folders(4), "c04/1.png"])
+
+
+def test_an_image_that_two_paths_lead_to_is_named(tmp_path):
+    root = linked_folders(tmp_path / "data", {"c00/copy.png": "c01/2.png"})
+    files = Files(root)
+    with pytest.raises(
+        ValueError, match=r"data: c00/copy\.png and c01/2\.png are one file.*remove"
+    ):
+        files.images(files.image_paths, 8, color=True)
+    # Other files, such as a list, may have two names.
+    (root / "readme.txt").symlink_to(root / "c01" / "2.png")
+    assert files.read("c01/2.png") == Files(root).read("readme.txt")
+
+
+def test_a_stamp_changes_with_a_file_its_name_and_its_time(tmp_path):
+    root = write_tree(tmp_path / "data", {"a.png": b"1", "b.png": b"2"})
+    files = Files(root)
+    stamps = [files.stamp(["a.png"]), files.stamp(["b.png"]), files.stamp(files.paths)]
+    assert files.stamp(["a.png"]) == stamps[0]
+    before = (root / "a.png").stat()
+    (root / "a.png").write_bytes(b"3")
+    os.utime(root / "a.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    stamps += [files.stamp(["a.png"]), files.stamp(files.paths)]
+    assert len(set(stamps)) == 5
+    assert files.stamp(["b.png"]) == stamps[1]
+    zipped = Files(write_zip(tmp_path / "data.zip", class_folders(2)))
+    assert zipped.stamp(zipped.paths) != zipped.stamp(zipped.paths[1:])
+    assert zipped.bytes_of(zipped.paths) == (tmp_path / "data.zip").stat().st_size
+    assert files.bytes_of(files.paths) == 2
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "café".encode(), "cafe\u0301".encode(), b"a b"])
+def test_names_of_any_bytes_are_read(tmp_path, name):
+    folder = os.path.join(os.fsencode(write_tree(tmp_path / "data", class_folders(12))), name)
+    os.rename(os.fsencode(tmp_path / "data" / "c00"), folder)
+    splits = tasks.load("folder", ways=2, shots=1, queries=2, size=8, data_root=tmp_path / "data")
+    families = (splits.train, splits.validation, splits.test)
+    assert sum(len(family.classes) for family in families) == 12
+    assert len(set(splits.digests.values())) == 3
+    assert len(content_digest(tmp_path / "data")) == 16
 
 
 def test_a_missing_root_and_damaged_zips_are_named(tmp_path):
@@ -84,11 +164,6 @@ def test_transparent_pixels_lie_on_white(tmp_path, mode):
     image = Image.merge("LA", (Image.new("L", (8, 8), 0), Image.fromarray(alpha)))
     image = image.convert("RGBA").quantize(4) if mode == "P" else image.convert(mode)
     assert decoded_row(tmp_path, image) == [0] * 4 + [255] * 4
-
-
-def test_the_upper_8_of_16_bits_are_taken(tmp_path):
-    greys = np.where(np.arange(8) < 4, 0x3310, 0xCC20).astype(np.uint16)[None].repeat(8, 0)
-    assert decoded_row(tmp_path, Image.fromarray(greys)) == [0x33] * 4 + [0xCC] * 4
 
 
 def decoded_row(folder, image):

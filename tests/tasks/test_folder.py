@@ -5,6 +5,8 @@ import pytest
 from image_files import class_folders, red_square, write_tree, write_zip
 
 import tasks
+from tasks import class_images
+from tasks.files import Files
 
 SPLIT_CLASSES = {"train": (0, 1), "val": (2, 3), "test": (4, 5)}
 
@@ -163,11 +165,101 @@ def test_what_is_wrong_with_the_files_is_named(tmp_path, files, message):
         (csv_list(["n20.jpg"]), r"line 2: got no label for 'n20\.jpg'"),
         (csv_list(["x.jpg,n2"]), r"line 2: 0 images are called 'x\.jpg'"),
         (csv_list(["n20.jpg,n2"] * 2), r"line 3: 'n20\.jpg' is listed twice"),
+        (csv_list(["n20.jpg,n2", "", "n20.jpg,n2"]), r"line 4: 'n20\.jpg' is listed twice"),
+        (csv_list(["n20.jpg,a,b"]), r"line 2: got 3 fields, expected 2; put fields that have a co"),
+        (
+            csv_list(['n20.jpg,"n2', "n21.jpg,n2"]),
+            r"got an unreadable list \(unexpected end of data",
+        ),
+        ("filename,label,label\n", r"got columns \['filename', 'label', 'label'\]"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_named_with_its_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=rf"val\.csv.*{message}"):
         load(write_tree(tmp_path, mini_imagenet({"val.csv": text})))
+
+
+CSV_FORMS = {
+    "spaces": lambda text: text.replace(",", " , "),
+    "spaces at the end": lambda text: text.replace("\n", "  \n"),
+    "quotes": lambda text: text.replace("n2\n", '"n2"\n'),
+    "carriage returns": lambda text: text.replace("\n", "\r\n"),
+    "byte order mark": lambda text: "\ufeff" + text,
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "further columns": lambda text: text.replace("\n", ",x\n"),
+    "a long field": lambda text: text.replace("\n", f",{'x' * 200_000}\n"),
+    "a field of several lines": lambda text: text.replace("\n", ',"1\n2"\n'),
+}
+
+
+@pytest.mark.parametrize("form", CSV_FORMS)
+def test_a_csv_list_may_have_any_form(tmp_path, form):
+    files = {
+        path: CSV_FORMS[form](data) if path.endswith(".csv") else data
+        for path, data in mini_imagenet().items()
+    }
+    splits = load(write_tree(tmp_path, files))
+    assert classes(splits) == [["n0", "n1"], ["n2", "n3"], ["n4", "n5"]]
+    assert splits.test.pool.images_of(0)[:, 0, 0, 0].tolist() == [40, 41, 42]
+
+
+def test_labels_that_differ_by_blanks_are_one_class(tmp_path):
+    """Before, the images of one class could be in training and in test."""
+    rows = ["n00.jpg,polar bear", "n01.jpg,polar  bear", "n02.jpg, polar bear ", "n10.jpg,n1"]
+    lists = {"train.csv": csv_list([*rows, "n11.jpg,n1", "n12.jpg,n1"])}
+    splits = load(write_tree(tmp_path, mini_imagenet(lists)))
+    assert classes(splits)[0] == ["polar bear", "n1"]
+    assert splits.train.pool.counts.tolist() == [3, 3]
+
+    lists["test.csv"] = csv_list([f"n4{i}.jpg,polar bear\u00a0" for i in range(3)])
+    with pytest.raises(ValueError, match="class 'polar bear' is in train and in test"):
+        load(write_tree(tmp_path, mini_imagenet(lists)))
+
+
+@pytest.mark.parametrize(("name", "other"), [("c0", "c0 "), ("caf\u00e9", "cafe\u0301")])
+def test_folders_whose_names_look_alike_are_refused(tmp_path, name, other):
+    files = without(split_folders(), "c0/") | {
+        f"{part}/{name}/{i}.png": red_square(90 + 3 * len(part) + i)
+        for part, name in {"train": name, "test": other}.items()
+        for i in range(3)
+    }
+    message = f"classes '{name}' .train. and '{other}' .test. differ in blanks or"
+    with pytest.raises(ValueError, match=message):
+        load(write_tree(tmp_path, files))
+
+
+def test_many_images_are_decoded_once_until_a_file_or_a_list_changes(
+    tmp_path, empty_cache, monkeypatch
+):
+    decoded = []
+    decode = Files.images
+
+    def count(files, paths, size, *, color):
+        decoded.append(len(paths))
+        return decode(files, paths, size, color=color)
+
+    monkeypatch.setattr(Files, "images", count)
+    root = write_tree(tmp_path / "data", class_folders())
+    expected = load(root)
+    assert not empty_cache.exists()  # They are few.
+    monkeypatch.setattr(class_images, "CACHED_IMAGES", 36)
+    for _ in range(2):
+        splits = load(root)
+        assert splits.digests == expected.digests
+        assert splits.train.pool.images.equal(expected.train.pool.images)
+    assert decoded == [36, 36]
+
+    write_tree(root, {"c03/1.png": red_square(200)})
+    assert 200 in load(root).train.pool.images
+    write_tree(root, {"train.txt": "c01\nc00\n", "val.txt": "c02\nc03", "test.txt": "c04\nc05"})
+    monkeypatch.setattr(class_images, "CACHED_IMAGES", 18)
+    listed = load(root)
+    assert listed.train.pool.images_of(0)[:, 0, 0, 0].tolist() == [10, 11, 12]
+    assert decoded == [36, 36, 36, 18]
+    # One file for each data set, size and number of channels.
+    assert len(list(empty_cache.iterdir())) == 1
+    load(root, size=4)
+    assert len(list(empty_cache.iterdir())) == 2
 
 
 def test_a_label_in_two_lists_is_refused(tmp_path):

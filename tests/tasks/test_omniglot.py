@@ -157,7 +157,7 @@ def test_without_data_the_error_says_the_layout_and_the_source(tmp_path, empty_c
     monkeypatch.setattr("torchvision.datasets.Omniglot", no_network)
     with pytest.raises(FileNotFoundError, match=r"could not download it \(no network\).*data_root"):
         tasks.load("omniglot")
-    assert not list(empty_cache.glob("*.npz"))
+    assert not list(empty_cache.glob("*.arrays"))
 
 
 def test_a_root_without_data_is_refused_although_the_cache_is_full(tmp_path, empty_cache):
@@ -208,4 +208,4 @@ def test_another_source_is_another_entry_of_the_cache(
     for value in (PAPER, INK, PAPER):
         splits = tasks.load("omniglot", ways=1, queries=5, data_root=roots[value], rotations=False)
         assert splits.train.pool.images.max() == 255 - value
-    assert len(list(empty_cache.glob("omniglot-1-*.npz"))) == 2
+    assert len(list(empty_cache.glob("omniglot-1-*.arrays"))) == 2

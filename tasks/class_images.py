@@ -1,0 +1,284 @@
+"""Images or arrays of a data set by class, with the split that comes with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from tasks.arrays import READERS, ClassArrays, array_classes, array_paths
+from tasks.cache import Arrays, load_or_build
+from tasks.files import Files
+from tasks.list_files import PARTS, part_called, plain_name
+from tasks.pool import ImagePool
+from tasks.repeats import image_digests, repeated_images
+from tasks.split_lists import Classes, Division, divide_by_classes, divide_by_images
+
+LAYOUT = (
+    "expected class/image files, train|val|test/class/image files, "
+    "images with lists train.csv, val.csv and test.csv (or .txt), "
+    f"or arrays in {', '.join(READERS)} files"
+)
+CACHED_IMAGES = 1000  # Fewer are decoded in less than a second.
+CACHED_BYTES = 2**26  # Smaller files of arrays are read in less than a second.
+
+Inputs = TypeVar("Inputs")  # the image files of a class, its array, or its position
+
+
+@dataclass(frozen=True, eq=False)
+class ClassImages:
+    """The classes of a data set, and the split that comes with it.
+
+    Args:
+        root: Where the data is, for people to read.
+        pool: All classes.
+        parts: The names of the train, validation and test classes, or of all classes if nothing
+            splits them.
+        divided_by: What splits them, such as "lists train.txt, val.txt, test.txt".
+        digests: What `image_digests` says of each image of the pool. Empty for features.
+        paths: The file of each image of the pool. Empty for arrays.
+    """
+
+    root: Path | str
+    pool: ImagePool
+    parts: list[list[str]]
+    divided_by: str
+    digests: np.ndarray
+    paths: Sequence[str] = ()
+
+    def positions(self) -> list[np.ndarray]:
+        """The positions in `pool` of the classes of each part."""
+        position = {name: i for i, name in enumerate(self.pool.names)}
+        return [np.array([position[name] for name in part], np.int64) for part in self.parts]
+
+    def repeats(self, split: Sequence[np.ndarray]) -> str:
+        """What to say of images that stand in two splits. Empty if there are none.
+
+        Images are equal if all their pixels are. Those of one colour do not count.
+
+        Args:
+            split: The positions in `pool` of the train, validation and test classes.
+        """
+        if len(self.digests) == 0:
+            return ""
+        split_of_class = np.full(len(self.pool), -1)
+        for number, classes in enumerate(split):
+            split_of_class[classes] = number
+        split_of = np.repeat(split_of_class, self.pool.counts)
+        repeats = repeated_images(self.digests, split_of)
+        if not repeats:
+            return ""
+        one, other = (f"{self._place(row)} ({PARTS[split_of[row]]})" for row in repeats[0])
+        return f"equal images in two splits: {len(repeats)}, the first being {one} = {other}"
+
+    def _place(self, row: int) -> str:
+        """Where an image comes from."""
+        if self.paths:
+            return self.paths[row]
+        position = int(np.searchsorted(self.pool.starts, row, side="right")) - 1
+        number = row - self.pool.starts[position]
+        return f"image {number} of class {self.pool.names[position]!r}"
+
+
+def read_class_images(
+    data_root: str | Path,
+    *,
+    size: int,
+    color: bool,
+    split_lists: str | Path | None = None,
+) -> ClassImages:
+    """Read images or arrays in one of the layouts of `tasks.folder.load`.
+
+    Many images are decoded once, into a file of the cache folder that is mapped into memory.
+
+    Args:
+        data_root: A folder, a file of arrays, or a zip or tar.
+        size: Pixels a side, ≥ 1.
+        color: Whether images have three channels or one of grey.
+        split_lists: As for `tasks.folder.load`.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `data_root`.
+        ValueError: If there are no images, a file cannot be read, a list or folder does not fit, or
+            a class is in two splits.
+    """
+    if size < 1:
+        raise ValueError(f"size: got {size}, expected at least 1 pixel a side")
+    root = Path(data_root)
+    files = Files(root, is_one_file=root.suffix.lower() in READERS)
+    lists = files if split_lists is None else Files(Path(split_lists))
+    required = split_lists is not None
+    images = files.image_paths
+    if images:
+        division = divide_by_images(lists, images)
+        if division is None:
+            division = _divide_by_lists(lists, _divide_by_folders(images), required)
+        return _from_image_files(files, division, size, color)
+    if not array_paths(files):
+        raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
+    return divide(_from_arrays(files, size, color), lists, required=required)
+
+
+def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages:
+    """The classes that lists of classes divide, if there are any and nothing else divides them.
+
+    Args:
+        classes: What was read.
+        lists: Where the lists are.
+        required: Whether they have to be there, and go before what else divides the classes.
+
+    Raises:
+        ValueError: If lists are incomplete, do not fit, or are required and missing.
+    """
+    parts = [{name: name for name in part} for part in classes.parts]
+    division = _divide_by_lists(lists, Division(parts, classes.divided_by), required)
+    names = [list(part) for part in division.parts]
+    return replace(classes, parts=names, divided_by=division.by)
+
+
+def _divide_by_lists(
+    lists: Files,
+    division: Division[Inputs],
+    required: bool,
+) -> Division[Inputs]:
+    """What lists of classes divide, if there are any and nothing else divides the classes."""
+    if len(division.parts) == 3 and not required:
+        return division
+    classes = _merged(division.parts)
+    return divide_by_classes(lists, classes, required=required) or division
+
+
+def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
+    """The classes of all parts. A ValueError names a class that is in two of them."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split, part in zip(PARTS, parts, strict=False):
+        for name in part:
+            other, other_split = seen.setdefault(plain_name(name), (name, split))
+            if other != name:
+                raise ValueError(
+                    f"splits: classes {other!r} ({other_split}) and {name!r} ({split}) differ "
+                    "in blanks or in the form of accents alone; rename one, or merge them"
+                )
+            if other_split != split:
+                raise ValueError(
+                    f"splits: class {name!r} is in {other_split} and in {split}; "
+                    "few-shot splits hold whole classes apart, "
+                    "so give every class to one of them"
+                )
+    return {name: inputs for part in parts for name, inputs in part.items()}
+
+
+def _from_image_files(
+    files: Files,
+    division: Division[list[str]],
+    size: int,
+    color: bool,
+) -> ClassImages:
+    classes = _merged(division.parts)
+    paths = [path for paths in classes.values() for path in paths]
+
+    def decode() -> Arrays:
+        images = files.images(paths, size, color=color)
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        return {"images": images, "digests": image_digests(images)}
+
+    is_large = len(paths) >= CACHED_IMAGES
+    arrays = _cached(files, paths, size, color, decode) if is_large else decode()
+    pool = ImagePool.from_sorted(
+        torch.from_numpy(arrays["images"]),
+        counts=[len(paths) for paths in classes.values()],
+        names=classes,
+    )
+    parts = [list(part) for part in division.parts]
+    return ClassImages(files.root, pool, parts, division.by, arrays["digests"], paths)
+
+
+def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
+    paths = array_paths(files)
+
+    def read() -> Arrays:
+        parts = array_classes(files, size, color=color)
+        classes = _merged(parts)
+        _check_alike(files, classes)
+        inputs = np.concatenate(list(classes.values()))
+        is_image = inputs.dtype == np.uint8
+        return {
+            "inputs": inputs,
+            "digests": image_digests(inputs if is_image else inputs[:0]),
+            "counts": np.array([len(array) for array in classes.values()]),
+            "names": np.array(list(classes)),
+            "part_sizes": np.array([len(part) for part in parts]),
+        }
+
+    is_large = files.bytes_of(paths) >= CACHED_BYTES
+    arrays = _cached(files, paths, size, color, read) if is_large else read()
+    names = arrays["names"].tolist()
+    pool = ImagePool.from_sorted(torch.from_numpy(arrays["inputs"]), arrays["counts"], names)
+    stops = np.cumsum(arrays["part_sizes"]).tolist()
+    parts = [names[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+    divided_by = "names of files" if len(parts) == 3 else ""
+    return ClassImages(files.root, pool, parts, divided_by, arrays["digests"])
+
+
+def _cached(
+    files: Files,
+    paths: Sequence[str],
+    size: int,
+    color: bool,
+    build: Callable[[], Arrays],
+) -> Arrays:
+    """Arrays that are built of some files once, in one file of the cache for each data set."""
+    place = hashlib.sha256(os.fsencode(files.root.resolve())).hexdigest()[:16]
+    channels = 3 if color else 1
+    name = f"images-1-{size}x{size}x{channels}-{place}"
+    return load_or_build(name, build, files.stamp(paths))
+
+
+def _check_alike(files: Files, classes: ClassArrays) -> None:
+    kinds = {f"{array.dtype} {array.shape[1:]}" for array in classes.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{files.root}: got inputs of the types and shapes {', '.join(sorted(kinds))}, "
+            "expected one; give all classes inputs of one type and shape"
+        )
+
+
+def _divide_by_folders(images: Sequence[str]) -> Division[list[str]]:
+    """Classes by folder: one part, or three if the top folders are called after them."""
+    paths = [path.split("/") for path in images]
+    # A zip often has one folder that wraps all others.
+    while min(map(len, paths)) > 2 and len({path[0] for path in paths}) == 1:
+        paths = [path[1:] for path in paths]
+    for image, path in zip(images, paths, strict=True):
+        if len(path) < 2:
+            raise ValueError(f"data_root: {image} is in no class folder; {LAYOUT}")
+
+    tops = {path[0] for path in paths}
+    part_of = {top: part for top in tops if (part := part_called(top)) is not None}
+    split_tops = sorted(part_of)
+    if len(set(part_of.values())) < 2:
+        classes: Classes = defaultdict(list)
+        for image, path in zip(images, paths, strict=True):
+            classes["/".join(path[:-1])].append(image)
+        return Division([classes])
+
+    if len(set(part_of.values())) < 3:
+        raise ValueError(f"data_root: got only the split folders {split_tops}; {LAYOUT}")
+    others = sorted(tops - set(split_tops))
+    if others:
+        raise ValueError(
+            f"data_root: got {others[0]!r} beside the split folders {split_tops}; move it; {LAYOUT}"
+        )
+    parts: list[Classes] = [defaultdict(list) for _ in range(3)]
+    for image, (top, *folders, _) in zip(images, paths, strict=True):
+        if not folders:
+            raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
+        parts[part_of[top]]["/".join(folders)].append(image)
+    return Division(parts, f"folders {', '.join(sorted(part_of, key=part_of.__getitem__))}")

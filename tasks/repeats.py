@@ -1,0 +1,57 @@
+"""Images that stand in two splits, found by hash: a model would be tested on what it has seen."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+DIGEST_SIZE = 16  # bytes
+
+
+def image_digests(images: np.ndarray) -> np.ndarray:
+    """A hash of the pixels of each image, or zeros where all its pixels are equal.
+
+    Blank pages are no sign that one image stands in two places.
+
+    Args:
+        images: uint8 `[n, channels, height, width]`.
+
+    Returns:
+        uint8 `[n, 16]`.
+
+    Example:
+        >>> images = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2)
+        >>> images[1] = 7
+        >>> image_digests(images).any(1)
+        array([ True, False])
+    """
+    digests = np.zeros((len(images), DIGEST_SIZE), np.uint8)
+    for digest, image in zip(digests, images, strict=True):
+        if (image != image[:, :1, :1]).any():
+            hashed = hashlib.blake2b(image.tobytes(), digest_size=DIGEST_SIZE).digest()
+            digest[:] = np.frombuffer(hashed, np.uint8)
+    return digests
+
+
+def repeated_images(digests: np.ndarray, split_of: np.ndarray) -> list[tuple[int, int]]:
+    """The rows of equal images in two splits, in pairs.
+
+    Args:
+        digests: As `image_digests` returns them.
+        split_of: The number of the split that each image is in, int64 `[n]`, or −1 for none.
+
+    Example:
+        >>> digests = np.ones((3, 16), np.uint8)
+        >>> repeated_images(digests, split_of=np.array([0, -1, 2]))
+        [(0, 2)]
+    """
+    rows = np.flatnonzero((split_of >= 0) & digests.any(1))
+    splits = split_of[rows]
+    first, second = np.ascontiguousarray(digests[rows]).view(np.uint64).T
+    # Sorted by hash, then split: equal images are neighbours, those of one split together.
+    order = np.lexsort((splits, second, first))
+    is_equal = (np.diff(first[order]) == 0) & (np.diff(second[order]) == 0)
+    is_apart = np.diff(splits[order]) != 0
+    neighbours = np.flatnonzero(is_equal & is_apart)
+    return [(int(rows[order[i]]), int(rows[order[i + 1]])) for i in neighbours]

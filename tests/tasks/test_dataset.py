@@ -1,0 +1,163 @@
+"""Any labelled data set: of Pillow's images, tensors or arrays, with and without a split."""
+
+import numpy as np
+import pytest
+import torch
+from image_files import encode, no_network, write_tree
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+import tasks
+
+CLASSES = 10
+ROWS = 4  # of a class
+LABELS = np.arange(CLASSES * ROWS) % CLASSES  # not sorted
+NAMES = [f"kind {c}" for c in range(CLASSES)]
+SPLIT = {"train": [3, 1], "val": [7, 2], "test": [5, 9]}
+
+
+def load(dataset, **options):
+    return tasks.load("dataset", dataset=dataset, **({"ways": 1, "queries": 2} | options))
+
+
+def families(splits):
+    return (splits.train, splits.validation, splits.test)
+
+
+def pixels():
+    """uint8 `[n, 8, 8, 3]`, all different."""
+    return np.random.default_rng(0).integers(0, 256, (len(LABELS), 8, 8, 3), np.uint8)
+
+
+class Pairs:
+    """A map-style dataset."""
+
+    def __init__(self, inputs, labels=LABELS, **attributes):
+        self.inputs = inputs
+        self.labels = labels
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, number):
+        return self.inputs[number], self.labels[number]
+
+
+IMAGES = {
+    "Pillow": lambda: Pairs([Image.fromarray(image) for image in pixels()]),
+    "Pillow, with names": lambda: Pairs([*map(Image.fromarray, pixels())], classes=NAMES),
+    "arrays": lambda: Pairs(pixels()),
+    "tensors": lambda: TensorDataset(
+        torch.from_numpy(pixels()).permute(0, 3, 1, 2), torch.from_numpy(LABELS)
+    ),
+    "a pair": lambda: (pixels(), LABELS),
+    "a pair of tensors": lambda: (torch.from_numpy(pixels()), torch.from_numpy(LABELS)),
+    "names as labels": lambda: Pairs(pixels(), [NAMES[label] for label in LABELS]),
+}
+
+
+@pytest.mark.parametrize("form", IMAGES)
+def test_images_of_every_form_give_the_pixels_of_their_classes(form):
+    by_name = "names" in form
+    split = {part: [NAMES[c] if by_name else c for c in c_s] for part, c_s in SPLIT.items()}
+    splits = load(IMAGES[form](), split=split, size=8)
+    for family, numbers in zip(families(splits), SPLIT.values(), strict=True):
+        assert family.classes == tuple(NAMES[c] if by_name else str(c) for c in numbers)
+        for position, c in enumerate(numbers):
+            expected = pixels()[c == LABELS].transpose(0, 3, 1, 2)
+            assert np.array_equal(family.pool.images_of(position), expected)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(40, 5), torch.randn(40, 3, 2).double()])
+def test_features_stay_as_they_are_and_classes_are_shuffled(inputs):
+    for dataset in ((inputs, LABELS), TensorDataset(inputs, torch.from_numpy(LABELS))):
+        splits = load(dataset, seed=3)
+        assert [len(family.classes) for family in families(splits)] == [6, 2, 2]
+        for family in families(splits):
+            assert family.pool.images.dtype == torch.float32
+            for position, name in enumerate(family.classes):
+                expected = inputs[int(name) == LABELS].float()
+                assert torch.equal(family.pool.images_of(position), expected)
+        assert splits.source == (
+            "the dataset, shuffled by seed 3, since nothing splits the classes"
+        )
+        assert load(dataset, seed=4).digests != splits.digests
+
+
+def test_images_are_resized_as_files_are(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 9, 14, 3), np.uint8)
+    for image, label, number in zip(images, LABELS, range(40), strict=True):
+        write_tree(tmp_path, {f"{label}/{number:02d}.png": encode(image)})
+    expected = tasks.load("folder", data_root=tmp_path, ways=1, queries=2, size=5, color=False)
+    for dataset in ((images, LABELS), Pairs([*map(Image.fromarray, images)])):
+        splits = load(dataset, size=5, color=False)
+        assert splits.digests == expected.digests
+        assert torch.equal(splits.train.pool.images, expected.train.pool.images)
+
+
+def test_three_data_sets_are_a_split(tmp_path):
+    parts = {"base": (0, 1, 2), "validation": (3, 4), "novel": (5, 6)}
+    dataset = {}
+    for part, numbers in parts.items():
+        rows = np.isin(LABELS, numbers)
+        dataset[part] = (pixels()[rows], LABELS[rows])
+    splits = load(dataset, size=8)
+    loaded = [[int(name) for name in family.classes] for family in families(splits)]
+    assert loaded == [list(numbers) for numbers in parts.values()]
+    assert splits.source == "the dataset, split by its parts"
+
+
+def test_a_data_set_of_torchvision_is_taken_by_its_name(tmp_path, monkeypatch):
+    made = []
+
+    class Things(Pairs):
+        def __init__(self, root, train=True, transform=None, download=False):
+            made.append((root, train, download))
+            half = slice(0, 20) if train else slice(20, 40)
+            super().__init__([*map(Image.fromarray, pixels()[half])], LABELS[half], classes=NAMES)
+
+    monkeypatch.setattr("torchvision.datasets.Things", Things, raising=False)
+    splits = load("Things", data_root=tmp_path, size=8)
+    assert made == [(tmp_path, True, True), (tmp_path, False, True)]
+    names = [name for family in families(splits) for name in family.classes]
+    assert sorted(names) == NAMES
+    assert (splits.train.pool.counts == ROWS).all()
+    assert splits.source.startswith("torchvision's Things, shuffled")
+
+    Things.__init__ = lambda self, root, train=True, download=False: no_network()
+    with pytest.raises(FileNotFoundError, match="Things: could not download it"):
+        load("Things", data_root=tmp_path)
+
+
+TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (None, {}, "dataset: got NoneType, expected a map-style dataset"),
+        (3, {}, "dataset: got int, expected a map-style dataset"),
+        ("Nothing", {}, "dataset: got 'Nothing', expected the name of a data set in torchvision"),
+        ("ImageFolder", {}, "dataset: got 'ImageFolder', expected the name"),
+        ((pixels(), LABELS[:-1]), {}, r"labels of shape \(39,\), expected labels \(40,\)"),
+        ((pixels().astype(int), LABELS), {}, "dataset: got int64 of shape"),
+        (Pairs(pixels(), []), {}, "got inputs of no examples, expected one type"),
+        (Pairs([np.zeros(3), *[np.zeros(4)] * 39]), {}, r"float32 \(3,\), float32 \(4,\), expec"),
+        (Pairs(pixels(), np.eye(40)), {}, r"dataset: label 0: got shape \(40,\), expected one num"),
+        ({"train": 1, "val": 2}, {}, "dataset: got a dictionary of train, val, expected train, v"),
+        (TWICE, {}, "dataset: class '0' is in two of train, val, test"),
+        ((pixels(), LABELS), {"split": {"train": [1]}}, "split: got a dictionary of train, exp"),
+        ((pixels(), LABELS), {"split": SPLIT | {"val": [77]}}, "split: got class '77', expected"),
+        ((pixels(), LABELS), {"split": SPLIT | {"val": [3]}}, "share 1 classes, such as '3'"),
+        (
+            (np.concatenate([pixels()[:20]] * 2), LABELS * 2 + (np.arange(40) > 19)),
+            {},
+            r"equal images in two splits: \d+, the first being image \d of class '\d+'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(dataset, **options)
