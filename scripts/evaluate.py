@@ -19,7 +19,10 @@ from command_line import (
     build_learner,
     check_classes,
     exit_on,
+    exit_on_signals,
+    load_own_checkpoint,
     predict_test_curves,
+    run_identity,
     run_test,
     split_family,
 )
@@ -28,13 +31,11 @@ import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.normalization import is_transductive
 from metaimplicit.training import (
-    CHECKPOINT,
     CONFIG,
     Evaluation,
     Progress,
-    load_learner,
     plot_adaptation,
-    read_json,
+    read_sealed_json,
     write_json,
 )
 
@@ -61,6 +62,7 @@ class Evaluate:
     """CPU threads of torch. By default torch's own choice."""
 
 
+@exit_on_signals()
 def main(args: list[str]) -> None:
     """Evaluate a run and print a table."""
     command = tyro.cli(Evaluate, args=args)
@@ -103,7 +105,7 @@ def load_options(command: Evaluate) -> RunOptions:
         value = getattr(command, name)
         if value is not None and value < minimum:
             raise ValueError(f"--{name}: got {value}, expected at least {minimum}")
-    stored: dict[str, Any] = read_json(path).get("options", {})
+    stored: dict[str, Any] = read_sealed_json(path).get("options", {})
     if "task" not in stored:
         raise ValueError(
             f"run: {command.run} is no run of scripts/train.py; give the folder of one"
@@ -129,7 +131,7 @@ def load_run(
     check_classes(command.run, splits)
     family = split_family(splits, command.split)
     learner = build_learner(options, family)
-    progress = load_learner(command.run / CHECKPOINT, learner)
+    progress = load_own_checkpoint(command.run, learner, run_identity(options, splits))
     return family, learner, progress
 
 

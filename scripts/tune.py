@@ -11,10 +11,12 @@ from __future__ import annotations
 import sys
 
 import tyro
+from command_line import exit_on_signals
 from experiments import EXPERIMENTS
 from experiments.runner import execute
 
 
+@exit_on_signals()
 def main(args: list[str]) -> None:
     """Run the experiment that the arguments name, and print its table."""
     config = (tyro.conf.FlagCreatePairsOff,)
@@ -31,6 +33,3 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command again to continue\n")
-        sys.exit(130)

@@ -9,6 +9,8 @@ import torch
 from command_line import RunOptions
 from scripts.running import SMALL, error_line, load_main
 
+from metaimplicit.training import write_sealed_json
+
 train = load_main("train")
 evaluate = load_main("evaluate")
 
@@ -34,6 +36,9 @@ def test_a_run_leaves_every_file(run):
         "metrics.jsonl",
         "tensorboard",
         "checkpoint.pt",
+        "checkpoint-previous.pt",
+        "checkpoint-best.pt",
+        ".lock",
         "summary.json",
         "curves.png",
         "adaptation.png",
@@ -45,7 +50,9 @@ def test_a_run_leaves_every_file(run):
     assert set(config["options"]) == {f.name for f in fields(RunOptions)}
     assert config["options"]["inner_lr"] == 0.01  # the default of the task, not of glyphs
     assert config["chosen"]["vectorize"] in ("vmap", "loop")
-    assert config["versions"]["torch"] == torch.__version__
+    (sitting,) = config["sittings"]
+    assert sitting["versions"]["torch"] == torch.__version__
+    assert (sitting["from_step"], sitting["to_step"]) == (0, 3)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["step"]) for line in lines] == [
         ("train", 1),
@@ -165,7 +172,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 
 def test_evaluate_refuses_folders_without_a_run_and_numbers_out_of_range(tmp_path, run, capsys):
     assert "run: found no config.json in" in error_line(evaluate, [tmp_path], capsys)
-    (tmp_path / "config.json").write_text('{"experiment": "reweighting"}')
+    write_sealed_json(tmp_path / "config.json", {"experiment": "reweighting"})
     assert "is no run of scripts/train.py" in error_line(evaluate, [tmp_path], capsys)
     line = error_line(evaluate, [run, "--episodes=1"], capsys)
     assert line == "error: --episodes: got 1, expected at least 2"
