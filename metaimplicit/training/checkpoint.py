@@ -10,6 +10,7 @@ import torch
 
 from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
+from metaimplicit.training.log import RunLog
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import (
     Identity,
@@ -40,6 +41,7 @@ def save_checkpoint(
     *,
     identity: Identity | None = None,
     is_best: bool = False,
+    log: RunLog | None = None,
 ) -> None:
     """Save the states of learner, optimiser, sampler and random generators.
 
@@ -54,6 +56,7 @@ def save_checkpoint(
         progress: How far the run is.
         identity: What the run may not change, by name, in types that JSON has.
         is_best: Whether to keep it as checkpoint-best.pt, too.
+        log: The run's log, which is on the disk before the checkpoint is. If None, there is none.
 
     Example:
         >>> import tempfile
@@ -78,7 +81,7 @@ def save_checkpoint(
         "sampler": sampler.state_dict(),
         "rng": _random_states(learner.method),
     }
-    write_checkpoint(path, state, is_best=is_best)
+    write_checkpoint(path, state, is_best=is_best, log=log)
 
 
 def load_checkpoint(
@@ -167,7 +170,12 @@ def load_learner(path: Path, learner: MetaLearner, *, identity: Identity | None 
 
 
 def save_tuner(
-    path: Path, tuner: Tuner, progress: Progress, *, identity: Identity | None = None
+    path: Path,
+    tuner: Tuner,
+    progress: Progress,
+    *,
+    identity: Identity | None = None,
+    log: RunLog | None = None,
 ) -> None:
     """Save the states of a tuner and of the random generators. See `save_checkpoint`.
 
@@ -176,6 +184,7 @@ def save_tuner(
         tuner: The tuner.
         progress: How far the run is.
         identity: What the run may not change, by name, in types that JSON has.
+        log: The run's log, which is on the disk before the checkpoint is. If None, there is none.
 
     Example:
         >>> import tempfile
@@ -197,7 +206,7 @@ def save_tuner(
         "tuner": tuner.state_dict(),
         "rng": _random_states(tuner.method),
     }
-    write_checkpoint(path, state)
+    write_checkpoint(path, state, log=log)
 
 
 def load_tuner(path: Path, tuner: Tuner, *, identity: Identity | None = None) -> Progress:

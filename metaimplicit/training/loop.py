@@ -161,7 +161,6 @@ def fit(
                     is_best = progress.note_score(_score(values))
                 stopped = signals.received is not None
                 if done or stopped or is_best or number % checkpoint_every == 0:
-                    log.sync()
                     save_checkpoint(
                         folder.checkpoint,
                         learner,
@@ -170,6 +169,7 @@ def fit(
                         progress,
                         identity=folder.identity,
                         is_best=is_best,
+                        log=log,
                     )
                     saved = number
     return progress

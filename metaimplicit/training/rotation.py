@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metaimplicit.training.files import set_aside, write_atomically
+from metaimplicit.training.log import RunLog
 from metaimplicit.training.sealed import DamagedFileError, read_sealed, write_sealed
 
 FORMAT = 2
@@ -47,13 +48,20 @@ def best(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-best")
 
 
-def write_checkpoint(path: Path, state: State, *, is_best: bool = False) -> None:
+def write_checkpoint(
+    path: Path,
+    state: State,
+    *,
+    is_best: bool = False,
+    log: RunLog | None = None,
+) -> None:
     """Write a checkpoint atomically. The one before becomes `previous(path)`.
 
     Args:
         path: The file.
         state: What it holds, in plain containers of tensors, numbers and strings.
         is_best: Whether to write it to `best(path)` as well.
+        log: What has to be on the disk before the checkpoint that counts its lines.
     """
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT}, buffer)
@@ -61,7 +69,8 @@ def write_checkpoint(path: Path, state: State, *, is_best: bool = False) -> None
     if is_best:
         # A run that is killed between the two writes takes the best step again.
         write_sealed(best(path), payload)
-    write_sealed(path, payload, keep=previous(path))
+    sync = (lambda: None) if log is None else log.sync
+    write_sealed(path, payload, keep=previous(path), meanwhile=sync)
 
 
 def read_checkpoint(path: Path, identity: Identity | None, device: torch.device) -> Loaded:

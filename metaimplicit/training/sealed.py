@@ -113,13 +113,13 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_sealed(path: Path, payload: bytes | memoryview, *, keep: Path | None = None) -> None:
+def write_sealed(path: Path, payload: bytes | memoryview, **options: Any) -> None:
     """Write bytes and a last line with their digest, atomically, for `read_sealed`.
 
     Args:
         path: The file.
         payload: The bytes.
-        keep: Where the old file goes. If None, it is overwritten.
+        options: Those of `write_atomically`.
 
     Example:
         >>> import tempfile
@@ -130,7 +130,7 @@ def write_sealed(path: Path, payload: bytes | memoryview, *, keep: Path | None =
         b'payload'
     """
     last_line = LINE + digest(payload) + b"\n"
-    write_atomically(path, lambda file: file.writelines((payload, last_line)), keep=keep)
+    write_atomically(path, lambda file: file.writelines((payload, last_line)), **options)
 
 
 def read_sealed(path: Path) -> bytes:

@@ -91,8 +91,7 @@ def fit_tuner(
         with RunLog(out, progress, folder.run, total=steps, bar=bar) as log:
 
             def save() -> None:
-                log.sync()
-                save_tuner(folder.checkpoint, tuner, progress, identity=folder.identity)
+                save_tuner(folder.checkpoint, tuner, progress, identity=folder.identity, log=log)
 
             def record(step: TunerStep) -> None:
                 progress.step = tuner.steps
