@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections import deque
@@ -13,13 +15,15 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from metaimplicit.training.board import Board
 from metaimplicit.training.files import write_atomically
 from metaimplicit.training.progress import Progress
-from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, seal, unseal
+from metaimplicit.training.sealed import DamagedFileError, is_whole, read_sealed_json, seal
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 ASIDE = "metrics.aside.jsonl"
+LINE_NUMBER = re.compile(rb'\{"line": (\d+), ')
 SMOOTHING = 20  # steps over which the progress bar averages
 Values = dict[str, float | None]
 
@@ -43,14 +47,12 @@ class RunLog:
     def __init__(
         self, out: Path, progress: Progress, run: str, *, total: int | None, bar: bool
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # it takes a second to import
-
         _keep_lines(out, run, progress.lines)
         self._run = run
         self._path = out / METRICS
         self._lines = self._path.open("ab")
         first_step = progress.step + 1 if progress.step else None
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        self._board = Board(out / "tensorboard", purge_step=first_step)
         self._bar = tqdm(
             total=total,
             initial=progress.step,
@@ -71,17 +73,17 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         """Close the files and the progress bar."""
-        self._bar.close()
-        self._board.close()
-        self._lines.close()
+        with self._lines:
+            self._bar.close()
+            self._board.close()
+
+    def require_file(self) -> None:
+        """Raise FileNotFoundError if the file was removed while the run wrote to it."""
+        os.stat(self._path)
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk.
-
-        Raises:
-            FileNotFoundError: The file was removed while the run wrote to it.
-        """
-        os.stat(self._path)
+        """Wait until all lines are on the disk."""
+        self._board.flush()
         os.fsync(self._lines.fileno())
 
     def write(self, split: str, progress: Progress, values: Values) -> None:
@@ -99,10 +101,13 @@ class RunLog:
             "seconds": round(progress.seconds, 3),
             "split": split,
         }
+        scalars = {}
         for name, value in values.items():
-            line[name] = value if value is not None and math.isfinite(value) else None
-            if line[name] is not None:
-                self._board.add_scalar(f"{split}/{name}", value, progress.step)
+            line[name] = None
+            if value is not None and math.isfinite(value):
+                line[name] = value
+                scalars[f"{split}/{name}"] = value
+        self._board.add_scalars(scalars, progress.step)
         self._lines.write(seal(line, self._run) + b"\n")
         self._lines.flush()
 
@@ -123,13 +128,11 @@ class Log(NamedTuple):
     """What stands in a metrics.jsonl.
 
     Attributes:
-        whole: The lines that a run wrote, in their order, by number from 1 on.
-        texts: What stands in the file for each of them.
+        whole: The lines that the run wrote, by number from 1 on.
         others: All other lines. A last line that a crash cut short is not among them.
     """
 
-    whole: dict[int, dict[str, Any]]
-    texts: dict[int, bytes]
+    whole: dict[int, bytes]
     others: list[bytes]
 
     def require_complete(self, path: Path, lines: int) -> None:
@@ -175,20 +178,21 @@ def read_metrics(out: Path, *, complete: bool = True) -> list[dict[str, Any]]:
     log = _read_log(path.read_bytes(), read_sealed_json(out / CONFIG).get("run", ""))
     if complete:
         log.require_complete(path, max(log.whole, default=0))
-    return [log.whole[number] for number in sorted(log.whole)]
+    lines = [json.loads(log.whole[number]) for number in sorted(log.whole)]
+    for line in lines:
+        del line["line"], line["sha256"]
+    return lines
 
 
 def _read_log(content: bytes, run: str) -> Log:
-    log = Log(whole={}, texts={}, others=[])
+    log = Log(whole={}, others=[])
     texts = content.split(b"\n")
     for text in texts[:-1]:  # the last one is empty, or was cut short
-        line = unseal(text, run)
-        number = None if line is None else line.pop("line")
-        if line is None or number is None or number in log.whole:
-            log.others.append(text)
+        number = LINE_NUMBER.match(text)
+        if number and is_whole(text, run) and int(number[1]) not in log.whole:
+            log.whole[int(number[1])] = text
         else:
-            log.whole[number] = line
-            log.texts[number] = text
+            log.others.append(text)
     return log
 
 
@@ -200,14 +204,15 @@ def _keep_lines(out: Path, run: str, lines: int) -> None:
     try:
         log.require_complete(path, lines)
     except DamagedFileError as error:
-        warnings.warn(f"{error}; the run continues without them", stacklevel=3)
-
-    later = [text for number, text in log.texts.items() if number > lines]
+        warnings.warn(
+            f"{error}; the run continues, and the latter are in {ASIDE} now", stacklevel=3
+        )
+    later = [text for number, text in log.whole.items() if number > lines]
     if aside := log.others + later:
         with (out / ASIDE).open("ab") as file:
             file.writelines(text + b"\n" for text in aside)
             file.flush()
             os.fsync(file.fileno())
-    kept = b"".join(text + b"\n" for number, text in log.texts.items() if number <= lines)
+    kept = b"".join(text + b"\n" for number, text in log.whole.items() if number <= lines)
     if kept != content:
         write_atomically(path, lambda file: file.write(kept))

@@ -58,13 +58,18 @@ def seal(data: dict[str, Any], key: str = "", *, indent: int | None = None) -> b
 
 def unseal(text: bytes, key: str = "") -> dict[str, Any] | None:
     """The members of a sealed JSON object without its digest, or None if it is damaged."""
-    before, member, after = text.rpartition(MEMBER)
-    body = before + member
-    if after not in (digest(key.encode() + body) + end for end in (b'"}', b'"\n}')):
+    if not is_whole(text, key):
         return None
     data: dict[str, Any] = json.loads(text)
     del data["sha256"]
     return data
+
+
+def is_whole(text: bytes, key: str = "") -> bool:
+    """Whether a sealed JSON object is what was written."""
+    before, member, after = text.rpartition(MEMBER)
+    expected = digest(key.encode() + before + member)
+    return after in (expected + b'"}', expected + b'"\n}')
 
 
 def write_sealed_json(path: Path, data: dict[str, Any]) -> None:
