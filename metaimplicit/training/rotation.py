@@ -71,7 +71,7 @@ def write_checkpoint(
     if is_best:
         # A run that is killed between the two writes takes the best step again.
         write_sealed(best(path), payload)
-    sync = (lambda: None) if log is None else log.sync
+    sync = None if log is None else log.sync
     write_sealed(path, payload, keep=previous(path), meanwhile=sync)
 
 
