@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 import tyro
-from command_line import exit_on_signals
+from command_line import exit_on_signals, require_out_name
 from experiments import EXPERIMENTS
 from experiments.runner import execute
 
@@ -19,6 +19,7 @@ from experiments.runner import execute
 @exit_on_signals()
 def main(args: list[str]) -> None:
     """Run the experiment that the arguments name, and print its table."""
+    require_out_name(args)
     config = (tyro.conf.FlagCreatePairsOff,)
     experiment = tyro.extras.subcommand_cli_from_dict(EXPERIMENTS, args=args, config=config)
     print(execute(experiment))

@@ -130,7 +130,12 @@ def _read(path: Path, identity: Identity | None, device: torch.device) -> State:
     except Exception as error:  # the bytes decide which one
         raise DamagedFileError(f"checkpoint: {path} is no checkpoint ({error})") from error
     if not (isinstance(state, dict) and set(state) >= MEMBERS):
-        raise DamagedFileError(f"checkpoint: {path} is no checkpoint of this version")
+        raise DamagedFileError(f"checkpoint: {path} is no checkpoint of a run")
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} has format {state['format']}, expected {FORMAT}; "
+            "use the version that wrote it"
+        )
     if identity is not None:
         _require_same_identity(state["identity"], identity, path)
     return state

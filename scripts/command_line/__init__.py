@@ -5,6 +5,7 @@ from command_line.defaults import default_options
 from command_line.device import find_device
 from command_line.errors import BAD_INPUT, exit_on
 from command_line.options import RunOptions
+from command_line.out import require_out_name
 from command_line.parse import parse
 from command_line.stop import exit_on_signals, explain_stop
 from command_line.testing import (
@@ -31,6 +32,7 @@ __all__ = [
     "load_own_checkpoint",
     "parse",
     "predict_test_curves",
+    "require_out_name",
     "run_identity",
     "run_test",
     "split_family",

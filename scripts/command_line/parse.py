@@ -17,6 +17,7 @@ from command_line.flags import (
     reject_flags_of_others,
 )
 from command_line.options import RunOptions, default_folder
+from command_line.out import require_out_name
 from metaimplicit.training import CONFIG, read_sealed_json, require_new_run_folder
 from tasks import family_summaries
 
@@ -42,7 +43,7 @@ def parse(args: list[str]) -> RunOptions:
         FileExistsError: The folder holds a run, and --resume is not given.
         FileNotFoundError: The folder holds no run to resume.
     """
-    _require_name(args)
+    require_out_name(args)
     choice = _read_choice(args)
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)
@@ -74,13 +75,6 @@ def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
             "new run"
         )
     return options
-
-
-def _require_name(args: list[str]) -> None:
-    """Raise ValueError for an empty --out, which would mean the current folder."""
-    pairs = zip(args, [*args[1:], None], strict=True)
-    if "--out=" in args or ("--out", "") in pairs:
-        raise ValueError("--out: got an empty name, expected that of a folder for the run")
 
 
 def _read_choice(args: list[str]) -> argparse.Namespace:

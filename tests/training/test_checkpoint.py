@@ -71,12 +71,18 @@ def test_damaged_checkpoints_are_refused(path):
         load_learner(path, parts.learner)
 
 
-def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path):
+def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path, monkeypatch):
     parts = make_parts()
     torch.save({"format": 1}, path)
     with pytest.raises(ValueError, match="is of an earlier version"):
         load_learner(path, parts.learner)
-    state = {"format": 2, "tuner": {}, "progress": {}, "identity": {}, "rng": {}}
+    state = {"tuner": {}, "progress": {}, "identity": {}, "rng": {}}
+    with monkeypatch.context() as patch:
+        patch.setattr("metaimplicit.training.rotation.FORMAT", 3)
+        write_checkpoint(path, state)
+    with pytest.raises(ValueError, match="has format 3, expected 2; use the version that wrote"):
+        load_learner(path, parts.learner)
+    path.unlink()
     write_checkpoint(path, state)
     with pytest.raises(ValueError, match="holds no learner, but a tuner; use load_tuner"):
         load_learner(path, parts.learner)
