@@ -17,10 +17,13 @@ from command_line import (
     Split,
     build_learner,
     check_classes,
+    exit_on_signals,
     handle_errors,
+    load_own_checkpoint,
     parse_options,
     predict_test_curves,
     require_writable,
+    run_identity,
     run_test,
     split_family,
 )
@@ -30,13 +33,11 @@ import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.normalization import is_transductive
 from metaimplicit.training import (
-    CHECKPOINT,
     CONFIG,
     Evaluation,
     Progress,
-    load_learner,
     plot_adaptation,
-    read_json,
+    read_sealed_json,
     write_json,
 )
 
@@ -66,6 +67,7 @@ class Evaluate:
 
 
 @handle_errors
+@exit_on_signals()
 def main(args: list[str]) -> None:
     """Evaluate a run and print a table."""
     command = parse_options(Evaluate, args)
@@ -104,7 +106,7 @@ def load_options(command: Evaluate) -> RunOptions:
         raise FileNotFoundError(
             f"run: found no {CONFIG} in {command.run}; give the folder of a run of scripts/train.py"
         )
-    stored: dict[str, Any] = read_json(path).get("options", {})
+    stored: dict[str, Any] = read_sealed_json(path).get("options", {})
     if "task" not in stored:
         raise ValueError(
             f"run: {command.run} is no run of scripts/train.py; give the folder of one"
@@ -130,7 +132,7 @@ def load_run(
     check_classes(command.run, splits)
     family = split_family(splits, command.split)
     learner = build_learner(options, family)
-    progress = load_learner(command.run / CHECKPOINT, learner)
+    progress = load_own_checkpoint(command.run, learner, run_identity(options, splits))
     return family, learner, progress
 
 

@@ -13,15 +13,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from command_line import (
     RunOptions,
     build_learner,
     check_classes,
+    exit_on_signals,
+    explain_stop,
     handle_errors,
+    load_own_checkpoint,
     parse,
     predict_test_curves,
+    run_identity,
     run_test,
 )
 
@@ -30,14 +35,13 @@ from metaimplicit import MetaLearner
 from metaimplicit.methods import Report
 from metaimplicit.normalization import is_transductive
 from metaimplicit.training import (
-    CHECKPOINT,
     Budget,
     Progress,
     constant,
     cosine,
     describe,
     fit,
-    load_learner,
+    only_writer,
     peak_memory,
     plot_adaptation,
     plot_curves,
@@ -56,14 +60,19 @@ class Run:
     sampler: tasks.EpisodeSampler
     budget: Budget
     rehearsal: Report
+    identity: dict[str, Any]
 
 
 @handle_errors
+@exit_on_signals()
 def main(args: list[str]) -> None:
     """Train a learner and test it."""
     run = set_up(parse(args))
-    progress = train(run)
-    test(run, progress)
+    folder = run.options.folder
+    advice = f"the same command with --resume continues the run in {folder}"
+    with only_writer(folder), explain_stop(advice):
+        progress = train(run)
+        test(run, progress)
 
 
 def set_up(options: RunOptions) -> Run:
@@ -81,19 +90,23 @@ def set_up(options: RunOptions) -> Run:
     optimizer = torch.optim.Adam(learner.parameters(), lr=options.outer_lr)
     sampler = tasks.EpisodeSampler(splits.train, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)
+    identity = run_identity(options, splits)
     if options.resume:
-        warn_if_spent(options.folder / CHECKPOINT, learner, budget)
+        warn_if_spent(options.folder, learner, identity, budget)
 
     rehearsal = rehearse(learner, optimizer, sampler)
     make_folder(options.folder)
-    return Run(options, splits, learner, optimizer, sampler, budget, rehearsal)
+    return Run(options, splits, learner, optimizer, sampler, budget, rehearsal, identity)
 
 
-def warn_if_spent(checkpoint: Path, learner: MetaLearner, budget: Budget) -> None:
+def warn_if_spent(
+    folder: Path, learner: MetaLearner, identity: dict[str, Any], budget: Budget
+) -> None:
     """Say so if the run that is resumed has no budget left. It is tested all the same."""
-    if not checkpoint.exists():
-        return
-    progress = load_learner(checkpoint, learner)
+    try:
+        progress = load_own_checkpoint(folder, learner, identity)
+    except FileNotFoundError:
+        return  # The run ended before its first checkpoint.
     if budget.spent(progress) >= 1:
         sys.stderr.write(
             f"--resume: {progress.step} meta-steps in {progress.seconds / 60:.1f} minutes have "
@@ -136,27 +149,22 @@ def train(run: Run) -> Progress:
     )
     batches = -(-options.validation_episodes // options.meta_batch)  # rounded up
     config = {"options": options.dump(), **describe(run.learner, run.rehearsal)}
-    try:
-        return fit(
-            run.learner,
-            run.optimizer,
-            run.sampler,
-            out=options.folder,
-            budget=run.budget,
-            config=config | {"classes": run.splits.digests, "data": run.splits.source},
-            validation=lambda: (validation[i] for i in range(batches)),
-            validate_every=options.validate_every,
-            checkpoint_every=options.checkpoint_every,
-            schedule=cosine if options.schedule == "cosine" else constant,
-            clip=options.clip,
-            workers=options.workers,
-            resume=options.resume,
-        )
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "stopped; the same command with --resume continues from the last checkpoint\n"
-        )
-        sys.exit(130)
+    return fit(
+        run.learner,
+        run.optimizer,
+        run.sampler,
+        out=options.folder,
+        budget=run.budget,
+        config=config | {"classes": run.splits.digests, "data": run.splits.source},
+        identity=run.identity,
+        validation=lambda: (validation[i] for i in range(batches)),
+        validate_every=options.validate_every,
+        checkpoint_every=options.checkpoint_every,
+        schedule=cosine if options.schedule == "cosine" else constant,
+        clip=options.clip,
+        workers=options.workers,
+        resume=options.resume,
+    )
 
 
 def test(run: Run, progress: Progress) -> None:

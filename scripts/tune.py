@@ -13,13 +13,20 @@ from __future__ import annotations
 import sys
 
 import tyro
-from command_line import ABOUT_ERRORS, explain_usage, handle_errors
+from command_line import (
+    ABOUT_ERRORS,
+    exit_on_signals,
+    explain_usage,
+    handle_errors,
+    require_out_name,
+)
 from experiments import EXPERIMENTS
 from experiments.base import Experiment
 from experiments.runner import execute
 
 
 @handle_errors
+@exit_on_signals()
 def main(args: list[str]) -> None:
     """Run the experiment that the arguments name, and print its table."""
     print(execute(parse_experiment(args)))
@@ -31,6 +38,7 @@ def parse_experiment(args: list[str]) -> Experiment:
     Raises:
         ValueError: The command line is wrong.
     """
+    require_out_name(args)
     with explain_usage():
         experiment: Experiment = tyro.extras.subcommand_cli_from_dict(
             EXPERIMENTS,

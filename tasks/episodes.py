@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from tasks.pool import ImagePool
 
 Pair = tuple[Tensor, Tensor]
 SPLIT_NAMES = ("train", "validation", "test")
@@ -159,6 +162,19 @@ class Splits:
             "test": _class_digest(self.test),
         }
 
+    @property
+    def content_digests(self) -> dict[str, str]:
+        """For each split, 16 hexadecimal digits that identify its classes and their images.
+
+        For a family that does not draw from an `ImagePool`, they identify the classes alone.
+        """
+        digests = self.digests
+        for split in SPLIT_NAMES:
+            pool = getattr(getattr(self, split), "pool", None)
+            if isinstance(pool, ImagePool):
+                digests[split] = pool.digest
+        return digests
+
 
 def _class_digest(family: TaskFamily) -> str:
     classes = getattr(family, "classes", ())
@@ -241,6 +257,7 @@ class EpisodeSampler(Dataset[Episodes]):
             num_workers=workers,
             pin_memory=pin_memory,
             generator=generator,
+            worker_init_fn=_ignore_signals,
         )
         for episodes in loader:
             self.position += 1
@@ -269,3 +286,9 @@ class EpisodeSampler(Dataset[Episodes]):
                     "resume with the options the run was started with"
                 )
         self.position = int(state["position"])
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave signals to the main process, which may want batches until it ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

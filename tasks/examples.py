@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,6 +50,15 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the inputs and the targets."""
+        content = hashlib.sha256()
+        for tensor in (self.inputs, self.targets):
+            content.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            content.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+        return content.hexdigest()[:16]
 
     def take(self, index: Tensor) -> Examples:
         """Copy the examples at `index`: positions, int64 `[m]`, or a mask, bool `[n]`.

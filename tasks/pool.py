@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
@@ -136,6 +137,17 @@ class ImagePool:
             names=tuple(self.names[c] for c in classes),
             ids=self.ids[classes],
         )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the names of the classes and their images."""
+        content = hashlib.sha256()
+        for position, name in enumerate(self.names):
+            images = self.images_of(position)
+            header = f"{name}\n{images.dtype} {tuple(images.shape)}\n"
+            content.update(header.encode(errors="surrogatepass"))
+            content.update(images.contiguous().view(torch.uint8).numpy().data)
+        return content.hexdigest()[:16]
 
     def images_of(self, position: int) -> Tensor:
         """The images of the class at `position`, `[count, channels, height, width]`."""

@@ -8,24 +8,25 @@ from metaimplicit.training.checkpoint import (
     save_tuner,
 )
 from metaimplicit.training.files import read_json, write_atomically, write_json
-from metaimplicit.training.log import read_metrics
-from metaimplicit.training.loop import (
-    CHECKPOINT,
-    CONFIG,
-    NonFiniteError,
-    fit,
-    require_new_run_folder,
-)
+from metaimplicit.training.lock import only_writer
+from metaimplicit.training.log import CONFIG, read_metrics
+from metaimplicit.training.loop import NonFiniteError, fit
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
 from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
-from metaimplicit.training.provenance import describe
+from metaimplicit.training.provenance import describe, describe_sitting
+from metaimplicit.training.run_folder import CHECKPOINT, require_new_run_folder
+from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
+from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
 from metaimplicit.training.tuner_run import fit_tuner
 
 __all__ = [
     "CHECKPOINT",
     "CONFIG",
+    "STOP_SIGNALS",
     "Budget",
+    "DamagedFileError",
+    "DeferredSignals",
     "Estimate",
     "Evaluation",
     "Fits",
@@ -34,21 +35,25 @@ __all__ = [
     "constant",
     "cosine",
     "describe",
+    "describe_sitting",
     "evaluate",
     "fit",
     "fit_tuner",
     "load_checkpoint",
     "load_learner",
     "load_tuner",
+    "only_writer",
     "peak_memory",
     "plot_adaptation",
     "plot_curves",
     "predict_curves",
     "read_json",
     "read_metrics",
+    "read_sealed_json",
     "require_new_run_folder",
     "save_checkpoint",
     "save_tuner",
     "write_atomically",
     "write_json",
+    "write_sealed_json",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +10,16 @@ import torch
 
 from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
-from metaimplicit.training.files import write_atomically
+from metaimplicit.training.log import RunLog
 from metaimplicit.training.progress import Progress
+from metaimplicit.training.rotation import (
+    Identity,
+    State,
+    read_checkpoint,
+    repair,
+    write_checkpoint,
+)
 from metaimplicit.tuning import Tuner
-
-FORMAT = 1
 
 
 class Resumable(Protocol):
@@ -35,10 +38,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     sampler: Resumable,
     progress: Progress,
+    *,
+    identity: Identity | None = None,
+    is_best: bool = False,
+    log: RunLog | None = None,
 ) -> None:
     """Save the states of learner, optimiser, sampler and random generators.
 
-    The file is written atomically: if the process is killed meanwhile, the last checkpoint stays.
+    The file is written atomically and ends with its digest. The checkpoint before it is kept beside
+    it, as checkpoint-previous.pt.
 
     Args:
         path: The file.
@@ -46,6 +54,9 @@ def save_checkpoint(
         optimizer: The optimiser of its parameters.
         sampler: What draws the training episodes.
         progress: How far the run is.
+        identity: What the run may not change, by name, in types that JSON has.
+        is_best: Whether to keep it as checkpoint-best.pt, too.
+        log: The run's log, which is on the disk before the checkpoint is. If None, there is none.
 
     Example:
         >>> import tempfile
@@ -62,34 +73,43 @@ def save_checkpoint(
         True
     """
     state = {
-        "format": FORMAT,
         "progress": asdict(progress),
+        "identity": dict(identity or {}),
         "learner": learner.state_dict(),
         "vectorize": learner.vectorize,
         "optimizer": optimizer.state_dict(),
         "sampler": sampler.state_dict(),
         "rng": _random_states(learner.method),
     }
-    write_atomically(path, lambda file: torch.save(state, file))
+    write_checkpoint(path, state, is_best=is_best, log=log)
 
 
 def load_checkpoint(
-    path: Path, learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: Resumable
+    path: Path,
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    sampler: Resumable,
+    *,
+    identity: Identity | None = None,
 ) -> Progress:
-    """Load the states that `save_checkpoint` saved.
+    """Load the states that `save_checkpoint` saved, to continue the run.
+
+    If the file is damaged or of another run, it is renamed to checkpoint.pt.damaged, and the
+    previous or the best checkpoint takes its place. A warning says so.
 
     Args:
         path: The file.
         learner: A learner built as that of the run.
         optimizer: An optimiser of its parameters, of the same type.
         sampler: A sampler of the same stream of episodes.
+        identity: What the saved identity must be. If None, it is not compared.
 
     Returns:
         How far the run was.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint is damaged, or belongs to another learner or sampler.
+        ValueError: No checkpoint is whole, or they belong to another run, learner or sampler.
 
     Example:
         >>> import tempfile
@@ -103,27 +123,33 @@ def load_checkpoint(
         ...     load_checkpoint(path, learner, optimizer, sampler)
         Progress(step=3, seconds=0.0)
     """
-    state = _read(path, _device(learner))
+    loaded = read_checkpoint(path, identity, _device(learner))
+    state = loaded.state
     progress = _restore_learner(state, path, learner)
     optimizer.load_state_dict(state["optimizer"])
     sampler.load_state_dict(state["sampler"])
     _set_random_states(state["rng"], learner.method)
+    repair(path, loaded)
     return progress
 
 
-def load_learner(path: Path, learner: MetaLearner) -> Progress:
+def load_learner(path: Path, learner: MetaLearner, *, identity: Identity | None = None) -> Progress:
     """Load the parameters of a run's learner, and its choice between vmap and the loop.
+
+    If the file is damaged or of another run, the previous or the best checkpoint is read instead,
+    with a warning. No file is changed.
 
     Args:
         path: The run's checkpoint.
         learner: A learner built as that of the run.
+        identity: What the saved identity must be. If None, it is not compared.
 
     Returns:
         How far the run was.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint is damaged, or belongs to another learner.
+        ValueError: No checkpoint is whole, or they belong to another run or learner.
 
     Example:
         >>> import tempfile
@@ -139,16 +165,26 @@ def load_learner(path: Path, learner: MetaLearner) -> Progress:
         ...     load_learner(out / "checkpoint.pt", new).step
         3
     """
-    return _restore_learner(_read(path, _device(learner)), path, learner)
+    loaded = read_checkpoint(path, identity, _device(learner))
+    return _restore_learner(loaded.state, loaded.path, learner)
 
 
-def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
-    """Save the states of a tuner and of the random generators, atomically.
+def save_tuner(
+    path: Path,
+    tuner: Tuner,
+    progress: Progress,
+    *,
+    identity: Identity | None = None,
+    log: RunLog | None = None,
+) -> None:
+    """Save the states of a tuner and of the random generators. See `save_checkpoint`.
 
     Args:
         path: The file.
         tuner: The tuner.
         progress: How far the run is.
+        identity: What the run may not change, by name, in types that JSON has.
+        log: The run's log, which is on the disk before the checkpoint is. If None, there is none.
 
     Example:
         >>> import tempfile
@@ -165,20 +201,22 @@ def save_tuner(path: Path, tuner: Tuner, progress: Progress) -> None:
         True
     """
     state = {
-        "format": FORMAT,
         "progress": asdict(progress),
+        "identity": dict(identity or {}),
         "tuner": tuner.state_dict(),
         "rng": _random_states(tuner.method),
     }
-    write_atomically(path, lambda file: torch.save(state, file))
+    write_checkpoint(path, state, log=log)
 
 
-def load_tuner(path: Path, tuner: Tuner) -> Progress:
+def load_tuner(path: Path, tuner: Tuner, *, identity: Identity | None = None) -> Progress:
     """Load the states that `save_tuner` saved into a tuner built as that of the run.
+
+    What is damaged is set aside as in `load_checkpoint`.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint is damaged, or belongs to another tuner.
+        ValueError: No checkpoint is whole, or they belong to another run or tuner.
 
     Example:
         >>> import tempfile
@@ -194,35 +232,17 @@ def load_tuner(path: Path, tuner: Tuner) -> Progress:
         ...     load_tuner(path, tuner)
         Progress(step=3, seconds=0.0)
     """
-    state = _read(path, next(iter(tuner.meta.values())).device)
+    loaded = read_checkpoint(path, identity, next(iter(tuner.meta.values())).device)
+    state = loaded.state
     if "tuner" not in state:
         raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
     tuner.load_state_dict(state["tuner"])
     _set_random_states(state["rng"], tuner.method)
+    repair(path, loaded)
     return Progress(**state["progress"])
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"checkpoint: found no {path}; give a folder that a run has written to"
-        )
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"checkpoint: {path} is damaged or not a checkpoint; restore or delete it"
-        ) from error
-    version = state.get("format") if isinstance(state, dict) else None
-    if version != FORMAT:
-        raise ValueError(
-            f"checkpoint: {path} has format {version}, expected {FORMAT}; "
-            "use the version that wrote it"
-        )
-    return state
-
-
-def _restore_learner(state: dict[str, Any], path: Path, learner: MetaLearner) -> Progress:
+def _restore_learner(state: State, path: Path, learner: MetaLearner) -> Progress:
     if "learner" not in state:
         raise ValueError(f"checkpoint: {path} holds no learner, but a tuner; use load_tuner")
     try:

@@ -7,11 +7,20 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+PARTIAL = ".partial"
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+
+def write_atomically(
+    path: Path,
+    write: Callable[[IO[bytes]], object],
+    *,
+    keep: Path | None = None,
+    meanwhile: Callable[[], object] | None = None,
+) -> None:
     """Write a file so that readers see the old file or the new one, never a part of it.
 
     A temporary file in the same folder is filled, flushed to disk and renamed. Missing folders are
@@ -20,6 +29,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         path: The file.
         write: It receives the temporary file, open for writing bytes.
+        keep: Where the old file goes, in the same folder. If None, it is overwritten.
+        meanwhile: Called in another thread while the file is flushed. The file takes its name when
+            both are done, so this may flush what the file relies on, at little cost in time.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -29,18 +41,53 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         'text'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".partial")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            _flush_to_disk(file, meanwhile)
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives no rights to anybody else
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
         raise
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files of `write_atomically` that a killed process left in a folder.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, ".checkpoint.pt-ab12.partial").touch()
+        ...     remove_partial_files(Path(folder))
+        ...     os.listdir(folder)
+        []
+    """
+    for path in folder.glob(f".*-*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to one with the suffix .damaged, .damaged-2, …, and return its new path.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "checkpoint.pt")
+        ...     path.touch()
+        ...     set_aside(path).name
+        'checkpoint.pt.damaged'
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = path.with_name(f"{path.name}.damaged-{count}")
+    os.replace(path, aside)
+    return aside
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -76,10 +123,20 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: got damaged JSON ({error}), expected what a run wrote; restore or delete it"
         ) from error
+
+
+def _flush_to_disk(file: IO[bytes], meanwhile: Callable[[], object] | None) -> None:
+    if meanwhile is None:
+        os.fsync(file.fileno())
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        other = thread.submit(meanwhile)
+        os.fsync(file.fileno())
+        other.result()
 
 
 def _umask() -> int:

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Step, name_parts
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import Resumable, load_checkpoint, save_checkpoint
-from metaimplicit.training.files import write_json
-from metaimplicit.training.log import METRICS, RunLog, Values, read_metrics
+from metaimplicit.training.log import RunLog, Values
 from metaimplicit.training.metrics import evaluate, to_device
 from metaimplicit.training.progress import Budget, Progress, Stopwatch, cosine
+from metaimplicit.training.rotation import Identity
+from metaimplicit.training.run_folder import CHECKPOINT, RunFolder
+from metaimplicit.training.signals import DeferredSignals
 
-CHECKPOINT = "checkpoint.pt"
-CONFIG = "config.json"
 ENDLESS = 2**40  # batches to draw where only the time is limited
 
 
@@ -60,6 +60,7 @@ def fit(
     out: Path,
     budget: Budget,
     config: dict[str, Any] | None = None,
+    identity: Identity | None = None,
     validation: Callable[[], Iterable[EpisodeBatch]] | None = None,
     validate_every: int = 200,
     checkpoint_every: int = 100,
@@ -69,10 +70,15 @@ def fit(
     resume: bool = False,
     bar: bool = True,
 ) -> Progress:
-    """Meta-train a learner, and leave config, checkpoint, metrics and TensorBoard files in `out`.
+    """Meta-train a learner, and leave config, checkpoints, metrics and TensorBoard files in `out`.
 
     A run that is killed and resumed ends at the same bits as one that is not. The exception is a
-    budget in minutes, with which the learning rate follows the clock.
+    budget in minutes, with which the learning rate follows the clock. SIGINT, SIGTERM and SIGHUP
+    take effect when the present step is finished and saved; a second one takes effect at once.
+
+    The last two checkpoints are kept, and the one with the best validation. All files are verified
+    when a run is resumed. See `RunFolder` for what the folder holds, and `load_checkpoint` for what
+    happens to damaged checkpoints, and `RunLog` to damaged metrics.
 
     Args:
         learner: The learner, on the device to train on.
@@ -80,7 +86,9 @@ def fit(
         sampler: The stream of training episodes.
         out: The run's folder. It is made if it does not exist.
         budget: When to end.
-        config: What config.json holds. If None, there is no such file.
+        config: What config.json holds beside what every run has there.
+        identity: What a resumed run may not change, such as options and a digest of the data, by
+            name, in types that JSON has.
         validation: Draws the batches to validate on. If None, there is no validation.
         validate_every: The number of steps between validations, ≥ 1. The last step is validated
             as well.
@@ -97,15 +105,16 @@ def fit(
         The number of steps taken and the time spent, over all sittings of the run.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is False.
+        FileExistsError: `out` holds a run, and `resume` is False. Or another process writes to it.
         NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
             moved at this step, and the last checkpoint stands.
-        ValueError: A number is out of range. The checkpoint belongs to another run. Or `out` holds
-            the metrics of a run whose checkpoint is gone.
+        ValueError: A number is out of range. The checkpoints are damaged or belong to another run.
+            Or `out` holds the metrics of a run whose checkpoint is gone.
 
     Example:
         >>> import tempfile
         >>> import tasks
+        >>> from metaimplicit.training import read_metrics
         >>> sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=2)
         >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
         >>> optimizer = torch.optim.Adam(learner.parameters())
@@ -116,66 +125,74 @@ def fit(
         [1, 2, 3]
     """
     _check_numbers(validate_every, checkpoint_every, clip)
-    require_new_run_folder(out, resume)
-    checkpoint = out / CHECKPOINT
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    progress = _load_progress(checkpoint, learner, optimizer, sampler, resume=resume)
-    out.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        write_json(out / CONFIG, config)
-    if not checkpoint.exists():
-        save_checkpoint(checkpoint, learner, optimizer, sampler, progress)
-
     device = next(learner.parameters()).device
-    count = ENDLESS if budget.steps is None else max(budget.steps - progress.step, 0)
-    stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
-    stopwatch = Stopwatch(progress)
-    saved = progress.step
-    with RunLog(out, progress, total=budget.steps, bar=bar) as log, warnings.catch_warnings():
-        # Such a step ends in NonFiniteError, or is clipped.
-        warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
-        while budget.spent(progress) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(budget.spent(progress))
-            context = f"no parameter has moved, and {CHECKPOINT} holds step {saved}"
-            values = _take_step(
-                learner, optimizer, next(stream), clip=clip, step=progress.step + 1, context=context
-            )
-            progress.step += 1
-            stopwatch.update()
-            log.write("train", progress, values)
-            log.advance(values)
-
-            done = budget.spent(progress) >= 1
-            if validation is not None and (done or progress.step % validate_every == 0):
-                log.write("validation", progress, _validate(learner, validation()))
+    folder = RunFolder(out, resume=resume, config=config, identity=identity)
+    with DeferredSignals() as signals, folder:
+        progress = _start(folder, learner, optimizer, sampler)
+        count = ENDLESS if budget.steps is None else max(budget.steps - progress.step, 0)
+        stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
+        stopwatch = Stopwatch(progress)
+        saved = progress.step
+        log = RunLog(out, progress, folder.run, total=budget.steps, bar=bar)
+        with log, warnings.catch_warnings():
+            # Such a step ends in NonFiniteError, or is clipped.
+            warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
+            while budget.spent(progress) < 1 and signals.received is None:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * schedule(budget.spent(progress))
+                number = progress.step + 1
+                context = f"no parameter has moved, and {CHECKPOINT} holds step {saved}"
+                values = _take_step(
+                    learner, optimizer, next(stream), clip=clip, step=number, context=context
+                )
+                progress.step = number
                 stopwatch.update()
-            if done or progress.step % checkpoint_every == 0:
-                save_checkpoint(checkpoint, learner, optimizer, sampler, progress)
-                saved = progress.step
+                log.write("train", progress, values)
+                log.advance(values)
+
+                done = budget.spent(progress) >= 1
+                is_best = False
+                if validation is not None and (done or number % validate_every == 0):
+                    values = _validate(learner, validation())
+                    log.write("validation", progress, values)
+                    stopwatch.update()
+                    is_best = progress.note_score(_score(values))
+                stopped = signals.received is not None
+                if done or stopped or is_best or number % checkpoint_every == 0:
+                    save_checkpoint(
+                        folder.checkpoint,
+                        learner,
+                        optimizer,
+                        sampler,
+                        progress,
+                        identity=folder.identity,
+                        is_best=is_best,
+                        log=log,
+                    )
+                    saved = number
     return progress
 
 
-def require_new_run_folder(out: Path, resume: bool) -> None:
-    """Check that a folder holds no run, unless that run is to be resumed.
-
-    Args:
-        out: The folder, which need not exist.
-        resume: Whether the run in it is to be resumed. If so, nothing is checked.
-
-    Raises:
-        FileExistsError: The folder holds config.json or checkpoint.pt.
-
-    Example:
-        >>> require_new_run_folder(Path("no-such-folder"), resume=False)
-    """
-    files = [name for name in (CONFIG, CHECKPOINT) if (out / name).exists()]
-    if files and not resume:
-        raise FileExistsError(
-            f"out: {out} holds a run already ({', '.join(files)}), expected a new or empty "
-            "folder; name another one with --out, or continue the run with --resume"
+def _start(
+    folder: RunFolder,
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    sampler: Sampler,
+) -> Progress:
+    """Load the checkpoint of the folder, or save its first one."""
+    progress = Progress()
+    if folder.has_checkpoint:
+        progress = load_checkpoint(
+            folder.checkpoint, learner, optimizer, sampler, identity=folder.identity
         )
+    folder.begin_sitting(progress, next(learner.parameters()).device)
+    if not folder.has_checkpoint:
+        save_checkpoint(
+            folder.checkpoint, learner, optimizer, sampler, progress, identity=folder.identity
+        )
+    return progress
 
 
 def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | None) -> None:
@@ -187,25 +204,6 @@ def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | Non
             raise ValueError(f"{name}: got {number}, expected at least 1 step")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
-
-
-def _load_progress(
-    checkpoint: Path,
-    learner: MetaLearner,
-    optimizer: torch.optim.Optimizer,
-    sampler: Sampler,
-    *,
-    resume: bool,
-) -> Progress:
-    out = checkpoint.parent
-    if resume and checkpoint.exists():
-        return load_checkpoint(checkpoint, learner, optimizer, sampler)
-    if (out / METRICS).exists() and any(line["step"] > 0 for line in read_metrics(out)):
-        raise ValueError(
-            f"out: {checkpoint} is gone, but {METRICS} holds steps of a run; restore the "
-            "checkpoint, or name another folder"
-        )
-    return Progress()
 
 
 def _take_step(
@@ -297,3 +295,12 @@ def _validate(learner: MetaLearner, validation: Iterable[EpisodeBatch]) -> Value
     result = evaluate(learner, validation, steps=[learner.inner.steps])
     accuracy = None if result.accuracies is None else result.accuracies[-1].mean().item()
     return {"loss": result.losses[-1].mean().item(), "accuracy": accuracy}
+
+
+def _score(validation: Values) -> float:
+    """The accuracy, or else the negative loss, of which more is better."""
+    accuracy = validation["accuracy"]
+    loss = validation["loss"]
+    if accuracy is not None:
+        return accuracy
+    return -math.inf if loss is None else -loss

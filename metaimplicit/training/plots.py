@@ -97,18 +97,21 @@ def plot_curves(out: Path) -> None:
     step by step in a faint line, and as a running mean over a fiftieth of the steps.
 
     Args:
-        out: The run's folder, with its metrics.jsonl.
+        out: The run's folder, with its metrics.jsonl. Damaged lines are left out.
 
     Raises:
-        FileNotFoundError: The folder holds no metrics.jsonl.
+        FileNotFoundError: The folder holds no metrics.jsonl or no config.json.
 
     Example:
-        >>> import json
         >>> import tempfile
-        >>> line = {"step": 1, "seconds": 0.2, "split": "train", "loss": 1.1, "accuracy": 0.4}
+        >>> import tasks
+        >>> from metaimplicit.training import Budget, fit
+        >>> sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=2)
+        >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     out = Path(folder)
-        ...     _ = (out / "metrics.jsonl").write_text(json.dumps(line))
+        ...     _ = fit(learner, optimizer, sampler, out=out, budget=Budget(steps=3), bar=False)
         ...     plot_curves(out)
         ...     (out / "curves.png").exists()
         True
@@ -116,7 +119,7 @@ def plot_curves(out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    lines = read_metrics(out)
+    lines = read_metrics(out, complete=False)
     has_accuracy = any(line["accuracy"] is not None for line in lines)
     metric = "accuracy" if has_accuracy else "loss"
     rows = [line for line in lines if line[metric] is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -14,6 +14,9 @@ class Progress:
     Attributes:
         step: The number of outer steps taken.
         seconds: The wall-clock time spent in training, over all sittings of the run.
+        lines: The number of lines of its metrics.jsonl.
+        best_score: The best validation so far: the largest accuracy, or else the smallest loss,
+            negated. None before the first one.
 
     Example:
         >>> progress = Progress(step=50, seconds=10.0)
@@ -23,6 +26,15 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    lines: int = field(default=0, repr=False)
+    best_score: float | None = field(default=None, repr=False)
+
+    def note_score(self, score: float) -> bool:
+        """Compare the score of a validation with the best one, and return whether it is better."""
+        is_best = score > (-math.inf if self.best_score is None else self.best_score)
+        if is_best:
+            self.best_score = score
+        return is_best
 
 
 class Stopwatch:

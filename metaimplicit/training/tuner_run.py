@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from metaimplicit.params import Params
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import load_tuner, save_tuner
-from metaimplicit.training.files import write_json
 from metaimplicit.training.log import RunLog, Values
-from metaimplicit.training.loop import CHECKPOINT, CONFIG, require_new_run_folder
 from metaimplicit.training.progress import Progress, Stopwatch
+from metaimplicit.training.rotation import Identity
+from metaimplicit.training.run_folder import RunFolder
+from metaimplicit.training.signals import DeferredSignals
 from metaimplicit.tuning import Tuner, TunerStep
 from metaimplicit.tuning.batches import Source
 
@@ -25,6 +27,7 @@ def fit_tuner(
     out: Path,
     steps: int,
     config: dict[str, Any] | None = None,
+    identity: Identity | None = None,
     metric: Callable[[Params, Params], float] | None = None,
     every: int = 1,
     patience: int | None = None,
@@ -33,10 +36,11 @@ def fit_tuner(
     resume: bool = False,
     bar: bool = True,
 ) -> Progress:
-    """Run `Tuner.fit`, and leave config, checkpoint, metrics and TensorBoard files in `out`.
+    """Run `Tuner.fit`, and leave config, checkpoints, metrics and TensorBoard files in `out`.
 
     If the batches are functions of their number, a run that is killed and resumed ends at the same
-    bits as one that is not.
+    bits as one that is not. Signals and damaged files have the same effects as in `fit`. The last
+    two checkpoints are kept; each holds the best measurement.
 
     Args:
         tuner: The tuner.
@@ -44,13 +48,14 @@ def fit_tuner(
         validation: Batches for the outer loss; see `Tuner.fit`.
         out: The run's folder. It is made if it does not exist.
         steps: The number of outer steps; see `Tuner.fit`.
-        config: What config.json holds. If None, there is no such file.
+        config: What config.json holds beside what every run has there, and what it held before.
+        identity: What a resumed run may not change; see `fit`.
         metric: What to measure; see `Tuner.fit`.
         every: The number of steps between measurements; see `Tuner.fit`.
         patience: When to stop early; see `Tuner.fit`.
         callback: Called with each step; see `Tuner.fit`.
-        checkpoint_every: The number of outer steps between checkpoints, ≥ 1. There is one after
-            the last step as well.
+        checkpoint_every: The number of outer steps between checkpoints, ≥ 1. There is one before
+            the first step and one after the last as well.
         resume: Whether to continue from the checkpoint in `out`, if there is one.
         bar: Whether to show a progress bar.
 
@@ -58,9 +63,10 @@ def fit_tuner(
         The number of outer steps taken and the time spent, over all sittings of the run.
 
     Raises:
-        FileExistsError: `out` holds a run, and `resume` is False.
+        FileExistsError: `out` holds a run, and `resume` is False. Or another process writes to it.
         FloatingPointError: A hypergradient is not finite, and the tuner does not skip those.
-        ValueError: A number is out of range, or the checkpoint belongs to another run.
+        ValueError: A number is out of range, or the checkpoints are damaged or belong to another
+            run.
 
     Example:
         >>> import tempfile
@@ -78,41 +84,56 @@ def fit_tuner(
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1 step")
-    checkpoint = out / CHECKPOINT
-    require_new_run_folder(out, resume)
+    folder = RunFolder(out, resume=resume, config=config, identity=identity)
+    with DeferredSignals() as signals, folder:
+        progress = _start(folder, tuner)
+        stopwatch = Stopwatch(progress)
+        with RunLog(out, progress, folder.run, total=steps, bar=bar) as log:
+
+            def save() -> None:
+                save_tuner(folder.checkpoint, tuner, progress, identity=folder.identity, log=log)
+
+            def record(step: TunerStep) -> None:
+                progress.step = tuner.steps
+                stopwatch.update()
+                values = _read_values(step)
+                log.write("train", progress, values)
+                log.advance(values)
+                if step.metric is not None:
+                    log.write("validation", progress, {"metric": step.metric})
+                if tuner.steps % checkpoint_every == 0:
+                    save()
+                if callback is not None:
+                    callback(step)
+                if signals.received is not None:
+                    raise _StopError
+
+            with suppress(_StopError):
+                tuner.fit(
+                    train,
+                    validation,
+                    steps=steps,
+                    metric=metric,
+                    every=every,
+                    patience=patience,
+                    callback=record,
+                )
+            save()
+    return progress
+
+
+class _StopError(Exception):
+    """Ends `Tuner.fit` after a step."""
+
+
+def _start(folder: RunFolder, tuner: Tuner) -> Progress:
+    """Load the checkpoint of the folder, or save its first one."""
     progress = Progress()
-    if resume and checkpoint.exists():
-        progress = load_tuner(checkpoint, tuner)
-    out.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        write_json(out / CONFIG, config)
-
-    stopwatch = Stopwatch(progress)
-    with RunLog(out, progress, total=steps, bar=bar) as log:
-
-        def record(step: TunerStep) -> None:
-            progress.step = tuner.steps
-            stopwatch.update()
-            values = _read_values(step)
-            log.write("train", progress, values)
-            log.advance(values)
-            if step.metric is not None:
-                log.write("validation", progress, {"metric": step.metric})
-            if tuner.steps % checkpoint_every == 0:
-                save_tuner(checkpoint, tuner, progress)
-            if callback is not None:
-                callback(step)
-
-        tuner.fit(
-            train,
-            validation,
-            steps=steps,
-            metric=metric,
-            every=every,
-            patience=patience,
-            callback=record,
-        )
-        save_tuner(checkpoint, tuner, progress)
+    if folder.has_checkpoint:
+        progress = load_tuner(folder.checkpoint, tuner, identity=folder.identity)
+    folder.begin_sitting(progress, next(iter(tuner.meta.values())).device)
+    if not folder.has_checkpoint:
+        save_tuner(folder.checkpoint, tuner, progress, identity=folder.identity)
     return progress
 
 

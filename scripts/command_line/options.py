@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -182,6 +183,15 @@ class RunOptions:
             else:
                 changed.append(f.name)
         return changed
+
+    def identity(self) -> dict[str, Any]:
+        """The options that a resumed run may not change, by name, in types that JSON has."""
+        values = {n: value for n, value in self.dump().items() if n not in CHANGEABLE}
+        for kind in ("method", "inner"):
+            options = values.pop(f"{kind}_options")
+            values |= {f"{kind}_{name}": value for name, value in options.items()}
+        identity: dict[str, Any] = json.loads(json.dumps(values))
+        return identity
 
     def task_arguments(self) -> dict[str, Any]:
         """The arguments of `tasks.load`, those in --task-options included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -11,12 +11,15 @@ import tasks
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
 from metaimplicit.training import (
+    CHECKPOINT,
     CONFIG,
     Evaluation,
     Fits,
+    Progress,
     evaluate,
+    load_learner,
     predict_curves,
-    read_json,
+    read_sealed_json,
 )
 
 Split = Literal["test", "validation"]
@@ -57,13 +60,30 @@ def split_family(splits: tasks.Splits, split: Split) -> tasks.TaskFamily:
     return splits.test if split == "test" else splits.validation
 
 
+def run_identity(options: RunOptions, splits: tasks.Splits) -> dict[str, Any]:
+    """What a run may not change: options, and the content of its data."""
+    data = {f"{split} data": digest for split, digest in splits.content_digests.items()}
+    return options.identity() | data
+
+
+def load_own_checkpoint(folder: Path, learner: MetaLearner, identity: dict[str, Any]) -> Progress:
+    """Load the learner of a run, if the identity is that of its checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: No checkpoint is whole and of this run.
+    """
+    run = read_sealed_json(folder / CONFIG).get("run")
+    return load_learner(folder / CHECKPOINT, learner, identity={"run": run, **identity})
+
+
 def check_classes(run: Path, splits: tasks.Splits) -> None:
     """Check that splits have the classes that a run was started with.
 
     Raises:
         ValueError: The classes of a split differ.
     """
-    before = read_json(run / CONFIG).get("classes", splits.digests)
+    before = read_sealed_json(run / CONFIG).get("classes", splits.digests)
     for split, digest in splits.digests.items():
         if before[split] != digest:
             raise ValueError(

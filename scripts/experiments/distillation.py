@@ -118,6 +118,7 @@ class Distillation(TuningExperiment):
                 self.training_batches(images, seed),
                 tasks.Batches(whole, min(self.batch, len(whole)), seed),
                 out=out,
+                identity={"images": tasks.mnist(self.data_root)[0].digest},
                 steps=self.steps,
                 resume=True,
             )

@@ -124,6 +124,7 @@ class HyperCleaning(TuningExperiment):
             tasks.Batches(split.train, None, seed),
             tasks.Batches(split.validation, None, seed),
             out=out,
+            identity={"images": tasks.mnist(self.data_root)[0].digest},
             steps=self.steps,
             metric=undetected,
             resume=True,

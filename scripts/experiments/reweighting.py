@@ -155,6 +155,7 @@ class Reweighting(TuningExperiment):
                 batches,
                 tasks.Batches(split.validation, size, seed + 1),
                 out=out,
+                identity={"images": tasks.cifar10(self.data_root)[0].digest},
                 steps=self.steps // self.inner_steps,
                 resume=True,
             )

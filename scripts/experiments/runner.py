@@ -12,7 +12,16 @@ from matplotlib.figure import Figure
 
 from experiments.base import Experiment
 from experiments.runs import Case, Row, Run, Runs
-from metaimplicit.training import CHECKPOINT, CONFIG, read_json, write_atomically, write_json
+from metaimplicit.training import (
+    CHECKPOINT,
+    CONFIG,
+    describe_sitting,
+    only_writer,
+    read_sealed_json,
+    write_atomically,
+    write_json,
+    write_sealed_json,
+)
 
 # Options of every experiment that do not change what a run computes.
 RUN_OPTIONS = ("method", "seeds", "out", "device", "threads", "data_root", "quick")
@@ -22,7 +31,8 @@ def execute(experiment: Experiment) -> str:
     """Make the runs whose results are missing; write rows.json, table.md and plot.png.
 
     Every run has a folder of its own in the experiment's folder. Its row is stored there, in
-    summary.json, when the run is done. If that file exists, the run is not repeated.
+    summary.json, when the run is done. If that file exists, the run is not repeated. Another
+    process may make other runs of the experiment at the same time.
 
     Returns:
         The table, in Markdown.
@@ -59,40 +69,57 @@ def read_or_run(experiment: Experiment, case: Case) -> Row:
     """
     out = experiment.case_folder(case)
     summary = out / "summary.json"
+    is_new = require_same_options(experiment, case)
     if not summary.exists():
-        write_json(out / CONFIG, run_config(experiment, case))
-        # Sketches draw from torch's global generator. What ran before must not change them.
-        torch.manual_seed(case["seed"])
-        began = time.perf_counter()
-        row = experiment.run(case, out)
-        write_json(summary, {"seconds": time.perf_counter() - began} | row)
-        print(f"{experiment.name} {case}: {summary}", flush=True)
-    stored_row: Row = read_json(summary)
-    return stored_row
+        with only_writer(out):
+            make_row(experiment, case, out, is_new=is_new)
+    return read_sealed_json(summary)
 
 
-def require_same_options(experiment: Experiment, case: Case) -> None:
-    """Check that the folder of a run holds none, or one with the options given now.
+def make_row(experiment: Experiment, case: Case, out: Path, *, is_new: bool) -> None:
+    """Run a case, and leave its row in summary.json."""
+    summary = out / "summary.json"
+    if is_new:
+        start = describe_sitting(experiment.torch_device) | {"from_step": 0, "to_step": None}
+        config = case_config(experiment, case) | {"sittings": [start]}
+        write_sealed_json(out / CONFIG, config)
+    # Sketches draw from torch's global generator. What ran before must not change them.
+    torch.manual_seed(case["seed"])
+    began = time.perf_counter()
+    row = experiment.run(case, out)
+    write_sealed_json(summary, {"seconds": time.perf_counter() - began} | row)
+    print(f"{experiment.name} {case}: {summary}", flush=True)
 
-    A run that ended before its first checkpoint left nothing to lose, and does not count.
+
+def require_same_options(experiment: Experiment, case: Case) -> bool:
+    """Check that the folder of a case holds no run with other options.
+
+    A run that ended before its first checkpoint is none.
+
+    Returns:
+        Whether the folder holds no run of the case.
 
     Raises:
-        FileExistsError: The folder holds a run with other options.
+        FileExistsError: It holds a run with other options.
+        DamagedFileError: Its config.json is not what was written.
     """
     out = experiment.case_folder(case)
-    results = [name for name in ("summary.json", CHECKPOINT) if (out / name).exists()]
-    if not results or not (out / CONFIG).exists():
-        return
-    stored = read_json(out / CONFIG)
-    if stored != run_config(experiment, case):
+    if not (out / CONFIG).exists():
+        return True
+    config = case_config(experiment, case)
+    stored = read_sealed_json(out / CONFIG)
+    if {name: stored.get(name) for name in config} == config:
+        return False
+    if any((out / name).exists() for name in ("summary.json", CHECKPOINT)):
         raise FileExistsError(
             f"--out: got {out}, which holds a run with other options ({stored}), expected a run "
             "with the options given now; name another folder"
         )
+    return True
 
 
-def run_config(experiment: Experiment, case: Case) -> dict[str, Any]:
-    """What the config.json of a run holds."""
+def case_config(experiment: Experiment, case: Case) -> dict[str, Any]:
+    """What a run is, for its config.json."""
     return {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
 
 

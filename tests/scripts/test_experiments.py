@@ -101,6 +101,30 @@ def test_other_options_need_another_folder(tmp_path):
     assert not other.ran
 
 
+def test_a_run_that_left_no_result_does_not_block_its_name(tmp_path):
+    execute(Sums(out=tmp_path, seeds=1, method=("cg",)))
+    (tmp_path / "cg-0" / "summary.json").unlink()  # as if the run had been killed
+    execute(Sums(out=tmp_path, seeds=1, method=("cg",), number=11))
+    assert rows_in(tmp_path)[0]["row"]["sum"] == 11
+
+
+def test_an_edited_row_and_an_edited_config_are_noticed(tmp_path):
+    execute(Sums(out=tmp_path, seeds=1, method=("cg",)))
+    for name in ("summary.json", "config.json"):
+        path = tmp_path / "cg-0" / name
+        text = path.read_text()
+        path.write_text(text.replace("10", "11"))
+        with pytest.raises(ValueError, match=rf"{name}: got a file that was changed or damaged"):
+            execute(Sums(out=tmp_path, seeds=1, method=("cg",)))
+        path.write_text(text)
+
+
+def test_a_run_says_what_it_ran_on(tmp_path):
+    execute(Sums(out=tmp_path, seeds=1, method=("cg",)))
+    (sitting,) = json.loads((tmp_path / "cg-0" / "config.json").read_text())["sittings"]
+    assert sitting["versions"]["torch"] == torch.__version__
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import pytest
 import torch
+import tune
 from command_line import RunOptions
 from scripts.running import SMALL, error_line, load_main
+
+from metaimplicit.training import write_sealed_json
 
 train = load_main("train")
 evaluate = load_main("evaluate")
@@ -34,6 +38,9 @@ def test_a_run_leaves_every_file(run):
         "metrics.jsonl",
         "tensorboard",
         "checkpoint.pt",
+        "checkpoint-previous.pt",
+        "checkpoint-best.pt",
+        ".lock",
         "summary.json",
         "curves.png",
         "adaptation.png",
@@ -45,7 +52,9 @@ def test_a_run_leaves_every_file(run):
     assert set(config["options"]) == {f.name for f in fields(RunOptions)}
     assert config["options"]["inner_lr"] == 0.01  # the default of the task, not of glyphs
     assert config["chosen"]["vectorize"] in ("vmap", "loop")
-    assert config["versions"]["torch"] == torch.__version__
+    (sitting,) = config["sittings"]
+    assert sitting["versions"]["torch"] == torch.__version__
+    assert (sitting["from_step"], sitting["to_step"]) == (0, 3)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["step"]) for line in lines] == [
         ("train", 1),
@@ -157,6 +166,42 @@ def test_bad_options_are_one_line_and_leave_nothing(args, message, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("args", [["--out", ""], ["--out="]])
+def test_an_empty_name_is_no_folder(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    message = "--out: got an empty name, expected that of a folder for the results"
+    assert message in error_line(train, [*SMALL, *args], capsys)
+    with pytest.raises(ValueError, match=message):
+        tune.main(["step-size", "--quick", *args])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_edited_config_is_one_line(run, tmp_path, capsys):
+    edited = shutil.copytree(run, tmp_path / "run")
+    config = edited / "config.json"
+    config.write_text(config.read_text().replace('"inner_lr": 0.01', '"inner_lr": 0.02'))
+    message = "config.json: got a file that was changed or damaged after it was written"
+    assert message in error_line(evaluate, [edited], capsys)
+    assert message in error_line(train, ["--resume", f"--out={edited}"], capsys)
+    # An editor that knows the digest is still noticed by the checkpoint.
+    options = read_json(run / "config.json")
+    del options["sha256"]
+    options["options"]["inner_lr"] = 0.02
+    write_sealed_json(config, options)
+    message = "this run was changed: inner_lr is 0.01 there, 0.02 here"
+    assert message in error_line(evaluate, [edited], capsys)
+    assert message in error_line(train, ["--resume", f"--out={edited}"], capsys)
+
+
+def test_a_damaged_checkpoint_is_evaluated_by_the_one_before(run, tmp_path, capsys):
+    damaged = shutil.copytree(run, tmp_path / "run")
+    checkpoint = damaged / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
+    with pytest.warns(UserWarning, match=r"checkpoint-previous\.pt, of step 0, is used instead"):
+        evaluate([str(damaged), "--episodes=2"])
+    assert read_json(damaged / "evaluation.json")["meta_steps"] == 0
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run"
@@ -165,7 +210,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 
 def test_evaluate_refuses_folders_without_a_run_and_numbers_out_of_range(tmp_path, run, capsys):
     assert "run: found no config.json in" in error_line(evaluate, [tmp_path], capsys)
-    (tmp_path / "config.json").write_text('{"experiment": "reweighting"}')
+    write_sealed_json(tmp_path / "config.json", {"experiment": "reweighting"})
     assert "is no run of scripts/train.py" in error_line(evaluate, [tmp_path], capsys)
     line = error_line(evaluate, [run, "--episodes=1"], capsys)
     assert line == "error: --episodes: got 1, expected from 2 to 1000000"
@@ -186,17 +231,17 @@ def test_divergence_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capsys):
     assert read_checkpoint(out)["progress"]["step"] == 0
 
 
-def write_images(root, classes):
+def write_images(root, classes, blue=0):
     from PIL import Image
 
     for c in range(classes):
         (root / f"c{c:02d}").mkdir(parents=True, exist_ok=True)
         for i in range(3):
-            Image.new("RGB", (8, 8), (10 * c, i, 0)).save(root / f"c{c:02d}" / f"{i}.png")
+            Image.new("RGB", (8, 8), (10 * c, i, blue)).save(root / f"c{c:02d}" / f"{i}.png")
 
 
 @pytest.mark.slow
-def test_a_run_is_neither_resumed_nor_tested_on_other_classes(tmp_path, capsys):
+def test_a_run_is_neither_resumed_nor_tested_on_other_images_or_classes(tmp_path, capsys):
     """One more class changes how all of them are shuffled."""
     data = tmp_path / "data"
     run = tmp_path / "run"
@@ -207,6 +252,11 @@ def test_a_run_is_neither_resumed_nor_tested_on_other_classes(tmp_path, capsys):
     train(args)
     evaluate([str(run), "--episodes", "2"])
     capsys.readouterr()
+    # other images under the same names
+    write_images(data, 20, blue=1)
+    message = r"error: checkpoint: .* this run was changed: train data is \w{16} there, \w{16} here"
+    assert re.match(message, error_line(evaluate, [run], capsys))
+    assert re.match(message, error_line(train, [*args, "--resume", "--steps=2"], capsys))
     write_images(data, 21)
     message = (
         r"error: task: the train classes are not those that .*run was started with, "

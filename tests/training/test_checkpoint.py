@@ -8,6 +8,7 @@ import torch
 from training.sinusoid_run import make_parts, train
 
 from metaimplicit.training import (
+    DamagedFileError,
     Progress,
     load_checkpoint,
     load_learner,
@@ -15,6 +16,8 @@ from metaimplicit.training import (
     write_atomically,
     write_json,
 )
+from metaimplicit.training.rotation import write_checkpoint
+from metaimplicit.training.sealed import write_sealed
 
 
 @pytest.fixture
@@ -56,20 +59,31 @@ def test_a_missing_checkpoint_is_named(path):
 def test_damaged_checkpoints_are_refused(path):
     parts = make_parts()
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+    with pytest.raises(DamagedFileError, match="got no digest at the end"):
         load_learner(path, parts.learner)
+    write_sealed(path, b"not a checkpoint")
+    with pytest.raises(DamagedFileError, match="is no checkpoint"):
+        load_learner(path, parts.learner)
+    path.unlink()
     save_checkpoint(path, *parts, Progress())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+    with pytest.raises(DamagedFileError, match="got no digest at the end"):
         load_learner(path, parts.learner)
 
 
-def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path):
+def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path, monkeypatch):
     parts = make_parts()
-    torch.save({"format": 0}, path)
-    with pytest.raises(ValueError, match="has format 0, expected 1"):
+    torch.save({"format": 1}, path)
+    with pytest.raises(ValueError, match="is of an earlier version"):
         load_learner(path, parts.learner)
-    torch.save({"format": 1, "tuner": {}, "progress": {}}, path)
+    state = {"tuner": {}, "progress": {}, "identity": {}, "rng": {}}
+    with monkeypatch.context() as patch:
+        patch.setattr("metaimplicit.training.rotation.FORMAT", 3)
+        write_checkpoint(path, state)
+    with pytest.raises(ValueError, match="has format 3, expected 2; use the version that wrote"):
+        load_learner(path, parts.learner)
+    path.unlink()
+    write_checkpoint(path, state)
     with pytest.raises(ValueError, match="holds no learner, but a tuner; use load_tuner"):
         load_learner(path, parts.learner)
     save_checkpoint(path, *parts, Progress())

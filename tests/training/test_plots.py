@@ -1,7 +1,5 @@
 """What the plots of a run show. Matplotlib draws them; here its figures are read."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,17 @@ from training.sinusoid_run import make_sampler
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.models import MLP
-from metaimplicit.training import Evaluation, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training import (
+    Evaluation,
+    Progress,
+    plot_adaptation,
+    plot_curves,
+    predict_curves,
+    write_sealed_json,
+)
+from metaimplicit.training.log import RunLog
+
+NUMBERS = ("loss", "accuracy")
 
 
 @pytest.fixture
@@ -79,8 +87,11 @@ def test_the_curves_show_training_with_its_running_mean_and_validation(tmp_path,
 
     lines = [line(step, "train") for step in range(1, 101)]
     lines += [line(50, "validation"), line(100, "validation")]
-    text = "\n".join(json.dumps(entry) for entry in lines)
-    (tmp_path / "metrics.jsonl").write_text(text)
+    write_sealed_json(tmp_path / "config.json", {"run": "a"})
+    with RunLog(tmp_path, Progress(), "a", total=None, bar=False) as log:
+        for entry in lines:
+            progress = Progress(entry["step"], entry["seconds"], lines=lines.index(entry))
+            log.write(entry["split"], progress, {name: entry[name] for name in NUMBERS})
     plot_curves(tmp_path)
 
     by_step, by_time = figures[0].axes

@@ -14,8 +14,10 @@ from metaimplicit.methods import known_options, make_method
 from metaimplicit.training import (
     CHECKPOINT,
     CONFIG,
+    DamagedFileError,
     Progress,
     fit_tuner,
+    load_tuner,
     read_metrics,
     save_checkpoint,
 )
@@ -80,7 +82,7 @@ def test_a_run_leaves_its_files(tmp_path):
     config = {"method": "nystrom-cg"}
     progress = fit(make_tuner(), tmp_path, config=config, metric=validation_loss, every=2)
     assert progress.step == 6
-    assert json.loads((tmp_path / CONFIG).read_text()) == config
+    assert config.items() <= json.loads((tmp_path / CONFIG).read_text()).items()
     assert (tmp_path / CHECKPOINT).exists()
     assert list((tmp_path / "tensorboard").iterdir())
     lines = read_metrics(tmp_path)
@@ -159,12 +161,13 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
 
 
 def test_the_checkpoint_of_a_learner_and_a_damaged_one_are_refused(tmp_path):
-    save_checkpoint(tmp_path / CHECKPOINT, *make_parts(), Progress())
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, *make_parts(), Progress())
     with pytest.raises(ValueError, match="holds no tuner, but a learner"):
-        fit(make_tuner(), tmp_path, resume=True)
-    (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
-        fit(make_tuner(), tmp_path, resume=True)
+        load_tuner(path, make_tuner())
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(DamagedFileError, match="got no digest at the end"):
+        load_tuner(path, make_tuner())
 
 
 def test_numbers_out_of_range_are_refused(tmp_path):

@@ -1,0 +1,153 @@
+"""The files of a run's checkpoints: the last two and the best, and which of them can be used."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from metaimplicit.training.files import set_aside, write_atomically
+from metaimplicit.training.log import RunLog
+from metaimplicit.training.sealed import DamagedFileError, read_sealed, write_sealed
+
+FORMAT = 2
+MEMBERS = {"format", "progress", "identity", "rng"}
+State = dict[str, Any]
+Identity = Mapping[str, Any]  # what a run may not change, by name, in types that JSON has
+
+
+class Loaded(NamedTuple):
+    """The state of a checkpoint, its file, and the files before it that cannot be used."""
+
+    state: State
+    path: Path
+    unusable: list[Path]
+
+
+def versions(path: Path) -> list[Path]:
+    """The files of a checkpoint in the order in which they are tried: last, previous and best.
+
+    Example:
+        >>> [version.name for version in versions(Path("checkpoint.pt"))]
+        ['checkpoint.pt', 'checkpoint-previous.pt', 'checkpoint-best.pt']
+    """
+    return [path, previous(path), best(path)]
+
+
+def previous(path: Path) -> Path:
+    """Where a checkpoint goes when the next one is written."""
+    return path.with_stem(f"{path.stem}-previous")
+
+
+def best(path: Path) -> Path:
+    """Where the checkpoint with the best validation is."""
+    return path.with_stem(f"{path.stem}-best")
+
+
+def write_checkpoint(
+    path: Path,
+    state: State,
+    *,
+    is_best: bool = False,
+    log: RunLog | None = None,
+) -> None:
+    """Write a checkpoint atomically. The one before becomes `previous(path)`.
+
+    Args:
+        path: The file.
+        state: What it holds, in plain containers of tensors, numbers and strings.
+        is_best: Whether to write it to `best(path)` as well.
+        log: What has to be on the disk before the checkpoint that counts its lines.
+    """
+    if log is not None:
+        log.require_file()  # or else this would make the folder of a run again without its log
+    buffer = io.BytesIO()
+    torch.save(state | {"format": FORMAT}, buffer)
+    payload = buffer.getbuffer()
+    if is_best:
+        # A run that is killed between the two writes takes the best step again.
+        write_sealed(best(path), payload)
+    sync = None if log is None else log.sync
+    write_sealed(path, payload, keep=previous(path), meanwhile=sync)
+
+
+def read_checkpoint(path: Path, identity: Identity | None, device: torch.device) -> Loaded:
+    """Read the first version of a checkpoint that is whole and belongs to the run.
+
+    A warning says so if it is not the last one.
+
+    Args:
+        path: The last checkpoint.
+        identity: What the checkpoint's own identity must be. If None, it is not compared.
+        device: Where the tensors go.
+
+    Raises:
+        FileNotFoundError: There is no version.
+        ValueError: None is whole and belongs to the run. The message is about the first.
+    """
+    problems: list[Exception] = []
+    unusable = []
+    for version in versions(path):
+        try:
+            state = _read(version, identity, device)
+        except FileNotFoundError:
+            if version == path:
+                problems.append(FileNotFoundError(f"checkpoint: {path} is missing"))
+        except ValueError as error:
+            problems.append(error)
+            unusable.append(version)
+        else:
+            if problems:
+                step = state["progress"]["step"]
+                warnings.warn(
+                    f"{problems[0]}; {version.name}, of step {step}, is used instead",
+                    stacklevel=2,
+                )
+            return Loaded(state, version, unusable)
+    for problem in problems:
+        if isinstance(problem, ValueError):
+            raise problem
+    raise FileNotFoundError(f"checkpoint: found no {path}; give a folder that a run has written to")
+
+
+def repair(path: Path, loaded: Loaded) -> None:
+    """Set the versions aside that cannot be used, and put a copy of the used one in their place."""
+    for version in loaded.unusable:
+        set_aside(version)
+    if loaded.path != path:
+        content = loaded.path.read_bytes()
+        write_atomically(path, lambda file: file.write(content))
+
+
+def _read(path: Path, identity: Identity | None, device: torch.device) -> State:
+    payload = read_sealed(path)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    except Exception as error:  # the bytes decide which one
+        raise DamagedFileError(f"checkpoint: {path} is no checkpoint ({error})") from error
+    if not (isinstance(state, dict) and set(state) >= MEMBERS):
+        raise DamagedFileError(f"checkpoint: {path} is no checkpoint of a run")
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} has format {state['format']}, expected {FORMAT}; "
+            "use the version that wrote it"
+        )
+    if identity is not None:
+        _require_same_identity(state["identity"], identity, path)
+    return state
+
+
+def _require_same_identity(stored: Identity, given: Identity, path: Path) -> None:
+    names = [name for name in {**stored, **given} if stored.get(name) != given.get(name)]
+    if not names:
+        return
+    # Where options differ, they say more than the numbers that runs are given.
+    telling = [name for name in names if name != "run"] or names
+    changes = [f"{name} is {stored.get(name)} there, {given.get(name)} here" for name in telling]
+    raise ValueError(
+        f"checkpoint: {path} is of another run, or this run was changed: {'; '.join(changes[:5])}"
+    )

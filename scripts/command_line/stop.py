@@ -1,0 +1,55 @@
+"""How a script ends if a signal asks it to: one line on standard error, and 128 + the number."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from metaimplicit.training import STOP_SIGNALS
+
+
+class Stopped(SystemExit):  # as SystemExit, it is no error
+    """A signal asked the script to stop. The exit code is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Within the block, SIGINT, SIGTERM and SIGHUP end the script by raising `Stopped`.
+
+    `fit` and `fit_tuner` delay them until a step is saved. A signal that was ignored before stays
+    ignored, as SIGHUP under nohup. Outside the main thread, nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, _raise_stopped)
+    try:
+        with explain_stop("run the same command again"):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def explain_stop(advice: str) -> Iterator[None]:
+    """If a signal stops the block, write one line with an advice, once."""
+    try:
+        yield
+    except Stopped as stop:
+        with contextlib.suppress(OSError):  # as the terminal may be gone
+            sys.stderr.write(f"stopped by {stop.signal}; {advice}\n")
+        sys.exit(stop.code)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)

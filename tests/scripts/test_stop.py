@@ -1,0 +1,119 @@
+"""A signal ends a script in one line, with what it has saved, in every phase."""
+
+import json
+import signal
+
+import pytest
+import tune
+from experiments import EXPERIMENTS
+from scripts.running import SMALL, load_main
+
+from metaimplicit import MetaLearner, Tuner
+from metaimplicit.training import STOP_SIGNALS, read_metrics
+
+train = load_main("train")
+evaluate = load_main("evaluate")
+GROUPS = ["group-lasso", "--quick", "--method=cg", "--outer-steps=3"]
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Let a signal arrive in the call of a method that has this number."""
+
+    def patch(owner, name, call, number=signal.SIGTERM):
+        calls = []
+        method = getattr(owner, name)
+
+        def signalling(*args, **options):
+            calls.append(1)
+            if len(calls) == call:
+                signal.raise_signal(number)
+            return method(*args, **options)
+
+        monkeypatch.setattr(owner, name, signalling)
+
+    return patch
+
+
+def stop(main, args, capsys):
+    """The exit code and the last line of a script that is stopped."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    *bars, line = capsys.readouterr().err.splitlines()
+    assert all(not bar.strip() or "%|" in bar or "step [" in bar for bar in bars), bars
+    return exit_.value.code, line
+
+
+def summary_of(run):
+    summary = json.loads((run / "summary.json").read_text())
+    return {name: summary[name] for name in ("mean", "interval_95", "meta_steps", "after_steps")}
+
+
+def metrics_of(run):
+    return [line | {"seconds": 0} for line in read_metrics(run)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_training_finishes_its_step_and_resumes_to_the_same_numbers(
+    tmp_path, capsys, signal_at, monkeypatch, number
+):
+    args = [*SMALL, "--vectorize=vmap", "--checkpoint-every=100"]
+    unbroken, out = tmp_path / "unbroken", tmp_path / "stopped"
+    train([*args, f"--out={unbroken}"])
+    signal_at(MetaLearner, "backward", 3, number)  # the first call is the rehearsal
+    code, line = stop(train, [*args, f"--out={out}"], capsys)
+    assert code == 128 + number
+    name = signal.Signals(number).name
+    advice = f"the same command with --resume continues the run in {out}"
+    assert line == f"stopped by {name}; {advice}"
+    assert [entry["step"] for entry in read_metrics(out)] == [1, 2]
+
+    monkeypatch.undo()
+    signal_at(MetaLearner, "evaluate", 2, number)  # the first call is the validation
+    assert stop(train, [f"--out={out}", "--task=sinusoid", "--resume"], capsys) == (code, line)
+    assert not (out / "summary.json").exists()
+    monkeypatch.undo()
+    train([f"--out={out}", "--task=sinusoid", "--resume"])
+    assert summary_of(out) == summary_of(unbroken)
+    assert metrics_of(out) == metrics_of(unbroken)
+
+
+def test_before_training_nothing_is_left(tmp_path, capsys, signal_at):
+    signal_at(MetaLearner, "backward", 1)
+    code, line = stop(train, [*SMALL, f"--out={tmp_path / 'run'}"], capsys)
+    assert (code, line) == (143, "stopped by SIGTERM; run the same command again")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_evaluation_stops_at_once(tmp_path, capsys, signal_at):
+    train([*SMALL, f"--out={tmp_path}"])
+    signal_at(MetaLearner, "evaluate", 1, signal.SIGHUP)
+    code, line = stop(evaluate, [tmp_path], capsys)
+    assert (code, line) == (129, "stopped by SIGHUP; run the same command again")
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+def test_tuning_finishes_its_step_and_resumes_to_the_same_row(tmp_path, capsys, signal_at):
+    unbroken, out = tmp_path / "unbroken", tmp_path / "stopped"
+    tune.main([*GROUPS, f"--out={unbroken}"])
+    signal_at(Tuner, "step", 2)
+    code, line = stop(tune.main, [*GROUPS, f"--out={out}"], capsys)
+    assert (code, line) == (143, "stopped by SIGTERM; run the same command again")
+    start = out / "cg-0" / "start-0"
+    assert [entry["step"] for entry in read_metrics(start)] == [1, 2]
+    tune.main([*GROUPS, f"--out={out}"])
+    rows = [json.loads((folder / "rows.json").read_text()) for folder in (unbroken, out)]
+    for (run,) in rows:
+        del run["row"]["seconds"]
+    assert rows[0] == rows[1]
+    assert metrics_of(start) == metrics_of(unbroken / "cg-0" / "start-0")
+
+
+@pytest.mark.slow
+def test_an_experiment_without_checkpoints_stops_at_once(tmp_path, capsys, signal_at):
+    signal_at(EXPERIMENTS["step-size"], "run", 1, signal.SIGINT)
+    code, line = stop(tune.main, ["step-size", "--quick", f"--out={tmp_path}"], capsys)
+    assert (code, line) == (130, "stopped by SIGINT; run the same command again")

@@ -1,0 +1,211 @@
+"""A run's folder: its checkpoints, and what must not have changed when it is resumed."""
+
+import json
+import resource
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from training.sinusoid_run import assert_same_weights, make_parts, make_sampler, no_decay, train
+
+from metaimplicit.training import (
+    DamagedFileError,
+    load_checkpoint,
+    load_learner,
+    read_metrics,
+    read_sealed_json,
+    write_sealed_json,
+)
+
+IDENTITY = {"inner_lr": 0.01, "train data": "1f"}
+VERSIONS = ["checkpoint.pt", "checkpoint-previous.pt", "checkpoint-best.pt"]
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A run of three steps, with a checkpoint of each."""
+    train_further(tmp_path, steps=3)
+    return tmp_path
+
+
+def train_further(out, steps, **options):
+    parts = make_parts()
+    defaults = {
+        "resume": True,
+        "checkpoint_every": 1,
+        "identity": IDENTITY,
+        "schedule": no_decay,
+    }
+    progress = train(out, parts, steps=steps, **(defaults | options))
+    return parts, progress
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def step_of(path):
+    return load_learner(path, make_parts().learner).step
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
+    factors = iter([2.0, 0.1, 4.0, 3.0])
+    batch = make_sampler(tasks_per_batch=2, seed=0)[0]
+
+    def validation():
+        inputs, targets = batch.query
+        return [replace(batch, query=(inputs, targets * next(factors)))]
+
+    parts = make_parts()
+    train(tmp_path, parts, steps=4, validation=validation, validate_every=1, checkpoint_every=1)
+    logged = [line["loss"] for line in read_metrics(tmp_path) if line["split"] == "validation"]
+    assert logged.index(min(logged)) == 1
+    assert [step_of(tmp_path / name) for name in VERSIONS] == [4, 3, 2]
+
+
+def test_a_best_validation_is_remembered_over_sittings(tmp_path):
+    parts = make_parts()
+    train(tmp_path, parts, steps=2, validation=lambda: [parts.sampler[0]], checkpoint_every=1)
+    best = load_checkpoint(tmp_path / "checkpoint.pt", *make_parts()).best_score
+    assert best == -read_metrics(tmp_path)[-1]["loss"]
+
+
+@pytest.mark.parametrize("names", [VERSIONS[:1], VERSIONS[:2]])
+def test_damaged_checkpoints_are_set_aside_and_the_next_is_used(out, names):
+    shutil.copy(out / "checkpoint-previous.pt", out / "checkpoint-best.pt")
+    for name in names:
+        damage(out / name)
+    before = {name: (out / name).read_bytes() for name in names}
+    used = VERSIONS[len(names)]
+    message = rf"checkpoint\.pt: got other bytes than were written.*{used}, of step 2, is used"
+    with pytest.warns(UserWarning, match=message):
+        resumed, progress = train_further(out, steps=5)
+    assert progress.step == 5
+    unbroken, _ = train_further(out / "unbroken", steps=5)
+    assert_same_weights(resumed.learner, unbroken.learner)
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5]
+    assert {name: (out / f"{name}.damaged").read_bytes() for name in names} == before
+
+
+def test_a_missing_checkpoint_is_said(out):
+    (out / "checkpoint.pt").unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt is missing; .*previous\.pt, of step 2"):
+        train_further(out, steps=3)
+
+
+def test_reading_a_learner_changes_no_file(out):
+    damage(out / "checkpoint.pt")
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.warns(UserWarning, match="checkpoint-previous.pt, of step 2, is used instead"):
+        assert load_learner(out / "checkpoint.pt", make_parts().learner).step == 2
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_changed(out):
+    for name in VERSIONS[:2]:
+        damage(out / name)
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(DamagedFileError, match=r"^checkpoint\.pt: got other bytes than were writ"):
+        train_further(out, steps=4)
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_the_checkpoint_of_another_run_is_noticed(out, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    train_further(other, steps=3)  # with the same options
+    shutil.copy(other / "checkpoint.pt", out / "checkpoint.pt")
+    message = r"is of another run, .*: run is .*step 2, is used instead"
+    with pytest.warns(UserWarning, match=message):
+        train_further(out, steps=3)
+    shutil.copy(other / "config.json", out / "config.json")
+    with pytest.raises(ValueError, match="is of another run, or this run was changed: run is"):
+        train_further(out, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"inner_lr": 0.02}, "this run was changed: inner_lr is 0.01 there, 0.02 here$"),
+        ({"train data": "2e"}, "this run was changed: train data is 1f there, 2e here$"),
+    ],
+)
+def test_what_a_resumed_run_may_not_change_is_named(out, changed, message):
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(ValueError, match=message):
+        train_further(out, steps=4, identity=IDENTITY | changed)
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_an_edited_config_is_noticed(tmp_path):
+    train_further(tmp_path, steps=1, config={"seed": 1})
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(DamagedFileError, match=r"config\.json: got a file that was changed"):
+        train_further(tmp_path, steps=2)
+
+
+def test_the_config_lists_the_sittings(out, monkeypatch):
+    train_further(out, steps=3)  # takes no step
+    train_further(out, steps=5, config={"note": "longer"})
+    config = json.loads((out / "config.json").read_text())
+    assert config["note"] == "longer"
+    sittings = config["sittings"]
+    assert [(s["from_step"], s["to_step"]) for s in sittings] == [(0, 3), (3, 5)]
+    assert sittings[0]["versions"]["torch"] == torch.__version__
+    assert sittings[0]["threads"] == torch.get_num_threads()
+    assert sittings[0]["device"] == "cpu"
+    assert set(sittings[0]) == {"commit", "versions", "threads", "device", "from_step", "to_step"}
+
+
+def test_of_a_sitting_that_was_killed_the_steps_of_its_checkpoint_remain(out):
+    config = read_sealed_json(out / "config.json")
+    config["sittings"][-1]["to_step"] = None
+    write_sealed_json(out / "config.json", config)
+    (out / "checkpoint-previous.pt").replace(out / "checkpoint.pt")
+    train_further(out, steps=4)
+    sittings = read_sealed_json(out / "config.json")["sittings"]
+    assert [(s["from_step"], s["to_step"]) for s in sittings] == [(0, 2), (2, 4)]
+
+
+def test_a_resume_under_other_versions_warns(out):
+    config = read_sealed_json(out / "config.json")
+    config["sittings"][-1]["versions"]["torch"] = "1.0"
+    write_sealed_json(out / "config.json", config)
+    message = rf"continues under other versions \(torch 1.0 → {torch.__version__.split('+')[0]}"
+    with pytest.warns(UserWarning, match=message):
+        train_further(out, steps=4)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_not_made_again(tmp_path):
+    out = tmp_path / "run"
+    learner, optimizer, sampler = make_parts()
+    backward = learner.backward
+
+    def remove_folder(episodes):
+        if sampler.position == 3:
+            shutil.rmtree(out)
+        return backward(episodes)
+
+    learner.backward = remove_folder
+    with pytest.raises(FileNotFoundError):
+        train(out, (learner, optimizer, sampler), checkpoint_every=2)
+    assert not out.exists()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(out):
+    size = (out / "checkpoint.pt").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            train_further(out, steps=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.glob(".*.partial"))
+    assert step_of(out / "checkpoint.pt") == 3
+    resumed, _ = train_further(out, steps=5)
+    unbroken, _ = train_further(out / "unbroken", steps=5)
+    assert_same_weights(resumed.learner, unbroken.learner)
