@@ -10,5 +10,5 @@ def _everywhere(float64: None) -> None:
 
 @pytest.fixture(autouse=True)
 def _vmap_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which of vmap and the loop is faster depends on the machine; these tests are of the values."""
+    """Which of the two is faster depends on the machine, and these tests are of their values."""
     monkeypatch.setattr("metaimplicit.learner.meta_learner.choose_vectorize", lambda run: "vmap")
