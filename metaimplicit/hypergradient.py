@@ -104,6 +104,7 @@ def hypergradient(
     """
     inner = make_inner(inner)
     method = make_method(method)
+    method.check_inner(inner)
     phi = meta_leaves(meta)
     lifted = lift(
         method.outer_problem(problem),
@@ -262,6 +263,7 @@ def argmin(
             f"argmin method: got {method.flag!r}, which is {method.argmin_objection}; "
             "use 'unrolled' or an implicit method"
         )
+    method.check_inner(inner)
     problem = BilevelProblem(init, inner_loss, outer_loss=lambda *_: None)
     phi = meta_leaves(meta)
     lifted = lift(

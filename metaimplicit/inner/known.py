@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
+from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, gradient_norm
 from metaimplicit.iterate import OptimizerState
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, detached
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,6 @@ class KnownSolution(InnerLoop):
         expected = {name: list(p.shape) for name, p in start.items()}
         if got != expected:
             raise ValueError(f"solution: got the shapes {got}, expected {expected}, those of init")
-        params = leaves(self.solution)
-        total = loss(params, 0).sum()
-        gradients = torch.autograd.grad(
-            total, list(params.values()), allow_unused=True, materialize_grads=True
-        )
-        norm = flatten(dict(zip(params, gradients, strict=True))).norm(dim=-1)
+        norm = gradient_norm(loss, self.solution)
         steps = torch.zeros(len(norm), dtype=torch.int64, device=norm.device)
-        solution = {name: p.detach() for name, p in params.items()}
-        return Trajectory(solution, steps, norm)
+        return Trajectory(detached(self.solution), steps, norm)

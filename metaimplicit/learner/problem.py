@@ -154,7 +154,7 @@ def inner_iterates(
 
     Args:
         problem: The lifted problem, whose data every step sees.
-        inner: The inner loop. Its own number of steps is ignored.
+        inner: The inner loop. Its own number of steps is ignored, unless it is exact.
         meta: φ, tensors without a graph.
         steps: The number of steps, ≥ 0.
 
@@ -172,9 +172,10 @@ def inner_iterates(
         >>> inner_iterates(lifted, GradientDescent(lr=0.25), {}, 2)[-1]["w"].item()
         0.25
     """
-    inner = inner.updated(steps=max(steps, 1))
+    if not inner.exact:
+        inner = inner.updated(steps=max(steps, 1))
     with torch.enable_grad():
-        trajectory = inner.run(
+        trajectory = inner.bound_to(problem).run(
             lambda params, _: problem.inner(params, meta, problem.data),
             problem.init(meta),
             meta,

@@ -199,6 +199,7 @@ class Method(ABC):
     Attributes:
         flag: The name that messages give it.
         remedy: What to do about a gradient that it cannot give.
+        differentiates_argmin: Whether it differentiates an argmin that an exact inner loop reaches.
         carries_graph: Whether θ* carries its graph to φ. If not, the adaptation has a pullback.
 
     Example:
@@ -212,6 +213,7 @@ class Method(ABC):
     flag: str
     remedy: str = ""
     carries_graph: bool = False
+    differentiates_argmin: bool = False
 
     @property
     def reach(self) -> frozenset[str]:
@@ -253,6 +255,15 @@ class Method(ABC):
         Raises:
             ValueError: The method cannot differentiate this problem or this inner loop.
         """
+
+    def check_inner(self, inner: InnerLoop) -> None:
+        """Raise ValueError for an exact inner loop if the method follows the steps of a loop."""
+        if inner.exact and not self.differentiates_argmin:
+            raise ValueError(
+                f"{self.flag}: got {type(inner).__name__}, which solves for its argmin and takes "
+                "no steps from the initialisation, expected an implicit method or 'unrolled'; "
+                "'auto' solves with the factor that the loop leaves"
+            )
 
     def check_reach(
         self, name: str, dependencies: Dependencies, *, has_direct: bool = False

@@ -93,6 +93,7 @@ class Implicit(Method):
     strict: bool = False
     flag = "implicit"
     reach = frozenset({"loss"})
+    differentiates_argmin = True
     remedy = (
         "a step size, or a starting point that the inner loss does not read, does not "
         "move the argmin; use 'unrolled', or let the inner loss depend on it (a proximal "
@@ -155,7 +156,12 @@ class Implicit(Method):
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         report = Report(repr(self), run.trajectory.steps, run.trajectory.gradient_norm)
         return self.at_solution(
-            run.trajectory.end, problem, meta, report=report, dependencies=run.dependencies
+            run.trajectory.end,
+            problem,
+            meta,
+            report=report,
+            dependencies=run.dependencies,
+            hessian=run.trajectory.curvature,
         )
 
     def at_solution(
@@ -166,6 +172,7 @@ class Implicit(Method):
         *,
         report: Report,
         dependencies: Dependencies,
+        hessian: Invertible | None = None,
     ) -> Adaptation:
         """The adaptation whose θ* is `end.params`, however it was computed.
 
@@ -175,6 +182,7 @@ class Implicit(Method):
             meta: φ, leaves of autograd.
             report: That of the inner loop. The pullback completes it.
             dependencies: What θ* depends on.
+            hessian: ∂²f/∂θ² less its known multiple of the identity, if the inner loop left it.
         """
 
         def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
@@ -184,6 +192,7 @@ class Implicit(Method):
                     end.params,
                     meta,
                     decay=_decay_of_loop(dependencies, end.params, meta),
+                    hessian=hessian,
                     vectors=vectors,
                     report=report,
                     state=state,
@@ -200,12 +209,13 @@ class Implicit(Method):
         meta: Params,
         *,
         decay: Decay | None,
+        hessian: Invertible | None,
         vectors: Params,
         report: Report,
         state: SolverState,
     ) -> tuple[Gradients, Report]:
         data = data_at_solution(problem, self.batch, "Implicit")
-        point = self._linearize(problem, params, meta, data=data, decay=decay)
+        point = self._linearize(problem, params, meta, data=data, decay=decay, hessian=hessian)
         sigma = point.sigma + self.damping
         v = flatten(vectors)
 
@@ -263,11 +273,16 @@ class Implicit(Method):
         *,
         data: Any,
         decay: Decay | None,
+        hessian: Invertible | None,
     ) -> Linearization:
         options: dict[str, Any] = {}
         if self.products != "double-backward":
             options["products"] = self.products
         curvature = self.curvature or "hessian"
+        if hessian is not None and curvature in ("hessian", "gauss-newton") and not options:
+            # The loop's model is linear, so that Gauss–Newton is the Hessian.
+            point = linearize(problem, params, meta, data, curvature="hessian")
+            return replace(point, core=hessian)
         return linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
 
     def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:

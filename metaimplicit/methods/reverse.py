@@ -57,6 +57,7 @@ class Unrolled(Method):
     weights: Sequence[float] | None = option(None, flag=None)
     flag = "unrolled"
     carries_graph = True
+    differentiates_argmin = True
 
     def __post_init__(self) -> None:
         if self.weights is not None and not self.iterates:

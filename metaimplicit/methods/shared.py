@@ -75,7 +75,7 @@ def run_inner(
             dependencies.idle.update(set(params) - read)
         return losses
 
-    trajectory = inner.run(
+    trajectory = inner.bound_to(problem).run(
         loss,
         detached(initial) if detach else initial,
         meta,
