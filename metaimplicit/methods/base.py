@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaimplicit.data import describe_entry
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
@@ -134,6 +135,24 @@ class Dependencies:
             "loop": self.inner.reads(name),
         }
         return {route for route, does in depends.items() if does}
+
+    def through(self, reads: Mapping[str, set[str]]) -> Dependencies:
+        """What θ* depends on if some of the entries are themselves functions of others.
+
+        Args:
+            reads: The entries that each of these functions depends on.
+
+        Example:
+            >>> from metaimplicit import GradientDescent
+            >>> dependencies = Dependencies(GradientDescent(), loss={"features"})
+            >>> dependencies.through({"features": {"body"}}).loss
+            {'body'}
+        """
+
+        def sources(names: set[str]) -> set[str]:
+            return set().union(*(reads.get(name, {name}) for name in names))
+
+        return replace(self, start=sources(self.start), loss=sources(self.loss))
 
 
 ALL_ROUTES = frozenset({"start", "loss", "loop"})
@@ -273,7 +292,7 @@ class Method(ABC):
             missed.discard("loss")
         if missed:
             raise ValueError(
-                f"{self.flag} cannot give the gradient of meta[{name!r}]: {self.remedy}"
+                f"{self.flag} cannot give the gradient of {describe_entry(name)}: {self.remedy}"
             )
 
 

@@ -124,10 +124,12 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         return LossParts(params, outputs=whole, loss=lambda z: z)
 
     def apply_model(function: Callable[..., Any], at: Params) -> Any:
-        def one_task(p: Params, d: Any) -> Any:
-            return function(lambda q: f.outputs(q, meta, d), p)
+        seen_meta, seen_data = problem.arguments(meta, data)
 
-        return problem.apply(one_task, at, data)
+        def one_task(p: Params, d: Any) -> Any:
+            return function(lambda q: f.outputs(q, seen_meta, d), p)
+
+        return problem.apply(one_task, at, seen_data)
 
     return LossParts(
         params,
