@@ -113,7 +113,7 @@ def argmin(
         params = attach_pullback(adaptation, method, sources)
     elif torch.is_grad_enabled():
         params = adaptation.params
-        for name in set(sources) - find_dependencies(params.values(), sources):
+        for name in sources.keys() - find_dependencies(params.values(), sources):
             if sources[name].requires_grad:
                 method.check_reach(name, adaptation.dependencies)
     else:

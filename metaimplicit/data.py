@@ -1,13 +1,12 @@
-"""The data of a problem: their task axis, and those of their tensors that are differentiated."""
+"""The tensors of a problem's data that are differentiated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
@@ -72,44 +71,3 @@ def describe_entry(name: str) -> str:
         ("meta['lr']", 'data tensor 3')
     """
     return name if name.startswith(PREFIX) else f"meta[{name!r}]"
-
-
-def count_tasks(data: Any) -> int:
-    """The number of tasks in a batch of them.
-
-    Raises:
-        ValueError: The tensors of `data` disagree about it, or `data` holds arrays that cannot be
-            split by task.
-
-    Example:
-        >>> import torch
-        >>> count_tasks((torch.zeros(3, 5), torch.zeros(3), "a name"))
-        3
-    """
-    leaves = tree_leaves(data)
-    for leaf in leaves:
-        if _hides_tensors(leaf):
-            raise ValueError(
-                f"data: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
-                "in dicts, lists, tuples or classes that torch.utils._pytree knows; use "
-                "torch.as_tensor for arrays"
-            )
-    sizes = {x.shape[0] if x.dim() else None for x in leaves if isinstance(x, Tensor)}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
-        raise ValueError(
-            f"data: got leading sizes {sorted(map(str, sizes))}, expected every tensor to carry "
-            "one task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
-        )
-    return int(sizes.pop() or 0)
-
-
-def _hides_tensors(leaf: Any) -> bool:
-    """Whether a leaf is an array, or an object with tensors or arrays in it."""
-    if isinstance(leaf, Tensor):
-        return False
-    if isinstance(leaf, np.ndarray):
-        return True
-    parts = list(getattr(leaf, "__dict__", {}).values())
-    if isinstance(leaf, Mapping):
-        parts.extend(leaf.values())
-    return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from itertools import compress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from metaimplicit.data import DataEntries, count_tasks
+from metaimplicit.data import DataEntries
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState
+from metaimplicit.task_axis import count_tasks, map_tensors, task_of
 
 Vectorize = Literal["vmap", "loop"]
 
@@ -150,8 +152,7 @@ class LiftedProblem:
         """
         if self.start is not None:
             return {name: p.detach() for name, p in self.start.params.items()}
-        meta, data = self.arguments(meta, self.at(0))
-        params: Params = self._lift(lambda _, d: self.problem.init(meta, d), {}, data)
+        params = self._start(meta)
         valid = all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values())
         if not params or not valid:
             raise ValueError(
@@ -159,6 +160,15 @@ class LiftedProblem:
             )
         # A copy, because no two parameters may be one tensor, and none may be the caller's.
         return {name: p.clone() for name, p in params.items()}
+
+    def _start(self, meta: Params) -> Params:
+        init = self.problem.init
+        if isinstance(init, StartAtMeta):
+            entries = init(meta, None)
+            return {name: p.expand(self.tasks, *p.shape) for name, p in entries.items()}
+        meta, data = self.arguments(meta, self.at(0))
+        params: Params = self._lift(lambda _, d: init(meta, d), {}, data)
+        return params
 
     def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
         """The inner loss f for each task, `[tasks]`."""
@@ -250,32 +260,36 @@ class LiftedProblem:
     def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):
             single = {name: p.squeeze(0) for name, p in params.items()}
-            return _map_tensors(lambda x: x.unsqueeze(0), function(single, data))
+            return map_tensors(lambda x: x.unsqueeze(0), function(single, data))
         if not self.batched:
-            data = _map_tensors(lambda x: x.unsqueeze(0), data)
+            data = map_tensors(lambda x: x.unsqueeze(0), data)
         if self.vectorize == "loop":
             if self._randomness == "same":
                 function = _repeating_random_numbers(function, (params, data))
-            results = [function(_task(params, i), _task(data, i)) for i in range(self.tasks)]
+            results = [function(task_of(params, i), task_of(data, i)) for i in range(self.tasks)]
             return tree_map(lambda *x: torch.stack(x), *results)
-        axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (params, data))
-        lifted = torch.vmap(
-            function, in_dims=axes, randomness=self._randomness, chunk_size=self.chunk_size
-        )
-        return lifted(params, data)
+        return self._vmap(function, params, data)
 
+    def _vmap(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
+        # Only tensors pass through `torch.vmap`, which walks nested arguments several times.
+        leaves, structure = tree_flatten((params, data))
+        is_tensor = [isinstance(x, Tensor) for x in leaves]
 
-def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+        def of_tensors(*tensors: Tensor) -> Any:
+            remaining = iter(tensors)
+            task = [
+                next(remaining) if tensor else x
+                for x, tensor in zip(leaves, is_tensor, strict=True)
+            ]
+            return function(*tree_unflatten(task, structure))
+
+        lifted = torch.vmap(of_tensors, randomness=self._randomness, chunk_size=self.chunk_size)
+        return lifted(*compress(leaves, is_tensor))
 
 
 def _number_to_tensor(leaf: Any) -> Any:
     """A plain number as a tensor, which can be stacked over the tasks."""
     return torch.as_tensor(leaf) if isinstance(leaf, (bool, int, float)) else leaf
-
-
-def _task(tree: Any, index: int) -> Any:
-    return _map_tensors(lambda x: x[index], tree)
 
 
 def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -191,6 +191,25 @@ class Composite:
                 "(reduction='none')"
             )
         return (weights * losses).mean()
+
+
+@dataclass(frozen=True)
+class StartAtMeta:
+    """An `init` that starts every task at entries of φ. It needs no vmap.
+
+    Args:
+        names: Their names, which are those of the parameters.
+
+    Example:
+        >>> StartAtMeta(["w"])({"w": torch.ones(2), "decay": torch.zeros(())}, data=None)
+        {'w': tensor([1., 1.])}
+    """
+
+    names: Sequence[str]
+
+    def __call__(self, meta: Params, data: Any) -> Params:
+        """θ₀ of one task."""
+        return {name: meta[name] for name in self.names}
 
 
 @dataclass(frozen=True)

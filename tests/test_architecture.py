@@ -17,6 +17,7 @@ LAYERS = (
         "params",
         "options",
         "random_state",
+        "task_axis",
         "graph",
         "labels",
         "mended",

@@ -46,7 +46,7 @@ def accumulate_in_data(data: Any, gradients: Any, weight: float) -> None:
     pairs = zip(tree_leaves(data), tree_leaves(gradients), strict=True)
     known = [(x, weight * gradient) for x, gradient in pairs if gradient is not None]
     if known:
-        torch.autograd.backward(*zip(*known, strict=True))
+        torch.autograd.backward([x for x, _ in known], [gradient for _, gradient in known])
 
 
 def warn_if_useless(gradients: Params) -> None:

@@ -38,6 +38,24 @@ class Linearization:
     sigma: float
     parts: LossParts
 
+    def residual(self, u: Tensor, v: Tensor) -> Tensor:
+        """‖v − Au‖/‖v‖ of any u, `[tasks]`. It is 0 where v is."""
+        left = v - (self.core.matvec(u) + self.sigma * u)
+        smallest = torch.finfo(v.dtype).tiny
+        share: Tensor = left.norm(dim=-1) / v.norm(dim=-1).clamp(min=smallest)
+        return share
+
+    def error_bound(self, residual_norm: Tensor, sigma: float) -> Tensor | None:
+        """‖v − Au‖/σ ≥ ‖u − A⁻¹v‖, since A ⪰ σI if the core is positive semi-definite.
+
+        Args:
+            residual_norm: ‖v − Au‖, `[tasks]`.
+            sigma: σ of A, with the damping of the method.
+        """
+        if not self.core.semidefinite or not sigma > 0:
+            return None
+        return residual_norm / sigma
+
 
 def linearize(
     problem: LiftedProblem,
