@@ -6,21 +6,23 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from metaimplicit.unsupported import FIRST_DERIVATIVES
 
+Name = TypeVar("Name")
+
 
 def find_dependencies(
     outputs: Iterable[Tensor],
-    meta: Mapping[str, Tensor],
+    meta: Mapping[Name, Tensor],
     *,
     params: Iterable[Tensor] = (),
     functions: Iterable[Any] | None = None,
-) -> set[str]:
+) -> set[Name]:
     """The names of the entries of `meta` that `outputs` depend on.
 
     Args:
@@ -45,7 +47,7 @@ def find_dependencies(
     ends = set(names) | {_edge(p) for p in params if p.requires_grad}
     pending = [_edge(output) for output in outputs if output.requires_grad]
     seen = set(pending)
-    dependencies: set[str] = set()
+    dependencies: set[Name] = set()
     while pending:
         edge = pending.pop()
         if edge in ends:

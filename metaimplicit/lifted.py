@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
+from itertools import compress
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from metaimplicit.data import DataEntries
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState
+from metaimplicit.task_axis import count_tasks, map_tensors, task_of
 
 Vectorize = Literal["vmap", "loop"]
 
@@ -30,7 +32,8 @@ class LiftedProblem:
     Args:
         problem: The problem of one task.
         data: Any pytree of tensors, or a `Stream` of such. If `batched`, each tensor carries the
-            task axis first.
+            task axis first. Those that require grad are differentiated where φ has them as its
+            `entries`, and are constants elsewhere.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
         vectorize: `"vmap"`, or `"loop"`: one call per task under one graph, which is faster where
             arithmetic dominates.
@@ -40,6 +43,8 @@ class LiftedProblem:
             mode. If not, attention may run by a fused kernel.
 
     Attributes:
+        data: The data, as constants.
+        entries: The tensors of `data` that require grad, as entries of φ.
         objection: Why the tasks are not vmapped, where that was not asked for.
 
     Raises:
@@ -71,13 +76,14 @@ class LiftedProblem:
         if vectorize not in ("vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
         self.problem = problem
-        self.data = data
+        self.entries = DataEntries(data)
+        self.data = self.entries.constants
         self.batched = batched
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self.start = start
         self.second_derivatives = second_derivatives
-        self.tasks = _count_tasks(self.at(0)) if batched else 1
+        self.tasks = count_tasks(self.at(0)) if batched else 1
         self._calls_directly = not batched
         self._short_integers: bool | None = None
         self._randomness = "different"
@@ -126,6 +132,19 @@ class LiftedProblem:
         """The data that inner step `step` sees."""
         return self.data.fn(step) if isinstance(self.data, Stream) else self.data
 
+    def arguments(self, meta: Params, data: Any) -> tuple[Params, Any]:
+        """φ and the data as the functions of the problem see them.
+
+        The `entries` of φ return to their places in the data. Features that were not evaluated
+        before (`Features`) are evaluated here, at every call.
+        """
+        if any(name in self.entries.tensors for name in meta):
+            data = self.entries.restore(meta)
+            meta = self._without_entries(meta)
+        if self.problem.features is not None:
+            data = self.problem.features(meta, data)
+        return meta, data
+
     def init(self, meta: Params) -> Params:
         """θ₀, `{name: [tasks, *shape]}`, with the graph of `problem.init`.
 
@@ -133,7 +152,7 @@ class LiftedProblem:
         """
         if self.start is not None:
             return {name: p.detach() for name, p in self.start.params.items()}
-        params: Params = self._lift(lambda _, d: self.problem.init(meta, d), {}, self.at(0))
+        params = self._start(meta)
         valid = all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values())
         if not params or not valid:
             raise ValueError(
@@ -142,8 +161,18 @@ class LiftedProblem:
         # A copy, because no two parameters may be one tensor, and none may be the caller's.
         return {name: p.clone() for name, p in params.items()}
 
+    def _start(self, meta: Params) -> Params:
+        init = self.problem.init
+        if isinstance(init, StartAtMeta):
+            entries = init(meta, None)
+            return {name: p.expand(self.tasks, *p.shape) for name, p in entries.items()}
+        meta, data = self.arguments(meta, self.at(0))
+        params: Params = self._lift(lambda _, d: init(meta, d), {}, data)
+        return params
+
     def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
         """The inner loss f for each task, `[tasks]`."""
+        meta, data = self.arguments(meta, data)
 
         def one_task(p: Params, d: Any) -> Any:
             return self.problem.inner_loss(p, meta, d)
@@ -152,6 +181,7 @@ class LiftedProblem:
 
     def outer(self, params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
         """The outer loss g for each task, `[tasks]`, and the aux it returned (None without one)."""
+        meta, data = self.arguments(meta, data)
 
         def one_task(p: Params, d: Any) -> Any:
             result = self.problem.outer_loss(p, meta, d)
@@ -164,6 +194,7 @@ class LiftedProblem:
 
     def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
         """The outputs of a `Composite` for each task, `[tasks, …]`."""
+        meta, data = self.arguments(meta, data)
         outputs = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
         if not isinstance(outputs, Tensor):
             raise ValueError(
@@ -174,6 +205,7 @@ class LiftedProblem:
 
     def output_loss(self, composite: Composite, outputs: Tensor, meta: Params, data: Any) -> Tensor:
         """The loss of a `Composite` as a function of its outputs, `[tasks]`."""
+        meta, data = self.arguments(meta, data)
 
         def one_task(z: Params, d: Any) -> Any:
             return composite.output_loss(z["outputs"], meta, d)
@@ -184,6 +216,7 @@ class LiftedProblem:
         self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params
     ) -> Tensor:
         """A penalty for each task, `[tasks]`."""
+        meta = self._without_entries(meta)
         return self._lift_scalar("penalty", lambda p, _: function(p, meta), params, None)[0]
 
     def apply(
@@ -191,6 +224,9 @@ class LiftedProblem:
     ) -> Any:
         """`function(params, data)` of one task, lifted. `data` is the problem's by default."""
         return self._lift(function, params, self.at(0) if data is None else data)
+
+    def _without_entries(self, meta: Params) -> Params:
+        return {name: m for name, m in meta.items() if name not in self.entries.tensors}
 
     def _lift_scalar(
         self, name: str, function: Callable[..., Any], params: Params, data: Any
@@ -224,32 +260,36 @@ class LiftedProblem:
     def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):
             single = {name: p.squeeze(0) for name, p in params.items()}
-            return _map_tensors(lambda x: x.unsqueeze(0), function(single, data))
+            return map_tensors(lambda x: x.unsqueeze(0), function(single, data))
         if not self.batched:
-            data = _map_tensors(lambda x: x.unsqueeze(0), data)
+            data = map_tensors(lambda x: x.unsqueeze(0), data)
         if self.vectorize == "loop":
             if self._randomness == "same":
                 function = _repeating_random_numbers(function, (params, data))
-            results = [function(_task(params, i), _task(data, i)) for i in range(self.tasks)]
+            results = [function(task_of(params, i), task_of(data, i)) for i in range(self.tasks)]
             return tree_map(lambda *x: torch.stack(x), *results)
-        axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (params, data))
-        lifted = torch.vmap(
-            function, in_dims=axes, randomness=self._randomness, chunk_size=self.chunk_size
-        )
-        return lifted(params, data)
+        return self._vmap(function, params, data)
 
+    def _vmap(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
+        # Only tensors pass through `torch.vmap`, which walks nested arguments several times.
+        leaves, structure = tree_flatten((params, data))
+        is_tensor = [isinstance(x, Tensor) for x in leaves]
 
-def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+        def of_tensors(*tensors: Tensor) -> Any:
+            remaining = iter(tensors)
+            task = [
+                next(remaining) if tensor else x
+                for x, tensor in zip(leaves, is_tensor, strict=True)
+            ]
+            return function(*tree_unflatten(task, structure))
+
+        lifted = torch.vmap(of_tensors, randomness=self._randomness, chunk_size=self.chunk_size)
+        return lifted(*compress(leaves, is_tensor))
 
 
 def _number_to_tensor(leaf: Any) -> Any:
     """A plain number as a tensor, which can be stacked over the tasks."""
     return torch.as_tensor(leaf) if isinstance(leaf, (bool, int, float)) else leaf
-
-
-def _task(tree: Any, index: int) -> Any:
-    return _map_tensors(lambda x: x[index], tree)
 
 
 def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
@@ -262,33 +302,3 @@ def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Call
         return function(*args)
 
     return repeating
-
-
-def _count_tasks(data: Any) -> int:
-    leaves = tree_leaves(data)
-    for leaf in leaves:
-        if _hides_tensors(leaf):
-            raise ValueError(
-                f"data: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
-                "in dicts, lists, tuples or classes that torch.utils._pytree knows; use "
-                "torch.as_tensor for arrays"
-            )
-    sizes = {x.shape[0] if x.dim() else None for x in leaves if isinstance(x, Tensor)}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
-        raise ValueError(
-            f"data: got leading sizes {sorted(map(str, sizes))}, expected every tensor to carry "
-            "one task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
-        )
-    return int(sizes.pop() or 0)
-
-
-def _hides_tensors(leaf: Any) -> bool:
-    """Whether a leaf is an array, or an object with tensors or arrays in it."""
-    if isinstance(leaf, Tensor):
-        return False
-    if isinstance(leaf, np.ndarray):
-        return True
-    parts = list(getattr(leaf, "__dict__", {}).values())
-    if isinstance(leaf, Mapping):
-        parts.extend(leaf.values())
-    return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)

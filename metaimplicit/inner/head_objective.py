@@ -57,8 +57,9 @@ class HeadObjective:
         names = [head.weight] if head.bias is None else [head.weight, head.bias]
         if set(params) != set(names):
             raise ValueError(f"LinearHead: got the parameters {sorted(params)}, expected {names}")
+        meta, data = problem.arguments(meta, problem.at(0))
         features, targets = problem.apply(
-            lambda _, d: (head.features(meta, d), head.targets(meta, d)), {}
+            lambda _, d: (head.features(meta, d), head.targets(meta, d)), {}, data
         )
         tasks, outputs, p = params[head.weight].shape
         if features.dim() != 3 or features.shape[-1] != p:

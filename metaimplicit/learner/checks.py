@@ -21,8 +21,8 @@ from metaimplicit.learner.targets import (
     find_classes,
     fixed_random_state,
     layout_of_cross_entropy,
-    task_of,
 )
+from metaimplicit.task_axis import task_of
 
 # What torch's losses say of targets that broadcast, and why a trial may fail on the CPU alone.
 BROADCAST = "that is different to the input size"

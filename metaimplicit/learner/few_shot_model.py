@@ -12,12 +12,13 @@ from metaimplicit.learner.forms import plain_inputs
 from metaimplicit.learner.learnable import Learnable, LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
 from metaimplicit.learner.problem import call_model, few_shot_problem, inner_iterates
-from metaimplicit.learner.targets import Group, task_of
+from metaimplicit.learner.targets import Group
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Method
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.random_state import restored_random_state
+from metaimplicit.task_axis import task_of
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import VmapRecords, explain_objection
 

@@ -18,7 +18,7 @@ from metaimplicit.learner.defaults import with_default_curvature, with_default_w
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import read_episodes, read_support
-from metaimplicit.learner.gradients import accumulate, warn_if_useless
+from metaimplicit.learner.gradients import accumulate, accumulate_in_data, warn_if_useless
 from metaimplicit.learner.learnable import Learn, make_learnable
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.problem import step_counts
@@ -151,6 +151,8 @@ class MetaLearner(FewShotModel):
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
 
+        Tensors of the episodes that require grad have one, too.
+
         Args:
             episodes: A batch of tasks, on the device of the model: an object with `support` and
                 `query`, a dict with these keys or "train" and "test", a pair `(support, query)`,
@@ -181,6 +183,8 @@ class MetaLearner(FewShotModel):
         gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
         warn_if_useless(gradients)
         accumulate(self.meta, gradients)
+        for group, result in zip(groups, results, strict=True):
+            accumulate_in_data(group.data, result.data_grads, weight=1 / len(groups))
         report = join_reports([result.report for result in results])
         if self._objection:
             report = replace(report, tasks_by=f"loop: {self._objection}")

@@ -14,7 +14,7 @@ from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import MetaLoss
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, Proximal
+from metaimplicit.problem import BilevelProblem, Composite, Proximal, StartAtMeta
 
 Call = Callable[[Params, Params, Any], Tensor]  # (params, meta, inputs) -> outputs
 
@@ -69,9 +69,6 @@ def few_shot_problem(
         tensor(9.)
     """
 
-    def init(meta: Params, _: Any) -> Params:
-        return {name: meta[name] for name in adapted}
-
     def support_outputs(params: Params, meta: Params, data: Any) -> Tensor:
         return call(params, meta, Episode.of(*data).support.inputs)
 
@@ -91,7 +88,7 @@ def few_shot_problem(
         module=model,
         checked={} if checked is None else checked,
     )
-    return BilevelProblem(init, inner_loss, outer_loss)
+    return BilevelProblem(StartAtMeta(adapted), inner_loss, outer_loss)
 
 
 def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.task_axis import task_of
 
 Metric = Callable[[Any, Any], Tensor | float]  # (outputs, targets) of one task -> one or m numbers
 
@@ -189,16 +190,6 @@ def mean_metric(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
         value = torch.as_tensor(metric(of_task, task_of(targets, task)), device=outputs.device)
         values.append(value.double().mean())
     return torch.stack(values)
-
-
-def task_of(tree: Any, index: int) -> Any:
-    """The entry of one task in a pytree whose tensors carry the task axis first.
-
-    Example:
-        >>> task_of({"label": torch.tensor([3, 4]), "name": "digits"}, 1)
-        {'label': tensor(4), 'name': 'digits'}
-    """
-    return tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, tree)
 
 
 @contextmanager

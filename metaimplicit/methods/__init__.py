@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from metaimplicit.methods.base import Adaptation, Gradients, Method, Report
+from metaimplicit.methods.base import Adaptation, Gradients, Method
 from metaimplicit.methods.fixed_point import FixedPoint
 from metaimplicit.methods.forward import Forward
 from metaimplicit.methods.implicit import Curvature, Implicit
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.reptile import Reptile
 from metaimplicit.methods.reverse import FirstOrder, Truncated, Unrolled
 from metaimplicit.methods.sama import SAMA
@@ -84,6 +85,8 @@ def check_options(flag: str, options: dict[str, Any]) -> None:
     Example:
         >>> check_options("nystrom", {"rank": 20})
     """
+    if not options:
+        return
     known = options_of(METHODS[flag]) if flag in METHODS else {}
     for name in options:
         if name not in known:

@@ -12,9 +12,10 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.adjoint import TransposedJacobian, check_solver
-from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, Report
+from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
 from metaimplicit.methods.inner_step import merge_state, numbers_of, tensors_of
 from metaimplicit.methods.linearize import reject_random_numbers
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import data_at_solution, run_inner, warn_or_raise
 from metaimplicit.options import option
 from metaimplicit.params import Params, flatten, leaves

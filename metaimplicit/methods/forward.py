@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import Adaptation, Gradients, Method, Report
+from metaimplicit.methods.base import Adaptation, Gradients, Method
 from metaimplicit.methods.inner_step import (
     InnerStep,
     merge_state,
@@ -22,6 +22,7 @@ from metaimplicit.methods.inner_step import (
     read_by_loss,
     tensors_of,
 )
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -18,10 +19,10 @@ from metaimplicit.methods.base import (
     Dependencies,
     Gradients,
     Method,
-    Report,
     vector_jacobian_product,
 )
 from metaimplicit.methods.linearize import Linearization, linearize, require_outputs
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import (
     data_at_solution,
     retry_under_vmap,
@@ -39,7 +40,7 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Decay
-from metaimplicit.solvers import CG, Solution, Solver, SolverState
+from metaimplicit.solvers import CG, Solver, SolverState
 
 Curvature = str | CurvatureClass  # a key of `CURVATURES`, or a class
 
@@ -70,6 +71,8 @@ class Implicit(Method):
         batch: With a `Stream`, the data that A and the mixed derivative see.
         strict: Raise FloatingPointError on negative curvature, breakdown or non-finite numbers.
             If False, the report records them and a warning is given.
+        check_curvature: Whether the report says how far A is from the Hessian, at the cost of one
+            more gradient and one product; see `Report.hessian_residual`.
 
     Raises:
         ValueError: A number is out of range, the curvature or preconditioner is unknown, or
@@ -91,6 +94,7 @@ class Implicit(Method):
     products: Products = "double-backward"
     batch: Any = field(default=UNSET, repr=False)
     strict: bool = False
+    check_curvature: bool = False
     flag = "implicit"
     reach = frozenset({"loss"})
     differentiates_argmin = True
@@ -215,7 +219,12 @@ class Implicit(Method):
         state: SolverState,
     ) -> tuple[Gradients, Report]:
         data = data_at_solution(problem, self.batch, "Implicit")
-        point = self._linearize(problem, params, meta, data=data, decay=decay, hessian=hessian)
+        linearize_by = partial(self._linearize, problem, params, meta, data=data, decay=decay)
+        point = linearize_by(self.curvature or "hessian")
+        is_hessian = self.curvature in (None, "hessian", "gauss-newton")
+        if hessian is not None and is_hessian and self.products == "double-backward":
+            # The loop's model is linear, so that Gauss–Newton is the Hessian.
+            point = replace(point, core=hessian)
         sigma = point.sigma + self.damping
         v = flatten(vectors)
 
@@ -229,6 +238,9 @@ class Implicit(Method):
         if bool((solution.rayleigh < 0.999 * sigma).any()):
             point.core.check_convex()
         warn_or_raise(self.solver, solution, strict=self.strict)
+        hessian_residual = None
+        if self.check_curvature:
+            hessian_residual = linearize_by("hessian").residual(solution.value, v)
 
         # (dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u.
         if self.products == "finite-differences":
@@ -256,11 +268,12 @@ class Implicit(Method):
             chosen=solution.chosen,
             products=products,
             residual=solution.residual,
+            hessian_residual=hessian_residual,
             status=solution.status,
             rayleigh=solution.rayleigh,
             sigma=sigma,
             rho=self.solver.damping(sigma),
-            error_bound=_error_bound(point, solution, v, sigma=sigma),
+            error_bound=point.error_bound(solution.residual * v.norm(dim=-1), sigma),
             leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
             state=solution.state,
         )
@@ -270,19 +283,14 @@ class Implicit(Method):
         problem: LiftedProblem,
         params: Params,
         meta: Params,
+        curvature: Curvature,
         *,
         data: Any,
         decay: Decay | None,
-        hessian: Invertible | None,
     ) -> Linearization:
         options: dict[str, Any] = {}
         if self.products != "double-backward":
             options["products"] = self.products
-        curvature = self.curvature or "hessian"
-        if hessian is not None and curvature in ("hessian", "gauss-newton") and not options:
-            # The loop's model is linear, so that Gauss–Newton is the Hessian.
-            point = linearize(problem, params, meta, data, curvature="hessian")
-            return replace(point, core=hessian)
         return linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
 
     def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
@@ -310,13 +318,3 @@ def _decay_of_loop(dependencies: Dependencies, params: Params, meta: Params) -> 
 
 def _damped_inverse(operator: Invertible, shift: float) -> Callable[[Tensor], Tensor]:
     return lambda vector: operator.inverse(vector, shift)
-
-
-def _error_bound(
-    point: Linearization, solution: Solution, v: Tensor, *, sigma: float
-) -> Tensor | None:
-    """‖v − Au‖/σ ≥ ‖u − A⁻¹v‖, since A ⪰ σI wherever the core is positive semi-definite."""
-    if not point.core.semidefinite or not sigma > 0:
-        return None
-    bound: Tensor = solution.residual * v.norm(dim=-1) / sigma
-    return bound

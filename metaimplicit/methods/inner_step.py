@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.shared import dependencies_of_loss
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.random_state import restored_random_state
 
@@ -91,12 +91,8 @@ def read_by_loss(
     """
     variables = leaves(params)
     with restored_random_state(next(iter(params.values())).device):
-        losses = [problem.inner(variables, meta, data)]
-    in_loss = find_dependencies(
-        losses, meta, params=variables.values(), functions=[problem.problem.inner_loss]
-    )
-    read = find_dependencies(losses, variables, params=meta.values())
-    return in_loss, set(variables) - read
+        losses = problem.inner(variables, meta, data)
+    return dependencies_of_loss(problem, losses, variables, meta=meta)
 
 
 def tensors_of(state: OptimizerState) -> OptimizerState:

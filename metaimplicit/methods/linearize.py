@@ -38,6 +38,24 @@ class Linearization:
     sigma: float
     parts: LossParts
 
+    def residual(self, u: Tensor, v: Tensor) -> Tensor:
+        """‖v − Au‖/‖v‖ of any u, `[tasks]`. It is 0 where v is."""
+        left = v - (self.core.matvec(u) + self.sigma * u)
+        smallest = torch.finfo(v.dtype).tiny
+        share: Tensor = left.norm(dim=-1) / v.norm(dim=-1).clamp(min=smallest)
+        return share
+
+    def error_bound(self, residual_norm: Tensor, sigma: float) -> Tensor | None:
+        """‖v − Au‖/σ ≥ ‖u − A⁻¹v‖, since A ⪰ σI if the core is positive semi-definite.
+
+        Args:
+            residual_norm: ‖v − Au‖, `[tasks]`.
+            sigma: σ of A, with the damping of the method.
+        """
+        if not self.core.semidefinite or not sigma > 0:
+            return None
+        return residual_norm / sigma
+
 
 def linearize(
     problem: LiftedProblem,
@@ -124,10 +142,12 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         return LossParts(params, outputs=whole, loss=lambda z: z)
 
     def apply_model(function: Callable[..., Any], at: Params) -> Any:
-        def one_task(p: Params, d: Any) -> Any:
-            return function(lambda q: f.outputs(q, meta, d), p)
+        seen_meta, seen_data = problem.arguments(meta, data)
 
-        return problem.apply(one_task, at, data)
+        def one_task(p: Params, d: Any) -> Any:
+            return function(lambda q: f.outputs(q, seen_meta, d), p)
+
+        return problem.apply(one_task, at, seen_data)
 
     return LossParts(
         params,

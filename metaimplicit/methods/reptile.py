@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import Adaptation, Gradients, Method, Report, vector_jacobian_product
+from metaimplicit.methods.base import Adaptation, Gradients, Method, vector_jacobian_product
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import reject_half_precision, run_inner
 from metaimplicit.params import Params, detached
 from metaimplicit.solvers import SolverState

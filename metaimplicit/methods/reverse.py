@@ -11,7 +11,8 @@ from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import ALL_ROUTES, Adaptation, Method, Report
+from metaimplicit.methods.base import ALL_ROUTES, Adaptation, Method
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import run_inner
 from metaimplicit.options import option
 from metaimplicit.params import Params

@@ -9,14 +9,8 @@ import torch
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import (
-    UNSET,
-    Adaptation,
-    Gradients,
-    Method,
-    Report,
-    vector_jacobian_product,
-)
+from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, vector_jacobian_product
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import data_at_solution, run_inner
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, detached, flatten, leaves

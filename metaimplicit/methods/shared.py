@@ -59,20 +59,16 @@ def run_inner(
         ValueError: The initialisation, a loss or the loop depends on a tensor that requires grad
             and is not in `meta`.
     """
-    inner_loss = problem.problem.inner_loss
     initial = problem.init(meta)
     dependencies = initial_dependencies(problem, inner, initial, meta)
 
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
         if t == 0 or isinstance(problem.data, Stream):
-            in_loss = find_dependencies(
-                [losses], meta, params=params.values(), functions=[inner_loss]
-            )
+            in_loss, unread = dependencies_of_loss(problem, losses, params, meta=meta)
             dependencies.loss.update(in_loss)
-        if t == 0:
-            read = find_dependencies([losses], params, params=meta.values())
-            dependencies.idle.update(set(params) - read)
+            if t == 0:
+                dependencies.idle.update(unread)
         return losses
 
     trajectory = inner.bound_to(problem).run(
@@ -98,6 +94,31 @@ def initial_dependencies(
     start = find_dependencies(initial.values(), meta, functions=[problem.problem.init])
     inner.check_captured()
     return Dependencies(inner, start)
+
+
+def dependencies_of_loss(
+    problem: LiftedProblem, losses: Tensor, params: Params, *, meta: Params
+) -> tuple[set[str], set[str]]:
+    """What the inner loss depends on, by one walk along its graph.
+
+    Args:
+        problem: The lifted problem.
+        losses: The inner losses at θ = `params`, `[tasks]`.
+        params: θ, `{name: [tasks, *shape]}`.
+        meta: φ, tensors of which those that require grad are looked for.
+
+    Returns:
+        The names of the meta-parameters that the loss depends on, and those of the parameters that
+        it does not depend on.
+
+    Raises:
+        ValueError: It depends on a tensor that requires grad and is not in `meta`.
+    """
+    of_params = {("params", name): p for name, p in params.items()}
+    of_meta = {("meta", name): m for name, m in meta.items()}
+    found = find_dependencies([losses], of_params | of_meta, functions=[problem.problem.inner_loss])
+    in_loss = {name for kind, name in found if kind == "meta"}
+    return in_loss, {name for name in params if ("params", name) not in found}
 
 
 def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:

@@ -12,7 +12,8 @@ from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, Report
+from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
+from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import data_at_solution, reject_half_precision, run_inner
 from metaimplicit.options import option
 from metaimplicit.params import Params, detached, leaves

@@ -278,7 +278,8 @@ def _read_values(step: Step, norm: Tensor) -> Values:
     tensors = {
         "loss": step.loss,
         "accuracy": step.accuracy,
-        "residual": None if report.residual is None else report.residual.mean(),
+        "residual": _mean(report.residual),
+        "hessian_residual": _mean(report.hessian_residual),
         "inner_gradient_norm": report.inner_gradient_norm.mean(),
         "gradient_norm": norm,
         "negative_curvature": negative,
@@ -286,6 +287,10 @@ def _read_values(step: Step, norm: Tensor) -> Values:
     present = {name: t.detach().double() for name, t in tensors.items() if t is not None}
     numbers = torch.stack(list(present.values())).tolist()  # one transfer from the device
     return dict.fromkeys(tensors) | dict(zip(present, numbers, strict=True))
+
+
+def _mean(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.mean()
 
 
 def _validate(learner: MetaLearner, validation: Iterable[EpisodeBatch]) -> Values:

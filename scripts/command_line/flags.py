@@ -111,7 +111,7 @@ def describe_other_methods(method: str) -> str:
         flags = [_flag(name, option) for name, option in options.items() if name not in shared]
         if other != method:
             lines.append(f"- {other}: {' '.join(flags) or 'no option'}")
-    switches = " ".join(f"--{name}" for name in shared)
+    switches = " ".join(f"--{name.replace('_', '-')}" for name in shared)
     return "\n".join([*lines, f"- all implicit methods: {switches}"])
 
 

@@ -98,7 +98,11 @@ class OptimizerComparison(Experiment):
         row["parameters"] = parameter_count(setting.model)
         row["test_metric"] = None
         if row["diverged"] is None:
-            row["test_metric"] = evaluate(setting.test_metric, setting.model, setting.test)
+            metric = evaluate(setting.test_metric, setting.model, setting.test)
+            if math.isfinite(metric):
+                row["test_metric"] = metric
+            else:  # a run on its way to infinity, whose clock ran out in between
+                row["diverged"] = f"the {self.metric_name} is {metric} at the end"
         return row
 
     def table(self, runs: Runs) -> str:

@@ -21,7 +21,7 @@ from metaimplicit import (
     check_hypergradient,
 )
 
-SOLVED = GradientDescent(steps=150, lr=0.2)
+SOLVED = GradientDescent(steps=90, lr=0.2)
 SHORT = GradientDescent(steps=3, lr=0.1)
 PROBLEM = network(Proximal(1.0))
 check = partial(check_hypergradient, PROBLEM, INITIAL, DATA, batched=True, directions=2)

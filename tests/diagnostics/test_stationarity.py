@@ -126,7 +126,7 @@ def hinge(w):
     ids=["l1", "hinge", "max", "relu", "l1_loss", "pinball", "l1 norm", "margin"],
 )
 def test_the_check_names_a_kink_of_the_inner_loss(term):
-    inner = GradientDescent(steps=300, lr=0.1)
+    inner = GradientDescent(steps=150, lr=0.1)
     result = hypergradient(problem(term), META, None, inner=inner, method="dense")
     assert result.report.inner_gradient_norm.item() > 1e-2
     check = check_hypergradient(problem(term), META, None, inner=inner, method="dense")

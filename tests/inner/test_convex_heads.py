@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from convex_heads import CLASSES, LOSSES, PIXELS, TASKS, make, solve
+from convex_heads import CLASSES, LOSSES, PIXELS, TASKS, body, make, solve
 from oracles import largest_error, randn, relative_error
 
-from metaimplicit import METHODS, Composite, FromMeta, Implicit, Stream, Unrolled, argmin
+from metaimplicit import (
+    METHODS,
+    BilevelProblem,
+    Composite,
+    FromMeta,
+    Implicit,
+    Stream,
+    Unrolled,
+    argmin,
+)
 from metaimplicit.inner import LinearHead, Newton, Ridge, SoftmaxCrossEntropy, SquaredError
 from metaimplicit.solvers import Factored, Status
 
@@ -250,6 +259,43 @@ def test_unrolled_has_second_derivatives(loss, inner):
     values = [slope(at + k * h) for k in (1, -1, 2, -2)]
     differences = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * h)
     assert second.item() == pytest.approx(differences.item(), rel=1e-8)
+
+
+@ids
+@pytest.mark.parametrize("method", ["auto", "unrolled"])
+def test_the_body_runs_once_where_its_features_are_the_problems(loss, inner, method):
+    case = make(loss)
+    expected = solve(case, inner, method)
+    calls = []
+
+    def features(meta, data):
+        calls.append(len(data[0]))
+        return (body(meta, data[0]), data[1], body(meta, data[2]), data[3])
+
+    convex_loss = LOSSES[loss][0]
+    head = LinearHead(
+        lambda meta, c: c[0],
+        lambda meta, c: c[1],
+        loss=convex_loss,
+        strength=FromMeta("log_strength", torch.exp),
+        temperature=FromMeta("log_temperature", torch.exp),
+    )
+
+    def outer_loss(params, meta, c):
+        return torch.nn.functional.cross_entropy(head.predict(params, meta, c[2]), c[3])
+
+    case.problem = BilevelProblem(case.problem.init, head, outer_loss, features=features)
+    images, *others = case.data
+    data = (images.clone().requires_grad_(), *others)
+    result = solve(case, inner, method, data=data)
+    assert calls == [TASKS]
+    assert largest_error(result.grads, expected.grads) < 1e-11
+
+    direction = 1e-4 * randn(*images.shape, seed=6)
+    ahead = solve(case, inner, data=(images + direction, *others)).outer_loss
+    behind = solve(case, inner, data=(images - direction, *others)).outer_loss
+    slope = (result.data_grads[0] * direction).sum().item()
+    assert slope == pytest.approx(0.5 * (ahead - behind).item(), rel=1e-6)
 
 
 def test_targets_may_be_numbers_and_depend_on_meta():

@@ -62,7 +62,7 @@ def test_the_smallest_problems_have_the_unrolled_gradient(name, vectorize):
         learner = MetaLearner(
             model,
             loss,
-            inner=GradientDescent(steps=300, lr=0.05),
+            inner=GradientDescent(steps=120, lr=0.12),
             method=make_method(flag),
             proximal=1.0,
             vectorize=vectorize,

@@ -12,7 +12,7 @@ from metaimplicit import CG, METHODS, Dense, GradientDescent, Implicit, Nystrom,
 from metaimplicit.methods import make_method
 from metaimplicit.solvers import Status
 
-STEPS = 400
+STEPS = 240
 
 
 @dataclass(frozen=True)

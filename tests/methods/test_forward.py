@@ -78,10 +78,10 @@ def test_every_optimiser_agrees_with_reverse_mode(name, chunk):
 
 @pytest.mark.slow
 def test_momentum_sgd_at_convergence_agrees_with_the_implicit_function_theorem():
-    forward = run_logistic(Forward(), inner=LOOP.updated(steps=400))
+    forward = run_logistic(Forward(), inner=LOOP.updated(steps=200))
     implicit = run_logistic(
         Implicit(Dense()),
-        inner=GradientDescent(steps=400, lr=0.4, momentum=0.6),
+        inner=GradientDescent(steps=200, lr=0.4, momentum=0.6),
         meta={name: META[name] for name in ("decay", "weights")},
     )
     assert largest_error(forward.grads, implicit.grads) < 1e-6
@@ -233,12 +233,12 @@ def test_two_halves_of_a_loop_end_where_the_whole_loop_ends(name):
 def test_memory_does_not_grow_with_the_steps():
     peaks = {}
     for method in (Forward(), Unrolled()):
-        for steps in (10, 100):
+        for steps in (5, 40):
             with LiveBytes() as memory:
                 run_logistic(method, inner=LOOP.updated(steps=steps))
             peaks[method.flag, steps] = memory.peak
-    assert peaks["forward", 100] == peaks["forward", 10]
-    assert peaks["unrolled", 100] > 3 * peaks["unrolled", 10]
+    assert peaks["forward", 40] == peaks["forward", 5]
+    assert peaks["unrolled", 40] > 3 * peaks["unrolled", 5]
 
 
 def test_an_entry_that_does_not_require_grad_takes_no_tangents():

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import largest_error, randn, relative_error
-from tanh_network import DATA, INITIAL, TASKS, network, outer
+from tanh_network import DATA, INITIAL, TASKS, forward, network, outer
+from torch.autograd.functional import hessian as hessian_of
+from torch.autograd.functional import jacobian as jacobian_of
 
 from metaimplicit import (
     CG,
@@ -44,6 +46,53 @@ def test_the_fisher_matrix_is_a_curvature():
     # The mean square counts each output with a weight of its own, not as a unit variance would.
     gauss_newton = run_network(Implicit(Dense(), curvature="gauss-newton"))
     assert relative_error(fisher.grads["0.weight"], gauss_newton.grads["0.weight"]) < 1e-12
+
+
+def split(flat):
+    """The parameters of the network, from one vector."""
+    sizes = [p.numel() for p in INITIAL.values()]
+    parts = flat.split(sizes)
+    return {name: x.view_as(p) for (name, p), x in zip(INITIAL.items(), parts, strict=True)}
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_on_request_the_report_has_the_residual_in_the_system_of_the_hessian(vectorize):
+    """‖v − Hu‖/‖v‖ with (G + σI) u = v, by dense matrices of one task after another."""
+    method = Implicit(Dense(), curvature="gauss-newton", check_curvature=True)
+    result = hypergradient(
+        network(Proximal(0.5)),
+        INITIAL,
+        DATA,
+        inner=THREE_STEPS,
+        method=method,
+        batched=True,
+        vectorize=vectorize,
+    )
+    start = torch.cat([p.flatten() for p in INITIAL.values()])
+    expected = []
+    for task in range(TASKS):
+        x, y, x_query, y_query = (tensor[task] for tensor in DATA)
+        end = torch.cat([p[task].flatten() for p in result.params.values()])
+
+        def inner_loss(theta, x=x, y=y):
+            return F.mse_loss(forward(split(theta), x), y) + 0.25 * (theta - start).square().sum()
+
+        jacobian = jacobian_of(lambda theta, x=x: forward(split(theta), x).flatten(), end)
+        identity = torch.eye(len(end), dtype=torch.float64)
+        gauss_newton = 2 / len(x) * jacobian.T @ jacobian + 0.5 * identity
+        variable = end.clone().requires_grad_()
+        F.mse_loss(forward(split(variable), x_query), y_query).backward()
+        u = torch.linalg.solve(gauss_newton, variable.grad)
+        left = variable.grad - hessian_of(inner_loss, end) @ u
+        expected.append(left.norm() / variable.grad.norm())
+    assert relative_error(result.report.hessian_residual, torch.stack(expected)) < 1e-10
+    assert (result.report.residual < 1e-12).all()
+
+
+def test_the_hessian_solves_its_own_system_and_nobody_checks_it_unasked():
+    method = Implicit(Dense(), check_curvature=True)
+    assert (run_network(method).report.hessian_residual < 1e-12).all()
+    assert run_network(Implicit(Dense())).report.hessian_residual is None
 
 
 def test_the_empirical_fisher_matrix_differs_from_the_expected_one():

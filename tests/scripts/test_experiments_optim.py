@@ -1,6 +1,7 @@
 """Optimisers beside each other: networks, starts, histories, tables, refusals."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -189,6 +190,16 @@ def test_a_run_that_diverges_ends_and_says_so():
     row = train_for(9, torch.optim.SGD(setting.model.parameters(), 1e100), setting)
     assert row["history"]["step"] == [0, 1]
     assert row["diverged"] == "the loss is inf after 2 steps"
+
+
+def test_a_test_metric_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
+    """The clock may run out while the training loss is still finite and the test loss is not."""
+    setting, _ = quadratic()
+    infinite = replace(setting, test_metric=lambda outputs, targets: outputs.sum() * math.inf)
+    monkeypatch.setattr(DigitsAutoencoder, "setting", lambda experiment, seed: infinite)
+    row = DigitsAutoencoder(seconds=1e-9).run({"method": "sgd", "lr": 0.1, "seed": 0}, tmp_path)
+    assert row["test_metric"] is None
+    assert row["diverged"] == "the test loss is inf at the end"
 
 
 def row_of(history, diverged=None):

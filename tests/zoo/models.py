@@ -159,7 +159,7 @@ def sets():
 
 
 ZOO = {  # a model, its data, and its loss
-    "resnet-12": (ResNet12, lambda: images(8), F.cross_entropy),
+    "resnet-12": (ResNet12, lambda: images(4), F.cross_entropy),
     "vit": (ViT, lambda: images(8), F.cross_entropy),
     "gpt": (GPT, lambda: words(6), F.cross_entropy),
     "lstm tagger": (lambda: Tagger("LSTM"), lambda: words(3), F.cross_entropy),

@@ -1,0 +1,72 @@
+"""Pytrees whose tensors carry the task axis first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The pytree with each of its tensors replaced by `function` of it.
+
+    Example:
+        >>> import torch
+        >>> map_tensors(torch.neg, {"label": torch.tensor([3, 4]), "name": "digits"})
+        {'label': tensor([-3, -4]), 'name': 'digits'}
+    """
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def task_of(tree: Any, index: int) -> Any:
+    """The entry of one task.
+
+    Example:
+        >>> import torch
+        >>> task_of({"label": torch.tensor([3, 4]), "name": "digits"}, 1)
+        {'label': tensor(4), 'name': 'digits'}
+    """
+    return map_tensors(lambda x: x[index], tree)
+
+
+def count_tasks(data: Any) -> int:
+    """The number of tasks.
+
+    Raises:
+        ValueError: The tensors disagree, there is none, or an array cannot be split by task.
+
+    Example:
+        >>> import torch
+        >>> count_tasks({"images": torch.zeros(4, 5, 28, 28), "labels": torch.zeros(4, 5)})
+        4
+    """
+    leaves = tree_leaves(data)
+    for leaf in leaves:
+        if _hides_tensors(leaf):
+            raise ValueError(
+                f"data: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
+                "in dicts, lists, tuples or classes that torch.utils._pytree knows; use "
+                "torch.as_tensor for arrays"
+            )
+    sizes = {x.shape[0] if x.dim() else None for x in leaves if isinstance(x, Tensor)}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        raise ValueError(
+            f"data: got leading sizes {sorted(map(str, sizes))}, expected every tensor to carry "
+            "one task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
+        )
+    return int(sizes.pop() or 0)
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf is an array, or an object with tensors or arrays in it."""
+    if isinstance(leaf, Tensor):
+        return False
+    if isinstance(leaf, np.ndarray):
+        return True
+    parts = list(getattr(leaf, "__dict__", {}).values())
+    if isinstance(leaf, Mapping):
+        parts.extend(leaf.values())
+    return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)
