@@ -16,7 +16,7 @@ from metaimplicit.inner.convex_losses import (
     SquaredError,
 )
 from metaimplicit.inner.exact import Newton, Ridge
-from metaimplicit.inner.known import KnownSolution
+from metaimplicit.inner.known import KnownSolution, NoSteps
 from metaimplicit.inner.lbfgs import LBFGS
 from metaimplicit.inner.linear_head import LinearHead
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
@@ -43,6 +43,7 @@ INNER_LOOPS: dict[str, Callable[[], InnerLoop]] = {
     "newton-cg": NewtonCG,
     "ridge": Ridge,
     "newton": Newton,
+    "none": NoSteps,
 }
 
 
@@ -79,6 +80,7 @@ __all__ = [
     "Logistic",
     "Newton",
     "NewtonCG",
+    "NoSteps",
     "ProximalGradient",
     "Regularizer",
     "Ridge",

@@ -183,6 +183,10 @@ class InnerLoop(ABC):
         changed: InnerLoop = replace(instance, **changes)
         return changed
 
+    def with_steps(self, steps: int) -> InnerLoop:
+        """The loop with up to `steps` ≥ 1 steps. A loop that has no choice stays as it is."""
+        return self.updated(steps=steps)
+
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`."""
         numbers = [number for _, number in self._numbers()]

@@ -28,12 +28,12 @@ class Minimum(NamedTuple):
     """What an exact loop finds.
 
     Attributes:
-        iterates: V_0 … V_T, each `[tasks, k, outputs]`, without a graph.
+        end: V*, `[tasks, k, outputs]`, without a graph.
         steps: The number of steps of each task, `[tasks]`.
-        factors: The Cholesky factors at V_T that it has, by their shift.
+        factors: The Cholesky factors at V* that it has, by their shift.
     """
 
-    iterates: list[Tensor]
+    end: Tensor
     steps: Tensor
     factors: dict[float, Tensor]
 
@@ -41,6 +41,7 @@ class Minimum(NamedTuple):
 class ExactLoop(InnerLoop):
     """A loop that ends at the argmin of a `LinearHead`, for all tasks at once.
 
+    To those who count steps it is one, from θ_0 to the argmin. `Trajectory.steps` counts its own.
     It serves implicit methods and `Unrolled`. It leaves its Hessian, which knows its own inverse:
     the solver `Auto` takes that inverse, and other solvers multiply by the Hessian in closed form.
     """
@@ -87,17 +88,20 @@ class ExactLoop(InnerLoop):
         constants = objective.detach()
         with torch.no_grad():
             minimum = self.minimise(constants, layout.to_matrix(detached(start)))
-            end = minimum.iterates[-1]
+            end = minimum.end
             hessian = HeadHessian(constants.curvature(end), layout, minimum.factors)
         params = layout.to_params(self.argmin(objective, end) if differentiated_steps else end)
-        kept = map(layout.to_params, minimum.iterates) if keep_iterates else ()
         return Trajectory(
             params,
             minimum.steps,
             gradient_norm(loss, params),
-            iterates=tuple(kept),
+            iterates=(start, params) if keep_iterates else (),
             curvature=hessian,
         )
+
+    def with_steps(self, steps: int) -> InnerLoop:
+        """The loop itself, since it ends at the argmin."""
+        return self
 
     def _head_of(self, problem: LiftedProblem) -> LinearHead:
         head = problem.problem.inner_loss
@@ -178,7 +182,7 @@ class Ridge(ExactLoop):
         """The closed form, with its factor."""
         end, factor = _ridge(objective)
         steps = torch.ones(len(start), dtype=torch.int64, device=start.device)
-        return Minimum([start, end], steps, {float(objective.strength): factor})
+        return Minimum(end, steps, {float(objective.strength): factor})
 
     def argmin(self, objective: HeadObjective, minimum: Tensor) -> Tensor:
         """The closed form, which can be differentiated any number of times."""
@@ -199,7 +203,7 @@ class Newton(ExactLoop):
     the first derivative exact, and the second makes those up to the third exact.
 
     Args:
-        steps: T ≥ 1, the largest number of steps.
+        max_steps: The largest number of steps, ≥ 1.
         tol: ‖∂f/∂V‖ at which a task ends. If None, tasks end at round-off.
         problem: The lifted problem that the loop is bound to; see `bound_to`.
 
@@ -207,16 +211,19 @@ class Newton(ExactLoop):
         ValueError: A number is out of range. On a run: the inner loss is no `LinearHead`.
 
     Example:
-        >>> Newton(tol=1e-8).updated(steps=50)
-        Newton(steps=50, tol=1e-08)
+        >>> Newton(tol=1e-8).updated(max_steps=50)
+        Newton(max_steps=50, tol=1e-08)
     """
 
-    steps: int = 30
+    max_steps: int = 30
     tol: float | None = 1e-12
     problem: LiftedProblem | None = field(default=None, repr=False, compare=False)
+    steps: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.check()
+        if self.max_steps < 1:
+            raise ValueError(f"Newton max_steps: got {self.max_steps}, expected at least 1 step")
 
     def check_loss(self, loss: ConvexLoss) -> None:
         """Every convex loss will do."""
@@ -224,11 +231,10 @@ class Newton(ExactLoop):
     def minimise(self, objective: HeadObjective, start: Tensor) -> Minimum:
         """Damped Newton steps, with a mask of the tasks that have not ended."""
         v = start
-        iterates = [v]
         steps = torch.zeros(len(v), dtype=torch.int64, device=v.device)
         active = torch.ones_like(steps, dtype=torch.bool)
         within_roundoff = torch.zeros_like(steps)
-        for t in range(self.steps):
+        for t in range(self.max_steps):
             gradient = objective.gradient(v)
             norm = gradient.flatten(1).norm(dim=1)
             active = active & (norm > (self.tol or 0.0))  # False where it is NaN
@@ -243,8 +249,7 @@ class Newton(ExactLoop):
             moved = v + size[:, None, None] * direction
             v = torch.where(active[:, None, None], moved, v)
             steps += active
-            iterates.append(v)
-        return Minimum(iterates, steps, {})
+        return Minimum(v, steps, {})
 
     def argmin(self, objective: HeadObjective, minimum: Tensor) -> Tensor:
         """The values of V*, with the graph of two Newton steps from there."""

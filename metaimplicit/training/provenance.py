@@ -22,7 +22,8 @@ def describe(learner: MetaLearner, report: Report | None = None) -> dict[str, An
         report: The report of one of its steps, which says what the solver `Auto` chose.
 
     Returns:
-        `"chosen"`: the vectorisation, the device, the number of threads and the solver.
+        `"chosen"`: the vectorisation, the device, the number of threads, the solver, and whether
+        the features are evaluated once.
         `"parameters"`: the number of meta-parameters. `"versions"`: those of the packages, None
         for one that is not installed. `"commit"`: that of the source tree, with "-dirty" if files
         differ from it, or None outside a git repository.
@@ -43,6 +44,7 @@ def describe(learner: MetaLearner, report: Report | None = None) -> dict[str, An
             "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
             "threads": torch.get_num_threads(),
             "solver": "" if report is None else report.chosen,
+            "features": "" if report is None else report.features,
         },
         "parameters": sum(p.numel() for p in learner.parameters()),
         "versions": versions

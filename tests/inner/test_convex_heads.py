@@ -221,7 +221,7 @@ def test_newton_is_damped_where_full_steps_diverge():
 def test_tasks_end_where_roundoff_stops_them():
     case = make("softmax")
     case.meta["scale"] = torch.tensor(1e4, dtype=torch.float64)
-    report = solve(case, Newton(steps=100, tol=None)).report
+    report = solve(case, Newton(max_steps=100, tol=None)).report
     assert report.inner_steps.max() < 30
     assert report.inner_gradient_norm.max() < 1e-6  # ε times the square of the features is 1e-8
 
