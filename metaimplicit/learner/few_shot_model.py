@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from metaimplicit.learner.body import find_last_module
-from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.forms import plain_inputs
 from metaimplicit.learner.learnable import LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
 from metaimplicit.learner.network import Network
 from metaimplicit.learner.plan import Plan
-from metaimplicit.learner.problem import inner_iterates
-from metaimplicit.learner.targets import Group
 from metaimplicit.lifted import LiftedProblem, Vectorize
-from metaimplicit.methods import Implicit, Method
 from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
-from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
 from metaimplicit.unsupported import explain_unsupported
-from metaimplicit.vectorization import VmapRecords, explain_objection
 
 
 class FewShotModel(nn.Module):
@@ -85,15 +76,10 @@ class FewShotModel(nn.Module):
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
-        self._vmap_records = VmapRecords() if vectorize == "auto" else None
-        self._objection = ""  # why vmap is not used
         of_phi = [name for name, p in model.named_parameters() if p.requires_grad]
         self._network = Network(model, of_phi, plan.head)
-        self._features = ""  # as in `Report`
         if plan.head is not None and not self.adapted:
             self._network = self._network.with_constant_model()
-            self._features = "once"
-        self._is_settled = plan.head is not None or len(self.adapted) == len(of_phi)
 
         of_model: Params = dict(model.named_parameters())
         of_losses = {key: p for part in self._losses() for key, p in part.parameters.items()}
@@ -158,9 +144,6 @@ class FewShotModel(nn.Module):
     def _current_way(self) -> Vectorize:
         return "loop" if self.vectorize == "loop" else "vmap"
 
-    def _way(self, group: Group) -> Vectorize:
-        return "loop" if group.looped else self._current_way
-
     @property
     def _mixes_tasks(self) -> bool:
         """Whether the body receives the images of several tasks in one batch."""
@@ -179,55 +162,6 @@ class FewShotModel(nn.Module):
             chunk_size=self.chunk_size,
         )
 
-    def _settle_features(self, data: Episode) -> None:
-        """Find out at the first batch whether what does not adapt can be evaluated once."""
-        if self._is_settled:
-            return
-        self._is_settled = True
-        last = find_last_module(self.model, self.adapted)
-        if isinstance(last, str):
-            self._features = last
-            return
-        if _looks_into_layers(self.method):
-            self._features = "the method looks into the layers of the model"
-            return
-        meta = self._detached_meta()
-        inputs = task_of(data.support.inputs, 0)
-        device = next(iter(meta.values())).device
-        with restored_random_state(device), running_statistics(self.model):
-            self._features = last.objection(meta, self.adapted, inputs) or "once"
-        if self._features == "once":
-            self._network = self._network.with_last(last)
-
-    def _lifted(self, group: Group) -> LiftedProblem:
-        """The problem of a group, at the features of its episodes."""
-        if not group.looped:
-            self._check_vmap(group.data)
-        way = self._way(group)
-        problem = self._problem(self._network, way)
-        if problem.features is None:
-            return self._lift(problem, group.data, way)
-        with torch.no_grad(), running_statistics(self.model):
-            features = problem.features(self._detached_meta(), group.data)
-        return self._lift(replace(problem, features=None), features, way)
-
-    def _iterates(self, lifted: LiftedProblem, steps: int) -> tuple[Params, ...]:
-        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        return inner_iterates(lifted, self.inner, self._detached_meta(), steps)
-
-    def _check_vmap(self, data: Episode) -> None:
-        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
-        if self._vmap_records is None or self.vectorize == "loop" or self._mixes_tasks:
-            return
-        if self._vmap_records.next_call(data).is_due:
-            # Here the losses call the body, as they call all else.
-            in_losses = self._problem(self._network.without_body(), "vmap")
-            self._objection = explain_objection(
-                in_losses, self.meta, data, inner=self.inner, method=self.method
-            )
-        if self._objection:
-            self.vectorize = "loop"
-
     def _lift(self, problem: BilevelProblem, data: Any, vectorize: Vectorize) -> LiftedProblem:
         return LiftedProblem(
             problem,
@@ -237,13 +171,6 @@ class FewShotModel(nn.Module):
             chunk_size=self.chunk_size,
             second_derivatives=self.inner.second_derivatives,
         )
-
-    def _outputs(self, inputs: Any) -> Tensor:
-        """The model at φ, as a constant. Random numbers that it draws are drawn again later."""
-        meta = self._detached_meta()
-        device = next(iter(meta.values())).device
-        with restored_random_state(device), running_statistics(self.model):
-            return self._network.outputs({}, meta, inputs)
 
     def _query_loss(self) -> TaskLoss:
         """The loss of the query set at φ, as a constant."""
@@ -268,14 +195,6 @@ class FewShotModel(nn.Module):
         for loss in self._losses():
             params |= loss.parameters
         return params
-
-
-def _looks_into_layers(method: Method) -> bool:
-    """Whether a method needs the layers of the model that the inner loss calls."""
-    if not isinstance(method, Implicit):
-        return False
-    kinds = {method.curvature, method.preconditioner}
-    return not kinds <= {None, "hessian", "gauss-newton", "diagonal"}
 
 
 def _check_loss_parameters(of_model: Params, of_losses: Params, adapted: Sequence[str]) -> None:

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.learner.batch_checks import BatchChecks
 from metaimplicit.learner.buffers import reject_changed_buffers
 from metaimplicit.learner.defaults import (
     with_default_weights,
 )
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
-from metaimplicit.learner.few_shot_model import FewShotModel
-from metaimplicit.learner.forms import read_episodes, read_support
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data, warn_if_useless
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.learnable import (
@@ -28,19 +25,26 @@ from metaimplicit.learner.learnable import (
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.plan import make_plan
 from metaimplicit.learner.problem import step_counts
-from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
-from metaimplicit.learner.targets import Group, Metric, measure
+from metaimplicit.learner.results import (
+    AdaptedModel,
+    Step,
+    combine,
+    join_reports,
+    mean,
+    reject_other_shapes,
+)
+from metaimplicit.learner.targets import Group, Metric
+from metaimplicit.learner.task_batches import TaskBatches
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
 from metaimplicit.learner.wrappers import reject_distributed
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
-from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Adapt
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize
 
 
-class MetaLearner(FewShotModel):
+class MetaLearner(TaskBatches):
     """Learns the initialisation φ from which an inner loop adapts a model to a task.
 
         min_φ mean_tasks loss(model_{θ*}(query))
@@ -154,16 +158,10 @@ class MetaLearner(FewShotModel):
             model,
             loss,
             query_loss,
+            metric=metric,
             plan=plan,
             vectorize=vectorize,
             chunk_size=chunk_size,
-        )
-        self.metric = metric
-        self._checks = BatchChecks(
-            self._outputs,
-            self._support_loss_on_cpu,
-            self._query_loss_on_cpu,
-            has_head=plan.head is not None,
         )
 
     @explain_unsupported()
@@ -263,39 +261,11 @@ class MetaLearner(FewShotModel):
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
             ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
+            reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}
         if not batched:
             params = {name: p.squeeze(0) for name, p in params.items()}
         return AdaptedModel(self.predict, params, batched=batched)
-
-    def _read(self, episodes: EpisodeBatch) -> list[Group]:
-        """The tasks in groups of one shape, if nothing is wrong with them."""
-        batches = read_episodes(episodes)
-        self._settle(batches[0])
-        groups = []
-        for data in batches:
-            classes = self._checks.check_episodes(data)
-            groups.append(Group(data, classes, looped=len(batches) > 1))
-        return groups
-
-    def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
-        """Support sets, likewise. They stand for the query sets as well."""
-        pairs = read_support(support, batched=batched)
-        self._settle(Episode(pairs[0], pairs[0]))
-        for pair in pairs:
-            self._checks.check_support("support", pair)
-        return [Group(Episode(pair, pair), None, looped=len(pairs) > 1) for pair in pairs]
-
-    def _settle(self, data: Episode) -> None:
-        """Settle at the first batch what is evaluated once, and reject statistics that mix tasks.
-
-        Layers of what does not adapt may track running statistics.
-        """
-        self._settle_features(data)
-        if self._network.body is None:
-            reject_running_statistics(self.model)
-        elif self._network.last is not None:
-            reject_running_statistics(self._network.last.module)
 
     def _hypergradient(self, data: Episode, vectorize: Vectorize) -> Hypergradient:
         return hypergradient(
@@ -323,21 +293,3 @@ class MetaLearner(FewShotModel):
             self.vectorize = choose_vectorize(
                 lambda way: self._hypergradient(group.data, way).outer_loss
             )
-
-    def _measure_path(self, group: Group, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The query losses and measures after some numbers of steps, `[counts, tasks]` each."""
-        lifted = self._lifted(group)
-        iterates = self._iterates(lifted, max(counts))
-        meta = self._detached_meta()
-        losses = []
-        measures = []
-        with torch.no_grad():
-            for count in counts:
-                loss, outputs = lifted.outer(iterates[count], meta, lifted.data)
-                losses.append(loss)
-                measures.append(self._measure(group, outputs))
-        return torch.stack(losses), combine(measures, torch.stack)
-
-    def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
-        """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
-        return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)

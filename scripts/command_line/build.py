@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from command_line.device import find_device
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
 from metaimplicit.inner import InnerLoop, make_inner
+from metaimplicit.learner.heads import ConvexHead, Head, make_head
 from metaimplicit.methods import Method, make_method
 from metaimplicit.models import MLP, ConvNet
 from tasks import TaskFamily
@@ -33,7 +35,7 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
     learner = MetaLearner(
         model,
         F.cross_entropy if family.kind == "classification" else F.mse_loss,
-        head=None if options.head == "linear" else options.head,
+        head=build_head(options, family),
         inner=build_inner(options),
         method=build_method(options),
         proximal=options.proximal,
@@ -43,6 +45,16 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
         chunk_size=options.chunk_size,
     )
     return learner.to(device)
+
+
+def build_head(options: RunOptions, family: TaskFamily) -> Head | None:
+    """The head of a run, or None for a linear layer of the model."""
+    if options.head == "linear":
+        return None
+    head = make_head(options.head)
+    if family.kind == "regression" and isinstance(head, ConvexHead):
+        return replace(head, scale=1.0)  # a scale of scores has no meaning for values
+    return head
 
 
 def what_adapts(options: RunOptions, model: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from oracles import relative_error
 from torch import nn
 
 from metaimplicit import GradientDescent, MetaLearner
-from metaimplicit.learner import few_shot_model
+from metaimplicit.learner import task_batches
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -37,7 +37,7 @@ def make(model=None, **options):
 def keep_plain(monkeypatch, learner):
     """Let a learner evaluate its whole model at every step."""
     with monkeypatch.context() as patch:
-        patch.setattr(few_shot_model, "find_last_module", lambda *_: "asked not to")
+        patch.setattr(task_batches, "find_last_module", lambda *_: "asked not to")
         learner.evaluate(draw_episodes())
     return learner
 

@@ -193,6 +193,12 @@ def test_tasks_of_several_sizes_are_computed_one_by_one():
     assert loss.item() == pytest.approx(torch.stack(singles).mean().item(), rel=1e-12)
 
 
+def test_heads_of_one_batch_have_one_number_of_classes():
+    sets = [(randn(ways, INPUTS, seed=ways), torch.arange(ways)) for ways in (3, 4)]
+    with pytest.raises(ValueError, match="support: got tasks with different numbers of classes"):
+        make("ridge").adapt(sets, batched=True)
+
+
 def test_ridge_regression_takes_targets_that_are_numbers():
     learner = MetaLearner(make_body(), F.mse_loss, head=ConvexHead(SquaredError(), strength=0.1))
     support = (randn(TASKS, 5, INPUTS, seed=1), randn(TASKS, 5, 2, seed=2))
