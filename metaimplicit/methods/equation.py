@@ -127,7 +127,7 @@ class Equation(Rule):
         return [-part for part in self._solve(x, p, right)]
 
     def _solve(self, x: Tensors, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
-        """U = A⁻¹ v as a function of x, p and v."""
+        """The solution of A u = v as a function of x, p and v: the root of A(x, p) u − v = 0."""
 
         def residual(u: Tensors, arguments: Tensors) -> Tensors:
             at = aliases(arguments[: len(x)])
@@ -148,22 +148,21 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: tuple[Tensor, ...], rule: Rule, *inputs: Tensor) -> Any:
-        outputs = tuple(value.clone() for value in values)
         ctx.rule = rule
         ctx.values = values
-        ctx.save_for_backward(*outputs, *inputs)
+        ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
-        return outputs
+        return tuple(value.clone() for value in values)
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> Any:
-        saved = ctx.saved_tensors  # raises an error if one was changed in place
-        count = len(ctx.values)
+        inputs = ctx.saved_tensors  # raises an error if one was changed in place
         # In forward mode, the gradient needs its tangent as well.
-        tangents = [tangent_of(tensor) for tensor in (*saved, *vectors)]
+        tangents = [tangent_of(tensor) for tensor in (*inputs, *vectors)]
         again = torch.is_grad_enabled() or any(tangent is not None for tangent in tangents)
         with torch.enable_grad():
-            gradients = ctx.rule.pull_back(saved[:count], saved[count:], vectors, again=again)
+            values = ctx.rule.attach(ctx.values, inputs) if again else ctx.values
+            gradients = ctx.rule.pull_back(values, inputs, vectors, again=again)
         if not torch.is_grad_enabled():
             gradients = [None if g is None else without_graph(g) for g in gradients]
         return None, None, *gradients
@@ -173,9 +172,11 @@ class _Attached(torch.autograd.Function):
         inputs = ctx.saved_tensors
         pairs = zip(inputs, tangents, strict=True)
         known = [torch.zeros_like(x) if t is None else t for x, t in pairs]
-        values = ctx.rule.attach(ctx.values, inputs)
-        pushed = ctx.rule.push_forward(values, inputs, known)
-        if not any(tensor.requires_grad for tensor in (*inputs, *known)):
+        with torch.enable_grad():
+            values = ctx.rule.attach(ctx.values, inputs)
+            pushed = ctx.rule.push_forward(values, inputs, known)
+        is_variable = any(tensor.requires_grad for tensor in (*inputs, *known))
+        if not torch.is_grad_enabled() or not is_variable:
             pushed = [part.detach() for part in pushed]
         return tuple(pushed)
 

@@ -132,6 +132,14 @@ def test_tangents_in_forward_mode(loss, vectorize):
     assert relative_error(tangent.detach(), differences(function)) < 1e-7
 
 
+def test_tangents_without_a_graph():
+    function = partial(along, LOSSES["logistic"])
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = jvp(function, number(0.0).requires_grad_(), number(1.0))
+    assert not tangent.requires_grad
+    assert relative_error(tangent, differences(function)) < 1e-7
+
+
 @losses
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 def test_forward_and_reverse_mode_in_both_orders(loss, vectorize):
@@ -162,6 +170,28 @@ def test_the_weight_decay_of_the_loop_has_its_second_derivative(options):
     (second,) = torch.autograd.grad(first, decay)
     assert first.item() == pytest.approx(-3.0 / 1.5**2, rel=1e-12)
     assert second.item() == pytest.approx(6.0 / 1.5**3, rel=1e-12)
+
+
+def test_a_minimum_that_was_found_elsewhere():
+    """Also if the values are changed in place: they are a copy."""
+    decay = number(-1.0).requires_grad_()
+    with torch.no_grad():
+        minimum = closed_form(decay, X[0], Y[0])
+
+    w = train(
+        LOSSES["ridge"],
+        decay,
+        (X[0], Y[0]),
+        inner=None,
+        solution={"w": minimum},
+        batched=False,
+    )
+    expected = torch.autograd.functional.hessian(
+        lambda decay: (2.0 * closed_form(decay, X[0], Y[0])).pow(3).sum(), decay
+    )
+    (first,) = torch.autograd.grad(w.mul_(2.0).pow(3).sum(), decay, create_graph=True)
+    (second,) = torch.autograd.grad(first, decay)
+    assert relative_error(second, expected) < 1e-10
 
 
 # Against closed forms and plain loops.
