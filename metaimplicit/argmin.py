@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from metaimplicit.graph import find_dependencies
+from metaimplicit.graph import find_dependencies, is_differentiated, tangent_of
 from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
 from metaimplicit.methods import Method, make_method
-from metaimplicit.methods.pullback import attach_pullback
+from metaimplicit.methods.pullback import attach_pullback, forward_mode_error
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
 from metaimplicit.unsupported import explain_unsupported
@@ -34,8 +34,11 @@ def argmin(
 ) -> Params:
     """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ and of the data.
 
-    Compose it with any torch code and call `.backward()`. With `unrolled`, the result can be
-    differentiated any number of times, with an implicit method once. A minimum that was found
+    Compose it with any torch code and call `.backward()`. With `unrolled`, and with an implicit
+    method whose A is the Hessian without damping, the result can be differentiated any number of
+    times, with other methods once. The derivative of an implicit method's solve is again a solve.
+    The same methods, and those with another A, pass tangents in forward mode
+    (`torch.autograd.forward_ad`): (dθ*/dφ) φ̇ = −A⁻¹ (∂²f/∂θ∂φ) φ̇. A minimum that was found
     elsewhere, by scipy, say, is differentiated if it is passed as the `solution`.
 
     Args:
@@ -57,8 +60,8 @@ def argmin(
     Raises:
         ValueError: As in `hypergradient`, or the method is "reptile" or "f2sa", which do not
             differentiate θ*. A gradient that the method cannot give may raise in backward only.
-        RuntimeError: In backward: a second derivative of an implicit method, SAMA or forward mode,
-            or a tensor of `meta` that was changed in place.
+        RuntimeError: A derivative that the method does not have: a second one, or one in forward
+            mode. In backward: a tensor of `meta` was changed in place.
 
     Example:
         >>> target = torch.tensor(3.0, requires_grad=True)
@@ -100,11 +103,13 @@ def argmin(
         chunk_size=chunk_size,
     )
     for name, m in phi.items():
-        m.requires_grad_(meta[name].requires_grad)
+        m.requires_grad_(is_differentiated(meta[name]))
 
     # Tensors of the data that require grad are entries of φ beside those of `meta`.
     sources = {**meta, **lifted.entries.tensors}
     variables = {**phi, **leaves(lifted.entries.tensors)}
+    if not method.forward_mode and any(tangent_of(m) is not None for m in sources.values()):
+        raise forward_mode_error(method.flag)
     with torch.enable_grad():
         # A pullback differentiates with respect to its own leaves, since the sources may depend on
         # one another.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from metaimplicit.graph import is_differentiated
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
 
@@ -15,7 +16,7 @@ PREFIX = "data tensor "
 
 
 class DataEntries:
-    """The tensors of data that require grad, as further entries of φ.
+    """The tensors of data that require grad (or have a tangent), as further entries of φ.
 
     Their names start with `PREFIX`, which no entry of `meta` does. So whatever differentiates with
     respect to φ differentiates with respect to them as well.
@@ -43,7 +44,7 @@ class DataEntries:
             return
         self._leaves, self._spec = tree_flatten(data)
         for number, leaf in enumerate(self._leaves):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and is_differentiated(leaf):
                 self.tensors[f"{PREFIX}{number}"] = leaf
         if self.tensors:
             self.constants = self.restore(detached(self.tensors))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.graph import is_differentiated
 from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner.known import KnownSolution
 from metaimplicit.iterate import Iterate
@@ -87,7 +88,7 @@ def root(
     )
     phi = meta_leaves(meta)
     for name, m in phi.items():
-        m.requires_grad_(meta[name].requires_grad)
+        m.requires_grad_(is_differentiated(meta[name]))
 
     # Tensors of the data that require grad are entries of φ beside those of `meta`.
     sources = {**meta, **lifted.entries.tensors}

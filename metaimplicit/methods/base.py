@@ -16,7 +16,7 @@ from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.report import Report
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.problem import BilevelProblem, Decay
 from metaimplicit.solvers import SolverState
 
 # By name of a meta-parameter. None: no path leads from θ* to it.
@@ -58,6 +58,19 @@ class Dependencies:
         }
         return {route for route, does in depends.items() if does}
 
+    def decay(self, params: Params, meta: Params) -> Decay | None:
+        """The penalty that the inner loop adds to the loss of the parameters that it moves.
+
+        Args:
+            params: θ, of which the names are read.
+            meta: φ, where the numbers of the loop are read.
+        """
+        strengths = {name: self.inner.decay(meta, name) for name in params if name not in self.idle}
+        numbers = strengths.values()
+        if not any(isinstance(strength, Tensor) or strength != 0 for strength in numbers):
+            return None
+        return Decay(strengths)
+
     def through(self, reads: Mapping[str, set[str]]) -> Dependencies:
         """What θ* depends on if some of the entries are themselves functions of others.
 
@@ -81,6 +94,21 @@ ALL_ROUTES = frozenset({"start", "loss", "loop"})
 
 
 @dataclass(frozen=True)
+class Stationarity:
+    """F(θ*, φ) = 0, of which all derivatives of θ* follow.
+
+    Attributes:
+        residual: F = ∂f/∂θ, `(θ, φ) -> {name: [tasks, *shape]}`, with its graph to both.
+        solve: v ↦ A⁻¹ v at θ*, where A stands for ∂F/∂θ.
+        is_exact: Whether A is ∂F/∂θ itself, so that the derivatives of the solve are known.
+    """
+
+    residual: Callable[[Params, Params], Params]
+    solve: Callable[[Params], Params]
+    is_exact: bool
+
+
+@dataclass(frozen=True)
 class Adaptation:
     """θ* and its pullback.
 
@@ -91,6 +119,7 @@ class Adaptation:
         dependencies: What θ* depends on.
         end: Where the inner loop ended. Another inner loop can continue there.
         pullback: (v, solver state) ↦ ((dθ*/dφ)ᵀ v, the report completed by the solve).
+        stationarity: What else is needed for other derivatives of θ*. None if there are none.
 
     Example:
         One step of size ¼ on f = w² takes w = φ to w − ¼·2w = φ/2, whose derivative is ½.
@@ -115,6 +144,7 @@ class Adaptation:
     dependencies: Dependencies
     end: Iterate
     pullback: Callable[[Params, SolverState], tuple[Gradients, Report]] | None = None
+    stationarity: Stationarity | None = None
 
     def pull_back(
         self, vectors: Params, meta: Params, state: SolverState | None = None
@@ -183,6 +213,14 @@ class Method(ABC):
         By default, it does.
         """
         return True
+
+    @property
+    def forward_mode(self) -> bool:
+        """Whether tangents pass through `argmin` (`torch.autograd.forward_ad`).
+
+        By default, they do not.
+        """
+        return False
 
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -19,19 +17,20 @@ from metaimplicit.methods.base import (
     Dependencies,
     Gradients,
     Method,
+    Stationarity,
     vector_jacobian_product,
 )
-from metaimplicit.methods.linearize import Linearization, linearize, require_outputs
+from metaimplicit.methods.curvature_system import CurvatureSystem
+from metaimplicit.methods.linearize import inner_gradient, require_outputs
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import (
     data_at_solution,
     retry_under_vmap,
     run_inner,
-    warn_or_raise,
+    warn_if_unsolved,
 )
 from metaimplicit.operators import (
     CurvatureClass,
-    Identity,
     Invertible,
     Products,
     central_difference,
@@ -40,7 +39,7 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Decay
-from metaimplicit.solvers import CG, Solver, SolverState
+from metaimplicit.solvers import CG, Solution, Solver, SolverState
 
 Curvature = str | CurvatureClass  # a key of `CURVATURES`, or a class
 
@@ -139,6 +138,11 @@ class Implicit(Method):
         """Whether A is more than differences of gradients."""
         return self.products != "finite-differences" or self.preconditioner is not None
 
+    @property
+    def forward_mode(self) -> bool:
+        """Whether the inner loss has the second derivatives that this takes."""
+        return self.products != "finite-differences"
+
     def with_default_curvature(self, curvature: Curvature) -> Implicit:
         """The method with this curvature if it leaves the curvature open.
 
@@ -188,6 +192,7 @@ class Implicit(Method):
             dependencies: What θ* depends on.
             hessian: ∂²f/∂θ² less its known multiple of the identity, if the inner loop left it.
         """
+        system = self._system(hessian)
 
         def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
             def attempt(lifted: LiftedProblem) -> tuple[Gradients, Report]:
@@ -195,8 +200,8 @@ class Implicit(Method):
                     lifted,
                     end.params,
                     meta,
-                    decay=_decay_of_loop(dependencies, end.params, meta),
-                    hessian=hessian,
+                    system=system,
+                    decay=dependencies.decay(end.params, meta),
                     vectors=vectors,
                     report=report,
                     state=state,
@@ -204,7 +209,59 @@ class Implicit(Method):
 
             return retry_under_vmap(attempt, problem)
 
-        return Adaptation(end.params, report, dependencies, end, pullback)
+        stationarity = None
+        if self.forward_mode:
+            stationarity = self._stationarity(
+                system, end.params, problem, meta, dependencies=dependencies
+            )
+        return Adaptation(end.params, report, dependencies, end, pullback, stationarity)
+
+    def _stationarity(
+        self,
+        system: CurvatureSystem,
+        params: Params,
+        problem: LiftedProblem,
+        meta: Params,
+        *,
+        dependencies: Dependencies,
+    ) -> Stationarity:
+        """What derivatives of θ* = `params` need beside the pullback."""
+        data = data_at_solution(problem, self.batch, "Implicit")
+
+        def residual(theta: Params, phi: Params) -> Params:
+            at = meta | phi
+            decay = dependencies.decay(theta, at)
+            return inner_gradient(problem, theta, at, data, decay=decay)
+
+        def solve(vectors: Params) -> Params:
+            def attempt(lifted: LiftedProblem) -> Solution:
+                decay = dependencies.decay(params, meta)
+                point = system.linearize(lifted, params, meta, data, decay=decay)
+                return system.solve(point, flatten(vectors), SolverState())[0]
+
+            with torch.enable_grad():
+                solution = retry_under_vmap(attempt, problem)
+            warn_if_unsolved(solution.residual, solution.status)
+            return unflatten(solution.value, params)
+
+        is_hessian = self.curvature_name == "hessian" or system.known is not None
+        is_exact = is_hessian and self.damping == 0
+        return Stationarity(residual, solve, is_exact)
+
+    def _system(self, hessian: Invertible | None) -> CurvatureSystem:
+        """The system at θ*, with the Hessian that the loop left if that is what A is made of."""
+        # The model of such a loop is linear, so that Gauss–Newton is the Hessian.
+        is_hessian = self.curvature in (None, "hessian", "gauss-newton")
+        takes_it = is_hessian and self.products == "double-backward"
+        return CurvatureSystem(
+            self.solver,
+            self.curvature or "hessian",
+            damping=self.damping,
+            preconditioner=self.preconditioner,
+            products=self.products,
+            strict=self.strict,
+            known=hessian if takes_it else None,
+        )
 
     def _pull_back(
         self,
@@ -212,35 +269,22 @@ class Implicit(Method):
         params: Params,
         meta: Params,
         *,
+        system: CurvatureSystem,
         decay: Decay | None,
-        hessian: Invertible | None,
         vectors: Params,
         report: Report,
         state: SolverState,
     ) -> tuple[Gradients, Report]:
         data = data_at_solution(problem, self.batch, "Implicit")
-        linearize_by = partial(self._linearize, problem, params, meta, data=data, decay=decay)
-        point = linearize_by(self.curvature or "hessian")
-        is_hessian = self.curvature in (None, "hessian", "gauss-newton")
-        if hessian is not None and is_hessian and self.products == "double-backward":
-            # The loop's model is linear, so that Gauss–Newton is the Hessian.
-            point = replace(point, core=hessian)
+        point = system.linearize(problem, params, meta, data, decay=decay)
         sigma = point.sigma + self.damping
         v = flatten(vectors)
-
-        # u = A⁻¹v with A = core + σI.
-        preconditioner = self._make_preconditioner(point, sigma)
-        shifted = point.core + Identity(point.core, sigma)
-        inverse = None
-        if preconditioner is not None:
-            inverse = _damped_inverse(preconditioner, sigma)
-        solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
-        if bool((solution.rayleigh < 0.999 * sigma).any()):
-            point.core.check_convex()
-        warn_or_raise(self.solver, solution, strict=self.strict)
+        solution, products = system.solve(point, v, state)
         hessian_residual = None
         if self.check_curvature:
-            hessian_residual = linearize_by("hessian").residual(solution.value, v)
+            exact = replace(system, curvature="hessian", known=None)
+            at_hessian = exact.linearize(problem, params, meta, data, decay=decay)
+            hessian_residual = at_hessian.residual(solution.value, v)
 
         # (dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u.
         if self.products == "finite-differences":
@@ -258,9 +302,6 @@ class Implicit(Method):
                 point.gradient, meta, unflatten(-solution.value, params)
             )
 
-        products = solution.products + point.core.setup_products
-        if preconditioner is not None:
-            products += preconditioner.setup_products
         return mixed, replace(
             report,
             inner_gradient_norm=flatten(point.gradient).detach().norm(dim=-1),
@@ -277,44 +318,3 @@ class Implicit(Method):
             leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
             state=solution.state,
         )
-
-    def _linearize(
-        self,
-        problem: LiftedProblem,
-        params: Params,
-        meta: Params,
-        curvature: Curvature,
-        *,
-        data: Any,
-        decay: Decay | None,
-    ) -> Linearization:
-        options: dict[str, Any] = {}
-        if self.products != "double-backward":
-            options["products"] = self.products
-        return linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
-
-    def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
-        if self.preconditioner is None:
-            return None
-        if not sigma > 0:
-            raise ValueError(
-                f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping"
-            )
-        kind, options = find_curvature(self.preconditioner)
-        return kind.preconditioner(point.core, point.parts, **options)
-
-
-def _decay_of_loop(dependencies: Dependencies, params: Params, meta: Params) -> Decay | None:
-    """The penalty that the inner loop adds to the loss of the parameters that it moves."""
-    strengths = {
-        name: dependencies.inner.decay(meta, name)
-        for name in params
-        if name not in dependencies.idle
-    }
-    if not any(isinstance(strength, Tensor) or strength != 0 for strength in strengths.values()):
-        return None
-    return Decay(strengths)
-
-
-def _damped_inverse(operator: Invertible, shift: float) -> Callable[[Tensor], Tensor]:
-    return lambda vector: operator.inverse(vector, shift)
