@@ -58,9 +58,8 @@ class CurvatureSystem:
         options: dict[str, Any] = {}
         if self.products != "double-backward":
             options["products"] = self.products
-        point = linearize(
-            problem, params, meta, data, curvature=self.curvature, decay=decay, **options
-        )
+        curvature = self.curvature if self.known is None else "hessian"
+        point = linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
         return point if self.known is None else replace(point, core=self.known)
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:

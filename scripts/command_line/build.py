@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -32,6 +33,9 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
         name, _, granularity = item.partition("=")
         learn[name] = granularity or "scalar"
     model = build_model(options, family)
+    if options.head != "linear" or options.adapt == "head":
+        # Convolutions that all tasks share are faster in this format on CPUs.
+        model.to(memory_format=torch.channels_last)
     learner = MetaLearner(
         model,
         F.cross_entropy if family.kind == "classification" else F.mse_loss,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from convex_heads import CLASSES, LOSSES, PIXELS, TASKS, body, make, solve
 from oracles import largest_error, randn, relative_error
+from torch.autograd import forward_ad
 
 from metaimplicit import (
     METHODS,
@@ -236,29 +237,37 @@ def test_tasks_end_one_by_one():
 
 
 @ids
-def test_unrolled_has_second_derivatives(loss, inner):
+@pytest.mark.parametrize("method", ["auto", "unrolled"])
+def test_argmin_has_second_derivatives_and_tangents(loss, inner, method):
     case = make(loss, **PRIMAL)
 
-    def slope(log_strength, create_graph=False):
-        meta = case.meta | {"log_strength": log_strength.requires_grad_()}
+    def total(log_strength):
         params = argmin(
             case.head,
             case.problem.init,
-            meta,
+            case.meta | {"log_strength": log_strength},
             case.data,
             inner=inner,
-            method="unrolled",
+            method=method,
             batched=True,
         )
-        total = sum(p.square().sum() for p in params.values())
-        return torch.autograd.grad(total, log_strength, create_graph=create_graph)[0]
+        return sum(p.square().sum() for p in params.values())
+
+    def slope(log_strength, create_graph=False):
+        x = log_strength.requires_grad_()
+        return torch.autograd.grad(total(x), x, create_graph=create_graph)[0]
 
     at = case.meta["log_strength"]
-    second = torch.autograd.grad(slope(x := at.clone(), create_graph=True), x)[0]
     h = 1e-4
     values = [slope(at + k * h) for k in (1, -1, 2, -2)]
     differences = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * h)
+    x = at.clone()
+    (second,) = torch.autograd.grad(slope(x, create_graph=True), x)
     assert second.item() == pytest.approx(differences.item(), rel=1e-8)
+
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(total(forward_ad.make_dual(at, torch.ones(())))).tangent
+    assert tangent.item() == pytest.approx(slope(at.clone()).item(), rel=1e-9)
 
 
 @ids

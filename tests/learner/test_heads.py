@@ -154,6 +154,17 @@ def test_prototypes_that_adapt_are_proto_maml():
         assert (p.grad - gradient).norm() < 1e-11 * (1 + gradient.norm())
 
 
+@pytest.mark.parametrize("adapt", [None, "head.*"], ids=["all", "head"])
+def test_proto_maml_learns_its_step_size_and_temperature(adapt):
+    inner = GradientDescent(steps=2, lr=0.1)
+    learner = make("prototypes", inner=inner, adapt=adapt, learn=["lr", "temperature"])
+    learner.backward(draw_episodes())
+    assert set(learner.learnt.by_name()) == {"log_lr", "log_temperature"}
+    for p in (*learner.learnt.by_name().values(), learner.model[0].weight):
+        direction = randn(p.numel(), seed=7).view(p.shape)
+        assert_gradient_matches_differences(learner, p, direction)
+
+
 def test_prototypes_whose_head_adapts_alone_run_the_body_once():
     inner = GradientDescent(steps=3, lr=0.1)
     body = make_body()
