@@ -66,9 +66,9 @@ class Body:
             chunk_size: The number of tasks that are vmapped at a time. If None, all.
         """
         support, query = Episode.of(*data)
-        sets = (
-            [support.inputs] if query.inputs is support.inputs else [support.inputs, query.inputs]
-        )
+        sets = [support.inputs]
+        if query.inputs is not support.inputs:
+            sets.append(query.inputs)
         if self.mixes_tasks:
             features = self._of_one_batch(meta, sets)
         else:

@@ -21,7 +21,11 @@ from metaimplicit.learner.results import combine
 from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Implicit, Method
-from metaimplicit.normalization import reject_running_statistics, running_statistics
+from metaimplicit.normalization import (
+    is_transductive,
+    reject_running_statistics,
+    running_statistics,
+)
 from metaimplicit.params import Params
 from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
@@ -94,6 +98,12 @@ class TaskBatches(FewShotModel):
         Layers of what does not adapt may track running statistics.
         """
         self._settle_features(data)
+        if self._mixes_tasks and is_transductive(self.model):
+            raise ValueError(
+                "model: got layers that track running statistics beside others that use those of "
+                "their inputs, expected one kind, because a body with the former sees several "
+                "tasks in one batch"
+            )
         if self._network.body is None:
             reject_running_statistics(self.model)
         elif self._network.last is not None:

@@ -344,6 +344,13 @@ class Grid(nn.Module):
         return self.scale * x.unflatten(1, (2, 3))
 
 
+def test_a_body_has_one_kind_of_statistics():
+    norms = (nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False))
+    learner = make("ridge", make_body(*norms))
+    with pytest.raises(ValueError, match="running statistics beside others that use those of"):
+        learner.backward(draw_episodes())
+
+
 def test_a_body_whose_layers_all_adapt_may_not_track_statistics():
     body = make_body(nn.BatchNorm1d(8))
     learner = make("prototypes", body, inner=GradientDescent())
