@@ -6,8 +6,9 @@ The names below are what most programs need. Everything else is in the packages 
 
 from importlib.metadata import PackageNotFoundError, version
 
+from metaimplicit.argmin import argmin
 from metaimplicit.diagnostics.check import check_hypergradient
-from metaimplicit.hypergradient import argmin, hypergradient
+from metaimplicit.hypergradient import hypergradient
 from metaimplicit.inner import LBFGS, GradientDescent, NewtonCG, ProximalGradient, TorchOptimizer
 from metaimplicit.learner import AdaptedModel, MetaLearner
 from metaimplicit.methods import (

@@ -9,11 +9,38 @@ from types import CodeType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
 from metaimplicit.unsupported import FIRST_DERIVATIVES
 
 Name = TypeVar("Name")
+
+
+def tangent_of(tensor: Tensor) -> Tensor | None:
+    """The tangent of a tensor in forward mode, `torch.autograd.forward_ad`. None without one."""
+    tangent: Tensor | None = forward_ad.unpack_dual(tensor).tangent
+    return tangent
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """The tensor and its tangent, if it has one, without their graphs."""
+    tangent = tangent_of(tensor)
+    if tangent is None:
+        return tensor.detach() if tensor.requires_grad else tensor
+    dual: Tensor = forward_ad.make_dual(tensor.detach(), tangent.detach())
+    return dual
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether derivatives with respect to a tensor are taken, in reverse or in forward mode.
+
+    Example:
+        >>> import torch
+        >>> is_differentiated(torch.zeros(2)), is_differentiated(torch.zeros(2).requires_grad_())
+        (False, True)
+    """
+    return tensor.requires_grad or tangent_of(tensor) is not None
 
 
 def find_dependencies(

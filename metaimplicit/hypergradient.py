@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from metaimplicit.data import PREFIX
+from metaimplicit.features import Features
 from metaimplicit.graph import find_dependencies
-from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
+from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Gradients, Method, Report, make_method
-from metaimplicit.methods.pullback import attach_pullback
+from metaimplicit.methods.base import Dependencies
 from metaimplicit.params import Params, detached, leaves
-from metaimplicit.problem import BilevelProblem, Composite, Loss
+from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, lift
@@ -35,6 +38,8 @@ class Hypergradient:
         report: Residuals, statuses, counts, and the inner gradient norm.
         end: Where the inner loop ended, for the `start` of another call.
         aux: What the outer loss returned beside its scalar, detached. None without it.
+        data_grads: d outer_loss/d data for the tensors of `data` that require grad: a pytree like
+            `data`, None in the places of all else. None for a `Stream`.
     """
 
     outer_loss: Tensor
@@ -44,6 +49,7 @@ class Hypergradient:
     report: Report
     end: Iterate
     aux: Any = None
+    data_grads: Any = None
 
 
 @explain_unsupported()
@@ -62,11 +68,16 @@ def hypergradient(
 ) -> Hypergradient:
     """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ.
 
+    Tensors of `data` that require grad have one as well. With the features c of the problem, which
+    are evaluated once and held constant on the way to θ*,
+
+        dg/dφ = ∂g/∂φ + (dθ*/dφ)ᵀ ∂g/∂θ + (∂c/∂φ)ᵀ [∂g/∂c + (dθ*/dc)ᵀ ∂g/∂θ].
+
     Args:
         problem: Initialisation, inner loss and outer loss, each written for one task.
         meta: φ, `{name: tensor}`. The tensors are not changed, nor is their `.grad`.
         data: Any pytree of tensors, or a `Stream` of such. If `batched`, each tensor carries the
-            task axis first.
+            task axis first. Tensors that require grad have a gradient, except in a `Stream`.
         inner: The inner loop that approximates θ*, or its flag.
         method: How the derivative of θ* is computed, or the flag of that method.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
@@ -104,11 +115,13 @@ def hypergradient(
     """
     inner = make_inner(inner)
     method = make_method(method)
+    method.check_inner(inner)
     phi = meta_leaves(meta)
+    features = Features.evaluate(problem, phi, data)
     lifted = lift(
-        method.outer_problem(problem),
+        replace(method.outer_problem(problem), features=None),
         phi,
-        data,
+        features.values,
         inner=inner,
         method=method,
         batched=batched,
@@ -117,23 +130,36 @@ def hypergradient(
         chunk_size=chunk_size,
         start=start,
     )
+    # The tensors of c = features(φ, data) that depend on φ or on data are held constant.
+    parts = lifted.entries.tensors
+    variables = {**phi, **leaves(parts)}
     with torch.enable_grad():
-        adaptation = method.adapt(lifted, inner, phi)
-        outer = outer_gradients(lifted, adaptation.params, phi, data=lifted.at(inner.steps))
-        indirect, report = adaptation.pull_back(outer.of_params, phi, state)
+        adaptation = method.adapt(lifted, inner, variables)
+        outer = outer_gradients(lifted, adaptation.params, variables, data=lifted.at(inner.steps))
+        indirect, report = adaptation.pull_back(outer.of_params, variables, state)
+    _check_reach(
+        method,
+        adaptation.dependencies,
+        features.find_sources(parts),
+        direct=outer.of_meta,
+        indirect={name: indirect[name] for name, m in variables.items() if m.requires_grad},
+    )
 
-    for name, m in phi.items():
-        if m.requires_grad and indirect[name] is None:
-            has_direct = outer.of_meta[name] is not None
-            method.check_reach(name, adaptation.dependencies, has_direct=has_direct)
+    # At constant c: dg/dφ = ∂g/∂φ + (dθ*/dφ)ᵀ ∂g/∂θ, and likewise dg/dc.
+    partial = {name: _add(outer.of_meta[name], indirect[name]) for name in variables}
 
-    # dg/dφ = ∂g/∂φ + (dθ*/dφ)ᵀ ∂g/∂θ.
-    grads = {name: _add(outer.of_meta[name], indirect[name], like=m) for name, m in phi.items()}
+    # In all, dg/dφ + (∂c/∂φ)ᵀ dg/dc.
+    through_features = features.pull_back(parts, partial)
+    grads = {}
+    for name, source in features.sources.items():
+        total = _add(partial[name] if name in phi else None, through_features[name])
+        grads[name] = torch.zeros_like(source) if total is None else total.detach()
+
     params = detached(adaptation.params)
     return Hypergradient(
         outer_loss=outer.losses.mean(),
         losses=outer.losses,
-        grads=grads,
+        grads={name: grads[name] for name in phi},
         params=params if batched else _squeeze(params),
         # A loop that drifts may be far from its end although g hardly shows it.
         report=replace(report, tasks_by=lifted.tasks_by).judged_by(
@@ -141,6 +167,7 @@ def hypergradient(
         ),
         end=adaptation.end,
         aux=_detach(outer.aux, batched),
+        data_grads=features.entries.arrange(grads),
     )
 
 
@@ -195,105 +222,6 @@ def outer_gradients(
     return OuterGradients(losses.detach(), aux, of_params, of_meta)
 
 
-@explain_unsupported()
-def argmin(
-    inner_loss: Loss | Composite,
-    init: Callable[[Params, Any], Params],
-    meta: Params,
-    data: Any,
-    *,
-    inner: str | InnerLoop | None = None,
-    method: str | Method,
-    solution: Params | None = None,
-    batched: bool = False,
-    vectorize: AutoVectorize = "auto",
-    chunk_size: int | None = None,
-) -> Params:
-    """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ.
-
-    Compose it with any torch code and call `.backward()`. With `unrolled`, the result can be
-    differentiated any number of times, with an implicit method once. A minimum that was found
-    elsewhere, by scipy, say, is differentiated if it is passed as the `solution`.
-
-    Args:
-        inner_loss: f, of one task: `(params, meta, data) -> scalar`, a function or a `Composite`.
-        init: `(meta, data) -> params` of one task, where the inner loop starts.
-        meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
-        data: As for `hypergradient`.
-        inner: The inner loop that approximates θ*, or its flag. If None, there is a `solution`.
-        method: How the derivative of θ* is computed, or the flag of that method.
-        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`), where ∂f/∂θ = 0. The
-            method has to be an implicit one. If None, the inner loop finds it.
-        batched: As for `hypergradient`.
-        vectorize: As for `hypergradient`.
-        chunk_size: As for `hypergradient`.
-
-    Returns:
-        θ*, `{name: [tasks, *shape]}`. Unless `batched`, they have no task axis.
-
-    Raises:
-        ValueError: As in `hypergradient`, or the method is "reptile" or "f2sa", which do not
-            differentiate θ*. A gradient that the method cannot give may raise in backward only.
-        RuntimeError: In backward: a second derivative of an implicit method, SAMA or forward mode,
-            or a tensor of `meta` that was changed in place.
-
-    Example:
-        >>> target = torch.tensor(3.0, requires_grad=True)
-        >>> params = argmin(
-        ...     lambda params, meta, data: (params["w"] - meta["target"]).square(),
-        ...     init=lambda meta, data: {"w": torch.zeros(())},
-        ...     meta={"target": target},
-        ...     data=None,
-        ...     inner="newton-cg",
-        ...     method="dense",
-        ... )
-        >>> params["w"].square().backward()
-        >>> target.grad
-        tensor(6.)
-    """
-    if (inner is None) == (solution is None):
-        raise ValueError("argmin: expected either an inner loop or a solution")
-    if solution is not None:
-        inner = KnownSolution(solution if batched else _unsqueeze(solution))
-    inner = make_inner(inner or "")
-    method = make_method(method)
-    if method.argmin_objection:
-        raise ValueError(
-            f"argmin method: got {method.flag!r}, which is {method.argmin_objection}; "
-            "use 'unrolled' or an implicit method"
-        )
-    problem = BilevelProblem(init, inner_loss, outer_loss=lambda *_: None)
-    phi = meta_leaves(meta)
-    lifted = lift(
-        problem,
-        phi,
-        data,
-        inner=inner,
-        method=method,
-        batched=batched,
-        vectorize=vectorize,
-        owner=inner_loss,
-        chunk_size=chunk_size,
-    )
-    for name, m in phi.items():
-        m.requires_grad_(meta[name].requires_grad)
-    with torch.enable_grad():
-        # A pullback differentiates with respect to its own leaves, since entries of `meta` may
-        # depend on one another.
-        adaptation = method.adapt(lifted, inner, meta if method.carries_graph else phi)
-
-    if adaptation.pullback is not None:
-        params = attach_pullback(adaptation, method, meta)
-    elif torch.is_grad_enabled():
-        params = adaptation.params
-        for name in meta.keys() - find_dependencies(params.values(), meta):
-            if meta[name].requires_grad:
-                method.check_reach(name, adaptation.dependencies)
-    else:
-        params = detached(adaptation.params)
-    return params if batched else _squeeze(params)
-
-
 def meta_leaves(meta: Params) -> Params:
     """φ without its graph, as leaves of autograd. Floating-point entries require grad.
 
@@ -305,6 +233,11 @@ def meta_leaves(meta: Params) -> Params:
         got = f"{type(meta).__name__} {list(meta)}" if is_dict else type(meta).__name__
         raise ValueError(f"meta: got {got}, expected a non-empty dict of tensors by name")
     for name, m in meta.items():
+        if str(name).startswith(PREFIX):
+            raise ValueError(
+                f"meta: got an entry {name!r}, expected another name, because those that start "
+                f"with {PREFIX!r} stand for tensors of data"
+            )
         if m.is_complex():
             raise ValueError(
                 f"meta[{name!r}]: got {m.dtype}, expected real numbers; use torch.view_as_real"
@@ -312,16 +245,37 @@ def meta_leaves(meta: Params) -> Params:
     return {name: m.detach().requires_grad_(m.is_floating_point()) for name, m in meta.items()}
 
 
-def _add(direct: Tensor | None, indirect: Tensor | None, *, like: Tensor) -> Tensor:
+def _check_reach(
+    method: Method,
+    dependencies: Dependencies,
+    reads: Mapping[str, set[str]],
+    *,
+    direct: Gradients,
+    indirect: Gradients,
+) -> None:
+    """Raise ValueError if the method leaves out a way in which θ* depends on a source.
+
+    Args:
+        method: The method.
+        dependencies: What θ* depends on: entries of φ, and tensors of c.
+        reads: The sources that each tensor of c depends on.
+        direct: ∂g/∂φ and ∂g/∂c.
+        indirect: (dθ*/dφ)ᵀ ∂g/∂θ and (dθ*/dc)ᵀ ∂g/∂θ.
+    """
+    of_sources = dependencies.through(reads)
+    variables = {name: reads.get(name, {name}) for name in indirect}
+    for source in dict.fromkeys(chain(*variables.values())):
+        names = [name for name, sources in variables.items() if source in sources]
+        if all(indirect[name] is None for name in names):
+            has_direct = any(direct[name] is not None for name in names)
+            method.check_reach(source, of_sources, has_direct=has_direct)
+
+
+def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The sum of two gradients, of which None is zero."""
-    if direct is None:
-        return torch.zeros_like(like) if indirect is None else indirect.detach()
-    return direct.detach() if indirect is None else (direct + indirect).detach()
-
-
-def _unsqueeze(params: Params) -> Params:
-    """The parameters of one task with a task axis."""
-    return {name: p.unsqueeze(0) for name, p in params.items()}
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 def _squeeze(params: Params) -> Params:

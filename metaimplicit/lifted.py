@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from metaimplicit.data import DataEntries
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives
@@ -31,7 +32,8 @@ class LiftedProblem:
     Args:
         problem: The problem of one task.
         data: Any pytree of tensors, or a `Stream` of such. If `batched`, each tensor carries the
-            task axis first.
+            task axis first. Those that require grad are differentiated where φ has them as its
+            `entries`, and are constants elsewhere.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
         vectorize: `"vmap"`, or `"loop"`: one call per task under one graph, which is faster where
             arithmetic dominates.
@@ -41,6 +43,8 @@ class LiftedProblem:
             mode. If not, attention may run by a fused kernel.
 
     Attributes:
+        data: The data, as constants.
+        entries: The tensors of `data` that require grad, as entries of φ.
         objection: Why the tasks are not vmapped, where that was not asked for.
 
     Raises:
@@ -72,7 +76,8 @@ class LiftedProblem:
         if vectorize not in ("vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
         self.problem = problem
-        self.data = data
+        self.entries = DataEntries(data)
+        self.data = self.entries.constants
         self.batched = batched
         self.vectorize = vectorize
         self.chunk_size = chunk_size
@@ -127,6 +132,19 @@ class LiftedProblem:
         """The data that inner step `step` sees."""
         return self.data.fn(step) if isinstance(self.data, Stream) else self.data
 
+    def arguments(self, meta: Params, data: Any) -> tuple[Params, Any]:
+        """φ and the data as the functions of the problem see them.
+
+        The `entries` of φ return to their places in the data. Features that were not evaluated
+        before (`Features`) are evaluated here, at every call.
+        """
+        if any(name in self.entries.tensors for name in meta):
+            data = self.entries.restore(meta)
+            meta = self._without_entries(meta)
+        if self.problem.features is not None:
+            data = self.problem.features(meta, data)
+        return meta, data
+
     def init(self, meta: Params) -> Params:
         """θ₀, `{name: [tasks, *shape]}`, with the graph of `problem.init`.
 
@@ -148,11 +166,13 @@ class LiftedProblem:
         if isinstance(init, StartAtMeta):
             entries = init(meta, None)
             return {name: p.expand(self.tasks, *p.shape) for name, p in entries.items()}
-        params: Params = self._lift(lambda _, d: init(meta, d), {}, self.at(0))
+        meta, data = self.arguments(meta, self.at(0))
+        params: Params = self._lift(lambda _, d: init(meta, d), {}, data)
         return params
 
     def inner(self, params: Params, meta: Params, data: Any) -> Tensor:
         """The inner loss f for each task, `[tasks]`."""
+        meta, data = self.arguments(meta, data)
 
         def one_task(p: Params, d: Any) -> Any:
             return self.problem.inner_loss(p, meta, d)
@@ -161,6 +181,7 @@ class LiftedProblem:
 
     def outer(self, params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
         """The outer loss g for each task, `[tasks]`, and the aux it returned (None without one)."""
+        meta, data = self.arguments(meta, data)
 
         def one_task(p: Params, d: Any) -> Any:
             result = self.problem.outer_loss(p, meta, d)
@@ -173,6 +194,7 @@ class LiftedProblem:
 
     def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
         """The outputs of a `Composite` for each task, `[tasks, …]`."""
+        meta, data = self.arguments(meta, data)
         outputs = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
         if not isinstance(outputs, Tensor):
             raise ValueError(
@@ -183,6 +205,7 @@ class LiftedProblem:
 
     def output_loss(self, composite: Composite, outputs: Tensor, meta: Params, data: Any) -> Tensor:
         """The loss of a `Composite` as a function of its outputs, `[tasks]`."""
+        meta, data = self.arguments(meta, data)
 
         def one_task(z: Params, d: Any) -> Any:
             return composite.output_loss(z["outputs"], meta, d)
@@ -193,6 +216,7 @@ class LiftedProblem:
         self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params
     ) -> Tensor:
         """A penalty for each task, `[tasks]`."""
+        meta = self._without_entries(meta)
         return self._lift_scalar("penalty", lambda p, _: function(p, meta), params, None)[0]
 
     def apply(
@@ -200,6 +224,9 @@ class LiftedProblem:
     ) -> Any:
         """`function(params, data)` of one task, lifted. `data` is the problem's by default."""
         return self._lift(function, params, self.at(0) if data is None else data)
+
+    def _without_entries(self, meta: Params) -> Params:
+        return {name: m for name, m in meta.items() if name not in self.entries.tensors}
 
     def _lift_scalar(
         self, name: str, function: Callable[..., Any], params: Params, data: Any

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -70,15 +73,66 @@ def reject_running_statistics(model: nn.Module) -> None:
     Example:
         >>> reject_running_statistics(nn.BatchNorm1d(2).eval())
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._NormBase):
-            continue
-        if module.training and module.track_running_stats:
+    for name, module in tracked_layers(model).items():
+        if module.training:
             raise ValueError(
                 f"model: {name!r} ({type(module).__name__}) tracks running statistics, which "
                 "adaptation would mix between tasks and iterates, expected a layer without them; "
                 "build it with track_running_stats=False, use GroupNorm, or call model.eval()"
             )
+
+
+def tracked_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The normalisation layers that track running statistics, by name.
+
+    Example:
+        >>> list(tracked_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
+        ['1']
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    }
+
+
+@contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Let layers that track running statistics use them, and not those of their inputs.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with running_statistics(norm):
+        ...     norm.training
+        False
+        >>> norm.training
+        True
+    """
+    layers = [layer for layer in tracked_layers(model).values() if layer.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
+
+
+def describe_normalization(model: nn.Module) -> str:
+    """Which images enter the normalisation of a model at test, for a summary.
+
+    Example:
+        >>> describe_normalization(nn.BatchNorm2d(2))
+        'running statistics of the training images'
+        >>> describe_normalization(nn.GroupNorm(1, 2))
+        'each image alone'
+    """
+    parts = []
+    if is_transductive(model):
+        parts.append("all images of a set of a task")
+    if tracked_layers(model):
+        parts.append("running statistics of the training images")
+    return ", and ".join(parts) or "each image alone"
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:

@@ -216,7 +216,7 @@ class StartAtMeta:
 class BilevelProblem:
     """min_φ g(θ*(φ), φ) with θ*(φ) = argmin_θ f(θ, φ).
 
-    Every function is written for ONE problem, without a task axis.
+    Every function but `features` is written for ONE problem, without a task axis.
 
     Args:
         init: `(meta, data) -> params`, where the inner loop starts. The names in `params` are the
@@ -224,6 +224,10 @@ class BilevelProblem:
         inner_loss: f, `(params, meta, data) -> scalar`, a function or a `Composite`.
         outer_loss: g, `(params, meta, data) -> scalar`, or `(scalar, aux)` where aux is a pytree of
             tensors that `hypergradient` hands back.
+        features: c, `(meta, data) -> pytree of tensors`, what the losses need of φ and the data
+            apart from θ, such as the outputs of layers that do not adapt. The three functions
+            above receive it in the place of `data`. It is computed for the whole batch, once for
+            each hypergradient, so its tensors carry the task axis if those of `data` do.
 
     Example:
         >>> problem = BilevelProblem(
@@ -236,6 +240,7 @@ class BilevelProblem:
     init: Callable[[Params, Any], Params]
     inner_loss: Loss | Composite
     outer_loss: Callable[[Params, Params, Any], Any]
+    features: Callable[[Params, Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.graph import is_differentiated
 from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner.known import KnownSolution
 from metaimplicit.iterate import Iterate
@@ -51,6 +52,7 @@ def root(
         solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`).
         meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
         data: Any pytree of tensors. If `batched`, each tensor carries the task axis first.
+            Gradients flow to those that require grad.
         solver: `GMRES`, `Neumann` or `Richardson`. It warns if it fails.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
         vectorize: As for `hypergradient`.
@@ -86,26 +88,35 @@ def root(
     )
     phi = meta_leaves(meta)
     for name, m in phi.items():
-        m.requires_grad_(meta[name].requires_grad)
-    with torch.enable_grad():
-        point = leaves(theta)
-        values = lifted.apply(lambda p, d: residual(p, phi, d), point, data)
+        m.requires_grad_(is_differentiated(meta[name]))
+
+    # Tensors of the data that require grad are entries of φ beside those of `meta`.
+    sources = {**meta, **lifted.entries.tensors}
+    variables = {**phi, **leaves(lifted.entries.tensors)}
+    seen_meta, seen_data = lifted.arguments(variables, lifted.data)
+
+    def evaluate(params: Params) -> Params:
+        with torch.enable_grad():
+            values: Params = lifted.apply(lambda p, d: residual(p, seen_meta, d), params, seen_data)
+        return values
+
+    point = leaves(theta)
+    values = evaluate(point)
     _check_residual(values, point)
 
     def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
-        with torch.enable_grad():
-            fresh = leaves(theta)
-            functions = lifted.apply(lambda p, d: residual(p, phi, d), fresh, data)
+        fresh = leaves(theta)
+        functions = evaluate(fresh)
         jacobian = TransposedJacobian([functions[name] for name in fresh], list(fresh.values()))
         adjoint = solver.solve(jacobian, flatten(vectors), state=state)
         warn_or_raise(solver, adjoint, strict=False)
-        return jacobian.pull_back(-adjoint.value, phi), report
+        return jacobian.pull_back(-adjoint.value, variables), report
 
     norm = flatten({name: value.detach() for name, value in values.items()}).norm(dim=-1)
     report = Report(repr(solver), torch.zeros(len(norm), dtype=torch.int64), norm)
     dependencies = Dependencies(KnownSolution(theta))
     adaptation = Adaptation(theta, report, dependencies, Iterate(theta), pullback)
-    params = attach_pullback(adaptation, FixedPoint(solver), meta)
+    params = attach_pullback(adaptation, FixedPoint(solver), sources)
     return params if batched else {name: p.squeeze(0) for name, p in params.items()}
 
 

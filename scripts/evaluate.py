@@ -31,7 +31,7 @@ from command_line.ranges import Threads, within
 
 import tasks
 from metaimplicit import MetaLearner
-from metaimplicit.normalization import is_transductive
+from metaimplicit.normalization import describe_normalization, is_transductive
 from metaimplicit.training import (
     CONFIG,
     Evaluation,
@@ -81,11 +81,12 @@ def main(args: list[str]) -> None:
         "split": command.split,
         "episode_seed": seed,
         "transductive": is_transductive(learner.model),
+        "normalization": describe_normalization(learner.model),
         "meta_steps": progress.step,
     }
     write_json(command.run / EVALUATION, result.summary() | about)
     fits = predict_test_curves(learner, options, command.split, seed=seed)
-    title = f"{options.task}, {options.method}"
+    title = f"{options.task}, {options.approach}"
     plot_adaptation(command.run, result, title=title, fits=fits)
     print(
         f"{command.run}: {command.split} {result.metric} of {options.test_episodes} tasks, "

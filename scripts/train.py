@@ -33,7 +33,7 @@ from command_line import (
 import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.methods import Report
-from metaimplicit.normalization import is_transductive
+from metaimplicit.normalization import describe_normalization, is_transductive
 from metaimplicit.training import (
     Budget,
     Progress,
@@ -86,9 +86,12 @@ def set_up(options: RunOptions) -> Run:
         check_classes(options.folder, splits)
 
     torch.manual_seed(options.seed)
-    learner = build_learner(options, splits.train)
+    train_family = splits.train
+    if options.training_arguments() != options.task_arguments():
+        train_family = tasks.load(**options.training_arguments()).train
+    learner = build_learner(options, train_family)
     optimizer = torch.optim.Adam(learner.parameters(), lr=options.outer_lr)
-    sampler = tasks.EpisodeSampler(splits.train, tasks=options.meta_batch, seed=options.seed)
+    sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)
     identity = run_identity(options, splits)
     if options.resume:
@@ -177,6 +180,7 @@ def test(run: Run, progress: Progress) -> None:
     summary = result.summary() | {
         "episode_seed": options.test_seed,
         "transductive": is_transductive(run.learner.model),
+        "normalization": describe_normalization(run.learner.model),
         "meta_steps": progress.step,
         "train_seconds": progress.seconds,
         "test_seconds": time.perf_counter() - start,
@@ -184,7 +188,7 @@ def test(run: Run, progress: Progress) -> None:
     }
     write_json(out / "summary.json", summary)
 
-    name = f"{options.task}, {options.method}"
+    name = f"{options.task}, {options.approach}"
     plot_curves(out)
     fits = predict_test_curves(run.learner, options, "test", seed=options.test_seed)
     plot_adaptation(out, result, title=name, fits=fits)

@@ -8,8 +8,17 @@ from functools import partial
 import torch
 
 from metaimplicit.inner.base import InnerLoop, Trajectory
-from metaimplicit.inner.known import KnownSolution
+from metaimplicit.inner.convex_losses import (
+    ConvexLoss,
+    Logistic,
+    SmoothHinge,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
+from metaimplicit.inner.exact import Newton, Ridge
+from metaimplicit.inner.known import KnownSolution, NoSteps
 from metaimplicit.inner.lbfgs import LBFGS
+from metaimplicit.inner.linear_head import LinearHead
 from metaimplicit.inner.loops import GradientDescent, TorchOptimizer
 from metaimplicit.inner.optimizers import SGDW
 from metaimplicit.inner.proximal_gradient import ProximalGradient
@@ -32,6 +41,9 @@ INNER_LOOPS: dict[str, Callable[[], InnerLoop]] = {
     "adagrad": partial(TorchOptimizer, torch.optim.Adagrad),
     "lbfgs": LBFGS,
     "newton-cg": NewtonCG,
+    "ridge": Ridge,
+    "newton": Newton,
+    "none": NoSteps,
 }
 
 
@@ -58,15 +70,24 @@ __all__ = [
     "LBFGS",
     "SGDW",
     "BoxConstraint",
+    "ConvexLoss",
     "GradientDescent",
     "GroupLasso",
     "InnerLoop",
     "KnownSolution",
     "L1Norm",
+    "LinearHead",
+    "Logistic",
+    "Newton",
     "NewtonCG",
+    "NoSteps",
     "ProximalGradient",
     "Regularizer",
+    "Ridge",
     "SimplexConstraint",
+    "SmoothHinge",
+    "SoftmaxCrossEntropy",
+    "SquaredError",
     "TorchOptimizer",
     "Trajectory",
     "make_inner",

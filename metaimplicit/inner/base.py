@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from metaimplicit.inner.settings import numbers_in
 from metaimplicit.iterate import Iterate, OptimizerState
-from metaimplicit.params import Params
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.operators import Invertible
+from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.problem import FromMeta
 
 StepLoss = Callable[[Params, int], Tensor]
@@ -28,6 +31,8 @@ class Trajectory:
             That point is θ_{T−1} for loops of gradient steps.
         iterates: θ_0 … θ_T. Empty unless they were asked for.
         state: The state of the optimiser after the last step. Empty for loops without one.
+        curvature: ∂²f/∂θ² at θ_T less σI, σ all that is known to be a multiple of the identity. It
+            knows its inverse. None for loops that do not have it.
 
     Example:
         >>> import torch
@@ -41,6 +46,7 @@ class Trajectory:
     gradient_norm: Tensor
     iterates: tuple[Params, ...] = ()
     state: OptimizerState = field(default_factory=dict)
+    curvature: Invertible | None = None
 
     @property
     def end(self) -> Iterate:
@@ -56,6 +62,8 @@ class InnerLoop(ABC):
     Attributes:
         steps: T ≥ 1, the largest number of steps.
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes all steps.
+        exact: Whether it ends at the argmin, wherever it starts. Such a loop serves the methods
+            that differentiate an argmin; see `Method.differentiates_argmin`.
         differentiable: Whether a gradient can pass through the steps. If False, the loop serves
             implicit methods only.
         fixed_point_objection: Why the step cannot be differentiated at its fixed point. If empty,
@@ -80,11 +88,16 @@ class InnerLoop(ABC):
 
     steps: int
     tol: float | None = None
+    exact: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     fixed_point_objection: str = "whose step is no function of its iterate"
     implicit_objection: str = ""
     drift: str = ""
     second_derivatives: ClassVar[bool] = False
+
+    def bound_to(self, problem: LiftedProblem) -> InnerLoop:
+        """The loop as it runs on a problem. Most loops need nothing but the values of its loss."""
+        return self
 
     @abstractmethod
     def run(
@@ -170,6 +183,10 @@ class InnerLoop(ABC):
         changed: InnerLoop = replace(instance, **changes)
         return changed
 
+    def with_steps(self, steps: int) -> InnerLoop:
+        """The loop with up to `steps` ≥ 1 steps. A loop that has no choice stays as it is."""
+        return self.updated(steps=steps)
+
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`."""
         numbers = [number for _, number in self._numbers()]
@@ -205,6 +222,27 @@ class InnerLoop(ABC):
         for name, setting in fields.items():
             for number in numbers_in(setting):
                 yield name, number
+
+
+def gradient_norm(loss: StepLoss, params: Params) -> Tensor:
+    """‖∂f/∂θ‖ of each task at a point, `[tasks]`, without a graph.
+
+    Args:
+        loss: `(params, t) -> [tasks]`. It is called with t = 0.
+        params: θ, `{name: [tasks, *shape]}`.
+
+    Example:
+        >>> gradient_norm(lambda params, t: params["w"].square().sum(1), {"w": torch.ones(1, 1)})
+        tensor([2.])
+    """
+    theta = leaves(params)
+    with torch.enable_grad():
+        total = loss(theta, 0).sum()
+        gradients = torch.autograd.grad(
+            total, list(theta.values()), allow_unused=True, materialize_grads=True
+        )
+    norm: Tensor = flatten(dict(zip(theta, gradients, strict=True))).norm(dim=-1)
+    return norm
 
 
 def straight_through(params: Params, start: Params) -> Params:

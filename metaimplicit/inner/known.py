@@ -1,4 +1,4 @@
-"""A solution that was found elsewhere, in the place of an inner loop."""
+"""Inner loops that take no steps: they end where they start, or at a given point."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
+from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, gradient_norm
 from metaimplicit.iterate import OptimizerState
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, detached
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,43 @@ class KnownSolution(InnerLoop):
         expected = {name: list(p.shape) for name, p in start.items()}
         if got != expected:
             raise ValueError(f"solution: got the shapes {got}, expected {expected}, those of init")
-        params = leaves(self.solution)
-        total = loss(params, 0).sum()
-        gradients = torch.autograd.grad(
-            total, list(params.values()), allow_unused=True, materialize_grads=True
-        )
-        norm = flatten(dict(zip(params, gradients, strict=True))).norm(dim=-1)
+        norm = gradient_norm(loss, self.solution)
         steps = torch.zeros(len(norm), dtype=torch.int64, device=norm.device)
-        solution = {name: p.detach() for name, p in params.items()}
-        return Trajectory(solution, steps, norm)
+        return Trajectory(detached(self.solution), steps, norm)
+
+
+@dataclass(frozen=True)
+class NoSteps(InnerLoop):
+    """A loop of no steps: θ_T = θ_0, with its graph.
+
+    It is for an initialisation that depends on the data, such as that of a prototypical network
+    (Snell et al. 2017).
+
+    Example:
+        >>> def loss(params, t):
+        ...     return params["w"].square().sum(1)
+        >>> NoSteps().run(loss, {"w": torch.ones(1, 1)}, {}, differentiated_steps=0).params
+        {'w': tensor([[1.]])}
+    """
+
+    steps: int = field(default=1, init=False, repr=False)
+    tol: float | None = field(default=None, init=False, repr=False)
+
+    def with_steps(self, steps: int) -> InnerLoop:
+        """The loop itself."""
+        return self
+
+    def run(
+        self,
+        loss: StepLoss,
+        start: Params,
+        meta: Params,
+        *,
+        differentiated_steps: int,
+        keep_iterates: bool = False,
+        state: OptimizerState | None = None,
+    ) -> Trajectory:
+        """The start, and ‖∂f/∂θ‖ there; see `InnerLoop.run`."""
+        norm = gradient_norm(loss, start)
+        steps = torch.zeros(len(norm), dtype=torch.int64, device=norm.device)
+        return Trajectory(start, steps, norm, iterates=(start,) if keep_iterates else ())

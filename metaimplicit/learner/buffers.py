@@ -7,10 +7,16 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from metaimplicit.normalization import tracked_layers
+
 
 @contextmanager
-def reject_changed_buffers(model: nn.Module) -> Iterator[None]:
+def reject_changed_buffers(model: nn.Module, *, but_tracked: bool = False) -> Iterator[None]:
     """Check that no buffer of the model changes within the block.
+
+    Args:
+        model: The model.
+        but_tracked: Whether the running statistics of normalisation layers may change.
 
     Raises:
         ValueError: At the end of the block, if a buffer was replaced or written to in place. The
@@ -29,7 +35,10 @@ before it; switch the module that changes it to evaluation mode
     """
     before = _buffer_versions(model)
     yield
+    tracked = tracked_layers(model) if but_tracked else {}
     for name, version in _buffer_versions(model).items():
+        if name.rpartition(".")[0] in tracked:
+            continue
         # A buffer that did not exist before (of a lazy module) has not changed.
         if before.get(name, version) != version:
             raise ValueError(

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.forms import plain_inputs
-from metaimplicit.learner.learnable import Learnable, LearntNumbers
+from metaimplicit.learner.learnable import LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
-from metaimplicit.learner.problem import call_model, few_shot_problem, inner_iterates
-from metaimplicit.learner.targets import Group
+from metaimplicit.learner.network import Network
+from metaimplicit.learner.plan import Plan
 from metaimplicit.lifted import LiftedProblem, Vectorize
-from metaimplicit.methods import Method
+from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
-from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
 from metaimplicit.unsupported import explain_unsupported
-from metaimplicit.vectorization import VmapRecords, explain_objection
 
 
 class FewShotModel(nn.Module):
@@ -30,8 +27,7 @@ class FewShotModel(nn.Module):
         model: The model.
         loss: The loss of the support set.
         query_loss: The loss of the query set. If None, it is `loss`.
-        adapted: The names of the parameters that adapt.
-        learnable: The inner loop and the penalty, with the numbers that they read from φ.
+        plan: What adapts, and how.
         vectorize: How tasks are batched. With `"auto"`, the choice is open, and vmap is tried.
         chunk_size: The number of tasks that are vmapped at a time. If None, all.
 
@@ -41,13 +37,14 @@ class FewShotModel(nn.Module):
     Example:
         >>> import torch
         >>> from metaimplicit.inner import GradientDescent
+        >>> from metaimplicit.learner.learnable import Learnable
+        >>> from metaimplicit.methods import Unrolled
         >>> learnable = Learnable(GradientDescent(), None, {"log_lr": torch.tensor(-2.0)})
         >>> model = FewShotModel(
         ...     nn.Linear(2, 1),
         ...     nn.MSELoss(),
         ...     None,
-        ...     adapted=["weight"],
-        ...     learnable=learnable,
+        ...     plan=Plan(Unrolled(), ["weight"], learnable, head=None),
         ...     vectorize="vmap",
         ...     chunk_size=None,
         ... )
@@ -56,7 +53,6 @@ class FewShotModel(nn.Module):
     """
 
     vectorize: Vectorize | Literal["auto"]
-    method: Method
 
     def __init__(
         self,
@@ -64,8 +60,7 @@ class FewShotModel(nn.Module):
         loss: TaskLoss,
         query_loss: TaskLoss | None,
         *,
-        adapted: Sequence[str],
-        learnable: Learnable,
+        plan: Plan,
         vectorize: Vectorize | Literal["auto"],
         chunk_size: int | None,
     ) -> None:
@@ -73,20 +68,23 @@ class FewShotModel(nn.Module):
         self.model = model
         self.loss = loss
         self.query_loss = query_loss
-        self.adapted = list(adapted)
-        self.inner = learnable.inner
-        self.penalty = learnable.penalty
+        self.method = plan.method
+        self.adapted = plan.adapted
+        self.head = plan.head
+        self.inner = plan.learnable.inner
+        self.penalty = plan.learnable.penalty
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
-        self._vmap_records = VmapRecords() if vectorize == "auto" else None
-        self._objection = ""  # why vmap is not used
-        self._of_model = [name for name, p in model.named_parameters() if p.requires_grad]
+        of_phi = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._network = Network(model, of_phi, plan.head)
+        if plan.head is not None and not self.adapted:
+            self._network = self._network.with_constant_model()
 
         of_model: Params = dict(model.named_parameters())
         of_losses = {key: p for part in self._losses() for key, p in part.parameters.items()}
         _check_loss_parameters(of_model, of_losses, self.adapted)
-        self.learnt = LearntNumbers(learnable.logs, taken={*of_model, *of_losses})
+        self.learnt = LearntNumbers(plan.learnable.logs, taken={*of_model, *of_losses})
         self._trainable = set(self._trainable_parameters())
 
     @property
@@ -96,16 +94,7 @@ class FewShotModel(nn.Module):
         Its data is an `Episode`, or any pair (support, query) of (inputs, targets) pairs. Its
         meta-parameters are `meta`.
         """
-        loss, query_loss = self._losses()
-        return few_shot_problem(
-            self._call,
-            loss,
-            query_loss=query_loss,
-            adapted=self.adapted,
-            penalty=self.penalty,
-            model=self.model,
-            checked=self._checked.setdefault(id(self.loss), {}),
-        )
+        return self._problem(self._network, self._current_way)
 
     @property
     def meta(self) -> Params:
@@ -139,57 +128,49 @@ class FewShotModel(nn.Module):
             the inputs are a list.
         """
         meta = self._detached_meta()
-        if not batched:
-            return self._call(params, meta, plain_inputs(inputs))
-        if isinstance(inputs, list):
-            return [
-                self._call(task_of(params, task), meta, plain_inputs(of_task))
-                for task, of_task in enumerate(inputs)
-            ]
-        way: Vectorize = "loop" if self.vectorize == "loop" else "vmap"
-        lifted = self._lift(plain_inputs(inputs), way)
-        return lifted.apply(lambda p, x: self._call(p, meta, x), params)
+        outputs = self._network.outputs
+        with running_statistics(self.model):
+            if not batched:
+                return outputs(params, meta, plain_inputs(inputs))
+            if isinstance(inputs, list):
+                return [
+                    outputs(task_of(params, task), meta, plain_inputs(of_task))
+                    for task, of_task in enumerate(inputs)
+                ]
+            lifted = self._lift(self.problem, plain_inputs(inputs), self._current_way)
+            return lifted.apply(lambda p, x: outputs(p, meta, x), params)
 
-    def _way(self, group: Group) -> Vectorize:
-        return "loop" if group.looped or self.vectorize == "loop" else "vmap"
+    @property
+    def _current_way(self) -> Vectorize:
+        return "loop" if self.vectorize == "loop" else "vmap"
 
-    def _iterates(self, group: Group, steps: int) -> tuple[Params, ...]:
-        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        if not group.looped:
-            self._check_vmap(group.data)
-        lifted = self._lift(group.data, self._way(group))
-        return inner_iterates(lifted, self.inner, self._detached_meta(), steps)
+    @property
+    def _mixes_tasks(self) -> bool:
+        """Whether the body receives the images of several tasks in one batch."""
+        return self._network.body is not None and self._network.body.mixes_tasks
 
-    def _check_vmap(self, data: Episode) -> None:
-        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
-        if self._vmap_records is None or self.vectorize == "loop":
-            return
-        if self._vmap_records.next_call(data).is_due:
-            self._objection = explain_objection(
-                self.problem, self.meta, data, inner=self.inner, method=self.method
-            )
-        if self._objection:
-            self.vectorize = "loop"
+    def _problem(self, network: Network, vectorize: Vectorize) -> BilevelProblem:
+        """The problem of a network, whose body is called under vmap or in a loop."""
+        loss, query_loss = self._losses()
+        return network.problem(
+            loss,
+            query_loss,
+            adapted=self.adapted,
+            penalty=self.penalty,
+            checked=self._checked.setdefault(id(self.loss), {}),
+            vectorize=vectorize,
+            chunk_size=self.chunk_size,
+        )
 
-    def _lift(self, data: Any, vectorize: Vectorize) -> LiftedProblem:
+    def _lift(self, problem: BilevelProblem, data: Any, vectorize: Vectorize) -> LiftedProblem:
         return LiftedProblem(
-            self.problem,
+            problem,
             data,
             batched=True,
             vectorize=vectorize,
             chunk_size=self.chunk_size,
             second_derivatives=self.inner.second_derivatives,
         )
-
-    def _call(self, params: Params, meta: Params, inputs: Any) -> Tensor:
-        """The model at `params`, and at `meta` where `params` has no entry."""
-        return call_model(self.model, {n: meta[n] for n in self._of_model} | params, inputs)
-
-    def _outputs(self, inputs: Any) -> Tensor:
-        """The model at φ, as a constant. Random numbers that it draws are drawn again later."""
-        meta = self._detached_meta()
-        with restored_random_state(next(iter(meta.values())).device):
-            return self._call({}, meta, inputs)
 
     def _query_loss(self) -> TaskLoss:
         """The loss of the query set at φ, as a constant."""

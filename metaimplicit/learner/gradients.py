@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metaimplicit.params import Params
 
@@ -25,6 +27,26 @@ def accumulate(parameters: Mapping[str, Tensor], gradients: Params) -> None:
         if p.requires_grad:
             gradient = gradients[name]
             p.grad = gradient if p.grad is None else p.grad + gradient
+
+
+def accumulate_in_data(data: Any, gradients: Any, weight: float) -> None:
+    """Add weighted gradients to the `.grad` of the tensors of data, or of what they come from.
+
+    Args:
+        data: Any pytree.
+        gradients: A pytree like it, with a gradient for each tensor that requires grad, else None.
+        weight: A factor.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> accumulate_in_data({"x": 3 * x}, {"x": torch.ones(2)}, weight=0.5)
+        >>> x.grad
+        tensor([1.5000, 1.5000])
+    """
+    pairs = zip(tree_leaves(data), tree_leaves(gradients), strict=True)
+    known = [(x, weight * gradient) for x, gradient in pairs if gradient is not None]
+    if known:
+        torch.autograd.backward([x for x, _ in known], [gradient for _, gradient in known])
 
 
 def warn_if_useless(gradients: Params) -> None:

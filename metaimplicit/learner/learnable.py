@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.inner.settings import Setting, key_of
+from metaimplicit.learner.heads import BIAS, WEIGHT, Head
 from metaimplicit.methods import Method
 from metaimplicit.params import Params
 from metaimplicit.problem import FromMeta, Proximal
@@ -71,7 +72,7 @@ class LearntNumbers(nn.ParameterDict):
 def make_learnable(
     learn: Learn,
     inner: InnerLoop,
-    proximal: float | None,
+    strength: float,
     *,
     method: Method,
     params: Params,
@@ -83,13 +84,13 @@ def make_learnable(
             which is `"scalar"` otherwise. If the loop has a step size for each step or each layer,
             each of them is learnt, at this granularity.
         inner: The inner loop.
-        proximal: λ ≥ 0, or None for the default of `proximal_strength`.
+        strength: λ ≥ 0 of the proximal term.
         method: The method, which must be able to give their gradients.
         params: The parameters that adapt. The entries of φ take the first one's type and device.
 
     Raises:
         ValueError: A number cannot be learnt, or not at this granularity, or its initial value is
-            not positive. The method cannot give its gradient, or λ is out of range.
+            not positive. The method cannot give its gradient.
 
     Example:
         >>> from metaimplicit.inner import GradientDescent
@@ -101,7 +102,6 @@ def make_learnable(
         >>> learnable.logs, learnable.penalty
         ({'log_lr.weight': tensor(0.)}, None)
     """
-    strength = proximal_strength(proximal, method)
     granularities = _granularities(learn, method)
     penalty = Proximal(strength) if strength > 0 else None
     logs: Params = {}
@@ -120,6 +120,61 @@ def make_learnable(
         logs["log_proximal"] = _log(strength, (), like)
         penalty = Proximal(FromMeta("log_proximal", torch.exp))
     return Learnable(inner, penalty, logs)
+
+
+def make_head_learnable(
+    learn: Learn,
+    inner: InnerLoop,
+    head: Head,
+    *,
+    method: Method,
+    params: Params,
+    like: Tensor,
+) -> tuple[Head, Learnable]:
+    """Let a head and its inner loop read the numbers to learn from φ.
+
+    Args:
+        learn: Names of the head's `numbers`, and `"lr"` if the loop has step sizes.
+        inner: The inner loop.
+        head: The head.
+        method: The method.
+        params: The parameters of the model that adapt, for the granularity of `"lr"`.
+        like: A tensor whose type and device the logarithms take.
+
+    Raises:
+        ValueError: A number cannot be learnt.
+
+    Example:
+        >>> from metaimplicit.learner.heads import HEADS
+        >>> from metaimplicit.methods import METHODS
+        >>> head, learnable = make_head_learnable(
+        ...     ["scale"],
+        ...     HEADS["ridge"].inner,
+        ...     HEADS["ridge"],
+        ...     method=METHODS["auto"],
+        ...     params={},
+        ...     like=torch.zeros(()),
+        ... )
+        >>> learnable.logs
+        {'log_scale': tensor(2.3026)}
+    """
+    by_name = _by_name(learn)
+    of_loop = {name: by_name[name] for name in by_name if name == "lr"}
+    of_head = [name for name in by_name if name in head.numbers]
+    unknown = sorted(set(by_name) - {*of_loop, *of_head})
+    if unknown:
+        known = [*head.numbers, "lr"]
+        raise ValueError(f"learn: got {unknown} with a head, expected some of {known}")
+    for name, granularity in by_name.items():
+        if granularity == "per-element" or (name in of_head and granularity != "scalar"):
+            raise ValueError(
+                f"learn {name!r}: got {granularity!r} with a head, whose size depends on the task, "
+                "expected 'scalar'"
+            )
+    sizes = params | {name: like.new_zeros(()) for name in (WEIGHT, BIAS)}
+    learnable = make_learnable(of_loop, inner, 0.0, method=method, params=sizes)
+    head, logs = head.learning(of_head, like)
+    return head, learnable._replace(logs=learnable.logs | logs)
 
 
 def proximal_strength(proximal: float | None, method: Method) -> float:
@@ -156,11 +211,12 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _granularities(learn: Learn, method: Method) -> dict[str, Granularity]:
-    granularities: dict[str, Granularity] = {}
-    for name in learn:
-        granularities[name] = learn[name] if isinstance(learn, Mapping) else "scalar"
+def _by_name(learn: Learn) -> dict[str, Granularity]:
+    return {name: learn[name] if isinstance(learn, Mapping) else "scalar" for name in learn}
 
+
+def _granularities(learn: Learn, method: Method) -> dict[str, Granularity]:
+    granularities = _by_name(learn)
     unknown = sorted(set(granularities) - set(REACH))
     if unknown:
         raise ValueError(f"learn: got {unknown}, expected some of {list(REACH)}")

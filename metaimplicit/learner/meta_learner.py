@@ -11,30 +11,40 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.hypergradient import Hypergradient, hypergradient
-from metaimplicit.inner import InnerLoop, make_inner
+from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.buffers import reject_changed_buffers
-from metaimplicit.learner.checks import TargetCheck
-from metaimplicit.learner.defaults import with_default_curvature, with_default_weights
+from metaimplicit.learner.defaults import (
+    with_default_weights,
+)
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
-from metaimplicit.learner.few_shot_model import FewShotModel
-from metaimplicit.learner.forms import read_episodes, read_support
-from metaimplicit.learner.gradients import accumulate, warn_if_useless
-from metaimplicit.learner.learnable import Learn, make_learnable
+from metaimplicit.learner.gradients import accumulate, accumulate_in_data, warn_if_useless
+from metaimplicit.learner.heads import Head
+from metaimplicit.learner.learnable import (
+    Learn,
+)
 from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.learner.plan import make_plan
 from metaimplicit.learner.problem import step_counts
-from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
-from metaimplicit.learner.targets import Group, Metric, measure
+from metaimplicit.learner.results import (
+    AdaptedModel,
+    Step,
+    combine,
+    join_reports,
+    mean,
+    reject_other_shapes,
+)
+from metaimplicit.learner.targets import Group, Metric
+from metaimplicit.learner.task_batches import TaskBatches
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
 from metaimplicit.learner.wrappers import reject_distributed
 from metaimplicit.lifted import Vectorize
-from metaimplicit.methods import Method, make_method
-from metaimplicit.normalization import reject_running_statistics
-from metaimplicit.params import Adapt, select
+from metaimplicit.methods import Method
+from metaimplicit.params import Adapt
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize
 
 
-class MetaLearner(FewShotModel):
+class MetaLearner(TaskBatches):
     """Learns the initialisation φ from which an inner loop adapts a model to a task.
 
         min_φ mean_tasks loss(model_{θ*}(query))
@@ -45,18 +55,26 @@ class MetaLearner(FewShotModel):
     (Finn et al. 2017).
 
     Args:
-        model: A module that maps inputs `[m, ...]` to outputs `[m, ...]`. Its batch normalisation,
-            if any, uses the statistics of the set that it is called with, so it must not track
-            running statistics in training mode.
+        model: A module that maps inputs `[m, ...]` to outputs `[m, ...]`, or with a `head` to
+            features `[m, p]`. Its batch normalisation uses the statistics of the set that it is
+            called with. Layers that do not adapt may track running statistics: in training they
+            see up to 120 images of all tasks at once, and predictions use the running ones.
         loss: `(outputs, targets) -> scalar`, such as `torch.nn.functional.cross_entropy`, or a
             module, whose parameters are learnt.
-        query_loss: The loss of the query set. If None, it is `loss`.
+        query_loss: The loss of the query set. If None, it is `loss`. A convex head has its own loss
+            of the support set, so that `loss` is that of the query set.
         metric: `(outputs, targets) -> numbers` of the query set of one task, whose mean is measured
             in place of the accuracy. If None, it is the accuracy for the integers that the loss
             treats as classes.
-        inner: The inner loop, or its flag, such as `"newton-cg"`.
-        method: How the meta-gradient is computed, or its flag, such as `"cg"`. An `Implicit` method
-            without a curvature gets `"gauss-newton"`, unless its `products` ask for the Hessian.
+        head: A linear layer on the features, fitted to each task, of any number of classes:
+            `"ridge"`, `"logistic"` or `"hinge"`, which are convex, or `"prototypes"`, which starts
+            at the class means. Or a `Head` of `learner.heads`. If None, the model has its own.
+        inner: The inner loop, or its flag, such as `"newton-cg"`. If None, gradient descent, or
+            that of the head: `Ridge` or `Newton`, which end at its argmin, or no steps.
+        method: How the meta-gradient is computed, or its flag, such as `"cg"`. If None,
+            `"unrolled"`, or `"auto"` for a convex head, by the factor of its argmin. An `Implicit`
+            method without a curvature gets `"gauss-newton"`, unless its `products` ask for the
+            Hessian.
             `Unrolled(iterates=True)` takes the mean query loss of all iterates, or weighs them by
             its `weights` (MAML++).
         proximal: λ ≥ 0. If None, it depends on `method`: 2 for methods that see the initialisation
@@ -65,9 +83,12 @@ class MetaLearner(FewShotModel):
         learn: The inner numbers that are learnt as well: `"lr"`, `"proximal"`, or both. They stay
             positive, because their logarithms are the parameters. A mapping gives `"lr"` a
             granularity: `{"lr": "scalar"}` (the default), `"per-tensor"`, or `"per-element"`
-            (Meta-SGD). If the inner loop has several step sizes, each of them is learnt.
+            (Meta-SGD). If the inner loop has several step sizes, each of them is learnt. A convex
+            head has `"lambda"`, `"temperature"` and `"scale"`, prototypes have `"temperature"`.
         adapt: The parameters that adapt: a predicate on their names, a glob pattern, or several
-            patterns. The others are learnt but do not adapt. If None, all parameters adapt.
+            patterns. The others are learnt but do not adapt. If None, all parameters adapt, but
+            with a convex head or without steps the head alone, `"head.*"`. Where one module adapts
+            alone, behind all others, these run once; `Report.features` says so, or why not.
         vectorize: How tasks are batched, `"vmap"` or `"loop"`. With `"auto"`, the first call of
             `backward` times both and keeps the faster. A loop is kept where vmap is impossible, or
             differs from a loop; the two are compared at the first batch of a shape and at a few
@@ -80,7 +101,8 @@ class MetaLearner(FewShotModel):
         loss: The loss of the support set.
         query_loss: The loss of the query set, or None.
         metric: As given.
-        adapted: The names of the parameters that adapt.
+        head: The head. None if the model has its own.
+        adapted: The names of the model's parameters that adapt.
         learnt: The logarithms of the numbers in `learn`.
         penalty: The proximal term of the inner loss. None if λ = 0.
 
@@ -98,6 +120,9 @@ class MetaLearner(FewShotModel):
         (torch.Size([]), torch.Size([3, 2]))
         >>> MetaLearner(nn.Linear(2, 3), cross_entropy, method="cg").penalty  # implicit MAML
         Proximal(strength=2.0, center='meta')
+        >>> learner = MetaLearner(nn.Linear(2, 8), cross_entropy, head="ridge", learn=["lambda"])
+        >>> learner.backward({"support": pair, "query": pair}).report.chosen
+        'Factored: the inner loop left its inverse'
     """
 
     def __init__(
@@ -107,8 +132,9 @@ class MetaLearner(FewShotModel):
         *,
         query_loss: TaskLoss | None = None,
         metric: Metric | None = None,
-        inner: str | InnerLoop = "gradient-descent",
-        method: str | Method = "unrolled",
+        head: str | Head | None = None,
+        inner: str | InnerLoop | None = None,
+        method: str | Method | None = None,
         proximal: float | None = None,
         learn: Learn = (),
         adapt: Adapt = None,
@@ -118,38 +144,31 @@ class MetaLearner(FewShotModel):
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
         reject_distributed(model)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError(
-                "model: got no parameter that requires grad, expected some; "
-                "call model.requires_grad_()"
-            )
-        method = with_default_curvature(make_method(method))
-        adapted = select(trainable, adapt)
-        learnable = make_learnable(
-            learn,
-            make_inner(inner),
-            proximal,
+        plan = make_plan(
+            model,
+            head=head,
+            inner=inner,
             method=method,
-            params={name: trainable[name] for name in adapted},
+            proximal=proximal,
+            learn=learn,
+            adapt=adapt,
+            query_loss=query_loss,
         )
         super().__init__(
             model,
             loss,
             query_loss,
-            adapted=adapted,
-            learnable=learnable,
+            metric=metric,
+            plan=plan,
             vectorize=vectorize,
             chunk_size=chunk_size,
         )
-        self.method = method
-        self.metric = metric
-        self._check_support = TargetCheck(self._outputs, self._support_loss_on_cpu)
-        self._check_query = TargetCheck(self._outputs, self._query_loss_on_cpu)
 
     @explain_unsupported()
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
+
+        Tensors of the episodes that require grad have one, too.
 
         Args:
             episodes: A batch of tasks, on the device of the model: an object with `support` and
@@ -171,7 +190,7 @@ class MetaLearner(FewShotModel):
         """
         with torch.inference_mode(False):
             groups = self._read(episodes)
-            with reject_changed_buffers(self.model):
+            with reject_changed_buffers(self.model, but_tracked=self._mixes_tasks):
                 self._choose_vectorize(groups[0])
                 results = [self._hypergradient(group.data, self._way(group)) for group in groups]
             measured = [self._measure(g, r.aux) for g, r in zip(groups, results, strict=True)]
@@ -181,7 +200,10 @@ class MetaLearner(FewShotModel):
         gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
         warn_if_useless(gradients)
         accumulate(self.meta, gradients)
+        for group, result in zip(groups, results, strict=True):
+            accumulate_in_data(group.data, result.data_grads, weight=1 / len(groups))
         report = join_reports([result.report for result in results])
+        report = replace(report, features=self._features)
         if self._objection:
             report = replace(report, tasks_by=f"loop: {self._objection}")
         return Step(
@@ -238,34 +260,16 @@ class MetaLearner(FewShotModel):
         count = self.inner.steps if steps is None else steps
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
-            ends = [self._iterates(group, count)[-1] for group in groups]
+            ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
+            reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}
         if not batched:
             params = {name: p.squeeze(0) for name, p in params.items()}
         return AdaptedModel(self.predict, params, batched=batched)
 
-    def _read(self, episodes: EpisodeBatch) -> list[Group]:
-        """The tasks in groups of one shape, if nothing is wrong with them."""
-        reject_running_statistics(self.model)
-        batches = read_episodes(episodes)
-        groups = []
-        for data in batches:
-            self._check_support("episodes.support", data.support)
-            classes = self._check_query("episodes.query", data.query)
-            groups.append(Group(data, classes, looped=len(batches) > 1))
-        return groups
-
-    def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
-        """Support sets, likewise. They stand for the query sets as well."""
-        reject_running_statistics(self.model)
-        pairs = read_support(support, batched=batched)
-        for pair in pairs:
-            self._check_support("support", pair)
-        return [Group(Episode(pair, pair), None, looped=len(pairs) > 1) for pair in pairs]
-
     def _hypergradient(self, data: Episode, vectorize: Vectorize) -> Hypergradient:
         return hypergradient(
-            self.problem,
+            self._problem(self._network, vectorize),
             self.meta,
             data,
             inner=self.inner,
@@ -281,26 +285,11 @@ class MetaLearner(FewShotModel):
         self._check_vmap(group.data)
         if self.vectorize != "auto":
             return
+        if self._mixes_tasks:  # more calls would move the running statistics
+            self.vectorize = "vmap"
+            return
         cuda = next(iter(self.meta.values())).is_cuda
         with preserve_random_state(self.method, cuda=cuda):
             self.vectorize = choose_vectorize(
                 lambda way: self._hypergradient(group.data, way).outer_loss
             )
-
-    def _measure_path(self, group: Group, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The query losses and measures after some numbers of steps, `[counts, tasks]` each."""
-        iterates = self._iterates(group, max(counts))
-        lifted = self._lift(group.data, self._way(group))
-        meta = self._detached_meta()
-        losses = []
-        measures = []
-        with torch.no_grad():
-            for count in counts:
-                loss, outputs = lifted.outer(iterates[count], meta, group.data)
-                losses.append(loss)
-                measures.append(self._measure(group, outputs))
-        return torch.stack(losses), combine(measures, torch.stack)
-
-    def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
-        """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
-        return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)

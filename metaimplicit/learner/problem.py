@@ -151,7 +151,7 @@ def inner_iterates(
 
     Args:
         problem: The lifted problem, whose data every step sees.
-        inner: The inner loop. Its own number of steps is ignored.
+        inner: The inner loop. If it has a choice, it takes up to `steps` steps.
         meta: φ, tensors without a graph.
         steps: The number of steps, ≥ 0.
 
@@ -169,9 +169,9 @@ def inner_iterates(
         >>> inner_iterates(lifted, GradientDescent(lr=0.25), {}, 2)[-1]["w"].item()
         0.25
     """
-    inner = inner.updated(steps=max(steps, 1))
+    inner = inner.with_steps(max(steps, 1))
     with torch.enable_grad():
-        trajectory = inner.run(
+        trajectory = inner.bound_to(problem).run(
             lambda params, _: problem.inner(params, meta, problem.data),
             problem.init(meta),
             meta,

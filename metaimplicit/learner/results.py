@@ -127,6 +127,23 @@ def join_reports(reports: Sequence[Report]) -> Report:
     return dataclasses.replace(joined, state=SolverState())
 
 
+def reject_other_shapes(params: Sequence[Params]) -> None:
+    """Raise ValueError if the parameters of several groups of tasks cannot be one batch.
+
+    A head has as many outputs as a task has classes.
+
+    Example:
+        >>> import torch
+        >>> reject_other_shapes([{"w": torch.zeros(1, 2)}, {"w": torch.zeros(3, 2)}])
+    """
+    shapes = {tuple(p.shape[1:] for p in group.values()) for group in params}
+    if len(shapes) > 1:
+        raise ValueError(
+            "support: got tasks with different numbers of classes, expected one number, because "
+            "the heads of a batch are stacked; adapt to each task by itself"
+        )
+
+
 def combine(
     values: Sequence[Tensor | None], function: Callable[[list[Tensor]], Tensor]
 ) -> Tensor | None:

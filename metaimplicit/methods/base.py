@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaimplicit.data import describe_entry
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
@@ -58,14 +59,53 @@ class Dependencies:
         return {route for route, does in depends.items() if does}
 
     def decay(self, params: Params, meta: Params) -> Decay | None:
-        """The penalty that the inner loop adds to the loss of the parameters that it moves."""
+        """The penalty that the inner loop adds to the loss of the parameters that it moves.
+
+        Args:
+            params: θ, of which the names are read.
+            meta: φ, where the numbers of the loop are read.
+        """
         strengths = {name: self.inner.decay(meta, name) for name in params if name not in self.idle}
-        if not any(isinstance(value, Tensor) or value != 0 for value in strengths.values()):
+        numbers = strengths.values()
+        if not any(isinstance(strength, Tensor) or strength != 0 for strength in numbers):
             return None
         return Decay(strengths)
 
+    def through(self, reads: Mapping[str, set[str]]) -> Dependencies:
+        """What θ* depends on if some of the entries are themselves functions of others.
+
+        Args:
+            reads: The entries that each of these functions depends on.
+
+        Example:
+            >>> from metaimplicit import GradientDescent
+            >>> dependencies = Dependencies(GradientDescent(), loss={"features"})
+            >>> dependencies.through({"features": {"body"}}).loss
+            {'body'}
+        """
+
+        def sources(names: set[str]) -> set[str]:
+            return set().union(*(reads.get(name, {name}) for name in names))
+
+        return replace(self, start=sources(self.start), loss=sources(self.loss))
+
 
 ALL_ROUTES = frozenset({"start", "loss", "loop"})
+
+
+@dataclass(frozen=True)
+class Stationarity:
+    """F(θ*, φ) = 0, of which all derivatives of θ* follow.
+
+    Attributes:
+        residual: F = ∂f/∂θ, `(θ, φ) -> {name: [tasks, *shape]}`, with its graph to both.
+        solve: v ↦ A⁻¹ v at θ*, where A stands for ∂F/∂θ.
+        is_exact: Whether A is ∂F/∂θ itself, so that the derivatives of the solve are known.
+    """
+
+    residual: Callable[[Params, Params], Params]
+    solve: Callable[[Params], Params]
+    is_exact: bool
 
 
 @dataclass(frozen=True)
@@ -79,6 +119,7 @@ class Adaptation:
         dependencies: What θ* depends on.
         end: Where the inner loop ended. Another inner loop can continue there.
         pullback: (v, solver state) ↦ ((dθ*/dφ)ᵀ v, the report completed by the solve).
+        stationarity: What else is needed for other derivatives of θ*. None if there are none.
 
     Example:
         One step of size ¼ on f = w² takes w = φ to w − ¼·2w = φ/2, whose derivative is ½.
@@ -103,6 +144,7 @@ class Adaptation:
     dependencies: Dependencies
     end: Iterate
     pullback: Callable[[Params, SolverState], tuple[Gradients, Report]] | None = None
+    stationarity: Stationarity | None = None
 
     def pull_back(
         self, vectors: Params, meta: Params, state: SolverState | None = None
@@ -128,6 +170,7 @@ class Method(ABC):
     Attributes:
         flag: The name that messages give it.
         remedy: What to do about a gradient that it cannot give.
+        differentiates_argmin: Whether it differentiates an argmin that an exact inner loop reaches.
         carries_graph: Whether θ* carries its graph to φ. If not, the adaptation has a pullback.
 
     Example:
@@ -141,6 +184,7 @@ class Method(ABC):
     flag: str
     remedy: str = ""
     carries_graph: bool = False
+    differentiates_argmin: bool = False
 
     @property
     def reach(self) -> frozenset[str]:
@@ -170,6 +214,14 @@ class Method(ABC):
         """
         return True
 
+    @property
+    def forward_mode(self) -> bool:
+        """Whether tangents pass through `argmin` (`torch.autograd.forward_ad`).
+
+        By default, they do not.
+        """
+        return False
+
     @abstractmethod
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop from `problem.init(meta)`.
@@ -182,6 +234,15 @@ class Method(ABC):
         Raises:
             ValueError: The method cannot differentiate this problem or this inner loop.
         """
+
+    def check_inner(self, inner: InnerLoop) -> None:
+        """Raise ValueError for an exact inner loop if the method follows the steps of a loop."""
+        if inner.exact and not self.differentiates_argmin:
+            raise ValueError(
+                f"{self.flag}: got {type(inner).__name__}, which solves for its argmin and takes "
+                "no steps from the initialisation, expected an implicit method or 'unrolled'; "
+                "'auto' solves with the factor that the loop leaves"
+            )
 
     def check_reach(
         self, name: str, dependencies: Dependencies, *, has_direct: bool = False
@@ -202,7 +263,7 @@ class Method(ABC):
             missed.discard("loss")
         if missed:
             raise ValueError(
-                f"{self.flag} cannot give the gradient of meta[{name!r}]: {self.remedy}"
+                f"{self.flag} cannot give the gradient of {describe_entry(name)}: {self.remedy}"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -18,19 +17,20 @@ from metaimplicit.methods.base import (
     Dependencies,
     Gradients,
     Method,
+    Stationarity,
     vector_jacobian_product,
 )
-from metaimplicit.methods.linearize import Linearization, linearize, require_outputs
+from metaimplicit.methods.curvature_system import CurvatureSystem
+from metaimplicit.methods.linearize import Linearization, inner_gradient, require_outputs
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import (
     data_at_solution,
     retry_under_vmap,
     run_inner,
-    warn_or_raise,
+    warn_if_unsolved,
 )
 from metaimplicit.operators import (
     CurvatureClass,
-    Identity,
     Invertible,
     Products,
     central_difference,
@@ -39,7 +39,7 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Decay
-from metaimplicit.solvers import CG, Solver, SolverState
+from metaimplicit.solvers import CG, Solution, Solver, SolverState
 
 Curvature = str | CurvatureClass  # a key of `CURVATURES`, or a class
 
@@ -96,6 +96,7 @@ class Implicit(Method):
     check_curvature: bool = False
     flag = "implicit"
     reach = frozenset({"loss"})
+    differentiates_argmin = True
     remedy = (
         "a step size, or a starting point that the inner loss does not read, does not "
         "move the argmin; use 'unrolled', or let the inner loss depend on it (a proximal "
@@ -137,6 +138,11 @@ class Implicit(Method):
         """Whether A is more than differences of gradients."""
         return self.products != "finite-differences" or self.preconditioner is not None
 
+    @property
+    def forward_mode(self) -> bool:
+        """Whether the inner loss has the second derivatives that this takes."""
+        return self.products != "finite-differences"
+
     def with_default_curvature(self, curvature: Curvature) -> Implicit:
         """The method with this curvature if it leaves the curvature open.
 
@@ -158,7 +164,12 @@ class Implicit(Method):
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         report = Report(repr(self), run.trajectory.steps, run.trajectory.gradient_norm)
         return self.at_solution(
-            run.trajectory.end, problem, meta, report=report, dependencies=run.dependencies
+            run.trajectory.end,
+            problem,
+            meta,
+            report=report,
+            dependencies=run.dependencies,
+            hessian=run.trajectory.curvature,
         )
 
     def at_solution(
@@ -169,6 +180,7 @@ class Implicit(Method):
         *,
         report: Report,
         dependencies: Dependencies,
+        hessian: Invertible | None = None,
     ) -> Adaptation:
         """The adaptation whose θ* is `end.params`, however it was computed.
 
@@ -178,7 +190,9 @@ class Implicit(Method):
             meta: φ, leaves of autograd.
             report: That of the inner loop. The pullback completes it.
             dependencies: What θ* depends on.
+            hessian: ∂²f/∂θ² less its known multiple of the identity, if the inner loop left it.
         """
+        system = self._system(hessian)
 
         def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
             def attempt(lifted: LiftedProblem) -> tuple[Gradients, Report]:
@@ -186,6 +200,7 @@ class Implicit(Method):
                     lifted,
                     end.params,
                     meta,
+                    system=system,
                     decay=dependencies.decay(end.params, meta),
                     vectors=vectors,
                     report=report,
@@ -194,7 +209,59 @@ class Implicit(Method):
 
             return retry_under_vmap(attempt, problem)
 
-        return Adaptation(end.params, report, dependencies, end, pullback)
+        stationarity = None
+        if self.forward_mode:
+            stationarity = self._stationarity(
+                system, end.params, problem, meta, dependencies=dependencies
+            )
+        return Adaptation(end.params, report, dependencies, end, pullback, stationarity)
+
+    def _stationarity(
+        self,
+        system: CurvatureSystem,
+        params: Params,
+        problem: LiftedProblem,
+        meta: Params,
+        *,
+        dependencies: Dependencies,
+    ) -> Stationarity:
+        """What derivatives of θ* = `params` need beside the pullback."""
+        data = data_at_solution(problem, self.batch, "Implicit")
+
+        def residual(theta: Params, phi: Params) -> Params:
+            at = meta | phi
+            decay = dependencies.decay(theta, at)
+            return inner_gradient(problem, theta, at, data, decay=decay)
+
+        def solve(vectors: Params) -> Params:
+            def attempt(lifted: LiftedProblem) -> Solution:
+                decay = dependencies.decay(params, meta)
+                point = system.linearize(lifted, params, meta, data, decay=decay)
+                return system.solve(point, flatten(vectors), SolverState())[0]
+
+            with torch.enable_grad():
+                solution = retry_under_vmap(attempt, problem)
+            warn_if_unsolved(solution.residual, solution.status)
+            return unflatten(solution.value, params)
+
+        is_hessian = self.curvature_name == "hessian" or system.known is not None
+        is_exact = is_hessian and self.damping == 0
+        return Stationarity(residual, solve, is_exact)
+
+    def _system(self, hessian: Invertible | None) -> CurvatureSystem:
+        """The system at θ*, with the Hessian that the loop left if that is what A is made of."""
+        # The model of such a loop is linear, so that Gauss–Newton is the Hessian.
+        is_hessian = self.curvature in (None, "hessian", "gauss-newton")
+        takes_it = is_hessian and self.products == "double-backward"
+        return CurvatureSystem(
+            self.solver,
+            self.curvature or "hessian",
+            damping=self.damping,
+            preconditioner=self.preconditioner,
+            products=self.products,
+            strict=self.strict,
+            known=hessian if takes_it else None,
+        )
 
     def _pull_back(
         self,
@@ -202,37 +269,26 @@ class Implicit(Method):
         params: Params,
         meta: Params,
         *,
+        system: CurvatureSystem,
         decay: Decay | None,
         vectors: Params,
         report: Report,
         state: SolverState,
     ) -> tuple[Gradients, Report]:
         data = data_at_solution(problem, self.batch, "Implicit")
-        linearize_by = partial(self._linearize, problem, params, meta, data=data, decay=decay)
-        point = linearize_by(self.curvature or "hessian")
+        point = system.linearize(problem, params, meta, data, decay=decay)
         sigma = point.sigma + self.damping
         v = flatten(vectors)
-
-        # u = A⁻¹v with A = core + σI.
-        preconditioner = self._make_preconditioner(point, sigma)
-        shifted = point.core + Identity(point.core, sigma)
-        inverse = None
-        if preconditioner is not None:
-            inverse = partial(preconditioner.inverse, shift=sigma)
-        solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
-        if bool((solution.rayleigh < 0.999 * sigma).any()):
-            point.core.check_convex()
-        warn_or_raise(self.solver, solution, strict=self.strict)
+        solution, products = system.solve(point, v, state)
         hessian_residual = None
         if self.check_curvature:
-            hessian_residual = linearize_by("hessian").residual(solution.value, v)
+            exact = replace(system, curvature="hessian", known=None)
+            at_hessian = exact.linearize(problem, params, meta, data, decay=decay)
+            hessian_residual = at_hessian.residual(solution.value, v)
 
         mixed = self._mixed_product(
             point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
         )
-        products = solution.products + point.core.setup_products
-        if preconditioner is not None:
-            products += preconditioner.setup_products
         return mixed, replace(
             report,
             inner_gradient_norm=flatten(point.gradient).detach().norm(dim=-1),
@@ -271,28 +327,3 @@ class Implicit(Method):
 
         slope = central_difference(penalized_loss, params, u)
         return vector_jacobian_product({"slope": slope}, meta, {"slope": -torch.ones_like(slope)})
-
-    def _linearize(
-        self,
-        problem: LiftedProblem,
-        params: Params,
-        meta: Params,
-        curvature: Curvature,
-        *,
-        data: Any,
-        decay: Decay | None,
-    ) -> Linearization:
-        options: dict[str, Any] = {}
-        if self.products != "double-backward":
-            options["products"] = self.products
-        return linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
-
-    def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
-        if self.preconditioner is None:
-            return None
-        if not sigma > 0:
-            raise ValueError(
-                f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping"
-            )
-        kind, options = find_curvature(self.preconditioner)
-        return kind.preconditioner(point.core, point.parts, **options)

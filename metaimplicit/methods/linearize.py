@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.equation import aliases
 from metaimplicit.operators import (
     CurvatureClass,
     Hessian,
@@ -123,6 +124,33 @@ def _known_multiple(penalty: Callable[..., Any], meta: Params) -> float | None:
     return multiple
 
 
+def inner_gradient(
+    problem: LiftedProblem, params: Params, meta: Params, data: Any, *, decay: Decay | None
+) -> Params:
+    """∂f/∂θ at θ = `params`, `{name: [tasks, *shape]}`, with its graph to θ and φ.
+
+    Args:
+        problem: The lifted problem.
+        params: θ, with the graph that it has.
+        meta: φ, likewise.
+        data: What the inner loss sees.
+        decay: The weight decay of the inner loop, a penalty that is added to f.
+    """
+    names = list(params)
+    theta = dict(zip(names, aliases(list(params.values())), strict=True))
+    loss = problem.inner(theta, meta, data).sum()
+    if decay is not None:
+        loss = loss + problem.penalty(decay, theta, meta).sum()
+    gradients = torch.autograd.grad(
+        loss,
+        list(theta.values()),
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(names, gradients, strict=True))
+
+
 def require_outputs(problem: LiftedProblem, curvature: str | CurvatureClass) -> None:
     """Raise ValueError if the curvature needs outputs that the inner loss does not show."""
     kind, _ = find_curvature(curvature)
@@ -142,10 +170,12 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         return LossParts(params, outputs=whole, loss=lambda z: z)
 
     def apply_model(function: Callable[..., Any], at: Params) -> Any:
-        def one_task(p: Params, d: Any) -> Any:
-            return function(lambda q: f.outputs(q, meta, d), p)
+        seen_meta, seen_data = problem.arguments(meta, data)
 
-        return problem.apply(one_task, at, data)
+        def one_task(p: Params, d: Any) -> Any:
+            return function(lambda q: f.outputs(q, seen_meta, d), p)
+
+        return problem.apply(one_task, at, seen_data)
 
     return LossParts(
         params,

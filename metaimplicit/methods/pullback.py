@@ -1,93 +1,137 @@
-"""θ* as a function of φ that autograd differentiates by the pullback of a method."""
+"""θ* as a function of φ that autograd differentiates by what a method knows of it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaimplicit.methods.base import Adaptation, Method
+from metaimplicit.graph import is_differentiated
+from metaimplicit.methods.base import Adaptation, Method, Stationarity
+from metaimplicit.methods.equation import Equation, Rule, Tensors
+from metaimplicit.methods.shared import warn_if_unsolved
 from metaimplicit.params import Params
-from metaimplicit.solvers import Status
 
 
 def attach_pullback(adaptation: Adaptation, method: Method, meta: Params) -> Params:
-    """θ* as a function of φ, which autograd differentiates once, by the adaptation's pullback.
+    """θ* as a function of φ, which autograd differentiates by the adaptation's pullback.
+
+    Where the adaptation has its stationarity, tangents pass in forward mode. If A is the Hessian,
+    derivatives of every order exist.
 
     Args:
         adaptation: θ* and its pullback.
         method: The method that made it.
-        meta: φ. Gradients flow to the entries that require grad.
+        meta: φ. Gradients flow to the entries that require grad, and tangents flow from those that
+            have one.
 
     Returns:
         θ*, `{name: [tasks, *shape]}`. Its backward pass raises ValueError for a gradient that the
-        method cannot give, and RuntimeError if an entry of φ was changed in place. The backward
-        pass of that backward pass raises RuntimeError.
+        method cannot give, and RuntimeError if an entry of φ was changed in place. A further
+        derivative raises RuntimeError if it does not exist.
     """
-    phi = {name: m for name, m in meta.items() if m.requires_grad}
-
-    def pull_back(vectors: tuple[Tensor, ...]) -> list[Tensor | None]:
-        v = {name: x.detach() for name, x in zip(adaptation.params, vectors, strict=True)}
-        gradients, report = adaptation.pull_back(v, phi)
-        # Other failures have a warning of their own.
-        if report.residual is not None and report.share(Status.MAX_STEPS) > 0:
-            warnings.warn(
-                f"argmin: the linear system was left with a residual of {report.residual.max():.1e}"
-                "; take more solver steps",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        for name in phi:
-            if gradients[name] is None:
-                method.check_reach(name, adaptation.dependencies)
-        return [gradients[name] for name in phi]
-
-    theta = tuple(adaptation.params.values())
-    values = _WithPullback.apply(theta, pull_back, *phi.values())
+    phi = {name: m for name, m in meta.items() if is_differentiated(m)}
+    rule = _MethodRule(adaptation, method, tuple(phi))
+    values = rule.attach(list(adaptation.params.values()), list(phi.values()))
     return dict(zip(adaptation.params, values, strict=True))
 
 
-class _WithPullback(torch.autograd.Function):
-    """Given values as a function of inputs, whose backward pass is a given pullback."""
+def forward_mode_error(method: str) -> RuntimeError:
+    """The error for tangents that do not pass through a method.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: tuple[Tensor, ...],
-        pull_back: Callable[[tuple[Tensor, ...]], list[Tensor | None]],
-        *inputs: Tensor,
-    ) -> Any:
-        ctx.pull_back = pull_back
-        ctx.save_for_backward(*inputs)
-        return tuple(value.clone() for value in values)
+    Example:
+        >>> print(forward_mode_error("sama"))
+        argmin has no derivative in forward mode under sama; use 'unrolled', an implicit method \
+without finite differences, or reverse mode
+    """
+    return RuntimeError(
+        f"argmin has no derivative in forward mode under {method}; use 'unrolled', an implicit "
+        "method without finite differences, or reverse mode"
+    )
 
-    @staticmethod
-    def backward(ctx: Any, *vectors: Tensor) -> Any:
-        inputs = ctx.saved_tensors  # raises an error if one was changed in place
-        second_derivative = torch.is_grad_enabled()
-        with torch.enable_grad():
-            gradients = ctx.pull_back(vectors)
-        if second_derivative:
-            gradients = [
-                None if g is None else _DifferentiableOnce.apply(g, *inputs, *vectors)
-                for g in gradients
-            ]
-        return None, None, *gradients
+
+class _MethodRule(Rule):
+    """The derivatives of θ* in some entries of φ, by a method."""
+
+    def __init__(self, adaptation: Adaptation, method: Method, names: tuple[str, ...]) -> None:
+        self.adaptation = adaptation
+        self.method = method
+        self.names = names
+        stationarity = adaptation.stationarity
+        self.equation = None if stationarity is None else self._equation(stationarity)
+        self.is_exact = stationarity is not None and stationarity.is_exact
+
+    def _equation(self, stationarity: Stationarity) -> Equation:
+        parameters = tuple(self.adaptation.params)
+
+        def residual(x: Tensors, p: Tensors) -> Tensors:
+            theta = dict(zip(parameters, x, strict=True))
+            phi = dict(zip(self.names, p, strict=True))
+            return list(stationarity.residual(theta, phi).values())
+
+        def solve(v: Tensors) -> Tensors:
+            return list(stationarity.solve(dict(zip(parameters, v, strict=True))).values())
+
+        return Equation(residual, solve)
+
+    def pull_back(
+        self, x: Tensors, p: Tensors, v: Tensors, *, again: bool
+    ) -> Sequence[Tensor | None]:
+        """(dθ*/dφ)ᵀ v. It raises ValueError for a gradient that the method cannot give."""
+        gradients: Sequence[Tensor | None]
+        if again and self.equation is not None and self.is_exact:
+            gradients = self.equation.pull_back(x, p, v, again=True)
+        else:
+            gradients = self._pull_numbers_back(p, v)
+            if again:
+                gradients = [g if g is None else self._once(g, [*p, *v]) for g in gradients]
+        for name, gradient in zip(self.names, gradients, strict=True):
+            if gradient is None:
+                self.method.check_reach(name, self.adaptation.dependencies)
+        return gradients
+
+    def push_forward(self, x: Tensors, p: Tensors, tangents: Tensors) -> Tensors:
+        """(dθ*/dφ) φ̇."""
+        if self.equation is None:
+            raise forward_mode_error(self.adaptation.report.method)
+        if self.is_exact:
+            return self.equation.push_forward(x, p, tangents)
+        at = [tensor.detach() for tensor in p]
+        numbers = self.equation.push_forward([part.detach() for part in x], at, tangents)
+        return [self._once(part.detach(), [*p, *tangents]) for part in numbers]
+
+    def _pull_numbers_back(self, p: Tensors, v: Tensors) -> list[Tensor | None]:
+        vectors = {
+            name: part.detach() for name, part in zip(self.adaptation.params, v, strict=True)
+        }
+        phi = dict(zip(self.names, p, strict=True))
+        gradients, report = self.adaptation.pull_back(vectors, phi)
+        warn_if_unsolved(report.residual, report.status)
+        return [gradients[name] for name in self.names]
+
+    def _once(self, derivative: Tensor, arguments: Sequence[Tensor]) -> Tensor:
+        """The derivative, whose own derivative in any of the arguments is an error."""
+        attached: Tensor = _DifferentiableOnce.apply(
+            derivative, self.adaptation.report.method, *arguments
+        )
+        return attached
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """The identity on a gradient. To differentiate it, with respect to any input, is an error."""
+    """The identity on a derivative. To differentiate it is an error."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
-        return gradient.clone()
+    def forward(ctx: Any, derivative: Tensor, method: str, *_: Tensor) -> Tensor:
+        ctx.method = method
+        return derivative.clone()
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "argmin is differentiable once under an implicit method; use method='unrolled' for "
-            "higher derivatives"
+            f"argmin is differentiable once under {ctx.method}; for higher derivatives use an "
+            "implicit method on the Hessian, without damping or finite differences, or 'unrolled'"
         )
+
+    jvp = backward

@@ -41,6 +41,8 @@ class Report:
             converges if it is below 1.
         tasks_by: How the tasks were batched, `"vmap"` or `"loop"`. If vmap was found to be wrong or
             impossible, the reason stands behind it.
+        features: How the part of a model that does not adapt was evaluated: "once", or the reason
+            why it was evaluated at every inner step. Empty if there is no such part.
         state: What makes the next solve of a nearby problem cheaper: the solution, a sketch. Pass
             it to the next call of `hypergradient`, or save it with a checkpoint.
 
@@ -66,6 +68,7 @@ class Report:
     leftover: Tensor | None = None
     spectral_radius: Tensor | None = None
     tasks_by: str = ""
+    features: str = ""
     state: SolverState = field(default_factory=SolverState, repr=False)
 
     def judged_by(self, losses: Tensor, tolerance: float) -> Report:

@@ -58,6 +58,8 @@ class Unrolled(Method):
     weights: Sequence[float] | None = option(None, flag=None)
     flag = "unrolled"
     carries_graph = True
+    differentiates_argmin = True
+    forward_mode = True
 
     def __post_init__(self) -> None:
         if self.weights is not None and not self.iterates:
@@ -143,6 +145,11 @@ class Truncated(Method):
 
     @property
     def second_derivatives(self) -> bool:
+        """Whether it differentiates a step."""
+        return self.steps > 0
+
+    @property
+    def forward_mode(self) -> bool:
         """Whether it differentiates a step."""
         return self.steps > 0
 

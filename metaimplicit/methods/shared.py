@@ -16,7 +16,7 @@ from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Dependencies
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
-from metaimplicit.solvers import ADVICE, Solution, Solver
+from metaimplicit.solvers import ADVICE, Solution, Solver, Status
 
 Result = TypeVar("Result")
 
@@ -71,7 +71,7 @@ def run_inner(
                 dependencies.idle.update(unread)
         return losses
 
-    trajectory = inner.run(
+    trajectory = inner.bound_to(problem).run(
         loss,
         detached(initial) if detach else initial,
         meta,
@@ -149,6 +149,23 @@ def warn_or_raise(solver: Solver, solution: Solution, *, strict: bool) -> None:
         if strict:
             raise FloatingPointError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def warn_if_unsolved(residual: Tensor | None, status: Tensor | None) -> None:
+    """Warn if the solve of a derivative of `argmin` took all of its steps. It has no other report.
+
+    Args:
+        residual: ‖v − Au‖/‖v‖, `[tasks]`. None without a solve.
+        status: Members of `Status`, `[tasks]`. None without a solve.
+    """
+    if residual is None or status is None or not bool((status == int(Status.MAX_STEPS)).any()):
+        return
+    warnings.warn(
+        f"argmin: the linear system was left with a residual of {residual.max():.1e}; "
+        "take more solver steps",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def reject_half_precision(flag: str, params: Params) -> None:

@@ -72,12 +72,17 @@ class LinearOperator(ABC):
 class Invertible(LinearOperator):
     """A linear operator that knows the inverse of itself plus a positive multiple of the identity.
 
+    Attributes:
+        closed_form: Whether its products evaluate no loss, so that they need not be counted.
+
     Example:
         >>> from metaimplicit.operators import Diagonal
         >>> diagonal = Diagonal(Identity(torch.zeros(1, 2), scale=3.0), samples=None)
         >>> diagonal.inverse(torch.ones(1, 2), shift=1.0)
         tensor([[0.2500, 0.2500]])
     """
+
+    closed_form: bool = False
 
     @abstractmethod
     def inverse(self, vector: Tensor, shift: float) -> Tensor:

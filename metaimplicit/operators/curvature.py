@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -191,20 +192,38 @@ def vjp(
     connected = [name for name, output in outputs.items() if output.requires_grad]
     products: Sequence[Tensor | None] = [None] * len(inputs)
     if connected:
-        products = torch.autograd.grad(
+        pull_back = partial(
+            torch.autograd.grad,
             [outputs[name] for name in connected],
             list(inputs.values()),
-            [vectors[name] for name in connected],
             retain_graph=True,
             allow_unused=True,
-            is_grads_batched=batched,
         )
+        connected_vectors = [vectors[name] for name in connected]
+        if batched:
+            products = _all_at_once(pull_back, connected_vectors)
+        else:
+            products = pull_back(connected_vectors)
     lead = next(iter(vectors.values())).shape[:1] if batched else ()
     pairs = zip(inputs.items(), products, strict=True)
     return {
         name: x.new_zeros(*lead, *x.shape) if product is None else product
         for (name, x), product in pairs
     }
+
+
+def _all_at_once(
+    pull_back: Callable[..., Sequence[Tensor | None]], vectors: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Products with k vectors in one batch, or in a loop if an operation allows no batch."""
+    try:
+        return pull_back(vectors, is_grads_batched=True)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):
+            raise  # `argmin` is such an operation
+    rows = [pull_back(row) for row in zip(*vectors, strict=True)]
+    columns = zip(*rows, strict=True)
+    return [None if column[0] is None else torch.stack(column) for column in columns]
 
 
 def flat_vjp(

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from metaimplicit.operators import Invertible
 from metaimplicit.options import option
 from metaimplicit.solvers.base import LinearSystem, Solution, Solver, SolverState
 from metaimplicit.solvers.cg import CG
 from metaimplicit.solvers.conjugate_gradients import conjugate_gradients
 from metaimplicit.solvers.dense import Dense
+from metaimplicit.solvers.factored import Factored
 from metaimplicit.solvers.iteration import check_limits
 from metaimplicit.solvers.lanczos import Lanczos
 from metaimplicit.solvers.low_rank import LowRank
@@ -24,6 +26,7 @@ MIB = 2**20
 class Auto(Solver):
     """Choose a solver by size, memory and the residuals so far. `Solution.chosen` says which.
 
+    - `Factored` if the inner loop left the inverse of A (`Ridge`, `Newton`). It takes no products.
     - `Dense` if n ≤ `dense`.
     - `CG` if Lanczos's basis would exceed `memory`, and `MINRES` from where CG meets negative
       curvature.
@@ -69,6 +72,11 @@ class Auto(Solver):
 
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""
+        core, shift = system.operator.split()
+        if isinstance(core, Invertible) and core.closed_form and shift > 0:
+            solution = Factored().solve_unit(system)
+            return replace(solution, chosen="Factored: the inner loop left its inverse")
+
         tasks, n = system.operator.shape
         if n <= self.dense:
             solution = Dense().solve_unit(replace(system, state=SolverState()))

@@ -16,9 +16,10 @@ from metaimplicit.solvers.status import Status
 
 @dataclass(frozen=True)
 class Factored(CoreSolver):
-    """(B + sI)⁻¹b with s = σ + ρ, for a core B that knows its inverse: K-FAC, EKFAC, a diagonal.
+    """(B + sI)⁻¹b with s = σ + ρ, for a core B that knows its inverse.
 
-    It is A⁻¹b if ρ = 0.
+    Such are K-FAC, EKFAC, a diagonal, and the Hessian that the inner loops `Ridge` and `Newton`
+    leave. It is A⁻¹b if ρ = 0.
 
     Args:
         rho: ρ ≥ 0, the damping that this solver adds. If None, it is 0 where σ > 0, else 0.01.
@@ -45,9 +46,14 @@ class Factored(CoreSolver):
         core, shift = self.split(system.operator)
         if not isinstance(core, Invertible):
             raise ValueError(
-                f"Factored: got {type(core).__name__}, expected K-FAC, EKFAC or a diagonal, which "
-                "know their inverse; use CG"
+                f"Factored: got {type(core).__name__}, expected a curvature that knows its "
+                "inverse: K-FAC, EKFAC, a diagonal, or that of Ridge and Newton; use CG"
             )
         solution = direct_solution(system, core.inverse(system.b, shift), products=0)
         exact = solution.residual <= torch.finfo(system.b.dtype).eps ** 0.5
-        return replace(solution, status=torch.where(exact, solution.status, int(Status.MAX_STEPS)))
+        solution = replace(
+            solution, status=torch.where(exact, solution.status, int(Status.MAX_STEPS))
+        )
+        if core.closed_form:  # the residual took no product with derivatives of a loss
+            return replace(solution, products=0, needed=torch.zeros_like(solution.needed))
+        return solution

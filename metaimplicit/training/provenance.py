@@ -24,7 +24,8 @@ def describe(learner: MetaLearner, report: Report | None = None) -> dict[str, An
         report: The report of one of its steps, which says what the solver `Auto` chose.
 
     Returns:
-        `"chosen"`: the vectorisation and the solver. `"parameters"`: the number of meta-parameters.
+        `"chosen"`: the vectorisation, the solver, and whether the features are evaluated once.
+        `"parameters"`: the number of meta-parameters.
 
     Example:
         >>> from torch import nn
@@ -36,6 +37,7 @@ def describe(learner: MetaLearner, report: Report | None = None) -> dict[str, An
         "chosen": {
             "vectorize": learner.vectorize,
             "solver": "" if report is None else report.chosen,
+            "features": "" if report is None else report.features,
         },
         "parameters": sum(p.numel() for p in learner.parameters()),
     }

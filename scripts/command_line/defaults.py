@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from command_line.options import RunOptions
+from command_line.options import HeadFlag, RunOptions
 from metaimplicit.methods import known_options, make_method
 
 Settings = dict[str, Any]
@@ -45,25 +45,50 @@ IMPLICIT_METHOD: dict[str, Settings] = {"sinusoid": {"solver_steps": 10}}
 NOT_IMPLICIT: dict[str, Settings] = {"sinusoid": {"proximal": 0.0, "test_steps": 10}}
 OTHERS_NOT_IMPLICIT: Settings = {"proximal": 0.0, "test_steps": 4}
 
+# A head takes the method and the loop that suit it.
+HEADS: dict[str, Settings] = {
+    "ridge": {"method": "auto", "inner_optimizer": "ridge", "learn": ("lambda", "scale")},
+    "logistic": {"method": "auto", "inner_optimizer": "newton", "learn": ("lambda", "scale")},
+    "hinge": {"method": "auto", "inner_optimizer": "newton", "learn": ("lambda", "scale")},
+    "prototypes": {"method": "unrolled", "inner_optimizer": "none", "learn": ("temperature",)},
+}
+EXACT = ("ridge", "newton", "none")  # loops with no number of steps to choose
+
 INNER: dict[str, Settings] = {"newton-cg": {"cg_steps": 3}}
 
 
 def default_options(
-    task: str, method: str | None = None, inner_optimizer: str | None = None
+    task: str,
+    method: str | None = None,
+    inner_optimizer: str | None = None,
+    head: HeadFlag = "linear",
 ) -> RunOptions:
-    """The defaults of a task, a method and an inner optimiser.
+    """The defaults of a task, a head, a method and an inner optimiser.
 
     Args:
         task: The flag of a task. One without an entry in `TASKS` has the settings `OTHER_TASKS`.
         method: The flag of a method. If None, that of the task.
-        inner_optimizer: The flag of an inner loop. If None, that of the task and the method.
+        inner_optimizer: The flag of an inner loop. If None, that of the task, the method or the
+            head.
+        head: The flag of a head.
 
     Raises:
         ValueError: The method is unknown.
     """
     options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
+    if head in HEADS:
+        options = replace(options, head=head, adapt="head", **HEADS[head])
     if method is not None:
         options = replace(options, method=method)
+    if head in HEADS:
+        options = replace(options, proximal=0.0)
+        if inner_optimizer is not None:
+            options = replace(options, inner_optimizer=inner_optimizer)
+        if options.inner_optimizer in EXACT:
+            steps = 0 if options.inner_optimizer == "none" else 1
+            options = replace(options, inner_steps=1, test_steps=steps)
+        return replace(options, inner_options=dict(INNER.get(options.inner_optimizer, {})))
+
     # These methods differentiate the inner loss alone, and so the proximal term.
     if make_method(options.method).reach == {"loss"}:
         known = known_options(options.method, **IMPLICIT_METHOD.get(task, {}))

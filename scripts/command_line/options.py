@@ -24,6 +24,8 @@ from command_line.ranges import (
 
 Suppressed = tyro.conf.Suppress[dict[str, Any]]
 
+HeadFlag = Literal["linear", "ridge", "logistic", "hinge", "prototypes"]
+
 DEFAULT_MINUTES = 3.5
 CHANGEABLE = {  # what may differ when a run is resumed
     "steps",
@@ -54,6 +56,19 @@ class RunOptions:
     method: str = "cg"
     """How the meta-gradient is computed: unrolled (MAML), truncated, first-order, reptile, …,
     or implicitly (iMAML) by a solver: cg, auto, neumann, nystrom, dense, …"""
+    head: HeadFlag = "linear"
+    """What maps features to classes: a linear layer of the network; one that is fitted to the
+    support exactly (ridge regression, softmax or smooth hinge); or one that starts at the class
+    means, with --inner-optimizer none a prototypical network."""
+    adapt: Literal["all", "head"] = "all"
+    """What adapts. With head, the other layers run once, whatever the number of inner steps."""
+    norm: Literal["batch", "running", "group", "layer"] = "batch"
+    """Statistics of the normalisation: of the set of images, queries included (transductive); of
+    training, where the convolutions do not adapt; of groups of channels or all of each image."""
+    train_ways: Annotated[int | None, within(1, 10_000)] = None
+    """Classes of a training task. By default --ways. A linear layer has one number of classes."""
+    train_shots: Annotated[int | None, within(1, 10_000)] = None
+    """Support examples of each class in training. By default --shots."""
     inner_steps: InnerSteps = 4
     """Inner steps in training."""
     inner_lr: Number = 0.5
@@ -79,12 +94,14 @@ class RunOptions:
     """Where the data is: a folder or archive of images or features, or Omniglot's zips or tree.
     Omniglot is downloaded without it."""
     out: Path | None = None
-    """Folder for the files of the run. By default runs/TASK-METHOD-SEED."""
+    """Folder for the files of the run. By default runs/TASK-METHOD-SEED, or with a head that is not
+    linear runs/TASK-HEAD-SEED."""
     resume: bool = False
     """Continue the run in --out with its options.
     Only limits, workers, threads and device may change."""
     learn: tuple[str, ...] = ()
-    """Inner numbers to learn as well: lr, proximal, lr=per-tensor, lr=per-element (Meta-SGD)."""
+    """Inner numbers to learn as well: lr, proximal, lr=per-tensor, lr=per-element (Meta-SGD).
+    Heads have lambda, temperature and scale."""
     task_options: tuple[str, ...] = ()
     """Further options of the task: split=vinyals (omniglot), size=32 color=false (folder), …"""
     filters: Annotated[int, within(1, 4096)] = 32
@@ -151,7 +168,12 @@ class RunOptions:
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        return self.out or default_folder(self.task, self.method, self.seed)
+        return self.out or default_folder(self.task, self.approach, self.seed)
+
+    @property
+    def approach(self) -> str:
+        """What the run is called by: its method, or its head if that is not linear."""
+        return self.method if self.head == "linear" else self.head
 
     @property
     def test_seed(self) -> int:
@@ -194,7 +216,7 @@ class RunOptions:
         return identity
 
     def task_arguments(self) -> dict[str, Any]:
-        """The arguments of `tasks.load`, those in --task-options included.
+        """The arguments of `tasks.load` to test with, those in --task-options included.
 
         The values there are Python literals, true, false, none, or strings.
 
@@ -220,10 +242,25 @@ class RunOptions:
             arguments[name] = _literal(text)
         return arguments
 
+    def training_arguments(self) -> dict[str, Any]:
+        """The arguments of `tasks.load` to train with.
 
-def default_folder(task: str, method: str, seed: int | str) -> Path:
-    """The folder of a run without --out."""
-    return Path("runs", f"{task}-{method}-{seed}")
+        Raises:
+            ValueError: A linear layer is to have two numbers of classes.
+        """
+        if self.head == "linear" and self.train_ways not in (None, self.ways):
+            raise ValueError(
+                f"--train-ways: got {self.train_ways} with --ways {self.ways} and --head linear, "
+                "which has one number of classes, expected another head, such as ridge"
+            )
+        changes = {"ways": self.train_ways, "shots": self.train_shots}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return self.task_arguments() | given
+
+
+def default_folder(task: str, approach: str, seed: int | str) -> Path:
+    """The folder of a run without --out, by its `approach`."""
+    return Path("runs", f"{task}-{approach}-{seed}")
 
 
 def _flag(name: str) -> str:

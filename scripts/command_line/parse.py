@@ -49,7 +49,9 @@ def parse(args: list[str]) -> RunOptions:
     choice = _read_choice(args)
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)
-    defaults = default_options(choice.task, choice.method, choice.inner_optimizer)
+    defaults = default_options(
+        choice.task, choice.method, choice.inner_optimizer, choice.head or "linear"
+    )
     options = _parse_over(args, defaults).completed()
     require_new_run_folder(options.folder, resume=False)
     return options
@@ -57,7 +59,8 @@ def parse(args: list[str]) -> RunOptions:
 
 def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
     method = choice.method or default_options(choice.task).method
-    folder = choice.out or default_folder(choice.task, method, choice.seed)
+    approach = method if choice.head in (None, "linear") else choice.head
+    folder = choice.out or default_folder(choice.task, approach, choice.seed)
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"--resume: found no {path}; name the folder of a run with --out")
@@ -85,6 +88,7 @@ def _read_choice(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", default="glyphs")
     parser.add_argument("--method")
     parser.add_argument("--inner-optimizer", "--inner_optimizer")
+    parser.add_argument("--head")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")

@@ -15,7 +15,7 @@ from learner.few_shot import (
     make_learner,
     make_network,
 )
-from oracles import randn, relative_error
+from oracles import finite_difference, randn, relative_error
 from torch import nn
 
 from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, Truncated
@@ -90,6 +90,27 @@ def test_the_gradient_is_that_of_the_loss_after_adaptation():
     learner.backward(draw_episodes())
     for p in learner.parameters():
         assert_gradient_matches_differences(learner, p, randn(*p.shape, seed=7))
+
+
+@pytest.mark.parametrize("sizes", [[WAYS] * TASKS, [WAYS, WAYS - 1, WAYS]], ids=["one", "several"])
+def test_images_that_require_grad_have_a_gradient(sizes):
+    """Tasks of several sizes are computed one after another."""
+    data = draw_episodes()
+    images = [x[:m].clone().requires_grad_() for x, m in zip(data.support[0], sizes, strict=True)]
+
+    def episodes(first):
+        supports = zip([first, *images[1:]], data.support[1], sizes, strict=True)
+        pairs = [(x, labels[:m]) for x, labels, m in supports]
+        return list(zip(pairs, zip(*data.query, strict=True), strict=True))
+
+    learner = make_learner(method="unrolled")
+    learner.backward(episodes(images[0]))
+    direction = randn(*images[0].shape, seed=7)
+    expected = finite_difference(
+        lambda x: learner.evaluate(episodes(x))[0][-1].mean(), images[0].detach(), direction
+    )
+    slope = float((images[0].grad * direction).sum())
+    assert slope == pytest.approx(float(expected), rel=1e-7)
 
 
 def test_gradients_accumulate_as_those_of_backward_do():

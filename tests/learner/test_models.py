@@ -75,11 +75,35 @@ def test_the_conv_net_has_the_activation_that_is_named(name, function):
             {"activation": "tanh"},
             "activation: got 'tanh', expected one of relu, softplus, gelu",
         ),
+        ((1, 28, 28), {"norm": "instance"}, "norm: got 'instance', expected one of batch, running"),
     ],
 )
 def test_the_conv_net_names_the_argument_that_is_wrong(shape, options, message):
     with pytest.raises(ValueError, match=message):
         ConvNet(shape, 5, **options)
+
+
+@pytest.mark.parametrize(
+    ("norm", "transductive"),
+    [("batch", True), ("running", False), ("group", False), ("layer", False)],
+)
+def test_the_conv_net_has_the_normalisation_that_is_named(norm, transductive):
+    net = ConvNet((1, 8, 8), outputs=5, filters=12, norm=norm).eval()
+    images = torch.randn(6, 1, 8, 8)
+    alone = torch.cat([net(image.unsqueeze(0)) for image in images])
+    assert is_transductive(net) is transductive
+    assert torch.allclose(alone, net(images), atol=1e-5) is not transductive
+
+
+def test_networks_without_a_last_layer_end_with_features():
+    whole = ConvNet((1, 8, 8), outputs=5, filters=4)
+    body = ConvNet((1, 8, 8), outputs=None, filters=4)
+    body.load_state_dict({n: p for n, p in whole.state_dict().items() if "head" not in n})
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(whole.head(body(images)), whole(images))
+    mlp = MLP(3, None, hidden=(4, 5))
+    assert mlp(torch.randn(6, 3)).shape == (6, 5)
+    assert mlp(torch.randn(6, 3)).min() == 0  # the ReLU of the last hidden layer
 
 
 def test_the_mlp_is_by_default_that_of_maml():

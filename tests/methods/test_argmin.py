@@ -155,10 +155,10 @@ def first_derivative(meta, method, loss=lambda theta: theta.square().sum()):
     return gradient
 
 
-@pytest.mark.slow
-def test_unrolled_can_be_differentiated_twice():
+@pytest.mark.parametrize("method", [pytest.param("unrolled", marks=pytest.mark.slow), "dense"])
+def test_unrolled_and_implicit_can_be_differentiated_twice(method):
     meta = variable(QUADRATIC.meta)
-    gradient = first_derivative(meta, "unrolled")
+    gradient = first_derivative(meta, method)
     rows = [torch.autograd.grad(g, meta["phi"], retain_graph=True)[0] for g in gradient]
     h, b, _ = QUADRATIC.data
     jacobian = torch.linalg.solve(h, b)
@@ -166,25 +166,31 @@ def test_unrolled_can_be_differentiated_twice():
     assert relative_error(torch.stack(rows), expected) < 1e-8
 
 
+@pytest.mark.parametrize("method", ["forward", "fixed-point", "sama"])
 @pytest.mark.parametrize(
     "loss", [lambda theta: theta.square().sum(), torch.sum], ids=["square", "linear"]
 )
-def test_a_second_derivative_of_an_implicit_method_is_refused(loss):
+def test_a_second_derivative_of_another_method_is_refused(loss, method):
     """For a linear loss, the gradient depends on φ through the pullback alone."""
-    gradient = first_derivative(variable(QUADRATIC.meta), "dense", loss)
-    message = r"differentiable once under an implicit method.*unrolled"
-    with pytest.raises(RuntimeError, match=message):
+    gradient = first_derivative(variable(QUADRATIC.meta), method, loss)
+    with pytest.raises(RuntimeError, match=r"argmin is differentiable once under .*unrolled"):
         gradient.sum().backward()
 
 
-def test_a_derivative_of_the_gradient_in_the_vector_is_refused_as_well():
-    """The gradient is linear in the vector that is pulled back, here a function of w."""
+@pytest.mark.parametrize("method", ["dense", "forward"])
+def test_the_gradient_is_differentiable_in_the_vector_that_is_pulled_back(method):
+    """It is linear in that vector, here a function of w: w Σθ* + w Σφ."""
     meta = variable(QUADRATIC.meta)
     w = number(2.0).requires_grad_()
-    loss = w * solve(QUADRATIC, meta, "dense")["theta"].sum() + w * meta["phi"].sum()
+    loss = w * solve(QUADRATIC, meta, method)["theta"].sum() + w * meta["phi"].sum()
     (gradient,) = torch.autograd.grad(loss, meta["phi"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(gradient.sum(), w)
+    if method == "forward":
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(gradient.sum(), w)
+        return
+    (actual,) = torch.autograd.grad(gradient.sum(), w)
+    h, b, _ = QUADRATIC.data
+    assert relative_error(actual, torch.linalg.solve(h, b).sum() + len(meta["phi"])) < 1e-8
 
 
 # Refusals.

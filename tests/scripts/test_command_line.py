@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import RunOptions, build_learner, default_options, parse
@@ -11,8 +12,8 @@ from command_line.flags import inner_flags, method_flags
 from scripts.running import load_main
 
 import tasks
-from metaimplicit import METHODS, NewtonCG
-from metaimplicit.inner import INNER_LOOPS, make_inner
+from metaimplicit import METHODS, GradientDescent, NewtonCG
+from metaimplicit.inner import INNER_LOOPS, Newton, NoSteps, Ridge, make_inner
 from metaimplicit.methods import make_method
 
 HIDDEN = ("method_options", "inner_options")
@@ -82,6 +83,62 @@ def test_the_inner_optimizer_is_a_row_of_the_registry_with_its_own_options():
     assert build(*newton, "--inner-cg-steps=10").inner == NewtonCG(steps=5, cg_steps=10)
     lbfgs = build("--method=cg", "--inner-optimizer=lbfgs", "--inner-steps=50").inner
     assert lbfgs == make_inner("lbfgs").updated(steps=50)
+
+
+def build_for_images(*args):
+    """The learner of a command line for tasks of small images."""
+    options = parse(["--device=cpu", "--filters=4", *args])
+    family = SimpleNamespace(kind="classification", input_shape=(1, 28, 28), outputs=5)
+    return build_learner(options, family)
+
+
+@pytest.mark.parametrize(
+    ("head", "loop", "flag", "learn"),
+    [
+        ("ridge", Ridge(), "auto", {"log_lambda", "log_scale"}),
+        ("logistic", Newton(), "auto", {"log_lambda", "log_scale"}),
+        ("hinge", Newton(), "auto", {"log_lambda", "log_scale"}),
+        ("prototypes", NoSteps(), "unrolled", {"log_temperature"}),
+    ],
+)
+def test_a_head_has_its_own_loop_method_and_learnt_numbers(head, loop, flag, learn):
+    learner = build_for_images(f"--head={head}")
+    assert learner.inner == loop
+    assert type(learner.method) is type(METHODS[flag])
+    assert set(learner.learnt.by_name()) == learn
+    assert learner.adapted == []
+    assert learner.model.head is None
+    assert parse([f"--head={head}"]).test_steps == (0 if head == "prototypes" else 1)
+
+
+def test_prototypes_may_adapt_as_proto_maml_does():
+    args = ["--head=prototypes", "--inner-optimizer=gradient-descent", "--inner-steps=3"]
+    learner = build_for_images(*args, "--adapt=all")
+    assert learner.inner == GradientDescent(steps=3, lr=0.5)
+    assert learner.adapted == [name for name, _ in learner.model.named_parameters()]
+    assert build_for_images(*args).adapted == []
+
+
+def test_the_last_layer_adapts_alone():
+    assert build_for_images("--adapt=head").adapted == ["head.weight", "head.bias"]
+    assert build("--adapt=head").adapted == ["4.weight", "4.bias"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer"),
+    [("batch", "BatchNorm"), ("running", "BatchNorm2d"), ("group", "GroupNorm")],
+)
+def test_the_normalisation_is_chosen(norm, layer):
+    learner = build_for_images(f"--norm={norm}")
+    assert type(learner.model.features[1]).__name__ == layer
+
+
+def test_a_linear_layer_has_one_number_of_classes():
+    options = parse(["--head=ridge", "--train-ways=20", "--train-shots=2"])
+    assert (options.task_arguments()["ways"], options.task_arguments()["shots"]) == (5, 1)
+    assert (options.training_arguments()["ways"], options.training_arguments()["shots"]) == (20, 2)
+    with pytest.raises(ValueError, match="--train-ways: got 20 with --ways 5 and --head linear"):
+        parse(["--train-ways=20"]).training_arguments()
 
 
 @pytest.mark.parametrize(

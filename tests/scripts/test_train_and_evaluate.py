@@ -78,6 +78,23 @@ def test_the_config_says_what_the_solver_auto_chose(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_with_a_head_trains_on_other_tasks_than_it_is_tested_on(tmp_path):
+    out = tmp_path / "run"
+    options = ["--head=ridge", "--norm=running", "--train-ways=7", "--filters=4", "--meta-batch=2"]
+    limits = ["--steps=2", "--validation-episodes=2", "--test-episodes=4"]
+    train([*options, *limits, "--out", str(out)])
+    config = read_json(out / "config.json")
+    assert config["chosen"]["features"] == "once"
+    assert config["chosen"]["solver"] == "Factored: the inner loop left its inverse"
+    summary = read_json(out / "summary.json")
+    assert summary["transductive"] is False
+    assert summary["normalization"] == "running statistics of the training images"
+    assert [row["steps"] for row in summary["after_steps"]] == [0, 1]
+    evaluate([str(out), "--episodes", "4"])
+    assert read_json(out / "evaluation.json")["mean"] == summary["mean"]
+
+
+@pytest.mark.slow
 def test_evaluate_repeats_the_test_of_the_run_unless_the_seed_is_another(run, capsys):
     evaluate([str(run), "--episodes", "10"])
     table = capsys.readouterr().out

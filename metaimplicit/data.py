@@ -1,0 +1,74 @@
+"""The tensors of a problem's data that are differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metaimplicit.graph import is_differentiated
+from metaimplicit.params import Params, detached
+from metaimplicit.problem import Stream
+
+PREFIX = "data tensor "
+
+
+class DataEntries:
+    """The tensors of data that require grad (or have a tangent), as further entries of φ.
+
+    Their names start with `PREFIX`, which no entry of `meta` does. So whatever differentiates with
+    respect to φ differentiates with respect to them as well.
+
+    Args:
+        data: Any pytree. A `Stream` has no such tensors.
+
+    Attributes:
+        tensors: `{name: tensor}`, as they are in the data, with their graph.
+        constants: The data in which they have no graph.
+
+    Example:
+        >>> import torch
+        >>> entries = DataEntries({"x": torch.ones(2, requires_grad=True), "y": torch.zeros(2)})
+        >>> list(entries.tensors)
+        ['data tensor 0']
+        >>> entries.restore({"data tensor 0": torch.full((2,), 3.0)})
+        {'x': tensor([3., 3.]), 'y': tensor([0., 0.])}
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.constants = data
+        self.tensors: Params = {}
+        if isinstance(data, Stream):
+            return
+        self._leaves, self._spec = tree_flatten(data)
+        for number, leaf in enumerate(self._leaves):
+            if isinstance(leaf, Tensor) and is_differentiated(leaf):
+                self.tensors[f"{PREFIX}{number}"] = leaf
+        if self.tensors:
+            self.constants = self.restore(detached(self.tensors))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The data with `tensors` in the places that their names stand for."""
+        if not self.tensors:
+            return self.constants
+        leaves = [tensors.get(f"{PREFIX}{i}", leaf) for i, leaf in enumerate(self._leaves)]
+        return tree_unflatten(leaves, self._spec)
+
+    def arrange(self, gradients: Mapping[str, Tensor]) -> Any:
+        """The gradients of the tensors as a pytree like the data, None where there is none."""
+        if isinstance(self.constants, Stream):
+            return None
+        leaves = [gradients.get(f"{PREFIX}{i}") for i in range(len(self._leaves))]
+        return tree_unflatten(leaves, self._spec)
+
+
+def describe_entry(name: str) -> str:
+    """An entry of φ in the words of an error.
+
+    Example:
+        >>> describe_entry("lr"), describe_entry("data tensor 3")
+        ("meta['lr']", 'data tensor 3')
+    """
+    return name if name.startswith(PREFIX) else f"meta[{name!r}]"

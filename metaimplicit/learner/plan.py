@@ -1,0 +1,150 @@
+"""From the arguments of a learner to what adapts, how, and which numbers are learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from metaimplicit.inner import InnerLoop, NoSteps, make_inner
+from metaimplicit.learner.defaults import with_default_curvature
+from metaimplicit.learner.heads import BIAS, WEIGHT, Head, make_head
+from metaimplicit.learner.learnable import (
+    Learn,
+    Learnable,
+    make_head_learnable,
+    make_learnable,
+    proximal_strength,
+)
+from metaimplicit.methods import Method, make_method
+from metaimplicit.params import Adapt, Params, select
+
+
+class Plan(NamedTuple):
+    """What adapts, and how.
+
+    Attributes:
+        method: The method, with its curvature.
+        adapted: The names of the model's parameters that adapt.
+        learnable: The inner loop and the proximal term, with the numbers they read from φ.
+        head: The head, likewise. None if the outputs of the model count.
+    """
+
+    method: Method
+    adapted: list[str]
+    learnable: Learnable
+    head: Head | None
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    head: str | Head | None,
+    inner: str | InnerLoop | None,
+    method: str | Method | None,
+    proximal: float | None,
+    learn: Learn,
+    adapt: Adapt,
+    query_loss: Any = None,
+) -> Plan:
+    """The plan of a learner; see `MetaLearner` for the arguments and their defaults.
+
+    Raises:
+        ValueError: An argument is out of range, or does not fit the others.
+
+    Example:
+        >>> plan = make_plan(
+        ...     nn.Linear(2, 3),
+        ...     head="ridge",
+        ...     inner=None,
+        ...     method=None,
+        ...     proximal=None,
+        ...     learn=["lambda"],
+        ...     adapt=None,
+        ... )
+        >>> plan.learnable.inner, plan.adapted, list(plan.learnable.logs)
+        (Ridge(), [], ['log_lambda'])
+    """
+    trainable: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
+        )
+    if head is None:
+        chosen = with_default_curvature(make_method(method or "unrolled"))
+        loop = make_inner(inner or "gradient-descent")
+        chosen.check_inner(loop)
+        adapted = select(trainable, adapt)
+        strength = proximal_strength(proximal, chosen)
+        params = {name: trainable[name] for name in adapted}
+        learnable = make_learnable(learn, loop, strength, method=chosen, params=params)
+        return Plan(chosen, adapted, learnable, None)
+
+    head = make_head(head)
+    chosen = with_default_curvature(make_method(method or head.method))
+    loop = make_inner(inner or head.inner)
+    chosen.check_inner(loop)
+    _check_head(head, chosen, proximal=proximal, query_loss=query_loss)
+    adapted = _select_beside_head(head, loop, trainable, adapt)
+    head, learnable = make_head_learnable(
+        learn,
+        loop,
+        head,
+        method=chosen,
+        params={name: trainable[name] for name in adapted},
+        like=next(iter(trainable.values())),
+    )
+    return Plan(chosen, adapted, learnable, head)
+
+
+def _select_beside_head(
+    head: Head, inner: InnerLoop, names: Iterable[str], adapt: Adapt
+) -> list[str]:
+    """The names of the model's parameters that adapt beside a head.
+
+    Args:
+        head: The head, which adapts itself.
+        inner: The inner loop. Where it takes no steps, nothing adapts.
+        names: Those of the model that may adapt.
+        adapt: As for `MetaLearner`. If None, the model adapts unless the head is convex.
+
+    Raises:
+        ValueError: `adapt` leaves out the head, or chooses more for a convex one.
+    """
+    if adapt is None:
+        alone = head.is_convex or isinstance(inner, NoSteps)
+        return [] if alone else list(names)
+    chosen = select([*names, WEIGHT, BIAS], adapt)
+    of_model = [name for name in chosen if name not in (WEIGHT, BIAS)]
+    if len(chosen) - len(of_model) < 2 or (of_model and head.is_convex):
+        expected = "the head alone" if head.is_convex else "the head among them"
+        raise ValueError(
+            f"adapt: got {chosen} with {type(head).__name__}, expected {expected}, 'head.*'"
+        )
+    return of_model
+
+
+def _check_head(head: Head, method: Method, *, proximal: float | None, query_loss: Any) -> None:
+    """Check arguments of a learner that a head leaves no room for.
+
+    Raises:
+        ValueError: There is a proximal term, or a loss of the query set beside that of a convex
+            head, or an implicit method for a head that is known by its start.
+    """
+    name = type(head).__name__
+    if proximal:
+        raise ValueError(
+            f"proximal: got {proximal} with {name}, expected none: a head has no initialisation "
+            "in φ to stay near"
+        )
+    if head.is_convex and query_loss is not None:
+        raise ValueError(
+            f"query_loss: got one with {name}, which has its own loss of the support set, expected "
+            "the loss of the query set as `loss`"
+        )
+    if not head.is_convex and "start" not in method.reach:
+        raise ValueError(
+            f"method: got {method.flag!r} with {name}, whose start it cannot differentiate, "
+            "expected 'unrolled', 'first-order' or another method that reaches the start"
+        )

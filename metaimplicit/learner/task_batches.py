@@ -1,0 +1,195 @@
+"""Batches of tasks on their way through a few-shot model: read, checked, adapted to, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metaimplicit.learner.batch_checks import BatchChecks
+from metaimplicit.learner.body import find_last_module
+from metaimplicit.learner.episodes import Episode, EpisodeBatch
+from metaimplicit.learner.few_shot_model import FewShotModel
+from metaimplicit.learner.forms import read_episodes, read_support
+from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.learner.plan import Plan
+from metaimplicit.learner.problem import inner_iterates
+from metaimplicit.learner.results import combine
+from metaimplicit.learner.targets import Group, Metric, measure
+from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.methods import Implicit, Method
+from metaimplicit.normalization import (
+    is_transductive,
+    reject_running_statistics,
+    running_statistics,
+)
+from metaimplicit.params import Params
+from metaimplicit.random_state import restored_random_state
+from metaimplicit.task_axis import task_of
+from metaimplicit.vectorization import VmapRecords, explain_objection
+
+
+class TaskBatches(FewShotModel):
+    """A few-shot model that adapts to batches of tasks, without a gradient of φ.
+
+    Args:
+        model: The model.
+        loss: The loss of the support set.
+        query_loss: The loss of the query set. If None, it is `loss`.
+        metric: As for `MetaLearner`.
+        plan: What adapts, and how.
+        vectorize: How tasks are batched. With `"auto"`, the choice is open, and vmap is tried.
+        chunk_size: The number of tasks that are vmapped at a time. If None, all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: TaskLoss,
+        query_loss: TaskLoss | None,
+        *,
+        metric: Metric | None,
+        plan: Plan,
+        vectorize: Vectorize | Literal["auto"],
+        chunk_size: int | None,
+    ) -> None:
+        super().__init__(
+            model, loss, query_loss, plan=plan, vectorize=vectorize, chunk_size=chunk_size
+        )
+        self.metric = metric
+        self._vmap_records = VmapRecords() if vectorize == "auto" else None
+        self._objection = ""  # why vmap is not used
+        self._features = ""  # as in `Report`
+        if self._network.body is not None:
+            self._features = "once"
+        adapts_all = len(self.adapted) == len(self._network.of_model)
+        self._is_settled = plan.head is not None or adapts_all
+        self._checks = BatchChecks(
+            self._outputs,
+            self._support_loss_on_cpu,
+            self._query_loss_on_cpu,
+            has_head=plan.head is not None,
+        )
+
+    def _read(self, episodes: EpisodeBatch) -> list[Group]:
+        """The tasks in groups of one shape, if nothing is wrong with them."""
+        batches = read_episodes(episodes)
+        self._settle(batches[0])
+        groups = []
+        for data in batches:
+            classes = self._checks.check_episodes(data)
+            groups.append(Group(data, classes, looped=len(batches) > 1))
+        return groups
+
+    def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
+        """Support sets, likewise. They stand for the query sets as well."""
+        pairs = read_support(support, batched=batched)
+        self._settle(Episode(pairs[0], pairs[0]))
+        for pair in pairs:
+            self._checks.check_support("support", pair)
+        return [Group(Episode(pair, pair), None, looped=len(pairs) > 1) for pair in pairs]
+
+    def _settle(self, data: Episode) -> None:
+        """Settle at the first batch what is evaluated once, and reject statistics that mix tasks.
+
+        Layers of what does not adapt may track running statistics.
+        """
+        self._settle_features(data)
+        if self._mixes_tasks and is_transductive(self.model):
+            raise ValueError(
+                "model: got layers that track running statistics beside others that use those of "
+                "their inputs, expected one kind, because a body with the former sees several "
+                "tasks in one batch"
+            )
+        if self._network.body is None:
+            reject_running_statistics(self.model)
+        elif self._network.last is not None:
+            reject_running_statistics(self._network.last.module)
+
+    def _settle_features(self, data: Episode) -> None:
+        """Find out at the first batch whether what does not adapt can be evaluated once."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        last = find_last_module(self.model, self.adapted)
+        if isinstance(last, str):
+            self._features = last
+            return
+        if _looks_into_layers(self.method):
+            self._features = "the method looks into the layers of the model"
+            return
+        meta = self._detached_meta()
+        inputs = task_of(data.support.inputs, 0)
+        device = next(iter(meta.values())).device
+        with restored_random_state(device), running_statistics(self.model):
+            self._features = last.objection(meta, self.adapted, inputs) or "once"
+        if self._features == "once":
+            self._network = self._network.with_last(last)
+
+    def _lifted(self, group: Group) -> LiftedProblem:
+        """The problem of a group, at the features of its episodes."""
+        if not group.looped:
+            self._check_vmap(group.data)
+        way = self._way(group)
+        problem = self._problem(self._network, way)
+        if problem.features is None:
+            return self._lift(problem, group.data, way)
+        with torch.no_grad(), running_statistics(self.model):
+            features = problem.features(self._detached_meta(), group.data)
+        return self._lift(replace(problem, features=None), features, way)
+
+    def _iterates(self, lifted: LiftedProblem, steps: int) -> tuple[Params, ...]:
+        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
+        return inner_iterates(lifted, self.inner, self._detached_meta(), steps)
+
+    def _check_vmap(self, data: Episode) -> None:
+        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
+        if self._vmap_records is None or self.vectorize == "loop" or self._mixes_tasks:
+            return
+        if self._vmap_records.next_call(data).is_due:
+            # Here the losses call the body, as they call all else.
+            in_losses = self._problem(self._network.without_body(), "vmap")
+            self._objection = explain_objection(
+                in_losses, self.meta, data, inner=self.inner, method=self.method
+            )
+        if self._objection:
+            self.vectorize = "loop"
+
+    def _way(self, group: Group) -> Vectorize:
+        return "loop" if group.looped else self._current_way
+
+    def _outputs(self, inputs: Any) -> Tensor:
+        """The model at φ, as a constant. Random numbers that it draws are drawn again later."""
+        meta = self._detached_meta()
+        device = next(iter(meta.values())).device
+        with restored_random_state(device), running_statistics(self.model):
+            return self._network.outputs({}, meta, inputs)
+
+    def _measure_path(self, group: Group, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The query losses and measures after some numbers of steps, `[counts, tasks]` each."""
+        lifted = self._lifted(group)
+        iterates = self._iterates(lifted, max(counts))
+        meta = self._detached_meta()
+        losses = []
+        measures = []
+        with torch.no_grad():
+            for count in counts:
+                loss, outputs = lifted.outer(iterates[count], meta, lifted.data)
+                losses.append(loss)
+                measures.append(self._measure(group, outputs))
+        return torch.stack(losses), combine(measures, torch.stack)
+
+    def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
+        """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
+        return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)
+
+
+def _looks_into_layers(method: Method) -> bool:
+    """Whether a method needs the layers of the model that the inner loss calls."""
+    if not isinstance(method, Implicit):
+        return False
+    kinds = {method.curvature, method.preconditioner}
+    return not kinds <= {None, "hessian", "gauss-newton", "diagonal"}

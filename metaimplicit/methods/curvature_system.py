@@ -1,0 +1,101 @@
+"""The linear system of an implicit method at θ*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.linearize import Linearization, linearize
+from metaimplicit.methods.shared import warn_or_raise
+from metaimplicit.operators import (
+    CurvatureClass,
+    Identity,
+    Invertible,
+    Products,
+    find_curvature,
+)
+from metaimplicit.params import Params
+from metaimplicit.problem import Decay
+from metaimplicit.solvers import Solution, Solver, SolverState
+
+
+@dataclass(frozen=True)
+class CurvatureSystem:
+    """A u = v with A = core + σI: how an implicit method builds and solves it.
+
+    Attributes:
+        solver: Computes A⁻¹v.
+        curvature: What A is made of, the key of a curvature or a class.
+        damping: Added to A.
+        preconditioner: For solvers that take one, likewise a key or a class. None without one.
+        products: How products with the Hessian are taken.
+        strict: Whether a failed solve raises FloatingPointError.
+        known: ∂²f/∂θ² less its known multiple of the identity, if the inner loop left it.
+    """
+
+    solver: Solver
+    curvature: str | CurvatureClass
+    damping: float
+    preconditioner: str | CurvatureClass | None
+    products: Products
+    strict: bool
+    known: Invertible | None = None
+
+    def linearize(
+        self,
+        problem: LiftedProblem,
+        params: Params,
+        meta: Params,
+        data: Any,
+        *,
+        decay: Decay | None,
+    ) -> Linearization:
+        """The inner problem at θ = `params`; see `linearize`."""
+        options: dict[str, Any] = {}
+        if self.products != "double-backward":
+            options["products"] = self.products
+        curvature = self.curvature if self.known is None else "hessian"
+        point = linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
+        return point if self.known is None else replace(point, core=self.known)
+
+    def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
+        """U = A⁻¹v, `[tasks, n]`, and the products that it took in all.
+
+        Raises:
+            ValueError: The loss is not convex where the curvature assumes it, or a preconditioner
+                has no damping.
+            FloatingPointError: The solve failed, and it is `strict`.
+        """
+        sigma = point.sigma + self.damping
+        preconditioner = self._make_preconditioner(point, sigma)
+        inverse = None
+        if preconditioner is not None:
+            inverse = _damped_inverse(preconditioner, sigma)
+        shifted = point.core + Identity(point.core, sigma)
+        solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
+        if bool((solution.rayleigh < 0.999 * sigma).any()):
+            point.core.check_convex()
+        warn_or_raise(self.solver, solution, strict=self.strict)
+
+        products = solution.products + point.core.setup_products
+        if preconditioner is not None:
+            products += preconditioner.setup_products
+        return solution, products
+
+    def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
+        if self.preconditioner is None:
+            return None
+        if not sigma > 0:
+            raise ValueError(
+                f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping"
+            )
+        kind, options = find_curvature(self.preconditioner)
+        return kind.preconditioner(point.core, point.parts, **options)
+
+
+def _damped_inverse(operator: Invertible, shift: float) -> Callable[[Tensor], Tensor]:
+    return lambda vector: operator.inverse(vector, shift)

@@ -1,0 +1,229 @@
+"""What does not adapt is evaluated once, where that changes nothing but the time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learner.few_shot import INPUTS, WAYS, draw_episodes
+from oracles import relative_error
+from torch import nn
+
+from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.learner import task_batches
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+STEPS = 3
+
+
+def make_model():
+    return nn.Sequential(
+        nn.Linear(INPUTS, 8),
+        nn.BatchNorm1d(8, track_running_stats=False),
+        nn.Tanh(),
+        nn.Linear(8, WAYS),
+    )
+
+
+def make(model=None, **options):
+    defaults = {
+        "inner": GradientDescent(steps=STEPS, lr=0.3),
+        "adapt": "3.*",
+        "vectorize": "vmap",
+    }
+    torch.manual_seed(0)
+    return MetaLearner(model or make_model(), F.cross_entropy, **(defaults | options))
+
+
+def keep_plain(monkeypatch, learner):
+    """Let a learner evaluate its whole model at every step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(task_batches, "find_last_module", lambda *_: "asked not to")
+        learner.evaluate(draw_episodes())
+    return learner
+
+
+def gradients(learner):
+    return torch.cat([p.grad.flatten() for p in learner.meta.values()])
+
+
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    "method", ["unrolled", "cg", "dense", "first-order", "truncated", "forward"]
+)
+def test_the_plain_way_gives_the_same(monkeypatch, method, way):
+    """Batch statistics are those of each set of each task, as in the plain way."""
+    options = {"method": method, "vectorize": way}
+    if method in ("unrolled", "forward"):
+        options["learn"] = ["lr"]
+    plain = keep_plain(monkeypatch, make(**options))
+    once = make(**options)
+    episodes = draw_episodes()
+    by_step = plain.backward(episodes)
+    step = once.backward(episodes)
+    assert by_step.report.features == "asked not to"
+    assert step.report.features == "once"
+    assert relative_error(step.loss, by_step.loss) < 1e-13
+    assert relative_error(gradients(once), gradients(plain)) < 1e-11
+    for values, others in zip(once.evaluate(episodes), plain.evaluate(episodes), strict=True):
+        assert relative_error(values, others) < 1e-12
+    adapted = [x.adapt(episodes.support, batched=True) for x in (once, plain)]
+    for name in once.adapted:
+        assert relative_error(*(a.params[name] for a in adapted)) < 1e-12
+    outputs = [a(episodes.query[0]) for a in adapted]
+    assert relative_error(*outputs) < 1e-12
+
+
+def count_calls(learner):
+    calls = []
+    learner.model[0].register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("method", ["unrolled", "cg"])
+def test_the_body_runs_once_over_support_and_query(method):
+    learner = make(method=method)
+    learner.backward(draw_episodes())  # which looks at the model once more
+    calls = count_calls(learner)
+    learner.backward(draw_episodes())
+    assert len(calls) == 2
+    learner.evaluate(draw_episodes())
+    assert len(calls) == 4
+    learner.adapt(draw_episodes().support, batched=True)
+    assert len(calls) == 5  # a support set stands for its query set
+
+
+def test_the_last_module_may_adapt_in_part():
+    learner = make(adapt="3.bias")
+    assert learner.backward(draw_episodes()).report.features == "once"
+    for name, p in learner.model.named_parameters():
+        assert p.grad.abs().max() > 0, name
+
+
+class Variant(nn.Module):
+    """A body and a head, whose use a subclass changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(INPUTS, WAYS)
+        self.head = nn.Linear(WAYS, WAYS)
+
+
+class Twice(Variant):
+    def forward(self, x):
+        return self.head(self.head(self.body(x)))
+
+
+class Scaled(Variant):
+    def forward(self, x):
+        return 2 * self.head(self.body(x))
+
+
+class Functional(Variant):
+    def forward(self, x):
+        return F.linear(self.body(x), self.head.weight, self.head.bias)
+
+
+class DependsOnHead(Variant):
+    def forward(self, x):
+        return self.head(self.body(x) * self.head.bias)
+
+
+class Pair(Variant):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Bilinear(WAYS, WAYS, WAYS)
+
+    def forward(self, x):
+        return self.head(self.body(x), self.body(x))
+
+
+class Changing(Variant):
+    """A head that runs as often as `times` says."""
+
+    times = 1
+
+    def forward(self, x):
+        x = self.body(x)
+        for _ in range(self.times):
+            x = self.head(x)
+        return x
+
+
+class Dropping(Variant):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Dropout())
+        self.head.register_parameter("bias", nn.Parameter(torch.zeros(WAYS)))
+        self.head.forward = lambda x: self.head[0](x) + self.head.bias
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Twice, "'head' runs 2 times"),
+        (Scaled, "'head' has an output that is not the model's"),
+        (Functional, "'head' does not run as a module"),
+        (DependsOnHead, "the input of 'head' depends on parameters that adapt"),
+        (Pair, "'head' takes other inputs than one tensor"),
+        (Dropping, "'head' has another output when it is called again"),
+    ],
+)
+def test_the_report_says_why_the_plain_way_is_kept(model, reason):
+    learner = make(model(), adapt="head.*", vectorize="loop")
+    assert learner.backward(draw_episodes()).report.features == reason
+
+
+def test_other_reasons():
+    several = make(adapt=["0.*", "3.*"])
+    assert several.backward(draw_episodes()).report.features == "several modules adapt: '0', '3'"
+    kfac = make(nn.Sequential(nn.Linear(INPUTS, 8), nn.Linear(8, WAYS)), adapt="1.*", method="kfac")
+    reason = "the method looks into the layers of the model"
+    assert kfac.backward(draw_episodes()).report.features == reason
+    own = make(nn.Linear(INPUTS, WAYS), adapt="bias")
+    assert own.backward(draw_episodes()).report.features == "the model itself adapts"
+    assert make(adapt=None).backward(draw_episodes()).report.features == ""
+
+
+def test_a_model_that_changes_afterwards_is_named():
+    model = Changing()
+    learner = make(model, adapt="head.*")
+    learner.backward(draw_episodes())
+    model.times = 2
+    with pytest.raises(ValueError, match="for this batch, 'head' runs 2 times, but not for the"):
+        learner.backward(draw_episodes())
+
+
+def make_tracking():
+    model = make_model()
+    model[1] = nn.BatchNorm1d(8)
+    return model
+
+
+def test_running_statistics_are_allowed_where_the_layers_do_not_adapt(monkeypatch):
+    learner = make(make_tracking())
+    learner.backward(draw_episodes())
+    norm = learner.model[1]
+    assert norm.num_batches_tracked == 1
+    with pytest.raises(ValueError, match="tracks running statistics"):
+        make(make_tracking(), adapt=None).backward(draw_episodes())
+
+    # In evaluation mode the plain way is allowed as well.
+    plain = make(make_tracking()).eval()
+    plain.load_state_dict(learner.state_dict())
+    keep_plain(monkeypatch, plain)
+    learner.zero_grad()
+    loss = learner.eval().backward(draw_episodes()).loss
+    assert relative_error(loss, plain.backward(draw_episodes()).loss) < 1e-13
+    assert relative_error(gradients(learner), gradients(plain)) < 1e-11
+    assert norm.num_batches_tracked == 1
+
+
+def test_dropout_in_the_body_is_drawn_once():
+    """An implicit method refuses random numbers in the inner loss, where there are none now."""
+    model = make_model()
+    model[2] = nn.Dropout()
+    step = make(model, method="cg").backward(draw_episodes())
+    assert step.report.features == "once"
