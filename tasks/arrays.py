@@ -224,7 +224,15 @@ def _classes(where: str, content: Content) -> ClassArrays:
     else:
         rows = _rows_of_labels(where, arrays[labels[0]], len(inputs))
     _check_rows(where, rows, len(inputs))
-    return {name: inputs[numbers] for name, numbers in rows.items()}
+    return {name: _rows(inputs, numbers) for name, numbers in rows.items()}
+
+
+def _rows(inputs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Some rows, without a copy if they follow each other, as they mostly do."""
+    first = int(numbers[0])
+    if np.array_equal(numbers, np.arange(first, first + len(numbers))):
+        return inputs[first : first + len(numbers)]
+    return inputs[numbers]
 
 
 def _array(value: Any) -> np.ndarray:

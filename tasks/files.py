@@ -112,12 +112,12 @@ class Files:
         """
         digest = hashlib.sha256()
         for path in paths:
-            digest.update(os.fsencode(path) + b"\0")
+            digest.update(path.encode(errors="surrogatepass") + b"\0")
         for status in self._status(paths):
-            numbers = (status.st_dev, status.st_ino, status.st_size)
+            identity = f"{status.st_dev} {status.st_ino} {status.st_size}"
             # Unlike the first time, the second cannot be set to what it was.
-            times = (status.st_mtime_ns, status.st_ctime_ns)
-            digest.update(repr(numbers + times).encode())
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            digest.update(f"{identity} {times}\n".encode())
         return digest.hexdigest()[:32]
 
     def bytes_of(self, paths: Sequence[str]) -> int:
@@ -153,5 +153,6 @@ def content_digest(root: Path) -> str:
     else:
         files = Files(root)
         for path in files.paths:
-            digest.update(os.fsencode(path) + files.read(path))
+            # A name may hold bytes that are not UTF-8, which Python writes as surrogates.
+            digest.update(path.encode(errors="surrogatepass") + files.read(path))
     return digest.hexdigest()[:16]
