@@ -229,10 +229,10 @@ def _classes(where: str, content: Content) -> ClassArrays:
 
 def _rows(inputs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Some rows, without a copy if they follow each other, as they mostly do."""
-    first = int(numbers[0])
-    if np.array_equal(numbers, np.arange(first, first + len(numbers))):
-        return inputs[first : first + len(numbers)]
-    return inputs[numbers]
+    run = slice(int(numbers[0]), int(numbers[0]) + len(numbers))
+    is_run = np.array_equal(numbers, np.arange(run.start, run.stop))
+    rows: np.ndarray = inputs[run if is_run else numbers]
+    return rows
 
 
 def _array(value: Any) -> np.ndarray:

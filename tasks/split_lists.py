@@ -37,18 +37,20 @@ def divide_by_images(source: Files, images: Sequence[str]) -> Division[list[str]
     Raises:
         ValueError: If some of the lists are missing or doubled, or one does not fit the images.
     """
-    for suffix in (".csv", ".json"):
-        lists = [one for one in part_lists(source, suffix) if one.rows is not None]
-        if lists:
-            break
-    else:
+    suffix = ".csv"
+    lists = _lists_of_images(source, suffix)
+    if not lists:
+        suffix = ".json"
+        lists = _lists_of_images(source, suffix)
+    if not lists:
         return None
+    images_called = _by_name(images)
+    if suffix == ".json":
+        # JSON files may hold anything. Those that name an image are lists.
+        lists = [one for one in lists if _names_any(one, images_called)]
+        if not lists:
+            return None
     lists = _one_of_each(source, lists, suffix, " that lists images")
-    images_called: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        folders = image.split("/")
-        for start in range(len(folders)):
-            images_called[plain_name("/".join(folders[start:]))].append(image)
 
     parts: list[Classes] = []
     listed: set[str] = set()
@@ -121,6 +123,25 @@ def divide_by_classes(
             part[class_name] = classes[class_name]
         parts.append(part)
     return Division(parts, _describe(lists))
+
+
+def _lists_of_images(source: Files, suffix: str) -> list[PartList]:
+    return [one for one in part_lists(source, suffix) if one.rows is not None]
+
+
+def _by_name(images: Sequence[str]) -> dict[str, list[str]]:
+    """The images that each path, and each end of it after a slash, names."""
+    images_called: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        folders = image.split("/")
+        for start in range(len(folders)):
+            images_called[plain_name("/".join(folders[start:]))].append(image)
+    return images_called
+
+
+def _names_any(one: PartList, images_called: Mapping[str, object]) -> bool:
+    rows = one.rows or ()
+    return any(_known_end(filename, images_called) in images_called for _, filename, _ in rows)
 
 
 def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
