@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +44,7 @@ class ClassImages:
         divided_by: What splits them, such as "lists train.txt, val.txt, test.txt".
         digests: What `image_digests` says of each image of the pool. Empty for features.
         paths: The file of each image of the pool. Empty for arrays.
+        foreign: Files that are called after all three parts, but name no class.
     """
 
     root: Path | str
@@ -52,6 +53,7 @@ class ClassImages:
     divided_by: str
     digests: np.ndarray
     paths: Sequence[str] = ()
+    foreign: Sequence[str] = ()
 
     def positions(self) -> list[np.ndarray]:
         """The positions in `pool` of the classes of each part."""
@@ -120,10 +122,11 @@ def read_class_images(
         division = divide_by_images(lists, images)
         if division is None:
             division = _divide_by_lists(lists, _divide_by_folders(images), required)
-        return _from_image_files(files, division, size, color)
+        return _from_image_files(files, division, size=size, color=color)
     if not array_paths(files):
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
-    return divide(_from_arrays(files, size, color), lists, required=required)
+    classes = _from_arrays(files, size=size, color=color)
+    return divide(classes, lists, required=required)
 
 
 def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages:
@@ -140,7 +143,7 @@ def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages
     parts = [{name: name for name in part} for part in classes.parts]
     division = _divide_by_lists(lists, Division(parts, classes.divided_by), required)
     names = [list(part) for part in division.parts]
-    return replace(classes, parts=names, divided_by=division.by)
+    return replace(classes, parts=names, divided_by=division.by, foreign=division.foreign)
 
 
 def _divide_by_lists(
@@ -152,7 +155,7 @@ def _divide_by_lists(
     if len(division.parts) == 3 and not required:
         return division
     classes = _merged(division.parts)
-    return divide_by_classes(lists, classes, required=required) or division
+    return divide_by_classes(lists, classes, required=required)
 
 
 def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
@@ -178,6 +181,7 @@ def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
 def _from_image_files(
     files: Files,
     division: Division[list[str]],
+    *,
     size: int,
     color: bool,
 ) -> ClassImages:
@@ -190,17 +194,26 @@ def _from_image_files(
         return {"images": images, "digests": image_digests(images)}
 
     is_large = len(paths) >= CACHED_IMAGES
-    arrays = _cached(files, paths, size, color, decode) if is_large else decode()
+    name = _cache_name(files, size=size, color=color)
+    arrays = load_or_build(name, decode, files.stamp(paths)) if is_large else decode()
     pool = ImagePool.from_sorted(
         torch.from_numpy(arrays["images"]),
         counts=[len(paths) for paths in classes.values()],
         names=classes,
     )
     parts = [list(part) for part in division.parts]
-    return ClassImages(files.root, pool, parts, division.by, arrays["digests"], paths)
+    return ClassImages(
+        files.root,
+        pool,
+        parts,
+        divided_by=division.by,
+        digests=arrays["digests"],
+        paths=paths,
+        foreign=division.foreign,
+    )
 
 
-def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
+def _from_arrays(files: Files, *, size: int, color: bool) -> ClassImages:
     paths = array_paths(files)
 
     def read() -> Arrays:
@@ -218,27 +231,27 @@ def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
         }
 
     is_large = files.bytes_of(paths) >= CACHED_BYTES
-    arrays = _cached(files, paths, size, color, read) if is_large else read()
+    name = _cache_name(files, size=size, color=color)
+    arrays = load_or_build(name, read, files.stamp(paths)) if is_large else read()
     names = arrays["names"].tolist()
     pool = ImagePool.from_sorted(torch.from_numpy(arrays["inputs"]), arrays["counts"], names)
     stops = np.cumsum(arrays["part_sizes"]).tolist()
     parts = [names[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
     divided_by = "names of files" if len(parts) == 3 else ""
-    return ClassImages(files.root, pool, parts, divided_by, arrays["digests"])
+    return ClassImages(
+        files.root,
+        pool,
+        parts,
+        divided_by=divided_by,
+        digests=arrays["digests"],
+    )
 
 
-def _cached(
-    files: Files,
-    paths: Sequence[str],
-    size: int,
-    color: bool,
-    build: Callable[[], Arrays],
-) -> Arrays:
-    """Arrays that are built of some files once, in one file of the cache for each data set."""
+def _cache_name(files: Files, *, size: int, color: bool) -> str:
+    """The cache has one file for each data set, size and number of channels."""
     place = hashlib.sha256(os.fsencode(files.root.resolve())).hexdigest()[:16]
     channels = 3 if color else 1
-    name = f"images-1-{size}x{size}x{channels}-{place}"
-    return load_or_build(name, build, files.stamp(paths))
+    return f"images-1-{size}x{size}x{channels}-{place}"
 
 
 def _check_alike(files: Files, classes: ClassArrays) -> None:

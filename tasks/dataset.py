@@ -201,12 +201,13 @@ def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> Cl
     order = np.argsort(labels, kind="stable")
     inputs = np.concatenate([inputs for inputs, _ in read])[order]
     is_image = inputs.dtype == np.uint8
+    pool = ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes)
     return ClassImages(
         root,
-        ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes),
+        pool,
         parts,
-        "its parts" if len(parts) == 3 else "",
-        image_digests(inputs if is_image else inputs[:0]),
+        divided_by="its parts" if len(parts) == 3 else "",
+        digests=image_digests(inputs if is_image else inputs[:0]),
     )
 
 

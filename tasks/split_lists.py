@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ class Division(Generic[Inputs]):
     Args:
         parts: The train, validation and test classes, or one part of all classes.
         by: What divides them, such as "lists train.txt, val.txt, test.txt". Empty if nothing does.
+        foreign: Files that are called after all three parts, but name no class.
     """
 
     parts: list[dict[str, Inputs]]
     by: str = ""
+    foreign: tuple[str, ...] = ()
 
 
 def divide_by_images(source: Files, images: Sequence[str]) -> Division[list[str]] | None:
@@ -80,12 +81,11 @@ def divide_by_classes(
     classes: Mapping[str, Inputs],
     *,
     required: bool,
-) -> Division[Inputs] | None:
-    """The classes of three lists of classes, in text or else JSON, or None if there are none.
+) -> Division[Inputs]:
+    """The classes of three lists of classes, in text or else JSON, or all if there are none.
 
     A line is the name of a class, or the end of it after a slash. Classes that are in no list are
-    left out. A file without the name of any class is no list. If all three are there, they are
-    passed over with a warning.
+    left out. A file without the name of any class is no list.
 
     Raises:
         ValueError: If some of the lists are missing or doubled, only some lines name a class, or
@@ -105,8 +105,15 @@ def divide_by_classes(
             break
         foreign += [one for one in candidates if one.lines]
     else:
-        _report_no_lists(source, foreign, classes, required=required)
-        return None
+        if required:
+            names = [", ".join(f"{part}{suffix}" for part in PARTS) for suffix in (".csv", ".txt")]
+            raise ValueError(
+                f"split lists: {source.root} has no {names[0]}, and no {names[1]} "
+                "with a class a line (nor such lists in .json); expected three of them"
+            )
+        has_all_parts = {one.part for one in foreign} == {0, 1, 2}
+        paths = tuple(one.path for one in foreign) if has_all_parts else ()
+        return Division([dict(classes)], foreign=paths)
 
     lists = _one_of_each(source, lists, suffix, " that names a class")
     parts = []
@@ -152,29 +159,6 @@ def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
     folders = path.split("/")
     ends = ("/".join(folders[start:]) for start in range(len(folders)))
     return next((end for end in ends if end in images_called), filename)
-
-
-def _report_no_lists(
-    source: Files,
-    foreign: Sequence[PartList],
-    classes: Mapping[str, object],
-    *,
-    required: bool,
-) -> None:
-    """Raise if lists are required, and warn if three files could be lists but name no class."""
-    if required:
-        names = [", ".join(f"{part}{suffix}" for part in PARTS) for suffix in (".csv", ".txt")]
-        raise ValueError(
-            f"split lists: {source.root} has no {names[0]}, and no {names[1]} "
-            "with a class a line (nor such lists in .json); expected three of them"
-        )
-    if {one.part for one in foreign} == {0, 1, 2}:
-        warnings.warn(
-            f"{source.root}: {', '.join(one.path for one in foreign)} name no class, such as "
-            f"{next(iter(classes))!r}, so they do not split the classes; "
-            "for a split of your own, give one class a line",
-            stacklevel=2,
-        )
 
 
 def _one_of_each(
