@@ -18,8 +18,8 @@ class Files:
     """The files below a folder, or in a zip or tar archive, with their relative paths.
 
     Names that start with a dot and macOS's `__MACOSX` folders are left out. In a folder, links are
-    followed, except a link to a folder that contains it. An archive with links, devices or paths
-    that leave it is refused.
+    followed, except a link to a folder that contains it. Two paths to one folder are refused, as is
+    an archive with links, devices or paths that leave it.
 
     Args:
         root: A folder, or a zip or tar archive. The tar may be compressed by gzip, bzip2 or xz.
@@ -31,7 +31,8 @@ class Files:
 
     Raises:
         FileNotFoundError: If there is nothing at `root`.
-        ValueError: If `root` is a file but no archive that can be read.
+        ValueError: If `root` is a file but no archive that can be read, or two paths lead to one
+            folder.
 
     Example:
         >>> import tempfile
