@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +15,12 @@ import torch
 from tasks.arrays import READERS, ClassArrays, array_classes, array_paths
 from tasks.cache import Arrays, load_or_build
 from tasks.files import Files
-from tasks.list_files import PARTS, part_called, plain_name
+from tasks.list_files import PARTS, plain_name
 from tasks.pool import ImagePool
 from tasks.repeats import image_digests, repeated_images
-from tasks.split_lists import Classes, Division, divide_by_classes, divide_by_images
+from tasks.split_folders import LAYOUT, divide_by_folders
+from tasks.split_lists import Division, divide_by_classes, divide_by_images
 
-LAYOUT = (
-    "expected class/image files, train|val|test/class/image files, "
-    "images with lists train.csv, val.csv and test.csv (or .txt), "
-    f"or arrays in {', '.join(READERS)} files"
-)
 CACHED_IMAGES = 1000  # Fewer are decoded in less than a second.
 CACHED_BYTES = 2**26  # Smaller files of arrays are read in less than a second.
 
@@ -121,7 +116,7 @@ def read_class_images(
     if images:
         division = divide_by_images(lists, images)
         if division is None:
-            division = _divide_by_lists(lists, _divide_by_folders(images), required)
+            division = _divide_by_lists(lists, divide_by_folders(images), required)
         return _from_image_files(files, division, size=size, color=color)
     if not array_paths(files):
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
@@ -220,7 +215,7 @@ def _from_arrays(files: Files, *, size: int, color: bool) -> ClassImages:
         parts = array_classes(files, size, color=color)
         classes = _merged(parts)
         _check_alike(files, classes)
-        inputs = np.concatenate(list(classes.values()))
+        inputs = _joined(list(classes.values()))
         is_image = inputs.dtype == np.uint8
         return {
             "inputs": inputs,
@@ -247,6 +242,13 @@ def _from_arrays(files: Files, *, size: int, color: bool) -> ClassImages:
     )
 
 
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows together, in the order of memory that PyTorch has. NumPy alone would keep theirs."""
+    n = sum(map(len, arrays))
+    joined = np.empty((n, *arrays[0].shape[1:]), arrays[0].dtype)
+    return np.concatenate(arrays, out=joined)
+
+
 def _cache_name(files: Files, *, size: int, color: bool) -> str:
     """The cache has one file for each data set, size and number of channels."""
     place = hashlib.sha256(os.fsencode(files.root.resolve())).hexdigest()[:16]
@@ -261,37 +263,3 @@ def _check_alike(files: Files, classes: ClassArrays) -> None:
             f"{files.root}: got inputs of the types and shapes {', '.join(sorted(kinds))}, "
             "expected one; give all classes inputs of one type and shape"
         )
-
-
-def _divide_by_folders(images: Sequence[str]) -> Division[list[str]]:
-    """Classes by folder: one part, or three if the top folders are called after them."""
-    paths = [path.split("/") for path in images]
-    # A zip often has one folder that wraps all others.
-    while min(map(len, paths)) > 2 and len({path[0] for path in paths}) == 1:
-        paths = [path[1:] for path in paths]
-    for image, path in zip(images, paths, strict=True):
-        if len(path) < 2:
-            raise ValueError(f"data_root: {image} is in no class folder; {LAYOUT}")
-
-    tops = {path[0] for path in paths}
-    part_of = {top: part for top in tops if (part := part_called(top)) is not None}
-    split_tops = sorted(part_of)
-    if len(set(part_of.values())) < 2:
-        classes: Classes = defaultdict(list)
-        for image, path in zip(images, paths, strict=True):
-            classes["/".join(path[:-1])].append(image)
-        return Division([classes])
-
-    if len(set(part_of.values())) < 3:
-        raise ValueError(f"data_root: got only the split folders {split_tops}; {LAYOUT}")
-    others = sorted(tops - set(split_tops))
-    if others:
-        raise ValueError(
-            f"data_root: got {others[0]!r} beside the split folders {split_tops}; move it; {LAYOUT}"
-        )
-    parts: list[Classes] = [defaultdict(list) for _ in range(3)]
-    for image, (top, *folders, _) in zip(images, paths, strict=True):
-        if not folders:
-            raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
-        parts[part_of[top]]["/".join(folders)].append(image)
-    return Division(parts, f"folders {', '.join(sorted(part_of, key=part_of.__getitem__))}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from tasks.class_images import LAYOUT, ClassImages, read_class_images
+from tasks.class_images import ClassImages, read_class_images
 from tasks.episodes import Splits
 from tasks.few_shot import few_shot_splits, shuffled_split
+from tasks.split_folders import LAYOUT
 
 
 def load(
