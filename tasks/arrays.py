@@ -224,7 +224,15 @@ def _classes(where: str, content: Content) -> ClassArrays:
     else:
         rows = _rows_of_labels(where, arrays[labels[0]], len(inputs))
     _check_rows(where, rows, len(inputs))
-    return {name: inputs[numbers] for name, numbers in rows.items()}
+    return {name: _rows(inputs, numbers) for name, numbers in rows.items()}
+
+
+def _rows(inputs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Some rows, without a copy if they follow each other, as they mostly do."""
+    run = slice(int(numbers[0]), int(numbers[0]) + len(numbers))
+    is_run = np.array_equal(numbers, np.arange(run.start, run.stop))
+    rows: np.ndarray = inputs[run if is_run else numbers]
+    return rows
 
 
 def _array(value: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ Item = TypeVar("Item")
 
 ALIGNMENT = 64  # bytes: every array starts at a multiple
 CHECKSUM_SIZE = 4  # bytes
+ABANDONED = 3600  # seconds: no file takes as long to write
 
 
 def cache_dir() -> Path:
@@ -110,6 +112,7 @@ def progress(
 
 def _save(path: Path, stamp: str, arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     handle, partial = tempfile.mkstemp(
         dir=path.parent,
         prefix=path.stem,
@@ -121,6 +124,13 @@ def _save(path: Path, stamp: str, arrays: Arrays) -> None:
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed have left of a file."""
+    for partial in path.parent.glob(f"{path.stem}*.partial"):
+        if time.time() - partial.stat().st_mtime > ABANDONED:
+            partial.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, identity: list[str], arrays: Arrays) -> None:

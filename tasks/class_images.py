@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,16 +15,12 @@ import torch
 from tasks.arrays import READERS, ClassArrays, array_classes, array_paths
 from tasks.cache import Arrays, load_or_build
 from tasks.files import Files
-from tasks.list_files import PARTS, part_called, plain_name
+from tasks.list_files import PARTS, plain_name
 from tasks.pool import ImagePool
 from tasks.repeats import image_digests, repeated_images
-from tasks.split_lists import Classes, Division, divide_by_classes, divide_by_images
+from tasks.split_folders import LAYOUT, divide_by_folders
+from tasks.split_lists import Division, divide_by_classes, divide_by_images
 
-LAYOUT = (
-    "expected class/image files, train|val|test/class/image files, "
-    "images with lists train.csv, val.csv and test.csv (or .txt), "
-    f"or arrays in {', '.join(READERS)} files"
-)
 CACHED_IMAGES = 1000  # Fewer are decoded in less than a second.
 CACHED_BYTES = 2**26  # Smaller files of arrays are read in less than a second.
 
@@ -44,6 +39,7 @@ class ClassImages:
         divided_by: What splits them, such as "lists train.txt, val.txt, test.txt".
         digests: What `image_digests` says of each image of the pool. Empty for features.
         paths: The file of each image of the pool. Empty for arrays.
+        foreign: Files that are called after all three parts, but name no class.
     """
 
     root: Path | str
@@ -52,6 +48,7 @@ class ClassImages:
     divided_by: str
     digests: np.ndarray
     paths: Sequence[str] = ()
+    foreign: Sequence[str] = ()
 
     def positions(self) -> list[np.ndarray]:
         """The positions in `pool` of the classes of each part."""
@@ -119,11 +116,12 @@ def read_class_images(
     if images:
         division = divide_by_images(lists, images)
         if division is None:
-            division = _divide_by_lists(lists, _divide_by_folders(images), required)
-        return _from_image_files(files, division, size, color)
+            division = _divide_by_lists(lists, divide_by_folders(images), required)
+        return _from_image_files(files, division, size=size, color=color)
     if not array_paths(files):
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
-    return divide(_from_arrays(files, size, color), lists, required=required)
+    classes = _from_arrays(files, size=size, color=color)
+    return divide(classes, lists, required=required)
 
 
 def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages:
@@ -140,7 +138,7 @@ def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages
     parts = [{name: name for name in part} for part in classes.parts]
     division = _divide_by_lists(lists, Division(parts, classes.divided_by), required)
     names = [list(part) for part in division.parts]
-    return replace(classes, parts=names, divided_by=division.by)
+    return replace(classes, parts=names, divided_by=division.by, foreign=division.foreign)
 
 
 def _divide_by_lists(
@@ -152,7 +150,7 @@ def _divide_by_lists(
     if len(division.parts) == 3 and not required:
         return division
     classes = _merged(division.parts)
-    return divide_by_classes(lists, classes, required=required) or division
+    return divide_by_classes(lists, classes, required=required)
 
 
 def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
@@ -178,6 +176,7 @@ def _merged(parts: Sequence[Mapping[str, Inputs]]) -> dict[str, Inputs]:
 def _from_image_files(
     files: Files,
     division: Division[list[str]],
+    *,
     size: int,
     color: bool,
 ) -> ClassImages:
@@ -190,24 +189,33 @@ def _from_image_files(
         return {"images": images, "digests": image_digests(images)}
 
     is_large = len(paths) >= CACHED_IMAGES
-    arrays = _cached(files, paths, size, color, decode) if is_large else decode()
+    name = _cache_name(files, size=size, color=color)
+    arrays = load_or_build(name, decode, files.stamp(paths)) if is_large else decode()
     pool = ImagePool.from_sorted(
         torch.from_numpy(arrays["images"]),
         counts=[len(paths) for paths in classes.values()],
         names=classes,
     )
     parts = [list(part) for part in division.parts]
-    return ClassImages(files.root, pool, parts, division.by, arrays["digests"], paths)
+    return ClassImages(
+        files.root,
+        pool,
+        parts,
+        divided_by=division.by,
+        digests=arrays["digests"],
+        paths=paths,
+        foreign=division.foreign,
+    )
 
 
-def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
+def _from_arrays(files: Files, *, size: int, color: bool) -> ClassImages:
     paths = array_paths(files)
 
     def read() -> Arrays:
         parts = array_classes(files, size, color=color)
         classes = _merged(parts)
         _check_alike(files, classes)
-        inputs = np.concatenate(list(classes.values()))
+        inputs = _joined(list(classes.values()))
         is_image = inputs.dtype == np.uint8
         return {
             "inputs": inputs,
@@ -218,27 +226,34 @@ def _from_arrays(files: Files, size: int, color: bool) -> ClassImages:
         }
 
     is_large = files.bytes_of(paths) >= CACHED_BYTES
-    arrays = _cached(files, paths, size, color, read) if is_large else read()
+    name = _cache_name(files, size=size, color=color)
+    arrays = load_or_build(name, read, files.stamp(paths)) if is_large else read()
     names = arrays["names"].tolist()
     pool = ImagePool.from_sorted(torch.from_numpy(arrays["inputs"]), arrays["counts"], names)
     stops = np.cumsum(arrays["part_sizes"]).tolist()
     parts = [names[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
     divided_by = "names of files" if len(parts) == 3 else ""
-    return ClassImages(files.root, pool, parts, divided_by, arrays["digests"])
+    return ClassImages(
+        files.root,
+        pool,
+        parts,
+        divided_by=divided_by,
+        digests=arrays["digests"],
+    )
 
 
-def _cached(
-    files: Files,
-    paths: Sequence[str],
-    size: int,
-    color: bool,
-    build: Callable[[], Arrays],
-) -> Arrays:
-    """Arrays that are built of some files once, in one file of the cache for each data set."""
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows together, in the order of memory that PyTorch has. NumPy alone would keep theirs."""
+    n = sum(map(len, arrays))
+    joined = np.empty((n, *arrays[0].shape[1:]), arrays[0].dtype)
+    return np.concatenate(arrays, out=joined)
+
+
+def _cache_name(files: Files, *, size: int, color: bool) -> str:
+    """The cache has one file for each data set, size and number of channels."""
     place = hashlib.sha256(os.fsencode(files.root.resolve())).hexdigest()[:16]
     channels = 3 if color else 1
-    name = f"images-1-{size}x{size}x{channels}-{place}"
-    return load_or_build(name, build, files.stamp(paths))
+    return f"images-1-{size}x{size}x{channels}-{place}"
 
 
 def _check_alike(files: Files, classes: ClassArrays) -> None:
@@ -248,37 +263,3 @@ def _check_alike(files: Files, classes: ClassArrays) -> None:
             f"{files.root}: got inputs of the types and shapes {', '.join(sorted(kinds))}, "
             "expected one; give all classes inputs of one type and shape"
         )
-
-
-def _divide_by_folders(images: Sequence[str]) -> Division[list[str]]:
-    """Classes by folder: one part, or three if the top folders are called after them."""
-    paths = [path.split("/") for path in images]
-    # A zip often has one folder that wraps all others.
-    while min(map(len, paths)) > 2 and len({path[0] for path in paths}) == 1:
-        paths = [path[1:] for path in paths]
-    for image, path in zip(images, paths, strict=True):
-        if len(path) < 2:
-            raise ValueError(f"data_root: {image} is in no class folder; {LAYOUT}")
-
-    tops = {path[0] for path in paths}
-    part_of = {top: part for top in tops if (part := part_called(top)) is not None}
-    split_tops = sorted(part_of)
-    if len(set(part_of.values())) < 2:
-        classes: Classes = defaultdict(list)
-        for image, path in zip(images, paths, strict=True):
-            classes["/".join(path[:-1])].append(image)
-        return Division([classes])
-
-    if len(set(part_of.values())) < 3:
-        raise ValueError(f"data_root: got only the split folders {split_tops}; {LAYOUT}")
-    others = sorted(tops - set(split_tops))
-    if others:
-        raise ValueError(
-            f"data_root: got {others[0]!r} beside the split folders {split_tops}; move it; {LAYOUT}"
-        )
-    parts: list[Classes] = [defaultdict(list) for _ in range(3)]
-    for image, (top, *folders, _) in zip(images, paths, strict=True):
-        if not folders:
-            raise ValueError(f"data_root: {image} is in a split but in no class folder; {LAYOUT}")
-        parts[part_of[top]]["/".join(folders)].append(image)
-    return Division(parts, f"folders {', '.join(sorted(part_of, key=part_of.__getitem__))}")

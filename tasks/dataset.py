@@ -44,8 +44,6 @@ def load(
 ) -> Splits:
     """Few-shot tasks of a labelled data set, held in memory. See `tasks.FewShot` for shapes.
 
-    For example, `tasks.load("dataset", dataset=my_dataset, ways=5, shots=1)`.
-
     Images, of Pillow or of uint8, become `[3, size, size]` or `[1, size, size]`. Inputs of a float
     type stay as they are, in float32. A label is the name of its class, or its position in
     `dataset.classes`.
@@ -70,6 +68,16 @@ def load(
         FileNotFoundError: If the download fails.
         ValueError: If `dataset` or an input is something else, `split` does not fit, a class or an
             image is in two splits, or the classes cannot give such tasks.
+
+    Example:
+        >>> import tasks
+        >>> features = torch.randn(60, 16)
+        >>> labels = torch.arange(60) % 12
+        >>> splits = tasks.load("dataset", dataset=(features, labels), ways=2, shots=1, queries=2)
+        >>> tasks.EpisodeSampler(splits.train, tasks=4)[0].support[0].shape
+        torch.Size([4, 2, 16])
+        >>> splits.source
+        'the dataset, shuffled by seed 0, since nothing splits the classes'
     """
     root = "the dataset"
     if isinstance(dataset, str):
@@ -148,7 +156,8 @@ def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str
                 f"dataset: got inputs of shape {inputs.shape} and labels of shape {labels.shape}, "
                 f"expected labels ({len(inputs)},)"
             )
-        return class_inputs("dataset", inputs, size, color=color), list(map(str, labels.tolist()))
+        names = [plain_name(str(label)) for label in labels.tolist()]
+        return class_inputs("dataset", inputs, size, color=color), names
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(f"dataset: got {type(dataset).__name__}, {EXPECTED}")
 
@@ -165,7 +174,7 @@ def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str
             )
         name = array.item()
         is_position = isinstance(name, int) and 0 <= name < len(classes)
-        names.append(str(classes[name] if is_position else name))
+        names.append(plain_name(str(classes[name] if is_position else name)))
     shapes = {f"{row.dtype} {row.shape}" for row in rows}
     if len(shapes) != 1:
         raise ValueError(
@@ -201,12 +210,13 @@ def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> Cl
     order = np.argsort(labels, kind="stable")
     inputs = np.concatenate([inputs for inputs, _ in read])[order]
     is_image = inputs.dtype == np.uint8
+    pool = ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes)
     return ClassImages(
         root,
-        ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes),
+        pool,
         parts,
-        "its parts" if len(parts) == 3 else "",
-        image_digests(inputs if is_image else inputs[:0]),
+        divided_by="its parts" if len(parts) == 3 else "",
+        digests=image_digests(inputs if is_image else inputs[:0]),
     )
 
 

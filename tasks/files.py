@@ -18,8 +18,8 @@ class Files:
     """The files below a folder, or in a zip or tar archive, with their relative paths.
 
     Names that start with a dot and macOS's `__MACOSX` folders are left out. In a folder, links are
-    followed, except a link to a folder that contains it. An archive with links, devices or paths
-    that leave it is refused.
+    followed, except a link to a folder that contains it. Two paths to one folder are refused, as is
+    an archive with links, devices or paths that leave it.
 
     Args:
         root: A folder, or a zip or tar archive. The tar may be compressed by gzip, bzip2 or xz.
@@ -31,7 +31,8 @@ class Files:
 
     Raises:
         FileNotFoundError: If there is nothing at `root`.
-        ValueError: If `root` is a file but no archive that can be read.
+        ValueError: If `root` is a file but no archive that can be read, or two paths lead to one
+            folder.
 
     Example:
         >>> import tempfile
@@ -112,12 +113,12 @@ class Files:
         """
         digest = hashlib.sha256()
         for path in paths:
-            digest.update(os.fsencode(path) + b"\0")
+            digest.update(path.encode(errors="surrogatepass") + b"\0")
         for status in self._status(paths):
-            numbers = (status.st_dev, status.st_ino, status.st_size)
+            identity = f"{status.st_dev} {status.st_ino} {status.st_size}"
             # Unlike the first time, the second cannot be set to what it was.
-            times = (status.st_mtime_ns, status.st_ctime_ns)
-            digest.update(repr(numbers + times).encode())
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            digest.update(f"{identity} {times}\n".encode())
         return digest.hexdigest()[:32]
 
     def bytes_of(self, paths: Sequence[str]) -> int:
@@ -153,5 +154,6 @@ def content_digest(root: Path) -> str:
     else:
         files = Files(root)
         for path in files.paths:
-            digest.update(os.fsencode(path) + files.read(path))
+            # A name may hold bytes that are not UTF-8, which Python writes as surrogates.
+            digest.update(path.encode(errors="surrogatepass") + files.read(path))
     return digest.hexdigest()[:16]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from tasks.class_images import LAYOUT, ClassImages, read_class_images
+from tasks.class_images import ClassImages, read_class_images
 from tasks.episodes import Splits
 from tasks.few_shot import few_shot_splits, shuffled_split
+from tasks.split_folders import LAYOUT
 
 
 def load(
@@ -28,15 +30,20 @@ def load(
     class. Folders that wrap everything else are passed over. Classes are split by the first of
     these that applies:
 
-    1. Lists `train.csv`, `val.csv` and `test.csv`, in `split_lists` or among the images, with
-       columns `filename,label` (those of mini-ImageNet). A filename is a path from `data_root`, or
-       a name that one image has. The label is the class.
-    2. Lists `train.txt`, `val.txt` and `test.txt` in `split_lists`, with the name of one class a
-       line (those of CIFAR-FS). Classes that are in no list are left out.
-    3. Top folders `train`, `val` (or `valid`, `validation`) and `test`, in upper or lower case,
-       that hold class folders. If only one of these names occurs, it is an ordinary class.
-    4. The same text lists among the images.
+    1. Lists of images, `train.csv`, `val.csv` and `test.csv`, in `split_lists` or among the images,
+       with columns `filename,label` (those of mini-ImageNet), or else such lists in JSON. A
+       filename is a path from `data_root`, or a name that one image has. The label is the class.
+    2. Lists of classes in `split_lists`: `train.txt`, `val.txt` and `test.txt`, with the name of
+       one class a line (those of CIFAR-FS), or else such lists in JSON. Classes that are in no list
+       are left out.
+    3. Top folders `train`, `val` and `test` that hold class folders. If only one of these names
+       occurs, it is an ordinary class.
+    4. Lists of classes among the images.
     5. A shuffle by `seed` into 64 % train, 16 % validation and 20 % test.
+
+    The parts have other names too, in upper or lower case: base, val and novel, meta-train,
+    meta-val and meta-test, valid and validation. See `tasks.list_files.part_lists` for the forms of
+    lists.
 
     Where there are no image files, arrays are read: `.pkl`, `.npz`, `.npy` or `.pt` files, such as
     `mini-imagenet-cache-train.pkl`, `…-val.pkl` and `…-test.pkl`. The words train, val and test in
@@ -118,6 +125,13 @@ def splits_of(
     else:
         split = shuffled_split(len(classes.pool), seed)
         divided_by = f"shuffled by seed {seed}, since nothing splits the classes"
+        if classes.foreign:
+            warnings.warn(
+                f"{classes.root}: {', '.join(classes.foreign)} name no class, such as "
+                f"{classes.pool.names[0]!r}, so they do not split the classes; "
+                "for a split of your own, give one class a line",
+                stacklevel=2,
+            )
     if not allow_repeats and (repeats := classes.repeats(split)):
         raise ValueError(
             f"splits: {repeats}, expected none; remove one of the two, "

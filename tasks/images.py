@@ -23,12 +23,14 @@ IMAGE_SUFFIXES = (
     ".tif",
     ".tiff",
 )
-# The formats of these suffixes, by Pillow's names. It reads PostScript by another program.
+# The formats of these suffixes, by Pillow's names. To read PostScript, it would run a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 EIGHT_BIT_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 TRANSPARENT_MODES = ("LA", "PA", "RGBA")
 EXIF_ORIENTATION = 0x0112
-TIFF_BITS_PER_SAMPLE = 258
+BITS_PER_SAMPLE = 258  # a tag of TIFF
+PNG_BITS_PER_SAMPLE = 24  # the place of the byte that says so
+ALMOST_BLACK = "use the lower 12 bits alone, so that the upper 8 are almost black"
 SAVE_AGAIN = "scale its values to 0 … 255 and save it with 8 bits"
 
 
@@ -80,6 +82,7 @@ def decode(data: bytes, size: int, *, color: bool) -> np.ndarray:
             f"got {len(data)} bytes that do not decode ({reason}), "
             "expected an image; replace or remove it"
         ) from error
+    _check_depth(image, data)
     return fit_square(image, size, color=color)
 
 
@@ -116,6 +119,17 @@ def fit_square(image: Image, size: int, *, color: bool) -> np.ndarray:
     return np.asarray(square).reshape(size, size, -1)
 
 
+def _check_depth(image: Image, data: bytes) -> None:
+    """Raise if colours have 16 bits of which 12 are used. Pillow has kept the upper 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (8,))[0]
+    if image.format == "PNG":
+        bits = data[PNG_BITS_PER_SAMPLE]
+    is_color = image.mode in ("RGB", "RGBA")
+    if bits == 16 and is_color and 0 < np.asarray(image.convert("RGB")).max() < 2**4:
+        raise ValueError(f"got 16-bit colours that {ALMOST_BLACK}; {SAVE_AGAIN}")
+
+
 def _opaque_8_bit(image: Image) -> Image:
     """The image with 8 bits a channel, laid on white if it is transparent."""
     from PIL import Image
@@ -141,15 +155,12 @@ def _opaque_8_bit(image: Image) -> Image:
 def _upper_8_bits(image: Image) -> np.ndarray:
     """The upper 8 bits of greys of 12 or 16 bits, uint8 `[height, width]`."""
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0]
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image)
     largest = int(values.max(initial=0))
     # Cameras of 10 or 12 bits write them into 16. The upper 8 bits would be almost black.
     if bits == 16 and image.format != "PPM" and 0 < largest < 2**12:
-        raise ValueError(
-            f"got 16-bit greys of at most {largest}, of which the upper 8 bits are almost black; "
-            f"expected greys up to {2**16 - 1}; {SAVE_AGAIN}"
-        )
+        raise ValueError(f"got 16-bit greys that {ALMOST_BLACK}; {SAVE_AGAIN}")
     upper = (values >> (bits - 8)).astype(np.uint8)
     transparent = image.info.get("transparency")
     return upper if transparent is None else np.where(values == transparent, np.uint8(255), upper)

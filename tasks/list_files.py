@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 from tasks.files import Files
 
 PARTS = ("train", "val", "test")
-# What the parts are called, in small letters alone.
+# What the parts are called, in small letters without what joins words.
 PART_WORDS = {
     **dict.fromkeys(("train", "training", "base", "metatrain"), 0),
     **dict.fromkeys(("val", "valid", "validation", "metaval", "metavalid", "metavalidation"), 1),
     **dict.fromkeys(("test", "testing", "novel", "metatest"), 2),
 }
+
+CSV_LISTS = tuple(f"{part}.csv" for part in PARTS)
 
 Row = tuple[str, str, str]  # where a row stands, a filename, a label
 Line = tuple[str, str]  # where a line stands, the name of a class
@@ -49,8 +52,7 @@ def part_called(name: str) -> int | None:
         >>> part_called("Meta-Train"), part_called("novel"), part_called("cats")
         (0, 2, None)
     """
-    letters = "".join(filter(str.isalpha, name.lower()))
-    return PART_WORDS.get(letters)
+    return PART_WORDS.get(re.sub(r"[-_ ]", "", name.lower()))
 
 
 def plain_name(name: str) -> str:
@@ -89,9 +91,9 @@ def part_lists(source: Files, suffix: str) -> list[PartList]:
     """
     lists = []
     for path in source.paths:
-        stem, dot, ending = path.rsplit("/", 1)[-1].rpartition(".")
-        if dot + ending.lower() != suffix:
+        if not path.lower().endswith(suffix):
             continue
+        stem = path.rsplit("/", 1)[-1][: -len(suffix)]
         part = part_called(stem)
         if part is not None:
             rows, lines = READERS[suffix](source, path)
@@ -114,6 +116,8 @@ def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
         ) from error
     columns = [name.strip() for name in numbered[0][1]] if numbered else []
     if columns.count("filename") != 1 or columns.count("label") != 1:
+        if path.rsplit("/", 1)[-1] not in CSV_LISTS:
+            return None, []  # A log may be called training.csv.
         raise ValueError(f"{source.root}: {path}: got columns {columns}, expected filename,label")
 
     rows = []

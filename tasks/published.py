@@ -67,6 +67,11 @@ class DataSet:
     def _divided_by_name(self, classes: ClassImages) -> ClassImages:
         """The classes divided by the published lists, if all of them are there and no others."""
         class_called = {name.rsplit("/", 1)[-1]: name for name in classes.pool.names}
+        if classes.foreign:
+            raise ValueError(
+                f"{self.name}: {classes.root} has {', '.join(classes.foreign)}, which name no "
+                f"class, such as {classes.pool.names[0]!r}; expected {LAYOUTS}; remove or mend them"
+            )
         known = self.known_parts or ()
         names = [name for part in known for name in part]
         if not known or sorted(names) != sorted(class_called):

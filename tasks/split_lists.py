@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ class Division(Generic[Inputs]):
     Args:
         parts: The train, validation and test classes, or one part of all classes.
         by: What divides them, such as "lists train.txt, val.txt, test.txt". Empty if nothing does.
+        foreign: Files that are called after all three parts, but name no class.
     """
 
     parts: list[dict[str, Inputs]]
     by: str = ""
+    foreign: tuple[str, ...] = ()
 
 
 def divide_by_images(source: Files, images: Sequence[str]) -> Division[list[str]] | None:
@@ -37,18 +38,20 @@ def divide_by_images(source: Files, images: Sequence[str]) -> Division[list[str]
     Raises:
         ValueError: If some of the lists are missing or doubled, or one does not fit the images.
     """
-    for suffix in (".csv", ".json"):
-        lists = [one for one in part_lists(source, suffix) if one.rows is not None]
-        if lists:
-            break
-    else:
+    suffix = ".csv"
+    lists = _lists_of_images(source, suffix)
+    if not lists:
+        suffix = ".json"
+        lists = _lists_of_images(source, suffix)
+    if not lists:
         return None
+    images_called = _by_name(images)
+    if suffix == ".json":
+        # JSON files may hold anything. Those that name an image are lists.
+        lists = [one for one in lists if _names_any(one, images_called)]
+        if not lists:
+            return None
     lists = _one_of_each(source, lists, suffix, " that lists images")
-    images_called: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        folders = image.split("/")
-        for start in range(len(folders)):
-            images_called[plain_name("/".join(folders[start:]))].append(image)
 
     parts: list[Classes] = []
     listed: set[str] = set()
@@ -78,12 +81,11 @@ def divide_by_classes(
     classes: Mapping[str, Inputs],
     *,
     required: bool,
-) -> Division[Inputs] | None:
-    """The classes of three lists of classes, in text or else JSON, or None if there are none.
+) -> Division[Inputs]:
+    """The classes of three lists of classes, in text or else JSON, or all if there are none.
 
     A line is the name of a class, or the end of it after a slash. Classes that are in no list are
-    left out. A file without the name of any class is no list. If all three are there, they are
-    passed over with a warning.
+    left out. A file without the name of any class is no list.
 
     Raises:
         ValueError: If some of the lists are missing or doubled, only some lines name a class, or
@@ -103,8 +105,15 @@ def divide_by_classes(
             break
         foreign += [one for one in candidates if one.lines]
     else:
-        _report_no_lists(source, foreign, classes, required=required)
-        return None
+        if required:
+            names = [", ".join(f"{part}{suffix}" for part in PARTS) for suffix in (".csv", ".txt")]
+            raise ValueError(
+                f"split lists: {source.root} has no {names[0]}, and no {names[1]} "
+                "with a class a line (nor such lists in .json); expected three of them"
+            )
+        has_all_parts = {one.part for one in foreign} == {0, 1, 2}
+        paths = tuple(one.path for one in foreign) if has_all_parts else ()
+        return Division([dict(classes)], foreign=paths)
 
     lists = _one_of_each(source, lists, suffix, " that names a class")
     parts = []
@@ -123,6 +132,25 @@ def divide_by_classes(
     return Division(parts, _describe(lists))
 
 
+def _lists_of_images(source: Files, suffix: str) -> list[PartList]:
+    return [one for one in part_lists(source, suffix) if one.rows is not None]
+
+
+def _by_name(images: Sequence[str]) -> dict[str, list[str]]:
+    """The images that each path, and each end of it after a slash, names."""
+    images_called: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        folders = image.split("/")
+        for start in range(len(folders)):
+            images_called[plain_name("/".join(folders[start:]))].append(image)
+    return images_called
+
+
+def _names_any(one: PartList, images_called: Mapping[str, object]) -> bool:
+    rows = one.rows or ()
+    return any(_known_end(filename, images_called) in images_called for _, filename, _ in rows)
+
+
 def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
     """The filename, or if it is a path of another file system, the longest end that is known."""
     path = filename.replace("\\", "/") if ":" in filename[:2] else filename
@@ -131,29 +159,6 @@ def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
     folders = path.split("/")
     ends = ("/".join(folders[start:]) for start in range(len(folders)))
     return next((end for end in ends if end in images_called), filename)
-
-
-def _report_no_lists(
-    source: Files,
-    foreign: Sequence[PartList],
-    classes: Mapping[str, object],
-    *,
-    required: bool,
-) -> None:
-    """Raise if lists are required, and warn if three files could be lists but name no class."""
-    if required:
-        names = [", ".join(f"{part}{suffix}" for part in PARTS) for suffix in (".csv", ".txt")]
-        raise ValueError(
-            f"split lists: {source.root} has no {names[0]}, and no {names[1]} "
-            "with a class a line (nor such lists in .json); expected three of them"
-        )
-    if {one.part for one in foreign} == {0, 1, 2}:
-        warnings.warn(
-            f"{source.root}: {', '.join(one.path for one in foreign)} name no class, such as "
-            f"{next(iter(classes))!r}, so they do not split the classes; "
-            "for a split of your own, give one class a line",
-            stacklevel=2,
-        )
 
 
 def _one_of_each(

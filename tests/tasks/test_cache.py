@@ -115,6 +115,17 @@ def test_an_interrupted_save_leaves_no_file(empty_cache, monkeypatch):
     assert list(empty_cache.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_and_what_others_write_is_not(empty_cache):
+    empty_cache.mkdir()
+    for name in ("thing-1abc.partial", "thing-1new.partial", "other-1abc.partial"):
+        (empty_cache / name).write_bytes(b"half")
+        if "abc" in name:
+            os.utime(empty_cache / name, (0, 0))
+    load_or_build("thing-1", build)
+    left = sorted(path.name for path in empty_cache.iterdir())
+    assert left == ["other-1abc.partial", "thing-1.arrays", "thing-1new.partial"]
+
+
 def test_arrays_are_returned_even_if_they_cannot_be_saved(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("METAIMPLICIT_CACHE", str(tmp_path / "file" / "cache"))

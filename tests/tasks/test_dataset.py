@@ -54,6 +54,9 @@ IMAGES = {
     "a pair": lambda: (pixels(), LABELS),
     "a pair of tensors": lambda: (torch.from_numpy(pixels()), torch.from_numpy(LABELS)),
     "names as labels": lambda: Pairs(pixels(), [NAMES[label] for label in LABELS]),
+    "names with blanks": lambda: Pairs(
+        pixels(), [f" {NAMES[c]}  "[i % 2 :] for i, c in enumerate(LABELS)]
+    ),
 }
 
 

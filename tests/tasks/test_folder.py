@@ -102,7 +102,8 @@ def test_lists_may_lie_elsewhere_and_name_paths(tmp_path):
 
 
 def test_a_csv_of_another_name_is_no_list(tmp_path):
-    files = class_folders() | {"my_train.csv": "epoch,loss\n1,2\n"}
+    log = "epoch,loss\n1,2\n"
+    files = class_folders() | dict.fromkeys(("my_train.csv", "training.csv", "base.csv"), log)
     splits = load(write_tree(tmp_path, files))
     assert len(all_classes(splits)) == 12
 

@@ -145,17 +145,42 @@ def test_damaged_exif_leaves_the_pixels_as_they_are():
 def empty_png(width, height):
     """A PNG file of some size with no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = {b"IHDR": header, b"IDAT": b"", b"IEND": b""}
+    return png(header, b"")
+
+
+def png(header, pixels):
+    """A PNG file of a header and of compressed pixels."""
+    chunks = {b"IHDR": header, b"IDAT": pixels, b"IEND": b""}
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()
     )
 
 
+def png16(values):
+    """A PNG file of 16-bit colours `[8, 8, 3 or 4]`, which Pillow cannot write."""
+    rows = np.zeros((8, 1 + 8 * values.shape[2] * 2), np.uint8)  # the first byte: no filter
+    rows[:, 1:] = values.astype(">u2").view(np.uint8).reshape(8, -1)
+    kind = {3: 2, 4: 6}[values.shape[2]]
+    return png(struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0), zlib.compress(rows.tobytes()))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_of_colours_of_16_bits_the_upper_8_are_taken(channels):
+    values = np.random.default_rng(0).integers(0, 2**16, (8, 8, channels))
+    values[..., 3:] = 65535  # opaque
+    assert np.array_equal(color(png16(values)), values[..., :3] // 256)
+    assert not color(png16(0 * values + [0, 0, 0, 65535][:channels])).any()
+
+
 REFUSED = {
     "10 bits in 16": (
         of_array((RAMP * 146).astype(np.uint16)),
-        "got 16-bit greys of at most 1022, .* expected greys up to 65535; scale",
+        "got 16-bit greys that use the lower 12 bits alone, .*; scale its values",
+    ),
+    "10 bits in 16, of colours": (
+        png16(np.random.default_rng(0).integers(0, 1024, (8, 8, 3))),
+        "got 16-bit colours that use the lower 12 bits alone",
     ),
     "floats to 1": (
         of_array((RAMP / 7).astype(np.float32), "TIFF"),

@@ -135,6 +135,7 @@ def test_what_is_wrong_with_json_lists_is_named(tmp_path, files, message):
 def test_json_of_other_forms_leaves_the_shuffle_as_it_was(tmp_path):
     before = load(write_tree(tmp_path, class_folders()))
     others = {"train.json": '{"images": [{"id": 3}]}', "val.json": "no JSON", "test.json": "[1, 2]"}
+    others |= {"c/base.json": '[["some", "pair"]]', "c/novel.json": '{"a": ["b"]}'}
     after = load(write_tree(tmp_path, others | {"split.json": '["train"]'}))
     assert after.digests == before.digests
     assert "shuffled by seed 0" in after.source

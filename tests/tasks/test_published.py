@@ -209,6 +209,14 @@ def test_classes_that_nothing_splits_are_refused_and_never_shuffled(tmp_path, fa
         load(family, write_tree(tmp_path, files))
 
 
+def test_lists_that_name_no_class_are_refused_and_named(tmp_path):
+    unknown = lists("txt", lambda names: "\n".join(f"no {name}" for name in names))
+    write_tree(tmp_path, class_images(None) | unknown)
+    message = r"cifar-fs: .* has test\.txt, train\.txt, val\.txt, which name no class, such as 'a"
+    with pytest.raises(ValueError, match=message):
+        load("cifar-fs", tmp_path)
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("layout", ["folders", "csv", "json", "text", "cache pickles", "npz"])
 def test_a_part_that_is_missing_is_named(tmp_path, layout, part):

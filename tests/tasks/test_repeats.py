@@ -27,7 +27,8 @@ def split_folders():
 
 
 def load(root, **options):
-    return tasks.load("folder", ways=2, shots=1, queries=2, size=8, data_root=root, **options)
+    numbers = {"ways": 2, "shots": 1, "queries": 2, "size": 8}
+    return tasks.load("folder", data_root=root, **(numbers | options))
 
 
 def test_the_rows_of_equal_images_in_two_splits_are_those_of_a_plain_search():
@@ -84,3 +85,8 @@ def test_images_in_arrays_are_named_by_their_classes(tmp_path):
     message = r"image 1 of class 'train1' \(train\) = image 3 of class 'test0' \(test\)"
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+    # Lists that leave the first of them out.
+    lists = {"train.txt": "train0\nval0", "val.txt": "val1", "test.txt": "test0\ntest1"}
+    write_tree(tmp_path / "lists", lists)
+    splits = load(tmp_path, ways=1, split_lists=tmp_path / "lists")
+    assert splits.test.classes == ("test0", "test1")
