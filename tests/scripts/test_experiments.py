@@ -101,6 +101,13 @@ def test_other_options_need_another_folder(tmp_path):
     assert not other.ran
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_blocks_nothing(tmp_path):
+    execute(Sums(out=tmp_path, seeds=1, method=("cg",)))
+    (tmp_path / "cg-0" / "summary.json").unlink()
+    execute(Sums(out=tmp_path, seeds=1, method=("cg",), number=11))
+    assert rows_in(tmp_path)[0]["row"]["sum"] == 11
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
