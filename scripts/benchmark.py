@@ -31,7 +31,7 @@ from command_line import (
     parse_options,
     require_package,
 )
-from command_line.ranges import check_ranges, within
+from command_line.ranges import MOST_THREADS, check_ranges, within
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.learner import Episode, Pair
@@ -60,7 +60,7 @@ class Benchmark:
     repeats: Annotated[int, within(0, 10_000)] = 1
     """Meta-steps that are timed after the first, which is measured for memory. The median counts.
     With 0, the first one is timed."""
-    threads: Annotated[int, within(1, 512)] = 1
+    threads: Annotated[int, within(1, MOST_THREADS)] = 1
     """CPU threads."""
     device: str = "cpu"
     """cpu or cuda."""
