@@ -15,9 +15,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,7 @@ from command_line import (
     parse_options,
     require_package,
 )
-from command_line.ranges import check_ranges, within
+from command_line.ranges import MOST_THREADS, check_ranges, within
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.learner import Episode, Pair
@@ -60,7 +60,7 @@ class Benchmark:
     repeats: Annotated[int, within(0, 10_000)] = 1
     """Meta-steps that are timed after the first, which is measured for memory. The median counts.
     With 0, the first one is timed."""
-    threads: Annotated[int, within(1, 512)] = 1
+    threads: Annotated[int, within(1, MOST_THREADS)] = 1
     """CPU threads."""
     device: str = "cpu"
     """cpu or cuda."""
@@ -153,15 +153,33 @@ def measure_apart(settings: Benchmark, method: str, inner_steps: int) -> dict[st
     # glibc then returns freed blocks at once, so that the resident size is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     context = multiprocessing.get_context("spawn")
-    # A multiprocessing.Pool would wait for ever for a process that was killed.
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        future = pool.submit(measure, settings, method, inner_steps)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.kill()  # the pool would wait for the end of the measurement
-            raise
+    receiver, sender = context.Pipe(duplex=False)
+    case = (sender, settings, method, inner_steps)
+    process = context.Process(target=send_measure, args=case, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        # A pool would wait for ever for a process that was killed. A pipe ends.
+        result: dict[str, float] | Exception = receiver.recv()
+    except EOFError:
+        raise RuntimeError(
+            f"{method}, {inner_steps} inner steps: the process that measured was killed; "
+            "lower the sizes if memory was short"
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def send_measure(sender: Connection, settings: Benchmark, method: str, inner_steps: int) -> None:
+    """Send what `measure` returns or raises."""
+    try:
+        sender.send(measure(settings, method, inner_steps))
+    except Exception as error:
+        sender.send(error)
 
 
 def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ Exit codes:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -77,7 +78,7 @@ def end(line: str, *, code: int) -> None:
 def behind(error: BaseException) -> BaseException:
     """The error that counts. On a full disk, torch.save raises a RuntimeError over the OSError."""
     hidden = error.__context__
-    return hidden if isinstance(error, RuntimeError) and isinstance(hidden, OSError) else error
+    return hidden if isinstance(hidden, OSError) and hidden.errno == errno.ENOSPC else error
 
 
 def one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ work. Other numbers only have to fit into float32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
@@ -51,10 +52,12 @@ def within(low: float, high: float) -> Any:
 
 
 MOST = 1e30  # of numbers that only have to fit into float32
+# Each thread has a stack of its own, and where one cannot be started OpenMP ends the process.
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 
 Seed = Annotated[int, within(0, 2**32 - 1)]
 Seeds = Annotated[int, within(1, 1000)]  # their number
-Threads = Annotated[int | None, within(1, 512)]  # far more of them crash OpenMP
+Threads = Annotated[int | None, within(1, MOST_THREADS)]
 Steps = Annotated[int, within(1, 10**9)]  # of training
 InnerSteps = Annotated[int, within(1, 100_000)]
 Products = Annotated[int, within(1, 100_000)]

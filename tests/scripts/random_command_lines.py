@@ -10,12 +10,13 @@ that lasts longer than --timeout is interrupted, and must then end at once.
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -25,13 +26,14 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import benchmark
 import compare
+import evaluate
+import train
 import tune
 import tyro
 from command_line import RowFile, RunOptions, parse, parse_options
 from command_line.errors import FAILED, REFUSED, one_line
 from command_line.flags import inner_flags, method_flags
 from command_line.ranges import ranges_of
-from evaluate import Evaluate, load_options
 from experiments import EXPERIMENTS
 from experiments.base import Experiment
 from experiments.runner import require_same_options
@@ -39,7 +41,13 @@ from experiments.runner import require_same_options
 from metaimplicit import METHODS
 from metaimplicit.inner import INNER_LOOPS
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+MAINS = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "tune": tune.main,
+    "compare": compare.run_command,
+    "benchmark": benchmark.run_command,
+}
 NUMBERS = ["0", "1", "2", "-1", "3.5", "1e-3", "1e9", "1e30", "1e400", "nan", "-inf", "9" * 5000]
 WORDS = ["", " ", "cg", "none", "None", "x", "é", "\udcff", "٣", "0x10", "1_0", "a=b", "(" * 300]
 DEVICES = ["cpu", "auto", "gpu", "cuda:99", "cuda:" + "9" * 30, "meta", "mps", "xla", "cpu:7"]
@@ -74,9 +82,11 @@ def evaluate_subject(run: Path) -> Subject:
     base = [str(run), "--episodes=4", "--steps=1"]
 
     def check(args: list[str]) -> object:
-        return load_options(parse_options(Evaluate, args))
+        return evaluate.load_options(parse_options(evaluate.Evaluate, args))
 
-    return Subject("evaluate", get_type_hints(Evaluate), highest_of(Evaluate), base, check)
+    return Subject(
+        "evaluate", get_type_hints(evaluate.Evaluate), highest_of(evaluate.Evaluate), base, check
+    )
 
 
 def tune_subject(name: str) -> Subject:
@@ -195,45 +205,63 @@ def describe_check(subject: Subject, args: list[str]) -> str:
     return "runs"
 
 
-def describe_process(
-    command: list[str], *, folder: Path, timeout: float, bytes_of_data: int
-) -> tuple[str, str]:
+def start_process(script: str, args: list[str], folder: Path, bytes_of_data: int) -> int:
+    """Run a script in a copy of this process, which has imported what takes seconds to import."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (bytes_of_data, bytes_of_data))
+        MAINS[script](args)
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(pid: int, seconds: float) -> int | None:
+    """The exit code of a process, or None if it still runs after some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    return None
+
+
+def describe_process(pid: int, folder: Path, timeout: float) -> tuple[str, str]:
     """How a process ends, and what it wrote on standard error.
 
     The ends are `runs`, `line`, `stopped` after the timeout, `trace`, `hang` and `silent`.
     """
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (bytes_of_data, bytes_of_data))
-
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="backslashreplace",
-        preexec_fn=limit,
-        cwd=folder,
-    )
-    interrupted = False
-    try:
-        _, text = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        interrupted = True
-        process.send_signal(signal.SIGINT)
-        try:
-            _, text = process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return "hang", process.communicate()[1]
+    code = wait_for(pid, timeout)
+    interrupted = code is None
+    if interrupted:
+        os.kill(pid, signal.SIGINT)
+        code = wait_for(pid, 30)
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    text = (folder / "stderr.txt").read_text(errors="backslashreplace")
     lines = text.strip().splitlines()
+    if code is None:
+        return "hang", text
     if "Traceback" in text:
         return "trace", text
-    if process.returncode == 0:
+    if code == 0:
         return "runs", text
-    if interrupted and process.returncode == 130:
+    if interrupted and code == 130:
         return "stopped", text
-    ended = bool(lines) and lines[-1].startswith("error: ") and process.returncode in (1, 2)
+    ended = bool(lines) and lines[-1].startswith("error: ") and code in (1, 2)
     return ("line" if ended else "silent"), text
 
 
@@ -265,12 +293,8 @@ def run_processes(options: Options, run: Path, folder: Path) -> Counter[str]:
         drawn = draw_blow_up(draw, subject) if i % 2 else draw_options(draw, subject)
         out = [] if subject.script == "evaluate" else [f"--out={folder / f'{i:03d}' / 'out'}"]
         args = [*subject.base, *out, *drawn]
-        end, text = describe_process(
-            [str(SCRIPTS / f"{subject.script}.py"), *args],
-            folder=folder,
-            timeout=options.timeout,
-            bytes_of_data=options.gibibytes * 2**30,
-        )
+        pid = start_process(subject.script, args, folder, options.gibibytes * 2**30)
+        end, text = describe_process(pid, folder, options.timeout)
         ends[end] += 1
         last = text.strip().splitlines()[-1:] or [""]
         print(f"{i:3d} {end:<8}{subject.script} {' '.join(drawn)[:100]!a}: {last[0][:150]!a}")
@@ -303,7 +327,7 @@ def make_run(folder: Path) -> Path:
     """A tiny run of train.py to evaluate."""
     run = folder / "run"
     args = [*train_subject(random.Random(0)).base[:9], f"--out={run}"]
-    subprocess.run([sys.executable, SCRIPTS / "train.py", *args], check=True, capture_output=True)
+    MAINS["train"](args)
     return run
 
 

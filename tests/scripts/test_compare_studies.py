@@ -117,7 +117,7 @@ def test_a_panel_with_too_many_lines_is_split_and_auto_is_in_each_part():
     ("options", "message"),
     [
         ({"drift": True, "peers": True}, "--drift, --peers: got several studies, expected one"),
-        ({"threads": 0}, "--threads: got 0, expected from 1 to 512"),
+        ({"threads": 0}, "--threads: got 0, expected from 1 to "),
         ({"products": (10, 0)}, "--products: got 0, expected from 1 to 10000"),
         ({"products": ()}, "--products: got none, expected at least one"),
         ({"problems": ("quadratics",)}, "--problems: got quadratics, expected some of quadratic-w"),

@@ -130,7 +130,7 @@ def test_a_run_says_what_it_ran_on(tmp_path):
     [
         ({"method": ("cg", "steepest")}, "--method: got steepest, expected some of none, cg"),
         ({"seeds": 0}, "--seeds: got 0, expected from 1 to 1000"),
-        ({"threads": 0}, "--threads: got 0, expected from 1 to 512"),
+        ({"threads": 0}, "--threads: got 0, expected from 1 to "),
         ({"number": 21}, "--number: got 21, expected from 1 to 20"),
         ({"device": "gpu"}, "--device: got 'gpu', expected auto, cpu or a CUDA device"),
     ],

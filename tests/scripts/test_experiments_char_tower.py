@@ -96,7 +96,7 @@ def test_the_state_is_carried_to_the_end_of_the_text_and_no_further(tmp_path, te
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": 0}, "--hidden: got 0, expected at least 1"),
+        ({"hidden": 0}, "--hidden: got 0, expected from 1 to 65536"),
         ({"start": (0.0,)}, "--start: got lr 0.0, expected a positive number"),
     ],
 )

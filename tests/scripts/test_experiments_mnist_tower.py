@@ -108,8 +108,8 @@ def test_squashed_logits_bound_the_loss_from_below(tmp_path, logits):
         ({"method": ("sgd-by-none",)}, "--method: got sgd-by-none, expected some of sgd"),
         ({"method": ("cg",)}, "--method: got cg, expected some of sgd, sgd-by-sgd"),
         ({"height_epochs": 0}, "--height-epochs: got 0"),
-        ({"heights": (-1,)}, r"--heights, --starts: got \(-1,\)"),
-        ({"starts": (0.0,)}, "--heights, --starts: got"),
+        ({"heights": (-1,)}, "--heights: got -1, expected from 0 to 100"),
+        ({"starts": (0.0,)}, r"--starts: got \(0.0,\), expected numbers > 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options, message):

@@ -192,12 +192,12 @@ def test_the_optimisers_of_the_methods():
     ("options", "message"),
     [
         ({"method": ("cg",)}, "--method: got cg, expected some of plain, step-decay, tower"),
-        ({"epochs": 0}, "--epochs: got 0, expected at least 1"),
+        ({"epochs": 0}, "--epochs: got 0, expected from 1 to 1000000000"),
         ({"side": 12}, "--side: got 12, expected one of 4, 8, 16, 32"),
         ({"batch": 5001}, "--batch: got 5001, expected from 1 to 5000"),
         ({"images": 0}, "--images: got 0"),
         ({"start": ((0.1, 1.0),)}, "--start: got momentum 1.0, expected a positive number"),
-        ({"outer_sgd": -1.0}, "SGD lr: got -1.0"),
+        ({"outer_sgd": -1.0}, "--outer-sgd: got -1.0, expected from 0"),
         ({"start": ()}, "--start: got none"),
     ],
 )

@@ -181,8 +181,8 @@ def test_a_solution_is_stationary():
         ({"data": ("iris",)}, "--data: got iris, expected some of breast-cancer, digits"),
         ({"low": 0.0}, "--low, --high: got 0.0 and 1000.0, expected 0 < low < high"),
         ({"start": (1e4,)}, "--start: got 10000.0, expected a number from --low"),
-        ({"grid": 1}, "--grid: got 1, expected at least 2"),
-        ({"solves": 0}, "--solves: got 0, expected at least 1"),
+        ({"grid": 1}, "--grid: got 1, expected from 2 to 10000"),
+        ({"solves": 0}, "--solves: got 0, expected from 1 to 10000"),
         ({"method": ("cg",)}, "--method: got cg, expected some of hoag, grid"),
     ],
 )

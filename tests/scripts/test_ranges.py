@@ -10,7 +10,7 @@ import compare
 import pytest
 from command_line import RunOptions, parse
 from command_line.flags import inner_flags, method_flags
-from command_line.ranges import Range, check_ranges, range_of, ranges_of, within
+from command_line.ranges import MOST_THREADS, Range, check_ranges, range_of, ranges_of, within
 from evaluate import Evaluate
 from experiments import EXPERIMENTS
 from scripts.running import error_line, load_main
@@ -91,7 +91,7 @@ def test_a_million_threads_are_refused(name, tmp_path, monkeypatch, capsys):
     commands = {"compare": compare.run_command, "benchmark": benchmark.run_command}
     main = commands.get(name) or load_main(name)
     line = error_line(main, [*before, "--threads=1000000"], capsys)
-    assert line == "error: --threads: got 1000000, expected from 1 to 512"
+    assert line == f"error: --threads: got 1000000, expected from 1 to {MOST_THREADS}"
     assert not list(tmp_path.iterdir())
 
 
