@@ -6,6 +6,8 @@ python scripts/benchmark.py --towers                     # towers of optimisers 
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import multiprocessing
 import os
 import statistics

@@ -9,6 +9,8 @@ python scripts/train.py --task omniglot --minutes 60 --filters 64 --meta-batch 1
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import sys
 import time
 from dataclasses import dataclass

@@ -8,6 +8,8 @@ python scripts/tune.py EXPERIMENT --help        # explains the options of one
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import sys
 
 import tyro
