@@ -1,6 +1,7 @@
-"""Imported first by every script: a signal ends it in one line while the other imports take time.
+"""Imported first by every script: from here on, signals and warnings are one line.
 
-Later, `command_line.exit_on_signals` takes over, under which what was computed is saved.
+The other imports take seconds, in which a signal ends the script at once. Later,
+`command_line.exit_on_signals` takes over, under which what was computed is saved.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +21,17 @@ def exit_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def warning_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning without the place in the code that it comes from."""
+    return f"warning: {message}\n"
+
+
 def is_script() -> bool:
     """Whether this process runs one of the scripts, rather than a test or a worker of a script."""
     in_scripts = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
@@ -26,6 +39,7 @@ def is_script() -> bool:
 
 
 if is_script():
+    warnings.formatwarning = warning_line
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) != signal.SIG_IGN:
             signal.signal(stop, exit_at_once)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from metaimplicit.training.files import remove_partial_files
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, METRICS
 from metaimplicit.training.progress import Progress
@@ -70,7 +69,6 @@ class RunFolder:
             stack.enter_context(only_writer(self.out))
             # Between the first check and the lock, another process may have finished a run.
             require_new_run_folder(self.out, self._resume)
-            remove_partial_files(self.out)
             self.has_checkpoint = any(path.exists() for path in versions(self.checkpoint))
             if not self.has_checkpoint and _holds_lines(self.out):
                 raise ValueError(
