@@ -21,17 +21,6 @@ def exit_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def warning_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """A warning without the place in the code that it comes from."""
-    return f"warning: {message}\n"
-
-
 def is_script() -> bool:
     """Whether this process runs one of the scripts, rather than a test or a worker of a script."""
     in_scripts = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
@@ -39,7 +28,8 @@ def is_script() -> bool:
 
 
 if is_script():
-    warnings.formatwarning = warning_line
+    # without the place in the code that a warning comes from
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) != signal.SIG_IGN:
             signal.signal(stop, exit_at_once)
