@@ -145,6 +145,8 @@ class World:
                 code = stop.code
             else:
                 code = 0
+        if code > 128:
+            raise KeyboardInterrupt  # a signal to stop this program
         if code:
             lines = [line for line in said.getvalue().splitlines() if "error: " in line]
             assert (code, len(lines)) == (2, 1), (code, said.getvalue())
@@ -184,7 +186,7 @@ def try_run(world: World, random_: random.Random) -> tuple[str, str]:
     use = random_.choice(["resume", "resume", "evaluate"])
     try:
         verdict, numbers, said = world.use(use)
-    except BaseException:
+    except Exception:
         return damaged, f"traceback\n{traceback.format_exc()}"
     if verdict == "refused":
         # Two whole checkpoints remain, wherever one is damaged.

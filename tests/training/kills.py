@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--terms", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     options = parser.parse_args()
     random_ = random.Random(options.seed)
     signals = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
@@ -115,7 +116,7 @@ def main() -> None:
         rounds = 0
         while signals:
             rounds += 1
-            for name in COMMANDS:
+            for name in options.commands:
                 experiment = Experiment(name, Path(folder, str(rounds)))
                 while signals and experiment.disturb(signals[-1], random_):
                     print(
