@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metaimplicit.training.files import set_aside, write_atomically
+from metaimplicit.training.files import previous, set_aside, write_atomically
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.sealed import DamagedFileError, read_sealed, write_sealed
 
@@ -36,11 +36,6 @@ def versions(path: Path) -> list[Path]:
         ['checkpoint.pt', 'checkpoint-previous.pt', 'checkpoint-best.pt']
     """
     return [path, previous(path), best(path)]
-
-
-def previous(path: Path) -> Path:
-    """Where a checkpoint goes when the next one is written."""
-    return path.with_stem(f"{path.stem}-previous")
 
 
 def best(path: Path) -> Path:

@@ -147,6 +147,9 @@ def test_an_edited_config_is_noticed(tmp_path):
     path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
     with pytest.raises(DamagedFileError, match=r"config\.json: got a file that was changed"):
         train_further(tmp_path, steps=2)
+    (tmp_path / "config-previous.json").replace(path)
+    _, progress = train_further(tmp_path, steps=2)
+    assert progress.step == 2
 
 
 def test_the_config_lists_the_sittings(out, monkeypatch):
