@@ -51,8 +51,7 @@ class RunLog:
         self._run = run
         self._path = out / METRICS
         self._lines = self._path.open("ab")
-        first_step = progress.step + 1 if progress.step else None
-        self._board = Board(out / "tensorboard", purge_step=first_step)
+        self._board = Board(out / "tensorboard", purge_step=progress.step + 1)
         self._bar = tqdm(
             total=total,
             initial=progress.step,
