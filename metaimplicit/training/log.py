@@ -49,8 +49,7 @@ class RunLog:
     ) -> None:
         _keep_lines(out, run, progress.lines)
         self._run = run
-        self._path = out / METRICS
-        self._lines = self._path.open("ab")
+        self._lines = (out / METRICS).open("ab")
         self._board = Board(out / "tensorboard", purge_step=progress.step + 1)
         self._bar = tqdm(
             total=total,
@@ -76,10 +75,6 @@ class RunLog:
             self._bar.close()
             self._board.close()
 
-    def require_file(self) -> None:
-        """Raise FileNotFoundError if the file was removed while the run wrote to it."""
-        os.stat(self._path)
-
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
         self._board.flush()
@@ -92,7 +87,15 @@ class RunLog:
             split: What the values were measured on, `"train"` or `"validation"`.
             progress: When they were measured.
             values: Numbers by name. Those that are not finite are written as null.
+
+        Raises:
+            FileNotFoundError: The file was removed while the run wrote to it.
         """
+        if os.fstat(self._lines.fileno()).st_nlink == 0:
+            raise FileNotFoundError(
+                f"{self._lines.name}: the file was removed during the run, expected it to stay; "
+                "start the run again"
+            )
         progress.lines += 1
         line: dict[str, Any] = {
             "line": progress.lines,

@@ -58,8 +58,6 @@ def write_checkpoint(
         is_best: Whether to write it to `best(path)` as well.
         log: What has to be on the disk before the checkpoint that counts its lines.
     """
-    if log is not None:
-        log.require_file()  # or else this would make the folder of a run again without its log
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT}, buffer)
     payload = buffer.getbuffer()
