@@ -9,6 +9,8 @@ missing.
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import multiprocessing
 import os
 import statistics

@@ -11,6 +11,8 @@ python scripts/compare.py --conditioning            # or --robustness, --drift, 
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -5,6 +5,8 @@ python scripts/evaluate.py runs/glyphs-cg-0 --episodes 2000 --steps 10
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path

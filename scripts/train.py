@@ -9,8 +9,11 @@ python scripts/train.py --task omniglot --minutes 60 --filters 64 --meta-batch 1
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +110,9 @@ def warn_if_spent(
 ) -> None:
     """Say so if the run that is resumed has no budget left. It is tested all the same."""
     try:
-        progress = load_own_checkpoint(folder, learner, identity)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `fit` gives the same warnings
+            progress = load_own_checkpoint(folder, learner, identity)
     except FileNotFoundError:
         return  # The run ended before its first checkpoint.
     if budget.spent(progress) >= 1:

@@ -10,6 +10,8 @@ Runs that are done are kept: the same command again makes those that are missing
 
 from __future__ import annotations
 
+import startup  # isort: skip  # noqa: F401  # before what takes time to import
+
 import sys
 
 import tyro

@@ -17,19 +17,19 @@ class Board:
 
     Args:
         folder: The folder of event files. It is made if it does not exist.
-        purge_step: TensorBoard hides what earlier files hold from this step on. If None, nothing.
+        purge_step: TensorBoard hides what earlier files hold from this step on.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     board = Board(Path(folder), purge_step=None)
+        ...     board = Board(Path(folder), purge_step=1)
         ...     board.add_scalars({"train/loss": 0.5}, step=1)
         ...     board.close()
         ...     [path.name.split(".")[:3] for path in Path(folder).iterdir()]
         [['events', 'out', 'tfevents']]
     """
 
-    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -43,8 +43,7 @@ class Board:
         count = len(list(folder.glob(f"{name}.*")))
         self._writer = RecordWriter((folder / f"{name}.{count}").open("xb"))
         self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
         """Write numbers by name, of one step."""

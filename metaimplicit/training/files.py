@@ -71,6 +71,16 @@ def remove_partial_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def previous(path: Path) -> Path:
+    """Where a file goes when the next version of it is written.
+
+    Example:
+        >>> previous(Path("checkpoint.pt")).name
+        'checkpoint-previous.pt'
+    """
+    return path.with_stem(f"{path.stem}-previous")
+
+
 def set_aside(path: Path) -> Path:
     """Rename a file to one with the suffix .damaged, .damaged-2, …, and return its new path.
 

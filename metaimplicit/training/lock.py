@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from metaimplicit.training.files import remove_partial_files
+
 LOCK = ".lock"
 held_folders: dict[Path, tuple[int, int]] = {}  # the thread and the lock file's descriptor
 
@@ -22,7 +24,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Within the block, no other process (nor thread) can be the writer of a folder.
 
     The system lets go of the lock (flock) when the process ends, however it ends. The file .lock
-    says who holds it. The folder is made if it does not exist. A thread may enter again.
+    says who holds it. The folder is made if it does not exist. Files that a killed writer left half
+    written are removed. A thread may enter again.
 
     Args:
         folder: The folder.
@@ -49,6 +52,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         _acquire(lock, folder)
         held_folders[real] = (thread, lock)
         try:
+            remove_partial_files(folder)
             yield
         finally:
             del held_folders[real]

@@ -49,10 +49,8 @@ class RunLog:
     ) -> None:
         _keep_lines(out, run, progress.lines)
         self._run = run
-        self._path = out / METRICS
-        self._lines = self._path.open("ab")
-        first_step = progress.step + 1 if progress.step else None
-        self._board = Board(out / "tensorboard", purge_step=first_step)
+        self._lines = (out / METRICS).open("ab")
+        self._board = Board(out / "tensorboard", purge_step=progress.step + 1)
         self._bar = tqdm(
             total=total,
             initial=progress.step,
@@ -76,10 +74,6 @@ class RunLog:
         with self._lines:
             self._bar.close()
             self._board.close()
-
-    def require_file(self) -> None:
-        """Raise FileNotFoundError if the file was removed while the run wrote to it."""
-        os.stat(self._path)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""

@@ -76,9 +76,9 @@ def fit(
     budget in minutes, with which the learning rate follows the clock. SIGINT, SIGTERM and SIGHUP
     take effect when the present step is finished and saved; a second one takes effect at once.
 
-    The last two checkpoints are kept, and the one with the best validation. All files are verified
-    when a run is resumed. See `RunFolder` for what the folder holds, and `load_checkpoint` for what
-    happens to damaged checkpoints, and `RunLog` to damaged metrics.
+    The last two checkpoints are kept, and the one with the best validation. When a run is resumed,
+    all files are verified. `RunFolder` says what config.json holds, `load_checkpoint` what happens
+    to damaged checkpoints, and `RunLog` what happens to damaged metrics.
 
     Args:
         learner: The learner, on the device to train on.

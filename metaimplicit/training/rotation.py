@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metaimplicit.training.files import set_aside, write_atomically
+from metaimplicit.training.files import previous, set_aside, write_atomically
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.sealed import DamagedFileError, read_sealed, write_sealed
 
@@ -38,11 +38,6 @@ def versions(path: Path) -> list[Path]:
     return [path, previous(path), best(path)]
 
 
-def previous(path: Path) -> Path:
-    """Where a checkpoint goes when the next one is written."""
-    return path.with_stem(f"{path.stem}-previous")
-
-
 def best(path: Path) -> Path:
     """Where the checkpoint with the best validation is."""
     return path.with_stem(f"{path.stem}-best")
@@ -63,8 +58,6 @@ def write_checkpoint(
         is_best: Whether to write it to `best(path)` as well.
         log: What has to be on the disk before the checkpoint that counts its lines.
     """
-    if log is not None:
-        log.require_file()  # or else this would make the folder of a run again without its log
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT}, buffer)
     payload = buffer.getbuffer()

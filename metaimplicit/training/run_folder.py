@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metaimplicit.training.files import remove_partial_files
+from metaimplicit.training.files import previous
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, METRICS
 from metaimplicit.training.progress import Progress
@@ -28,7 +28,8 @@ class RunFolder:
 
     Its config.json holds what `config` does, the run's own name for itself ("run"), by which its
     files are told from those of other runs, and its sittings ("sittings"): for each, the commit,
-    the versions, the threads, the device, and from which step to which it went.
+    the versions, the threads, the device, and from which step to which it went. The version before
+    it is kept as config-previous.json.
 
     Args:
         out: The folder. It is made if it does not exist.
@@ -70,7 +71,6 @@ class RunFolder:
             stack.enter_context(only_writer(self.out))
             # Between the first check and the lock, another process may have finished a run.
             require_new_run_folder(self.out, self._resume)
-            remove_partial_files(self.out)
             self.has_checkpoint = any(path.exists() for path in versions(self.checkpoint))
             if not self.has_checkpoint and _holds_lines(self.out):
                 raise ValueError(
@@ -93,7 +93,7 @@ class RunFolder:
         with self._stack:
             if self._progress is not None and kind is None:
                 self._stored["sittings"][-1]["to_step"] = self._progress.step
-                write_sealed_json(self.out / CONFIG, self._stored)
+                self._write_config()
 
     def begin_sitting(self, progress: Progress, device: torch.device) -> None:
         """Write config.json with a new sitting, which goes on at `progress`.
@@ -115,7 +115,7 @@ class RunFolder:
             if is_empty:
                 sittings.pop()
         self._stored |= self._config | {"run": self.run, "sittings": [*sittings, sitting]}
-        write_sealed_json(self.out / CONFIG, self._stored)
+        self._write_config()
         self._progress = progress
 
     def _read_config(self) -> dict[str, Any]:
@@ -123,6 +123,10 @@ class RunFolder:
         if not self._resume or not (path.exists() or self.has_checkpoint):
             return {}
         return read_sealed_json(path)
+
+    def _write_config(self) -> None:
+        path = self.out / CONFIG
+        write_sealed_json(path, self._stored, keep=previous(path))
 
 
 def require_new_run_folder(out: Path, resume: bool) -> None:

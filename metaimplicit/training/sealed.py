@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metaimplicit.training.files import write_atomically
+from metaimplicit.training.files import previous, write_atomically
 
 MEMBER = b'"sha256": "'  # what stands before the digest in JSON
 LINE = b"\nsha256 "  # and after bytes
@@ -72,8 +72,13 @@ def is_whole(text: bytes, key: str = "") -> bool:
     return after in (expected + b'"}', expected + b'"\n}')
 
 
-def write_sealed_json(path: Path, data: dict[str, Any]) -> None:
+def write_sealed_json(path: Path, data: dict[str, Any], *, keep: Path | None = None) -> None:
     """Write a sealed JSON object atomically, for `read_sealed_json`.
+
+    Args:
+        path: The file.
+        data: The members, at least one.
+        keep: Where the old file goes. If None, it is overwritten.
 
     Raises:
         ValueError: The data hold NaN or Inf, which JSON cannot express.
@@ -91,7 +96,7 @@ def write_sealed_json(path: Path, data: dict[str, Any]) -> None:
         <BLANKLINE>
     """
     text = seal(data, indent=2) + b"\n"
-    write_atomically(path, lambda file: file.write(text))
+    write_atomically(path, lambda file: file.write(text), keep=keep)
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
@@ -113,7 +118,8 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     if data is None:
         raise DamagedFileError(
             f"{path}: got a file that was changed or damaged after it was written, or that an "
-            "earlier version wrote, expected one that ends with its own digest; restore it"
+            "earlier version wrote, expected one that ends with its own digest; restore it, from "
+            f"{previous(path).name} if that exists"
         )
     return data
 

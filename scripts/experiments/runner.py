@@ -69,10 +69,13 @@ def read_or_run(experiment: Experiment, case: Case) -> Row:
     """
     out = experiment.case_folder(case)
     summary = out / "summary.json"
-    is_new = require_same_options(experiment, case)
+    require_same_options(experiment, case)
     if not summary.exists():
         with only_writer(out):
-            make_row(experiment, case, out, is_new=is_new)
+            # Meanwhile, another process may have made the run.
+            is_new = require_same_options(experiment, case)
+            if not summary.exists():
+                make_row(experiment, case, out, is_new=is_new)
     return read_sealed_json(summary)
 
 

@@ -2,11 +2,15 @@
 
 import json
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tune
 from experiments import EXPERIMENTS
-from scripts.running import SMALL, load_main
+from scripts.running import SCRIPTS, SMALL, load_main
 
 from metaimplicit import MetaLearner, Tuner
 from metaimplicit.training import STOP_SIGNALS, read_metrics
@@ -117,3 +121,15 @@ def test_an_experiment_without_checkpoints_stops_at_once(tmp_path, capsys, signa
     signal_at(EXPERIMENTS["step-size"], "run", 1, signal.SIGINT)
     code, line = stop(tune.main, ["step-size", "--quick", f"--out={tmp_path}"], capsys)
     assert (code, line) == (130, "stopped by SIGINT; run the same command again")
+
+
+@pytest.mark.slow
+def test_a_script_that_is_still_importing_stops_in_one_line():
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "train.py")], stderr=subprocess.PIPE, text=True
+    ) as script:
+        while "libtorch" not in Path(f"/proc/{script.pid}/maps").read_text():
+            time.sleep(0.01)
+        script.send_signal(signal.SIGINT)
+        assert script.stderr.read() == "stopped by SIGINT; run the same command again\n"
+    assert script.returncode == 130

@@ -35,6 +35,7 @@ def read_checkpoint(run):
 def test_a_run_leaves_every_file(run):
     assert {path.name for path in run.iterdir()} == {
         "config.json",
+        "config-previous.json",
         "metrics.jsonl",
         "tensorboard",
         "checkpoint.pt",
@@ -207,6 +208,8 @@ def test_an_edited_config_is_one_line(run, tmp_path, capsys):
     message = "this run was changed: inner_lr is 0.01 there, 0.02 here"
     assert message in error_line(evaluate, [edited], capsys)
     assert message in error_line(train, ["--resume", f"--out={edited}"], capsys)
+    shutil.copy(edited / "config-previous.json", config)
+    evaluate([str(edited), "--episodes=2"])
 
 
 def test_a_damaged_checkpoint_is_evaluated_by_the_one_before(run, tmp_path, capsys):

@@ -16,10 +16,13 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
@@ -86,6 +89,13 @@ def edit_number(content: bytes, random_: random.Random) -> bytes:
 CHANGES = [flip_bits, truncate, zero_block, edit_number]
 
 
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Print no results, and draw no figures, which takes most of the time."""
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(Figure, "savefig"):
+        yield
+
+
 class World:
     """A run, other runs to exchange files with, and what an undisturbed resume leads to."""
 
@@ -108,7 +118,7 @@ class World:
             self.restore()
 
     def start(self, out: Path, options: list[str]) -> None:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), quietly():
             self.train([*OPTIONS, *options, f"--steps={STEPS}", f"--out={out}"])
 
     def restore(self) -> None:
@@ -121,7 +131,7 @@ class World:
         said = io.StringIO()
         with (
             contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(io.StringIO()),
+            quietly(),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")
@@ -135,6 +145,8 @@ class World:
                 code = stop.code
             else:
                 code = 0
+        if code > 128:
+            raise KeyboardInterrupt  # a signal to stop this program
         if code:
             lines = [line for line in said.getvalue().splitlines() if "error: " in line]
             assert (code, len(lines)) == (2, 1), (code, said.getvalue())
@@ -174,7 +186,7 @@ def try_run(world: World, random_: random.Random) -> tuple[str, str]:
     use = random_.choice(["resume", "resume", "evaluate"])
     try:
         verdict, numbers, said = world.use(use)
-    except BaseException:
+    except Exception:
         return damaged, f"traceback\n{traceback.format_exc()}"
     if verdict == "refused":
         # Two whole checkpoints remain, wherever one is damaged.
@@ -187,36 +199,36 @@ def try_run(world: World, random_: random.Random) -> tuple[str, str]:
 def try_cache(folder: Path, random_: random.Random) -> tuple[str, str]:
     """Damage a cached array and load it."""
     arrays = {"images": np.arange(3000, dtype=np.uint8).reshape(30, 100), "counts": np.arange(5)}
-    other = {"images": np.zeros((30, 100), np.uint8), "counts": np.arange(5)}
-    os.environ["METAIMPLICIT_CACHE"] = str(folder)
+    other = arrays | {"images": np.zeros((30, 100), np.uint8)}
     shutil.rmtree(folder, ignore_errors=True)
-    tasks.cache.load_or_build("arrays", lambda: arrays)
-    tasks.cache.load_or_build("other", lambda: other)
-    path = folder / "arrays.npz"
-    change = random_.choice([flip_bits, truncate, zero_block, None])
-    if change is None:
-        shutil.copy(folder / "other.npz", path)
-        damaged = "cache: that of another data set"
-    else:
-        path.write_bytes(change(path.read_bytes(), random_))
-        damaged = f"cache: {change.__name__}"
-    try:
-        loaded = tasks.cache.load_or_build("arrays", lambda: arrays)
-    except BaseException:
-        return damaged, f"traceback\n{traceback.format_exc()}"
+    with mock.patch.dict(os.environ, METAIMPLICIT_CACHE=str(folder)):
+        tasks.cache.load_or_build("arrays", lambda: arrays)
+        tasks.cache.load_or_build("other", lambda: other)
+        (path,) = folder.glob("arrays.*")
+        change = random_.choice([flip_bits, truncate, zero_block, None])
+        if change is None:
+            shutil.copy(path.with_stem("other"), path)
+            damaged = "cache: that of other arrays"
+        else:
+            path.write_bytes(change(path.read_bytes(), random_))
+            damaged = f"cache: {change.__name__}"
+        try:
+            loaded = tasks.cache.load_or_build("arrays", lambda: arrays)
+        except BaseException:
+            return damaged, f"traceback\n{traceback.format_exc()}"
     same = loaded.keys() == arrays.keys()
     same = same and all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
     return damaged, "same numbers" if same else "silent"
 
 
-def count_outcomes(count: int, seed: int) -> Counter[tuple[str, str]]:
+def count_outcomes(count: int, seed: int, share_of_caches: float = 0.1) -> Counter[tuple[str, str]]:
     """The outcomes of `count` damages, by file and kind."""
     random_ = random.Random(seed)
     outcomes: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         for _ in range(count):
-            if random_.random() < 0.1:
+            if random_.random() < share_of_caches:
                 outcomes[try_cache(Path(folder, "cache"), random_)] += 1
             else:
                 outcomes[try_run(world, random_)] += 1

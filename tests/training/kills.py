@@ -71,7 +71,9 @@ class Experiment:
 
     def disturb(self, number: int, random_: random.Random) -> bool:
         """Start or resume the run and send it a signal; return whether it was still running."""
+        log = self.run / "metrics.jsonl"
         steps = self.steps()
+        before = log.stat().st_mtime_ns if log.exists() else 0
         process = self.call(self.out)
         if random_.random() < 0.8:  # else, while it starts
             while process.poll() is None and self.steps() <= steps:
@@ -84,11 +86,13 @@ class Experiment:
         if process.returncode == 0:
             return False
         assert process.returncode == (-9 if number == signal.SIGKILL else 143), said
-        if number == signal.SIGTERM and self.run.joinpath("checkpoint.pt").exists():
-            state = torch.load(self.run / "checkpoint.pt", weights_only=True)
-            assert state["progress"]["step"] == self.steps(), said
+        if number == signal.SIGTERM:
             assert said.splitlines()[-1].startswith("stopped by SIGTERM; "), said
             assert "Traceback" not in said, said
+            if log.exists() and log.stat().st_mtime_ns > before:
+                # The run had begun its sitting, of which no step may be lost.
+                state = torch.load(self.run / "checkpoint.pt", weights_only=True)
+                assert state["progress"]["step"] == self.steps(), said
         return True
 
     def finish(self) -> None:
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--terms", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     options = parser.parse_args()
     random_ = random.Random(options.seed)
     signals = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
@@ -115,7 +120,7 @@ def main() -> None:
         rounds = 0
         while signals:
             rounds += 1
-            for name in COMMANDS:
+            for name in options.commands:
                 experiment = Experiment(name, Path(folder, str(rounds)))
                 while signals and experiment.disturb(signals[-1], random_):
                     print(

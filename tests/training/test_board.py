@@ -6,7 +6,7 @@ from metaimplicit.training.board import Board
 
 
 def test_scalars_are_read_by_tensorboard_and_a_resumed_run_purges_what_it_repeats(tmp_path):
-    first = Board(tmp_path, purge_step=None)
+    first = Board(tmp_path, purge_step=1)
     for step in range(1, 5):
         first.add_scalars({"train/loss": 1 / step, "train/accuracy": 0.5}, step=step)
     first.close()

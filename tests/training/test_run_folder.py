@@ -1,9 +1,11 @@
 """A run's folder: its checkpoints, and what must not have changed when it is resumed."""
 
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +147,9 @@ def test_an_edited_config_is_noticed(tmp_path):
     path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
     with pytest.raises(DamagedFileError, match=r"config\.json: got a file that was changed"):
         train_further(tmp_path, steps=2)
+    (tmp_path / "config-previous.json").replace(path)
+    _, progress = train_further(tmp_path, steps=2)
+    assert progress.step == 2
 
 
 def test_the_config_lists_the_sittings(out, monkeypatch):
@@ -209,3 +214,28 @@ def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(out):
     resumed, _ = train_further(out, steps=5)
     unbroken, _ = train_further(out / "unbroken", steps=5)
     assert_same_weights(resumed.learner, unbroken.learner)
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(tmp_path, monkeypatch):
+    done = []
+    fsync, rename = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        fsync(descriptor)
+        done.append("log" if name == "metrics.jsonl" else "file")
+
+    def record_rename(source, target):
+        rename(source, target)
+        if Path(target).name == "checkpoint.pt":
+            done.append("checkpoint")
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_rename)
+    train(tmp_path, make_parts(), steps=2, checkpoint_every=1)
+    config, first, *steps, end = done
+    assert (config, first, end) == ("file", "file", "file")
+    assert steps[0] == "checkpoint"
+    for step in (steps[1:4], steps[4:]):
+        assert set(step[:2]) == {"log", "file"}
+        assert step[2] == "checkpoint"

@@ -1,0 +1,35 @@
+"""Imported first by every script: from here on, signals and warnings are one line.
+
+The other imports take seconds, in which a signal ends the script at once. Later,
+`command_line.exit_on_signals` takes over, under which what was computed is saved.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+
+
+def exit_at_once(number: int, frame: FrameType | None) -> None:
+    """Write a line, and exit with 128 + the number of the signal. There is nothing to save yet."""
+    os.write(2, f"stopped by {signal.Signals(number).name}; run the same command again\n".encode())
+    os._exit(128 + number)
+
+
+def is_script() -> bool:
+    """Whether this process runs one of the scripts, rather than a test or a worker of a script."""
+    in_scripts = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+    return in_scripts and multiprocessing.parent_process() is None
+
+
+if is_script():
+    # without the place in the code that a warning comes from
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, exit_at_once)
