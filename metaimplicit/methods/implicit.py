@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
@@ -18,10 +17,9 @@ from metaimplicit.methods.base import (
     Gradients,
     Method,
     Stationarity,
-    vector_jacobian_product,
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
-from metaimplicit.methods.linearize import Linearization, inner_gradient, require_outputs
+from metaimplicit.methods.linearize import inner_gradient, require_outputs
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import (
     data_at_solution,
@@ -33,7 +31,6 @@ from metaimplicit.operators import (
     CurvatureClass,
     Invertible,
     Products,
-    central_difference,
     find_curvature,
     invertible_curvatures,
 )
@@ -285,8 +282,7 @@ class Implicit(Method):
             exact = replace(system, curvature="hessian", known=None)
             at_hessian = exact.linearize(problem, params, meta, data, decay=decay)
             hessian_residual = at_hessian.residual(solution.value, v)
-
-        mixed = self._mixed_product(
+        mixed = system.mixed_product(
             point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
         )
         return mixed, replace(
@@ -305,25 +301,3 @@ class Implicit(Method):
             leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
             state=solution.state,
         )
-
-    def _mixed_product(
-        self,
-        point: Linearization,
-        u: Tensor,
-        *,
-        problem: LiftedProblem,
-        params: Params,
-        meta: Params,
-        data: Any,
-        decay: Decay | None,
-    ) -> Gradients:
-        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u."""
-        if self.products != "finite-differences":
-            return vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
-
-        def penalized_loss(p: Params) -> Tensor:
-            loss = problem.inner(p, meta, data)
-            return loss if decay is None else loss + problem.penalty(decay, p, meta)
-
-        slope = central_difference(penalized_loss, params, u)
-        return vector_jacobian_product({"slope": slope}, meta, {"slope": -torch.ones_like(slope)})
