@@ -43,6 +43,7 @@ from metaimplicit.training import (
     constant,
     cosine,
     describe,
+    evaluate,
     fit,
     only_writer,
     peak_memory,
@@ -126,13 +127,16 @@ def warn_if_spent(
 def rehearse(
     learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: tasks.EpisodeSampler
 ) -> Report:
-    """One backward pass, which meets all errors and times vmap against the loop.
+    """One backward pass and one evaluation. They meet all errors, and time vmap against the loop.
 
     It leaves parameters, gradients and random state as they were.
     """
     device = next(learner.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        step = learner.backward(sampler[0].to(device))
+        episodes = sampler[0].to(device)
+        step = learner.backward(episodes)
+        # Some inner loops train, but do not give the iterates that validation looks at.
+        evaluate(learner, [episodes], steps=[learner.inner.steps])
     optimizer.zero_grad()
     return step.report
 

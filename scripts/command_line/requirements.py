@@ -25,6 +25,8 @@ def require_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: got a folder, expected the name of a file")
+    if path.exists() and not path.is_file():  # a device may have no end
+        raise OSError(f"{path}: got a device, expected the name of a file")
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent

@@ -214,6 +214,8 @@ def test_a_file_that_cannot_be_written_is_noticed_before_any_work(tmp_path, monk
     assert not list(tmp_path.iterdir())
     with pytest.raises(IsADirectoryError, match="got a folder, expected the name of a file"):
         require_writable(tmp_path)
+    with pytest.raises(OSError, match="got a device, expected the name of a file"):
+        require_writable(Path(os.devnull))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file, expected a folder"):
         require_writable(tmp_path / "file" / "b" / "rows.json")

@@ -157,6 +157,7 @@ BAD_OPTIONS = [
         "learn 'lr': first-order cannot give its gradient",
     ),
     (["--learn", "momentum"], "learn: got ['momentum']"),
+    (["--method=cg", "--inner-optimizer=lbfgs"], "inner: got LBFGS with a method that needs"),
     (["--method", "cg", "--rank", "20"], "--rank: got it with --method cg"),
     (["--inner-lr", "-1"], "--inner-lr: got -1.0, expected from 0 to 1e+30"),
     (["--inner-steps", "0"], "--inner-steps: got 0, expected from 1 to 100000"),
