@@ -85,14 +85,15 @@ class Experiment:
         said = process.communicate()[1]
         if process.returncode == 0:
             return False
-        assert process.returncode == (-9 if number == signal.SIGKILL else 143), said
-        if number == signal.SIGTERM:
-            assert said.splitlines()[-1].startswith("stopped by SIGTERM; "), said
-            assert "Traceback" not in said, said
-            if log.exists() and log.stat().st_mtime_ns > before:
-                # The run had begun its sitting, of which no step may be lost.
-                state = torch.load(self.run / "checkpoint.pt", weights_only=True)
-                assert state["progress"]["step"] == self.steps(), said
+        if number == signal.SIGKILL or (process.returncode == -number and not said):
+            return True  # SIGTERM came before the first line of the script
+        assert process.returncode == 143, said
+        assert said.splitlines()[-1].startswith("stopped by SIGTERM; "), said
+        assert "Traceback" not in said, said
+        if log.exists() and log.stat().st_mtime_ns > before:
+            # The run had begun its sitting, of which no step may be lost.
+            state = torch.load(self.run / "checkpoint.pt", weights_only=True)
+            assert state["progress"]["step"] == self.steps(), said
         return True
 
     def finish(self) -> None:
