@@ -19,7 +19,6 @@ from command_line import (
     Split,
     build_learner,
     check_classes,
-    exit_on_signals,
     handle_errors,
     load_own_checkpoint,
     parse_options,
@@ -69,7 +68,6 @@ class Evaluate:
 
 
 @handle_errors
-@exit_on_signals()
 def main(args: list[str]) -> None:
     """Evaluate a run and print a table."""
     command = parse_options(Evaluate, args)

@@ -1,7 +1,7 @@
 """Imported first by every script: from here on, signals and warnings are one line.
 
 The other imports take seconds, in which a signal ends the script at once. Later,
-`command_line.exit_on_signals` takes over, under which what was computed is saved.
+`command_line.handle_errors` takes over, under which what was computed is saved.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from command_line import (
     RunOptions,
     build_learner,
     check_classes,
-    exit_on_signals,
     explain_stop,
     handle_errors,
     load_own_checkpoint,
@@ -68,7 +67,6 @@ class Run:
 
 
 @handle_errors
-@exit_on_signals()
 def main(args: list[str]) -> None:
     """Train a learner and test it."""
     run = set_up(parse(args))

@@ -17,10 +17,8 @@ import sys
 import tyro
 from command_line import (
     ABOUT_ERRORS,
-    exit_on_signals,
     explain_usage,
     handle_errors,
-    require_out_name,
 )
 from experiments import EXPERIMENTS
 from experiments.base import Experiment
@@ -28,7 +26,6 @@ from experiments.runner import execute
 
 
 @handle_errors
-@exit_on_signals()
 def main(args: list[str]) -> None:
     """Run the experiment that the arguments name, and print its table."""
     print(execute(parse_experiment(args)))
@@ -40,7 +37,6 @@ def parse_experiment(args: list[str]) -> Experiment:
     Raises:
         ValueError: The command line is wrong.
     """
-    require_out_name(args)
     with explain_usage():
         experiment: Experiment = tyro.extras.subcommand_cli_from_dict(
             EXPERIMENTS,

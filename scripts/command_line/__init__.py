@@ -5,11 +5,10 @@ from command_line.defaults import default_options
 from command_line.device import find_device
 from command_line.errors import handle_errors
 from command_line.options import RunOptions
-from command_line.out import require_out_name
 from command_line.parse import parse
 from command_line.requirements import require_package, require_writable
 from command_line.rows import RowFile
-from command_line.stop import exit_on_signals, explain_stop
+from command_line.stop import explain_stop
 from command_line.testing import (
     Split,
     check_classes,
@@ -29,7 +28,6 @@ __all__ = [
     "build_learner",
     "check_classes",
     "default_options",
-    "exit_on_signals",
     "explain_stop",
     "explain_usage",
     "find_device",
@@ -38,7 +36,6 @@ __all__ = [
     "parse",
     "parse_options",
     "predict_test_curves",
-    "require_out_name",
     "require_package",
     "require_writable",
     "run_identity",

@@ -14,12 +14,13 @@ import functools
 import io
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from typing import IO
 
 from command_line.memory import limit_memory
+from command_line.out import require_out_name
+from command_line.stop import exit_on_signals
 
 REFUSED = (ValueError, OSError, OverflowError, ImportError)
 FAILED = (FloatingPointError, MemoryError, RuntimeError)
@@ -30,7 +31,7 @@ Main = Callable[[list[str]], object]
 
 
 def handle_errors(main: Main) -> Callable[[list[str]], None]:
-    """A `main` function whose errors end the process in one line.
+    """A `main` function that ends in one line if there is an error or a signal to stop.
 
     With --debug among the arguments, the trace comes before the line. `SystemExit` passes, so that
     `main` may end with an exit code of its own. Other exceptions than `REFUSED` and `FAILED` are
@@ -41,10 +42,10 @@ def handle_errors(main: Main) -> Callable[[list[str]], None]:
     def handled(args: list[str]) -> None:
         open_streams()
         limit_memory()
-        before = threading.excepthook
-        threading.excepthook = print_unless_raised_again
         try:
-            main([arg for arg in args if arg != DEBUG])
+            require_out_name(args)
+            with exit_on_signals():
+                main([arg for arg in args if arg != DEBUG])
             sys.stdout.flush()
         except KeyboardInterrupt:
             end("stopped", code=130)
@@ -54,16 +55,8 @@ def handle_errors(main: Main) -> Callable[[list[str]], None]:
             error = behind(raised)
             # An unsupported operation is a ValueError and a RuntimeError: the model must change.
             end(f"error: {one_line(error)}", code=2 if isinstance(error, REFUSED) else 1)
-        finally:
-            threading.excepthook = before
 
     return handled
-
-
-def print_unless_raised_again(thrown: threading.ExceptHookArgs) -> None:
-    """Print the trace of a thread. TensorBoard raises an OSError again in the main thread."""
-    if not issubclass(thrown.exc_type, OSError):
-        threading.__excepthook__(thrown)
 
 
 def end(line: str, *, code: int) -> None:

@@ -17,7 +17,6 @@ from command_line.flags import (
     reject_flags_of_others,
 )
 from command_line.options import RunOptions, default_folder
-from command_line.out import require_out_name
 from command_line.usage import ABOUT_ERRORS, explain_usage
 from metaimplicit.training import CONFIG, read_sealed_json, require_new_run_folder
 from tasks import family_summaries
@@ -45,7 +44,6 @@ def parse(args: list[str]) -> RunOptions:
         FileExistsError: The folder holds a run, and --resume is not given.
         FileNotFoundError: The folder holds no run to resume.
     """
-    require_out_name(args)
     choice = _read_choice(args)
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)

@@ -190,7 +190,7 @@ def test_an_empty_name_is_no_folder(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     message = "--out: got an empty name, expected that of a folder for the results"
     assert message in error_line(train, [*SMALL, *args], capsys)
-    assert message in error_line(tune, ["step-size", "--quick", *args], capsys)
+    assert message in error_line(tune.main, ["step-size", "--quick", *args], capsys)
     assert not list(tmp_path.iterdir())
 
 
