@@ -202,11 +202,12 @@ class Prototypes(Head):
         return outputs
 
 
+# Where λ, τ and s start, for a few hundred features of a convolutional network.
 HEADS: dict[str, Head] = {
-    "ridge": ConvexHead(SquaredError(), strength=1.0, scale=10.0),
+    "ridge": ConvexHead(SquaredError(), strength=30.0, scale=15.0),
     "logistic": ConvexHead(SoftmaxCrossEntropy()),
     "hinge": ConvexHead(SmoothHinge()),
-    "prototypes": Prototypes(),
+    "prototypes": Prototypes(temperature=10.0),
 }
 
 
@@ -218,7 +219,7 @@ def make_head(head: str | Head) -> Head:
 
     Example:
         >>> make_head("prototypes")
-        Prototypes(temperature=1.0)
+        Prototypes(temperature=10.0)
     """
     if isinstance(head, Head):
         return head

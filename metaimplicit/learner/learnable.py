@@ -156,7 +156,7 @@ def make_head_learnable(
         ...     like=torch.zeros(()),
         ... )
         >>> learnable.logs
-        {'log_scale': tensor(2.3026)}
+        {'log_scale': tensor(2.7081)}
     """
     by_name = _by_name(learn)
     of_loop = {name: by_name[name] for name in by_name if name == "lr"}

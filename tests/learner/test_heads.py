@@ -123,7 +123,7 @@ def test_prototypes_that_adapt_are_proto_maml():
     """Every parameter takes one step on the support loss from the class means."""
     body = make_body()
     inner = GradientDescent(steps=1, lr=0.1)
-    learner = make("prototypes", body, inner=inner)
+    learner = make(Prototypes(), body, inner=inner)
     episodes = draw_episodes()
     step = learner.backward(episodes)
     assert step.report.features == ""
