@@ -24,6 +24,7 @@ LAYERS = (
         "unsupported",
         "models",
         "normalization",
+        "wrappers",
     ),
     ("problem", "iterate"),
     ("data",),

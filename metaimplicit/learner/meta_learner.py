@@ -25,13 +25,13 @@ from metaimplicit.learner.problem import step_counts
 from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
 from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
-from metaimplicit.learner.wrappers import reject_distributed
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Adapt, select
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize
+from metaimplicit.wrappers import reject_distributed
 
 
 class MetaLearner(FewShotModel):

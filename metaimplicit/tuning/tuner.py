@@ -16,7 +16,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.problem import BilevelProblem, Composite, Stream
 from metaimplicit.solvers import SolverState
 from metaimplicit.tuning.batches import Source, holds_tensors_directly, read_batches
 from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss_newton
@@ -25,6 +25,7 @@ from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
+from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Metric = Callable[[Params, Params], float]
@@ -62,8 +63,8 @@ class Tuner:
         stopping: The best measurement of `fit`, over all calls.
 
     Raises:
-        ValueError: An option or a value is out of range, a domain names no entry of `meta`, or no
-            entry is a floating-point tensor.
+        ValueError: An option or a value is out of range, a domain names no entry of `meta`, no
+            entry is a floating-point tensor, or the model is wrapped in DistributedDataParallel.
 
     Example:
         The argmin of f = (w − φ)² is w = φ, so g = (w − 1)² is minimal at φ = 1.
@@ -102,6 +103,9 @@ class Tuner:
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
         if schedule is not None:
             _step_size(inner)  # raises unless it is a number
+        loss = problem.inner_loss
+        if isinstance(loss, Composite) and loss.module is not None:
+            reject_distributed(loss.module, AVERAGE_HYPERGRADIENTS)
         self.problem = problem
         self.inner = inner
         self.method = default_to_gauss_newton(make_method(method), problem)
