@@ -24,6 +24,7 @@ LAYERS = (
         "unsupported",
         "models",
         "normalization",
+        "tensors",
         "wrappers",
     ),
     ("problem", "iterate"),

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
 from metaimplicit.tuning.output_shapes import has_classes_last, refuse_broadcast
 from metaimplicit.tuning.reductions import Loss, split_reductions
-
-NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 class SplitLoss:
@@ -241,7 +240,7 @@ class SplitLoss:
 
 def _widen(targets: Any) -> Any:
     """Labels as int64, which losses of torch ask for."""
-    if isinstance(targets, Tensor) and targets.dtype in NARROW_INTEGERS:
+    if isinstance(targets, Tensor) and targets.dtype in SHORT_INTEGERS:
         return targets.long()
     return targets
 

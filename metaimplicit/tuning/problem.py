@@ -107,6 +107,7 @@ class WeightedLoss(Composite):
         return losses.weighted_mean(self.weights(meta, losses.detach(), data))
 
 
+@torch.inference_mode(False)
 def tuning_problem(
     model: nn.Module,
     loss: Loss,

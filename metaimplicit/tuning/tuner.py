@@ -86,6 +86,7 @@ class Tuner:
         1.0
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         problem: BilevelProblem,
@@ -135,6 +136,7 @@ class Tuner:
             raise ValueError("params: there are none before the first step")
         return self.end.single
 
+    @torch.inference_mode(False)
     def step(self, train: Any, validation: Any) -> TunerStep:
         """Take K inner steps and one outer step.
 

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from metaimplicit.params import Params
 from metaimplicit.tuning.batches import Batch, batch_entry
 from metaimplicit.tuning.domains import Box, Domain, Positive
-from metaimplicit.tuning.variables.base import Variable, example_index, prototype
+from metaimplicit.tuning.variables.base import (
+    Variable,
+    example_index,
+    prototype,
+    select_entries,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ class ExampleWeights(Variable):
             ValueError: The batch has no `"index"`.
             IndexError: A number is negative, or `count` or more.
         """
-        # `index_select` refuses a negative number, which an index would count from the end.
-        return meta["example_weights"].index_select(0, example_index(self, batch))
+        return select_entries(self, meta["example_weights"], example_index(self, batch))
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class ClassWeights(Variable):
         one_each = targets.numel() == losses.numel()
         if not targets.is_floating_point() and one_each:
             labels = _counted_labels(targets, batch).flatten()
-            return weights.index_select(0, labels).reshape(losses.shape)
+            return select_entries(self, weights, labels).reshape(losses.shape)
         if targets.is_floating_point() and has_classes and one_each:
             weights = weights.reshape(-1, *[1] * (targets.dim() - 2))
             return weights.expand_as(targets).reshape(losses.shape)
