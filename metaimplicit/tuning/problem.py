@@ -224,7 +224,8 @@ class _Losses:
     def weights(self, meta: Params, losses: ExampleLosses, data: Any) -> Tensor:
         """The product of the variables' weights, `[m]` or shaped as the losses."""
         batch = split_batch(data)
-        batch |= {"targets": self.targets(batch), "counted": losses.count.counted}
+        targets = self.loss.read_targets(self.targets(batch))
+        batch |= {"targets": targets, "counted": losses.count.counted}
         factors = []
         for variable in self.weighers:
             assert variable.weights is not None
