@@ -151,7 +151,7 @@ def _variables(function: Any) -> dict[str, Any]:
     if inspect.isfunction(function):
         nonlocals = inspect.getclosurevars(function).nonlocals
         module = function.__globals__
-        names = _global_names(function.__code__)
+        names = global_names(function.__code__)
         return {**nonlocals, **{name: module[name] for name in names if name in module}}
     if inspect.ismethod(function):
         attributes = getattr(function.__self__, "__dict__", {})
@@ -162,9 +162,9 @@ def _variables(function: Any) -> dict[str, Any]:
     return dict(getattr(function, "__dict__", {}))
 
 
-def _global_names(code: CodeType) -> Iterator[str]:
+def global_names(code: CodeType) -> Iterator[str]:
     """The global names in the code of a function, its comprehensions and its inner functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _global_names(constant)
+            yield from global_names(constant)

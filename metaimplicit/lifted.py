@@ -23,6 +23,10 @@ from metaimplicit.task_axis import count_tasks, map_tensors, task_of
 Vectorize = Literal["vmap", "loop"]
 
 
+class SeveralOutputsError(ValueError):
+    """The outputs of a `Composite` are more than one tensor, and a curvature reads them."""
+
+
 class LiftedProblem:
     """A `BilevelProblem` bound to its data, with each function lifted over the task axis.
 
@@ -189,14 +193,23 @@ class LiftedProblem:
 
         return self._lift_scalar("outer_loss", one_task, params, data)
 
+    def fit(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
+        """The first term of a `Composite`, f without its penalty, for each task, `[tasks]`."""
+        meta, data = self.arguments(meta, data)
+
+        def one_task(p: Params, d: Any) -> Any:
+            return composite.output_loss(composite.outputs(p, meta, d), meta, d)
+
+        return self._lift_scalar("inner_loss", one_task, params, data)[0]
+
     def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
         """The outputs of a `Composite` for each task, `[tasks, …]`."""
         meta, data = self.arguments(meta, data)
         outputs = self._lift(lambda p, d: composite.outputs(p, meta, d), params, data)
         if not isinstance(outputs, Tensor):
-            raise ValueError(
+            raise SeveralOutputsError(
                 f"outputs: got {type(outputs).__name__}, expected one tensor; "
-                "leave the others to the loss"
+                "use curvature='hessian', or a model that returns one tensor"
             )
         return outputs
 

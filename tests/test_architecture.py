@@ -24,6 +24,8 @@ LAYERS = (
         "unsupported",
         "models",
         "normalization",
+        "tensors",
+        "wrappers",
     ),
     ("problem", "iterate"),
     ("data",),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.learner.episodes import Episode, Pair
+from metaimplicit.tensors import recordable, with_known_types
 
 # What two parts may be called, in an object or a dict that holds them.
 SETS = (("support", "query"), ("train", "test"))
@@ -95,7 +95,7 @@ def read_support(support: Any, *, batched: bool) -> list[Pair]:
     if batched and _is_list(support) and all(isinstance(pair, tuple) for pair in support):
         return [read.support for read in read_episodes([(pair, pair) for pair in support])]
     inputs, targets = _two_parts(support, PARTS, "support")
-    pair = Pair(_with_known_types(inputs), _with_known_types(targets))
+    pair = Pair(with_known_types(inputs), with_known_types(targets))
     episode = Episode(pair, pair)
     return [read.support for read in read_episodes(episode if batched else [episode])]
 
@@ -134,7 +134,7 @@ def _name_sets(value: Any) -> Episode:
     pairs = []
     for name, examples in zip(SETS[0], sets, strict=True):
         inputs, targets = _two_parts(examples, PARTS, f"episodes.{name}")
-        pairs.append(Pair(_with_known_types(inputs), _with_known_types(targets)))
+        pairs.append(Pair(with_known_types(inputs), with_known_types(targets)))
     return Episode(*pairs)
 
 
@@ -221,22 +221,9 @@ def _plain_episode(task: Episode) -> Episode:
     """The task with its parts as the model and the loss take them."""
 
     def read(pair: Pair) -> Pair:
-        return Pair(_rebuild(pair.inputs, _recordable), _rebuild(pair.targets, _long_label))
+        return Pair(_rebuild(pair.inputs, recordable), _rebuild(pair.targets, _long_label))
 
     return Episode(read(task.support), read(task.query))
-
-
-def _with_known_types(tree: Any) -> Any:
-    """A pytree with its mappings as dicts, which pytrees know, and its arrays as tensors."""
-    if isinstance(tree, Tensor):
-        return tree
-
-    def known(leaf: Any) -> Any:
-        if isinstance(leaf, Mapping):
-            return _with_known_types(dict(leaf))
-        return torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-    return tree_map(known, tree)
 
 
 def _rebuild(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
@@ -251,14 +238,9 @@ def _rebuild(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _recordable(x: Tensor) -> Tensor:
-    """The tensor, or a copy if it is of `inference_mode`, which autograd cannot record."""
-    return x.clone() if x.is_inference() else x
-
-
 def _long_label(x: Tensor) -> Tensor:
     """Integers as int64, which every loss and its derivatives take."""
-    return x.long() if x.dtype in SHORT_INTEGERS else _recordable(x)
+    return x.long() if x.dtype in SHORT_INTEGERS else recordable(x)
 
 
 def _have_same_shapes(tasks: list[Episode]) -> bool:

@@ -36,12 +36,12 @@ from metaimplicit.learner.results import (
 from metaimplicit.learner.targets import Group, Metric
 from metaimplicit.learner.task_batches import TaskBatches
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
-from metaimplicit.learner.wrappers import reject_distributed
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize
+from metaimplicit.wrappers import reject_distributed
 
 
 class MetaLearner(TaskBatches):

@@ -183,6 +183,7 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         loss=lambda z: problem.output_loss(f, z, meta, data),
         module=f.module,
         apply_model=apply_model,
+        whole=reject_random_numbers(lambda p: problem.fit(f, p, meta, data)),
         # Weights may depend on the losses, so what is true of one batch may not be of another.
         checked=f.checked if f.weights is None else {},
     )

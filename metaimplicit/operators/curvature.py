@@ -31,6 +31,8 @@ class LossParts:
             where `function(call, params)` receives the model as `call(params) -> outputs`.
         checked: What earlier checks of the loss have found. Whoever evaluates one loss again and
             again hands in one dict.
+        whole: ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`, for a curvature that does not read the
+            outputs, which may then be more than one tensor. If None, it is made of the parts.
 
     Example:
         >>> parts = LossParts(
@@ -48,10 +50,11 @@ class LossParts:
     module: nn.Module | None = None
     apply_model: Callable[[Callable[..., Any], Params], Any] | None = None
     checked: Checked = field(default_factory=dict)
+    whole: Callable[[Params], Tensor] | None = None
 
     def total(self, params: Params) -> Tensor:
         """ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`."""
-        return self.loss(self.outputs(params))
+        return self.loss(self.outputs(params)) if self.whole is None else self.whole(params)
 
 
 class Curvature(LinearOperator):

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from metaimplicit.labels import SHORT_INTEGERS
+from metaimplicit.task_axis import map_tensors
+from metaimplicit.tensors import recordable, with_known_types
 
 Source = Callable[[int], Any] | Iterable[Any]
 Batch = dict[str, Any]
@@ -36,7 +42,8 @@ def split_batch(data: Any) -> Batch:
       entry `inputs`, if there is one, and the other entries are left to variables that ask for
       them. Else its inputs are all its other entries, which the model receives by their names.
 
-    The index holds the numbers of the examples in the training set, int64 `[m]`.
+    The index holds the numbers of the examples in the training set, integers `[m]`. Arrays become
+    tensors, and tensors that autograd cannot record (of `inference_mode`) are copied.
 
     Returns:
         A dict with `"inputs"`, `"targets"`, `"index"` and other entries, as far as the batch has
@@ -58,9 +65,10 @@ def split_batch(data: Any) -> Batch:
     if entries is not None:
         return _split_entries(entries)
     if isinstance(data, (tuple, list)) and len(data) in (2, 3):
-        batch = dict(zip(("inputs", "targets", "index"), data, strict=False))
+        parts = [_plain(part) for part in data]
+        batch = dict(zip(("inputs", "targets", "index"), parts, strict=False))
         if len(data) == 3:
-            _check_index(batch["index"])
+            batch["index"] = _read_index(batch["index"])
         return batch
     got = type(data).__name__
     if isinstance(data, (tuple, list)):
@@ -99,7 +107,7 @@ def holds_tensors_directly(data: Any) -> bool:
         >>> holds_tensors_directly([x, y]), holds_tensors_directly([(x, y), (x, y)])
         (True, False)
     """
-    return isinstance(data, list) and any(isinstance(part, Tensor) for part in data)
+    return isinstance(data, list) and any(isinstance(part, (Tensor, np.ndarray)) for part in data)
 
 
 def read_batches(source: Source, *, first: int) -> Iterator[Any]:
@@ -134,6 +142,11 @@ def read_batches(source: Source, *, first: int) -> Iterator[Any]:
             )
 
 
+def _plain(part: Any) -> Any:
+    """A part of a batch whose tensors autograd can record."""
+    return map_tensors(recordable, with_known_types(part))
+
+
 def _entries_by_name(data: Any) -> dict[str, Any] | None:
     """The entries of a mapping, or of an object whose fields name its targets; else None."""
     if hasattr(data, "keys") and hasattr(data, "__getitem__"):
@@ -158,19 +171,24 @@ def _split_entries(entries: dict[str, Any]) -> Batch:
                 f"of them, or one of the name {part}"
             )
         if present:
-            batch[part] = entries.pop(present[0])
+            batch[part] = _plain(entries.pop(present[0]))
+    entries = {name: _plain(entry) for name, entry in entries.items()}
     if "index" in batch:
-        _check_index(batch["index"])
+        batch["index"] = _read_index(batch["index"])
     # Without an entry "inputs", every entry that is left is an input.
     if entries and "inputs" not in entries:
         entries = {"inputs": NamedInputs(entries)}
     return batch | entries
 
 
-def _check_index(index: Any) -> None:
-    valid = isinstance(index, Tensor) and index.dim() == 1
-    if valid and not index.is_floating_point() and not index.is_complex():
-        return
+def _read_index(index: Any) -> Tensor:
+    """The numbers of the examples, int64 `[m]`."""
+    if (
+        isinstance(index, Tensor)
+        and index.dim() == 1
+        and index.dtype in (torch.int64, *SHORT_INTEGERS)
+    ):
+        return index.long()
     got = type(index).__name__
     if isinstance(index, Tensor):
         got = f"{index.dtype} of shape {tuple(index.shape)}"

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from metaimplicit.params import Params
+from metaimplicit.tensors import recordable
 from metaimplicit.tuning.batches import NamedInputs
+from metaimplicit.unsupported import shorten
 
 
 class ModelCall:
@@ -38,12 +41,36 @@ class ModelCall:
         self._signature = inspect.signature(model.forward)
 
     def __call__(self, params: Params, inputs: Any) -> Any:
-        """What the model returns."""
+        """What the model returns.
+
+        Raises:
+            ValueError: The model takes other inputs, or inputs of another dtype.
+        """
         frozen = {
-            name: p.detach() for name, p in self.model.named_parameters() if name not in params
+            name: recordable(p.detach())
+            for name, p in self.model.named_parameters()
+            if name not in params
         }
         positional, by_name = self._arguments(inputs)
-        return torch.func.functional_call(self.model, frozen | params, positional, by_name)
+        try:
+            return torch.func.functional_call(self.model, frozen | params, positional, by_name)
+        except TypeError as error:
+            if by_name or self._takes(*positional):
+                raise
+            raise ValueError(
+                f"batch: got {type(inputs).__name__} as the inputs of a model that takes "
+                f"{list(self._signature.parameters)}; write several inputs as "
+                "((first, second), targets), since a tuple of three is (inputs, targets, index)"
+            ) from error
+        except RuntimeError as error:
+            of_model = {p.dtype for p in self.model.parameters()}
+            of_inputs = {x.dtype for x in tree_leaves(inputs) if _is_float(x)}
+            if not of_inputs or of_inputs & of_model:
+                raise
+            raise ValueError(
+                f"batch: got inputs of {_names(of_inputs)} for a model of {_names(of_model)}, "
+                f"which it refuses ({shorten(error)}); convert the inputs or the model"
+            ) from error
 
     def _arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional arguments and those by name."""
@@ -75,6 +102,14 @@ class ModelCall:
         except TypeError:
             return False
         return True
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype) for dtype in dtypes))
 
 
 def output_tensor(outputs: Any) -> Tensor:

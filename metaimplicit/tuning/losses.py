@@ -12,11 +12,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from metaimplicit.labels import SHORT_INTEGERS
+from metaimplicit.tuning.batch_shapes import (
+    count_examples,
+    has_axis_of_examples,
+    kind_of,
+    read_labels,
+    shapes_of,
+    signature,
+)
 from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
-from metaimplicit.tuning.output_shapes import has_classes_last, refuse_broadcast
+from metaimplicit.tuning.loss_checks import Difference, find_difference, relative_error
+from metaimplicit.tuning.loss_state import LossState
+from metaimplicit.tuning.output_shapes import Layouts, explained_refusal
 from metaimplicit.tuning.reductions import Loss, split_reductions
-
-NARROW_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
 
 
 class SplitLoss:
@@ -29,7 +39,9 @@ class SplitLoss:
     read from names. It is measured for each tensor of targets, unless all its labels have been seen
     to count plainly in a batch of this shape: V and ℓ are evaluated at outputs that depend on
     nothing, and s = V/mean ℓ. Where s is not 1, a second evaluation checks that s does not depend
-    on the outputs.
+    on the outputs. For the first batch of a kind, the values and slopes of V and s · mean ℓ are
+    compared, at the outputs of the model and at random ones. All this is done again when the loss
+    has changed, as a schedule changes its attributes.
 
     Args:
         loss: `(outputs, targets) -> Tensor`, a function or a module.
@@ -47,40 +59,46 @@ class SplitLoss:
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
         self._whole, self._unreduced = split_reductions(loss)
+        self._state = LossState(loss)
         self._vmaps = True
-        self._moves_classes: dict[Any, bool] = {}
+        self._layouts = Layouts(self._value)
+        self._trial_outputs = TrialOutputs()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what was measured of the loss as it was."""
         self._counts = WeakTensorKeyDictionary()
-        self._lines: dict[Any, Tensor] = {}
         self._plain_labels: defaultdict[Any, set[int]] = defaultdict(set)
+        self._checked_kinds: set[Any] = set()
 
     def value(self, outputs: Any, targets: Any) -> Tensor:
         """V, a scalar, or the mean if the loss returns the losses of the examples.
 
         Raises:
-            ValueError: The targets broadcast against the outputs.
+            ValueError: The loss refuses the targets, or they broadcast against the outputs.
         """
-        return self._value(self._arrange(outputs, targets), targets)
+        outputs, targets = self._layouts.arrange(outputs, targets)
+        with explained_refusal(outputs, targets):
+            return self._value(outputs, targets)
 
     def split(self, outputs: Any, targets: Any) -> ExampleLosses:
         """The losses of the examples.
 
         Raises:
-            ValueError: V is not a multiple of their mean, no example counts, or the targets
-                broadcast against the outputs.
+            ValueError: V is not a multiple of their mean, no example counts, the loss refuses the
+                targets, or they broadcast against the outputs.
         """
-        outputs = self._arrange(outputs, targets)
-        count = self._count(outputs, targets)
-        return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+        outputs, targets = self._layouts.arrange(outputs, targets)
+        if self._state.has_changed():
+            self._forget()
+        with explained_refusal(outputs, targets):
+            self._check_kind(outputs, targets)
+            count = self._count(outputs, targets)
+            return ExampleLosses(self._losses(outputs, targets, count.counted), count)
 
-    def _arrange(self, outputs: Any, targets: Any) -> Any:
-        """The outputs as the loss takes them, with classes on axis 1 if it refuses them last."""
-        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-            return outputs
-        shapes = (outputs.shape, targets.shape)
-        if shapes not in self._moves_classes:
-            refuse_broadcast(self._value, outputs, targets)
-            self._moves_classes[shapes] = has_classes_last(self._value, outputs, targets)
-        return outputs.movedim(-1, 1) if self._moves_classes[shapes] else outputs
+    def read_targets(self, targets: Any) -> Any:
+        """The targets in the type in which the loss took them."""
+        return self._layouts.read_targets(targets)
 
     def _value(self, outputs: Any, targets: Any) -> Tensor:
         value: Tensor = self._whole(outputs, _widen(targets))
@@ -91,7 +109,7 @@ class SplitLoss:
         targets = _widen(targets)
         if self._unreduced is not None:
             losses: Tensor = self._unreduced(outputs, targets)
-            m = _examples(outputs, targets)
+            m = count_examples(outputs, targets)
             if losses.dim() and len(losses) == m:
                 return losses
             # Positions may have been flattened into the axis of the examples.
@@ -101,6 +119,14 @@ class SplitLoss:
         return self._losses_one_by_one(outputs, targets, counted)
 
     def _losses_one_by_one(self, outputs: Any, targets: Any, counted: Tensor | None) -> Tensor:
+        m = count_examples(outputs, targets)
+        if not has_axis_of_examples((outputs, targets), m):
+            raise ValueError(
+                f"loss: {self._name} takes outputs of shapes {shapes_of(outputs)} for targets of "
+                f"shapes {shapes_of(targets)}, of which some lack the axis of the {m} examples, "
+                "so they cannot be weighed one by one; give it an argument `reduction`, with which "
+                "it returns its losses [m] for 'none'"
+            )
         if counted is not None:
             # An example that does not count has the loss 0/0. It lends the targets of another one.
             first = counted.to(torch.uint8).argmax()
@@ -121,144 +147,142 @@ class SplitLoss:
             except RuntimeError:
                 self._vmaps = False
         if not self._vmaps:
-            m = _examples(outputs, targets)
             one_each = [tree_map(lambda x, i=i: x[i], examples) for i in range(m)]
             losses = torch.stack([loss_of_one(example) for example in one_each])
         return losses if counted is None else torch.where(counted, losses, 0.0)
 
     def _count(self, outputs: Any, targets: Any) -> Count:
         """What `_measure` returns, remembered while the targets live and stay as they are."""
-        if not isinstance(targets, Tensor) or _is_transformed(targets):
+        if not isinstance(targets, Tensor) or is_transformed(targets):
             return self._measure(outputs, targets)
         version = None if targets.is_inference() else targets._version
-        key = (version, _shapes(outputs))
+        key = (version, signature(outputs))
         known = self._counts.get(targets)
         if known is None or known[0] != key:
             known = (key, self._measure(outputs, targets))
             counted = known[1].counted
-            if counted is None or not _is_transformed(counted):
+            if counted is None or not is_transformed(counted):
                 self._counts[targets] = known
         count: Count = known[1]
         return count
 
+    def _check_kind(self, outputs: Any, targets: Any) -> None:
+        """Check once for each kind of batch that V = s · mean ℓ, in its value and its slope.
+
+        Raises:
+            ValueError: They differ.
+        """
+        kind = (kind_of(outputs), kind_of(targets))
+        if kind in self._checked_kinds:
+            return
+        outputs = of_one_task(outputs)
+        targets = of_one_task(targets)
+        count = self._measure(outputs, targets)
+        difference = find_difference(
+            lambda z: self._value(z, targets),
+            lambda z: count.scale * self._losses(z, targets, count.counted).mean(),
+            outputs,
+        )
+        if difference is not None:
+            raise ValueError(self._refusal(difference))
+        self._checked_kinds.add(kind)
+
     @torch.no_grad()
     def _measure(self, outputs: Any, targets: Any) -> Count:
         """Evaluate V and ℓ at outputs that depend on nothing: s, and what counts."""
-        labels = _labels(targets)
-        plain_labels = self._plain_labels[_shapes(outputs)]
+        labels = read_labels(targets)
+        plain_labels = self._plain_labels[signature(outputs)]
         if labels and labels <= plain_labels:
             return Count(1.0, None)
-        value, losses = self._at_reference(outputs, targets, power=1)
-        hidden = any(_is_transformed(y) for y in tree_leaves(targets) if isinstance(y, Tensor))
+        value, losses = self._at_trial(outputs, targets, order=1)
+        hidden = any(is_transformed(y) for y in tree_leaves(targets) if isinstance(y, Tensor))
         if not hidden and _is_plain_mean(value, losses):
             # Weights of classes may balance in one batch. In one example they do not.
-            if labels and self._is_plain_alone(outputs, targets):
+            if labels and self._is_always_plain(outputs, targets):
                 plain_labels |= labels
             return Count(1.0, None)
 
         # At one reference, a loss that counts may be 0 by chance.
-        second_value, second_losses = self._at_reference(outputs, targets, power=2)
+        second_value, second_losses = self._at_trial(outputs, targets, order=2)
         counted = (losses.isfinite() & (losses != 0)) | (
             second_losses.isfinite() & (second_losses != 0)
         )
+        if self._unreduced is None and not hidden and bool((losses == 0).any()):
+            # Far outputs have a loss beyond any margin.
+            far = self._at_trial(outputs, targets, order=3)[1]
+            counted |= far.isfinite() & (far != 0)
         mean = torch.where(counted, losses, 0.0).mean()
         if hidden:  # under vmap, where numbers cannot be read
             return Count(value / mean, counted)
+        if not counted.any():
+            if value == 0 and second_value == 0:  # as of a single class
+                return Count(1.0, None)
+            raise ValueError(
+                f"loss: {self._name} counts no example of the batch, expected at least one that "
+                "counts"
+            )
 
         second_mean = torch.where(counted, second_losses, 0.0).mean()
-        scales = ((value / mean).item(), (second_value / second_mean).item())
-        tolerance = 1000 * torch.finfo(losses.dtype).eps
-        if not math.isclose(*scales, rel_tol=tolerance):
-            raise ValueError(self._refusal(counted, scales))
-        return Count(scales[0], None if counted.all() else counted)
+        scale = (value / mean).item()
+        error = abs(second_value.item() - scale * second_mean.item())
+        size = abs(scale) * torch.where(counted, second_losses, 0.0).abs().mean().item()
+        tolerance = 1000 * torch.finfo(losses.dtype).eps * _cancellation(losses, counted)
+        if not error <= tolerance * size:
+            raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
+        return Count(scale, None if counted.all() else counted)
 
-    def _at_reference(self, outputs: Any, targets: Any, power: int) -> tuple[Tensor, Tensor]:
-        """V and ℓ at the reference outputs, or at these outputs if the loss refuses those."""
+    def _at_trial(self, outputs: Any, targets: Any, order: int) -> tuple[Tensor, Tensor]:
+        """V and ℓ at the trial outputs, or at these outputs if the loss refuses those."""
         for widen in (True, False):  # False for a loss with parts in half precision
             try:
-                return self._evaluate(self._reference(outputs, power, widen=widen), targets)
+                return self._evaluate(self._trial_outputs(outputs, order, widen=widen), targets)
             except (RuntimeError, ValueError):
                 continue
         return self._evaluate(outputs, targets)
 
-    def _reference(self, outputs: Any, power: int, *, widen: bool) -> Any:
-        """Numbers between 0 and 1, valid as scores and as probabilities, shaped as the outputs."""
-
-        def replace(z: Any) -> Any:
-            if not isinstance(z, Tensor) or not z.is_floating_point():
-                return z
-            dtype = torch.promote_types(z.dtype, torch.float32) if widen else z.dtype
-            return self._line(z, dtype, power)
-
-        return tree_map(replace, outputs)
-
-    def _line(self, z: Tensor, dtype: torch.dtype, power: int) -> Tensor:
-        """A line along the second axis, shaped as z; one number if there is no such axis."""
-        key = (z.shape, dtype, z.device, power)
-        line = self._lines.get(key)
-        if line is None:
-            size = z.shape[1] if z.dim() > 1 else 1
-            line = torch.linspace(0.2357, 0.8123, size, dtype=dtype, device=z.device).pow(power)
-            line = align(line, z.dim() - 1) if z.dim() > 0 else line[0]
-            line = line.expand(z.shape)
-            if len(self._lines) >= 16:
-                self._lines.clear()
-            # A tensor that was made inside of a transform must not outlive it.
-            if not _is_transformed(line):
-                self._lines[key] = line
-        return line
-
     def _evaluate(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         return self._value(outputs, targets), self._losses(outputs, targets)
 
-    def _is_plain_alone(self, outputs: Any, targets: Any) -> bool:
-        """Whether V of each example by itself is its loss."""
-        reference = self._reference(outputs, power=1, widen=True)
+    def _is_always_plain(self, outputs: Any, targets: Any) -> bool:
+        """Whether V is the mean of ℓ in every batch of these labels.
+
+        It is if V of each example by itself is its loss, and V of a batch in which some examples
+        stand several times is their mean.
+        """
+        trial = self._trial_outputs(outputs, order=1)
+        m = count_examples(outputs, targets)
+        unbalanced = targets[torch.arange(m, device=targets.device).square() // m]
         try:
-            losses = self._losses(reference, targets)
-            alone = self._losses_one_by_one(reference, targets, None)
+            losses = self._losses(trial, targets)
+            alone = self._losses_one_by_one(trial, targets, None)
+            value, mixed = self._evaluate(trial, unbalanced)
         except (RuntimeError, ValueError):  # a loss of two examples or more, say
             return False
-        return torch.allclose(alone, losses.flatten(1).mean(1) if losses.dim() > 1 else losses)
+        of_examples = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        return torch.allclose(alone, of_examples) and _is_plain_mean(value, mixed)
 
-    def _refusal(self, counted: Tensor, scales: tuple[float, float]) -> str:
-        name = getattr(self.loss, "__name__", type(self.loss).__name__)
-        if not counted.any():
-            return f"loss: {name} counts no example of the batch, expected at least one that counts"
+    def _refusal(self, difference: Difference) -> str:
         if self._unreduced is None:
             return (
-                f"loss: the value of {name} is no mean of its values at single examples, which "
-                "variables weigh; give it an argument `reduction`, with which it returns its "
-                "losses [m] for 'none'"
+                f"loss: the value of {self._name} is no mean of its values at single examples, "
+                f"which variables weigh: {difference}; give it an argument `reduction`, with which "
+                "it returns its losses [m] for 'none', if it is a weighted sum over examples"
             )
         return (
-            f"loss: the value of {name} is {scales[0]:.6g} times the mean of its losses for "
-            f"reduction='none' at some outputs and {scales[1]:.6g} times at others, expected one "
-            "number, so that examples can be weighed; use a loss that is a weighted sum over "
-            "examples"
+            f"loss: the value of {self._name} is no multiple of the mean of its losses for "
+            f"reduction='none': {difference}; use a loss that is a weighted sum over examples"
         )
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.loss, "__name__", type(self.loss).__name__)
 
 
 def _widen(targets: Any) -> Any:
     """Labels as int64, which losses of torch ask for."""
-    if isinstance(targets, Tensor) and targets.dtype in NARROW_INTEGERS:
+    if isinstance(targets, Tensor) and targets.dtype in SHORT_INTEGERS:
         return targets.long()
     return targets
-
-
-def _examples(outputs: Any, targets: Any) -> int:
-    """m, by the targets, or by the outputs if the targets are no tensors."""
-    leaves = [x for x in tree_leaves((targets, outputs)) if isinstance(x, Tensor)]
-    return len(leaves[0]) if leaves and leaves[0].dim() else 1
-
-
-def _labels(targets: Any) -> set[int]:
-    """The classes that the targets name; empty if they are no integers that can be read."""
-    if not isinstance(targets, Tensor) or _is_transformed(targets):
-        return set()
-    if targets.is_floating_point() or targets.is_complex():
-        return set()
-    return set(targets.unique().tolist())
 
 
 def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:
@@ -273,10 +297,7 @@ def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:
     return error <= tolerance * losses.abs().mean().item()  # of losses of both signs
 
 
-def _shapes(tree: Any) -> tuple[Any, ...]:
-    return tuple((x.shape, x.dtype) for x in tree_leaves(tree) if isinstance(x, Tensor))
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether a transform such as vmap wraps the tensor."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def _cancellation(losses: Tensor, counted: Tensor) -> float:
+    """How many times the mean of |ℓ| is as large as |mean ℓ|, plus one."""
+    seen = torch.where(counted, losses, 0.0)
+    return 1 + (seen.abs().mean() / seen.mean().abs()).item()

@@ -21,6 +21,7 @@ from metaimplicit.tuning.example_losses import ExampleLosses, align
 from metaimplicit.tuning.losses import SplitLoss
 from metaimplicit.tuning.reductions import Loss
 from metaimplicit.tuning.variables import Variable
+from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
 Penalty = Callable[[Params, Params], Tensor]
 
@@ -106,6 +107,7 @@ class WeightedLoss(Composite):
         return losses.weighted_mean(self.weights(meta, losses.detach(), data))
 
 
+@torch.inference_mode(False)
 def tuning_problem(
     model: nn.Module,
     loss: Loss,
@@ -125,10 +127,10 @@ def tuning_problem(
     mean weighed by classes, stays one. With all wᵢ = 1, the first term of f is the loss itself.
 
     Args:
-        model: Its parameters that require grad are θ, and start where they are. The model itself is
-            not changed. It receives several inputs one by one or by their names, and returns what
-            the loss takes, or a tuple, mapping or dataclass whose entry `logits`, or first entry,
-            the loss takes.
+        model: Its parameters that require grad are θ, and start where they are. They are not
+            changed. A buffer that a forward pass writes to moves as in training. The model receives
+            several inputs one by one or by their names. It returns what the loss takes, or a tuple,
+            mapping or dataclass whose entry `logits`, or first entry, the loss takes.
         loss: Called with the outputs and the targets: a module such as `nn.CrossEntropyLoss()`, or
             a function. Its reduction is its own. Where variables weigh examples, its attribute or
             argument `reduction` is set to `"none"`; a loss that has neither is called with one
@@ -138,7 +140,8 @@ def tuning_problem(
 
     Raises:
         ValueError: There is no hyperparameter, two have one name, two variables make the inputs, no
-            parameter requires grad, or a batch norm tracks running statistics.
+            parameter requires grad, a batch norm tracks running statistics, or the model is wrapped
+            in DistributedDataParallel.
 
     Example:
         >>> from torch.nn import functional as F
@@ -148,6 +151,7 @@ def tuning_problem(
         >>> meta, domains
         ({'class_weights': tensor([1., 1., 1.])}, {'class_weights': Positive()})
     """
+    reject_distributed(model, AVERAGE_HYPERGRADIENTS)
     reject_running_statistics(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if not start:
@@ -220,7 +224,8 @@ class _Losses:
     def weights(self, meta: Params, losses: ExampleLosses, data: Any) -> Tensor:
         """The product of the variables' weights, `[m]` or shaped as the losses."""
         batch = split_batch(data)
-        batch |= {"targets": self.targets(batch), "counted": losses.count.counted}
+        targets = self.loss.read_targets(self.targets(batch))
+        batch |= {"targets": targets, "counted": losses.count.counted}
         factors = []
         for variable in self.weighers:
             assert variable.weights is not None

@@ -16,17 +16,20 @@ Loss = Callable[..., Any]
 def split_reductions(loss: Loss) -> tuple[Loss, Loss | None]:
     """The loss with its own reduction, and with none, or None if it has no such argument.
 
+    Neither keeps a copy of the loss, which may change between calls.
+
     Example:
+        >>> import torch
         >>> whole, unreduced = split_reductions(nn.MSELoss(reduction="sum"))
-        >>> whole.reduction, unreduced.reduction
-        ('sum', 'none')
+        >>> whole(torch.ones(2), torch.zeros(2)), unreduced(torch.ones(2), torch.zeros(2))
+        (tensor(2.), tensor([1., 1.]))
         >>> split_reductions(lambda outputs, targets: outputs.mean())[1] is None
         True
     """
     own = getattr(loss, "reduction", None)
     if isinstance(own, str):
-        unreduced = _with_attribute(loss, "none")
-        return (_with_attribute(loss, "mean") if own == "none" else loss), unreduced
+        unreduced = partial(_call_with_attribute, loss, "none")
+        return (partial(_call_with_attribute, loss, "mean") if own == "none" else loss), unreduced
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
         parameters = inspect.signature(function).parameters
@@ -42,8 +45,8 @@ def split_reductions(loss: Loss) -> tuple[Loss, Loss | None]:
     return whole, partial(loss, reduction="none")
 
 
-def _with_attribute(loss: Loss, reduction: str) -> Loss:
-    """A shallow copy, which shares parameters and buffers."""
+def _call_with_attribute(loss: Loss, reduction: str, *arguments: Any) -> Any:
+    # A shallow copy shares parameters and buffers.
     changed: Any = copy.copy(loss)
     changed.reduction = reduction
-    return changed  # type: ignore[no-any-return]
+    return changed(*arguments)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from metaimplicit.hypergradient import hypergradient
+from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
+from metaimplicit.lifted import SeveralOutputsError
 from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.problem import BilevelProblem, Composite, Stream
 from metaimplicit.solvers import SolverState
 from metaimplicit.tuning.batches import Source, holds_tensors_directly, read_batches
 from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss_newton
@@ -25,6 +26,7 @@ from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
+from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Metric = Callable[[Params, Params], float]
@@ -44,7 +46,8 @@ class Tuner:
         inner: The inner loop. Its `steps` are K.
         method: How the hypergradient is taken, a `Method` or its flag. If it is implicit and names
             no batch, it takes its curvature on an additional training batch. If it names no
-            curvature and the inner loss is that of a network, it uses Gauss–Newton.
+            curvature and the inner loss is that of a network, it uses Gauss–Newton, or the Hessian
+            where the loss takes several outputs of the model. The report names the curvature.
         optimizer: Makes the outer optimiser from the list of free coordinates of φ, such as
             `partial(torch.optim.SGD, lr=1.0, momentum=0.9)`.
         domains: The domain of each entry of `meta`, by name. An entry without one is `Real`.
@@ -62,8 +65,8 @@ class Tuner:
         stopping: The best measurement of `fit`, over all calls.
 
     Raises:
-        ValueError: An option or a value is out of range, a domain names no entry of `meta`, or no
-            entry is a floating-point tensor.
+        ValueError: An option or a value is out of range, a domain names no entry of `meta`, no
+            entry is a floating-point tensor, or the model is wrapped in DistributedDataParallel.
 
     Example:
         The argmin of f = (w − φ)² is w = φ, so g = (w − 1)² is minimal at φ = 1.
@@ -85,6 +88,7 @@ class Tuner:
         1.0
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         problem: BilevelProblem,
@@ -102,9 +106,13 @@ class Tuner:
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
         if schedule is not None:
             _step_size(inner)  # raises unless it is a number
+        loss = problem.inner_loss
+        if isinstance(loss, Composite) and loss.module is not None:
+            reject_distributed(loss.module, AVERAGE_HYPERGRADIENTS)
         self.problem = problem
         self.inner = inner
-        self.method = default_to_gauss_newton(make_method(method), problem)
+        self._method_as_given = make_method(method)
+        self.method = default_to_gauss_newton(self._method_as_given, problem)
         self.warm_start = warm_start
         self.schedule = schedule
         self.on_nonfinite = on_nonfinite
@@ -131,6 +139,7 @@ class Tuner:
             raise ValueError("params: there are none before the first step")
         return self.end.single
 
+    @torch.inference_mode(False)
     def step(self, train: Any, validation: Any) -> TunerStep:
         """Take K inner steps and one outer step.
 
@@ -155,15 +164,25 @@ class Tuner:
         inner = self.inner
         if self.schedule is not None:
             inner = inner.updated(lr=_step_size(inner) * self.schedule(self.steps))
-        result = hypergradient(
-            self.problem,
-            self.meta,
-            Stream(lambda t: batches[t] if t < k else validation),
-            inner=inner,
-            method=bind_curvature_batch(self.method, batches[k]),
-            state=self.state,
-            start=self.end if self.warm_start else None,
-        )
+
+        def evaluate() -> Hypergradient:
+            return hypergradient(
+                self.problem,
+                self.meta,
+                Stream(lambda t: batches[t] if t < k else validation),
+                inner=inner,
+                method=bind_curvature_batch(self.method, batches[k]),
+                state=self.state,
+                start=self.end if self.warm_start else None,
+            )
+
+        try:
+            result = evaluate()
+        except SeveralOutputsError:
+            if self.method is self._method_as_given:
+                raise
+            self.method = self._method_as_given  # takes the Hessian
+            result = evaluate()
         loss = result.outer_loss.item()
         gradients = self._free.pull_back(result.grads)
         norm = total_norm(gradients)

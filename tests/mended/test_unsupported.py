@@ -10,13 +10,17 @@ from torch.nn import functional as F
 from metaimplicit import (
     CG,
     BilevelProblem,
+    Composite,
     FirstOrder,
     Forward,
     Implicit,
     MetaLearner,
+    Tuner,
     Unrolled,
     hypergradient,
+    tuning_problem,
 )
+from metaimplicit.tuning import WeightDecay
 from metaimplicit.unsupported import find_advice
 
 ONCE = "first-order.*finite-differences"
@@ -208,6 +212,15 @@ def test_a_model_that_averages_gradients_itself_is_refused(tmp_path):
             for model in (wrap(nn.Linear(4, 5)), nn.Sequential(wrap(nn.Linear(4, 5)))):
                 with refuses("Distributed", r"\.module", "all_reduce"):
                     MetaLearner(model, F.cross_entropy)
+                with refuses("Distributed", r"\.module", "all_reduce"):
+                    tuning_problem(model, F.cross_entropy, [WeightDecay()])
+                problem = BilevelProblem(
+                    init=lambda meta, data: {},
+                    inner_loss=Composite(outputs=None, loss=None, module=model),
+                    outer_loss=None,
+                )
+                with refuses("Distributed", r"\.module", "all_reduce"):
+                    Tuner(problem, {"lr": torch.tensor(0.1)}, inner=INNER)
     finally:
         torch.distributed.destroy_process_group()
 

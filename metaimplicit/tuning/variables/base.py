@@ -129,6 +129,23 @@ def example_index(variable: Variable, batch: Batch) -> Tensor:
     return index
 
 
+def select_entries(variable: Variable, values: Tensor, index: Tensor) -> Tensor:
+    """The entries of `values`, `[n]`, with these numbers.
+
+    Raises:
+        IndexError: A number is negative, or n or more.
+    """
+    try:
+        # `index_select` refuses a negative number, which an index would count from the end.
+        return values.index_select(0, index)
+    except IndexError as error:
+        low, high = (int(bound) for bound in index.aminmax())
+        raise IndexError(
+            f"{type(variable).__name__}: got numbers from {low} to {high}, expected 0 to "
+            f"{len(values) - 1}, of which each has a weight"
+        ) from error
+
+
 def check_choice(name: str, got: str, known: tuple[str, ...]) -> None:
     """Raise ValueError unless `got` is one of the known words."""
     if got not in known:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from metaimplicit.params import Params
 from metaimplicit.tuning.batches import Batch, batch_entry
 from metaimplicit.tuning.domains import Box, Domain, Positive
-from metaimplicit.tuning.variables.base import Variable, example_index, prototype
+from metaimplicit.tuning.variables.base import (
+    Variable,
+    example_index,
+    prototype,
+    select_entries,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ class ExampleWeights(Variable):
             ValueError: The batch has no `"index"`.
             IndexError: A number is negative, or `count` or more.
         """
-        # `index_select` refuses a negative number, which an index would count from the end.
-        return meta["example_weights"].index_select(0, example_index(self, batch))
+        return select_entries(self, meta["example_weights"], example_index(self, batch))
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class ClassWeights(Variable):
         has_classes = targets.dim() > 1 and targets.shape[1] == self.classes
         one_each = targets.numel() == losses.numel()
         if not targets.is_floating_point() and one_each:
-            labels = _counted_labels(targets, batch).flatten()
-            return weights.index_select(0, labels).reshape(losses.shape)
+            labels = _counted_labels(targets, batch, self.classes).flatten()
+            return select_entries(self, weights, labels).reshape(losses.shape)
         if targets.is_floating_point() and has_classes and one_each:
             weights = weights.reshape(-1, *[1] * (targets.dim() - 2))
             return weights.expand_as(targets).reshape(losses.shape)
@@ -178,7 +182,9 @@ class WeightNetwork(Variable):
                 )
             scores = targets.to(like)
             return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
-        one_hot = nn.functional.one_hot(_counted_labels(targets, batch), self.classes).to(like)
+        one_hot = nn.functional.one_hot(
+            _counted_labels(targets, batch, self.classes), self.classes
+        ).to(like)
         counted = batch.get("counted")
         if counted is not None:
             one_hot = one_hot * counted.reshape(targets.shape).unsqueeze(-1)
@@ -198,11 +204,13 @@ def _target_tensor(variable: Variable, batch: Batch) -> Tensor:
     )
 
 
-def _counted_labels(targets: Tensor, batch: Batch) -> Tensor:
+def _counted_labels(targets: Tensor, batch: Batch, classes: int) -> Tensor:
     """The numbers of classes, int64, with 0 for what does not count, such as the label −100."""
     labels = targets if targets.dtype == torch.int64 else targets.long()
     counted = batch.get("counted")
     if counted is None:
         return labels
-    # A label that does not count says nothing; 0 is valid, and its loss is 0.
-    return torch.where(counted.reshape(labels.shape), labels, 0)
+    # A label that does not count says nothing; 0 is valid, and its loss is 0. One that is valid
+    # stays, since a loss such as a hinge may be 0 by chance.
+    is_valid = (labels >= 0) & (labels < classes)
+    return torch.where(counted.reshape(labels.shape) | is_valid, labels, 0)

@@ -1,0 +1,123 @@
+"""Whether a loss has changed since it was last looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from metaimplicit.graph import global_names
+
+MAX_PARTS = 500  # many more than an ordinary loss has
+LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")
+CONSTANTS = (type, ModuleType, BuiltinFunctionType, str, bytes, int, float, type(None))
+
+
+class LossState:
+    """What a loss reads beside its arguments: attributes, parameters, buffers, captured variables.
+
+    Args:
+        loss: A function, a module or another callable object.
+
+    Example:
+        >>> from torch import nn
+        >>> loss = nn.CrossEntropyLoss()
+        >>> state = LossState(loss)
+        >>> state.has_changed()
+        False
+        >>> loss.label_smoothing = 0.1
+        >>> state.has_changed(), state.has_changed()
+        (True, False)
+    """
+
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        self._loss = loss
+        self._parts = _read(loss)
+
+    def has_changed(self) -> bool:
+        """Whether it differs from what it was at the last call, or is too large to be compared."""
+        parts = _read(self._loss)
+        before, self._parts = self._parts, parts
+        if before is None or parts is None or len(before) != len(parts):
+            return True
+        return not all(map(_are_same, before, parts))
+
+
+def _are_same(before: Any, after: Any) -> bool:
+    # What was read is kept alive, so that no other object can have its identity.
+    if before is after:
+        return True
+    return type(before) is type(after) and isinstance(before, CONSTANTS) and before == after
+
+
+def _read(loss: Any) -> list[Any] | None:
+    """The parts of a loss in a fixed order. None if there are more than `MAX_PARTS`."""
+    parts: list[Any] = []
+    seen: set[int] = set()
+    pending = [loss]
+    while pending:
+        value = pending.pop()
+        parts.append(value)
+        if len(parts) > MAX_PARTS:
+            return None
+        if isinstance(value, CONSTANTS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            parts.append(0 if value.is_inference() else value._version)
+        elif isinstance(value, np.ndarray):
+            parts.append(value.tobytes())
+        else:
+            pending.extend(_parts_of(value))
+    return parts
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """What a value holds, as far as Python shows it."""
+    if isinstance(value, Mapping):
+        yield from value.keys()
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from value
+    elif isinstance(value, MethodType):
+        yield value.__func__
+        yield value.__self__
+    elif isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, FunctionType):
+        if not _is_of_library(value):
+            yield from _variables(value)
+    elif isinstance(value, CellType):
+        yield _content(value)
+    else:
+        yield from getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            if not _is_of_library(kind):
+                yield from vars(kind).values()
+
+
+def _variables(function: FunctionType) -> Iterator[Any]:
+    """The variables that a function sees, and the defaults of its arguments."""
+    yield from function.__closure__ or ()
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    names = function.__globals__
+    yield from (names[name] for name in global_names(function.__code__) if name in names)
+
+
+def _content(cell: CellType) -> Any:
+    """The variable in a cell. None if it has no value yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _is_of_library(value: Any) -> bool:
+    """Whether a function or class comes from a library whose variables do not change."""
+    name = getattr(value, "__module__", None) or ""
+    return name.partition(".")[0] in LIBRARIES

@@ -1,0 +1,153 @@
+"""A loss that a schedule changes between calls: f is that of the loss as it is."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tuning_loop import C, M, Y, draw
+
+from metaimplicit import tuning_problem
+from metaimplicit.tuning import ExampleWeights
+from metaimplicit.tuning.loss_state import LossState
+
+W = torch.linspace(0.5, 2, M, dtype=torch.float64)
+CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+SCHEDULE = {"gamma": 0.0}
+
+
+def cross_entropies(z, **options):
+    return F.cross_entropy(z, Y, reduction="none", **options)
+
+
+def focal(z, y, gamma):
+    losses = F.cross_entropy(z, y, reduction="none")
+    return (1 - (-losses).exp()) ** gamma * losses
+
+
+class Focal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = 0.0
+        self.reduction = "mean"
+
+    def forward(self, z, y):
+        losses = focal(z, y, self.gamma)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+class OfClass:
+    """A callable object whose number is one of its class."""
+
+    gamma = 0.0
+
+    def __call__(self, z, y, reduction="mean"):
+        losses = focal(z, y, self.gamma)
+        return losses if reduction == "none" else losses.mean()
+
+
+def of_global(z, y, reduction="mean"):
+    losses = focal(z, y, SCHEDULE["gamma"])
+    return losses if reduction == "none" else losses.mean()
+
+
+def weighted(weight):
+    return lambda z, y, reduction="mean": F.cross_entropy(z, y, weight, reduction=reduction)
+
+
+def set_attribute(name, value):
+    return lambda loss: setattr(loss, name, value)
+
+
+def ones():
+    return torch.ones(C, dtype=torch.float64)
+
+
+SHARED = ones()
+
+
+def right_focal(z):
+    return (W * focal(z, Y, 2.0)).mean()
+
+
+def right_weighted(z):
+    return (W * cross_entropies(z, weight=CLASS_WEIGHTS)).sum() / CLASS_WEIGHTS[Y].sum()
+
+
+CHANGES = {
+    "smoothing": (
+        nn.CrossEntropyLoss(),
+        set_attribute("label_smoothing", 0.3),
+        lambda z: (W * cross_entropies(z, label_smoothing=0.3)).mean(),
+    ),
+    "ignored class": (
+        nn.CrossEntropyLoss(),
+        set_attribute("ignore_index", 1),
+        lambda z: (W * cross_entropies(z))[Y != 1].sum() / (Y != 1).sum(),
+    ),
+    "reduction": (
+        nn.CrossEntropyLoss(),
+        set_attribute("reduction", "sum"),
+        lambda z: (W * cross_entropies(z)).sum(),
+    ),
+    "gamma of a module": (Focal(), set_attribute("gamma", 2.0), right_focal),
+    "gamma of a class": (
+        OfClass(),
+        lambda loss: setattr(type(loss), "gamma", 2.0),
+        right_focal,
+    ),
+    "gamma of a global": (of_global, lambda loss: SCHEDULE.update(gamma=2.0), right_focal),
+    "weights replaced": (
+        nn.CrossEntropyLoss(ones()),
+        set_attribute("weight", CLASS_WEIGHTS),
+        right_weighted,
+    ),
+    "weights in place": (
+        nn.CrossEntropyLoss(ones()),
+        lambda loss: loss.weight.copy_(CLASS_WEIGHTS),
+        right_weighted,
+    ),
+    "weights of a closure": (
+        weighted(SHARED),
+        lambda loss: SHARED.copy_(CLASS_WEIGHTS),
+        right_weighted,
+    ),
+}
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["same batch", "fresh batch"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
+    loss, change, right = CHANGES[name]
+    SHARED.fill_(1.0)
+    monkeypatch.setitem(SCHEDULE, "gamma", 0.0)
+    monkeypatch.setattr(OfClass, "gamma", 0.0)
+    original = dict(vars(loss))
+    case = draw()
+    problem, meta, _ = tuning_problem(case.model, loss, [ExampleWeights(M)])
+    params = problem.init(meta, None)
+    y = Y.clone()
+    try:
+        problem.inner_loss(params, {"example_weights": W}, (case.x, y, torch.arange(M)))
+        change(loss)
+        batch = (case.x, y.clone() if fresh else y, torch.arange(M))
+        got = problem.inner_loss(params, {"example_weights": W}, batch)
+        torch.testing.assert_close(got, right(case.model(case.x)))
+    finally:
+        vars(loss).update(original)
+        if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
+            loss.weight.fill_(1.0)
+
+
+def test_a_loss_that_holds_too_much_to_compare_is_always_looked_at_again():
+    numbers = [float(i) for i in range(1000)]
+    state = LossState(lambda z, y: (z - y).mean() * numbers[0])
+    assert state.has_changed()
+    assert state.has_changed()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_loss_that_stays_has_not_changed(name):
+    loss, *_ = CHANGES[name]
+    state = LossState(loss)
+    loss(torch.randn(M, C, dtype=torch.float64), Y)
+    assert not state.has_changed()
