@@ -22,12 +22,12 @@ from metaimplicit.methods.base import (
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
 from metaimplicit.methods.linearize import inner_gradient, require_outputs
-from metaimplicit.methods.report import Report
+from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import (
     data_at_solution,
     retry_under_vmap,
     run_inner,
-    warn_if_unsolved,
+    warn_if_inaccurate,
 )
 from metaimplicit.operators import (
     CurvatureClass,
@@ -201,11 +201,19 @@ class Implicit(Method):
 
         stationarity = None
         if self.forward_mode:
-            stationarity = self._stationarity(end.params, problem, meta, dependencies=dependencies)
+            stationarity = self._stationarity(
+                end.params, problem, meta, dependencies=dependencies, report=report
+            )
         return Adaptation(end.params, report, dependencies, end, pullback, stationarity)
 
     def _stationarity(
-        self, params: Params, problem: LiftedProblem, meta: Params, *, dependencies: Dependencies
+        self,
+        params: Params,
+        problem: LiftedProblem,
+        meta: Params,
+        *,
+        dependencies: Dependencies,
+        report: Report,
     ) -> Stationarity:
         """What derivatives of θ* = `params` need beside the pullback."""
         data = data_at_solution(problem, self.batch, "Implicit")
@@ -217,14 +225,23 @@ class Implicit(Method):
             return inner_gradient(problem, theta, at, data, decay=decay)
 
         def solve(vectors: Params) -> Params:
-            def attempt(lifted: LiftedProblem) -> Solution:
+            v = flatten(vectors)
+
+            def attempt(lifted: LiftedProblem) -> tuple[Solution, Tensor]:
                 decay = dependencies.decay(params, meta)
                 point = system.linearize(lifted, params, meta, data, decay=decay)
-                return system.solve(point, flatten(vectors), SolverState())[0]
+                solution, _ = system.solve(point, v, SolverState())
+                return solution, flatten(point.gradient).detach()
 
             with torch.enable_grad():
-                solution = retry_under_vmap(attempt, problem)
-            warn_if_unsolved(solution.residual, solution.status)
+                solution, gradient = retry_under_vmap(attempt, problem)
+            completed = replace(
+                report,
+                residual=solution.residual,
+                status=solution.status,
+                relative_leftover=relative_leftover(solution.value, gradient, v=v, params=params),
+            )
+            warn_if_inaccurate("argmin", completed.judged(dependencies.inner.drift))
             return unflatten(solution.value, params)
 
         is_exact = self.curvature_name == "hessian" and self.damping == 0
@@ -279,9 +296,10 @@ class Implicit(Method):
                 point.gradient, meta, unflatten(-solution.value, params)
             )
 
+        gradient = flatten(point.gradient).detach()
         return mixed, replace(
             report,
-            inner_gradient_norm=flatten(point.gradient).detach().norm(dim=-1),
+            inner_gradient_norm=gradient.norm(dim=-1),
             curvature=self.curvature_name,
             chosen=solution.chosen,
             products=products,
@@ -292,6 +310,7 @@ class Implicit(Method):
             sigma=sigma,
             rho=self.solver.damping(sigma),
             error_bound=point.error_bound(solution.residual * v.norm(dim=-1), sigma),
-            leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
+            leftover=-problem.tasks * (solution.value * gradient).sum(-1),
+            relative_leftover=relative_leftover(solution.value, gradient, v=v, params=params),
             state=solution.state,
         )
