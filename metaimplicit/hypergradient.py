@@ -160,7 +160,7 @@ def hypergradient(
         losses=outer.losses,
         grads={name: grads[name] for name in phi},
         params=params if batched else _squeeze(params),
-        report=replace(report, tasks_by=lifted.tasks_by).judged(inner.drift, outer.losses),
+        report=replace(report, tasks_by=lifted.tasks_by).judged(outer.losses),
         end=adaptation.end,
         aux=_detach(outer.aux, batched),
         data_grads=features.entries.arrange(grads),

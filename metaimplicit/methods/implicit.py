@@ -161,9 +161,10 @@ class Implicit(Method):
                 "'fixed-point' or 'unrolled'"
             )
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
-        report = Report(repr(self), run.trajectory.steps, run.trajectory.gradient_norm)
+        trajectory = run.trajectory
+        report = Report(repr(self), trajectory.steps, trajectory.gradient_norm, drift=inner.drift)
         return self.at_solution(
-            run.trajectory.end, problem, meta, report=report, dependencies=run.dependencies
+            trajectory.end, problem, meta, report=report, dependencies=run.dependencies
         )
 
     def at_solution(
@@ -241,7 +242,7 @@ class Implicit(Method):
                 status=solution.status,
                 relative_leftover=relative_leftover(solution.value, gradient, v=v, params=params),
             )
-            warn_if_inaccurate("argmin", completed.judged(dependencies.inner.drift))
+            warn_if_inaccurate("argmin", completed.judged())
             return unflatten(solution.value, params)
 
         is_exact = self.curvature_name == "hessian" and self.damping == 0

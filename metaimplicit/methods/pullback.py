@@ -114,7 +114,7 @@ class _MethodRule(Rule):
         }
         phi = dict(zip(self.names, p, strict=True))
         gradients, report = self.adaptation.pull_back(vectors, phi)
-        warn_if_inaccurate(self.name, report.judged(self.adaptation.dependencies.inner.drift))
+        warn_if_inaccurate(self.name, report.judged())
         return [gradients[name] for name in self.names]
 
     def _once(self, derivative: Tensor, arguments: Sequence[Tensor]) -> Tensor:

@@ -27,10 +27,12 @@ class Report:
         inner_steps: The steps that each task took.
         inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for `Implicit` (whose theorem requires 0) and `SAMA`,
             at θ_{T−1} for all others.
+        drift: What keeps the inner loop from settling where the method assumes it to end, in words,
+            such as decoupled weight decay. If empty, nothing does.
         curvature: What A is made of.
         chosen: What the solver `Auto` chose, and why.
         products: The products with A that were executed, each over all tasks.
-        residual: ‖v − Au‖/‖v‖.
+        residual: ‖v − Au‖/‖v‖. `ValueFunction` has one if its loop drifts, with u = λ(z − y).
         hessian_residual: ‖v − Hu‖/‖v‖ with the Hessian H = ∂²f/∂θ², whatever A is: the error of
             the curvature, once the `residual` is small. None unless `Implicit(check_curvature)`.
         status: Members of `Status`. `hypergradient` sets NOT_STATIONARY.
@@ -61,6 +63,7 @@ class Report:
     method: str
     inner_steps: Tensor
     inner_gradient_norm: Tensor
+    drift: str = ""
     curvature: str | None = None
     chosen: str = ""
     products: int = 0
@@ -77,24 +80,23 @@ class Report:
     tasks_by: str = ""
     state: SolverState = field(default_factory=SolverState, repr=False)
 
-    def judged(self, drift: str, losses: Tensor | None = None) -> Report:
+    def judged(self, losses: Tensor | None = None) -> Report:
         """The report in which a solve away from a stationary point is NOT_STATIONARY.
 
         Such a solve converged, but the inner loop did not, so that the derivative of its end may
-        differ by more than g itself would still change.
+        differ by more than g itself would still change. A loop that drifts may be far from its end
+        although θ hardly shows it, so it is judged more strictly.
 
         Args:
-            drift: That of the inner loop. A loop that drifts may be far from its end although θ
-                hardly shows it, so it is judged more strictly.
             losses: g of each task, `[tasks]`. The leftover is judged beside |g| as well. If None,
                 g is unknown.
         """
         if self.status is None or self.relative_leftover is None:
             return self
         # A comparison with NaN is false, so that what is not finite is far.
-        near = self.relative_leftover <= (DRIFT_TOLERANCE if drift else THETA_TOLERANCE)
+        near = self.relative_leftover <= (DRIFT_TOLERANCE if self.drift else THETA_TOLERANCE)
         if losses is not None and self.leftover is not None:
-            tolerance = DRIFT_TOLERANCE if drift else LOSS_TOLERANCE
+            tolerance = DRIFT_TOLERANCE if self.drift else LOSS_TOLERANCE
             near = near & (self.leftover.abs() <= tolerance * losses.abs())
         unsettled = ~near & (self.status == int(Status.CONVERGED))
         status = torch.where(unsettled, int(Status.NOT_STATIONARY), self.status)
