@@ -12,7 +12,7 @@ from torch import Tensor
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.inner.differentiable import run_steps
 from metaimplicit.inner.optimizers import RULES
-from metaimplicit.inner.settings import Setting, at_step, lists_in, numbers_in
+from metaimplicit.inner.settings import Setting, at_step, check_lengths, lists_in, numbers_in
 from metaimplicit.inner.step import DifferentiableStep
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
@@ -69,12 +69,7 @@ class _StepwiseLoop(InnerLoop):
         """Check the options, and that every list of numbers has one for each step."""
         self.check()
         self._make_step()
-        for numbers in self._lists():
-            if len(numbers) < self.steps:
-                raise ValueError(
-                    f"inner: got the numbers {numbers} for {self.steps} steps, "
-                    "expected one for each step"
-                )
+        check_lengths(self._lists(), self.steps)
 
     def _lists(self) -> list[list[Any]]:
         options = self._make_step().options.values()
