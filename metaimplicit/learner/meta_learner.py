@@ -25,7 +25,7 @@ from metaimplicit.learner.problem import step_counts
 from metaimplicit.learner.results import AdaptedModel, Step, combine, join_reports, mean
 from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
-from metaimplicit.learner.wrappers import reject_distributed
+from metaimplicit.learner.wrappers import reject_complex, reject_distributed
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import reject_running_statistics
@@ -124,6 +124,7 @@ class MetaLearner(FewShotModel):
                 "model: got no parameter that requires grad, expected some; "
                 "call model.requires_grad_()"
             )
+        reject_complex(trainable)
         method = with_default_curvature(make_method(method))
         adapted = select(trainable, adapt)
         learnable = make_learnable(
