@@ -10,9 +10,10 @@ import torch
 from metaimplicit.graph import find_dependencies, is_differentiated, tangent_of
 from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
+from metaimplicit.inner.known import read_solution
 from metaimplicit.methods import Method, make_method
 from metaimplicit.methods.pullback import attach_pullback, forward_mode_error
-from metaimplicit.params import Params, detached, leaves
+from metaimplicit.params import Params, detached, floating_entry, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, lift
@@ -48,8 +49,9 @@ def argmin(
         data: As for `hypergradient`. Gradients flow to the tensors that require grad.
         inner: The inner loop that approximates θ*, or its flag. If None, there is a `solution`.
         method: How the derivative of θ* is computed, or the flag of that method.
-        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`), where ∂f/∂θ = 0. The
-            method has to be an implicit one. If None, the inner loop finds it.
+        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`), where ∂f/∂θ = 0:
+            tensors, or arrays of numpy. The method has to be an implicit one. If None, the inner
+            loop finds it.
         batched: As for `hypergradient`.
         vectorize: As for `hypergradient`.
         chunk_size: As for `hypergradient`.
@@ -62,6 +64,10 @@ def argmin(
             differentiate θ*. A gradient that the method cannot give may raise in backward only.
         RuntimeError: A derivative that the method does not have: a second one, or one in forward
             mode. In backward: a tensor of `meta` was changed in place.
+
+    Warns:
+        RuntimeWarning: In backward: ∂f/∂θ does not vanish at θ*, as an implicit method assumes, or
+            its linear system was not solved.
 
     Example:
         >>> target = torch.tensor(3.0, requires_grad=True)
@@ -79,8 +85,10 @@ def argmin(
     """
     if (inner is None) == (solution is None):
         raise ValueError("argmin: expected either an inner loop or a solution")
+    phi = meta_leaves(meta)
     if solution is not None:
-        inner = KnownSolution(solution if batched else _unsqueeze(solution))
+        known = read_solution(solution, like=floating_entry(phi))
+        inner = KnownSolution(known if batched else _unsqueeze(known))
     inner = make_inner(inner or "")
     method = make_method(method)
     if method.argmin_objection:
@@ -90,7 +98,6 @@ def argmin(
         )
     method.check_inner(inner)
     problem = BilevelProblem(init, inner_loss, outer_loss=lambda *_: None)
-    phi = meta_leaves(meta)
     lifted = lift(
         problem,
         phi,

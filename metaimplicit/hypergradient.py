@@ -161,10 +161,7 @@ def hypergradient(
         losses=outer.losses,
         grads={name: grads[name] for name in phi},
         params=params if batched else _squeeze(params),
-        # A loop that drifts may be far from its end although g hardly shows it.
-        report=replace(report, tasks_by=lifted.tasks_by).judged_by(
-            outer.losses, tolerance=1e-6 if inner.drift else 1e-3
-        ),
+        report=replace(report, tasks_by=lifted.tasks_by).judged(outer.losses),
         end=adaptation.end,
         aux=_detach(outer.aux, batched),
         data_grads=features.entries.arrange(grads),

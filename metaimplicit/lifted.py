@@ -156,8 +156,9 @@ class LiftedProblem:
         params = self._start(meta)
         valid = all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values())
         if not params or not valid:
+            got = {name: getattr(p, "dtype", type(p).__name__) for name, p in params.items()}
             raise ValueError(
-                f"init: got {params!r}, expected a non-empty dict of floating-point tensors"
+                f"init: got {got}, expected a non-empty dict of floating-point tensors"
             )
         # A copy, because no two parameters may be one tensor, and none may be the caller's.
         return {name: p.clone() for name, p in params.items()}

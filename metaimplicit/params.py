@@ -77,6 +77,17 @@ def leaves(tensors: Mapping[str, Tensor]) -> Params:
     return {name: t.detach().requires_grad_() for name, t in tensors.items()}
 
 
+def floating_entry(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The first tensor of floating-point numbers, or else one of torch's default type.
+
+    Example:
+        >>> floating_entry({"count": torch.tensor(1), "w": torch.ones(1, dtype=torch.float64)})
+        tensor([1.], dtype=torch.float64)
+    """
+    floating = (t for t in tensors.values() if t.is_floating_point())
+    return next(floating, torch.zeros(()))
+
+
 def select(names: Iterable[str], adapt: Adapt) -> list[str]:
     """The names that `adapt` chooses, in the order of `names`.
 

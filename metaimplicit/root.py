@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import is_differentiated
+from metaimplicit.graph import find_dependencies, is_differentiated
 from metaimplicit.hypergradient import meta_leaves
-from metaimplicit.inner.known import KnownSolution
+from metaimplicit.inner.known import KnownSolution, read_solution
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Adaptation, FixedPoint, Gradients, Report
 from metaimplicit.methods.adjoint import TransposedJacobian, check_solver
 from metaimplicit.methods.base import Dependencies
+from metaimplicit.methods.linearize import reject_random_numbers
 from metaimplicit.methods.pullback import attach_pullback
+from metaimplicit.methods.report import relative_leftover
 from metaimplicit.methods.shared import warn_or_raise
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, flatten, floating_entry, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import GMRES, Solver, SolverState
 
@@ -49,7 +52,8 @@ def root(
     Args:
         residual: F, `(params, meta, data) -> {name: tensor}`, of one task. Its names and shapes are
             those of the solution.
-        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`).
+        solution: θ*, `{name: [*shape]}` (`[tasks, *shape]` if `batched`): tensors, or arrays of
+            numpy.
         meta: φ, `{name: tensor}`. Gradients flow to the tensors that require grad.
         data: Any pytree of tensors. If `batched`, each tensor carries the task axis first.
             Gradients flow to those that require grad.
@@ -62,8 +66,13 @@ def root(
         θ*, `{name: [*shape]}`, or `[tasks, *shape]` if `batched`. It is differentiable once.
 
     Raises:
-        ValueError: The names or shapes of F differ from those of the solution, or the solver needs
-            a symmetric matrix.
+        ValueError: The names or shapes of F differ from those of the solution, the solution is not
+            made of real and finite numbers, or the solver needs a symmetric matrix. F depends on a
+            tensor that requires grad and is not in `meta`, or draws random numbers.
+
+    Warns:
+        RuntimeWarning: In backward: F does not vanish at the solution, or the linear system was not
+            solved.
 
     Example:
         θ* = √φ is a root of θ² − φ.
@@ -79,14 +88,15 @@ def root(
         0.1667
     """
     check_solver("root", solver)
-    theta = {name: p.detach() if batched else p.detach()[None] for name, p in solution.items()}
+    phi = meta_leaves(meta)
+    known = read_solution(solution, like=floating_entry(phi))
+    theta = known if batched else {name: p[None] for name, p in known.items()}
     problem = BilevelProblem(
-        init=lambda meta, data: solution, inner_loss=_no_loss, outer_loss=_no_loss
+        init=lambda meta, data: known, inner_loss=_no_loss, outer_loss=_no_loss
     )
     lifted = LiftedProblem(
         problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size
     )
-    phi = meta_leaves(meta)
     for name, m in phi.items():
         m.requires_grad_(is_differentiated(meta[name]))
 
@@ -101,22 +111,33 @@ def root(
         return values
 
     point = leaves(theta)
-    values = evaluate(point)
+    values = reject_random_numbers(evaluate, name="residual")(point)
     _check_residual(values, point)
+    find_dependencies(values.values(), variables, params=point.values(), functions=[residual])
 
     def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
         fresh = leaves(theta)
         functions = evaluate(fresh)
         jacobian = TransposedJacobian([functions[name] for name in fresh], list(fresh.values()))
-        adjoint = solver.solve(jacobian, flatten(vectors), state=state)
+        v = flatten(vectors)
+        adjoint = solver.solve(jacobian, v, state=state)
         warn_or_raise(solver, adjoint, strict=False)
-        return jacobian.pull_back(-adjoint.value, variables), report
+        leftover = relative_leftover(
+            adjoint.value, jacobian.join(jacobian.functions), v=v, params=theta
+        )
+        return jacobian.pull_back(-adjoint.value, variables), replace(
+            report,
+            products=adjoint.products,
+            residual=adjoint.residual,
+            status=adjoint.status,
+            relative_leftover=leftover,
+        )
 
     norm = flatten({name: value.detach() for name, value in values.items()}).norm(dim=-1)
     report = Report(repr(solver), torch.zeros(len(norm), dtype=torch.int64), norm)
     dependencies = Dependencies(KnownSolution(theta))
     adaptation = Adaptation(theta, report, dependencies, Iterate(theta), pullback)
-    params = attach_pullback(adaptation, FixedPoint(solver), sources)
+    params = attach_pullback(adaptation, FixedPoint(solver), sources, name="root")
     return params if batched else {name: p.squeeze(0) for name, p in params.items()}
 
 

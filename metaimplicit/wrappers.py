@@ -1,8 +1,10 @@
-"""Models that are wrapped for several devices."""
+"""Models that a learner cannot train."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 AVERAGE_AFTER_BACKWARD = (
@@ -32,4 +34,23 @@ def reject_distributed(model: nn.Module, remedy: str = AVERAGE_AFTER_BACKWARD) -
             raise ValueError(
                 f"model: got{where} {type(module).__name__}, which does not average the gradients "
                 f"of a learner, expected the module in it; use .module, and {remedy}"
+            )
+
+
+def reject_complex(params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for parameters that are complex numbers.
+
+    Example:
+        >>> import torch
+        >>> reject_complex({"w": torch.ones(1) + 0j})
+        Traceback (most recent call last):
+        ...
+        ValueError: model: got the parameter 'w' in torch.complex64, expected real numbers; keep \
+torch.view_as_real of it, and use torch.view_as_complex in the model
+    """
+    for name, p in params.items():
+        if p.is_complex():
+            raise ValueError(
+                f"model: got the parameter {name!r} in {p.dtype}, expected real numbers; keep "
+                "torch.view_as_real of it, and use torch.view_as_complex in the model"
             )

@@ -215,6 +215,15 @@ class InnerLoop(ABC):
                     f"meta[{name!r}]"
                 )
 
+    def check_at(self, params: Params, meta: Params) -> None:
+        """Raise ValueError if the options do not suit the parameters, or φ. By default, they do.
+
+        Args:
+            params: θ, of which the names are read.
+            meta: φ, where `FromMeta` numbers are read.
+        """
+        return
+
     def _numbers(self) -> Iterator[tuple[str, Any]]:
         """All numbers of this loop with their names. Those of dicts, lists and tuples as well."""
         fields = dict(vars(self))

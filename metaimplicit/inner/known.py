@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, gradient_norm
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, detached
+
+
+def read_solution(solution: Any, like: Tensor) -> Params:
+    """A solution as tensors without a graph.
+
+    Args:
+        solution: `{name: numbers}`. Tensors of floating-point numbers keep their type. Arrays of
+            numpy, numbers, lists and integers take that of `like`.
+        like: A tensor of the wanted type, on the wanted device.
+
+    Raises:
+        ValueError: It is no dict, or an entry of it is not made of real and finite numbers.
+
+    Example:
+        >>> read_solution({"w": [1, 2]}, like=torch.zeros(()))
+        {'w': tensor([1., 2.])}
+    """
+    if not isinstance(solution, Mapping) or not solution:
+        raise ValueError(
+            f"solution: got {type(solution).__name__}, expected a dict of tensors by name"
+        )
+    return {name: _read_tensor(name, numbers, like) for name, numbers in solution.items()}
+
+
+def _read_tensor(name: str, numbers: Any, like: Tensor) -> Tensor:
+    is_tensor = isinstance(numbers, Tensor)
+    try:
+        tensor = numbers.detach() if is_tensor else torch.tensor(numbers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"solution[{name!r}]: got {type(numbers).__name__}, expected a tensor or an array of "
+            "real numbers"
+        ) from error
+    if tensor.is_complex():
+        raise ValueError(
+            f"solution[{name!r}]: got {tensor.dtype}, expected real numbers; use "
+            "torch.view_as_real, and write the equation for the real and the imaginary parts"
+        )
+    if not is_tensor:
+        tensor = tensor.to(like)
+    elif not tensor.is_floating_point():
+        tensor = tensor.to(like.dtype)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(
+            f"solution[{name!r}]: got numbers that are not finite, expected the solution; look at "
+            "what the solver returned"
+        )
+    return tensor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.inner.differentiable import run_steps
 from metaimplicit.inner.optimizers import RULES
-from metaimplicit.inner.settings import Setting, at_step, lists_in, numbers_in
+from metaimplicit.inner.settings import Setting, at_step, check_lengths, lists_in, numbers_in
 from metaimplicit.inner.step import DifferentiableStep
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
@@ -69,12 +69,7 @@ class _StepwiseLoop(InnerLoop):
         """Check the options, and that every list of numbers has one for each step."""
         self.check()
         self._make_step()
-        for numbers in self._lists():
-            if len(numbers) < self.steps:
-                raise ValueError(
-                    f"inner: got the numbers {numbers} for {self.steps} steps, "
-                    "expected one for each step"
-                )
+        check_lengths(self._lists(), self.steps)
 
     def _lists(self) -> list[list[Any]]:
         options = self._make_step().options.values()
@@ -119,6 +114,11 @@ class GradientDescent(_StepwiseLoop):
     def _make_step(self) -> DifferentiableStep:
         options = {"lr": self.lr, "momentum": self.momentum}
         return DifferentiableStep(torch.optim.SGD, options, self.max_grad_norm)
+
+
+def _may_be_used(setting: Any) -> bool:
+    """Whether a setting has a number that is not zero, or is known at run time only."""
+    return any(not isinstance(x, (int, float)) or x != 0 for x in numbers_in(setting))
 
 
 @dataclass(frozen=True, init=False)
@@ -181,12 +181,23 @@ class TorchOptimizer(_StepwiseLoop):
 
     @property
     def drift(self) -> str:  # type: ignore[override]
-        """Decoupled decay pulls on θ for as long as the step size does not vanish."""
-        options = self._make_step().defaults
+        """Decoupled decay pulls on θ for as long as the step size does not vanish.
+
+        So does a decay that is added after clipping, where the gradient is clipped.
+        """
+        options = self._make_step().defaults | self.options
+        keys = ("weight_decay", "lambd", "decoupled_weight_decay")
+        decays = [options.get(key, 0.0) for key in keys]
+        if not any(_may_be_used(decay) for decay in decays):
+            return ""
+
+        # As a flag, not a number, the option says that the decay is decoupled.
+        flags = numbers_in(options.get("decoupled_weight_decay"))
         is_adamw = issubclass(self.optimizer, torch.optim.AdamW)
-        is_decoupled = is_adamw or options.get("decoupled_weight_decay") is True
-        if is_decoupled and options["weight_decay"]:
+        if _may_be_used(options.get("weight_decay", 0.0)) and (is_adamw or True in flags):
             return f"the decoupled weight decay of {self.optimizer.__name__}"
+        if self.max_grad_norm is not None:
+            return f"max_grad_norm, which does not clip the decay of {self.optimizer.__name__},"
         return ""
 
     def decay(self, meta: Params, parameter: str) -> float | Tensor:

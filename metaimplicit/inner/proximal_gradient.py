@@ -12,9 +12,18 @@ from torch import Tensor
 
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, straight_through
 from metaimplicit.inner.regularizers import Regularizer
+from metaimplicit.inner.settings import (
+    Setting,
+    at_step,
+    check_lengths,
+    fits,
+    lists_in,
+    numbers_in,
+    resolve_setting,
+)
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten, leaves
-from metaimplicit.problem import Number, resolve
+from metaimplicit.problem import FromMeta, resolve
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,17 @@ class ProximalGradient(InnerLoop):
     leave R out, and is refused.
 
     Args:
-        regularizer: R, for every parameter, or `{name: R}`. Parameters without one take plain
-            gradient steps.
+        regularizer: R, for every parameter, or a dict of them. Its keys are names of parameters or
+            modules, or glob patterns. The name of a parameter counts first, then the first key that
+            fits. Parameters without one take plain gradient steps.
         steps: T ≥ 1.
-        lr: η, below 2/λ_max of the Hessian of f for ISTA, and below 1/λ_max for FISTA.
+        lr: η, below 2/λ_max of the Hessian of f for ISTA, and below 1/λ_max for FISTA: a number, a
+            dict by parameter, or a list by step, as for `GradientDescent`.
         accelerated: Whether to extrapolate.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, a regularizer is none, or there are fewer step sizes
+            than steps. On running: a key of the dict fits no parameter.
 
     Example:
         The lasso min_w ½(w − 3)² + |w| has w* = 2.
@@ -49,7 +61,7 @@ class ProximalGradient(InnerLoop):
 
     regularizer: Regularizer | dict[str, Regularizer]
     steps: int = 100
-    lr: Number = 0.1
+    lr: Setting = 0.1
     accelerated: bool = False
     tol: float | None = field(default=None, init=False, repr=False)
 
@@ -58,8 +70,17 @@ class ProximalGradient(InnerLoop):
 
     def __post_init__(self) -> None:
         self.check()
-        if isinstance(self.lr, (int, float)) and not self.lr > 0:
-            raise ValueError(f"lr: got {self.lr}, expected a step size > 0")
+        for regularizer in self._regularizers():
+            # A class of the same behaviour is as good.
+            if not all(hasattr(regularizer, method) for method in ("prox", "numbers")):
+                raise ValueError(
+                    f"regularizer: got {regularizer!r}, expected a `Regularizer`, such as "
+                    "L1Norm(0.1), or a dict of them by parameter; a sum needs one with its own prox"
+                )
+        for lr in numbers_in(self.lr):
+            if isinstance(lr, (int, float)) and not lr > 0:
+                raise ValueError(f"lr: got {self.lr}, expected a step size > 0")
+        check_lengths(lists_in(self.lr), self.steps)
 
     def take_step(
         self,
@@ -76,7 +97,7 @@ class ProximalGradient(InnerLoop):
         new_params = dict(params)
         new_state = dict(state)
         for name, gradient in gradients.items():
-            x = self._proximal_step(name, params[name], gradient, meta)
+            x = self._proximal_step(name, params[name], gradient, meta, step)
             new_params[name] = x
             if self.accelerated:
                 # y_{t+1} = x_{t+1} + (k_t − 1)/k_{t+1} (x_{t+1} − x_t)
@@ -88,18 +109,49 @@ class ProximalGradient(InnerLoop):
                 new_state[name] = {"solution": x, "k": k_next}
         return new_params, new_state
 
-    def _proximal_step(self, name: str, p: Tensor, gradient: Tensor, meta: Params) -> Tensor:
-        lr = resolve(self.lr, meta, name)
+    def learns_before(self, step: int) -> bool:
+        """Whether some step size that only steps before `step` use is read from φ."""
+        early = [number for numbers in lists_in(self.lr) for number in numbers_in(numbers[:step])]
+        return any(isinstance(number, FromMeta) for number in early)
+
+    def check_at(self, params: Params, meta: Params) -> None:
+        """Raise ValueError if a key fits no parameter, or a number of φ is out of range."""
+        if isinstance(self.regularizer, dict):
+            unused = [
+                key for key in self.regularizer if not any(fits(key, name) for name in params)
+            ]
+            if unused:
+                raise ValueError(
+                    f"regularizer: got the keys {unused}, which fit no parameter; expected names "
+                    f"of parameters or modules, or patterns, that fit some of {list(params)}"
+                )
+        for name in params:
+            regularizer = self._regularizer_of(name)
+            if isinstance(regularizer, Regularizer):
+                regularizer.check(_values(regularizer, meta, name))
+
+    def _proximal_step(
+        self, name: str, p: Tensor, gradient: Tensor, meta: Params, step: int | None
+    ) -> Tensor:
+        setting = {"lr": resolve_setting(self.lr, meta, name, option="lr")}
+        lr = at_step(setting, step)["lr"]
         x: Tensor = p - lr * gradient
-        regularizer = self.regularizer
-        if isinstance(regularizer, dict):
-            if name not in regularizer:
-                return x
-            regularizer = regularizer[name]
-        numbers = {
-            key: resolve(number, meta, name) for key, number in regularizer.numbers().items()
-        }
+        regularizer = self._regularizer_of(name)
+        if regularizer is None:
+            return x
+        numbers = _values(regularizer, meta, name)
+        if x.dim() == 1:
+            # The only axis is that of the tasks, and no operator may sum over it.
+            return regularizer.prox(x.unsqueeze(-1), lr, numbers).squeeze(-1)
         return regularizer.prox(x, lr, numbers)
+
+    def _regularizer_of(self, parameter: str) -> Regularizer | None:
+        if not isinstance(self.regularizer, dict):
+            return self.regularizer
+        if parameter in self.regularizer:
+            return self.regularizer[parameter]
+        fitting = (r for key, r in self.regularizer.items() if fits(key, parameter))
+        return next(fitting, None)
 
     def run(
         self,
@@ -112,6 +164,7 @@ class ProximalGradient(InnerLoop):
         state: OptimizerState | None = None,
     ) -> Trajectory:
         """Run the loop; see `InnerLoop.run`."""
+        self.check_at(start, meta)
         params = start
         state = state or {}
         first_differentiated = self.steps - differentiated_steps
@@ -126,7 +179,7 @@ class ProximalGradient(InnerLoop):
             total = loss(point, t).sum()
             gradients = _gradients(total, point, create_graph=differentiated)
             params, state = self.take_step(
-                point, gradients, state, meta if differentiated else constants
+                point, gradients, state, meta if differentiated else constants, step=t
             )
             if not differentiated:
                 params = {name: p.detach() for name, p in params.items()}
@@ -142,15 +195,23 @@ class ProximalGradient(InnerLoop):
         return Trajectory(solution, taken, norm, iterates=tuple(iterates), state=state)
 
     def _numbers(self) -> Iterator[tuple[str, Any]]:
-        yield "lr", self.lr
-        regularizer = self.regularizer
-        chosen = regularizer.values() if isinstance(regularizer, dict) else [regularizer]
-        for each in chosen:
-            yield from each.numbers().items()
+        for number in numbers_in(self.lr):
+            yield "lr", number
+        for regularizer in self._regularizers():
+            yield from regularizer.numbers().items()
+
+    def _regularizers(self) -> list[Regularizer]:
+        given = self.regularizer
+        return list(given.values()) if isinstance(given, dict) else [given]
 
     def _solution(self, params: Params, state: OptimizerState) -> Params:
         """The iterates without extrapolation."""
         return {name: state.get(name, {}).get("solution", p) for name, p in params.items()}
+
+
+def _values(regularizer: Regularizer, meta: Params, parameter: str) -> dict[str, Any]:
+    """The numbers of a regulariser for one parameter."""
+    return {key: resolve(x, meta, parameter) for key, x in regularizer.numbers().items()}
 
 
 def _variables(params: Params) -> Params:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.problem import Number
+from metaimplicit.problem import FromMeta, Number
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,17 @@ class Regularizer(ABC):
         >>> Ridge(1.0).prox(torch.tensor([[3.0]]), 0.5, {"strength": 1.0})
         tensor([[2.]])
     """
+
+    def __post_init__(self) -> None:
+        self.check({key: x for key, x in self.numbers().items() if not isinstance(x, FromMeta)})
+
+    def check(self, numbers: dict[str, Any]) -> None:
+        """Raise ValueError if a number is out of range. By default, none is.
+
+        Args:
+            numbers: Values of `numbers()`. Those that are read from φ are missing until φ is known.
+        """
+        return
 
     def numbers(self) -> dict[str, Any]:
         """The fields, which may be learnt, by name."""
@@ -54,12 +65,19 @@ class L1Norm(Regularizer):
     Args:
         strength: λ ≥ 0.
 
+    Raises:
+        ValueError: λ is negative.
+
     Example:
         >>> L1Norm(1.0).prox(torch.tensor([[3.0, -0.2]]), 0.5, {"strength": 1.0})
         tensor([[2.5000, 0.0000]])
     """
 
     strength: Number = 1.0
+
+    def check(self, numbers: dict[str, Any]) -> None:
+        """Raise ValueError if λ is negative."""
+        _check_strength("L1Norm", numbers)
 
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
         """Soft thresholding."""
@@ -74,6 +92,9 @@ class GroupLasso(Regularizer):
     Args:
         strength: λ ≥ 0.
 
+    Raises:
+        ValueError: λ is negative.
+
     Example:
         >>> GroupLasso(1.0).prox(torch.tensor([[[3.0, 4.0], [0.3, 0.4]]]), 1.0, {"strength": 1.0})
         tensor([[[2.4000, 3.2000],
@@ -81,6 +102,10 @@ class GroupLasso(Regularizer):
     """
 
     strength: Number = 1.0
+
+    def check(self, numbers: dict[str, Any]) -> None:
+        """Raise ValueError if λ is negative."""
+        _check_strength("GroupLasso", numbers)
 
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
         """Every group shrinks towards zero by ηλ, and no further."""
@@ -100,6 +125,9 @@ class BoxConstraint(Regularizer):
         lower: The lower bound.
         upper: The upper bound.
 
+    Raises:
+        ValueError: The lower bound is above the upper one.
+
     Example:
         >>> numbers = {"lower": 0.0, "upper": 1.0}
         >>> BoxConstraint(0.0, 1.0).prox(torch.tensor([[3.0, 0.2, -1.0]]), 0.1, numbers)
@@ -108,6 +136,12 @@ class BoxConstraint(Regularizer):
 
     lower: Number = -torch.inf
     upper: Number = torch.inf
+
+    def check(self, numbers: dict[str, Any]) -> None:
+        """Raise ValueError if no number lies between the bounds."""
+        lower, upper = (numbers.get(key) for key in ("lower", "upper"))
+        if lower is not None and upper is not None and not _holds(lower <= upper):
+            raise ValueError(f"BoxConstraint: got {lower} ≤ zᵢ ≤ {upper}, expected lower ≤ upper")
 
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
         """Clamping."""
@@ -123,12 +157,21 @@ class SimplexConstraint(Regularizer):
     Args:
         total: The sum, > 0.
 
+    Raises:
+        ValueError: The total is not positive.
+
     Example:
         >>> SimplexConstraint().prox(torch.tensor([[0.8, 0.6, -1.0]]), 0.1, {"total": 1.0})
         tensor([[0.6000, 0.4000, 0.0000]])
     """
 
     total: Number = 1.0
+
+    def check(self, numbers: dict[str, Any]) -> None:
+        """Raise ValueError if the total is not positive."""
+        total = numbers.get("total", 1.0)
+        if not _holds(total > 0):
+            raise ValueError(f"SimplexConstraint total: got {total}, expected a number > 0")
 
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
         """The point max(x − τ, 0), τ from the k largest entries (Duchi et al. 2008, fig. 1)."""
@@ -138,3 +181,17 @@ class SimplexConstraint(Regularizer):
         k = (ordered > tau).sum(-1, keepdim=True)
         projection: Tensor = (x - tau.gather(-1, k - 1)).clamp(min=0)
         return projection
+
+
+def _check_strength(name: str, numbers: dict[str, Any]) -> None:
+    strength = numbers.get("strength", 0.0)
+    if not _holds(strength >= 0):
+        raise ValueError(
+            f"{name} strength: got {strength}, expected a number ≥ 0; to learn one, use "
+            "FromMeta(name, torch.exp)"
+        )
+
+
+def _holds(condition: bool | Tensor) -> bool:
+    """Whether a condition holds for all numbers of a tensor."""
+    return bool(condition.all()) if isinstance(condition, Tensor) else condition

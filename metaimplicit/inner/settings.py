@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -52,12 +52,31 @@ def key_of(entries: Mapping[str, Any], parameter: str, option: str) -> str:
         'body'
     """
     for key in entries:
-        if fnmatchcase(parameter, key) or parameter.startswith(f"{key}."):
+        if fits(key, parameter):
             return key
     raise ValueError(
         f"{option}: got a dict with the keys {list(entries)}, expected one that fits the "
         f"parameter {parameter!r}; add its name, or '*' for all others"
     )
+
+
+def fits(key: str, parameter: str) -> bool:
+    """Whether a key is the name of a parameter or of a module that it is in, or a pattern of both.
+
+    Example:
+        >>> fits("head", "head.bias"), fits("*.bias", "head.bias"), fits("he", "head.bias")
+        (True, True, False)
+    """
+    return fnmatchcase(parameter, key) or parameter.startswith(f"{key}.") or parameter == key
+
+
+def check_lengths(lists: Iterable[list[Any]], steps: int) -> None:
+    """Raise ValueError if a list has fewer numbers than the loop has steps."""
+    for numbers in lists:
+        if len(numbers) < steps:
+            raise ValueError(
+                f"inner: got the numbers {numbers} for {steps} steps, expected one for each step"
+            )
 
 
 def at_step(options: dict[str, Any], step: int | None) -> dict[str, Any]:

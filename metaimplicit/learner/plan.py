@@ -19,6 +19,7 @@ from metaimplicit.learner.learnable import (
 )
 from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Adapt, Params, select
+from metaimplicit.wrappers import reject_complex
 
 
 class Plan(NamedTuple):
@@ -71,6 +72,7 @@ def make_plan(
         raise ValueError(
             "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
         )
+    reject_complex(trainable)
     if head is None:
         chosen = with_default_curvature(make_method(method or "unrolled"))
         loop = make_inner(inner or "gradient-descent")

@@ -231,6 +231,8 @@ def output_slopes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Tensor | Non
 
 def _candidates(outputs: Tensor, leaves: list[Any]) -> Iterator[tuple[int, int]]:
     """The integers among the targets, and the axes without which the outputs have their shape."""
+    if outputs.is_complex():  # complex numbers have no largest one, so they are no scores
+        return
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or leaf.dtype != torch.int64 or not leaf.numel():
             continue

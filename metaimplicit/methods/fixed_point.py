@@ -15,7 +15,7 @@ from metaimplicit.methods.adjoint import TransposedJacobian, check_solver
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
 from metaimplicit.methods.inner_step import merge_state, numbers_of, tensors_of
 from metaimplicit.methods.linearize import reject_random_numbers
-from metaimplicit.methods.report import Report
+from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import data_at_solution, run_inner, warn_or_raise
 from metaimplicit.options import option
 from metaimplicit.params import Params, flatten, leaves
@@ -134,6 +134,9 @@ class FixedPoint(Method):
             residual=solution.residual,
             status=solution.status,
             leftover=problem.tasks * (solution.value * still_to_go).sum(-1),
+            relative_leftover=relative_leftover(
+                solution.value, still_to_go, v=v, params=end.params
+            ),
             spectral_radius=radius,
             state=solution.state,
         )

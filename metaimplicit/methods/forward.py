@@ -90,6 +90,7 @@ class Forward(Method):
         streams = isinstance(problem.data, Stream)
         initial = problem.init(meta)
         dependencies = initial_dependencies(problem, inner, initial, meta)
+        inner.check_at(initial, meta)
         in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
         dependencies.loss.update(in_loss)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
@@ -20,12 +21,12 @@ from metaimplicit.methods.base import (
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
 from metaimplicit.methods.linearize import inner_gradient, require_outputs
-from metaimplicit.methods.report import Report
+from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import (
     data_at_solution,
     retry_under_vmap,
     run_inner,
-    warn_if_unsolved,
+    warn_if_inaccurate,
 )
 from metaimplicit.operators import (
     CurvatureClass,
@@ -159,14 +160,15 @@ class Implicit(Method):
                 "'fixed-point' or 'unrolled'"
             )
         run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
-        report = Report(repr(self), run.trajectory.steps, run.trajectory.gradient_norm)
+        trajectory = run.trajectory
+        report = Report(repr(self), trajectory.steps, trajectory.gradient_norm, drift=inner.drift)
         return self.at_solution(
-            run.trajectory.end,
+            trajectory.end,
             problem,
             meta,
             report=report,
             dependencies=run.dependencies,
-            hessian=run.trajectory.curvature,
+            hessian=trajectory.curvature,
         )
 
     def at_solution(
@@ -209,7 +211,7 @@ class Implicit(Method):
         stationarity = None
         if self.forward_mode:
             stationarity = self._stationarity(
-                system, end.params, problem, meta, dependencies=dependencies
+                system, end.params, problem, meta, dependencies=dependencies, report=report
             )
         return Adaptation(end.params, report, dependencies, end, pullback, stationarity)
 
@@ -221,6 +223,7 @@ class Implicit(Method):
         meta: Params,
         *,
         dependencies: Dependencies,
+        report: Report,
     ) -> Stationarity:
         """What derivatives of θ* = `params` need beside the pullback."""
         data = data_at_solution(problem, self.batch, "Implicit")
@@ -231,14 +234,23 @@ class Implicit(Method):
             return inner_gradient(problem, theta, at, data, decay=decay)
 
         def solve(vectors: Params) -> Params:
-            def attempt(lifted: LiftedProblem) -> Solution:
+            v = flatten(vectors)
+
+            def attempt(lifted: LiftedProblem) -> tuple[Solution, Tensor]:
                 decay = dependencies.decay(params, meta)
                 point = system.linearize(lifted, params, meta, data, decay=decay)
-                return system.solve(point, flatten(vectors), SolverState())[0]
+                solution, _ = system.solve(point, v, SolverState())
+                return solution, flatten(point.gradient).detach()
 
             with torch.enable_grad():
-                solution = retry_under_vmap(attempt, problem)
-            warn_if_unsolved(solution.residual, solution.status)
+                solution, gradient = retry_under_vmap(attempt, problem)
+            completed = replace(
+                report,
+                residual=solution.residual,
+                status=solution.status,
+                relative_leftover=relative_leftover(solution.value, gradient, v=v, params=params),
+            )
+            warn_if_inaccurate("argmin", completed.judged())
             return unflatten(solution.value, params)
 
         is_hessian = self.curvature_name == "hessian" or system.known is not None
@@ -285,9 +297,10 @@ class Implicit(Method):
         mixed = system.mixed_product(
             point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
         )
+        gradient = flatten(point.gradient).detach()
         return mixed, replace(
             report,
-            inner_gradient_norm=flatten(point.gradient).detach().norm(dim=-1),
+            inner_gradient_norm=gradient.norm(dim=-1),
             curvature=self.curvature_name,
             chosen=solution.chosen,
             products=products,
@@ -298,6 +311,7 @@ class Implicit(Method):
             sigma=sigma,
             rho=self.solver.damping(sigma),
             error_bound=point.error_bound(solution.residual * v.norm(dim=-1), sigma),
-            leftover=-problem.tasks * (solution.value * flatten(point.gradient).detach()).sum(-1),
+            leftover=-problem.tasks * (solution.value * gradient).sum(-1),
+            relative_leftover=relative_leftover(solution.value, gradient, v=v, params=params),
             state=solution.state,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params
 from metaimplicit.problem import Composite, Decay, Proximal
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -189,20 +191,27 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
     )
 
 
-def reject_random_numbers(function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
+def reject_random_numbers(
+    function: Callable[[Params], Result], name: str = "inner loss"
+) -> Callable[[Params], Result]:
     """The same function, which raises ValueError if it draws random numbers.
 
     With dropout, say, A would differ from one evaluation to the next.
+
+    Args:
+        function: A function of θ, `{name: [tasks, *shape]}`.
+        name: What the error calls it.
     """
 
-    def checked(params: Params) -> Tensor:
+    def checked(params: Params) -> Result:
         device = next(iter(params.values())).device
         before = _random_state(device)
         result = function(params)
         if not torch.equal(before, _random_state(device)):
             raise ValueError(
-                "inner loss: it draws random numbers (dropout?), so A is not that of the "
-                "loop; switch the model to evaluation mode, or use 'unrolled'"
+                f"{name}: it draws random numbers (dropout?), so its derivatives are not those of "
+                "the function that was solved; switch the model to evaluation mode, or use "
+                "'unrolled'"
             )
         return result
 

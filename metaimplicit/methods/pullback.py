@@ -11,11 +11,13 @@ from torch import Tensor
 from metaimplicit.graph import is_differentiated
 from metaimplicit.methods.base import Adaptation, Method, Stationarity
 from metaimplicit.methods.equation import Equation, Rule, Tensors
-from metaimplicit.methods.shared import warn_if_unsolved
+from metaimplicit.methods.shared import warn_if_inaccurate
 from metaimplicit.params import Params
 
 
-def attach_pullback(adaptation: Adaptation, method: Method, meta: Params) -> Params:
+def attach_pullback(
+    adaptation: Adaptation, method: Method, meta: Params, *, name: str = "argmin"
+) -> Params:
     """θ* as a function of φ, which autograd differentiates by the adaptation's pullback.
 
     Where the adaptation has its stationarity, tangents pass in forward mode. If A is the Hessian,
@@ -26,6 +28,7 @@ def attach_pullback(adaptation: Adaptation, method: Method, meta: Params) -> Par
         method: The method that made it.
         meta: φ. Gradients flow to the entries that require grad, and tangents flow from those that
             have one.
+        name: The function that warnings name, `"argmin"` or `"root"`.
 
     Returns:
         θ*, `{name: [tasks, *shape]}`. Its backward pass raises ValueError for a gradient that the
@@ -33,7 +36,7 @@ def attach_pullback(adaptation: Adaptation, method: Method, meta: Params) -> Par
         derivative raises RuntimeError if it does not exist.
     """
     phi = {name: m for name, m in meta.items() if is_differentiated(m)}
-    rule = _MethodRule(adaptation, method, tuple(phi))
+    rule = _MethodRule(adaptation, method, tuple(phi), name=name)
     values = rule.attach(list(adaptation.params.values()), list(phi.values()))
     return dict(zip(adaptation.params, values, strict=True))
 
@@ -55,10 +58,13 @@ without finite differences, or reverse mode
 class _MethodRule(Rule):
     """The derivatives of θ* in some entries of φ, by a method."""
 
-    def __init__(self, adaptation: Adaptation, method: Method, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, adaptation: Adaptation, method: Method, names: tuple[str, ...], *, name: str
+    ) -> None:
         self.adaptation = adaptation
         self.method = method
         self.names = names
+        self.name = name
         stationarity = adaptation.stationarity
         self.equation = None if stationarity is None else self._equation(stationarity)
         self.is_exact = stationarity is not None and stationarity.is_exact
@@ -108,7 +114,7 @@ class _MethodRule(Rule):
         }
         phi = dict(zip(self.names, p, strict=True))
         gradients, report = self.adaptation.pull_back(vectors, phi)
-        warn_if_unsolved(report.residual, report.status)
+        warn_if_inaccurate(self.name, report.judged())
         return [gradients[name] for name in self.names]
 
     def _once(self, derivative: Tensor, arguments: Sequence[Tensor]) -> Tensor:

@@ -14,11 +14,22 @@ from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Dependencies
+from metaimplicit.methods.report import Report
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
 from metaimplicit.solvers import ADVICE, Solution, Solver, Status
 
 Result = TypeVar("Result")
+
+# What to do where a solution does not solve its equation.
+REMEDIES = {
+    "argmin": (
+        "solve the inner problem more accurately, and check that inner_loss is all that was "
+        "minimised. At active constraints and at kinks, as of an ℓ1 term, ∂f/∂θ does not vanish: "
+        "use ProximalGradient with 'fixed-point'. For the loop as it is, use 'unrolled'"
+    ),
+    "root": "solve F = 0 more accurately, and check that F is what was solved",
+}
 
 
 @dataclass(frozen=True)
@@ -151,21 +162,26 @@ def warn_or_raise(solver: Solver, solution: Solution, *, strict: bool) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def warn_if_unsolved(residual: Tensor | None, status: Tensor | None) -> None:
-    """Warn if the solve of a derivative of `argmin` took all of its steps. It has no other report.
+def warn_if_inaccurate(name: str, report: Report) -> None:
+    """Warn if a derivative of `argmin` or `root` is none of a solution. It has no other report.
 
     Args:
-        residual: ‖v − Au‖/‖v‖, `[tasks]`. None without a solve.
-        status: Members of `Status`, `[tasks]`. None without a solve.
+        name: The function that the warning names.
+        report: The report of the solve, judged.
     """
-    if residual is None or status is None or not bool((status == int(Status.MAX_STEPS)).any()):
-        return
-    warnings.warn(
-        f"argmin: the linear system was left with a residual of {residual.max():.1e}; "
-        "take more solver steps",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    if report.share(Status.MAX_STEPS) and report.residual is not None:
+        message = (
+            f"{name}: the linear system was left with a residual of {report.residual.max():.1e}; "
+            "take more solver steps"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if report.share(Status.NOT_STATIONARY) and report.relative_leftover is not None:
+        message = (
+            f"{name}: the solution is none to working precision. The step that is left to it is "
+            f"{report.relative_leftover.max():.1e} of its size, so its derivative may be wrong by "
+            f"more; {REMEDIES[name]}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def reject_half_precision(flag: str, params: Params) -> None:

@@ -19,9 +19,9 @@ class Dense(Solver):
     """A⁻¹b with A built column by column: by Cholesky's factor, or else by eigenvalues.
 
     Where A is positive definite, its Cholesky factor solves the system. Elsewhere its eigenvalues
-    do: indefinite systems exactly, and singular ones by the pseudo-inverse, with the status
-    BREAKDOWN since A x = b has no unique solution. An A that is not symmetric is a BREAKDOWN as
-    well; its symmetric part is used.
+    do: indefinite systems exactly, and singular ones by the pseudo-inverse. A singular system that
+    has a solution is solved by the shortest one. One that has none is a BREAKDOWN, and the residual
+    is the smallest. An A that is not symmetric is a BREAKDOWN as well; its symmetric part is used.
 
     Args:
         max_size: The largest n that it accepts. A task's matrix takes n² numbers, and n³/3
@@ -65,7 +65,10 @@ class Dense(Solver):
             deficient = failed & ~nonzero.all(-1)
 
         solution = direct_solution(system, x, products=n, rayleigh=smallest)
-        status = torch.where(deficient | asymmetric, int(Status.BREAKDOWN), solution.status)
+        # A b in the range of A leaves round-off, times the condition of A on its range.
+        unsolved = ~(solution.residual <= torch.finfo(b.dtype).eps ** 0.75)
+        broken = deficient & unsolved | asymmetric
+        status = torch.where(broken, int(Status.BREAKDOWN), solution.status)
         residual = torch.where(finite, solution.residual, torch.nan)
         return replace(solution, status=status, residual=residual)
 

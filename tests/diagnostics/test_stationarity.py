@@ -1,11 +1,14 @@
 """What a report and the check say of an inner loop that has not arrived."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from metaimplicit import (
     BilevelProblem,
     Dense,
+    FromMeta,
     GradientDescent,
     Implicit,
     NewtonCG,
@@ -15,7 +18,7 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.diagnostics.smoothness import has_kink
-from metaimplicit.methods import FixedPoint
+from metaimplicit.methods import FixedPoint, ValueFunction
 from metaimplicit.solvers import CG, GMRES, Status
 
 M, N = 20, 3
@@ -100,6 +103,72 @@ def test_the_check_names_decoupled_weight_decay():
     inner = TorchOptimizer(torch.optim.AdamW, steps=300, lr=0.05, weight_decay=0.5)
     check = check_hypergradient(problem(), META, None, inner=inner, method="dense")
     assert "the decoupled weight decay of AdamW keeps the loop from settling" in check.verdict
+
+
+CLIPPED = {"weight_decay": 0.8, "max_grad_norm": 0.1}
+
+
+def test_the_check_names_clipping_that_moves_the_fixed_point():
+    """Clipping scales ∂f/∂θ and not the decay, so that it counts where both are used."""
+    inner = TorchOptimizer(torch.optim.SGD, steps=200, lr=0.2, **CLIPPED)
+    check = check_hypergradient(problem(), META, None, inner=inner, method="dense")
+    assert "max_grad_norm, which does not clip the decay of SGD, keeps the loop" in check.verdict
+    fixed = FixedPoint(GMRES(max_steps=N, tol=1e-12))
+    assert check_hypergradient(problem(), META, None, inner=inner, method=fixed).error < 1e-6
+
+
+NADAM = partial(TorchOptimizer, torch.optim.NAdam, lr=0.1)
+SGD = partial(TorchOptimizer, torch.optim.SGD, lr=0.1)
+DRIFTS = {
+    "decay of the first": (NADAM, {"weight_decay": {"w": 0.1, "b": 0.0}}, True),
+    "decay of the last": (NADAM, {"weight_decay": {"b": 0.0, "w": 0.1}}, True),
+    "decay of some steps": (NADAM, {"weight_decay": [0.1] + 4 * [0.0]}, True),
+    "decay from meta": (NADAM, {"weight_decay": FromMeta("wd")}, True),
+    "no decay": (NADAM, {"weight_decay": {"w": 0.0, "b": 0.0}}, False),
+    "coupled decay": (SGD, {"weight_decay": {"w": 0.1, "*": 0.0}}, False),
+    "clipping alone": (SGD, {"max_grad_norm": 1.0}, False),
+    "clipping beside decay": (
+        SGD,
+        {"weight_decay": {"w": 0.1, "*": 0}, "max_grad_norm": 1.0},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "options", "drifts"), DRIFTS.values(), ids=DRIFTS)
+def test_what_moves_the_fixed_point_of_any_parameter_is_named(optimizer, options, drifts):
+    if optimizer is NADAM:
+        options = {"decoupled_weight_decay": True, **options}
+    assert bool(optimizer(**options).drift) == drifts
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ({"weight_decay": 0.8, "max_grad_norm": 100.0}, "CONVERGED"),
+        (CLIPPED, "NOT_STATIONARY"),
+    ],
+    ids=["inactive", "active"],
+)
+@pytest.mark.parametrize("method", ["dense", ValueFunction(strength=1e3)], ids=["dense", "f2sa"])
+def test_only_active_clipping_is_flagged(method, options, status):
+    inner = TorchOptimizer(torch.optim.SGD, steps=200, lr=0.2, **options)
+    report = hypergradient(problem(), META, None, inner=inner, method=method).report
+    assert report.drift
+    assert Status(int(report.status)).name == status
+
+
+def test_f2sa_has_the_residual_of_its_difference_quotient():
+    """Both losses are quadratic, so that the residual is exact: v − A u with u = λ (z − y)."""
+    inner = TorchOptimizer(torch.optim.AdamW, steps=200, lr=0.02, eps=0.5, weight_decay=0.5)
+    strength = 50.0
+    method = ValueFunction(strength=strength)
+    result = hypergradient(problem(), META, None, inner=inner, method=method)
+    z, y = result.end.params["w"][0], result.end.companion.params["w"][0]
+    residual = V - X.T @ X / M @ (strength * (z - y))
+    assert result.report.residual.item() == pytest.approx((residual.norm() / V.norm()).item())
+    assert result.report.share(Status.NOT_STATIONARY) == 1
+    assert result.report.drift == "the decoupled weight decay of AdamW"
 
 
 def hinge(w):

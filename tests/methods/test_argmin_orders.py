@@ -359,13 +359,13 @@ ONCE = {
     "damping": Implicit(damping=0.1),
     "finite-differences": Implicit(products="finite-differences"),
 }
-TEN_STEPS = GradientDescent(steps=10, lr=0.5)
+SETTLED = GradientDescent(steps=200, lr=0.5)
 
 
 @pytest.mark.parametrize("method", ONCE.values(), ids=ONCE)
 def test_a_second_derivative_that_does_not_exist_is_refused(method):
     t = number(0.0).requires_grad_()
-    value = partial(objective, LOSSES["logistic"], method=method, inner=TEN_STEPS)
+    value = partial(objective, LOSSES["logistic"], method=method, inner=SETTLED)
     gradient = slope(value, t, create_graph=True)
     with pytest.raises(RuntimeError, match=r"argmin is differentiable once under .*'unrolled'"):
         gradient.backward()
@@ -374,7 +374,7 @@ def test_a_second_derivative_that_does_not_exist_is_refused(method):
 @pytest.mark.parametrize("name", ["gauss-newton", "damping"])
 def test_another_matrix_has_tangents_that_are_differentiable_once(name):
     """The tangents are the transpose of the gradients."""
-    function = partial(along, LOSSES["logistic"], method=ONCE[name], inner=TEN_STEPS)
+    function = partial(along, LOSSES["logistic"], method=ONCE[name], inner=SETTLED)
     v = randn(TASKS, N, seed=4)
     t = number(0.0).requires_grad_()
     with forward_ad.dual_level():
@@ -393,14 +393,14 @@ def test_another_matrix_has_tangents_that_are_differentiable_once(name):
     ids=lambda method: method.flag,
 )
 def test_a_method_without_tangents_is_refused_in_forward_mode(method):
-    function = partial(along, LOSSES["logistic"], method=method, inner=TEN_STEPS)
+    function = partial(along, LOSSES["logistic"], method=method, inner=SETTLED)
     message = f"argmin has no derivative in forward mode under {method.flag}"
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
         jvp(function, number(0.0), number(1.0))
 
 
 def test_unrolled_has_tangents_as_well():
-    function = partial(along, LOSSES["logistic"], method="unrolled", inner=TEN_STEPS)
+    function = partial(along, LOSSES["logistic"], method="unrolled", inner=SETTLED)
     with forward_ad.dual_level():
         tangent = jvp(function, number(0.0), number(1.0))
     expected = differences(function)

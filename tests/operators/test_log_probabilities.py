@@ -276,7 +276,7 @@ def test_argmin_says_that_its_curvature_is_zero():
         lambda meta, data: dict(meta),
         meta,
         X,
-        inner=GradientDescent(steps=2, lr=0.1),
+        inner=GradientDescent(steps=200, lr=0.1),
         method=Implicit(CG(), curvature="gauss-newton"),
     )
     with pytest.warns(RuntimeWarning, match="linear in the outputs"):

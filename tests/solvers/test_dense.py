@@ -33,6 +33,23 @@ def test_a_factor_that_round_off_let_through_is_not_used():
     torch.testing.assert_close(solution.value, expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_singular_system_that_has_a_solution_is_solved_by_the_shortest(dtype):
+    factor = randn(5, 12, seed=3).to(dtype)
+    matrix = factor.T @ factor
+    inside = matrix @ randn(12, seed=4).to(dtype)
+    outside = torch.linalg.svd(factor).Vh[-1]
+    b = torch.stack([inside, inside + 1e-3 * inside.norm() * outside, torch.zeros_like(inside)])
+    solution = Dense().solve(Matrix(matrix.expand(3, -1, -1)), b)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.BREAKDOWN, Status.CONVERGED]
+    expected = (
+        torch.linalg.pinv(factor.double())
+        @ torch.linalg.pinv(factor.double()).T
+        @ (inside.double())
+    )
+    assert relative_error(solution.value[0].double(), expected) < 1e4 * torch.finfo(dtype).eps
+
+
 def test_it_uses_the_symmetric_part():
     matrix = symmetric([[2.0, 3.0, 4.0]])
     matrix[0, 0, 1] += 0.1

@@ -1,0 +1,175 @@
+"""What `ProximalGradient` takes and refuses, and its operators on single numbers."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from metaimplicit import BilevelProblem, FromMeta, ProximalGradient, hypergradient
+from metaimplicit.inner import BoxConstraint, GroupLasso, L1Norm, SimplexConstraint
+from metaimplicit.inner.regularizers import Regularizer
+
+TARGET = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+
+
+def zero(dtype=torch.float64):
+    return torch.zeros((), dtype=dtype)
+
+
+def two_layers(params, meta, data):
+    """½ ‖w − t‖² for two weights, so that every prox is applied to t itself at the end."""
+    weights = ("body.weight", "head.weight")
+    return sum(0.5 * (params[name] - meta["t"]).square().sum() for name in weights)
+
+
+PROBLEM = BilevelProblem(
+    init=lambda meta, data: {
+        name: torch.zeros(3, dtype=torch.float64) for name in ("body.weight", "head.weight")
+    },
+    inner_loss=two_layers,
+    outer_loss=lambda params, meta, data: sum(p.square().sum() for p in params.values()),
+)
+
+
+def run(inner, method="unrolled", **numbers):
+    numbers = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
+    return hypergradient(PROBLEM, {"t": TARGET, **numbers}, None, inner=inner, method=method)
+
+
+SHRUNK = torch.tensor([0.5, 1.5, -2.5], dtype=torch.float64)
+one_step = partial(ProximalGradient, steps=1, lr=1.0)
+
+
+@pytest.mark.parametrize("key", ["head.weight", "head", "head.*", "*"])
+def test_a_key_is_a_name_a_module_or_a_pattern(key):
+    params = run(one_step({key: L1Norm(0.5)})).params
+    body = SHRUNK if key == "*" else TARGET
+    torch.testing.assert_close(params["head.weight"], SHRUNK)
+    torch.testing.assert_close(params["body.weight"], body)
+
+
+def test_the_name_of_a_parameter_counts_before_patterns():
+    params = run(one_step({"*": L1Norm(0.0), "head.weight": L1Norm(0.5)})).params
+    torch.testing.assert_close(params["head.weight"], SHRUNK)
+    torch.testing.assert_close(params["body.weight"], TARGET)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward", "fixed-point"])
+@pytest.mark.parametrize("key", ["head.wieght", "tail.*", ""])
+def test_a_key_that_fits_nothing_is_refused(method, key):
+    with pytest.raises(ValueError, match=r"regularizer: got the keys .*, which fit no parameter"):
+        run(one_step({key: L1Norm(0.5), "body": L1Norm(0.5)}), method)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_step_sizes_by_parameter_and_by_step(method):
+    """w₂ = (1 − (1 − η₁)(1 − η₂)) t, shrunk by η₁λ(1 − η₂) + η₂λ."""
+    inner = ProximalGradient(L1Norm(0.1), steps=2, lr={"head": [0.5, FromMeta("last")], "*": 0.5})
+    result = run(inner, method, last=0.25)
+    expected = TARGET * 0.625 - 0.1 * (0.5 * 0.75 + 0.25) * TARGET.sign()
+    torch.testing.assert_close(result.params["head.weight"], expected)
+    # ∂w₂/∂η₂ = (t − w₁) − λ sign t with w₁ = (t − λ sign t)/2
+    slope = (TARGET - 0.1 * TARGET.sign()) / 2
+    torch.testing.assert_close(result.grads["last"], 2 * expected @ slope)
+
+
+NOT_ONE = "expected a `Regularizer`"
+NO_STEP = "expected a step size > 0"
+BAD = {
+    "function": (lambda: ProximalGradient(torch.abs), NOT_ONE),
+    "list": (lambda: ProximalGradient([L1Norm(0.1)]), NOT_ONE),
+    "text": (lambda: ProximalGradient("l1"), NOT_ONE),
+    "dict of functions": (lambda: ProximalGradient({"w": torch.abs}), NOT_ONE),
+    "step size": (lambda: ProximalGradient(L1Norm(), lr={"w": 0.0}), NO_STEP),
+    "step sizes": (lambda: ProximalGradient(L1Norm(), steps=2, lr=[0.1, -0.1]), NO_STEP),
+    "few": (lambda: ProximalGradient(L1Norm(), steps=3, lr=[0.1]), "one for each step"),
+    "L1Norm": (lambda: L1Norm(-0.5), "L1Norm strength: got -0.5, expected a number ≥ 0"),
+    "NaN": (lambda: L1Norm(float("nan")), "L1Norm strength: got nan"),
+    "tensor": (lambda: L1Norm(torch.tensor([1.0, -1.0])), "L1Norm strength"),
+    "GroupLasso": (lambda: GroupLasso(-1.0), "GroupLasso strength: got -1.0"),
+    "box": (lambda: BoxConstraint(2.0, 1.0), "expected lower ≤ upper"),
+    "simplex": (lambda: SimplexConstraint(0.0), "SimplexConstraint total: got 0.0"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_bad_options_are_refused_where_they_are_given(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+LEARNT = {
+    "L1Norm": (L1Norm(FromMeta("x")), "L1Norm strength"),
+    "GroupLasso": (GroupLasso(FromMeta("x")), "GroupLasso strength"),
+    "box": (BoxConstraint(0.0, FromMeta("x")), "expected lower ≤ upper"),
+    "simplex": ({"head": SimplexConstraint(FromMeta("x"))}, "SimplexConstraint total"),
+}
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize(("regularizer", "message"), LEARNT.values(), ids=LEARNT)
+def test_learnt_numbers_out_of_range_are_refused(regularizer, message, method):
+    with pytest.raises(ValueError, match=message):
+        run(one_step(regularizer), method, x=-1.0)
+
+
+@dataclass(frozen=True)
+class Norm(Regularizer):
+    """λ ‖z‖ of all numbers of a task, by a user."""
+
+    strength: float
+
+    def prox(self, x, step, numbers):
+        flat = x.reshape(len(x), -1)
+        size = flat.norm(dim=1, keepdim=True)
+        return (flat * (1 - step * self.strength / size).clamp(min=0)).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Unrelated:
+    """The same without the base class."""
+
+    strength: float
+
+    def numbers(self):
+        return {}
+
+    prox = Norm.prox
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    "regularizer",
+    [GroupLasso(0.5), L1Norm(0.5), Norm(0.5), Unrelated(0.5)],
+    ids=lambda r: type(r).__name__,
+)
+def test_a_single_number_of_each_task_is_shrunk_by_itself(regularizer, vectorize):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": zero()},
+        inner_loss=lambda params, meta, data: 0.5 * (params["w"] - meta["s"] * data).square(),
+        outer_loss=lambda params, meta, data: params["w"],
+    )
+    result = hypergradient(
+        problem,
+        {"s": torch.tensor(1.0, dtype=torch.float64)},
+        TARGET,
+        inner=one_step(regularizer),
+        method="unrolled",
+        batched=True,
+        vectorize=vectorize,
+    )
+    torch.testing.assert_close(result.params["w"], SHRUNK)
+    torch.testing.assert_close(result.grads["s"], TARGET.mean())
+
+
+def test_the_simplex_of_a_single_number_is_its_total():
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": zero()},
+        inner_loss=lambda params, meta, data: 0.5 * (params["w"] - meta["s"] * data).square(),
+        outer_loss=lambda params, meta, data: params["w"],
+    )
+    meta = {"s": torch.tensor(1.0, dtype=torch.float64)}
+    inner = one_step(SimplexConstraint(2.0))
+    result = hypergradient(problem, meta, TARGET, inner=inner, method="unrolled", batched=True)
+    assert result.params["w"].tolist() == [2.0, 2.0, 2.0]
