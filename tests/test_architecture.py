@@ -15,6 +15,7 @@ import tasks
 LAYERS = (
     (
         "params",
+        "captured",
         "options",
         "random_state",
         "task_axis",
@@ -22,6 +23,7 @@ LAYERS = (
         "labels",
         "mended",
         "unsupported",
+        "wrappers",
         "models",
         "normalization",
     ),
@@ -32,7 +34,7 @@ LAYERS = (
     ("solvers",),
     ("inner",),
     ("methods",),
-    ("vectorization", "features"),
+    ("vectorization", "features", "gradients"),
     ("hypergradient",),
     ("argmin",),
     ("learner", "diagnostics", "tuning", "optim", "root"),

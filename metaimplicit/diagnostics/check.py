@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.data import recordable
 from metaimplicit.diagnostics.differences import (
     dot,
     extrapolated_differences,
@@ -21,7 +22,7 @@ from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import FirstOrder, Implicit, Method, Unrolled, make_method
-from metaimplicit.params import Params, detached
+from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Dense, Status
 from metaimplicit.unsupported import explain_unsupported
@@ -85,6 +86,7 @@ class Check:
 
 
 @explain_unsupported()
+@torch.inference_mode(False)
 def check_hypergradient(
     problem: BilevelProblem,
     meta: Params,
@@ -153,7 +155,7 @@ def check_hypergradient(
         vectorize=way,
         second_derivatives=inner.second_derivatives,
     )
-    values = detached(meta)
+    values = {name: recordable(m).detach() for name, m in meta.items()}
     procedure = _Procedure(lifted, inner)
     procedure.check_deterministic(values, params=_with_task_axis(result, batched))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from metaimplicit.data import recordable
 from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.learner.episodes import Episode, Pair
 
@@ -221,7 +222,7 @@ def _plain_episode(task: Episode) -> Episode:
     """The task with its parts as the model and the loss take them."""
 
     def read(pair: Pair) -> Pair:
-        return Pair(_rebuild(pair.inputs, _recordable), _rebuild(pair.targets, _long_label))
+        return Pair(_rebuild(pair.inputs, recordable), _rebuild(pair.targets, _long_label))
 
     return Episode(read(task.support), read(task.query))
 
@@ -251,14 +252,10 @@ def _rebuild(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _recordable(x: Tensor) -> Tensor:
-    """The tensor, or a copy if it is of `inference_mode`, which autograd cannot record."""
-    return x.clone() if x.is_inference() else x
-
-
 def _long_label(x: Tensor) -> Tensor:
     """Integers as int64, which every loss and its derivatives take."""
-    return x.long() if x.dtype in SHORT_INTEGERS else _recordable(x)
+    x = recordable(x)
+    return x.long() if x.dtype in SHORT_INTEGERS else x
 
 
 def _have_same_shapes(tasks: list[Episode]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.captured import forget_if_changed
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.operators import (
     CurvatureClass,
@@ -156,7 +157,7 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         module=f.module,
         apply_model=apply_model,
         # Weights may depend on the losses, so what is true of one batch may not be of another.
-        checked=f.checked if f.weights is None else {},
+        checked=forget_if_changed(f.checked, f.loss) if f.weights is None else {},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.captured import forget_if_changed
 from metaimplicit.operators.output_loss import Checked
 from metaimplicit.optim.checks import (
     check_dependence,
@@ -17,6 +18,7 @@ from metaimplicit.optim.checks import (
 )
 from metaimplicit.optim.closure import Closure, ReplayedClosure
 from metaimplicit.params import Params
+from metaimplicit.wrappers import reject_distributed
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -170,6 +172,7 @@ class BatchLoss:
         self._evaluate = evaluate
         self._loss = loss
         self._targets: Any = None
+        forget_if_changed(optimizer._checked, loss)
         self._is_checked = False
 
     def outputs(self, params: Params) -> Tensor:
@@ -202,6 +205,7 @@ def _trainable_parameters(owner: str, model: nn.Module) -> Params:
             f"{owner} model: got {type(model).__name__}, expected an nn.Module, "
             "whose parameters have names"
         )
+    reject_distributed(model)
     named = model.named_parameters()
     trainable: Params = {name: p for name, p in named if p.requires_grad}
     if not trainable:

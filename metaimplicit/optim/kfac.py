@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.captured import forget_if_changed
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.layers import record_layers
 from metaimplicit.operators.likelihood_inference import loss_scores
@@ -242,7 +243,7 @@ class KFAC(SecondOrder):
             owner=self._owner,
             likelihood=self.likelihood,
             expectation=self.expectation,
-            checked=self._checked,
+            checked=forget_if_changed(self._checked, self.loss),
             generator=self._make_generator() if self._draws_targets else None,
         )
         return scores.squeeze(1), weights
