@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import MetaLoss
@@ -145,7 +146,12 @@ def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int
 
 
 def inner_iterates(
-    problem: LiftedProblem, inner: InnerLoop, meta: Params, steps: int
+    problem: LiftedProblem,
+    inner: InnerLoop,
+    meta: Params,
+    steps: int,
+    *,
+    originals: Params | None = None,
 ) -> tuple[Params, ...]:
     """θ_0 … θ_steps of an inner loop, each `{name: [tasks, *shape]}`.
 
@@ -154,9 +160,14 @@ def inner_iterates(
         inner: The inner loop. If it has a choice, it takes up to `steps` steps.
         meta: φ, tensors without a graph.
         steps: The number of steps, ≥ 0.
+        originals: The parameters that θ replaces. The inner loss must not depend on them, because
+            they stay as they are while θ moves.
 
     Returns:
         `steps + 1` iterates. If the loop stops early at its `tol`, the last one is repeated.
+
+    Raises:
+        ValueError: The inner loss depends on one of the `originals`.
 
     Example:
         >>> from metaimplicit.inner import GradientDescent
@@ -170,9 +181,18 @@ def inner_iterates(
         0.25
     """
     inner = inner.with_steps(max(steps, 1))
+    unchecked = dict(originals or {})
+
+    def loss(params: Params, _: int) -> Tensor:
+        losses = problem.inner(params, meta, problem.data)
+        if unchecked:
+            _check_independent(losses, params, unchecked)
+            unchecked.clear()
+        return losses
+
     with torch.enable_grad():
         trajectory = inner.bound_to(problem).run(
-            lambda params, _: problem.inner(params, meta, problem.data),
+            loss,
             problem.init(meta),
             meta,
             differentiated_steps=0,
@@ -181,3 +201,12 @@ def inner_iterates(
     iterates = trajectory.iterates
     padding = iterates[-1:] * (steps + 1 - len(iterates))
     return (iterates + padding)[: steps + 1]
+
+
+def _check_independent(losses: Tensor, params: Params, originals: Params) -> None:
+    for name in find_dependencies([losses], originals, params=params.values()):
+        raise ValueError(
+            f"loss: it depends on the parameter {name!r} of the model itself, which stays as it is "
+            "while a copy of it adapts; return what the loss needs from the model, or use proximal "
+            "as a penalty"
+        )

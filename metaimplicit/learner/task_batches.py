@@ -22,7 +22,7 @@ from metaimplicit.learner.targets import Group, Metric, measure
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Implicit, Method
 from metaimplicit.normalization import reject_running_statistics, running_statistics
-from metaimplicit.params import Params
+from metaimplicit.params import Params, detached
 from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
 from metaimplicit.vectorization import VmapRecords, explain_objection
@@ -133,7 +133,14 @@ class TaskBatches(FewShotModel):
 
     def _iterates(self, lifted: LiftedProblem, steps: int) -> tuple[Params, ...]:
         """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        return inner_iterates(lifted, self.inner, self._detached_meta(), steps)
+        meta = self.meta
+        return inner_iterates(
+            lifted,
+            self.inner,
+            detached(meta),
+            steps,
+            originals={name: meta[name] for name in self.adapted},
+        )
 
     def _check_vmap(self, data: Episode) -> None:
         """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
