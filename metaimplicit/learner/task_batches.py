@@ -56,7 +56,8 @@ class TaskBatches(FewShotModel):
             model, loss, query_loss, plan=plan, vectorize=vectorize, chunk_size=chunk_size
         )
         self.metric = metric
-        self._vmap_records = VmapRecords() if vectorize == "auto" else None
+        self._vmap_records = VmapRecords()
+        self._keeps_vmap = vectorize == "vmap"
         self._objection = ""  # why vmap is not used
         self._features = ""  # as in `Report`
         if self._network.body is not None:
@@ -143,15 +144,25 @@ class TaskBatches(FewShotModel):
         )
 
     def _check_vmap(self, data: Episode) -> None:
-        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
-        if self._vmap_records is None or self.vectorize == "loop" or self._mixes_tasks:
+        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible.
+
+        Where vmap was asked for, a warning is given if it is wrong for the first batch of a shape.
+        """
+        if self.vectorize == "loop" or self._mixes_tasks:
             return
-        if self._vmap_records.next_call(data).is_due:
+        record = self._vmap_records.next_call(data)
+        if record.calls == 1 if self._keeps_vmap else record.is_due:
             # Here the losses call the body, as they call all else.
             in_losses = self._problem(self._network.without_body(), "vmap")
-            self._objection = explain_objection(
-                in_losses, self.meta, data, inner=self.inner, method=self.method
+            reason = explain_objection(
+                in_losses,
+                self.meta,
+                data,
+                inner=self.inner,
+                method=self.method,
+                keeps_vmap=self._keeps_vmap,
             )
+            self._objection = "" if self._keeps_vmap else reason
         if self._objection:
             self.vectorize = "loop"
 
