@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,13 @@ def few_shot_problem(
     def outer_loss(params: Params, meta: Params, data: Any) -> tuple[Tensor, Tensor]:
         query = Episode.of(*data).query
         outputs = call(params, meta, query.inputs)
-        return query_loss(meta, outputs, query.targets), outputs
+        value = query_loss(meta, outputs, query.targets)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"query loss: got {type(value).__name__}, expected a scalar tensor; measure what "
+                "else it returns by metric="
+            )
+        return value, outputs
 
     inner_loss = SupportLoss(
         support_outputs,
@@ -112,13 +119,29 @@ def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:
     """
     args = inputs if type(inputs) is tuple else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
-    outputs = torch.func.functional_call(model, params, args, kwargs)
+    try:
+        outputs = torch.func.functional_call(model, params, args, kwargs)
+    except TypeError:
+        _check_arguments(model, args, kwargs)
+        raise
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"model: got a call that returns {type(outputs).__name__}, expected one tensor; "
             "wrap the model"
         )
     return outputs
+
+
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the signature of the model does not take these inputs."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        got = f"{len(args)} inputs" if args else f"the inputs {sorted(kwargs)}"
+        raise ValueError(
+            f"model: got {got}, but its forward has {error}; a tuple holds several inputs, a dict "
+            "holds keyword arguments, and two tasks are a list, [task, task]"
+        ) from error
 
 
 def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int]:

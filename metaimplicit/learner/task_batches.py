@@ -170,8 +170,8 @@ class TaskBatches(FewShotModel):
         return "loop" if group.looped else self._current_way
 
     def _outputs(self, inputs: Any) -> Tensor:
-        """The model at φ, as a constant. Random numbers that it draws are drawn again later."""
-        meta = self._detached_meta()
+        """The model at φ. Random numbers that it draws are drawn again later."""
+        meta = self.meta
         device = next(iter(meta.values())).device
         with restored_random_state(device), running_statistics(self.model):
             return self._network.outputs({}, meta, inputs)
