@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from metaimplicit.data import outside_inference_mode
 from metaimplicit.graph import find_dependencies, is_differentiated, tangent_of
 from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
@@ -20,6 +21,7 @@ from metaimplicit.vectorization import AutoVectorize, lift
 
 
 @explain_unsupported()
+@outside_inference_mode()
 def argmin(
     inner_loss: Loss | Composite,
     init: Callable[[Params, Any], Params],

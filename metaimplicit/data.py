@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metaimplicit.graph import is_differentiated
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
+from metaimplicit.tensors import recordable
 
 PREFIX = "data tensor "
 
@@ -26,7 +29,8 @@ class DataEntries:
 
     Attributes:
         tensors: `{name: tensor}`, as they are in the data, with their graph.
-        constants: The data in which they have no graph.
+        constants: The data in which they have no graph. Tensors that autograd cannot record (of
+            `inference_mode`) are copied.
 
     Example:
         >>> import torch
@@ -46,6 +50,9 @@ class DataEntries:
         for number, leaf in enumerate(self._leaves):
             if isinstance(leaf, Tensor) and is_differentiated(leaf):
                 self.tensors[f"{PREFIX}{number}"] = leaf
+        if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in self._leaves):
+            self._leaves = list(map(recordable, self._leaves))
+            self.constants = tree_unflatten(self._leaves, self._spec)
         if self.tensors:
             self.constants = self.restore(detached(self.tensors))
 
@@ -62,6 +69,23 @@ class DataEntries:
             return None
         leaves = [gradients.get(f"{PREFIX}{i}") for i in range(len(self._leaves))]
         return tree_unflatten(leaves, self._spec)
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave `inference_mode` within the block. What it computes has no graph all the same.
+
+    Example:
+        >>> import torch
+        >>> with torch.inference_mode(), outside_inference_mode():
+        ...     print(torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+        False False
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def describe_entry(name: str) -> str:

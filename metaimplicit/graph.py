@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from types import CodeType
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
+from metaimplicit.captured import captured
 from metaimplicit.unsupported import FIRST_DERIVATIVES
 
 Name = TypeVar("Name")
@@ -126,7 +124,7 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
 def _describe(tensor: Tensor, functions: Iterable[Any]) -> str:
     """The tensor by the name of the variable or parameter that holds it, or else by its shape."""
     for function in functions:
-        for name, value in _captured(function):
+        for name, value in captured(function):
             if value is tensor:
                 return f"tensor {name!r}"
             if isinstance(value, nn.Module):
@@ -134,37 +132,3 @@ def _describe(tensor: Tensor, functions: Iterable[Any]) -> str:
                     if p is tensor:
                         return f"parameter {f'{name}.{parameter}'!r}"
     return f"a tensor of shape {tuple(tensor.shape)}"
-
-
-def _captured(function: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """The variables that a function sees, and those of the functions among them."""
-    if depth == 0:
-        return
-    for name, value in _variables(function).items():
-        yield name, value
-        if callable(value) and not isinstance(value, (type, nn.Module)):
-            yield from _captured(value, depth - 1)
-
-
-def _variables(function: Any) -> dict[str, Any]:
-    """The variables that a function, bound method, partial or callable object holds."""
-    if inspect.isfunction(function):
-        nonlocals = inspect.getclosurevars(function).nonlocals
-        module = function.__globals__
-        names = global_names(function.__code__)
-        return {**nonlocals, **{name: module[name] for name in names if name in module}}
-    if inspect.ismethod(function):
-        attributes = getattr(function.__self__, "__dict__", {})
-        return {"__func__": function.__func__, **attributes}
-    if isinstance(function, partial):
-        positional = {str(i): argument for i, argument in enumerate(function.args)}
-        return {"func": function.func, **function.keywords, **positional}
-    return dict(getattr(function, "__dict__", {}))
-
-
-def global_names(code: CodeType) -> Iterator[str]:
-    """The global names in the code of a function, its comprehensions and its inner functions."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from global_names(constant)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.data import PREFIX
 from metaimplicit.features import Features
+from metaimplicit.gradients import warn_if_useless
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
@@ -22,8 +23,10 @@ from metaimplicit.methods.base import Dependencies
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState
+from metaimplicit.tensors import recordable
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, lift
+from metaimplicit.wrappers import reject_distributed_calls
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Hypergradient:
 
 
 @explain_unsupported()
+@reject_distributed_calls()
+@torch.inference_mode(False)
 def hypergradient(
     problem: BilevelProblem,
     meta: Params,
@@ -100,6 +105,9 @@ def hypergradient(
             out of range.
         UnsupportedOperationError: torch cannot differentiate or vmap an operation.
         FloatingPointError: A strict implicit method could not solve its system.
+
+    Warns:
+        RuntimeWarning: The gradient is not finite, or too large to mean anything.
 
     Example:
         >>> problem = BilevelProblem(
@@ -154,6 +162,8 @@ def hypergradient(
     for name, source in features.sources.items():
         total = _add(partial[name] if name in phi else None, through_features[name])
         grads[name] = torch.zeros_like(source) if total is None else total.detach()
+
+    warn_if_useless(grads, report)
 
     params = detached(adaptation.params)
     return Hypergradient(
@@ -239,7 +249,10 @@ def meta_leaves(meta: Params) -> Params:
             raise ValueError(
                 f"meta[{name!r}]: got {m.dtype}, expected real numbers; use torch.view_as_real"
             )
-    return {name: m.detach().requires_grad_(m.is_floating_point()) for name, m in meta.items()}
+    return {
+        name: recordable(m).detach().requires_grad_(m.is_floating_point())
+        for name, m in meta.items()
+    }
 
 
 def _check_reach(

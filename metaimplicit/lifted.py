@@ -190,7 +190,7 @@ class LiftedProblem:
             if not isinstance(result, tuple):
                 return result
             loss, aux = result
-            return loss, tree_map(_number_to_tensor, aux)
+            return loss if aux is None else (loss, tree_map(_aux_tensor, aux))
 
         return self._lift_scalar("outer_loss", one_task, params, data)
 
@@ -298,9 +298,16 @@ class LiftedProblem:
         return lifted(*compress(leaves, is_tensor))
 
 
-def _number_to_tensor(leaf: Any) -> Any:
-    """A plain number as a tensor, which can be stacked over the tasks."""
-    return torch.as_tensor(leaf) if isinstance(leaf, (bool, int, float)) else leaf
+def _aux_tensor(leaf: Any) -> Tensor:
+    """A leaf of aux as a tensor, which can be stacked over the tasks."""
+    if isinstance(leaf, (bool, int, float)):
+        return torch.as_tensor(leaf)
+    if not isinstance(leaf, Tensor):
+        raise ValueError(
+            f"aux: got {type(leaf).__name__}, expected a pytree of tensors and numbers, which are "
+            "stacked over the tasks"
+        )
+    return leaf
 
 
 def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:

@@ -34,13 +34,13 @@ def with_known_types(tree: Any) -> Any:
     return tree_map(known, tree)
 
 
-def recordable(x: Tensor) -> Tensor:
-    """The tensor, or a copy if it is of `inference_mode`, which autograd cannot record.
+def recordable(leaf: Any) -> Any:
+    """The same, or a copy of a tensor of `inference_mode`, which autograd cannot record.
 
     Example:
         >>> with torch.inference_mode():
         ...     x = torch.ones(2)
-        >>> recordable(x).is_inference()
-        False
+        >>> x.is_inference(), recordable(x).is_inference()
+        (True, False)
     """
-    return x.clone() if x.is_inference() else x
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 AVERAGE_AFTER_BACKWARD = (
@@ -54,3 +58,27 @@ torch.view_as_real of it, and use torch.view_as_complex in the model
                 f"model: got the parameter {name!r} in {p.dtype}, expected real numbers; keep "
                 "torch.view_as_real of it, and use torch.view_as_complex in the model"
             )
+
+
+@contextmanager
+def reject_distributed_calls() -> Iterator[None]:
+    """Raise ValueError within the block where a module is called that averages gradients itself.
+
+    Example:
+        >>> with reject_distributed_calls():
+        ...     _ = nn.Linear(1, 1)
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    thread = get_ident()
+
+    def check(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and get_ident() == thread:
+            reject_distributed(module)
+
+    handle = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

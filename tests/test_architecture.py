@@ -15,6 +15,7 @@ import tasks
 LAYERS = (
     (
         "params",
+        "captured",
         "options",
         "random_state",
         "task_axis",
@@ -22,10 +23,10 @@ LAYERS = (
         "labels",
         "mended",
         "unsupported",
+        "wrappers",
         "models",
         "normalization",
         "tensors",
-        "wrappers",
     ),
     ("problem", "iterate"),
     ("data",),
@@ -34,7 +35,7 @@ LAYERS = (
     ("solvers",),
     ("inner",),
     ("methods",),
-    ("vectorization", "features"),
+    ("vectorization", "features", "gradients"),
     ("hypergradient",),
     ("argmin",),
     ("learner", "diagnostics", "tuning", "optim", "root"),

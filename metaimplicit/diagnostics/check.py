@@ -22,14 +22,16 @@ from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import FirstOrder, Implicit, Method, Unrolled, make_method
-from metaimplicit.params import Params, detached
+from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Dense, Status
+from metaimplicit.tensors import recordable
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize
 
 
 @explain_unsupported()
+@torch.inference_mode(False)
 def check_hypergradient(
     problem: BilevelProblem,
     meta: Params,
@@ -98,7 +100,7 @@ def check_hypergradient(
         vectorize=way,
         second_derivatives=inner.second_derivatives,
     )
-    values = detached(meta)
+    values = {name: recordable(m).detach() for name, m in meta.items()}
     params = _with_task_axis(result, batched)
     procedure = _Procedure(lifted, inner)
     procedure.check_deterministic(values, params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +17,21 @@ from metaimplicit.inner.rules import Group, clip_factor
 from metaimplicit.inner.settings import at_step, constant_choices, resolve_setting
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten
-from metaimplicit.problem import Number, resolve
+from metaimplicit.problem import FromMeta, Number, resolve
 
 PAIRS = ("betas", "etas", "step_sizes")  # the options of torch.optim that are tuples
+
+UNTESTED = "the others have no derivative that could be tested against torch.optim"
+# What takes the place of an option of torch.optim.
+NO_EFFECT = "leave it out, because it changes how torch computes, and no number"
+REPLACEMENTS = {
+    "decoupled_weight_decay": "use torch.optim.AdamW for Adam, or inner.SGDW for SGD",
+    "maximize": "negate the loss",
+    "foreach": NO_EFFECT,
+    "fused": NO_EFFECT,
+    "capturable": NO_EFFECT,
+    "differentiable": NO_EFFECT,
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,17 @@ class DifferentiableStep:
         if unknown:
             raise ValueError(
                 f"{self.optimizer.__name__} options: got {unknown}, expected some of "
-                f"{sorted(tested)}; the others have no derivative that could be tested against "
-                "torch.optim"
+                f"{sorted(tested)}; {REPLACEMENTS.get(unknown[0], UNTESTED)}"
             )
+        for option, setting in self.options.items():
+            _check_numbers(option, setting)
         _ = self.defaults  # torch checks the range of constants
         limit = self.max_grad_norm
+        if limit is not None and (isinstance(limit, (list, Mapping)) or not _is_number(limit)):
+            raise ValueError(
+                f"max_grad_norm: got {limit!r}, expected one number for all parameters and steps, "
+                "because it bounds the norm of the whole gradient"
+            )
         if isinstance(limit, (int, float)) and not limit > 0:
             raise ValueError(f"max_grad_norm: got {limit}, expected a norm > 0, or None")
 
@@ -100,9 +120,13 @@ class DifferentiableStep:
             gradients: ∂f/∂θ, `{name: [tasks, *shape]}`.
             meta: Where a `max_grad_norm` of `FromMeta` is read.
         """
-        if self.max_grad_norm is None or not gradients:
+        limit = self.max_grad_norm
+        if limit is None or not gradients:
             return gradients
-        factor = clip_factor(flatten(gradients), resolve(self.max_grad_norm, meta))
+        # Torch takes infinity for no limit as well. Its derivative would be 0 · ∞.
+        if isinstance(limit, float) and limit == math.inf:
+            return gradients
+        factor = clip_factor(flatten(gradients), resolve(limit, meta))
         return {name: g * align_tasks(factor, g).to(g) for name, g in gradients.items()}
 
     def take(
@@ -124,6 +148,30 @@ class DifferentiableStep:
             new_params[name] = rule(options, slots, params[name], gradient)
             new_state[name] = slots
         return new_params, new_state
+
+
+def _check_numbers(option: str, setting: Any) -> None:
+    """Raise ValueError if a setting holds anything but numbers."""
+    if isinstance(setting, Mapping):
+        for key, entry in setting.items():
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"{option}: got a dict with the key {key!r}, expected names of parameters or "
+                    "modules, or patterns of names"
+                )
+            _check_numbers(option, entry)
+    elif isinstance(setting, (list, tuple)):
+        for entry in setting:
+            _check_numbers(option, entry)
+    elif not _is_number(setting):
+        raise ValueError(
+            f"{option}: got {setting!r}, expected a number, a tensor or FromMeta, a dict of these "
+            "by parameter, or a list by step"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (numbers.Number, Tensor, FromMeta))
 
 
 def align_tasks(per_task: Tensor, p: Tensor) -> Tensor:

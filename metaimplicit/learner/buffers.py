@@ -1,4 +1,4 @@
-"""A check that a model leaves its buffers alone."""
+"""A check that the parts of a learner leave their buffers alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from metaimplicit.normalization import tracked_layers
 
 
 @contextmanager
-def reject_changed_buffers(model: nn.Module, *, but_tracked: bool = False) -> Iterator[None]:
-    """Check that no buffer of the model changes within the block.
+def reject_changed_buffers(learner: nn.Module, *, but_tracked: bool = False) -> Iterator[None]:
+    """Check that no buffer of a model or of its losses changes within the block.
 
     Args:
-        model: The model.
+        learner: What holds them, under the names that errors call them.
         but_tracked: Whether the running statistics of normalisation layers may change.
 
     Raises:
@@ -24,29 +24,30 @@ def reject_changed_buffers(model: nn.Module, *, but_tracked: bool = False) -> It
 
     Example:
         >>> import torch
-        >>> model = nn.Module()
-        >>> model.register_buffer("count", torch.zeros(()))
-        >>> with reject_changed_buffers(model):
-        ...     model.count.add_(1)
+        >>> learner = nn.ModuleDict({"loss": nn.Module()})
+        >>> learner["loss"].register_buffer("count", torch.zeros(()))
+        >>> with reject_changed_buffers(learner):
+        ...     learner["loss"].count.add_(1)
         Traceback (most recent call last):
         ...
-        ValueError: model: a forward pass changed buffer 'count', so each task would see the ones \
+        ValueError: loss: a forward pass changed buffer 'count', so each task would see the ones \
 before it; switch the module that changes it to evaluation mode
     """
-    before = _buffer_versions(model)
+    before = _buffer_versions(learner)
     yield
-    tracked = tracked_layers(model) if but_tracked else {}
-    for name, version in _buffer_versions(model).items():
+    tracked = tracked_layers(learner) if but_tracked else {}
+    for name, version in _buffer_versions(learner).items():
         if name.rpartition(".")[0] in tracked:
             continue
         # A buffer that did not exist before (of a lazy module) has not changed.
         if before.get(name, version) != version:
+            part, _, buffer = name.partition(".")
             raise ValueError(
-                f"model: a forward pass changed buffer {name!r}, so each task would see the ones "
-                "before it; switch the module that changes it to evaluation mode"
+                f"{part}: a forward pass changed buffer {buffer!r}, so each task would see the "
+                "ones before it; switch the module that changes it to evaluation mode"
             )
 
 
-def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+def _buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Which tensor each buffer is, and how often it was written to in place."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}

@@ -6,6 +6,7 @@ an error. On CUDA, it would end the process.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +34,9 @@ IGNORED_BY_DEFAULT = -100  # by torch's losses
 class TargetCheck:
     """Checks the targets of one kind of set, support or query.
 
-    What the loss does with them is found out once for each kind of batch: the types and numbers of
-    axes of its tensors. Only the range of class indices is checked in every batch.
+    What the loss does with them is found out once for each kind of batch: the types and sizes of
+    its tensors, apart from the numbers of tasks and examples. Only the range of class indices is
+    checked in every batch.
 
     Args:
         call: The model as it is, `inputs of one task -> outputs`.
@@ -91,8 +93,9 @@ of the model; convert targets that are not class indices to float
     def _call_task(self, pair: Pair, index: int) -> tuple[Tensor, Any]:
         """The outputs and the targets of one task, on the CPU."""
         task = task_of(pair, index)
-        with fixed_random_state(pair), torch.no_grad():
-            outputs = self._call(task.inputs)
+        # A model may register hooks on its tensors, which need a graph.
+        with fixed_random_state(pair), torch.enable_grad():
+            outputs = self._call(task.inputs).detach()
         return _on_cpu(outputs), tree_map(_on_cpu, task.targets)
 
     def _check_range(self, name: str, pair: Pair, classes: Classes) -> Classes:
@@ -127,8 +130,9 @@ def check_loss(
     """Check that the loss takes the targets of a task, and does not broadcast them.
 
     Targets of another shape than the outputs broadcast if the loss has the same value once both
-    are expanded to one shape, and another once the outputs are reshaped to that of the targets. A
-    loss that reshapes the outputs by itself is no such loss.
+    are expanded to one shape, and another once their examples are aligned. A loss that reshapes the
+    outputs by itself is no such loss. Targets that differ in size from the outputs are looked at
+    where broadcasting would meet their examples with another axis: `[m]` with `[m, m]`.
 
     Args:
         name: What errors call the set.
@@ -160,7 +164,8 @@ broadcast against each other in the loss, expected one shape; reshape the target
         for leaf in tree_leaves(targets) if not has_classes else ():
             if not isinstance(leaf, Tensor) or leaf.shape == outputs.shape:
                 continue
-            if leaf.numel() == outputs.numel() > 1:
+            is_alone = leaf is targets and leaf.dim() != outputs.dim()
+            if leaf.numel() == outputs.numel() > 1 or is_alone:
                 broadcasts |= _is_broadcast(loss, outputs, targets, leaf, value=value)
     if broadcasts:
         raise ValueError(
@@ -170,12 +175,20 @@ broadcast against each other in the loss, expected one shape; reshape the target
 
 
 def _kind(pair: Pair) -> Any:
-    """The types of a batch and the axes of its tensors, of which only the size 1 is special."""
+    """The types of a batch and the sizes that the number of outputs may depend on.
+
+    Those are all but the number of tasks and, if there is one input, the number of examples, of
+    which only 1 is special.
+    """
     leaves, structure = tree_flatten(pair)
-    kinds = []
+    most = 2 if isinstance(pair.inputs, Tensor) else sys.maxsize
+    kinds: list[Any] = []
     for x in leaves:
-        is_tensor = isinstance(x, Tensor)
-        kinds.append((x.dtype, *(min(size, 2) for size in x.shape[1:])) if is_tensor else type(x))
+        if isinstance(x, Tensor):
+            examples = [min(size, most) for size in x.shape[1:2]]
+            kinds.append((x.dtype, *examples, *x.shape[2:]))
+        else:
+            kinds.append(type(x))
     return structure, tuple(kinds)
 
 
@@ -204,15 +217,30 @@ def _value(loss: TaskLoss, outputs: Tensor, targets: Any) -> Any:
 def _is_broadcast(
     loss: TaskLoss, outputs: Tensor, targets: Any, leaf: Tensor, *, value: Any
 ) -> bool:
-    """Whether the loss broadcasts its outputs and one of its targets, of as many numbers."""
+    """Whether the loss broadcasts its outputs and one of its targets against each other."""
     try:
         shape = torch.broadcast_shapes(outputs.shape, leaf.shape)
     except RuntimeError:
         return False
-    expanded = tree_map(lambda x: x.expand(shape) if x is leaf else x, targets)
-    as_expanded = _value(loss, outputs.expand(shape), expanded)
-    as_reshaped = _value(loss, outputs.reshape(leaf.shape), targets)
-    return _same(value, as_expanded) is True and _same(value, as_reshaped) is False
+    aligned_outputs, aligned_leaf = _align_examples(outputs, leaf)
+
+    def value_of(z: Tensor, replacement: Tensor) -> Any:
+        return _value(loss, z, tree_map(lambda x: replacement if x is leaf else x, targets))
+
+    as_expanded = value_of(outputs.expand(shape), leaf.expand(shape))
+    as_aligned = value_of(aligned_outputs, aligned_leaf)
+    return _same(value, as_expanded) is True and _same(value, as_aligned) is False
+
+
+def _align_examples(outputs: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with as many axes, the examples on the first. In one shape if that is possible."""
+    if leaf.numel() == outputs.numel():
+        return outputs.reshape(leaf.shape), leaf
+    dims = max(outputs.dim(), leaf.dim())
+    first, second = (
+        x.reshape(*x.shape[:1], *[1] * (dims - x.dim()), *x.shape[1:]) for x in (outputs, leaf)
+    )
+    return first, second
 
 
 def _same(value: Any, other: Any) -> bool | None:

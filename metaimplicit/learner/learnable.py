@@ -212,6 +212,8 @@ def _key(name: str) -> str:
 
 
 def _by_name(learn: Learn) -> dict[str, Granularity]:
+    if isinstance(learn, str):
+        return {learn: "scalar"}
     return {name: learn[name] if isinstance(learn, Mapping) else "scalar" for name in learn}
 
 

@@ -17,7 +17,7 @@ from metaimplicit.learner.defaults import (
     with_default_weights,
 )
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
-from metaimplicit.learner.gradients import accumulate, accumulate_in_data, warn_if_useless
+from metaimplicit.learner.gradients import accumulate, accumulate_in_data
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.learnable import (
     Learn,
@@ -168,6 +168,7 @@ class MetaLearner(TaskBatches):
     def backward(self, episodes: EpisodeBatch) -> Step:
         """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
 
+        Hooks of the parameters are called with it.
         Tensors of the episodes that require grad have one, too.
 
         Args:
@@ -182,26 +183,26 @@ class MetaLearner(TaskBatches):
 
         Raises:
             ValueError: The episodes are malformed, or the loss refuses their targets. A forward
-                pass changed a buffer of the model. The method cannot give the gradient of a
-                parameter.
+                pass changed a buffer of the model or of a loss. The method cannot give the gradient
+                of a parameter.
 
         Warns:
             RuntimeWarning: The meta-gradient is not finite, or too large to mean anything.
         """
         with torch.inference_mode(False):
             groups = self._read(episodes)
-            with reject_changed_buffers(self.model, but_tracked=self._mixes_tasks):
+            with reject_changed_buffers(self, but_tracked=self._mixes_tasks):
                 self._choose_vectorize(groups[0])
                 results = [self._hypergradient(group.data, self._way(group)) for group in groups]
             measured = [self._measure(g, r.aux) for g, r in zip(groups, results, strict=True)]
-        accuracies = combine(measured, torch.cat)
 
-        # There is one group, or each of them is one task.
-        gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
-        warn_if_useless(gradients)
-        accumulate(self.meta, gradients)
-        for group, result in zip(groups, results, strict=True):
-            accumulate_in_data(group.data, result.data_grads, weight=1 / len(groups))
+            # There is one group, or each of them is one task.
+            gradients = {name: mean([r.grads[name] for r in results]) for name in results[0].grads}
+            accumulate(self.meta, gradients)
+            for group, result in zip(groups, results, strict=True):
+                accumulate_in_data(group.data, result.data_grads, weight=1 / len(groups))
+
+        accuracies = combine(measured, torch.cat)
         report = join_reports([result.report for result in results])
         report = replace(report, features=self._features)
         if self._objection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import MetaLoss
@@ -79,7 +81,13 @@ def few_shot_problem(
     def outer_loss(params: Params, meta: Params, data: Any) -> tuple[Tensor, Tensor]:
         query = Episode.of(*data).query
         outputs = call(params, meta, query.inputs)
-        return query_loss(meta, outputs, query.targets), outputs
+        value = query_loss(meta, outputs, query.targets)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"query loss: got {type(value).__name__}, expected a scalar tensor; measure what "
+                "else it returns by metric="
+            )
+        return value, outputs
 
     inner_loss = SupportLoss(
         support_outputs,
@@ -111,13 +119,29 @@ def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:
     """
     args = inputs if type(inputs) is tuple else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
-    outputs = torch.func.functional_call(model, params, args, kwargs)
+    try:
+        outputs = torch.func.functional_call(model, params, args, kwargs)
+    except TypeError:
+        _check_arguments(model, args, kwargs)
+        raise
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"model: got a call that returns {type(outputs).__name__}, expected one tensor; "
             "wrap the model"
         )
     return outputs
+
+
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the signature of the model does not take these inputs."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        got = f"{len(args)} inputs" if args else f"the inputs {sorted(kwargs)}"
+        raise ValueError(
+            f"model: got {got}, but its forward has {error}; a tuple holds several inputs, a dict "
+            "holds keyword arguments, and two tasks are a list, [task, task]"
+        ) from error
 
 
 def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int]:
@@ -145,7 +169,12 @@ def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int
 
 
 def inner_iterates(
-    problem: LiftedProblem, inner: InnerLoop, meta: Params, steps: int
+    problem: LiftedProblem,
+    inner: InnerLoop,
+    meta: Params,
+    steps: int,
+    *,
+    originals: Params | None = None,
 ) -> tuple[Params, ...]:
     """θ_0 … θ_steps of an inner loop, each `{name: [tasks, *shape]}`.
 
@@ -154,9 +183,14 @@ def inner_iterates(
         inner: The inner loop. If it has a choice, it takes up to `steps` steps.
         meta: φ, tensors without a graph.
         steps: The number of steps, ≥ 0.
+        originals: The parameters that θ replaces. The inner loss must not depend on them, because
+            they stay as they are while θ moves.
 
     Returns:
         `steps + 1` iterates. If the loop stops early at its `tol`, the last one is repeated.
+
+    Raises:
+        ValueError: The inner loss depends on one of the `originals`.
 
     Example:
         >>> from metaimplicit.inner import GradientDescent
@@ -170,9 +204,18 @@ def inner_iterates(
         0.25
     """
     inner = inner.with_steps(max(steps, 1))
+    unchecked = dict(originals or {})
+
+    def loss(params: Params, _: int) -> Tensor:
+        losses = problem.inner(params, meta, problem.data)
+        if unchecked:
+            _check_independent(losses, params, unchecked)
+            unchecked.clear()
+        return losses
+
     with torch.enable_grad():
         trajectory = inner.bound_to(problem).run(
-            lambda params, _: problem.inner(params, meta, problem.data),
+            loss,
             problem.init(meta),
             meta,
             differentiated_steps=0,
@@ -181,3 +224,12 @@ def inner_iterates(
     iterates = trajectory.iterates
     padding = iterates[-1:] * (steps + 1 - len(iterates))
     return (iterates + padding)[: steps + 1]
+
+
+def _check_independent(losses: Tensor, params: Params, originals: Params) -> None:
+    for name in find_dependencies([losses], originals, params=params.values()):
+        raise ValueError(
+            f"loss: it depends on the parameter {name!r} of the model itself, which stays as it is "
+            "while a copy of it adapts; return what the loss needs from the model, or use proximal "
+            "as a penalty"
+        )

@@ -187,8 +187,14 @@ def mean_metric(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
     """
     values = []
     for task, of_task in enumerate(outputs.detach()):
-        value = torch.as_tensor(metric(of_task, task_of(targets, task)), device=outputs.device)
-        values.append(value.double().mean())
+        value = metric(of_task, task_of(targets, task))
+        try:
+            numbers = torch.as_tensor(value, device=outputs.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"metric: got {type(value).__name__}, expected a number, or one for each example"
+            ) from error
+        values.append(numbers.double().mean())
     return torch.stack(values)
 
 

@@ -26,7 +26,7 @@ from metaimplicit.normalization import (
     reject_running_statistics,
     running_statistics,
 )
-from metaimplicit.params import Params
+from metaimplicit.params import Params, detached
 from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
 from metaimplicit.vectorization import VmapRecords, explain_objection
@@ -60,7 +60,8 @@ class TaskBatches(FewShotModel):
             model, loss, query_loss, plan=plan, vectorize=vectorize, chunk_size=chunk_size
         )
         self.metric = metric
-        self._vmap_records = VmapRecords() if vectorize == "auto" else None
+        self._vmap_records = VmapRecords()
+        self._keeps_vmap = vectorize == "vmap"
         self._objection = ""  # why vmap is not used
         self._features = ""  # as in `Report`
         if self._network.body is not None:
@@ -143,18 +144,35 @@ class TaskBatches(FewShotModel):
 
     def _iterates(self, lifted: LiftedProblem, steps: int) -> tuple[Params, ...]:
         """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
-        return inner_iterates(lifted, self.inner, self._detached_meta(), steps)
+        meta = self.meta
+        return inner_iterates(
+            lifted,
+            self.inner,
+            detached(meta),
+            steps,
+            originals={name: meta[name] for name in self.adapted},
+        )
 
     def _check_vmap(self, data: Episode) -> None:
-        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible."""
-        if self._vmap_records is None or self.vectorize == "loop" or self._mixes_tasks:
+        """Keep the loop from now on if the choice is free, and vmap is wrong or impossible.
+
+        Where vmap was asked for, a warning is given if it is wrong for the first batch of a shape.
+        """
+        if self.vectorize == "loop" or self._mixes_tasks:
             return
-        if self._vmap_records.next_call(data).is_due:
+        record = self._vmap_records.next_call(data)
+        if record.calls == 1 if self._keeps_vmap else record.is_due:
             # Here the losses call the body, as they call all else.
             in_losses = self._problem(self._network.without_body(), "vmap")
-            self._objection = explain_objection(
-                in_losses, self.meta, data, inner=self.inner, method=self.method
+            reason = explain_objection(
+                in_losses,
+                self.meta,
+                data,
+                inner=self.inner,
+                method=self.method,
+                keeps_vmap=self._keeps_vmap,
             )
+            self._objection = "" if self._keeps_vmap else reason
         if self._objection:
             self.vectorize = "loop"
 
@@ -162,8 +180,8 @@ class TaskBatches(FewShotModel):
         return "loop" if group.looped else self._current_way
 
     def _outputs(self, inputs: Any) -> Tensor:
-        """The model at φ, as a constant. Random numbers that it draws are drawn again later."""
-        meta = self._detached_meta()
+        """The model at φ. Random numbers that it draws are drawn again later."""
+        meta = self.meta
         device = next(iter(meta.values())).device
         with restored_random_state(device), running_statistics(self.model):
             return self._network.outputs({}, meta, inputs)

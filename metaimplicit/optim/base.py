@@ -17,6 +17,7 @@ from metaimplicit.optim.checks import (
 )
 from metaimplicit.optim.closure import Closure, ReplayedClosure
 from metaimplicit.params import Params
+from metaimplicit.wrappers import reject_distributed
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -202,6 +203,7 @@ def _trainable_parameters(owner: str, model: nn.Module) -> Params:
             f"{owner} model: got {type(model).__name__}, expected an nn.Module, "
             "whose parameters have names"
         )
+    reject_distributed(model)
     named = model.named_parameters()
     trainable: Params = {name: p for name, p in named if p.requires_grad}
     if not trainable:

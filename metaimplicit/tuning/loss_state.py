@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from metaimplicit.graph import global_names
+from metaimplicit.captured import global_names
 
 MAX_PARTS = 500  # many more than an ordinary loss has
 LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")

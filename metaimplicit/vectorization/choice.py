@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -72,11 +72,17 @@ class VmapRecords:
 
 
 def explain_objection(
-    problem: BilevelProblem, meta: Params, data: Any, *, inner: InnerLoop, method: Method
+    problem: BilevelProblem,
+    meta: Params,
+    data: Any,
+    *,
+    inner: InnerLoop,
+    method: Method,
+    keeps_vmap: bool = False,
 ) -> str:
     """Why a loop has to be used for these data. Empty if vmap gives what a loop gives.
 
-    A warning is given if vmap gives something else.
+    A warning is given if vmap gives something else, as it does for hooks of tensors and modules.
 
     Args:
         problem: The problem of one task.
@@ -84,6 +90,7 @@ def explain_objection(
         data: The data of all tasks, or a `Stream` of such.
         inner: The inner loop. The outer loss sees the data of the step after its last.
         method: The method.
+        keeps_vmap: Whether vmap is used all the same, because the user asked for it.
 
     Example:
         >>> import torch
@@ -101,7 +108,9 @@ def explain_objection(
     """
     twice = differentiates_twice(method, inner)
     compared = evaluations(last_step=inner.steps, second_derivatives=twice)
-    objection = find_objection(problem, meta, data, compared)
+    objection = None
+    with suppress(Exception) if keeps_vmap else nullcontext():  # a loop may be impossible
+        objection = find_objection(problem, meta, data, compared)
     if objection is None:
         return ""
     module = objection.module
@@ -111,12 +120,12 @@ def explain_objection(
     if module is not None:
         reason = f"{_describe(module, problem)}: {reason}"
     if objection.difference is not None:
-        warnings.warn(
-            f"{reason}; a loop over the tasks is used in its place. Say vectorize='loop' if you "
-            "know this",
-            RuntimeWarning,
-            stacklevel=3,
+        advice = (
+            "the loop is right, and vmap is used because of vectorize='vmap'. Say 'auto' or 'loop'"
+            if keeps_vmap
+            else "a loop over the tasks is used in its place. Say vectorize='loop' if you know this"
         )
+        warnings.warn(f"{reason}; {advice}", RuntimeWarning, stacklevel=3)
     return reason
 
 

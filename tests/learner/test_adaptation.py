@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from learner.few_shot import TASKS, LinearModel, draw_episodes, make_learner, make_network
 from oracles import relative_error
 
-from metaimplicit import GradientDescent
+from metaimplicit import GradientDescent, MetaLearner
 
 
 @pytest.mark.parametrize("task", range(TASKS))
@@ -120,3 +120,25 @@ def test_a_copy_of_a_learner_is_independent():
 
     assert torch.equal(losses(copied), losses(copied))
     assert not torch.equal(losses(learner), losses(learner))
+
+
+def test_a_loss_of_the_parameters_themselves_is_refused_as_backward_refuses_it():
+    model = make_network()
+
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets) + model[2].weight.square().sum()
+
+    data = draw_episodes()
+    learner = MetaLearner(model, loss, vectorize="loop")
+    message = r"loss: it depends on the parameter '2\.weight' of the model itself"
+    with pytest.raises(ValueError, match=message):
+        learner.adapt(data.support, batched=True)
+    with pytest.raises(ValueError, match=message):
+        learner.evaluate(data)
+    with pytest.raises(ValueError, match=r"'model\.2\.weight' requires grad"):
+        learner.backward(data)
+
+    # A parameter that does not adapt is the same in the loss and in the model.
+    of_body = MetaLearner(model, loss, adapt="0.*").adapt(data.support, batched=True)
+    plain = MetaLearner(model, F.cross_entropy, adapt="0.*").adapt(data.support, batched=True)
+    torch.testing.assert_close(of_body.params, plain.params, rtol=1e-12, atol=0)

@@ -275,6 +275,28 @@ def test_a_forward_pass_that_changes_a_buffer_is_refused():
         make_learner(RunningMean(), vectorize="loop").backward(draw_episodes())
 
 
+class RunningCentre(nn.Module):
+    """A loss that keeps a mean of its outputs in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        with torch.no_grad():
+            self.centre.mul_(0.9).add_(0.1 * outputs.detach().mean())
+        return F.cross_entropy(outputs - self.centre, targets)
+
+
+@pytest.mark.parametrize("part", ["loss", "query_loss"])
+def test_a_loss_that_changes_a_buffer_is_refused(part):
+    losses = {"loss": F.cross_entropy} | {part: RunningCentre()}
+    learner = MetaLearner(make_network(), **losses, vectorize="loop")
+    with pytest.raises(ValueError, match=f"^{part}: a forward pass changed buffer 'centre', so"):
+        learner.backward(draw_episodes())
+    assert all(p.grad is None for p in learner.parameters())
+
+
 def test_the_problem_takes_plain_pairs_and_gives_the_gradient_of_backward():
     from metaimplicit import hypergradient
 

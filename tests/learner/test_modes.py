@@ -8,8 +8,14 @@ import torch.nn.functional as F
 from learner.few_shot import draw_episodes, make_learner
 from torch import nn
 
-from metaimplicit import GradientDescent, MetaLearner, TorchOptimizer
-from metaimplicit.learner.gradients import warn_if_useless
+from metaimplicit import (
+    BilevelProblem,
+    GradientDescent,
+    MetaLearner,
+    TorchOptimizer,
+    hypergradient,
+)
+from metaimplicit.gradients import warn_if_useless
 
 MODES = {
     "inference mode": torch.inference_mode,
@@ -158,3 +164,32 @@ def test_tasks_of_several_sizes_have_one_report():
         assert torch.allclose(getattr(report, name), joined, rtol=1e-9), name
     assert report.products == max(each.products for each in alone)
     assert (report.sigma, report.curvature) == (0.5, "gauss-newton")
+
+
+def test_hypergradient_warns_of_a_norm_beyond_round_off():
+    """A step of Adam at a zero gradient has the derivative 1 − lr H/ε = −2·10⁷ (Kingma & Ba)."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=lambda params, meta, data: (params["w"] - meta["s"]).square().sum(),
+        outer_loss=lambda params, meta, data: params["w"].sum(),
+    )
+    meta = {"w": torch.ones(1).double(), "s": torch.ones(1).double()}
+    inner = TorchOptimizer(torch.optim.Adam, steps=1, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = hypergradient(problem, meta, None, inner=inner, method="unrolled")
+    assert abs(one.grads["w"].item() / (1 - 0.1 * 2 / 1e-8) - 1) < 1e-12
+    with pytest.warns(RuntimeWarning, match=r"the meta-gradient has the norm \d\.\de\+28; lower"):
+        hypergradient(problem, meta, None, inner=inner.updated(steps=4), method="unrolled")
+
+
+def test_hypergradient_warns_of_nan_where_the_caller_is():
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["w"]},
+        inner_loss=lambda params, meta, data: params["w"].square().sum().sqrt(),
+        outer_loss=lambda params, meta, data: params["w"].sum(),
+    )
+    meta = {"w": torch.zeros(2), "ignored": torch.arange(2)}
+    with pytest.warns(RuntimeWarning, match="'w' is not finite") as caught:
+        hypergradient(problem, meta, None, inner="gradient-descent", method="unrolled")
+    assert [warning.filename for warning in caught] == [__file__]

@@ -20,6 +20,7 @@ from metaimplicit import (
     hypergradient,
     tuning_problem,
 )
+from metaimplicit.optim import NaturalGradient
 from metaimplicit.tuning import WeightDecay
 from metaimplicit.unsupported import find_advice
 
@@ -200,7 +201,19 @@ def test_a_part_that_is_wrapped_still_works(wrap):
     torch.testing.assert_close(*gradients)
 
 
+def hypergradient_of(model):
+    def loss(params, meta, data):
+        outputs = torch.func.functional_call(model, params, (torch.ones(2, 4),))
+        return outputs.square().mean()
+
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    problem = BilevelProblem(lambda meta, data: dict(meta), loss, loss)
+    result = hypergradient(problem, start, None, inner="gradient-descent", method="unrolled")
+    return torch.cat([g.flatten() for g in result.grads.values()])
+
+
 def test_a_model_that_averages_gradients_itself_is_refused(tmp_path):
+    plain = nn.Linear(4, 5)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -209,7 +222,7 @@ def test_a_model_that_averages_gradients_itself_is_refused(tmp_path):
             pass
 
         for wrap in (nn.parallel.DistributedDataParallel, UsersDistributed):
-            for model in (wrap(nn.Linear(4, 5)), nn.Sequential(wrap(nn.Linear(4, 5)))):
+            for model in (wrap(plain), nn.Sequential(wrap(plain))):
                 with refuses("Distributed", r"\.module", "all_reduce"):
                     MetaLearner(model, F.cross_entropy)
                 with refuses("Distributed", r"\.module", "all_reduce"):
@@ -221,6 +234,11 @@ def test_a_model_that_averages_gradients_itself_is_refused(tmp_path):
                 )
                 with refuses("Distributed", r"\.module", "all_reduce"):
                     Tuner(problem, {"lr": torch.tensor(0.1)}, inner=INNER)
+                    NaturalGradient(model, F.cross_entropy)
+                with refuses("Distributed", r"\.module", "all_reduce"):
+                    hypergradient_of(model)
+        # What is wrapped may be called, whether or not its wrapper is at hand.
+        assert torch.equal(hypergradient_of(model[0].module), hypergradient_of(plain))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -118,6 +118,7 @@ def test_real_time_with_one_outer_step_for_the_whole_run_is_forward_mode():
         assert torch.equal(tuners[0].meta[name], tuners[1].meta[name])
 
 
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_hypergradient_that_is_not_finite_is_never_applied(bad):
     tuner = make_tuner("unrolled")

@@ -128,6 +128,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
 @pytest.mark.parametrize("name", RIGHT)
 def test_vmap_is_kept_without_a_word_where_it_is_right(name):
     model = network(RIGHT[name]())

@@ -1,0 +1,61 @@
+"""Numbers of an inner loop that are no numbers, and options that have another name here."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from metaimplicit import GradientDescent, MetaLearner, TorchOptimizer
+
+REFUSED = {
+    "a function": ({"lr": lambda t: 0.1}, "lr: got <function"),
+    "text": ({"lr": "0.1"}, "lr: got '0.1', expected a number, a tensor or FromMeta, a dict"),
+    "text by step": ({"lr": ["0.1"] * 5}, "lr: got '0.1'"),
+    "an array": ({"lr": np.array([0.1, 0.2])}, "lr: got array"),
+    "modules": ({"lr": {nn.Linear(1, 1): 0.1}}, r"lr: got a dict with the key Linear\(.*names of"),
+    "momentum": ({"momentum": None}, "momentum: got None"),
+    "limits by step": ({"max_grad_norm": [1.0, 2.0]}, "max_grad_norm: got .*, expected one"),
+    "limits by layer": (
+        {"max_grad_norm": {"*": 1.0}},
+        "max_grad_norm: got .*, expected one",
+    ),
+}
+ELSEWHERE = [
+    (torch.optim.Adam, {"decoupled_weight_decay": True}, "use torch.optim.AdamW"),
+    (torch.optim.SGD, {"maximize": True}, "negate the loss"),
+    (torch.optim.Adam, {"foreach": True}, "leave it out"),
+    (torch.optim.Adam, {"fused": True}, "leave it out"),
+]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_number_is_named(name):
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        GradientDescent(**options)
+
+
+@pytest.mark.parametrize("lr", [np.float32(0.1), np.float64(0.1), np.int64(1), 1, True])
+def test_every_kind_of_number_will_do(lr):
+    assert GradientDescent(lr=lr).lr == lr
+
+
+@pytest.mark.parametrize(("optimizer", "options", "advice"), ELSEWHERE)
+def test_an_option_that_is_missing_has_a_replacement(optimizer, options, advice):
+    with pytest.raises(ValueError, match=advice):
+        TorchOptimizer(optimizer, lr=0.1, **options)
+
+
+def test_an_infinite_limit_of_the_norm_is_none():
+    x = torch.randn(2, 6, 3).double()
+    y = torch.randn(2, 6, 1).double()
+    gradients = []
+    for limit in (None, float("inf")):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1).double()
+        inner = GradientDescent(steps=2, lr=0.1, max_grad_norm=limit)
+        MetaLearner(model, F.mse_loss, inner=inner).backward(((x, y), (x, y)))
+        gradients.append(model.weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
