@@ -284,7 +284,7 @@ def test_all_tensors_are_on_the_device_of_the_parameters(monkeypatch):
     for module in ("checks", "factors", "kfac"):
         monkeypatch.setattr(f"metaimplicit.optim.{module}.raise_if", lambda *_: None)
     monkeypatch.setattr(output_loss, "_is_linear", lambda *_: False)
-    monkeypatch.setattr(likelihood_inference, "_find_family", lambda *_: Family("softmax"))
+    monkeypatch.setattr(likelihood_inference, "_find_family", lambda *_, **__: Family("softmax"))
     with FakeTensorMode():
         with torch.device("meta"):
             model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
