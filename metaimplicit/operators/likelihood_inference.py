@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit.operators.cut import cut_before_log_softmax
 from metaimplicit.operators.likelihood import (
     Expectation,
     Family,
@@ -18,7 +19,6 @@ from metaimplicit.operators.output_loss import (
     Checked,
     NoSecondDerivativeError,
     OutputLoss,
-    cut_before_log_softmax,
     output_gradient,
     output_hessian_product,
     random_outputs,
@@ -137,7 +137,10 @@ def loss_scores(
         >>> scores.square().sum(0).squeeze(), weights
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
-    loss = cut_before_log_softmax(loss, z, checked).loss
+    cut = cut_before_log_softmax(loss, z, checked)
+    if strict and cut.left_out is not None:
+        cut.left_out.warn(owner)
+    loss = cut.loss
     otherwise: Otherwise = "raise" if strict else "diagonal"
     slope = None
     if expectation == "empirical":
