@@ -183,8 +183,7 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         loss=lambda z: problem.output_loss(f, z, meta, data),
         module=f.module,
         apply_model=apply_model,
-        # Weights may depend on the losses, so what is true of one batch may not be of another.
-        checked=f.checked if f.weights is None else {},
+        checked=f.checked,
     )
 
 
