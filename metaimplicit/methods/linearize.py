@@ -186,8 +186,7 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         module=f.module,
         apply_model=apply_model,
         whole=reject_random_numbers(lambda p: problem.fit(f, p, meta, data)),
-        # Weights may depend on the losses, so what is true of one batch may not be of another.
-        checked=f.checked if f.weights is None else {},
+        checked=f.checked,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators.curvature import LossParts
+from metaimplicit.operators.cut import Cut
 from metaimplicit.operators.gauss_newton import GGN
 from metaimplicit.operators.likelihood import Expectation, Likelihood
 from metaimplicit.operators.likelihood_inference import infer_likelihood
@@ -99,6 +100,12 @@ class Fisher(GGN):
 
     def check_convex(self, steps: int = 20) -> None:
         """Do nothing: F is positive semi-definite, because no weight is negative."""
+
+    def _choose(self, cut: Cut) -> OutputLoss:
+        """The loss behind the cut. Another cut has another likelihood."""
+        if cut.left_out is not None:
+            cut.left_out.warn("Fisher")
+        return cut.loss
 
     def _warn_of_zero(self) -> None:
         """Do nothing: F does not come from ∂²ℓ/∂z²."""

@@ -16,10 +16,10 @@ from metaimplicit.operators.curvature import (
     flat_vjp,
     vjp,
 )
+from metaimplicit.operators.cut import Cut, cut_before_log_softmax
 from metaimplicit.operators.output_loss import (
     Checked,
     OutputLoss,
-    cut_before_log_softmax,
     output_gradient,
     widen,
 )
@@ -36,6 +36,10 @@ class GGN(RetainedGraphCurvature):
     If the loss is linear in z and z are log-probabilities (log-softmax and `nll_loss`), z are the
     logits instead, see `cut_before_log_softmax`. For any other loss that is linear in z the matrix
     is zero. If the Hessian is not, a warning says so.
+
+    Where z are log-probabilities and the loss is not linear, z are the logits as well if that adds
+    a positive semi-definite matrix. If it does not, or z are probabilities, the matrix lacks the
+    curvature of the model's last function, and a warning says so.
 
     Args:
         outputs: z, `{name: [tasks, *shape]} -> [tasks, …]`, task by task.
@@ -70,9 +74,9 @@ class GGN(RetainedGraphCurvature):
         cut = cut_before_log_softmax(
             loss, self._outputs.detach(), {} if checked is None else checked
         )
-        if cut.loss is not loss:
-            total = cut.loss(self._outputs)
-        self._loss = cut.loss
+        self._loss = self._choose(cut)
+        if self._loss is not loss:
+            total = self._loss(self._outputs)
         # r = ∂ℓ/∂z
         (self._slope,) = torch.autograd.grad(total.sum(), self._outputs, create_graph=True)
         if not self._slope.requires_grad:
@@ -135,6 +139,15 @@ class GGN(RetainedGraphCurvature):
                 "Gauss–Newton: got a loss that is not convex in the outputs (curvature "
                 f"{float(smallest.min()):.2g}), expected one that is; use curvature='hessian'"
             )
+
+    def _choose(self, cut: Cut) -> OutputLoss:
+        """The loss behind the cut, before the model's last function if that adds to the matrix."""
+        if cut.left_out is None:
+            return cut.loss
+        if cut.left_out.is_semidefinite:
+            return cut.left_out.loss
+        cut.left_out.warn("Gauss–Newton")
+        return cut.loss
 
     def _warn_of_zero(self) -> None:
         """Warn if the loss is linear in z and the model is not linear in θ."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from metaimplicit.operators.cut import cut_before_log_softmax
 from metaimplicit.operators.likelihood import (
     Expectation,
     Family,
@@ -17,7 +19,6 @@ from metaimplicit.operators.output_loss import (
     Checked,
     NoSecondDerivativeError,
     OutputLoss,
-    cut_before_log_softmax,
     output_gradient,
     output_hessian_product,
     random_outputs,
@@ -48,8 +49,9 @@ def infer_likelihood(
         z: The outputs of the model, `[tasks, m, …]`, without a graph.
         owner: The class that needs the likelihood, for an error's message.
         likelihood: The family that the loss has to have. If None, any will do.
-        checked: What earlier checks of this loss have found. The family is verified once for
-            outputs of one shape. The weights are computed every time.
+        checked: What earlier checks of this loss have found. The family that it had for outputs of
+            this shape is tried first, at fewer points. A loss may change, as one with a learnt
+            temperature does, so it is verified every time, and so are the weights.
         otherwise: What happens if no family fits. With `"raise"` that is an error. With `"mean"`
             each of the m examples counts 1/m. With `"diagonal"` a Gaussian takes the diagonal of
             ∂²ℓ/∂z² for its weights.
@@ -66,7 +68,11 @@ def infer_likelihood(
         ('gaussian', [[[0.5, 0.5], [0.5, 0.5]]])
     """
     key = (likelihood, z.shape, z.dtype)
-    family = checked[key] if key in checked else _find_family(loss, z, likelihood)
+    family = checked.get(key)
+    if family is not None:
+        family = _find_family(loss, z, [family], draws=1)
+    if family is None:
+        family = _find_family(loss, z, _candidates(likelihood, z.dim()), draws=2)
     if family is None and not _is_finite(loss, z):
         # Nothing is to be learnt from a loss that is not finite, and its gradient is not, either.
         return OutputLikelihood(Family("gaussian"), z, torch.full_like(z, torch.nan))
@@ -131,7 +137,10 @@ def loss_scores(
         >>> scores.square().sum(0).squeeze(), weights
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
-    loss = cut_before_log_softmax(loss, z, checked).loss
+    cut = cut_before_log_softmax(loss, z, checked)
+    if strict and cut.left_out is not None:
+        cut.left_out.warn(owner)
+    loss = cut.loss
     otherwise: Otherwise = "raise" if strict else "diagonal"
     slope = None
     if expectation == "empirical":
@@ -177,14 +186,29 @@ class _Evidence(NamedTuple):
     slack: float
 
 
-def _find_family(loss: OutputLoss, z: Tensor, likelihood: Likelihood | None) -> Family | None:
-    """The first family that has the Hessian of the loss as a multiple of its Fisher matrix."""
+def _candidates(likelihood: Likelihood | None, dims: int) -> list[Family]:
+    """The families that a loss of outputs with so many axes may have."""
+    names = get_args(Likelihood) if likelihood is None else (likelihood,)
+    families = [Family(name) for name in names]
+    if "softmax" in names:  # The classes may be on any axis after that of the examples.
+        families += [Family("softmax", axis) for axis in range(2 - dims, -1)]
+    return families
+
+
+def _find_family(
+    loss: OutputLoss, z: Tensor, families: Sequence[Family], *, draws: int
+) -> Family | None:
+    """The first family that has the Hessian of the loss as a multiple of its Fisher matrix.
+
+    The loss is looked at in the model's outputs z, and in so many draws of unit size.
+    """
     z = widen(loss, z)
     with torch.no_grad():
         eps = max(torch.finfo(x.dtype).eps for x in (z, loss(z)))
     tol = eps**0.5
+    points = [(random_outputs(z, 1 + draw), 100 * eps) for draw in range(draws)]
     # Torch's softplus drops e⁻²⁰ far from zero, where a model's own outputs may be.
-    points = ((random_outputs(z, 1), 100 * eps), (random_outputs(z, 2), 100 * eps), (z, tol))
+    points.append((z, tol))
     evidence = []
     try:
         for seed, (at, slack) in enumerate(points):
@@ -192,13 +216,9 @@ def _find_family(loss: OutputLoss, z: Tensor, likelihood: Likelihood | None) -> 
             evidence.append(_Evidence(at, v, *output_hessian_product(loss, at, v), slack))
     except NoSecondDerivativeError:
         return None
-    if not all(bool(seen.product.isfinite().all()) for seen in evidence[:2]):
+    if not all(bool(seen.product.isfinite().all()) for seen in evidence[:draws]):
         return None  # The loss is no function of logits or means, which may be any numbers.
 
-    names = get_args(Likelihood) if likelihood is None else (likelihood,)
-    families = [Family(name) for name in names]
-    if "softmax" in names:  # The classes may be on any axis after that of the examples.
-        families += [Family("softmax", axis) for axis in range(2 - z.dim(), -1)]
     for family in families:
         weights = _weights(family, loss, evidence[0].z)
         if all(_explains(family, weights, seen, tol) for seen in evidence):

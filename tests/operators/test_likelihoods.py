@@ -198,10 +198,10 @@ def test_a_preconditioner_takes_any_loss(name):
     assert isinstance(CG(), CG)
 
 
-# once for outputs of one shape
+# a loss is verified every time
 
 
-def test_the_family_is_verified_once_and_the_weights_every_time():
+def test_a_family_that_was_seen_before_takes_fewer_evaluations():
     checked = {}
     calls = []
 
@@ -216,8 +216,7 @@ def test_the_family_is_verified_once_and_the_weights_every_time():
         expected = gauss_newton(network(), F.cross_entropy, X, labels)
         assert relative_error(dense(fisher)[0], expected) < 1e-12
         counts.append(len(calls))
-    assert counts[1] == 2  # for the gradient, and for the weights
-    assert counts[0] > 6
+    assert counts[1] < counts[0]
     for kind in (partial(Fisher.from_loss), partial(KroneckerFactored.from_loss)):
         with pytest.raises(ValueError, match="of no softmax"):
             kind(parts_of(network(), F.smooth_l1_loss, X, TARGETS))

@@ -278,13 +278,14 @@ def test_all_tensors_are_on_the_device_of_the_parameters(monkeypatch):
     """Fake tensors hold no values, so no check can read one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from metaimplicit.operators import likelihood_inference, output_loss
+    from metaimplicit.operators import likelihood_inference
+    from metaimplicit.operators.cut import Cut
     from metaimplicit.operators.likelihood import Family
 
     for module in ("checks", "factors", "kfac"):
         monkeypatch.setattr(f"metaimplicit.optim.{module}.raise_if", lambda *_: None)
-    monkeypatch.setattr(output_loss, "_is_linear", lambda *_: False)
-    monkeypatch.setattr(likelihood_inference, "_find_family", lambda *_: Family("softmax"))
+    monkeypatch.setattr(likelihood_inference, "cut_before_log_softmax", lambda loss, *_: Cut(loss))
+    monkeypatch.setattr(likelihood_inference, "_find_family", lambda *_, **__: Family("softmax"))
     with FakeTensorMode():
         with torch.device("meta"):
             model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
