@@ -214,21 +214,23 @@ class SplitLoss:
         mean = torch.where(counted, losses, 0.0).mean()
         if hidden:  # under vmap, where numbers cannot be read
             return Count(value / mean, counted)
-        if not counted.any():
+        scale = (value / mean).item()
+        if not math.isfinite(scale) and not counted.any():
             if value == 0 and second_value == 0:  # as of a single class
                 return Count(1.0, None)
             raise ValueError(
                 f"loss: {self._name} counts no example of the batch, expected at least one that "
                 "counts"
             )
-
-        second_mean = torch.where(counted, second_losses, 0.0).mean()
-        scale = (value / mean).item()
-        error = abs(second_value.item() - scale * second_mean.item())
-        size = abs(scale) * torch.where(counted, second_losses, 0.0).abs().mean().item()
-        tolerance = 1000 * torch.finfo(losses.dtype).eps * _cancellation(losses, counted)
-        if not error <= tolerance * size:
-            raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
+        second_losses = torch.where(counted, second_losses, 0.0)
+        expected = scale * second_losses.mean().item()
+        tolerance = 1000 * torch.finfo(losses.dtype).eps
+        if not math.isclose(second_value.item(), expected, rel_tol=tolerance):
+            # The terms of the means may cancel.
+            error = abs(second_value.item() - expected)
+            size = abs(scale) * second_losses.abs().mean().item()
+            if not error <= tolerance * size * _cancellation(losses, counted):
+                raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
         return Count(scale, None if counted.all() else counted)
 
     def _at_trial(self, outputs: Any, targets: Any, order: int) -> tuple[Tensor, Tensor]:
