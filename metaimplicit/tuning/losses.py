@@ -24,7 +24,7 @@ from metaimplicit.tuning.batch_shapes import (
 from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
 from metaimplicit.tuning.loss_checks import Difference, find_difference, relative_error
 from metaimplicit.tuning.loss_state import LossState
-from metaimplicit.tuning.output_shapes import Layouts, explained_refusal
+from metaimplicit.tuning.output_shapes import Layouts
 from metaimplicit.tuning.reductions import Loss, split_reductions
 from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
 
@@ -77,9 +77,7 @@ class SplitLoss:
         Raises:
             ValueError: The loss refuses the targets, or they broadcast against the outputs.
         """
-        outputs, targets = self._layouts.arrange(outputs, targets)
-        with explained_refusal(outputs, targets):
-            return self._value(outputs, targets)
+        return self._layouts.call(self._value, outputs, targets)
 
     def split(self, outputs: Any, targets: Any) -> ExampleLosses:
         """The losses of the examples.
@@ -88,17 +86,18 @@ class SplitLoss:
             ValueError: V is not a multiple of their mean, no example counts, the loss refuses the
                 targets, or they broadcast against the outputs.
         """
-        outputs, targets = self._layouts.arrange(outputs, targets)
         if self._state.has_changed():
             self._forget()
-        with explained_refusal(outputs, targets):
-            self._check_kind(outputs, targets)
-            count = self._count(outputs, targets)
-            return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+        return self._layouts.call(self._split, outputs, targets)
 
     def read_targets(self, targets: Any) -> Any:
         """The targets in the type in which the loss took them."""
         return self._layouts.read_targets(targets)
+
+    def _split(self, outputs: Any, targets: Any) -> ExampleLosses:
+        self._check_kind(outputs, targets)
+        count = self._count(outputs, targets)
+        return ExampleLosses(self._losses(outputs, targets, count.counted), count)
 
     def _value(self, outputs: Any, targets: Any) -> Tensor:
         value: Tensor = self._whole(outputs, _widen(targets))
