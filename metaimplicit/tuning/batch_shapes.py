@@ -18,6 +18,8 @@ def tensors_of(tree: Any) -> list[Tensor]:
         >>> tensors_of({"x": torch.ones(1), "name": "one"})
         [tensor([1.])]
     """
+    if isinstance(tree, Tensor):
+        return [tree]
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
@@ -29,6 +31,8 @@ def signature(tree: Any) -> Any:
         >>> signature((torch.zeros(2, 3), None))
         ((torch.Size([2, 3]), torch.float32),)
     """
+    if isinstance(tree, Tensor):  # as it is for most losses, many times in a step
+        return (tree.shape, tree.dtype)
     return tuple((x.shape, x.dtype) for x in tensors_of(tree))
 
 

@@ -144,6 +144,8 @@ def read_batches(source: Source, *, first: int) -> Iterator[Any]:
 
 def _plain(part: Any) -> Any:
     """A part of a batch whose tensors autograd can record."""
+    if isinstance(part, Tensor):
+        return recordable(part)
     return map_tensors(recordable, with_known_types(part))
 
 

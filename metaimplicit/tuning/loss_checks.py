@@ -28,7 +28,7 @@ class Difference(NamedTuple):
     of_slopes: float
 
     def __str__(self) -> str:
-        percent = f"they differ by {100 * self.of_values:.3g} %"
+        percent = f"at some outputs they differ by {100 * self.of_values:.3g} %"
         if math.isnan(self.of_slopes):
             return percent
         return f"{percent}, and their slopes in the outputs by {100 * self.of_slopes:.3g} %"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ from metaimplicit.captured import global_names
 
 MAX_PARTS = 500  # many more than an ordinary loss has
 LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")
+ATOMS = frozenset((str, int, float, bool, type(None)))
+DICTS = frozenset((dict, OrderedDict))
 CONSTANTS = (type, ModuleType, BuiltinFunctionType, str, bytes, int, float, type(None))
 
 
@@ -60,11 +63,14 @@ def _read(loss: Any) -> list[Any] | None:
     seen: set[int] = set()
     pending = [loss]
     while pending:
-        value = pending.pop()
-        parts.append(value)
         if len(parts) > MAX_PARTS:
             return None
-        if isinstance(value, CONSTANTS) or id(value) in seen:
+        value = pending.pop()
+        parts.append(value)
+        kind = type(value)
+        if kind in ATOMS or (kind in DICTS and not value):  # most attributes of a module
+            continue
+        if id(value) in seen or isinstance(value, CONSTANTS):
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
@@ -78,7 +84,7 @@ def _read(loss: Any) -> list[Any] | None:
 
 def _parts_of(value: Any) -> Iterator[Any]:
     """What a value holds, as far as Python shows it."""
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         yield from value.keys()
         yield from value.values()
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -95,9 +101,9 @@ def _parts_of(value: Any) -> Iterator[Any]:
         yield _content(value)
     else:
         yield from getattr(value, "__dict__", {}).values()
-        for kind in type(value).__mro__:
-            if not _is_of_library(kind):
-                yield from vars(kind).values()
+        kind: Any = type(value)
+        for base in _users_classes(kind):
+            yield from vars(base).values()
 
 
 def _variables(function: FunctionType) -> Iterator[Any]:
@@ -115,6 +121,12 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+@lru_cache
+def _users_classes(kind: Any) -> list[type]:
+    """The class and its bases, without those of libraries."""
+    return [base for base in kind.__mro__ if not _is_of_library(base)]
 
 
 def _is_of_library(value: Any) -> bool:

@@ -24,7 +24,7 @@ from metaimplicit.tuning.batch_shapes import (
 from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
 from metaimplicit.tuning.loss_checks import Difference, find_difference, relative_error
 from metaimplicit.tuning.loss_state import LossState
-from metaimplicit.tuning.output_shapes import Layouts, explained_refusal
+from metaimplicit.tuning.output_shapes import Layouts
 from metaimplicit.tuning.reductions import Loss, split_reductions
 from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
 
@@ -77,9 +77,7 @@ class SplitLoss:
         Raises:
             ValueError: The loss refuses the targets, or they broadcast against the outputs.
         """
-        outputs, targets = self._layouts.arrange(outputs, targets)
-        with explained_refusal(outputs, targets):
-            return self._value(outputs, targets)
+        return self._layouts.call(self._value, outputs, targets)
 
     def split(self, outputs: Any, targets: Any) -> ExampleLosses:
         """The losses of the examples.
@@ -88,17 +86,18 @@ class SplitLoss:
             ValueError: V is not a multiple of their mean, no example counts, the loss refuses the
                 targets, or they broadcast against the outputs.
         """
-        outputs, targets = self._layouts.arrange(outputs, targets)
         if self._state.has_changed():
             self._forget()
-        with explained_refusal(outputs, targets):
-            self._check_kind(outputs, targets)
-            count = self._count(outputs, targets)
-            return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+        return self._layouts.call(self._split, outputs, targets)
 
     def read_targets(self, targets: Any) -> Any:
         """The targets in the type in which the loss took them."""
         return self._layouts.read_targets(targets)
+
+    def _split(self, outputs: Any, targets: Any) -> ExampleLosses:
+        self._check_kind(outputs, targets)
+        count = self._count(outputs, targets)
+        return ExampleLosses(self._losses(outputs, targets, count.counted), count)
 
     def _value(self, outputs: Any, targets: Any) -> Tensor:
         value: Tensor = self._whole(outputs, _widen(targets))
@@ -214,21 +213,23 @@ class SplitLoss:
         mean = torch.where(counted, losses, 0.0).mean()
         if hidden:  # under vmap, where numbers cannot be read
             return Count(value / mean, counted)
-        if not counted.any():
+        scale = (value / mean).item()
+        if not math.isfinite(scale) and not counted.any():
             if value == 0 and second_value == 0:  # as of a single class
                 return Count(1.0, None)
             raise ValueError(
                 f"loss: {self._name} counts no example of the batch, expected at least one that "
                 "counts"
             )
-
-        second_mean = torch.where(counted, second_losses, 0.0).mean()
-        scale = (value / mean).item()
-        error = abs(second_value.item() - scale * second_mean.item())
-        size = abs(scale) * torch.where(counted, second_losses, 0.0).abs().mean().item()
-        tolerance = 1000 * torch.finfo(losses.dtype).eps * _cancellation(losses, counted)
-        if not error <= tolerance * size:
-            raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
+        second_losses = torch.where(counted, second_losses, 0.0)
+        expected = scale * second_losses.mean().item()
+        tolerance = 1000 * torch.finfo(losses.dtype).eps
+        if not math.isclose(second_value.item(), expected, rel_tol=tolerance):
+            # The terms of the means may cancel.
+            error = abs(second_value.item() - expected)
+            size = abs(scale) * second_losses.abs().mean().item()
+            if not error <= tolerance * size * _cancellation(losses, counted):
+                raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
         return Count(scale, None if counted.all() else counted)
 
     def _at_trial(self, outputs: Any, targets: Any, order: int) -> tuple[Tensor, Tensor]:

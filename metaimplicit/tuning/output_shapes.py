@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +15,7 @@ from metaimplicit.tuning.batch_shapes import signature
 from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
 
 Value = Callable[[Any, Any], Tensor]
-
-# What torch says of a label that is no class.
-NO_CLASS = r"out of bounds|out of range|Class values must"
+Result = TypeVar("Result")
 
 
 class Layout(NamedTuple):
@@ -35,7 +31,9 @@ class Layout(NamedTuple):
 
 
 @torch.no_grad()
-def find_layout(value: Value, outputs: Tensor, targets: Tensor) -> Layout:
+def find_layout(
+    value: Value, outputs: Tensor, targets: Tensor, error: Exception | None = None
+) -> Layout | None:
     """The layout in which a loss takes outputs and targets, neither of which a transform wraps.
 
     The losses of torch want classes on axis 1, labels as int64, and scores of classes (one-hot
@@ -45,9 +43,10 @@ def find_layout(value: Value, outputs: Tensor, targets: Tensor) -> Layout:
         value: `(outputs, targets) -> scalar`, the loss.
         outputs: What the model returned.
         targets: What the loss compares with it.
+        error: What the loss has said of them as they are. If None, it is called with them.
 
-    Raises:
-        ValueError: The loss refuses the targets in every layout.
+    Returns:
+        None if the loss takes them as they are, or in no layout.
 
     Example:
         >>> scores, labels = torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool)
@@ -56,54 +55,33 @@ def find_layout(value: Value, outputs: Tensor, targets: Tensor) -> Layout:
         >>> find_layout(torch.nn.functional.cross_entropy, scores.mT, labels)
         Layout(moves_classes=False, dtype=torch.int64)
     """
-    as_given = Layout(False, targets.dtype)
-    if targets.is_floating_point() or targets.is_complex():
-        return as_given
     dtypes = [targets.dtype]
+    is_exact = not targets.is_floating_point() and not targets.is_complex()
     if targets.dtype == torch.bool:
         dtypes.append(torch.int64)
-    if bool(((targets == 0) | (targets == 1)).all()) and outputs.is_floating_point():
+    if is_exact and bool(((targets == 0) | (targets == 1)).all()):
         dtypes.append(outputs.dtype)
-    has_last = targets.dim() > 1 and outputs.shape[:-1] == targets.shape
     trial = TrialOutputs()(outputs, order=1, widen=False)
-    refusal: Exception | None = None
     for dtype in dtypes:
-        for moves in (False, True) if has_last else (False,):
+        for moves in (False, True) if _may_have_classes_last(outputs, targets) else (False,):
+            layout = Layout(moves, dtype)
+            is_as_given = layout == Layout(False, targets.dtype)
+            if is_as_given and error is not None:
+                continue
             try:
                 value(trial.movedim(-1, 1) if moves else trial, targets.to(dtype))
-            except Exception as error:  # a loss may raise anything
-                refusal = refusal or error
-            else:
-                return Layout(moves, dtype)
-    with explained_refusal(outputs, targets, refusal):
-        value(outputs, targets)  # It may take these outputs alone.
-    return as_given
+            except Exception:  # a loss may raise anything
+                continue
+            return None if is_as_given else layout
+    return None
 
 
-@contextmanager
-def explained_refusal(
-    outputs: Any, targets: Any, refusal: Exception | None = None
-) -> Iterator[None]:
-    """Name the targets in an error that a loss raises about them.
-
-    Args:
-        outputs: What the loss is called with.
-        targets: Likewise.
-        refusal: An error that the loss has raised about these targets. If None, only an error about
-            a label that is no class is known to be about targets.
-
-    Raises:
-        ValueError: In the place of such an error.
-    """
-    try:
-        yield
-    except (IndexError, RuntimeError) as error:
-        if refusal is None and not re.search(NO_CLASS, str(error)):
-            raise
-        raise ValueError(
-            f"targets: got {_describe(targets)} for outputs of {_describe(outputs)}, which the "
-            f"loss refuses: {refusal or error}"
-        ) from error
+def _may_have_classes_last(outputs: Any, targets: Any) -> bool:
+    """Whether the outputs are `[m, *positions, classes]`, and the targets labels of positions."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    is_label = not targets.is_floating_point() and targets.dim() > 1
+    return is_label and outputs.shape[:-1] == targets.shape
 
 
 @torch.no_grad()
@@ -223,9 +201,9 @@ class Layouts:
 
     Example:
         >>> layouts = Layouts(torch.nn.functional.cross_entropy)
-        >>> outputs, targets = layouts.arrange(torch.zeros(2, 3), torch.tensor([True, False]))
-        >>> targets
-        tensor([1, 0])
+        >>> targets = torch.tensor([True, False])
+        >>> layouts.call(lambda outputs, targets: targets / 2 + 1, torch.zeros(2, 3), targets)
+        tensor([1.5000, 1.0000])
     """
 
     def __init__(self, value: Value) -> None:
@@ -233,35 +211,69 @@ class Layouts:
         self._known: dict[Any, Layout | None] = {}
         self._dtypes: dict[Any, torch.dtype] = {}
 
-    def arrange(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
-        """The outputs and targets as the loss takes them.
+    def call(self, function: Callable[[Any, Any], Result], outputs: Any, targets: Any) -> Result:
+        """A function of outputs and targets as the loss takes them.
 
         Raises:
             ValueError: The loss refuses the targets, or they broadcast against the outputs.
         """
         key = (signature(outputs), signature(targets))
-        layout = self._known.get(key)
         if key not in self._known:
-            plain = (map_tensors(torch.detach, of_one_task(x)) for x in (outputs, targets))
-            layout, is_certain = self._find(*plain)
+            plain_outputs, plain_targets = _plain(outputs), _plain(targets)
+            is_certain = refuse_broadcast(self._value, plain_outputs, plain_targets)
+            layout = None
+            if _may_have_classes_last(outputs, targets):
+                layout = find_layout(self._value, plain_outputs, plain_targets)
             if is_certain:
                 self._known[key] = layout
-        if layout is None:
-            return outputs, targets
-        self._dtypes[signature(targets)] = layout.dtype
-        moved = outputs.movedim(-1, 1) if layout.moves_classes else outputs
-        return moved, self.read_targets(targets)
+        else:
+            layout = self._known[key]
+        try:
+            return function(*self._arrange(outputs, targets, layout))
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError) as error:
+            other = self._find_other(outputs, targets, layout, error)
+            if other is None:
+                raise
+        self._known[key] = other
+        return function(*self._arrange(outputs, targets, other))
 
     def read_targets(self, targets: Any) -> Any:
         """The targets in the type in which the loss took those of the same shape last."""
         dtype = self._dtypes.get(signature(targets))
         return targets if dtype is None else targets.to(dtype)
 
-    def _find(self, outputs: Any, targets: Any) -> tuple[Layout | None, bool]:
-        layout = None
-        if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-            layout = find_layout(self._value, outputs, targets)
-        return layout, refuse_broadcast(self._value, outputs, targets)
+    def _arrange(self, outputs: Any, targets: Any, layout: Layout | None) -> tuple[Any, Any]:
+        if layout is None:
+            return outputs, targets
+        self._dtypes[signature(targets)] = layout.dtype
+        moved = outputs.movedim(-1, 1) if layout.moves_classes else outputs
+        return moved, targets.to(layout.dtype)
+
+    def _find_other(
+        self, outputs: Any, targets: Any, layout: Layout | None, error: Exception
+    ) -> Layout | None:
+        """Another layout, after an error. None if the error is not about the targets."""
+        plain = (_plain(outputs), _plain(targets))
+        try:
+            self._value(*self._arrange(*plain, layout))
+        except Exception:  # The loss refuses this task also by itself.
+            other = None
+            if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and layout is None:
+                other = find_layout(self._value, *plain, error=error)
+            if other is not None:
+                return other
+            raise ValueError(
+                f"targets: got {_describe(targets)} for outputs of {_describe(outputs)}, which the "
+                f"loss refuses: {error}"
+            ) from error
+        return None
+
+
+def _plain(tree: Any) -> Any:
+    """Tensors without a graph and without transforms."""
+    return map_tensors(torch.detach, of_one_task(tree))
 
 
 def _describe(tree: Any) -> str:

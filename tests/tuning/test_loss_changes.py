@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tuning_loop import C, M, Y, draw
 
 from metaimplicit import tuning_problem
-from metaimplicit.tuning import ExampleWeights
+from metaimplicit.tuning import ExampleWeights, WeightDecay
 from metaimplicit.tuning.loss_state import LossState
 
 W = torch.linspace(0.5, 2, M, dtype=torch.float64)
@@ -151,3 +151,36 @@ def test_a_loss_that_stays_has_not_changed(name):
     state = LossState(loss)
     loss(torch.randn(M, C, dtype=torch.float64), Y)
     assert not state.has_changed()
+
+
+class Centred(nn.Module):
+    """Cross-entropy of outputs minus a moving average of them, which every call moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(C, dtype=torch.float64))
+        self.calls = 0
+
+    def forward(self, z, y):
+        with torch.no_grad():
+            self.center.mul_(0.9).add_(0.1 * z.mean(0))
+        self.calls += 1
+        return F.cross_entropy(z - self.center, y) * self.calls
+
+
+def test_a_loss_that_changes_itself_is_called_as_often_as_in_a_plain_loop():
+    case = draw()
+    loss, plain = Centred(), Centred()
+    problem, meta, _ = tuning_problem(case.model, loss, [WeightDecay(start=0.0)])
+    params = problem.init(meta, None)
+    for _ in range(3):
+        got = problem.inner_loss(params, meta, (case.x, Y.clone()))
+        torch.testing.assert_close(got, plain(case.model(case.x), Y))
+
+
+def test_a_weighed_loss_that_changes_itself_is_refused():
+    case = draw()
+    problem, meta, _ = tuning_problem(case.model, Centred(), [ExampleWeights(M)])
+    batch = (case.x, Y, torch.arange(M))
+    with pytest.raises(ValueError, match="the value of Centred is no mean"):
+        problem.inner_loss(problem.init(meta, None), meta, batch)

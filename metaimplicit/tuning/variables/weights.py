@@ -109,7 +109,7 @@ class ClassWeights(Variable):
         has_classes = targets.dim() > 1 and targets.shape[1] == self.classes
         one_each = targets.numel() == losses.numel()
         if not targets.is_floating_point() and one_each:
-            labels = _counted_labels(targets, batch, self.classes).flatten()
+            labels = _counted_labels(targets, batch).flatten()
             return select_entries(self, weights, labels).reshape(losses.shape)
         if targets.is_floating_point() and has_classes and one_each:
             weights = weights.reshape(-1, *[1] * (targets.dim() - 2))
@@ -182,9 +182,7 @@ class WeightNetwork(Variable):
                 )
             scores = targets.to(like)
             return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
-        one_hot = nn.functional.one_hot(
-            _counted_labels(targets, batch, self.classes), self.classes
-        ).to(like)
+        one_hot = nn.functional.one_hot(_counted_labels(targets, batch), self.classes).to(like)
         counted = batch.get("counted")
         if counted is not None:
             one_hot = one_hot * counted.reshape(targets.shape).unsqueeze(-1)
@@ -204,13 +202,11 @@ def _target_tensor(variable: Variable, batch: Batch) -> Tensor:
     )
 
 
-def _counted_labels(targets: Tensor, batch: Batch, classes: int) -> Tensor:
+def _counted_labels(targets: Tensor, batch: Batch) -> Tensor:
     """The numbers of classes, int64, with 0 for what does not count, such as the label −100."""
     labels = targets if targets.dtype == torch.int64 else targets.long()
     counted = batch.get("counted")
     if counted is None:
         return labels
-    # A label that does not count says nothing; 0 is valid, and its loss is 0. One that is valid
-    # stays, since a loss such as a hinge may be 0 by chance.
-    is_valid = (labels >= 0) & (labels < classes)
-    return torch.where(counted.reshape(labels.shape) | is_valid, labels, 0)
+    # A label that does not count says nothing; 0 is valid, and its loss is 0.
+    return torch.where(counted.reshape(labels.shape), labels, 0)
