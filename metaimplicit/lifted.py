@@ -32,8 +32,7 @@ class LiftedProblem:
     Args:
         problem: The problem of one task.
         data: Any pytree of tensors, or a `Stream` of such. If `batched`, each tensor carries the
-            task axis first. Those that require grad are differentiated where φ has them as its
-            `entries`, and are constants elsewhere.
+            task axis first. Those that require grad are constants unless φ has them as `entries`.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
         vectorize: `"vmap"`, or `"loop"`: one call per task under one graph, which is faster where
             arithmetic dominates.
@@ -43,7 +42,6 @@ class LiftedProblem:
             mode. If not, attention may run by a fused kernel.
 
     Attributes:
-        data: The data, as constants.
         entries: The tensors of `data` that require grad, as entries of φ.
         objection: Why the tasks are not vmapped, where that was not asked for.
 
@@ -135,8 +133,7 @@ class LiftedProblem:
     def arguments(self, meta: Params, data: Any) -> tuple[Params, Any]:
         """φ and the data as the functions of the problem see them.
 
-        The `entries` of φ return to their places in the data. Features that were not evaluated
-        before (`Features`) are evaluated here, at every call.
+        The `entries` of φ return to the data, and features take its place, unless `Features` did.
         """
         if any(name in self.entries.tensors for name in meta):
             data = self.entries.restore(meta)

@@ -17,6 +17,7 @@ from metaimplicit.diagnostics.differences import (
     step_size,
 )
 from metaimplicit.diagnostics.smoothness import has_kink
+from metaimplicit.diagnostics.verdict import Check, judge
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.lifted import LiftedProblem, Vectorize
@@ -26,62 +27,6 @@ from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import Dense, Status
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize
-
-
-@dataclass(frozen=True)
-class Check:
-    """What `check_hypergradient` returns. All errors are relative.
-
-    Attributes:
-        slopes: The derivative of the outer loss along each direction, by the method,
-            `[directions]`.
-        differences: The same by finite differences of the whole procedure, inner loop included.
-        error: ‖slopes − differences‖ / ‖differences‖.
-        noise: The relative difference of `differences` from those of one step size. An error below
-            it says nothing.
-        dense_error: The error of the gradient against that of a dense solve of the same system.
-            None if the method has no system, or one that is too large.
-        cosine: That of the angle between these two gradients. None in the same cases.
-        residual: The largest residual of the solve over the tasks. None without a solve.
-        inner_gradient_norm: The largest over the tasks.
-        negative_curvature: The share of tasks whose solve met negative curvature.
-        verdict: Whether the hypergradient is right; if not, why, and what to do.
-
-    Example:
-        >>> from metaimplicit.inner import GradientDescent
-        >>> problem = BilevelProblem(
-        ...     init=lambda meta, data: {"w": torch.zeros((), dtype=torch.float64)},
-        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
-        ...     outer_loss=lambda params, meta, data: params["w"].square(),
-        ... )
-        >>> meta = {"target": torch.tensor(3.0, dtype=torch.float64)}
-        >>> inner = GradientDescent(steps=2, lr=0.1)
-        >>> print(check_hypergradient(problem, meta, None, inner=inner, method="cg").verdict)
-        Wrong: the solve is fine, but θ_T is no stationary point (‖∂f/∂θ‖ = 3.8e+00); use more ...
-    """
-
-    slopes: Tensor
-    differences: Tensor
-    error: float
-    noise: float
-    dense_error: float | None
-    cosine: float | None
-    residual: float | None
-    inner_gradient_norm: float
-    negative_curvature: float
-    verdict: str = ""
-
-    def __str__(self) -> str:
-        lines = [f"against finite differences  {self.error:.1e} (known to {self.noise:.1e})"]
-        if self.dense_error is not None:
-            lines.append(
-                f"against the dense solve     {self.dense_error:.1e}, cosine {self.cosine:.6f}"
-            )
-        if self.residual is not None:
-            lines.append(f"residual of the solve       {self.residual:.1e}")
-            lines.append(f"negative curvature          {self.negative_curvature:.0%} of the tasks")
-        lines.append(f"inner gradient norm         {self.inner_gradient_norm:.1e}")
-        return "\n".join([*lines, self.verdict])
 
 
 @explain_unsupported()
@@ -154,24 +99,16 @@ def check_hypergradient(
         second_derivatives=inner.second_derivatives,
     )
     values = detached(meta)
-    procedure = _Procedure(lifted, inner)
-    procedure.check_deterministic(values, params=_with_task_axis(result, batched))
-
-    entries = {name: m for name, m in values.items() if m.is_floating_point()}
-    if not entries:
-        raise ValueError(f"meta: got {list(meta)}, expected a floating-point entry")
-    padding = find_padding(lifted, values, last_step=inner.steps)
-    units = random_directions(entries, count=directions, seed=seed, fixed=padding)
-    slopes = torch.stack([dot(result.grads, unit) for unit in units])
-
-    differences = extrapolated_differences(
-        procedure.outer_loss, values, units, step=step_size(entries)
-    )
-    dense = _compare_with_dense(result, lifted, values, inner=inner, method=method)
     params = _with_task_axis(result, batched)
-    kinked = isinstance(method, Implicit) and has_kink(
-        lambda p: lifted.inner(p, values, lifted.at(inner.steps - 1)), params
+    procedure = _Procedure(lifted, inner)
+    procedure.check_deterministic(values, params)
+    units = _draw_directions(lifted, values, inner=inner, count=directions, seed=seed)
+    slopes = torch.stack([dot(result.grads, unit) for unit in units])
+    differences = extrapolated_differences(
+        procedure.outer_loss, values, units, step=step_size(_entries(values))
     )
+
+    dense = _compare_with_dense(result, lifted, values, inner=inner, method=method)
     report = result.report
     check = Check(
         slopes=slopes,
@@ -184,12 +121,30 @@ def check_hypergradient(
         inner_gradient_norm=float(report.inner_gradient_norm.max()),
         negative_curvature=report.share(Status.NEGATIVE_CURVATURE),
     )
-    unsettled = _why_unsettled(inner, kinked)
-    verdict = _verdict(check, method, tolerance, unsettled)
-    if kinked and check.inner_gradient_norm > tolerance and unsettled not in verdict:
-        # The steps may have the derivative that was given, but the argmin has another.
-        verdict = f"{verdict} But θ_T is no stationary point; {unsettled}."
-    return replace(check, verdict=verdict)
+    kinked = isinstance(method, Implicit) and has_kink(
+        lambda p: lifted.inner(p, values, lifted.at(inner.steps - 1)), params
+    )
+    return judge(check, method, inner, kinked=kinked, tolerance=tolerance)
+
+
+def _entries(meta: Params) -> Params:
+    """The entries of φ that have a derivative."""
+    return {name: m for name, m in meta.items() if m.is_floating_point()}
+
+
+def _draw_directions(
+    lifted: LiftedProblem, meta: Params, *, inner: InnerLoop, count: int, seed: int
+) -> list[Params]:
+    """Random unit directions of φ, which leave padding rows of embeddings where they are.
+
+    Raises:
+        ValueError: φ has no floating-point entry.
+    """
+    entries = _entries(meta)
+    if not entries:
+        raise ValueError(f"meta: got {list(meta)}, expected a floating-point entry")
+    padding = find_padding(lifted, meta, last_step=inner.steps)
+    return random_directions(entries, count=count, seed=seed, fixed=padding)
 
 
 @dataclass(frozen=True)
@@ -248,68 +203,11 @@ def _compare_with_dense(
         batched=lifted.batched,
         vectorize=lifted.vectorize,
     )
-    names = [name for name, m in meta.items() if m.is_floating_point()]
+    names = list(_entries(meta))
     gradient = torch.cat([result.grads[name].flatten() for name in names])
     expected = torch.cat([exact.grads[name].flatten() for name in names])
     cosine = torch.nn.functional.cosine_similarity(gradient, expected, dim=0)
     return _DenseComparison(relative_error(gradient, expected), float(cosine))
-
-
-def _why_unsettled(inner: InnerLoop, kinked: bool) -> str:
-    """Why the loop may have ended away from a stationary point, and what to do."""
-    if kinked:
-        return (
-            "the inner loss has a kink there, as an ℓ1 term or a hinge has, so that no step makes "
-            "∂f/∂θ vanish; use ProximalGradient with 'fixed-point', a smooth loss, or 'unrolled'"
-        )
-    if inner.drift:
-        return (
-            f"{inner.drift} keeps the loop from settling; put the decay into the loss, as a "
-            "penalty, or use 'unrolled'"
-        )
-    return (
-        "use more inner steps, a larger step size, or 'unrolled', which differentiates θ_T as it is"
-    )
-
-
-def _verdict(check: Check, method: Method, tolerance: float, unsettled: str) -> str:
-    """The first reason that applies for an error above the tolerance, and what to do."""
-    if check.error <= tolerance:
-        return "Right: it agrees with finite differences."
-    if check.noise > tolerance:
-        return (
-            f"Undecided: the finite differences are known to {check.noise:.1e} only; "
-            "use float64, or a smoother problem without kinks between their points."
-        )
-    if not isinstance(method, Implicit):
-        complete = {"loop", "loss"} <= method.reach
-        reason = "" if complete else ", as this method leaves out part of it"
-        return f"Wrong by {check.error:.1e}{reason}; 'unrolled' is exact."
-    if check.negative_curvature > 0:
-        return (
-            "Wrong: the curvature is not positive definite; "
-            "use curvature='gauss-newton', more damping, or MINRES."
-        )
-    solve_error = check.residual if check.dense_error is None else check.dense_error
-    if solve_error is not None and solve_error > tolerance:
-        return (
-            "Wrong: the linear system is not solved; "
-            "use more solver steps, more rank, or NystromCG."
-        )
-    if check.inner_gradient_norm > tolerance:
-        return (
-            "Wrong: the solve is fine, but θ_T is no stationary point "
-            f"(‖∂f/∂θ‖ = {check.inner_gradient_norm:.1e}); {unsettled}."
-        )
-    if method.curvature_name != "hessian" or method.damping > 0:
-        return (
-            f"Wrong by {check.error:.1e}: solved and stationary, so it is A "
-            f"({method.curvature_name}, damping {method.damping})."
-        )
-    return (
-        f"Wrong by {check.error:.1e}, although the solve, stationarity and A are in order; "
-        "look for a dependence on φ that the losses hide, such as a detach()."
-    )
 
 
 def _with_task_axis(result: Hypergradient, batched: bool) -> Params:

@@ -59,15 +59,9 @@ class Dependencies:
         return {route for route, does in depends.items() if does}
 
     def decay(self, params: Params, meta: Params) -> Decay | None:
-        """The penalty that the inner loop adds to the loss of the parameters that it moves.
-
-        Args:
-            params: θ, of which the names are read.
-            meta: φ, where the numbers of the loop are read.
-        """
+        """The penalty that the inner loop adds to the loss of the parameters that it moves."""
         strengths = {name: self.inner.decay(meta, name) for name in params if name not in self.idle}
-        numbers = strengths.values()
-        if not any(isinstance(strength, Tensor) or strength != 0 for strength in numbers):
+        if not any(isinstance(value, Tensor) or value != 0 for value in strengths.values()):
             return None
         return Decay(strengths)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.base import Gradients, vector_jacobian_product
 from metaimplicit.methods.linearize import Linearization, linearize
 from metaimplicit.methods.shared import warn_or_raise
 from metaimplicit.operators import (
@@ -16,9 +18,10 @@ from metaimplicit.operators import (
     Identity,
     Invertible,
     Products,
+    central_difference,
     find_curvature,
 )
-from metaimplicit.params import Params
+from metaimplicit.params import Params, unflatten
 from metaimplicit.problem import Decay
 from metaimplicit.solvers import Solution, Solver, SolverState
 
@@ -61,7 +64,7 @@ class CurvatureSystem:
         )
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
-        """U = A⁻¹v, `[tasks, n]`, and the products that it took in all.
+        """The solution u = A⁻¹v, `[tasks, n]`, and the products that it took in all.
 
         Raises:
             ValueError: The loss is not convex where the curvature assumes it, or a preconditioner
@@ -72,7 +75,7 @@ class CurvatureSystem:
         preconditioner = self._make_preconditioner(point, sigma)
         inverse = None
         if preconditioner is not None:
-            inverse = _damped_inverse(preconditioner, sigma)
+            inverse = partial(preconditioner.inverse, shift=sigma)
         shifted = point.core + Identity(point.core, sigma)
         solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
         if bool((solution.rayleigh < 0.999 * sigma).any()):
@@ -84,6 +87,28 @@ class CurvatureSystem:
             products += preconditioner.setup_products
         return solution, products
 
+    def mixed_product(
+        self,
+        point: Linearization,
+        u: Tensor,
+        *,
+        problem: LiftedProblem,
+        params: Params,
+        meta: Params,
+        data: Any,
+        decay: Decay | None,
+    ) -> Gradients:
+        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u."""
+        if self.products != "finite-differences":
+            return vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
+
+        def penalized_loss(p: Params) -> Tensor:
+            loss = problem.inner(p, meta, data)
+            return loss if decay is None else loss + problem.penalty(decay, p, meta)
+
+        slope = central_difference(penalized_loss, params, u)
+        return vector_jacobian_product({"slope": slope}, meta, {"slope": -torch.ones_like(slope)})
+
     def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
         if self.preconditioner is None:
             return None
@@ -93,7 +118,3 @@ class CurvatureSystem:
             )
         kind, options = find_curvature(self.preconditioner)
         return kind.preconditioner(point.core, point.parts, **options)
-
-
-def _damped_inverse(operator: Invertible, shift: float) -> Callable[[Tensor], Tensor]:
-    return lambda vector: operator.inverse(vector, shift)

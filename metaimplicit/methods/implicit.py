@@ -18,7 +18,6 @@ from metaimplicit.methods.base import (
     Gradients,
     Method,
     Stationarity,
-    vector_jacobian_product,
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
 from metaimplicit.methods.linearize import inner_gradient, require_outputs
@@ -33,7 +32,6 @@ from metaimplicit.operators import (
     CurvatureClass,
     Invertible,
     Products,
-    central_difference,
     find_curvature,
     invertible_curvatures,
 )
@@ -280,23 +278,9 @@ class Implicit(Method):
             exact = replace(system, curvature="hessian")
             at_hessian = exact.linearize(problem, params, meta, data, decay=decay)
             hessian_residual = at_hessian.residual(solution.value, v)
-
-        # (dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u.
-        if self.products == "finite-differences":
-
-            def penalized_loss(p: Params) -> Tensor:
-                loss = problem.inner(p, meta, data)
-                return loss if decay is None else loss + problem.penalty(decay, p, meta)
-
-            slope = central_difference(penalized_loss, params, solution.value)
-            mixed = vector_jacobian_product(
-                {"slope": slope}, meta, {"slope": -torch.ones_like(slope)}
-            )
-        else:
-            mixed = vector_jacobian_product(
-                point.gradient, meta, unflatten(-solution.value, params)
-            )
-
+        mixed = system.mixed_product(
+            point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
+        )
         gradient = flatten(point.gradient).detach()
         return mixed, replace(
             report,

@@ -1,0 +1,144 @@
+"""What a check of a hypergradient measured, and the verdict in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from metaimplicit.inner import InnerLoop
+from metaimplicit.methods import Implicit, Method
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check_hypergradient` returns. All errors are relative.
+
+    Attributes:
+        slopes: The derivative of the outer loss along each direction, by the method,
+            `[directions]`.
+        differences: The same by finite differences of the whole procedure, inner loop included.
+        error: ‖slopes − differences‖ / ‖differences‖.
+        noise: The relative difference of `differences` from those of one step size. An error below
+            it says nothing.
+        dense_error: The error of the gradient against that of a dense solve of the same system.
+            None if the method has no system, or one that is too large.
+        cosine: That of the angle between these two gradients. None in the same cases.
+        residual: The largest residual of the solve over the tasks. None without a solve.
+        inner_gradient_norm: The largest over the tasks.
+        negative_curvature: The share of tasks whose solve met negative curvature.
+        verdict: Whether the hypergradient is right; if not, why, and what to do.
+
+    Example:
+        >>> import torch
+        >>> from metaimplicit import BilevelProblem, GradientDescent, check_hypergradient
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros((), dtype=torch.float64)},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        ...     outer_loss=lambda params, meta, data: params["w"].square(),
+        ... )
+        >>> meta = {"target": torch.tensor(3.0, dtype=torch.float64)}
+        >>> inner = GradientDescent(steps=2, lr=0.1)
+        >>> print(check_hypergradient(problem, meta, None, inner=inner, method="cg").verdict)
+        Wrong: the solve is fine, but θ_T is no stationary point (‖∂f/∂θ‖ = 3.8e+00); use more ...
+    """
+
+    slopes: Tensor
+    differences: Tensor
+    error: float
+    noise: float
+    dense_error: float | None
+    cosine: float | None
+    residual: float | None
+    inner_gradient_norm: float
+    negative_curvature: float
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"against finite differences  {self.error:.1e} (known to {self.noise:.1e})"]
+        if self.dense_error is not None:
+            lines.append(
+                f"against the dense solve     {self.dense_error:.1e}, cosine {self.cosine:.6f}"
+            )
+        if self.residual is not None:
+            lines.append(f"residual of the solve       {self.residual:.1e}")
+            lines.append(f"negative curvature          {self.negative_curvature:.0%} of the tasks")
+        lines.append(f"inner gradient norm         {self.inner_gradient_norm:.1e}")
+        return "\n".join([*lines, self.verdict])
+
+
+def judge(
+    check: Check, method: Method, inner: InnerLoop, *, kinked: bool, tolerance: float
+) -> Check:
+    """The check with its verdict: whether the hypergradient is right; if not, why, and what to do.
+
+    Args:
+        check: What was measured.
+        method: The method.
+        inner: The inner loop.
+        kinked: Whether the inner loss has a kink at θ_T.
+        tolerance: The relative error up to which the verdict is "Right".
+    """
+    unsettled = _why_unsettled(inner, kinked)
+    verdict = _verdict(check, method, tolerance, unsettled)
+    if kinked and check.inner_gradient_norm > tolerance and unsettled not in verdict:
+        # The steps may have the derivative that was given, but the argmin has another.
+        verdict = f"{verdict} But θ_T is no stationary point; {unsettled}."
+    return replace(check, verdict=verdict)
+
+
+def _why_unsettled(inner: InnerLoop, kinked: bool) -> str:
+    """Why the loop may have ended away from a stationary point, and what to do."""
+    if kinked:
+        return (
+            "the inner loss has a kink there, as an ℓ1 term or a hinge has, so that no step makes "
+            "∂f/∂θ vanish; use ProximalGradient with 'fixed-point', a smooth loss, or 'unrolled'"
+        )
+    if inner.drift:
+        return (
+            f"{inner.drift} keeps the loop from settling; put the decay into the loss, as a "
+            "penalty, or use 'unrolled'"
+        )
+    return (
+        "use more inner steps, a larger step size, or 'unrolled', which differentiates θ_T as it is"
+    )
+
+
+def _verdict(check: Check, method: Method, tolerance: float, unsettled: str) -> str:
+    """The first reason that applies for an error above the tolerance, and what to do."""
+    if check.error <= tolerance:
+        return "Right: it agrees with finite differences."
+    if check.noise > tolerance:
+        return (
+            f"Undecided: the finite differences are known to {check.noise:.1e} only; "
+            "use float64, or a smoother problem without kinks between their points."
+        )
+    if not isinstance(method, Implicit):
+        complete = {"loop", "loss"} <= method.reach
+        reason = "" if complete else ", as this method leaves out part of it"
+        return f"Wrong by {check.error:.1e}{reason}; 'unrolled' is exact."
+    if check.negative_curvature > 0:
+        return (
+            "Wrong: the curvature is not positive definite; "
+            "use curvature='gauss-newton', more damping, or MINRES."
+        )
+    solve_error = check.residual if check.dense_error is None else check.dense_error
+    if solve_error is not None and solve_error > tolerance:
+        return (
+            "Wrong: the linear system is not solved; "
+            "use more solver steps, more rank, or NystromCG."
+        )
+    if check.inner_gradient_norm > tolerance:
+        return (
+            "Wrong: the solve is fine, but θ_T is no stationary point "
+            f"(‖∂f/∂θ‖ = {check.inner_gradient_norm:.1e}); {unsettled}."
+        )
+    if method.curvature_name != "hessian" or method.damping > 0:
+        return (
+            f"Wrong by {check.error:.1e}: solved and stationary, so it is A "
+            f"({method.curvature_name}, damping {method.damping})."
+        )
+    return (
+        f"Wrong by {check.error:.1e}, although the solve, stationarity and A are in order; "
+        "look for a dependence on φ that the losses hide, such as a detach()."
+    )
