@@ -35,7 +35,7 @@ class Report:
         residual: ‖v − Au‖/‖v‖. `ValueFunction` has one if its loop drifts, with u = λ(z − y).
         hessian_residual: ‖v − Hu‖/‖v‖ with the Hessian H = ∂²f/∂θ², whatever A is: the error of
             the curvature, once the `residual` is small. None unless `Implicit(check_curvature)`.
-        status: Members of `Status`. `hypergradient` sets NOT_STATIONARY.
+        status: Members of `Status`. `judged` sets NOT_STATIONARY.
         rayleigh: The smallest uᵀAu/uᵀu that the solver met.
         sigma: σ, all of A that is known to be a multiple of the identity.
         rho: ρ, the damping that the solver adds to it.

@@ -163,7 +163,7 @@ def warn_or_raise(solver: Solver, solution: Solution, *, strict: bool) -> None:
 
 
 def warn_if_inaccurate(name: str, report: Report) -> None:
-    """Warn if a derivative of `argmin` or `root` is none of a solution. It has no other report.
+    """Warn if a derivative of `argmin` or `root` is not that of a solution. It has no other report.
 
     Args:
         name: The function that the warning names.
@@ -176,10 +176,11 @@ def warn_if_inaccurate(name: str, report: Report) -> None:
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     if report.share(Status.NOT_STATIONARY) and report.relative_leftover is not None:
+        cause = f"{report.drift} keeps the loop from settling; " if report.drift else ""
         message = (
-            f"{name}: the solution is none to working precision. The step that is left to it is "
-            f"{report.relative_leftover.max():.1e} of its size, so its derivative may be wrong by "
-            f"more; {REMEDIES[name]}"
+            f"{name}: the solution is inexact. It is off by about "
+            f"{report.relative_leftover.max():.1e} of its size, and its derivative may be off by "
+            f"more; {cause}{REMEDIES[name]}"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 

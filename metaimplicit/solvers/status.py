@@ -19,7 +19,7 @@ class Status(IntEnum):
     NEGATIVE_CURVATURE = 2  # vᵀAv ≤ 0 for some v, to working precision
     BREAKDOWN = 3  # it diverged, A is singular or not symmetric, or the result is worse than zero
     NON_FINITE = 4  # NaN or Inf in the operator or the right-hand side
-    NOT_STATIONARY = 5  # it converged, but the inner loop did not; `hypergradient` finds that
+    NOT_STATIONARY = 5  # it converged, but θ does not solve its equation; see `Report.judged`
 
 
 ADVICE = {

@@ -26,7 +26,7 @@ from metaimplicit.solvers import GMRES, Status
 N = 4
 X, Y = randn(30, N, seed=1), randn(30, seed=2)
 DECAY = torch.tensor(0.3, dtype=torch.float64)
-FAR = "argmin: the solution is none to working precision"
+FAR = "argmin: the solution is inexact"
 
 
 def ridge(params, meta, data):
@@ -93,6 +93,13 @@ def test_argmin_warns_of_a_point_that_is_not_stationary(name):
         torch.autograd.grad(again, decay, create_graph=True)
 
 
+def test_the_warning_names_what_keeps_the_loop_from_settling():
+    inner = TorchOptimizer(torch.optim.AdamW, steps=50, lr=0.02, weight_decay=0.5)
+    norm, _ = norm_of_argmin(ridge, inner=inner)
+    with pytest.warns(RuntimeWarning, match="the decoupled weight decay of AdamW keeps the loop"):
+        norm.backward()
+
+
 def test_a_fixed_point_that_is_none_is_named():
     inner = GradientDescent(steps=3, lr=0.1)
     norm, _ = norm_of_argmin(ridge, method=FixedPoint(GMRES(max_steps=N, tol=1e-12)), inner=inner)
@@ -157,7 +164,7 @@ def cubic(params, meta, data):
 def test_root_warns_where_the_residual_does_not_vanish():
     phi = randn(N, seed=3).requires_grad_()
     off = root(cubic, {"x": torch.ones(N, dtype=torch.float64)}, {"phi": phi})
-    with pytest.warns(RuntimeWarning, match="root: the solution is none to working precision"):
+    with pytest.warns(RuntimeWarning, match="root: the solution is inexact"):
         off["x"].sum().backward()
     x = optimize.fsolve(lambda x: x**3 + 2 * x - phi.detach().numpy(), np.ones(N), xtol=1e-12)
     phi.grad = None
