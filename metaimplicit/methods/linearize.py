@@ -158,6 +158,7 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         apply_model=apply_model,
         # Weights may depend on the losses, so what is true of one batch may not be of another.
         checked=forget_if_changed(f.checked, f.loss) if f.weights is None else {},
+        whole=reject_random_numbers(lambda p: problem.unpenalised(f, p, meta, data)),
     )
 
 

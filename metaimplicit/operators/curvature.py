@@ -30,6 +30,8 @@ class LossParts:
             where `function(call, params)` receives the model as `call(params) -> outputs`.
         checked: What earlier checks of the loss have found. Whoever evaluates one loss again and
             again hands in one dict.
+        whole: ℓ(z(θ)), task by task, for a loss that reads more of a model than its outputs. If
+            None, the outputs of all tasks come before their losses.
 
     Example:
         >>> parts = LossParts(
@@ -47,10 +49,11 @@ class LossParts:
     module: nn.Module | None = None
     apply_model: Callable[[Callable[..., Any], Params], Any] | None = None
     checked: Checked = field(default_factory=dict)
+    whole: Callable[[Params], Tensor] | None = None
 
     def total(self, params: Params) -> Tensor:
         """ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`."""
-        return self.loss(self.outputs(params))
+        return self.loss(self.outputs(params)) if self.whole is None else self.whole(params)
 
 
 class Curvature(LinearOperator):
