@@ -194,15 +194,6 @@ class LiftedProblem:
 
         return self._lift_scalar("outer_loss", one_task, params, data)
 
-    def fit(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
-        """The first term of a `Composite`, f without its penalty, for each task, `[tasks]`."""
-        meta, data = self.arguments(meta, data)
-
-        def one_task(p: Params, d: Any) -> Any:
-            return composite.output_loss(composite.outputs(p, meta, d), meta, d)
-
-        return self._lift_scalar("inner_loss", one_task, params, data)[0]
-
     def outputs(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
         """The outputs of a `Composite` for each task, `[tasks, …]`."""
         meta, data = self.arguments(meta, data)
@@ -222,6 +213,15 @@ class LiftedProblem:
             return composite.output_loss(z["outputs"], meta, d)
 
         return self._lift_scalar("loss", one_task, {"outputs": outputs}, data)[0]
+
+    def unpenalised(self, composite: Composite, params: Params, meta: Params, data: Any) -> Tensor:
+        """The first term of a `Composite` for each task, `[tasks]`, in one pass over each task."""
+        meta, data = self.arguments(meta, data)
+
+        def one_task(p: Params, d: Any) -> Any:
+            return composite.output_loss(composite.outputs(p, meta, d), meta, d)
+
+        return self._lift_scalar("loss", one_task, params, data)[0]
 
     def penalty(
         self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params

@@ -1,4 +1,4 @@
-"""What torch cannot differentiate or vmap: its errors, with what to do about them."""
+"""What torch cannot differentiate, vmap or mix: its errors, with what to do about them."""
 
 from __future__ import annotations
 
@@ -142,6 +142,10 @@ ADVICE = {
     ),
     r"forward AD with _*([\w.]+?)(?:_forward)? that does not support it": (
         "{0}: torch has no forward-mode derivative of it; use {1}" + REVERSE_MODE
+    ),
+    r"must have the same dtype|expected scalar type|type \([\w.]+\) and \w+ type \([\w.]+\)": (
+        "tensors of different types meet ({0}); convert the data, or the model, by .to(dtype), or "
+        "if the parameters differ in type use 'unrolled' or curvature='gauss-newton'"
     ),
     r"stateless API can't be used with nn\.(\w+)": (
         "{0}: its parameters cannot be replaced by those of a task; use the module in it, .module"

@@ -185,8 +185,8 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
         loss=lambda z: problem.output_loss(f, z, meta, data),
         module=f.module,
         apply_model=apply_model,
-        whole=reject_random_numbers(lambda p: problem.fit(f, p, meta, data)),
         checked=f.checked,
+        whole=reject_random_numbers(lambda p: problem.unpenalised(f, p, meta, data)),
     )
 
 

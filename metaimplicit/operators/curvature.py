@@ -32,7 +32,8 @@ class LossParts:
         checked: What earlier checks of the loss have found. Whoever evaluates one loss again and
             again hands in one dict.
         whole: ℓ(z(θ)), `{name: [tasks, *shape]} -> [tasks]`, for a curvature that does not read the
-            outputs, which may then be more than one tensor. If None, it is made of the parts.
+            outputs. They may then be more than one tensor, and the loss may read more of a model
+            than them. If None, it is made of the parts.
 
     Example:
         >>> parts = LossParts(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import check_differentiable
+from metaimplicit.graph import check_differentiable, find_dependencies
 from metaimplicit.operators.curvature import (
     LossParts,
     RetainedGraphCurvature,
@@ -49,7 +49,8 @@ class GGN(RetainedGraphCurvature):
         checked: What earlier checks of this loss have found. If None, they are made again.
 
     Raises:
-        ValueError: The outputs use an operation without a second derivative.
+        ValueError: The outputs use an operation without a second derivative. Or the loss depends on
+            θ beside the outputs.
 
     Example:
         >>> params = {"w": torch.tensor([[1.0, 2.0]])}
@@ -71,6 +72,7 @@ class GGN(RetainedGraphCurvature):
         super().__init__(params)
         self._outputs = outputs(self.params)
         total = loss(self._outputs)
+        _check_reads_outputs_alone(total, self._outputs, self.params)
         cut = cut_before_log_softmax(
             loss, self._outputs.detach(), {} if checked is None else checked
         )
@@ -190,3 +192,17 @@ def _power_iteration(
         quotient = (v * hv).sum(1)
         v = shift * v - hv
     return quotient, v.norm(dim=1, keepdim=True)
+
+
+def _check_reads_outputs_alone(total: Tensor, outputs: Tensor, params: Params) -> None:
+    """Raise ValueError if a loss depends on a parameter by another way than the outputs.
+
+    Such a way is an auxiliary loss that the model leaves in an attribute.
+    """
+    others = {name: p for name, p in params.items() if p is not outputs}
+    for name in find_dependencies([total], others, params=[outputs]):
+        raise ValueError(
+            f"loss: it depends on {name!r} beside the outputs of the model, so that Gauss–Newton "
+            "and Fisher would leave out a part of it; use curvature='hessian', or let the model "
+            "return what the loss needs"
+        )

@@ -34,7 +34,7 @@ class Nystrom(SketchingSolver):
     negative eigenvalues of an indefinite B_k count by their size, so nothing is ever singular.
 
     Args:
-        rank: k ≥ 1, products with B taken in one batch.
+        rank: k ≥ 1, products with B taken in one batch. It is n if that is smaller.
         rho: ρ ≥ 0, the damping that this solver adds. If None, it is 0 where σ > 0, else 0.01.
         sketch: Ω: `"columns"` of the identity, sampled without replacement, or `"gaussian"`; the
             same for all tasks.
@@ -48,8 +48,8 @@ class Nystrom(SketchingSolver):
             None, the rank is `rank`.
 
     Raises:
-        ValueError: A number out of range, or `chunk` beside `tol` or `refresh`. On a solve: the
-            rank exceeds n, or σ + ρ ≤ 0.
+        ValueError: A number out of range, or `chunk` beside `tol` or `refresh`. On a solve:
+            σ + ρ ≤ 0.
 
     Example:
         >>> from metaimplicit.operators import Identity
@@ -82,9 +82,10 @@ class Nystrom(SketchingSolver):
         b = system.b
         core, shift = self.split(system.operator)
         state = SolverState()
-        if self.chunk is not None and self.chunk < self.rank:
+        rank = min(self.rank, core.shape[1])
+        if self.chunk is not None and self.chunk < rank:
             x, smallest, indefinite = self._stream(core, b, shift, chunk=self.chunk)
-            products = 2 * self.rank + 2
+            products = 2 * rank + 2
         else:
             error = None if self.tol is None else self.tol * shift
             low_rank, products, state = self.sketch_core(core, system, error=error)
@@ -113,7 +114,7 @@ class Nystrom(SketchingSolver):
         ΩᵀY and YᵀY.
         """
         tasks, n = core.shape
-        k = self.rank
+        k = min(self.rank, n)
         probes = Probes(self.sketch, n, self.generator, like=b, most=k)
         parts = [(start, min(start + chunk, k)) for start in range(0, k, chunk)]
 
@@ -155,7 +156,7 @@ class NystromCG(SketchingSolver):
     takes k products for the preconditioner, then one a step.
 
     Args:
-        rank: k ≥ 1, products with B taken in one batch.
+        rank: k ≥ 1, products with B taken in one batch. It is n if that is smaller.
         rho: ρ ≥ 0, added to σ in the preconditioner alone. If None, it is 0 where σ > 0, else 0.01.
         sketch: Ω: `"columns"` of the identity, sampled without replacement, or `"gaussian"`; the
             same for all tasks.
@@ -165,7 +166,7 @@ class NystromCG(SketchingSolver):
         tol: The relative residual at which a task has converged, ≥ 0.
 
     Raises:
-        ValueError: A number out of range. On a solve: the rank exceeds n, or σ + ρ ≤ 0.
+        ValueError: A number out of range. On a solve: σ + ρ ≤ 0.
 
     Example:
         >>> from metaimplicit.operators import Identity

@@ -18,7 +18,7 @@ class SketchingSolver(CoreSolver):
     """A solver that takes products of B with k vectors Ω, the same for all tasks.
 
     Args:
-        rank: k ≥ 1, products with B taken in one batch.
+        rank: k ≥ 1, products with B taken in one batch. It is n if that is smaller.
         rho: ρ ≥ 0, the damping that this solver adds. If None, it is 0 where σ > 0, else 0.01.
         sketch: Ω: `"columns"` of the identity, sampled without replacement, or `"gaussian"`.
         refresh: The number of solves that one sketch serves, given the state of the solve before.
@@ -49,14 +49,9 @@ class SketchingSolver(CoreSolver):
         """The core B and the shift s = σ + ρ.
 
         Raises:
-            ValueError: The shift is not positive, or the rank exceeds n.
+            ValueError: The shift is not positive.
         """
         core, shift = super().split(operator)
-        if self.rank > operator.shape[1]:
-            raise ValueError(
-                f"{type(self).__name__} rank: got {self.rank}, expected at most "
-                f"n = {operator.shape[1]}, the adapted parameters"
-            )
         return core, shift
 
     def sketch_core(
@@ -88,7 +83,7 @@ class SketchingSolver(CoreSolver):
             return low_rank, 0, SolverState(low_rank=low_rank, age=state.age + 1)
 
         n = core.shape[1]
-        rank = self.rank
+        rank = min(self.rank, n)
         probes = Probes(self.sketch, n, self.generator, like=system.b)
         rows = probes.rows(0, rank)
         images = probes.products(core, 0, rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.lifted import LiftedProblem, Vectorize
@@ -123,6 +124,12 @@ def _compare(
     eps = _unit_roundoff([*tree_leaves(loop), *meta.values()])
     difference = _largest_difference(loop, vmap)
     if difference.size <= 3 * math.sqrt(eps):
+        return None
+    # The model may compute in a shorter type, as autocast inside of it does.
+    seen = _SeenTypes()
+    with suppress(Exception), seen:
+        run("loop")
+    if difference.size <= 8 * seen.unit_roundoff:
         return None
     # What amplifies a change of the parameters by round-off may amplify that of vmap, too.
     roundoff = _largest_difference(loop, run("loop", shift=8 * eps))
@@ -248,6 +255,23 @@ def _unit_roundoff(tensors: list[Tensor]) -> float:
     if torch.is_autocast_enabled(device):
         types.add(torch.get_autocast_dtype(device))
     return max(torch.finfo(dtype).eps for dtype in types)
+
+
+class _SeenTypes(TorchDispatchMode):
+    """Keeps the round-off of the coarsest floating-point type that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.unit_roundoff = 0.0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                self.unit_roundoff = max(self.unit_roundoff, torch.finfo(x.dtype).eps)
+        return result
 
 
 def _shifted(x: Tensor, relative: float) -> Tensor:

@@ -261,7 +261,22 @@ def test_the_advice_depends_on_the_message_alone(message, patterns):
 
 
 @pytest.mark.parametrize(
-    "message", ["size mismatch", "CUDA out of memory", "expected scalar type Float but found Half"]
+    "make",
+    [
+        lambda: (nn.Linear(4, 5).double(), torch.randn(2, 6, 4).float()),
+        lambda: (
+            nn.Sequential(nn.Conv1d(4, 5, 1), nn.Flatten()).float(),
+            torch.randn(2, 6, 4, 1).double(),
+        ),
+    ],
 )
+def test_data_of_another_type_than_the_model_are_named(make):
+    model, x = make()
+    y = torch.zeros(2, 6, dtype=torch.int64)
+    with refuses("tensors of different types meet", r"\.to\(dtype\)"):
+        MetaLearner(model, F.cross_entropy).backward(((x, y), (x, y)))
+
+
+@pytest.mark.parametrize("message", ["size mismatch", "CUDA out of memory"])
 def test_other_errors_have_no_advice(message):
     assert find_advice(RuntimeError(message)) is None

@@ -1,5 +1,7 @@
 """Nyström's approximation: its definition, as an inverse and as a preconditioner."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import Matrix, generator, randn, relative_error, symmetric
@@ -198,10 +200,19 @@ def test_rho_is_a_hundredth_only_where_nothing_else_damps():
     assert Nystrom(rho=0.5).damping(2.0) == 0.5
 
 
-def test_a_rank_above_n_and_a_shift_of_zero_are_refused():
+@pytest.mark.parametrize("solver", [Nystrom, NystromCG, partial(Nystrom, chunk=1)])
+@pytest.mark.parametrize("sketch", ["columns", "gaussian"])
+def test_a_rank_above_n_is_n_which_is_exact(solver, sketch):
+    matrix = symmetric([[1.0, 2.0]])
+    b = torch.ones(1, 2).double()
+    solution = solver(rank=10, rho=0.5, sketch=sketch).solve(Matrix(matrix), b)
+    shift = 0.0 if solver is NystromCG else 0.5
+    expected = torch.linalg.solve(matrix + shift * torch.eye(2).double(), b)
+    torch.testing.assert_close(solution.value, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_shift_of_zero_is_refused():
     operator = Matrix(symmetric([[1.0, 2.0]]))
     b = torch.ones(1, 2).double()
-    with pytest.raises(ValueError, match=r"rank: got 3, expected at most n = 2"):
-        Nystrom(rank=3).solve(operator, b)
     with pytest.raises(ValueError, match=r"got σ \+ ρ = 0.0, expected > 0"):
         Nystrom(rank=1, rho=0.0).solve(operator, b)

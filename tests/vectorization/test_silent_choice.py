@@ -8,6 +8,7 @@ from reported.helpers import INNER, assert_learns, draw, plain_maml, split
 from torch import nn
 from torch.nn import functional as F
 from vectorization.problems import meta_of, network, problem_of
+from vectorization.wrong_rules import WrongValue
 
 from metaimplicit import Unrolled, hypergradient
 
@@ -26,6 +27,18 @@ class Function(nn.Module):
 class Branch(nn.Module):
     def forward(self, x):
         return 2 * x if x.sum() > 0 else x
+
+
+class HalfInside(nn.Module):
+    """Computes in bfloat16 by an autocast that is not seen from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6).float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.linear(x.float()).to(x.dtype)
 
 
 class Recurrent(nn.Module):
@@ -125,6 +138,7 @@ RIGHT = {
     "amplified round-off": lambda: Function(lambda x: torch.sin(1e9 * x)),
     "batch norm": lambda: nn.BatchNorm1d(6, track_running_stats=False),
     "a zero": lambda: Function(lambda x: 0 * x),
+    "autocast in the model": HalfInside,
 }
 
 
@@ -154,6 +168,21 @@ def test_vmap_is_kept_without_a_word_where_it_is_right(name):
     assert torch.equal(after_vmap, after_auto)  # the comparison consumes no random numbers
     if name != "noise of a generator":
         torch.testing.assert_close(auto.grads, vmap.grads, rtol=0, atol=0, equal_nan=True)
+
+
+def test_half_precision_in_the_model_hides_no_wrong_rule():
+    model = network(nn.Sequential(HalfInside(), WrongValue()))
+    episodes = draw()
+    data = (episodes.support, episodes.query)
+    with pytest.warns(RuntimeWarning, match="vmap differs from a loop by"):
+        hypergradient(
+            problem_of(model),
+            meta_of(model),
+            data,
+            inner=INNER,
+            method=Unrolled(),
+            batched=True,
+        )
 
 
 def test_the_comparison_leaves_buffers_and_gradients_alone():
