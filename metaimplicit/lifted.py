@@ -199,7 +199,7 @@ class LiftedProblem:
         if not isinstance(outputs, Tensor):
             raise ValueError(
                 f"outputs: got {type(outputs).__name__}, expected one tensor; "
-                "leave the others to the loss"
+                "leave the others to the loss, or use curvature='hessian'"
             )
         return outputs
 
