@@ -170,6 +170,7 @@ def test_tensors_with_different_numbers_of_tasks_are_refused():
         hypergradient(network(), INITIAL, data, inner=THREE_STEPS, method="unrolled", batched=True)
 
 
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
 def test_a_task_that_is_not_finite_makes_the_gradient_nan():
     """A tolerance does not stop it as if it were solved: NaN is not below the tolerance."""
     problem = BilevelProblem(
