@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -24,6 +25,8 @@ from metaimplicit.operators.output_loss import (
     random_outputs,
     widen,
 )
+
+MAX_SCORES = 1024  # the most backward passes of one batch
 
 Otherwise = Literal["raise", "mean", "diagonal"]
 
@@ -53,8 +56,8 @@ def infer_likelihood(
             this shape is tried first, at fewer points. A loss may change, as one with a learnt
             temperature does, so it is verified every time, and so are the weights.
         otherwise: What happens if no family fits. With `"raise"` that is an error. With `"mean"`
-            each of the m examples counts 1/m. With `"diagonal"` a Gaussian takes the diagonal of
-            ∂²ℓ/∂z² for its weights.
+            each of the n examples that the loss reads counts 1/n, and a warning says so. With
+            `"diagonal"` a Gaussian takes the diagonal of ∂²ℓ/∂z² for its weights.
 
     Raises:
         ValueError: No family fits, or a weight is negative, and `otherwise` is `"raise"`.
@@ -80,8 +83,7 @@ def infer_likelihood(
     if family is not None:
         return OutputLikelihood(family, family.mean(z), _weights(family, loss, z))
     if otherwise == "mean":
-        weights = torch.full_like(z, 1 / z[0, ..., 0].numel())
-        return OutputLikelihood(Family("gaussian"), z, weights)
+        return OutputLikelihood(Family("gaussian"), z, _equal_weights(loss, z, owner))
     if otherwise == "diagonal":
         signs = random_outputs(z, seed=0).sign()
         _, product = output_hessian_product(loss, z, signs)
@@ -104,6 +106,7 @@ def loss_scores(
     strict: bool = True,
     samples: int = 1,
     generator: torch.Generator | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The scores of a loss at the outputs of a model, and the weights of its examples.
 
@@ -118,12 +121,15 @@ def loss_scores(
             takes the place of F.
         samples: As in `OutputLikelihood.scores`.
         generator: As in `OutputLikelihood.scores`.
+        rows: The fewest rows that a layer of the model sees for one task. If the outputs have more
+            positions, a row reaches several of them, and each has its scores to itself. Drawn
+            scores do without, because those of two positions are independent.
 
     Returns:
         `[count, *z.shape]` and `[tasks, m, …]`.
 
     Raises:
-        ValueError: The loss is −log p of no such likelihood.
+        ValueError: The loss is −log p of no such likelihood, or there are more than 1024 scores.
 
     Example:
         >>> scores, weights = loss_scores(
@@ -150,7 +156,44 @@ def loss_scores(
         loss, z, owner=owner, likelihood=likelihood, checked=checked, otherwise=otherwise
     )
     scores = inferred.scores(expectation, slope=slope, samples=samples, generator=generator)
-    return scores, inferred.example_weights()
+    weights = inferred.example_weights()
+    if rows is not None and expectation != "monte-carlo" and rows < weights[0].numel():
+        scores = _separate_positions(scores, inferred.family.axis, owner)
+    return scores, weights
+
+
+def _separate_positions(scores: Tensor, axis: int, owner: str) -> Tensor:
+    """Each score once for every position among an example's outputs, and zero at the others."""
+    by_position = scores.movedim(axis, -1)  # [count, tasks, m, *positions, d]
+    flat = by_position.flatten(3, -2)
+    count = flat.shape[3] * len(flat)
+    if count > MAX_SCORES:
+        raise ValueError(
+            f"{owner} expectation: this model's layers see fewer rows than its outputs have "
+            f"positions, which takes {count} backward passes, expected at most {MAX_SCORES}; use "
+            "expectation='monte-carlo'"
+        )
+    unit = torch.eye(flat.shape[3], dtype=scores.dtype, device=scores.device)
+    separate = unit.reshape(len(unit), 1, 1, 1, len(unit), 1) * flat
+    return separate.reshape(count, *by_position.shape[1:]).movedim(-1, axis)
+
+
+def _equal_weights(loss: OutputLoss, z: Tensor, owner: str) -> Tensor:
+    """1/n for each of the n examples of a task that a loss reads, and 0 for the others."""
+    is_read = torch.zeros_like(z[..., 0], dtype=torch.bool)
+    for at in (z, random_outputs(z, 1), random_outputs(z, 2)):
+        is_read |= (output_gradient(loss, at)[1] != 0).any(-1)
+    counted = is_read.to(z)
+    n = counted.flatten(1).sum(1).clamp(min=1)
+    warnings.warn(
+        f"{owner} expectation: got 'empirical' for a loss that is −log p of no likelihood, so it "
+        "does not tell the weights of its examples; they count as in a mean over those that the "
+        "loss reads. If it is a sum or has other weights, use Gauss–Newton",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    weights = counted / n.reshape(-1, *[1] * (counted.dim() - 1))
+    return weights.unsqueeze(-1).expand_as(z)
 
 
 def _weights(family: Family, loss: OutputLoss, z: Tensor) -> Tensor:

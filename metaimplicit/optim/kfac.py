@@ -82,9 +82,10 @@ class KFAC(SecondOrder):
         likelihood: p(y|z): `"softmax"`, `"gaussian"` with unit variance, or `"sigmoid"`. If None,
             the one that the loss has.
         expectation: The expectation over y in G: `"monte-carlo"`, with one draw for each example;
-            `"exact"`, with as many backward passes as outputs; or `"empirical"`, with the targets
-            in the place of y. `"exact"` is for models that treat examples one by one. Batch-norm in
-            training does not, and there only the draws of `"monte-carlo"` are independent.
+            `"exact"`, with as many backward passes as an example has outputs; or `"empirical"`,
+            with the targets in the place of y. `"exact"` is for models that treat examples one by
+            one. Batch-norm in training does not, and there only the draws of `"monte-carlo"` are
+            independent.
         others: What happens to parameters of any other layer. With `"raise"` they are an error.
             With `"gradient"` their block is the identity, so u = ∇L.
         seed: The seed of the draws.
@@ -212,7 +213,12 @@ class KFAC(SecondOrder):
         output_gradients: dict[str, Tensor] = {}
         if updates_factors:
             check_finite(self._owner, loss.detach(), outputs.detach())
-            scores, weights = self._scores(outputs.detach(), targets)
+            # A layer's weight leads with its outputs.
+            rows = min(
+                recording.shapes[name].numel() // len(layer.module.weight)
+                for name, layer in self._layers.items()
+            )
+            scores, weights = self._scores(outputs.detach(), targets, rows)
             output_gradients = recording.output_gradients(outputs, scores)
 
         gradients = self._gradients(loss)
@@ -234,7 +240,7 @@ class KFAC(SecondOrder):
         modules = {name: layer.module for name, layer in self._layers.items()}
         return self._unpack(record_layers(modules, evaluate, recording.record, ADVICE))
 
-    def _scores(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    def _scores(self, outputs: Tensor, targets: Any, rows: int) -> tuple[Tensor, Tensor]:
         """The scores `[count, m, …, d]`, and the weights of the examples `[1, m, …]`."""
         scores, weights = loss_scores(
             lambda z: self.loss(z.squeeze(0), targets).unsqueeze(0),
@@ -244,6 +250,7 @@ class KFAC(SecondOrder):
             expectation=self.expectation,
             checked=self._checked,
             generator=self._make_generator() if self._draws_targets else None,
+            rows=rows,
         )
         return scores.squeeze(1), weights
 
