@@ -115,7 +115,7 @@ class KroneckerFactored(Curvature, Invertible):
                 f"KFAC: got outputs of shape {tuple(recording.outputs.shape)}, expected "
                 "[tasks, m, d], a row for each example; use curvature='gauss-newton'"
             )
-        scores, weights = loss_scores(
+        scores, weights, probes = loss_scores(
             loss,
             recording.outputs.detach(),
             owner="KFAC",
@@ -126,14 +126,16 @@ class KroneckerFactored(Curvature, Invertible):
             samples=samples,
             generator=generator,
         )
-        gradients = recording.output_gradients(scores)
+        both = scores if probes is None else torch.cat([scores, probes])
+        gradients = recording.output_gradients(both)
         self.blocks = [
             make_block(
                 name,
                 layer,
                 self.params,
                 inputs=recording.inputs[name],
-                gradients=gradients[name],
+                gradients=gradients[name][: len(scores)],
+                probes=None if probes is None else gradients[name][len(scores) :],
                 weights=weights,
                 corrected=corrected,
             )

@@ -95,6 +95,21 @@ def infer_likelihood(
     )
 
 
+class LossScores(NamedTuple):
+    """What Kronecker factors take from a loss at the outputs of a model.
+
+    Args:
+        scores: `[count, *z.shape]`.
+        weights: The weights of the examples, `[tasks, m, …]`, of sum 1 for each task.
+        probes: s and √w s of random s, `[2, *z.shape]`. Their gradients in a layer show the weights
+            of its rows. None if all examples weigh the same.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    probes: Tensor | None
+
+
 def loss_scores(
     loss: OutputLoss,
     z: Tensor,
@@ -107,7 +122,7 @@ def loss_scores(
     samples: int = 1,
     generator: torch.Generator | None = None,
     rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> LossScores:
     """The scores of a loss at the outputs of a model, and the weights of its examples.
 
     Args:
@@ -125,14 +140,11 @@ def loss_scores(
             positions, a row reaches several of them, and each has its scores to itself. Drawn
             scores do without, because those of two positions are independent.
 
-    Returns:
-        `[count, *z.shape]` and `[tasks, m, …]`.
-
     Raises:
         ValueError: The loss is −log p of no such likelihood, or there are more than 1024 scores.
 
     Example:
-        >>> scores, weights = loss_scores(
+        >>> scores, weights, probes = loss_scores(
         ...     lambda z: z.square().mean((1, 2)),
         ...     torch.zeros(1, 4, 1),
         ...     owner="KFAC",
@@ -142,6 +154,8 @@ def loss_scores(
         ... )
         >>> scores.square().sum(0).squeeze(), weights
         (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
+        >>> probes is None
+        True
     """
     cut = cut_before_log_softmax(loss, z, checked)
     if strict and cut.left_out is not None:
@@ -159,7 +173,18 @@ def loss_scores(
     weights = inferred.example_weights()
     if rows is not None and expectation != "monte-carlo" and rows < weights[0].numel():
         scores = _separate_positions(scores, inferred.family.axis, owner)
-    return scores, weights
+    probes = None
+    if not _is_uniform(weights):
+        s = random_outputs(z, seed=0)
+        probes = torch.stack([s, weights.sqrt().unsqueeze(inferred.family.axis) * s])
+    return LossScores(scores, weights, probes)
+
+
+def _is_uniform(weights: Tensor) -> bool:
+    """Whether all examples of a task weigh the same, up to rounding."""
+    rows = weights.flatten(1)
+    roundoff = torch.finfo(weights.dtype).eps ** 0.5
+    return bool((rows.amax(1) - rows.amin(1) <= roundoff * rows.amax(1)).all())
 
 
 def _separate_positions(scores: Tensor, axis: int, owner: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.layers import record_layers
-from metaimplicit.operators.likelihood_inference import loss_scores
+from metaimplicit.operators.likelihood_inference import LossScores, loss_scores
 from metaimplicit.optim.base import BatchLoss, Loss, SecondOrder
 from metaimplicit.optim.checks import (
     check_count,
@@ -218,8 +218,11 @@ class KFAC(SecondOrder):
                 recording.shapes[name].numel() // len(layer.module.weight)
                 for name, layer in self._layers.items()
             )
-            scores, weights = self._scores(outputs.detach(), targets, rows)
+            scores, weights, probes = self._scores(outputs.detach(), targets, rows)
             output_gradients = recording.output_gradients(outputs, scores)
+            probe_gradients = None
+            if probes is not None:
+                probe_gradients = recording.output_gradients(outputs, probes)
 
         gradients = self._gradients(loss)
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
@@ -228,7 +231,15 @@ class KFAC(SecondOrder):
             "KFAC: the loss or its gradient is not finite; no parameter was changed",
         )
         if updates_factors:
-            self._update_factors(recording.inputs, output_gradients, weights)
+            update_factors(
+                self._states(),
+                self._layers,
+                recording.inputs,
+                output_gradients=output_gradients,
+                weights=weights,
+                probes=probe_gradients,
+                decay=self._next_decay(),
+            )
         return loss.detach(), gradients
 
     def _evaluate(
@@ -240,9 +251,9 @@ class KFAC(SecondOrder):
         modules = {name: layer.module for name, layer in self._layers.items()}
         return self._unpack(record_layers(modules, evaluate, recording.record, ADVICE))
 
-    def _scores(self, outputs: Tensor, targets: Any, rows: int) -> tuple[Tensor, Tensor]:
-        """The scores `[count, m, …, d]`, and the weights of the examples `[1, m, …]`."""
-        scores, weights = loss_scores(
+    def _scores(self, outputs: Tensor, targets: Any, rows: int) -> LossScores:
+        """The scores and the probes, without the task axis, and the weights, with it."""
+        scores, weights, probes = loss_scores(
             lambda z: self.loss(z.squeeze(0), targets).unsqueeze(0),
             outputs.unsqueeze(0),
             owner=self._owner,
@@ -252,7 +263,7 @@ class KFAC(SecondOrder):
             generator=self._make_generator() if self._draws_targets else None,
             rows=rows,
         )
-        return scores.squeeze(1), weights
+        return LossScores(scores.squeeze(1), weights, None if probes is None else probes.squeeze(1))
 
     def _gradients(self, loss: Tensor) -> Params:
         """∇L by name. The graph of the loss is freed."""
@@ -267,17 +278,11 @@ class KFAC(SecondOrder):
             gradients[name] = gradient
         return gradients
 
-    def _update_factors(self, inputs: Params, output_gradients: Params, weights: Tensor) -> None:
+    def _next_decay(self) -> float:
+        """The decay of one more update."""
         group = self.param_groups[0]
         group["updates"] += 1
-        update_factors(
-            self._states(),
-            self._layers,
-            inputs,
-            output_gradients=output_gradients,
-            weights=weights,
-            decay=min(1 - 1 / group["updates"], group["decay"]),
-        )
+        return float(min(1 - 1 / group["updates"], group["decay"]))
 
     def _states(self) -> dict[str, dict[str, Any]]:
         """The state of each layer, which is that of its weight."""

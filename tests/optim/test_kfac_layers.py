@@ -284,6 +284,7 @@ def test_all_tensors_are_on_the_device_of_the_parameters(monkeypatch):
 
     for module in ("checks", "factors", "kfac"):
         monkeypatch.setattr(f"metaimplicit.optim.{module}.raise_if", lambda *_: None)
+    monkeypatch.setattr(likelihood_inference, "_is_uniform", lambda _: True)
     monkeypatch.setattr(likelihood_inference, "cut_before_log_softmax", lambda loss, *_: Cut(loss))
     monkeypatch.setattr(likelihood_inference, "_find_family", lambda *_, **__: Family("softmax"))
     with FakeTensorMode():
