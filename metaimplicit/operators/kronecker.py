@@ -14,7 +14,7 @@ from metaimplicit.operators.hessian import Hessian
 from metaimplicit.operators.kronecker_block import make_block
 from metaimplicit.operators.layers import Layers, is_supported
 from metaimplicit.operators.likelihood import Expectation, Likelihood
-from metaimplicit.operators.likelihood_inference import loss_scores
+from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.operators.probes import Lift, record_with_probes
 from metaimplicit.params import Params, flatten, unflatten

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.layers import record_layers
-from metaimplicit.operators.likelihood_inference import LossScores, loss_scores
+from metaimplicit.operators.loss_scores import LossScores, loss_scores
 from metaimplicit.optim.base import BatchLoss, Loss, SecondOrder
 from metaimplicit.optim.checks import (
     check_count,
