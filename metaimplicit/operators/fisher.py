@@ -38,7 +38,8 @@ class Fisher(GGN):
         expectation: E over y. `"exact"` is computed in closed form. `"monte-carlo"` takes `samples`
             draws from p(y|z), the same in every product. `"empirical"` takes the targets of the
             data (which is no expectation: Kunstner et al. 2019). It needs no likelihood: for a loss
-            that has none of them, wᵢ = 1/m.
+            that has none of them, wᵢ = 1/n for each of the n examples that it reads, and a warning
+            says so.
         samples: Draws for each example, ≥ 1, with `"monte-carlo"`.
         generator: A generator of the draws, on the device of the outputs. If None, torch's default.
         checked: What earlier checks of this loss have found. If None, they are made again.

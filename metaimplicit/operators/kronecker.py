@@ -14,7 +14,7 @@ from metaimplicit.operators.hessian import Hessian
 from metaimplicit.operators.kronecker_block import make_block
 from metaimplicit.operators.layers import Layers, is_supported
 from metaimplicit.operators.likelihood import Expectation, Likelihood
-from metaimplicit.operators.likelihood_inference import loss_scores
+from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.operators.probes import Lift, record_with_probes
 from metaimplicit.params import Params, flatten, unflatten
@@ -115,7 +115,7 @@ class KroneckerFactored(Curvature, Invertible):
                 f"KFAC: got outputs of shape {tuple(recording.outputs.shape)}, expected "
                 "[tasks, m, d], a row for each example; use curvature='gauss-newton'"
             )
-        scores, weights = loss_scores(
+        scores, weights, probes = loss_scores(
             loss,
             recording.outputs.detach(),
             owner="KFAC",
@@ -126,14 +126,16 @@ class KroneckerFactored(Curvature, Invertible):
             samples=samples,
             generator=generator,
         )
-        gradients = recording.output_gradients(scores)
+        both = scores if probes is None else torch.cat([scores, probes])
+        gradients = recording.output_gradients(both)
         self.blocks = [
             make_block(
                 name,
                 layer,
                 self.params,
                 inputs=recording.inputs[name],
-                gradients=gradients[name],
+                gradients=gradients[name][: len(scores)],
+                probes=None if probes is None else gradients[name][len(scores) :],
                 weights=weights,
                 corrected=corrected,
             )

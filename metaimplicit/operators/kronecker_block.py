@@ -44,13 +44,19 @@ def make_block(
     inputs: Tensor,
     gradients: Tensor,
     weights: Tensor,
+    probes: Tensor | None,
     corrected: bool,
 ) -> Block:
-    """A block from the layer's inputs `[tasks, m, …]`, output gradients `[count, tasks, m, …]`."""
+    """A block from the layer's inputs `[tasks, m, …]`, output gradients `[count, tasks, m, …]`.
+
+    The gradients of the probes, `[2, tasks, m, …]`, tell the order of the weights.
+    """
     prefix = f"{name}." if name else ""
     bias = f"{prefix}bias" if f"{prefix}bias" in params else None
     a, g = layer_patches(layer, inputs, gradients, bias=bias is not None)
-    input_moment, gradient_moment = second_moments(a, g, weights)
+    if probes is not None:
+        _, probes = layer_patches(layer, inputs, probes, bias=False)
+    input_moment, gradient_moment = second_moments(a, g, weights, probes)
     input_values, right = _eigh(input_moment)
     gradient_values, left = _eigh(gradient_moment)
     if corrected:

@@ -169,14 +169,80 @@ def row_weights(weights: Tensor, a: Tensor) -> Tensor:
     return torch.full_like(a[..., 0], 1 / (m * positions))
 
 
-def second_moments(a: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def ordered_weights(weights: Tensor, probes: Tensor) -> Tensor:
+    """The weight of each row of a layer, in the order in which the layer sees the examples.
+
+    A layer may see its rows in another order than the loss, as one that has the sequence first. If
+    row r reaches the outputs of example i alone, its gradients of √w s and of s have the ratio √wᵢ.
+    If it reaches several, the ratio is a mean of their weights.
+
+    Args:
+        weights: The weights of the examples, `[tasks, m, …]`, of sum 1 for each task.
+        probes: The gradients of s and √w s in the layer's outputs, `[2, tasks, m, R, out]`.
+
+    Returns:
+        `[tasks, m, R]`, of sum 1. In the order of the loss if that explains the ratios.
+
+    Example:
+        >>> probes = torch.tensor([1.0, 0.0]).sqrt() * torch.ones(1, 2)  # the second row first
+        >>> probes = torch.stack([torch.ones(1, 2), probes]).reshape(2, 1, 2, 1, 1)
+        >>> ordered_weights(torch.tensor([[0.0, 1.0]]), probes).flatten()
+        tensor([1., 0.])
+    """
+    plain, weighted = probes.square().sum(-1)
+    eps = torch.finfo(plain.dtype).eps
+    is_reached = plain > eps * plain.amax((1, 2), keepdim=True)
+    ratio = torch.where(is_reached, weighted / plain, 0.0)
+    scale = ratio[0].numel() / weights[0].numel()  # the sum of the rows' weights
+    roundoff = eps**0.5 * weights.flatten(1).amax(1).reshape(-1, 1, 1)
+
+    def error(guess: Tensor) -> Tensor:
+        return torch.where(is_reached, (ratio - scale * guess).abs(), 0.0)
+
+    in_order = row_weights(weights, ratio.unsqueeze(-1))
+    if bool((error(in_order) <= roundoff).all()):
+        return in_order
+
+    nearest = _nearest(weights.flatten(1), ratio.flatten(1)).reshape_as(ratio)
+    if bool((error(nearest / scale) > roundoff).any()):
+        # Rows reach several examples. The order is then the one that is closest to the ratios.
+        guesses = [in_order]
+        if weights.dim() == 3:
+            guesses.append(row_weights(weights.mT, ratio.unsqueeze(-1)))
+        guesses.append(torch.full_like(ratio, 1 / ratio[0].numel()))
+        distances = [float((plain * error(guess).square()).sum()) for guess in guesses]
+        best = distances.index(min(distances))
+        if best < len(guesses) - 1:
+            return guesses[best]
+
+    # What the rows that nothing reaches share is the rest.
+    missing = (scale - ratio.sum((1, 2), keepdim=True)).clamp(min=0)
+    count = (~is_reached).sum((1, 2), keepdim=True).clamp(min=1)
+    ratio = torch.where(is_reached, ratio, missing / count)
+    return ratio / ratio.sum((1, 2), keepdim=True)
+
+
+def _nearest(values: Tensor, x: Tensor) -> Tensor:
+    """The nearest of the `values` of each task, `[tasks, n]` and `[tasks, k] -> [tasks, k]`."""
+    values = values.sort(1).values
+    above = torch.searchsorted(values, x.contiguous()).clamp(max=values.shape[1] - 1)
+    below = (above - 1).clamp(min=0)
+    upper = values.gather(1, above)
+    lower = values.gather(1, below)
+    return torch.where(upper - x < x - lower, upper, lower)
+
+
+def second_moments(
+    a: Tensor, g: Tensor, weights: Tensor, probes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The Kronecker factors A = Σ ω ā āᵀ and G = Σ g gᵀ of a layer.
 
     Args:
         a: ā, `[tasks, m, R, in (+ 1)]`.
         g: Output gradients, `[count, tasks, m, R, out]`, of scores that contain the weights of the
             examples. The sum is over all axes but the tasks'.
-        weights: Those of the examples, `[tasks, m, …]`, of sum 1; ω are their `row_weights`.
+        weights: Those of the examples, `[tasks, m, …]`, of sum 1.
+        probes: As in `ordered_weights`, which are ω then. If None, ω are the `row_weights`.
 
     Returns:
         A `[tasks, in (+ 1), in (+ 1)]` and G `[tasks, out, out]`.
@@ -187,6 +253,7 @@ def second_moments(a: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
         >>> A.tolist(), G.tolist()
         ([[[1.0, 1.0], [1.0, 1.0]]], [[[1.0]]])
     """
-    weighted = row_weights(weights, a).unsqueeze(-1) * a
+    rows = row_weights(weights, a) if probes is None else ordered_weights(weights, probes)
+    weighted = rows.unsqueeze(-1) * a
     gradients = g.transpose(0, 1).flatten(1, 3)
     return weighted.flatten(1, 2).mT @ a.flatten(1, 2), gradients.mT @ gradients

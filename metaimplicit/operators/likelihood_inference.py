@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from metaimplicit.operators.cut import cut_before_log_softmax
 from metaimplicit.operators.likelihood import (
-    Expectation,
     Family,
     Likelihood,
     OutputLikelihood,
@@ -53,8 +52,8 @@ def infer_likelihood(
             this shape is tried first, at fewer points. A loss may change, as one with a learnt
             temperature does, so it is verified every time, and so are the weights.
         otherwise: What happens if no family fits. With `"raise"` that is an error. With `"mean"`
-            each of the m examples counts 1/m. With `"diagonal"` a Gaussian takes the diagonal of
-            ∂²ℓ/∂z² for its weights.
+            each of the n examples that the loss reads counts 1/n, and a warning says so. With
+            `"diagonal"` a Gaussian takes the diagonal of ∂²ℓ/∂z² for its weights.
 
     Raises:
         ValueError: No family fits, or a weight is negative, and `otherwise` is `"raise"`.
@@ -80,8 +79,7 @@ def infer_likelihood(
     if family is not None:
         return OutputLikelihood(family, family.mean(z), _weights(family, loss, z))
     if otherwise == "mean":
-        weights = torch.full_like(z, 1 / z[0, ..., 0].numel())
-        return OutputLikelihood(Family("gaussian"), z, weights)
+        return OutputLikelihood(Family("gaussian"), z, _equal_weights(loss, z, owner))
     if otherwise == "diagonal":
         signs = random_outputs(z, seed=0).sign()
         _, product = output_hessian_product(loss, z, signs)
@@ -93,64 +91,22 @@ def infer_likelihood(
     )
 
 
-def loss_scores(
-    loss: OutputLoss,
-    z: Tensor,
-    *,
-    owner: str,
-    likelihood: Likelihood | None,
-    expectation: Expectation,
-    checked: Checked,
-    strict: bool = True,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The scores of a loss at the outputs of a model, and the weights of its examples.
-
-    Args:
-        loss: ℓ, `[tasks, …] -> [tasks]`.
-        z: The outputs, `[tasks, m, …]`, without a graph.
-        owner: As in `infer_likelihood`.
-        likelihood: As in `infer_likelihood`.
-        expectation: As in `OutputLikelihood.scores`.
-        checked: As in `infer_likelihood`.
-        strict: Whether a loss of no such likelihood is refused. If False, the diagonal of ∂²ℓ/∂z²
-            takes the place of F.
-        samples: As in `OutputLikelihood.scores`.
-        generator: As in `OutputLikelihood.scores`.
-
-    Returns:
-        `[count, *z.shape]` and `[tasks, m, …]`.
-
-    Raises:
-        ValueError: The loss is −log p of no such likelihood.
-
-    Example:
-        >>> scores, weights = loss_scores(
-        ...     lambda z: z.square().mean((1, 2)),
-        ...     torch.zeros(1, 4, 1),
-        ...     owner="KFAC",
-        ...     likelihood=None,
-        ...     expectation="exact",
-        ...     checked={},
-        ... )
-        >>> scores.square().sum(0).squeeze(), weights
-        (tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
-    """
-    cut = cut_before_log_softmax(loss, z, checked)
-    if strict and cut.left_out is not None:
-        cut.left_out.warn(owner)
-    loss = cut.loss
-    otherwise: Otherwise = "raise" if strict else "diagonal"
-    slope = None
-    if expectation == "empirical":
-        otherwise = "mean"
-        slope = output_gradient(loss, z)[1].detach()
-    inferred = infer_likelihood(
-        loss, z, owner=owner, likelihood=likelihood, checked=checked, otherwise=otherwise
+def _equal_weights(loss: OutputLoss, z: Tensor, owner: str) -> Tensor:
+    """1/n for each of the n examples of a task that a loss reads, and 0 for the others."""
+    is_read = torch.zeros_like(z[..., 0], dtype=torch.bool)
+    for at in (z, random_outputs(z, 1), random_outputs(z, 2)):
+        is_read |= (output_gradient(loss, at)[1] != 0).any(-1)
+    counted = is_read.to(z)
+    n = counted.flatten(1).sum(1).clamp(min=1)
+    warnings.warn(
+        f"{owner} expectation: got 'empirical' for a loss that is −log p of no likelihood, so it "
+        "does not tell the weights of its examples; they count as in a mean over those that the "
+        "loss reads. If it is a sum or has other weights, use Gauss–Newton",
+        RuntimeWarning,
+        stacklevel=2,
     )
-    scores = inferred.scores(expectation, slope=slope, samples=samples, generator=generator)
-    return scores, inferred.example_weights()
+    weights = counted / n.reshape(-1, *[1] * (counted.dim() - 1))
+    return weights.unsqueeze(-1).expand_as(z)
 
 
 def _weights(family: Family, loss: OutputLoss, z: Tensor) -> Tensor:

@@ -108,16 +108,19 @@ class LayerRecording:
 
     Attributes:
         inputs: The input of each layer, `{layer: [m, …]}`.
+        shapes: The shape of each layer's output.
         edges: Where each layer's output stands in the graph. An edge serves where the tensor would
             not, because an activation may change that in place.
     """
 
     inputs: Params = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     edges: dict[str, GradientEdge] = field(default_factory=dict)
 
     def record(self, name: str, layer_input: Tensor, output: Tensor) -> None:
         """Note the input and the output of the layer `name`."""
         self.inputs[name] = layer_input.detach()
+        self.shapes[name] = output.shape
         if output.requires_grad:
             self.edges[name] = get_gradient_edge(output)
 

@@ -25,6 +25,7 @@ def update_factors(
     *,
     output_gradients: Params,
     weights: Tensor,
+    probes: Mapping[str, Tensor] | None = None,
     decay: float,
 ) -> None:
     """A ← decay A + (1 − decay) E[ā āᵀ] and G ← decay G + (1 − decay) Σ g gᵀ of every layer.
@@ -36,6 +37,8 @@ def update_factors(
         output_gradients: The gradients in each layer's output, `{layer: [count, m, …]}`, of scores
             that contain the weights of the examples.
         weights: Those of the examples, `[1, m, …]`.
+        probes: The gradients of the probes of `loss_scores`, `{layer: [2, m, …]}`, if there are
+            any.
         decay: The decay of the averages, in [0, 1].
 
     Example:
@@ -61,7 +64,11 @@ def update_factors(
             output_gradients[name].to(dtype).unsqueeze(1),
             bias=layer.bias is not None,
         )
-        batch_a, batch_g = second_moments(a, g, weights)
+        probe = None
+        if probes is not None:
+            gradients = probes[name].to(dtype).unsqueeze(1)
+            _, probe = layer_patches(layer.module, inputs[name].unsqueeze(0), gradients, bias=False)
+        batch_a, batch_g = second_moments(a, g, weights, probe)
         for key, batch in (("A", batch_a[0]), ("G", batch_g[0])):
             if key in state:
                 state[key].lerp_(batch, 1 - decay)

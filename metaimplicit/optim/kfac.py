@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.layers import record_layers
-from metaimplicit.operators.likelihood_inference import loss_scores
+from metaimplicit.operators.loss_scores import LossScores, loss_scores
 from metaimplicit.optim.base import BatchLoss, Loss, SecondOrder
 from metaimplicit.optim.checks import (
     check_count,
@@ -82,9 +82,10 @@ class KFAC(SecondOrder):
         likelihood: p(y|z): `"softmax"`, `"gaussian"` with unit variance, or `"sigmoid"`. If None,
             the one that the loss has.
         expectation: The expectation over y in G: `"monte-carlo"`, with one draw for each example;
-            `"exact"`, with as many backward passes as outputs; or `"empirical"`, with the targets
-            in the place of y. `"exact"` is for models that treat examples one by one. Batch-norm in
-            training does not, and there only the draws of `"monte-carlo"` are independent.
+            `"exact"`, with as many backward passes as an example has outputs; or `"empirical"`,
+            with the targets in the place of y. `"exact"` is for models that treat examples one by
+            one. Batch-norm in training does not, and there only the draws of `"monte-carlo"` are
+            independent.
         others: What happens to parameters of any other layer. With `"raise"` they are an error.
             With `"gradient"` their block is the identity, so u = ∇L.
         seed: The seed of the draws.
@@ -212,8 +213,16 @@ class KFAC(SecondOrder):
         output_gradients: dict[str, Tensor] = {}
         if updates_factors:
             check_finite(self._owner, loss.detach(), outputs.detach())
-            scores, weights = self._scores(outputs.detach(), targets)
+            # A layer's weight leads with its outputs.
+            rows = min(
+                recording.shapes[name].numel() // len(layer.module.weight)
+                for name, layer in self._layers.items()
+            )
+            scores, weights, probes = self._scores(outputs.detach(), targets, rows)
             output_gradients = recording.output_gradients(outputs, scores)
+            probe_gradients = None
+            if probes is not None:
+                probe_gradients = recording.output_gradients(outputs, probes)
 
         gradients = self._gradients(loss)
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
@@ -222,7 +231,15 @@ class KFAC(SecondOrder):
             "KFAC: the loss or its gradient is not finite; no parameter was changed",
         )
         if updates_factors:
-            self._update_factors(recording.inputs, output_gradients, weights)
+            update_factors(
+                self._states(),
+                self._layers,
+                recording.inputs,
+                output_gradients=output_gradients,
+                weights=weights,
+                probes=probe_gradients,
+                decay=self._next_decay(),
+            )
         return loss.detach(), gradients
 
     def _evaluate(
@@ -234,9 +251,9 @@ class KFAC(SecondOrder):
         modules = {name: layer.module for name, layer in self._layers.items()}
         return self._unpack(record_layers(modules, evaluate, recording.record, ADVICE))
 
-    def _scores(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
-        """The scores `[count, m, …, d]`, and the weights of the examples `[1, m, …]`."""
-        scores, weights = loss_scores(
+    def _scores(self, outputs: Tensor, targets: Any, rows: int) -> LossScores:
+        """The scores and the probes, without the task axis, and the weights, with it."""
+        scores, weights, probes = loss_scores(
             lambda z: self.loss(z.squeeze(0), targets).unsqueeze(0),
             outputs.unsqueeze(0),
             owner=self._owner,
@@ -244,8 +261,9 @@ class KFAC(SecondOrder):
             expectation=self.expectation,
             checked=self._checked,
             generator=self._make_generator() if self._draws_targets else None,
+            rows=rows,
         )
-        return scores.squeeze(1), weights
+        return LossScores(scores.squeeze(1), weights, None if probes is None else probes.squeeze(1))
 
     def _gradients(self, loss: Tensor) -> Params:
         """∇L by name. The graph of the loss is freed."""
@@ -260,17 +278,11 @@ class KFAC(SecondOrder):
             gradients[name] = gradient
         return gradients
 
-    def _update_factors(self, inputs: Params, output_gradients: Params, weights: Tensor) -> None:
+    def _next_decay(self) -> float:
+        """The decay of one more update."""
         group = self.param_groups[0]
         group["updates"] += 1
-        update_factors(
-            self._states(),
-            self._layers,
-            inputs,
-            output_gradients=output_gradients,
-            weights=weights,
-            decay=min(1 - 1 / group["updates"], group["decay"]),
-        )
+        return float(min(1 - 1 / group["updates"], group["decay"]))
 
     def _states(self) -> dict[str, dict[str, Any]]:
         """The state of each layer, which is that of its weight."""

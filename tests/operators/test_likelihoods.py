@@ -177,8 +177,26 @@ def test_the_empirical_matrix_of_another_loss_is_that_of_a_mean(name):
     z = model(X).detach().requires_grad_()
     (slope,) = torch.autograd.grad(loss(z, targets), z)
     gradients = torch.einsum("mdn,md->mn", jacobian(model, X).reshape(M, 3, -1), M * slope)
-    fisher = Fisher.from_loss(parts_of(model, loss, X, targets), expectation="empirical")
+    with pytest.warns(RuntimeWarning, match="does not tell the weights of its examples"):
+        fisher = Fisher.from_loss(parts_of(model, loss, X, targets), expectation="empirical")
     assert relative_error(dense(fisher)[0], gradients.T @ gradients / M) < 1e-12
+
+
+def test_examples_that_another_loss_ignores_do_not_count_in_the_empirical_matrix():
+    """A mean over the four examples that a mask keeps is the mean of these four."""
+    kept = torch.arange(M) < 4
+    counts = TARGETS.abs().round()
+
+    def masked(z, y):
+        losses = F.poisson_nll_loss(z, y, reduction="none")
+        return losses[kept[: len(z)]].mean()
+
+    matrices = []
+    for x, y in ((X, counts), (X[kept], counts[kept])):
+        with pytest.warns(RuntimeWarning, match="as in a mean over those that the loss reads"):
+            fisher = Fisher.from_loss(parts_of(network(), masked, x, y), expectation="empirical")
+        matrices.append(dense(fisher)[0])
+    assert relative_error(*matrices) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["smooth l1", "poisson", "quartic", "penalty of the logits"])

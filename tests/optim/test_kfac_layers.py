@@ -278,13 +278,14 @@ def test_all_tensors_are_on_the_device_of_the_parameters(monkeypatch):
     """Fake tensors hold no values, so no check can read one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from metaimplicit.operators import likelihood_inference
+    from metaimplicit.operators import likelihood_inference, loss_scores
     from metaimplicit.operators.cut import Cut
     from metaimplicit.operators.likelihood import Family
 
     for module in ("checks", "factors", "kfac"):
         monkeypatch.setattr(f"metaimplicit.optim.{module}.raise_if", lambda *_: None)
-    monkeypatch.setattr(likelihood_inference, "cut_before_log_softmax", lambda loss, *_: Cut(loss))
+    monkeypatch.setattr(loss_scores, "_is_uniform", lambda _: True)
+    monkeypatch.setattr(loss_scores, "cut_before_log_softmax", lambda loss, *_: Cut(loss))
     monkeypatch.setattr(likelihood_inference, "_find_family", lambda *_, **__: Family("softmax"))
     with FakeTensorMode():
         with torch.device("meta"):

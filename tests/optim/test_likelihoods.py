@@ -147,3 +147,48 @@ def test_log_probabilities_take_the_step_of_logits(make):
             optimizer.step(lambda model=model: (model(X), LABELS))
         ends.append(vector(model))
     assert relative_error(*ends) < 1e-10
+
+
+class Horizons(nn.Module):
+    """Outputs `[m, 2, 3]` of one layer, which sees one row for each example."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 6).double()
+
+    def forward(self, x):
+        return self.layer(x).unflatten(1, (2, 3))
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+@pytest.mark.parametrize("expectation", ["exact", "empirical"])
+def test_positions_that_one_row_reaches_have_no_cross_terms(expectation, swaps):
+    """G = Σᵢ diag over the positions of w F, or of w (p − e_y)(p − e_y)ᵀ, w = 1/(2m)."""
+    labels = TOKEN_LABELS[:, :2]
+    model = Horizons()
+    loss = F.cross_entropy if swaps else by_token
+
+    def closure():
+        z = model(X)
+        return z.mT if swaps else z, labels
+
+    optimizer = KFAC(model, loss, expectation=expectation)
+    optimizer.step(closure)
+    expected = torch.zeros(2, 3, 2, 3).double()
+    p = Horizons()(X).detach().softmax(-1)
+    for i in range(M):
+        for t in range(2):
+            score = p[i, t] - F.one_hot(labels[i, t], 3)
+            fisher = torch.diag(p[i, t]) - torch.outer(p[i, t], p[i, t])
+            block = fisher if expectation == "exact" else torch.outer(score, score)
+            expected[t, :, t] += block / (2 * M)
+    actual = optimizer.state[model.layer.weight]["G"]
+    assert relative_error(actual, expected.reshape(6, 6)) < 1e-12
+
+
+def test_more_positions_than_passes_are_refused():
+    model = nn.Sequential(nn.Linear(4, 1100), nn.Unflatten(1, (1100, 1))).double()
+    optimizer = KFAC(model, F.mse_loss, expectation="exact")
+    with pytest.raises(ValueError, match=r"takes 1100 backward passes.*'monte-carlo'"):
+        optimizer.step(lambda: (model(X), torch.zeros(M, 1100, 1).double()))
