@@ -304,7 +304,6 @@ def test_in_evaluation_mode_the_gradient_is_that_with_running_statistics():
             "got a head with",
         ),
     ],
-    ids=str,
 )
 def test_arguments_that_do_not_fit_are_named(options, message):
     with pytest.raises(ValueError, match=message):
