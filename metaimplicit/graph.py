@@ -68,22 +68,23 @@ def find_dependencies(
         >>> find_dependencies([a * b], {"a": a, "b": b})
         {'b'}
     """
-    names = {_edge(m): name for name, m in meta.items() if m.requires_grad}
-    ends = set(names) | {_edge(p) for p in params if p.requires_grad}
+    names = {_place(m): name for name, m in meta.items() if m.requires_grad}
+    ends = set(names) | {_place(p) for p in params if p.requires_grad}
     pending = [_edge(output) for output in outputs if output.requires_grad]
     seen = set(pending)
     dependencies: set[Name] = set()
     while pending:
         edge = pending.pop()
-        if edge in ends:
-            if edge in names:
-                dependencies.add(names[edge])
-            continue
         node, _ = edge
-        is_leaf = hasattr(node, "variable")
-        if is_leaf and functions is not None:
+        leaf = getattr(node, "variable", None)
+        place = edge if leaf is None else id(leaf)
+        if place in ends:
+            if place in names:
+                dependencies.add(names[place])
+            continue
+        if leaf is not None and functions is not None:
             raise ValueError(
-                f"{_describe(node.variable, functions)} requires grad and is captured by a "
+                f"{_describe(leaf, functions)} requires grad and is captured by a "
                 "loss, so its gradient would be lost; pass it in meta, or detach() it"
             )
         inputs = [e for e in node.next_functions if e[0] is not None and e not in seen]
@@ -119,6 +120,14 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     """Where the gradient of a tensor enters the graph: a node, and the number of its output."""
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
+
+
+def _place(tensor: Tensor) -> Any:
+    """What tells a tensor in the graph: the edge at which it enters, or of a leaf its identity.
+
+    Torch makes a view of a leaf to find its edge, which takes longer than the rest of the walk.
+    """
+    return id(tensor) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
 
 
 def _describe(tensor: Tensor, functions: Iterable[Any]) -> str:

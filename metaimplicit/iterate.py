@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from metaimplicit.params import Params
+from metaimplicit.params import Params, detached
 
 OptimizerState = dict[str, dict[str, Any]]  # by parameter: its slots, tensors and numbers
 
@@ -63,7 +63,15 @@ class Iterate:
 
     def detach(self) -> Iterate:
         """The same values without a graph."""
-        return Iterate.from_dict(tree_map(_detach, self.to_dict()))
+        sensitivity = None
+        if self.sensitivity is not None:
+            sensitivity = Sensitivity.from_dict(tree_map(_detach, self.sensitivity.to_dict()))
+        return Iterate(
+            params=detached(self.params),
+            state=tree_map(_detach, self.state),
+            sensitivity=sensitivity,
+            companion=None if self.companion is None else self.companion.detach(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers of tensors and numbers, which `torch.load(weights_only=True)` reads."""
