@@ -27,16 +27,17 @@ from command_line import (
     run_identity,
     run_test,
     split_family,
+    summarize_test,
 )
 from command_line.ranges import Threads, within
 
 import tasks
 from metaimplicit import MetaLearner
-from metaimplicit.normalization import describe_normalization, is_transductive
 from metaimplicit.training import (
     CONFIG,
     Evaluation,
     Progress,
+    Select,
     plot_adaptation,
     read_sealed_json,
     write_json,
@@ -59,6 +60,8 @@ class Evaluate:
     """Seed of the tasks. By default that of the run's own test, which gives the same tasks."""
     split: Split = "test"
     """Whose classes the tasks have, test or validation: never those of training."""
+    select: Select | None = None
+    """The checkpoint: best (by validation) or last. By default that of the run's own test."""
     device: str = "auto"
     """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
     data_root: Path | None = None
@@ -77,14 +80,9 @@ def main(args: list[str]) -> None:
     seed = options.test_seed if command.seed is None else command.seed
     result = run_test(learner, family, options, seed=seed)
 
-    about = {
-        "split": command.split,
-        "episode_seed": seed,
-        "transductive": is_transductive(learner.model),
-        "normalization": describe_normalization(learner.model),
-        "meta_steps": progress.step,
-    }
-    write_json(command.run / EVALUATION, result.summary() | about)
+    about = {"split": command.split, "tested_meta_step": progress.step}
+    summary = summarize_test(learner, result, family, options, seed=seed)
+    write_json(command.run / EVALUATION, summary | about)
     fits = predict_test_curves(learner, options, command.split, seed=seed)
     title = f"{options.task}, {options.approach}"
     plot_adaptation(command.run, result, title=title, fits=fits)
@@ -119,6 +117,7 @@ def load_options(command: Evaluate) -> RunOptions:
         data_root=command.data_root or options.data_root,
         test_episodes=command.episodes,
         test_steps=options.test_steps if command.steps is None else command.steps,
+        select=command.select or options.select,
         threads=command.threads,
     ).completed()
 
@@ -133,7 +132,8 @@ def load_run(
     check_classes(command.run, splits)
     family = split_family(splits, command.split)
     learner = build_learner(options, family)
-    progress = load_own_checkpoint(command.run, learner, run_identity(options, splits))
+    identity = run_identity(options, splits)
+    progress = load_own_checkpoint(command.run, learner, identity, select=options.select)
     return family, learner, progress
 
 

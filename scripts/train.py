@@ -24,18 +24,19 @@ from command_line import (
     build_learner,
     check_classes,
     explain_stop,
+    find_recipe,
     handle_errors,
     load_own_checkpoint,
     parse,
     predict_test_curves,
     run_identity,
     run_test,
+    summarize_test,
 )
 
 import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.methods import Report
-from metaimplicit.normalization import describe_normalization, is_transductive
 from metaimplicit.training import (
     Budget,
     Progress,
@@ -111,7 +112,7 @@ def warn_if_spent(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `fit` gives the same warnings
-            progress = load_own_checkpoint(folder, learner, identity)
+            progress = load_own_checkpoint(folder, learner, identity, select="last")
     except FileNotFoundError:
         return  # The run ended before its first checkpoint.
     if budget.spent(progress) >= 1:
@@ -182,20 +183,21 @@ def test(run: Run, progress: Progress) -> None:
     options = run.options
     out = options.folder
     start = time.perf_counter()
-    result = run_test(run.learner, run.splits.test, options, seed=options.test_seed)
+    tested = load_own_checkpoint(out, run.learner, run.identity, select=options.select)
+    family = run.splits.test
+    result = run_test(run.learner, family, options, seed=options.test_seed)
+    summary = summarize_test(run.learner, result, family, options, seed=options.test_seed)
     memory = peak_memory(next(run.learner.parameters()).device)
-    summary = result.summary() | {
-        "episode_seed": options.test_seed,
-        "transductive": is_transductive(run.learner.model),
-        "normalization": describe_normalization(run.learner.model),
+    summary |= {
         "meta_steps": progress.step,
+        "tested_meta_step": tested.step,
         "train_seconds": progress.seconds,
         "test_seconds": time.perf_counter() - start,
         "peak_memory_mib": memory,
     }
     write_json(out / "summary.json", summary)
 
-    name = f"{options.task}, {options.approach}"
+    name = options.recipe or f"{options.task}, {options.approach}"
     plot_curves(out)
     fits = predict_test_curves(run.learner, options, "test", seed=options.test_seed)
     plot_adaptation(out, result, title=name, fits=fits)
@@ -204,6 +206,8 @@ def test(run: Run, progress: Progress) -> None:
         f"{options.test_steps} inner steps) after {progress.step} meta-steps in "
         f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}"
     )
+    if options.recipe is not None:
+        print(f"In papers: {find_recipe(options.recipe).describe_papers()}")
 
 
 if __name__ == "__main__":

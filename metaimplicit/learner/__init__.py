@@ -1,6 +1,6 @@
 """Few-shot learning: `MetaLearner`, what it takes, and what it returns."""
 
-from metaimplicit.learner.episodes import Episode, EpisodeBatch, Pair
+from metaimplicit.learner.episodes import Episode, EpisodeBatch, HasSets, Pair
 from metaimplicit.learner.forms import name_parts, read_episodes
 from metaimplicit.learner.learnable import Granularity
 from metaimplicit.learner.meta_learner import MetaLearner
@@ -12,6 +12,7 @@ __all__ = [
     "Episode",
     "EpisodeBatch",
     "Granularity",
+    "HasSets",
     "MetaLearner",
     "Pair",
     "Step",

@@ -11,10 +11,17 @@ from metaimplicit.training.files import read_json, write_atomically, write_json
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, read_metrics
 from metaimplicit.training.loop import NonFiniteError, fit
-from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
+from metaimplicit.training.metrics import (
+    Estimate,
+    Evaluation,
+    evaluate,
+    evaluate_one_at_a_time,
+    peak_memory,
+)
 from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
+from metaimplicit.training.rotation import Select
 from metaimplicit.training.run_folder import CHECKPOINT, require_new_run_folder
 from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
@@ -32,11 +39,13 @@ __all__ = [
     "Fits",
     "NonFiniteError",
     "Progress",
+    "Select",
     "constant",
     "cosine",
     "describe",
     "describe_sitting",
     "evaluate",
+    "evaluate_one_at_a_time",
     "fit",
     "fit_tuner",
     "load_checkpoint",

@@ -14,6 +14,7 @@ from metaimplicit.training.log import RunLog
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import (
     Identity,
+    Select,
     State,
     read_checkpoint,
     repair,
@@ -133,19 +134,27 @@ def load_checkpoint(
     return progress
 
 
-def load_learner(path: Path, learner: MetaLearner, *, identity: Identity | None = None) -> Progress:
+def load_learner(
+    path: Path,
+    learner: MetaLearner,
+    *,
+    identity: Identity | None = None,
+    select: Select = "last",
+) -> Progress:
     """Load the parameters of a run's learner, and its choice between vmap and the loop.
 
-    If the file is damaged or of another run, the previous or the best checkpoint is read instead,
-    with a warning. No file is changed.
+    If the selected checkpoint is damaged, missing or of another run, another one of the run is read
+    instead, with a warning. No file is changed.
 
     Args:
         path: The run's checkpoint.
         learner: A learner built as that of the run.
         identity: What the saved identity must be. If None, it is not compared.
+        select: `"last"`, the state at the end of the run, or `"best"`, that with the best
+            validation.
 
     Returns:
-        How far the run was.
+        How far the run was when the checkpoint was saved.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -165,7 +174,7 @@ def load_learner(path: Path, learner: MetaLearner, *, identity: Identity | None 
         ...     load_learner(out / "checkpoint.pt", new).step
         3
     """
-    loaded = read_checkpoint(path, identity, _device(learner))
+    loaded = read_checkpoint(path, identity, _device(learner), select)
     return _restore_learner(loaded.state, loaded.path, learner)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts
+from metaimplicit.learner import Episode, EpisodeBatch, HasSets, MetaLearner, name_parts
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,44 @@ def evaluate(
     return Evaluation(all_losses, torch.cat(accuracies, dim=1)[:, :tasks], counts)
 
 
+def evaluate_one_at_a_time(
+    learner: MetaLearner,
+    batches: Iterable[HasSets],
+    *,
+    steps: int | None = None,
+    tasks: int | None = None,
+) -> Estimate:
+    """The accuracy where the model sees one query at a time.
+
+    Where a normalisation takes its statistics from its batch, this is what a user gets who has one
+    image to classify. For other models it is the accuracy of `evaluate`.
+
+    Args:
+        learner: The learner of a classification.
+        batches: Batches of tasks, on any device, with class numbers as targets.
+        steps: The number of inner steps. If None, those of the inner loop.
+        tasks: The number of tasks that count, the first ones. If None, all.
+
+    Example:
+        >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
+        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
+        >>> evaluate_one_at_a_time(learner, [Episode.of(pair, pair)]).tasks
+        4
+    """
+    device = next(learner.parameters()).device
+    accuracies = []
+    with _evaluation_mode(learner), torch.no_grad():
+        for batch in batches:
+            support = _move(batch.support, device)
+            inputs, targets = _move(batch.query, device)
+            adapted = learner.adapt(support, steps=steps, batched=True)
+            queries = inputs.split(1, dim=1)
+            classes = torch.cat([adapted(query).argmax(-1) for query in queries], dim=1)
+            right = classes == targets
+            accuracies.append(right.double().mean(1).cpu())
+    return Estimate.of(torch.cat(accuracies)[:tasks])
+
+
 def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Episode]:
     """The episodes on a device: one batch of tasks, or a list of tasks if they came as a list.
 
@@ -166,11 +204,7 @@ def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Ep
         >>> to_device((pair, pair), torch.device("meta")).support.inputs.device.type
         'meta'
     """
-
-    def move(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
-
-    moved: Episode | list[Episode] = tree_map(move, name_parts(episodes))
+    moved: Episode | list[Episode] = _move(name_parts(episodes), device)
     return moved
 
 
@@ -188,6 +222,13 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _move(tree: Any, device: torch.device) -> Any:
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(move, tree)
 
 
 @contextmanager

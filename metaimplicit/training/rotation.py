@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ FORMAT = 2
 MEMBERS = {"format", "progress", "identity", "rng"}
 State = dict[str, Any]
 Identity = Mapping[str, Any]  # what a run may not change, by name, in types that JSON has
+Select = Literal["last", "best"]
 
 
 class Loaded(NamedTuple):
@@ -28,14 +29,17 @@ class Loaded(NamedTuple):
     unusable: list[Path]
 
 
-def versions(path: Path) -> list[Path]:
-    """The files of a checkpoint in the order in which they are tried: last, previous and best.
+def versions(path: Path, select: Select = "last") -> list[Path]:
+    """The files of a checkpoint in the order in which they are tried.
 
     Example:
         >>> [version.name for version in versions(Path("checkpoint.pt"))]
         ['checkpoint.pt', 'checkpoint-previous.pt', 'checkpoint-best.pt']
+        >>> versions(Path("checkpoint.pt"), "best")[0].name
+        'checkpoint-best.pt'
     """
-    return [path, previous(path), best(path)]
+    last = [path, previous(path)]
+    return [*last, best(path)] if select == "last" else [best(path), *last]
 
 
 def best(path: Path) -> Path:
@@ -68,15 +72,18 @@ def write_checkpoint(
     write_sealed(path, payload, keep=previous(path), meanwhile=sync)
 
 
-def read_checkpoint(path: Path, identity: Identity | None, device: torch.device) -> Loaded:
+def read_checkpoint(
+    path: Path, identity: Identity | None, device: torch.device, select: Select = "last"
+) -> Loaded:
     """Read the first version of a checkpoint that is whole and belongs to the run.
 
-    A warning says so if it is not the last one.
+    A warning says so if it is not the selected one.
 
     Args:
         path: The last checkpoint.
         identity: What the checkpoint's own identity must be. If None, it is not compared.
         device: Where the tensors go.
+        select: Which version to try first.
 
     Raises:
         FileNotFoundError: There is no version.
@@ -84,12 +91,13 @@ def read_checkpoint(path: Path, identity: Identity | None, device: torch.device)
     """
     problems: list[Exception] = []
     unusable = []
-    for version in versions(path):
+    selected, *others = versions(path, select)
+    for version in (selected, *others):
         try:
             state = _read(version, identity, device)
         except FileNotFoundError:
-            if version == path:
-                problems.append(FileNotFoundError(f"checkpoint: {path} is missing"))
+            if version == selected:
+                problems.append(FileNotFoundError(f"checkpoint: {version} is missing"))
         except ValueError as error:
             problems.append(error)
             unusable.append(version)

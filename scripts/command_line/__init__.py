@@ -6,6 +6,7 @@ from command_line.device import find_device
 from command_line.errors import handle_errors
 from command_line.options import RunOptions
 from command_line.parse import parse
+from command_line.recipes import find_recipe
 from command_line.requirements import require_package, require_writable
 from command_line.rows import RowFile
 from command_line.stop import explain_stop
@@ -17,6 +18,7 @@ from command_line.testing import (
     run_identity,
     run_test,
     split_family,
+    summarize_test,
 )
 from command_line.usage import ABOUT_ERRORS, explain_usage, parse_options
 
@@ -31,6 +33,7 @@ __all__ = [
     "explain_stop",
     "explain_usage",
     "find_device",
+    "find_recipe",
     "handle_errors",
     "load_own_checkpoint",
     "parse",
@@ -41,4 +44,5 @@ __all__ = [
     "run_identity",
     "run_test",
     "split_family",
+    "summarize_test",
 ]

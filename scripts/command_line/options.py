@@ -37,6 +37,7 @@ CHANGEABLE = {  # what may differ when a run is resumed
     "workers",
     "threads",
     "test_episodes",
+    "select",
     "test_steps",
 }
 
@@ -45,6 +46,9 @@ CHANGEABLE = {  # what may differ when a run is resumed
 class RunOptions:
     """Meta-train a few-shot learner, and test it on tasks it has never seen."""
 
+    recipe: str | None = None
+    """A row of the published tables: all options below, one of the recipes listed above. What else
+    is given replaces its options."""
     task: str = "glyphs"
     """Where tasks come from: one of the tasks listed above."""
     ways: Annotated[int, within(1, 10_000)] = 5
@@ -95,7 +99,7 @@ class RunOptions:
     Omniglot is downloaded without it."""
     out: Path | None = None
     """Folder for the files of the run. By default runs/TASK-METHOD-SEED, or with a head that is not
-    linear runs/TASK-HEAD-SEED."""
+    linear runs/TASK-HEAD-SEED, or runs/RECIPE-SEED."""
     resume: bool = False
     """Continue the run in --out with its options.
     Only limits, workers, threads and device may change."""
@@ -133,6 +137,8 @@ class RunOptions:
     """Meta-steps between checkpoints."""
     test_episodes: Annotated[int, within(2, 1_000_000)] = 600
     """Test tasks at the end."""
+    select: Literal["best", "last"] = "best"
+    """The checkpoint to test: that of the best validation, or the last one."""
     test_steps: Annotated[int, within(0, 100_000)] = 16
     """Inner steps at test. An implicit method takes enough of them to reach the argmin."""
     method_options: Suppressed = field(default_factory=dict)
@@ -168,7 +174,7 @@ class RunOptions:
     @property
     def folder(self) -> Path:
         """The folder of the run."""
-        return self.out or default_folder(self.task, self.approach, self.seed)
+        return self.out or default_folder(self.recipe or f"{self.task}-{self.approach}", self.seed)
 
     @property
     def approach(self) -> str:
@@ -258,9 +264,9 @@ class RunOptions:
         return self.task_arguments() | given
 
 
-def default_folder(task: str, approach: str, seed: int | str) -> Path:
-    """The folder of a run without --out, by its `approach`."""
-    return Path("runs", f"{task}-{approach}-{seed}")
+def default_folder(name: str, seed: int | str) -> Path:
+    """The folder of a run without --out."""
+    return Path("runs", f"{name}-{seed}")
 
 
 def _flag(name: str) -> str:

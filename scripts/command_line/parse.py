@@ -16,7 +16,8 @@ from command_line.flags import (
     method_flags,
     reject_flags_of_others,
 )
-from command_line.options import RunOptions, default_folder
+from command_line.options import RunOptions
+from command_line.recipes import RECIPES, find_recipe
 from command_line.usage import ABOUT_ERRORS, explain_usage
 from metaimplicit.training import CONFIG, read_sealed_json, require_new_run_folder
 from tasks import family_summaries
@@ -25,6 +26,7 @@ DESCRIPTION = (
     "{summary}\n\n"
     "Tasks:\n"
     "{tasks}\n\n"
+    "Recipes: {recipes}.\n\n"
     "The defaults below are those of --task {task} with --method {method}. "
     "The options of {method} itself, if it has any, are in the second box. "
     "Those of the other methods are:\n\n"
@@ -47,18 +49,13 @@ def parse(args: list[str]) -> RunOptions:
     choice = _read_choice(args)
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)
-    defaults = default_options(
-        choice.task, choice.method, choice.inner_optimizer, choice.head or "linear"
-    )
-    options = _parse_over(args, defaults).completed()
+    options = _parse_over(args, _defaults(choice)).completed()
     require_new_run_folder(options.folder, resume=False)
     return options
 
 
 def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
-    method = choice.method or default_options(choice.task).method
-    approach = method if choice.head in (None, "linear") else choice.head
-    folder = choice.out or default_folder(choice.task, approach, choice.seed)
+    folder = choice.out or replace(_defaults(choice), seed=choice.seed).folder
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"--resume: found no {path}; name the folder of a run with --out")
@@ -80,10 +77,33 @@ def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
     return options
 
 
+def _defaults(choice: argparse.Namespace) -> RunOptions:
+    """The defaults of a task, a method and a head, or of a recipe, which has them already.
+
+    Raises:
+        ValueError: A name is unknown, or is not that of the recipe.
+    """
+    if choice.recipe is None:
+        return default_options(
+            choice.task or "glyphs", choice.method, choice.inner_optimizer, choice.head or "linear"
+        )
+    options = find_recipe(choice.recipe).options(choice.recipe)
+    for name in ("task", "method", "inner_optimizer", "head"):
+        given = getattr(choice, name)
+        of_recipe = getattr(options, name)
+        if given not in (None, of_recipe):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag}: got {given}, but --recipe {choice.recipe} has {of_recipe}; leave one out"
+            )
+    return options
+
+
 def _read_choice(args: list[str]) -> argparse.Namespace:
     """The options on which the defaults of the others depend, and the folder of the run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--task", default="glyphs")
+    parser.add_argument("--recipe")
+    parser.add_argument("--task")
     parser.add_argument("--method")
     parser.add_argument("--inner-optimizer", "--inner_optimizer")
     parser.add_argument("--head")
@@ -108,6 +128,7 @@ def _parse_over(args: list[str], defaults: RunOptions) -> RunOptions:
     description = DESCRIPTION.format(
         summary=RunOptions.__doc__,
         tasks="\n".join(f"- {name}: {line}" for name, line in family_summaries().items()),
+        recipes=", ".join(RECIPES),
         task=defaults.task,
         method=defaults.method,
         flags=describe_other_methods(defaults.method),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,19 +11,23 @@ from tqdm import tqdm
 import tasks
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
+from metaimplicit.normalization import describe_normalization, is_transductive
 from metaimplicit.training import (
     CHECKPOINT,
     CONFIG,
     Evaluation,
     Fits,
     Progress,
+    Select,
     evaluate,
+    evaluate_one_at_a_time,
     load_learner,
     predict_curves,
     read_sealed_json,
 )
 
 Split = Literal["test", "validation"]
+Summary = dict[str, Any]
 PLOTTED_TASKS = 3
 PLOTTED_QUERIES = 200
 
@@ -31,15 +36,40 @@ def run_test(
     learner: MetaLearner, family: tasks.TaskFamily, options: RunOptions, *, seed: int
 ) -> Evaluation:
     """Evaluate a learner on `options.test_episodes` tasks of a family, with a progress bar."""
-    sampler = tasks.EpisodeSampler(family, tasks=options.meta_batch, seed=seed)
-    batches = range(-(-options.test_episodes // options.meta_batch))  # rounded up
-    bar = tqdm(batches, desc="test", unit="batch", disable=None)
     return evaluate(
         learner,
-        (sampler[i] for i in bar),
+        _test_batches(family, options, seed),
         steps=options.test_steps,
         tasks=options.test_episodes,
     )
+
+
+def summarize_test(
+    learner: MetaLearner,
+    result: Evaluation,
+    family: tasks.TaskFamily,
+    options: RunOptions,
+    *,
+    seed: int,
+) -> Summary:
+    """What `run_test` measured, on which tasks, and which images entered the normalisation."""
+    transductive = is_transductive(learner.model)
+    summary = result.summary() | {
+        "episode_seed": seed,
+        "transductive": transductive,
+        "normalization": describe_normalization(learner.model),
+    }
+    if result.metric == "accuracy":
+        alone = result.curve()[-1]
+        if transductive:
+            alone = evaluate_one_at_a_time(
+                learner,
+                _test_batches(family, options, seed),
+                steps=options.test_steps,
+                tasks=options.test_episodes,
+            )
+        summary["one_at_a_time"] = {"mean": alone.mean, "interval_95": alone.interval}
+    return summary
 
 
 def predict_test_curves(
@@ -66,15 +96,21 @@ def run_identity(options: RunOptions, splits: tasks.Splits) -> dict[str, Any]:
     return options.identity() | data
 
 
-def load_own_checkpoint(folder: Path, learner: MetaLearner, identity: dict[str, Any]) -> Progress:
+def load_own_checkpoint(
+    folder: Path, learner: MetaLearner, identity: dict[str, Any], *, select: Select
+) -> Progress:
     """Load the learner of a run, if the identity is that of its checkpoint.
+
+    Returns:
+        How far the run was when the selected checkpoint was saved.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: No checkpoint is whole and of this run.
     """
     run = read_sealed_json(folder / CONFIG).get("run")
-    return load_learner(folder / CHECKPOINT, learner, identity={"run": run, **identity})
+    full_identity = {"run": run, **identity}
+    return load_learner(folder / CHECKPOINT, learner, identity=full_identity, select=select)
 
 
 def check_classes(run: Path, splits: tasks.Splits) -> None:
@@ -90,3 +126,11 @@ def check_classes(run: Path, splits: tasks.Splits) -> None:
                 f"task: the {split} classes are not those that {run} was started with, so it may "
                 "have been trained on what it would be tested on; give it the data as it was"
             )
+
+
+def _test_batches(
+    family: tasks.TaskFamily, options: RunOptions, seed: int
+) -> Iterator[tasks.Episodes]:
+    sampler = tasks.EpisodeSampler(family, tasks=options.meta_batch, seed=seed)
+    batches = range(-(-options.test_episodes // options.meta_batch))  # rounded up
+    return (sampler[i] for i in tqdm(batches, desc="test", unit="batch", disable=None))

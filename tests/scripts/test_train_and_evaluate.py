@@ -70,6 +70,26 @@ def test_a_run_leaves_every_file(run):
     assert [row["steps"] for row in summary["after_steps"]] == [0, 1, 2]
 
 
+def test_the_test_is_of_the_checkpoint_with_the_best_validation_or_of_the_last_one(tmp_path):
+    out = tmp_path / "run"
+    options = ["--validate-every=1", "--steps=4", "--schedule=constant", "--outer-lr=0.1"]
+    train([*SMALL, *options, "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["split"] == "validation"}
+    best = min(losses, key=losses.get)
+    assert best < 4
+    assert read_json(out / "summary.json")["tested_meta_step"] == best
+
+    evaluate([str(out), "--episodes=10"])
+    of_best = read_json(out / "evaluation.json")
+    assert of_best["tested_meta_step"] == best
+    assert of_best["mean"] == read_json(out / "summary.json")["mean"]
+    evaluate([str(out), "--episodes=10", "--select=last"])
+    of_last = read_json(out / "evaluation.json")
+    assert of_last["tested_meta_step"] == 4
+    assert of_last["mean"] != of_best["mean"]
+
+
 @pytest.mark.slow
 def test_the_config_says_what_the_solver_auto_chose(tmp_path):
     train([*SMALL, "--method", "auto", "--steps", "1", "--out", str(tmp_path / "run")])
@@ -213,13 +233,22 @@ def test_an_edited_config_is_one_line(run, tmp_path, capsys):
     evaluate([str(edited), "--episodes=2"])
 
 
-def test_a_damaged_checkpoint_is_evaluated_by_the_one_before(run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("select", "file", "used", "step"),
+    [
+        ("last", "checkpoint.pt", "checkpoint-previous.pt", 0),
+        ("best", "checkpoint-best.pt", "checkpoint.pt", 3),
+    ],
+)
+def test_where_a_checkpoint_is_damaged_the_evaluation_is_of_another(
+    select, file, used, step, run, tmp_path
+):
     damaged = shutil.copytree(run, tmp_path / "run")
-    checkpoint = damaged / "checkpoint.pt"
+    checkpoint = damaged / file
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
-    with pytest.warns(UserWarning, match=r"checkpoint-previous\.pt, of step 0, is used instead"):
-        evaluate([str(damaged), "--episodes=2"])
-    assert read_json(damaged / "evaluation.json")["meta_steps"] == 0
+    with pytest.warns(UserWarning, match=f"{used}, of step {step}, is used instead"):
+        evaluate([str(damaged), "--episodes=2", "--select", select])
+    assert read_json(damaged / "evaluation.json")["tested_meta_step"] == step
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from training.sinusoid_run import make_sampler
 
+import tasks
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.models import MLP
-from metaimplicit.training import Estimate, evaluate
+from metaimplicit.normalization import BatchNorm
+from metaimplicit.training import Estimate, evaluate, evaluate_one_at_a_time
 
 
 def make_learner(model):
@@ -103,3 +105,27 @@ def test_evaluate_returns_to_training_mode_by_the_modules_own_method():
     evaluate(make_learner(model), [make_sampler(tasks_per_batch=3, seed=1)[0]])
     for p, value in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), value, rtol=0, atol=1e-6)
+
+
+def test_queries_one_at_a_time_are_normalised_without_each_other():
+    torch.manual_seed(0)
+    family = tasks.load("glyphs", ways=3, shots=2, queries=4).test
+    episodes = tasks.EpisodeSampler(family, tasks=5, seed=0)[0]
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=9), BatchNorm(4), nn.Flatten(), nn.LazyLinear(3)
+    )
+    model(episodes.query[0][0])
+    inner = GradientDescent(3, lr=0.5)
+    learner = MetaLearner(model, F.cross_entropy, inner=inner, method="unrolled")
+    estimate = evaluate_one_at_a_time(learner, [episodes])
+
+    accuracies = []
+    for task in range(5):
+        adapted = learner.adapt(tuple(x[task] for x in episodes.support))
+        inputs, targets = (x[task] for x in episodes.query)
+        classes = [adapted(inputs[i : i + 1]).argmax().item() for i in range(len(inputs))]
+        right = [c == t for c, t in zip(classes, targets.tolist(), strict=True)]
+        accuracies.append(sum(right) / len(right))
+    assert estimate.mean == pytest.approx(sum(accuracies) / 5, rel=1e-12)
+    together = evaluate(learner, [episodes], steps=[3]).curve()[-1]
+    assert together.mean != estimate.mean

@@ -1,0 +1,83 @@
+"""Named sets of options for the rows of the few-shot tables, chosen on validation classes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from command_line.defaults import Settings, default_options
+from command_line.options import HeadFlag, RunOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of one row of a table, and what papers have in that row.
+
+    Args:
+        task: The flag of the task.
+        papers: The test accuracies of papers, in %, by method.
+        head: The flag of the head.
+        method: The flag of the method. If None, that of the head.
+        settings: The options that differ from the defaults of task, head and method, by name.
+    """
+
+    task: str
+    papers: dict[str, str]
+    head: HeadFlag = "linear"
+    method: str | None = None
+    settings: Settings = field(default_factory=dict)
+
+    def options(self, name: str) -> RunOptions:
+        """The options of a run of this recipe, whose name is `name`."""
+        defaults = default_options(self.task, self.method, head=self.head)
+        return replace(defaults, recipe=name, **self.settings)
+
+    def describe_papers(self) -> str:
+        """What papers have, as one line."""
+        return ", ".join(f"{method} {accuracy} %" for method, accuracy in self.papers.items())
+
+
+# Features for many classes at a time, evaluated once; predictions do not depend on one another.
+FEATURES: Settings = {
+    "norm": "running",
+    "train_ways": 20,
+    "queries": 5,
+    "filters": 64,
+    "meta_batch": 4,
+    "test_episodes": 1000,
+    "validate_every": 250,
+    "validation_episodes": 400,
+}
+# iMAML: Rajeswaran et al. 2019, table 2, which has MAML's numbers as well. Prototypes: Snell et al.
+# 2017. R2D2: Bertinetto et al. 2019, which has those of MAML and prototypes on CIFAR-FS.
+OMNIGLOT_5W1S = {"MAML": "98.7", "iMAML": "99.5", "prototypes": "98.8"}
+OMNIGLOT_5W5S = {"MAML": "99.9", "iMAML": "99.7", "prototypes": "99.7"}
+OMNIGLOT_20W1S = {"MAML": "95.8", "iMAML": "96.2", "prototypes": "96.0"}
+
+RECIPES: dict[str, Recipe] = {
+    "omniglot-5w1s-ridge": Recipe(
+        "omniglot", OMNIGLOT_5W1S, head="ridge", settings=FEATURES | {"minutes": 15.0}
+    ),
+    "omniglot-5w5s-ridge": Recipe(
+        "omniglot",
+        OMNIGLOT_5W5S,
+        head="ridge",
+        settings=FEATURES | {"shots": 5, "train_shots": 1, "minutes": 30.0},
+    ),
+    "omniglot-20w1s-ridge": Recipe(
+        "omniglot",
+        OMNIGLOT_20W1S,
+        head="ridge",
+        settings=FEATURES | {"ways": 20, "minutes": 30.0},
+    ),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"--recipe: got {name!r}, expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
