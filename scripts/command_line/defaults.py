@@ -45,7 +45,18 @@ IMPLICIT_METHOD: dict[str, Settings] = {"sinusoid": {"solver_steps": 10}}
 NOT_IMPLICIT: dict[str, Settings] = {"sinusoid": {"proximal": 0.0, "test_steps": 10}}
 OTHERS_NOT_IMPLICIT: Settings = {"proximal": 0.0, "test_steps": 4}
 
-# A head takes the method and the loop that suit it.
+# A head takes the method and the loop that suit it. The layers before it do not adapt, so that they
+# can use running statistics, and learn more from tasks with many classes (Snell et al. 2017).
+BESIDE_HEADS: Settings = {"adapt": "head", "norm": "running", "proximal": 0.0, "queries": 5}
+TRAIN_WAYS = {  # of the tasks with classes
+    "glyphs": 20,
+    "omniglot": 20,
+    "cifar-fs": 10,
+    "fc100": 10,
+    "mini-imagenet": 10,
+    "folder": None,
+    "dataset": None,
+}
 HEADS: dict[str, Settings] = {
     "ridge": {"method": "auto", "inner_optimizer": "ridge", "learn": ("lambda", "scale")},
     "logistic": {"method": "auto", "inner_optimizer": "newton", "learn": ("lambda", "scale")},
@@ -61,40 +72,50 @@ def default_options(
     task: str,
     method: str | None = None,
     inner_optimizer: str | None = None,
-    head: HeadFlag = "linear",
+    head: HeadFlag | None = None,
 ) -> RunOptions:
     """The defaults of a task, a head, a method and an inner optimiser.
 
     Args:
         task: The flag of a task. One without an entry in `TASKS` has the settings `OTHER_TASKS`.
-        method: The flag of a method. If None, that of the task.
+        method: The flag of a method. If None, that of the task or the head.
         inner_optimizer: The flag of an inner loop. If None, that of the task, the method or the
             head.
-        head: The flag of a head.
+        head: The flag of a head. If None, it is ridge for tasks with classes, unless a method or an
+            inner optimiser is given, which suit a linear layer.
 
     Raises:
         ValueError: The method is unknown.
     """
     options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
+    if head is None:
+        chosen = method is not None or inner_optimizer is not None or task not in TRAIN_WAYS
+        head = "linear" if chosen else "ridge"
     if head in HEADS:
-        options = replace(options, head=head, adapt="head", **HEADS[head])
+        options = _beside_head(options, head, method)
+    else:
+        options = _without_head(options, method)
+    if inner_optimizer is not None:
+        options = replace(options, inner_optimizer=inner_optimizer)
+    if options.inner_optimizer in EXACT:
+        steps = 0 if options.inner_optimizer == "none" else 1
+        options = replace(options, inner_steps=1, test_steps=steps)
+    return replace(options, inner_options=dict(INNER.get(options.inner_optimizer, {})))
+
+
+def _beside_head(options: RunOptions, head: HeadFlag, method: str | None) -> RunOptions:
+    train_ways = TRAIN_WAYS.get(options.task)
+    settings = BESIDE_HEADS | {"head": head, "train_ways": train_ways} | HEADS[head]
+    options = replace(options, **settings)
+    return options if method is None else replace(options, method=method)
+
+
+def _without_head(options: RunOptions, method: str | None) -> RunOptions:
+    task = options.task
     if method is not None:
         options = replace(options, method=method)
-    if head in HEADS:
-        options = replace(options, proximal=0.0)
-        if inner_optimizer is not None:
-            options = replace(options, inner_optimizer=inner_optimizer)
-        if options.inner_optimizer in EXACT:
-            steps = 0 if options.inner_optimizer == "none" else 1
-            options = replace(options, inner_steps=1, test_steps=steps)
-        return replace(options, inner_options=dict(INNER.get(options.inner_optimizer, {})))
-
     # These methods differentiate the inner loss alone, and so the proximal term.
     if make_method(options.method).reach == {"loss"}:
         known = known_options(options.method, **IMPLICIT_METHOD.get(task, {}))
-        options = replace(options, **IMPLICIT.get(task, {}), method_options=known)
-    else:
-        options = replace(options, **NOT_IMPLICIT.get(task, OTHERS_NOT_IMPLICIT))
-    if inner_optimizer is not None:
-        options = replace(options, inner_optimizer=inner_optimizer)
-    return replace(options, inner_options=dict(INNER.get(options.inner_optimizer, {})))
+        return replace(options, **IMPLICIT.get(task, {}), method_options=known)
+    return replace(options, **NOT_IMPLICIT.get(task, OTHERS_NOT_IMPLICIT))

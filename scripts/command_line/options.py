@@ -26,7 +26,7 @@ Suppressed = tyro.conf.Suppress[dict[str, Any]]
 
 HeadFlag = Literal["linear", "ridge", "logistic", "hinge", "prototypes"]
 
-DEFAULT_MINUTES = 3.5
+DEFAULT_MINUTES = 2.0
 CHANGEABLE = {  # what may differ when a run is resumed
     "steps",
     "minutes",
@@ -89,7 +89,7 @@ class RunOptions:
     steps: Annotated[int | None, within(1, 10**9)] = None
     """Meta-steps to train for."""
     minutes: Annotated[float | None, within(1e-6, 1_000_000)] = None
-    """Wall-clock minutes to train for, with --steps whichever ends first. Without both: 3.5."""
+    """Wall-clock minutes to train for, with --steps whichever ends first. Without both: 2."""
     seed: Seed = 0
     """Seed of the initialisation and of the training episodes."""
     device: str = "auto"
@@ -236,7 +236,7 @@ class RunOptions:
             "queries": self.queries,
             "data_root": self.data_root,
         }
-        flags = {name: _flag("task" if name == "name" else name) for name in arguments}
+        flags = {name: flag_of("task" if name == "name" else name) for name in arguments}
         for item in self.task_options:
             name, equals, text = item.partition("=")
             if not (name and equals):
@@ -269,7 +269,8 @@ def default_folder(name: str, seed: int | str) -> Path:
     return Path("runs", f"{name}-{seed}")
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of an option."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from command_line.defaults import default_options
+from command_line.defaults import EXACT, default_options
 from command_line.flags import (
     describe_other_methods,
     inner_flags,
     method_flags,
     reject_flags_of_others,
 )
-from command_line.options import RunOptions
+from command_line.options import RunOptions, flag_of
 from command_line.recipes import RECIPES, find_recipe
 from command_line.usage import ABOUT_ERRORS, explain_usage
 from metaimplicit.training import CONFIG, read_sealed_json, require_new_run_folder
@@ -27,12 +27,17 @@ DESCRIPTION = (
     "Tasks:\n"
     "{tasks}\n\n"
     "Recipes: {recipes}.\n\n"
-    "The defaults below are those of --task {task} with --method {method}. "
+    "The defaults below are those of --task {task}, --head {head} and --method "
+    "{method}. "
     "The options of {method} itself, if it has any, are in the second box. "
     "Those of the other methods are:\n\n"
     "{flags}\n\n"
     f"{ABOUT_ERRORS}"
 )
+
+
+OF_STEPS = {"inner_steps", "inner_lr"}  # what an exact inner loop does not have
+OF_LINEAR = OF_STEPS | {"adapt", "proximal"}  # what asks for a linear layer, if no head is given
 
 
 def parse(args: list[str]) -> RunOptions:
@@ -83,18 +88,34 @@ def _defaults(choice: argparse.Namespace) -> RunOptions:
     Raises:
         ValueError: A name is unknown, or is not that of the recipe.
     """
+    given = {name for name in OF_LINEAR if getattr(choice, name) is not None}
     if choice.recipe is None:
-        return default_options(
-            choice.task or "glyphs", choice.method, choice.inner_optimizer, choice.head or "linear"
+        head = choice.head
+        if given and head is None:
+            head = "linear"
+        options = default_options(
+            choice.task or "glyphs", choice.method, choice.inner_optimizer, head
         )
+    else:
+        options = _recipe_options(choice)
+    of_steps = given & OF_STEPS
+    if of_steps and options.inner_optimizer in EXACT:
+        raise ValueError(
+            f"{flag_of(min(of_steps))}: got one with --inner-optimizer {options.inner_optimizer}, "
+            "which takes no steps of a size, expected none; leave it out, or give --head linear"
+        )
+    return options
+
+
+def _recipe_options(choice: argparse.Namespace) -> RunOptions:
     options = find_recipe(choice.recipe).options(choice.recipe)
     for name in ("task", "method", "inner_optimizer", "head"):
         given = getattr(choice, name)
         of_recipe = getattr(options, name)
         if given not in (None, of_recipe):
-            flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag}: got {given}, but --recipe {choice.recipe} has {of_recipe}; leave one out"
+                f"{flag_of(name)}: got {given}, but --recipe {choice.recipe} has {of_recipe}; "
+                "leave one out"
             )
     return options
 
@@ -107,6 +128,8 @@ def _read_choice(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--method")
     parser.add_argument("--inner-optimizer", "--inner_optimizer")
     parser.add_argument("--head")
+    for name in OF_LINEAR:
+        parser.add_argument(flag_of(name), f"--{name}")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
@@ -130,6 +153,7 @@ def _parse_over(args: list[str], defaults: RunOptions) -> RunOptions:
         tasks="\n".join(f"- {name}: {line}" for name, line in family_summaries().items()),
         recipes=", ".join(RECIPES),
         task=defaults.task,
+        head=defaults.head,
         method=defaults.method,
         flags=describe_other_methods(defaults.method),
     )

@@ -138,7 +138,7 @@ def test_a_linear_layer_has_one_number_of_classes():
     assert (options.task_arguments()["ways"], options.task_arguments()["shots"]) == (5, 1)
     assert (options.training_arguments()["ways"], options.training_arguments()["shots"]) == (20, 2)
     with pytest.raises(ValueError, match="--train-ways: got 20 with --ways 5 and --head linear"):
-        parse(["--train-ways=20"]).training_arguments()
+        parse(["--head=linear", "--train-ways=20"]).training_arguments()
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_a_linear_layer_has_one_number_of_classes():
             "--rank: got it with --method cg, .* "
             "expected --method nystrom, nystrom-gaussian or nystrom-cg",
         ),
-        (["--rho=1"], "--rho: got it with --method cg, .* kfac, ekfac or diagonal"),
+        (["--rho=1"], "--rho: got it with --method auto, .* kfac, ekfac or diagonal"),
         (["--method=unrolled", "--strict"], "--strict: got it with --method unrolled"),
-        (["--no-warm"], "--no-warm: got it with --method cg, .* t1-t2, soba or amigo"),
+        (["--no-warm"], "--no-warm: got it with --method auto, .* t1-t2, soba or amigo"),
         (
             ["--inner-cg-steps=3"],
-            "--inner-cg-steps: got it with --inner-optimizer gradient-descent, .* newton-cg",
+            "--inner-cg-steps: got it with --inner-optimizer ridge, .* newton-cg",
         ),
         (["--method=newton"], f"method: got 'newton', expected one of {', '.join(METHODS)}"),
         (["--inner-optimizer=sgd"], "inner: got 'sgd', expected one of gradient-descent"),
@@ -181,7 +181,7 @@ def test_help_explains_every_option_of_the_run_and_of_the_chosen_method(method, 
 
 
 def test_help_lists_the_options_of_the_other_methods(capsys):
-    text = help_of(load_main("train"), [], capsys)
+    text = help_of(load_main("train"), ["--method=cg"], capsys)
     assert "- nystrom: --rank --rho" in text
     assert "- soba: --scale --no-warm" in text
     assert "- all implicit methods: --curvature --damping" in text
@@ -200,7 +200,8 @@ def test_help_of_evaluate_explains_its_options(capsys):
 
 
 def test_defaults_are_those_of_the_task_and_the_method():
-    assert default_options("glyphs") == RunOptions()
+    assert default_options("glyphs", head="linear") == RunOptions()
+    assert default_options("glyphs", "cg") == RunOptions()
     assert default_options("glyphs", "unrolled").proximal == 0.0
     assert default_options("sinusoid").method == "unrolled"
     assert default_options("sinusoid", "cg").inner_steps == 32
@@ -208,7 +209,7 @@ def test_defaults_are_those_of_the_task_and_the_method():
     assert default_options("sinusoid", "nystrom").method_options == {}
     assert default_options("omniglot", "nystrom").proximal == 0.5
     assert default_options("omniglot", "unrolled").proximal == 0.0
-    assert default_options("folder").queries == 15
+    assert default_options("folder", "cg").queries == 15
     assert default_options("glyphs", "cg").test_steps == 16
     assert default_options("glyphs", "unrolled").test_steps == 4
     assert default_options("sinusoid").test_steps == 10
@@ -216,8 +217,34 @@ def test_defaults_are_those_of_the_task_and_the_method():
     assert default_options("glyphs", inner_optimizer="newton-cg").inner_options == {"cg_steps": 3}
 
 
-def test_a_run_without_limits_lasts_three_and_a_half_minutes():
-    assert RunOptions().completed().minutes == 3.5
+@pytest.mark.parametrize(
+    ("args", "head", "adapt"),
+    [
+        ([], "ridge", "head"),
+        (["--task=omniglot"], "ridge", "head"),
+        (["--task=folder", "--filters=8"], "ridge", "head"),
+        (["--method=cg"], "linear", "all"),
+        (["--inner-optimizer=momentum"], "linear", "all"),
+        (["--inner-steps=3"], "linear", "all"),
+        (["--adapt=head"], "linear", "head"),
+        (["--proximal=1"], "linear", "all"),
+        (["--task=sinusoid"], "linear", "all"),
+    ],
+)
+def test_the_head_is_ridge_unless_something_is_said_about_what_adapts_and_how(args, head, adapt):
+    options = parse(args)
+    assert (options.head, options.adapt) == (head, adapt)
+
+
+@pytest.mark.parametrize("flag", ["--inner-steps", "--inner-lr"])
+def test_a_head_that_is_solved_exactly_has_no_steps_to_choose(flag):
+    with pytest.raises(ValueError, match=f"{flag}: got one with --inner-optimizer ridge"):
+        parse(["--head=ridge", f"{flag}=1"])
+    assert parse(["--head=ridge", "--inner-optimizer=lbfgs", f"{flag}=1"]).head == "ridge"
+
+
+def test_a_run_without_limits_lasts_two_minutes():
+    assert RunOptions().completed().minutes == 2.0
     assert RunOptions(steps=5).completed().minutes is None
 
 
