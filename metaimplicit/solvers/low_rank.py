@@ -132,8 +132,8 @@ class LowRank:
         gram = y @ rows.double().mT
         q, r = torch.linalg.qr(y.mT)
         roundoff = len(rows) * torch.finfo(products.dtype).eps
-        weights, inverse = whiten(r, gram, tolerance=roundoff)
-        basis = (q @ (r @ weights)).mT
+        _, left, inverse = whiten(r, gram, tolerance=roundoff)
+        basis = (q @ left).mT
         quotients = gram.diagonal(dim1=-2, dim2=-1) / rows.double().square().sum(-1)
         return LowRank(basis.to(products), inverse, quotients.amin(-1).to(products))
 
@@ -203,29 +203,66 @@ def whiten(
     gram: Tensor,
     *,
     tolerance: float,
-) -> tuple[Tensor, Tensor]:
-    """W with orthonormal YW, and 1/d with diag(1/d) = Wᵀ(ΩᵀY)W.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W with orthonormal YW, RW, and 1/d with diag(1/d) = Wᵀ(ΩᵀY)W.
+
+    RW follows from the left singular vectors of R, orthonormal to round-off. The product of R and W
+    would mix large directions into small ones, by round-off times the ratio of their sizes.
 
     Args:
         r: R with RᵀR = YᵀY, `[tasks, k, k]`.
         gram: ΩᵀY, `[tasks, k, k]`.
-        tolerance: Singular values of R below this part of the largest count as zero. W and 1/d are
-            zero for their directions.
+        tolerance: Singular values of R below this part of the largest count as zero. W, RW and 1/d
+            are zero for their directions.
 
     Returns:
-        W `[tasks, k, k]` and 1/d `[tasks, k]`.
+        W and RW, `[tasks, k, k]` each, and 1/d, `[tasks, k]`.
 
     Example:
-        >>> weights, inverse = whiten(2 * torch.eye(1)[None], torch.eye(1)[None], tolerance=0.0)
-        >>> weights.abs(), inverse
-        (tensor([[[0.5000]]]), tensor([[0.2500]]))
+        >>> weights, left, inverse = whiten(
+        ...     2 * torch.eye(1)[None], torch.eye(1)[None], tolerance=0.0
+        ... )
+        >>> weights.abs(), left.abs(), inverse
+        (tensor([[[0.5000]]]), tensor([[[1.]]]), tensor([[0.2500]]))
     """
-    _, size, v = torch.linalg.svd(r)
+    u, size, v = torch.linalg.svd(r)
     kept = size > tolerance * size[..., :1]
+    root = torch.where(kept, size, 0.0).sqrt()
+    shrink = reciprocal(root, where=kept)
+    symmetric = 0.5 * (v @ (gram + gram.mT) @ v.mT)
+    scaled = shrink.unsqueeze(-1) * symmetric * shrink.unsqueeze(-2)
+    inverse, rotation = _eigen_of_graded(scaled, root)
     w = v.mT * reciprocal(size, where=kept).unsqueeze(-2)
-    symmetric = 0.5 * (gram + gram.mT)
-    inverse, rotation = torch.linalg.eigh(w.mT @ symmetric @ w)
-    return w @ rotation, inverse
+    return w @ rotation, (u * kept.unsqueeze(-2)) @ rotation, inverse
+
+
+def _eigen_of_graded(scaled: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues 1/d and eigenvectors of M = Σ^-½ C Σ^-½, zero where Σ is.
+
+    An eigensolver errs by round-off times the largest eigenvalue. Where Σ is graded, M thus loses
+    the large d, and M⁻¹ = Σ^½ C⁻¹ Σ^½ does not, unless C is closer to singular than Σ is graded.
+
+    Args:
+        scaled: C, `[tasks, k, k]`, zero where Σ is.
+        root: The diagonal of Σ^½, `[tasks, k]`, decreasing.
+    """
+    absent = root == 0
+    of_c, vectors = torch.linalg.eigh(scaled + torch.diag_embed(absent.to(scaled)))
+    sizes = of_c.abs()
+    shrink = reciprocal(root, where=~absent)
+    grading = (root[..., 0] * shrink.amax(-1)).square()
+    invert = (sizes.amax(-1) < sizes.amin(-1) * grading)[..., None]
+
+    plain = shrink.unsqueeze(-1) * scaled * shrink.unsqueeze(-2)
+    half = root.unsqueeze(-1) * vectors
+    inverted = (half * reciprocal(of_c, where=of_c != 0).unsqueeze(-2)) @ half.mT
+    matrix = torch.where(invert.unsqueeze(-1), inverted, plain)
+    values, rotation = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+
+    roundoff = root.shape[-1] * torch.finfo(root.dtype).eps * values.abs().amax(-1, keepdim=True)
+    clear = values.abs() > roundoff
+    inverse = torch.where(invert, reciprocal(values, where=clear), values)
+    return inverse, rotation * (clear | ~invert).unsqueeze(-2)
 
 
 def is_indefinite(inverse: Tensor, dtype: torch.dtype) -> Tensor:

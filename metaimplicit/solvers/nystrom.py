@@ -136,7 +136,7 @@ class Nystrom(SketchingSolver):
         values, vectors = torch.linalg.eigh(square)
         root = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
         roundoff = (k * torch.finfo(b.dtype).eps) ** 0.5
-        weights, inverse = whiten(root, gram.nan_to_num(0.0, 0.0, 0.0), tolerance=roundoff)
+        weights, _, inverse = whiten(root, gram.nan_to_num(0.0, 0.0, 0.0), tolerance=roundoff)
 
         c = coordinates(core.matvec(b).unsqueeze(1)).mT
         c = weights @ ((weights.mT @ c) / (1 + shift * inverse.abs()).unsqueeze(-1))

@@ -50,6 +50,21 @@ def test_of_full_rank_it_is_the_shifted_inverse():
         assert relative_error(solution.value[task], expected[task]) < 1e-10
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("smallest", [1e-6, 1e-10, 1e-13])
+def test_tiny_eigenvalues_cost_the_large_ones_no_digits(smallest, sign):
+    spectrum = smallest ** torch.linspace(0.0, 1.0, 12, dtype=torch.float64)
+    spectrum[1::2] *= sign
+    matrix = symmetric(spectrum.repeat(3, 1))
+    b = randn(3, 12, seed=2)
+    solution = Nystrom(rank=12, rho=0.5).solve(Matrix(matrix), b)
+    values, vectors = torch.linalg.eigh(matrix)
+    absolute = vectors @ torch.diag_embed(values.abs()) @ vectors.mT
+    expected = torch.linalg.solve(absolute + 0.5 * EYE, b)
+    for task in range(3):
+        assert relative_error(solution.value[task], expected[task]) < 1e-13
+
+
 def test_it_sketches_the_core_and_not_the_shift():
     """With fast decay and σ = 2, a sketch of A itself makes the result 200 times too long."""
     matrix = symmetric(5 * 0.8 ** torch.arange(300.0).unsqueeze(0))
