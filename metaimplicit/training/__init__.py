@@ -1,5 +1,6 @@
 """Training loops, checkpoints, metrics and plots, for episodes and data from anywhere."""
 
+from metaimplicit.training.allocator import keep_freed_memory
 from metaimplicit.training.checkpoint import (
     load_checkpoint,
     load_learner,
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate_one_at_a_time",
     "fit",
     "fit_tuner",
+    "keep_freed_memory",
     "load_checkpoint",
     "load_learner",
     "load_tuner",
