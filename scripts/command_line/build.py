@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from command_line.device import find_device
 from command_line.options import RunOptions
@@ -15,8 +14,10 @@ from metaimplicit import MetaLearner
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.learner.heads import ConvexHead, Head, make_head
 from metaimplicit.methods import Method, make_method
-from metaimplicit.models import MLP, ConvNet
+from metaimplicit.models import MLP, ConvNet, ResNet12
 from tasks import TaskFamily
+
+Network = ConvNet | ResNet12 | MLP
 
 
 def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
@@ -61,37 +62,32 @@ def build_head(options: RunOptions, family: TaskFamily) -> Head | None:
     return head
 
 
-def what_adapts(options: RunOptions, model: nn.Module) -> str | None:
+def what_adapts(options: RunOptions, model: Network) -> str | None:
     """The patterns of the parameters that adapt, or None for all that can."""
     if options.head != "linear":
         return "head.*" if options.adapt == "head" else None
-    if options.adapt == "all":
-        return None
-    return f"{len(model) - 1}.*" if isinstance(model, MLP) else "head.*"
+    return None if options.adapt == "all" else f"{model.head_name}.*"
 
 
-def build_model(options: RunOptions, family: TaskFamily) -> nn.Module:
-    """A `ConvNet` for images, an `MLP` for vectors. In front of a head, they end with features.
+def build_model(options: RunOptions, family: TaskFamily) -> Network:
+    """The network of a run. In front of a head, it ends with features.
 
     Raises:
-        ValueError: The inputs of the family are neither.
+        ValueError: A network for images cannot take the inputs of the family.
     """
-    axes = len(family.input_shape)
+    shape = family.input_shape
     outputs = family.outputs if options.head == "linear" else None
-    if axes == 3:
-        return ConvNet(
-            family.input_shape,
-            outputs,
-            filters=options.filters,
-            strided=not options.pool,
-            activation=options.activation,
-            norm=options.norm,
-        )
-    if axes == 1:
-        return MLP(family.input_shape[0], outputs, hidden=options.hidden)
-    raise ValueError(
-        f"task: got inputs of shape {family.input_shape}, expected an image or a vector"
-    )
+    network = options.network or ("conv" if len(shape) == 3 else "mlp")
+    if network == "mlp":
+        return MLP(shape, outputs, hidden=options.hidden)
+    settings: Any = {
+        "filters": options.filters,
+        "activation": options.activation,
+        "norm": options.norm,
+    }
+    if network == "resnet-12":
+        return ResNet12(shape, outputs, **settings)
+    return ConvNet(shape, outputs, strided=not options.pool, **settings)
 
 
 def build_inner(options: RunOptions) -> InnerLoop:

@@ -1,11 +1,11 @@
-"""The defaults of train.py that depend on the task, the method and the inner optimiser."""
+"""The defaults of train.py that depend on other options."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from command_line.options import HeadFlag, RunOptions
+from command_line.options import HeadFlag, NetworkFlag, RunOptions
 from metaimplicit.methods import known_options, make_method
 
 Settings = dict[str, Any]
@@ -26,6 +26,10 @@ TASKS: dict[str, Settings] = {
     },
 }
 OTHER_TASKS: Settings = {"queries": 15}
+
+NETWORKS: dict[str, Settings] = {
+    "resnet-12": {"filters": (64, 160, 320, 640), "activation": "leaky-relu"},
+}
 
 # Implicit methods need an inner loop that comes near its argmin.
 IMPLICIT: dict[str, Settings] = {
@@ -62,8 +66,9 @@ def default_options(
     method: str | None = None,
     inner_optimizer: str | None = None,
     head: HeadFlag = "linear",
+    network: NetworkFlag | None = None,
 ) -> RunOptions:
-    """The defaults of a task, a head, a method and an inner optimiser.
+    """The defaults of a task, a head, a network, a method and an inner optimiser.
 
     Args:
         task: The flag of a task. One without an entry in `TASKS` has the settings `OTHER_TASKS`.
@@ -71,11 +76,14 @@ def default_options(
         inner_optimizer: The flag of an inner loop. If None, that of the task, the method or the
             head.
         head: The flag of a head.
+        network: The flag of a network. If None, the task's inputs decide.
 
     Raises:
         ValueError: The method is unknown.
     """
     options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
+    if network is not None:
+        options = replace(options, network=network, **NETWORKS.get(network, {}))
     if head in HEADS:
         options = replace(options, head=head, adapt="head", **HEADS[head])
     if method is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,10 +20,12 @@ from command_line.ranges import (
     check_ranges,
     within,
 )
+from command_line.task_options import read_task_options
 
 Suppressed = tyro.conf.Suppress[dict[str, Any]]
 
 HeadFlag = Literal["linear", "ridge", "logistic", "hinge", "prototypes"]
+NetworkFlag = Literal["conv", "resnet-12", "mlp"]
 
 DEFAULT_MINUTES = 3.5
 CHANGEABLE = {  # what may differ when a run is resumed
@@ -39,6 +40,9 @@ CHANGEABLE = {  # what may differ when a run is resumed
     "test_episodes",
     "test_steps",
 }
+# Options that came later. At their defaults they are no part of the identity, so that runs which
+# were stored before are resumed and evaluated.
+ADDED = {"network"}
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,20 @@ class RunOptions:
     Heads have lambda, temperature and scale."""
     task_options: tuple[str, ...] = ()
     """Further options of the task: split=vinyals (omniglot), size=32 color=false (folder), …"""
-    filters: Annotated[int, within(1, 4096)] = 32
-    """Channels of each of the four convolutions."""
-    activation: Literal["relu", "softplus", "gelu"] = "relu"
-    """Activation of the convolutions.
+    network: NetworkFlag | None = None
+    """The network: conv (four convolutions), resnet-12 (four residual blocks) or mlp.
+    By default conv for images, and mlp for other inputs."""
+    filters: Annotated[int | tuple[int, int, int, int], within(1, 4096)] = 32
+    """Channels of each of the four convolutions or blocks, or of all of them. Four numbers are
+    96 192 384 512 (R2D2), or by default 64 160 320 640 for resnet-12."""
+    activation: Literal["relu", "leaky-relu", "softplus", "gelu"] = "relu"
+    """Activation of the convolutions, by default leaky-relu for resnet-12.
     A smooth one lets newton-cg reach the argmin; with relu it stops beside a kink."""
     pool: bool = False
-    """Halve images by max-pooling instead of strided convolutions, which is slower."""
+    """Halve images by max-pooling instead of strided convolutions, which is slower. resnet-12
+    always does."""
     hidden: Annotated[tuple[int, ...], within(1, 65_536)] = (40, 40)
-    """Widths of the hidden layers for inputs that are not images."""
+    """Widths of the hidden layers of an mlp."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None
@@ -209,6 +218,9 @@ class RunOptions:
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run may not change, by name, in types that JSON has."""
         values = {n: value for n, value in self.dump().items() if n not in CHANGEABLE}
+        for f in fields(self):
+            if f.name in ADDED and values[f.name] == f.default:
+                del values[f.name]
         for kind in ("method", "inner"):
             options = values.pop(f"{kind}_options")
             values |= {f"{kind}_{name}": value for name, value in options.items()}
@@ -218,10 +230,8 @@ class RunOptions:
     def task_arguments(self) -> dict[str, Any]:
         """The arguments of `tasks.load` to test with, those in --task-options included.
 
-        The values there are Python literals, true, false, none, or strings.
-
         Raises:
-            ValueError: An option is not of the form name=value, or is set by another flag.
+            ValueError: One of --task-options is not of the form name=value, or has a flag.
         """
         arguments: dict[str, Any] = {
             "name": self.task,
@@ -230,17 +240,7 @@ class RunOptions:
             "queries": self.queries,
             "data_root": self.data_root,
         }
-        flags = {name: _flag("task" if name == "name" else name) for name in arguments}
-        for item in self.task_options:
-            name, equals, text = item.partition("=")
-            if not (name and equals):
-                raise ValueError(f"--task-options: got {item!r}, expected name=value")
-            if name in flags:
-                raise ValueError(
-                    f"--task-options: got {item!r}, expected a further option; use {flags[name]}"
-                )
-            arguments[name] = _literal(text)
-        return arguments
+        return arguments | read_task_options(self.task_options, taken=arguments)
 
     def training_arguments(self) -> dict[str, Any]:
         """The arguments of `tasks.load` to train with.
@@ -261,16 +261,3 @@ class RunOptions:
 def default_folder(task: str, approach: str, seed: int | str) -> Path:
     """The folder of a run without --out, by its `approach`."""
     return Path("runs", f"{task}-{approach}-{seed}")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _literal(text: str) -> Any:
-    if text in ("true", "false", "none"):
-        text = text.capitalize()
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

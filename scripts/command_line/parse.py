@@ -48,7 +48,11 @@ def parse(args: list[str]) -> RunOptions:
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)
     defaults = default_options(
-        choice.task, choice.method, choice.inner_optimizer, choice.head or "linear"
+        choice.task,
+        method=choice.method,
+        inner_optimizer=choice.inner_optimizer,
+        head=choice.head or "linear",
+        network=choice.network,
     )
     options = _parse_over(args, defaults).completed()
     require_new_run_folder(options.folder, resume=False)
@@ -87,6 +91,7 @@ def _read_choice(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--method")
     parser.add_argument("--inner-optimizer", "--inner_optimizer")
     parser.add_argument("--head")
+    parser.add_argument("--network")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
