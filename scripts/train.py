@@ -91,6 +91,8 @@ def set_up(options: RunOptions) -> Run:
     train_family = splits.train
     if options.training_arguments() != options.task_arguments():
         train_family = tasks.load(**options.training_arguments()).train
+    if options.augment:
+        train_family = tasks.Augmented(train_family)
     learner = build_learner(options, train_family)
     optimizer = torch.optim.Adam(learner.parameters(), lr=options.outer_lr)
     sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)

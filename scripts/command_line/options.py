@@ -42,7 +42,7 @@ CHANGEABLE = {  # what may differ when a run is resumed
 }
 # Options that came later. At their defaults they are no part of the identity, so that runs which
 # were stored before are resumed and evaluated.
-ADDED = {"network"}
+ADDED = {"network", "augment"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,9 @@ class RunOptions:
     always does."""
     hidden: Annotated[tuple[int, ...], within(1, 65_536)] = (40, 40)
     """Widths of the hidden layers of an mlp."""
+    augment: bool = False
+    """Crop, flip and colour the images of training episodes at random. Only for natural images,
+    which have three channels: written characters must not be flipped."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None
