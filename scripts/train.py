@@ -22,6 +22,7 @@ import torch
 from command_line import (
     RunOptions,
     build_learner,
+    build_optimizer,
     check_classes,
     explain_stop,
     handle_errors,
@@ -94,7 +95,7 @@ def set_up(options: RunOptions) -> Run:
     if options.augment:
         train_family = tasks.Augmented(train_family)
     learner = build_learner(options, train_family)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=options.outer_lr)
+    optimizer = build_optimizer(options, learner)
     sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)
     identity = run_identity(options, splits)

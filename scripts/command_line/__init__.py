@@ -1,6 +1,6 @@
 """The command lines of the scripts: options, their ranges and defaults, errors, stored rows."""
 
-from command_line.build import build_learner
+from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
 from command_line.device import find_device
 from command_line.errors import handle_errors
@@ -26,6 +26,7 @@ __all__ = [
     "RunOptions",
     "Split",
     "build_learner",
+    "build_optimizer",
     "check_classes",
     "default_options",
     "explain_stop",

@@ -90,6 +90,25 @@ def build_model(options: RunOptions, family: TaskFamily) -> Network:
     return ConvNet(shape, outputs, strided=not options.pool, **settings)
 
 
+def build_optimizer(options: RunOptions, learner: MetaLearner) -> torch.optim.Optimizer:
+    """The outer optimiser of a run.
+
+    The parameters of the model decay. The numbers that are learnt beside them do not, because they
+    are logarithms, such as that of a step size.
+    """
+    groups: list[dict[str, Any]] = [{"params": learner.parameters()}]
+    if options.outer_weight_decay:
+        groups = [
+            {"params": learner.model.parameters()},
+            {"params": learner.learnt.parameters(), "weight_decay": 0.0},
+        ]
+    settings: Any = {"lr": options.outer_lr, "weight_decay": options.outer_weight_decay}
+    if options.outer_optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **settings)
+    kind = torch.optim.AdamW if options.outer_optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, **settings)
+
+
 def build_inner(options: RunOptions) -> InnerLoop:
     """The inner loop of a run. Its step size is that of the options if it has one."""
     inner = make_inner(options.inner_optimizer).with_steps(options.inner_steps)

@@ -42,7 +42,7 @@ CHANGEABLE = {  # what may differ when a run is resumed
 }
 # Options that came later. At their defaults they are no part of the identity, so that runs which
 # were stored before are resumed and evaluated.
-ADDED = {"network", "augment"}
+ADDED = {"network", "augment", "outer_optimizer", "outer_weight_decay"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,13 @@ class RunOptions:
     inner_optimizer: str = "gradient-descent"
     """The inner optimiser, such as gradient-descent, momentum, adam or adamw.
     Implicit methods also take newton-cg and lbfgs."""
+    outer_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimiser of the meta-parameters. sgd has Nesterov momentum 0.9, and wants larger steps."""
     outer_lr: Number = 4e-3
-    """Adam's step size on the meta-parameters at the start."""
+    """Step size on the meta-parameters at the start."""
+    outer_weight_decay: Number = 0.0
+    """Weight decay of the model in the outer optimiser, such as 5e-4. With adamw it is decoupled.
+    The numbers of --learn do not decay."""
     meta_batch: Annotated[int, within(1, 10_000)] = 8
     """Tasks in a meta-step."""
     steps: Annotated[int | None, within(1, 10**9)] = None
