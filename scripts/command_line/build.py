@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,10 +38,11 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
     if options.head != "linear" or options.adapt == "head":
         # Convolutions that all tasks share are faster in this format on CPUs.
         model.to(memory_format=torch.channels_last)
+    head = build_head(options, family)
     learner = MetaLearner(
         model,
-        F.cross_entropy if family.kind == "classification" else F.mse_loss,
-        head=build_head(options, family),
+        **build_losses(options, family, head),
+        head=head,
         inner=build_inner(options),
         method=build_method(options),
         proximal=options.proximal,
@@ -60,6 +62,28 @@ def build_head(options: RunOptions, family: TaskFamily) -> Head | None:
     if family.kind == "regression" and isinstance(head, ConvexHead):
         return replace(head, scale=1.0)  # a scale of scores has no meaning for values
     return head
+
+
+def build_losses(options: RunOptions, family: TaskFamily, head: Head | None) -> dict[str, Any]:
+    """The losses of a run. Only that of the query set has smooth labels.
+
+    Raises:
+        ValueError: The targets of the family are no labels.
+    """
+    smoothing = options.label_smoothing
+    if family.kind == "regression":
+        if smoothing:
+            raise ValueError(
+                f"--label-smoothing: got {smoothing} for regression, expected 0; targets that are "
+                "values have no labels to smooth"
+            )
+        return {"loss": F.mse_loss}
+    if not smoothing:
+        return {"loss": F.cross_entropy}
+    query_loss = partial(F.cross_entropy, label_smoothing=smoothing)
+    if head is not None and head.is_convex:
+        return {"loss": query_loss}  # the head has its own loss of the support set
+    return {"loss": F.cross_entropy, "query_loss": query_loss}
 
 
 def what_adapts(options: RunOptions, model: Network) -> str | None:

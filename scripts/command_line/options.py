@@ -42,7 +42,7 @@ CHANGEABLE = {  # what may differ when a run is resumed
 }
 # Options that came later. At their defaults they are no part of the identity, so that runs which
 # were stored before are resumed and evaluated.
-ADDED = {"network", "augment", "outer_optimizer", "outer_weight_decay"}
+ADDED = {"network", "augment", "outer_optimizer", "outer_weight_decay", "label_smoothing"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class RunOptions:
     augment: bool = False
     """Crop, flip and colour the images of training episodes at random. Only for natural images,
     which have three channels: written characters must not be flipped."""
+    label_smoothing: Annotated[float, within(0, 0.9)] = 0.0
+    """Share of the query labels that goes to all classes alike, in training and validation."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None

@@ -1,5 +1,7 @@
 """The outer problem of a run: its optimiser, its loss, and where its network starts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from command_line import build_learner, build_optimizer, parse
@@ -84,3 +86,44 @@ def test_without_decay_the_optimiser_has_one_group_as_in_stored_runs():
     learner = build_learner(options, FAMILY)
     (group,) = build_optimizer(options, learner).param_groups
     assert len(group["params"]) == len(list(learner.parameters()))
+
+
+def build_for_images(*args):
+    options = parse(["--device=cpu", "--filters=4", "--norm=layer", *args])
+    family = SimpleNamespace(kind="classification", input_shape=(1, 16, 16), outputs=3)
+    torch.manual_seed(0)
+    return build_learner(options, family).double()
+
+
+def smooth_cross_entropy(outputs, targets, share):
+    """Szegedy et al. (2016): the label has 1 − ε + ε/C, and every other class ε/C."""
+    log_p = outputs - outputs.logsumexp(-1, keepdim=True)
+    one_hot = torch.nn.functional.one_hot(targets, outputs.shape[-1]).double()
+    smooth = (1 - share) * one_hot + share / outputs.shape[-1]
+    return -(smooth * log_p).sum(-1).mean()
+
+
+@pytest.mark.parametrize(
+    "args", [["--method=unrolled"], ["--head=ridge"], ["--head=prototypes"], ["--method=cg"]]
+)
+def test_the_labels_of_the_query_set_alone_are_smooth(args):
+    support = (torch.rand(2, 6, 1, 16, 16, dtype=torch.float64), torch.arange(3).repeat(2, 2))
+    query = (torch.rand(2, 6, 1, 16, 16, dtype=torch.float64), torch.arange(3).repeat(2, 2))
+    smooth = build_for_images(*args, "--label-smoothing=0.3")
+    plain = build_for_images(*args)
+    outputs = smooth.adapt(support, batched=True)(query[0])
+    assert torch.equal(outputs, plain.adapt(support, batched=True)(query[0]))
+    expected = smooth_cross_entropy(outputs, query[1], 0.3)
+    step = smooth.backward((support, query))
+    assert (step.loss - expected).abs() <= 1e-12
+    plain_step = plain.backward((support, query))
+    assert (plain_step.loss - smooth_cross_entropy(outputs, query[1], 0.0)).abs() <= 1e-12
+    assert torch.equal(step.accuracy, plain_step.accuracy)
+
+
+def test_values_have_no_labels_to_smooth():
+    options = parse(["--task=sinusoid", "--label-smoothing=0.1", "--device=cpu"])
+    with pytest.raises(ValueError, match=r"--label-smoothing: got 0.1 for regression, expected 0"):
+        build_learner(options, FAMILY)
+    with pytest.raises(ValueError, match=r"--label-smoothing: got 1.0, expected from 0 to 0.9"):
+        parse(["--label-smoothing=1"])
