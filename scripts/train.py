@@ -26,6 +26,7 @@ from command_line import (
     check_classes,
     explain_stop,
     handle_errors,
+    load_init,
     load_own_checkpoint,
     parse,
     predict_test_curves,
@@ -95,6 +96,7 @@ def set_up(options: RunOptions) -> Run:
     if options.augment:
         train_family = tasks.Augmented(train_family)
     learner = build_learner(options, train_family)
+    options = load_init(options, learner)
     optimizer = build_optimizer(options, learner)
     sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)

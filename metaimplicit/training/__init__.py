@@ -13,6 +13,7 @@ from metaimplicit.training.log import CONFIG, read_metrics
 from metaimplicit.training.loop import NonFiniteError, fit
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
 from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training.pretrained import Pretrained, load_pretrained
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
 from metaimplicit.training.run_folder import CHECKPOINT, require_new_run_folder
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "Fits",
     "NonFiniteError",
+    "Pretrained",
     "Progress",
     "constant",
     "cosine",
@@ -41,6 +43,7 @@ __all__ = [
     "fit_tuner",
     "load_checkpoint",
     "load_learner",
+    "load_pretrained",
     "load_tuner",
     "only_writer",
     "peak_memory",

@@ -4,6 +4,7 @@ from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
 from command_line.device import find_device
 from command_line.errors import handle_errors
+from command_line.init import load_init
 from command_line.options import RunOptions
 from command_line.parse import parse
 from command_line.requirements import require_package, require_writable
@@ -33,6 +34,7 @@ __all__ = [
     "explain_usage",
     "find_device",
     "handle_errors",
+    "load_init",
     "load_own_checkpoint",
     "parse",
     "parse_options",

@@ -28,7 +28,9 @@ TASKS: dict[str, Settings] = {
 OTHER_TASKS: Settings = {"queries": 15}
 
 NETWORKS: dict[str, Settings] = {
+    "conv": {},
     "resnet-12": {"filters": (64, 160, 320, 640), "activation": "leaky-relu"},
+    "mlp": {},
 }
 
 # Implicit methods need an inner loop that comes near its argmin.
@@ -82,8 +84,8 @@ def default_options(
         ValueError: The method is unknown.
     """
     options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
-    if network is not None:
-        options = replace(options, network=network, **NETWORKS.get(network, {}))
+    if network in NETWORKS:
+        options = replace(options, network=network, **NETWORKS[network])
     if head in HEADS:
         options = replace(options, head=head, adapt="head", **HEADS[head])
     if method is not None:

@@ -42,7 +42,15 @@ CHANGEABLE = {  # what may differ when a run is resumed
 }
 # Options that came later. At their defaults they are no part of the identity, so that runs which
 # were stored before are resumed and evaluated.
-ADDED = {"network", "augment", "outer_optimizer", "outer_weight_decay", "label_smoothing"}
+ADDED = {
+    "network",
+    "augment",
+    "outer_optimizer",
+    "outer_weight_decay",
+    "label_smoothing",
+    "init",
+    "init_digest",
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,9 @@ class RunOptions:
     filters: Annotated[int | tuple[int, int, int, int], within(1, 4096)] = 32
     """Channels of each of the four convolutions or blocks, or of all of them. Four numbers are
     96 192 384 512 (R2D2), or by default 64 160 320 640 for resnet-12."""
+    init: Path | None = None
+    """Checkpoint or folder of a run whose network this one starts from. A last layer that does not
+    fit is left out."""
     activation: Literal["relu", "leaky-relu", "softplus", "gelu"] = "relu"
     """Activation of the convolutions, by default leaky-relu for resnet-12.
     A smooth one lets newton-cg reach the argmin; with relu it stops beside a kink."""
@@ -158,6 +169,8 @@ class RunOptions:
     """Options of the method that differ from its defaults, by name."""
     inner_options: Suppressed = field(default_factory=dict)
     """Options of the inner optimiser that differ from its defaults, by name."""
+    init_digest: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
+    """Digest of the checkpoint that --init named."""
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> RunOptions:
@@ -175,7 +188,7 @@ class RunOptions:
         values: dict[str, Any] = {}
         for name, value in stored.items():
             values[name] = tuple(value) if isinstance(value, list) else value
-            if name in ("data_root", "out") and value is not None:
+            if name in ("data_root", "init", "out") and value is not None:
                 values[name] = Path(value)
         return cls(**values)
 

@@ -17,7 +17,7 @@ from metaimplicit import METHODS, GradientDescent, NewtonCG
 from metaimplicit.inner import INNER_LOOPS, Newton, NoSteps, Ridge, make_inner
 from metaimplicit.methods import make_method
 
-HIDDEN = ("method_options", "inner_options")
+HIDDEN = ("method_options", "inner_options", "init_digest")
 RUN_FLAGS = [f.name for f in fields(RunOptions) if f.name not in HIDDEN]
 
 

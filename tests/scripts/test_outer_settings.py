@@ -1,12 +1,17 @@
 """The outer problem of a run: its optimiser, its loss, and where its network starts."""
 
+import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import build_learner, build_optimizer, parse
+from command_line import RunOptions, build_learner, build_optimizer, load_init, parse
+from scripts.running import SMALL, error_line, load_main
 
 import tasks
+from metaimplicit.training import Progress, read_sealed_json, save_checkpoint
 
 LR = 0.1
 DECAY = 0.5
@@ -89,7 +94,7 @@ def test_without_decay_the_optimiser_has_one_group_as_in_stored_runs():
 
 
 def build_for_images(*args):
-    options = parse(["--device=cpu", "--filters=4", "--norm=layer", *args])
+    options = parse(["--device=cpu", "--filters=4", "--norm=layer", "--vectorize=loop", *args])
     family = SimpleNamespace(kind="classification", input_shape=(1, 16, 16), outputs=3)
     torch.manual_seed(0)
     return build_learner(options, family).double()
@@ -127,3 +132,67 @@ def test_values_have_no_labels_to_smooth():
         build_learner(options, FAMILY)
     with pytest.raises(ValueError, match=r"--label-smoothing: got 1.0, expected from 0 to 0.9"):
         parse(["--label-smoothing=1"])
+
+
+class NoState:
+    def state_dict(self):
+        return {}
+
+
+def save_run(folder, *args):
+    """The checkpoint of a run before its first step."""
+    learner = build_learner(parse(["--task=sinusoid", "--device=cpu", *args]), FAMILY)
+    folder.mkdir(exist_ok=True)
+    optimizer = torch.optim.Adam(learner.parameters())
+    save_checkpoint(folder / "checkpoint.pt", learner, optimizer, NoState(), Progress())
+    return learner
+
+
+def test_a_run_starts_from_the_network_of_another(tmp_path, capsys):
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    before = save_run(first).model.state_dict()
+    given = ["--task=sinusoid", "--device=cpu", f"--init={first}", f"--out={second}"]
+    options = parse(given)
+    learner = build_learner(options, FAMILY)
+    started = load_init(options, learner)
+    assert all(torch.equal(x, before[name]) for name, x in learner.model.state_dict().items())
+    assert f"--init: {first / 'checkpoint.pt'}: 6 tensors loaded\n" in capsys.readouterr().out
+    assert len(started.identity()["init_digest"]) == 16
+    assert RunOptions.load(json.loads(json.dumps(started.dump()))) == started
+    assert replace(started, init=tmp_path).differences(started) == ["init"]
+    assert load_init(started, learner) == started
+
+    # Another network under the same name is another run.
+    save_run(first)
+    with pytest.raises(ValueError, match="has changed since the run was started"):
+        load_init(started, learner)
+    assert load_init(options, learner).init_digest != started.init_digest
+
+    # With a checkpoint of its own, the run needs the other one no longer.
+    (first / "checkpoint.pt").unlink()
+    (first / "checkpoint-previous.pt").unlink()
+    after = save_run(second).model.state_dict()
+    learner.model.load_state_dict(after)
+    assert load_init(started, learner) == started
+    assert all(torch.equal(x, after[name]) for name, x in learner.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
+    train = load_main("train")
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    train([*SMALL, f"--out={first}"])
+    train([*SMALL, "--seed=5", f"--init={first}", "--outer-lr=0", f"--out={second}"])
+    before = torch.load(first / "checkpoint.pt", weights_only=True)["learner"]
+    after = torch.load(second / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(x, before[name]) for name, x in after["learner"].items())
+    config = read_sealed_json(second / "config.json")
+    assert config["options"]["init_digest"] == after["identity"]["init_digest"] != ""
+    shutil.rmtree(first)
+    train(["--resume", f"--out={second}", "--steps=4"])
+    load_main("evaluate")([str(second), "--episodes=2"])
+    capsys.readouterr()
+    line = error_line(train, ["--resume", f"--out={second}", f"--init={tmp_path}"], capsys)
+    assert "--resume: init differ from the run's" in line
