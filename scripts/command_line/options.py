@@ -16,6 +16,7 @@ from command_line.ranges import (
     InnerSteps,
     Number,
     Seed,
+    Share,
     Threads,
     check_ranges,
     within,
@@ -48,6 +49,7 @@ ADDED = {
     "outer_optimizer",
     "outer_weight_decay",
     "label_smoothing",
+    "multi_step_loss",
     "init",
     "init_digest",
 }
@@ -143,6 +145,9 @@ class RunOptions:
     which have three channels: written characters must not be flipped."""
     label_smoothing: Annotated[float, within(0, 0.9)] = 0.0
     """Share of the query labels that goes to all classes alike, in training and validation."""
+    multi_step_loss: Share = 0.0
+    """Share of the run in which the query losses after all inner steps count, at first alike and
+    more and more the last one alone (MAML++). For unrolled."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None
