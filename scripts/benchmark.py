@@ -32,6 +32,7 @@ from command_line import (
     handle_errors,
     parse_options,
     require_package,
+    set_up_cpu,
 )
 from command_line.ranges import MOST_THREADS, check_ranges, within
 
@@ -109,7 +110,7 @@ def check_settings(settings: Benchmark) -> None:
 
 def time_towers(settings: Benchmark, rows: RowFile) -> None:
     """Print the tables of `tower_benchmark`."""
-    torch.set_num_threads(settings.threads)
+    set_up_cpu(settings.threads)
     for network in (tower_benchmark.perceptron, tower_benchmark.residual_network):
         case = {"towers": network.__name__, "threads": settings.threads}
         row = rows.read_or_make(case, partial(make_table, network))
@@ -191,7 +192,7 @@ def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, flo
         "mebibytes": the peak memory above that before the first meta-step. "seconds": the median
         time of the later meta-steps.
     """
-    torch.set_num_threads(settings.threads)
+    set_up_cpu(settings.threads)
     torch.manual_seed(0)
     device = torch.device(settings.device)
     labels = torch.arange(WAYS).repeat(SHOTS).expand(settings.tasks, -1).to(device)

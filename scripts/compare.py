@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import peers
 import studies
 import torch
-from command_line import RowFile, handle_errors, parse_options
+from command_line import RowFile, handle_errors, parse_options, set_up_cpu
 from command_line.ranges import Seeds, Threads, check_ranges, within
 from comparison_report import (
     draw,
@@ -74,8 +74,7 @@ def run_command(args: list[str]) -> None:
 def main(settings: Settings) -> None:
     """Run the study that the settings choose, and store what it returns."""
     study = choose_study(settings)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    set_up_cpu(settings.threads)
     results = STUDIES[study](settings, RowFile(settings.out / "rows.json"))
     options = {name: str(value) for name, value in asdict(settings).items()}
     write_json(settings.out / f"{study}.json", {"settings": options, "found": results})

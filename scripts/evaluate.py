@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from command_line import (
     RunOptions,
@@ -26,6 +25,7 @@ from command_line import (
     require_writable,
     run_identity,
     run_test,
+    set_up_cpu,
     split_family,
     summarize_test,
 )
@@ -126,8 +126,7 @@ def load_run(
     command: Evaluate, options: RunOptions
 ) -> tuple[tasks.TaskFamily, MetaLearner, Progress]:
     """The tasks to evaluate on, the trained learner, and how long it was trained."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_up_cpu(options.threads)
     splits = tasks.load(**options.task_arguments())
     check_classes(command.run, splits)
     family = split_family(splits, command.split)

@@ -15,22 +15,27 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from command_line import (
     RunOptions,
+    anneal_losses,
     build_learner,
+    build_optimizer,
     check_classes,
     explain_stop,
     find_recipe,
     handle_errors,
+    load_init,
     load_own_checkpoint,
     parse,
     predict_test_curves,
     run_identity,
     run_test,
+    set_up_cpu,
     summarize_test,
 )
 
@@ -80,8 +85,7 @@ def main(args: list[str]) -> None:
 
 def set_up(options: RunOptions) -> Run:
     """Build the run. All errors in the options show here, before any work."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_up_cpu(options.threads)
     splits = tasks.load(**options.task_arguments())
     if splits.source:
         print(f"{options.task}: {splits.source}")
@@ -92,8 +96,12 @@ def set_up(options: RunOptions) -> Run:
     train_family = splits.train
     if options.training_arguments() != options.task_arguments():
         train_family = tasks.load(**options.training_arguments()).train
+    if options.augment:
+        train_family = tasks.Augmented(train_family)
     learner = build_learner(options, train_family)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=options.outer_lr)
+    options = load_init(options, learner)
+    anneal_losses(options, learner, spent=0.0)
+    optimizer = build_optimizer(options, learner)
     sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)
     identity = run_identity(options, splits)
@@ -171,6 +179,7 @@ def train(run: Run) -> Progress:
         validation=lambda: (validation[i] for i in range(batches)),
         validate_every=options.validate_every,
         checkpoint_every=options.checkpoint_every,
+        before_step=partial(anneal_losses, options, run.learner),
         schedule=cosine if options.schedule == "cosine" else constant,
         clip=options.clip,
         workers=options.workers,

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tasks.augmentation import Augmented
 from tasks.cifar import cifar10
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
 from tasks.examples import Batches, Examples
@@ -53,6 +54,7 @@ FAMILIES = {
 
 __all__ = [
     "FAMILIES",
+    "Augmented",
     "Batches",
     "EpisodeSampler",
     "Episodes",

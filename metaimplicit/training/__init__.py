@@ -20,6 +20,7 @@ from metaimplicit.training.metrics import (
     peak_memory,
 )
 from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training.pretrained import Pretrained, load_pretrained
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
 from metaimplicit.training.rotation import Select
@@ -39,6 +40,7 @@ __all__ = [
     "Evaluation",
     "Fits",
     "NonFiniteError",
+    "Pretrained",
     "Progress",
     "Select",
     "constant",
@@ -52,6 +54,7 @@ __all__ = [
     "keep_freed_memory",
     "load_checkpoint",
     "load_learner",
+    "load_pretrained",
     "load_tuner",
     "only_writer",
     "peak_memory",

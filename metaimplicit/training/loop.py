@@ -64,6 +64,7 @@ def fit(
     validation: Callable[[], Iterable[EpisodeBatch]] | None = None,
     validate_every: int = 200,
     checkpoint_every: int = 100,
+    before_step: Callable[[float], None] | None = None,
     schedule: Callable[[float], float] = cosine,
     clip: float | None = None,
     workers: int = 0,
@@ -94,6 +95,8 @@ def fit(
             as well.
         checkpoint_every: The number of steps between checkpoints, ≥ 1. There is one before the
             first step and one after the last as well.
+        before_step: Is called with the share of the budget that is spent, to change the learner as
+            training goes on. If None, nothing is called.
         schedule: Maps the share of the budget that is spent to a factor on the learning rate of
             each group of the optimiser.
         clip: The largest norm of the meta-gradient, > 0. If None, it is not clipped.
@@ -140,8 +143,11 @@ def fit(
             # Such a step ends in NonFiniteError, or is clipped.
             warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
             while budget.spent(progress) < 1 and signals.received is None:
+                spent = budget.spent(progress)
+                if before_step is not None:
+                    before_step(spent)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * schedule(budget.spent(progress))
+                    group["lr"] = group["initial_lr"] * schedule(spent)
                 number = progress.step + 1
                 context = f"no parameter has moved, and {CHECKPOINT} holds step {saved}"
                 values = _take_step(

@@ -1,9 +1,11 @@
 """The command lines of the scripts: options, their ranges and defaults, errors, stored rows."""
 
-from command_line.build import build_learner
+from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
-from command_line.device import find_device
+from command_line.device import find_device, set_up_cpu
 from command_line.errors import handle_errors
+from command_line.init import load_init
+from command_line.multi_step import anneal_losses
 from command_line.options import RunOptions
 from command_line.parse import parse
 from command_line.recipes import find_recipe
@@ -27,7 +29,9 @@ __all__ = [
     "RowFile",
     "RunOptions",
     "Split",
+    "anneal_losses",
     "build_learner",
+    "build_optimizer",
     "check_classes",
     "default_options",
     "explain_stop",
@@ -35,6 +39,7 @@ __all__ = [
     "find_device",
     "find_recipe",
     "handle_errors",
+    "load_init",
     "load_own_checkpoint",
     "parse",
     "parse_options",
@@ -43,6 +48,7 @@ __all__ = [
     "require_writable",
     "run_identity",
     "run_test",
+    "set_up_cpu",
     "split_family",
     "summarize_test",
 ]

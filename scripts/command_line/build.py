@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from command_line.device import find_device
 from command_line.options import RunOptions
@@ -15,8 +15,10 @@ from metaimplicit import MetaLearner
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.learner.heads import ConvexHead, Head, make_head
 from metaimplicit.methods import Method, make_method
-from metaimplicit.models import MLP, ConvNet
+from metaimplicit.models import MLP, ConvNet, ResNet12
 from tasks import TaskFamily
+
+Network = ConvNet | ResNet12 | MLP
 
 
 def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
@@ -36,10 +38,11 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
     if options.head != "linear" or options.adapt == "head":
         # Convolutions that all tasks share are faster in this format on CPUs.
         model.to(memory_format=torch.channels_last)
+    head = build_head(options, family)
     learner = MetaLearner(
         model,
-        F.cross_entropy if family.kind == "classification" else F.mse_loss,
-        head=build_head(options, family),
+        **build_losses(options, family, head),
+        head=head,
         inner=build_inner(options),
         method=build_method(options),
         proximal=options.proximal,
@@ -61,37 +64,73 @@ def build_head(options: RunOptions, family: TaskFamily) -> Head | None:
     return head
 
 
-def what_adapts(options: RunOptions, model: nn.Module) -> str | None:
+def build_losses(options: RunOptions, family: TaskFamily, head: Head | None) -> dict[str, Any]:
+    """The losses of a run. Only that of the query set has smooth labels.
+
+    Raises:
+        ValueError: The targets of the family are no labels.
+    """
+    smoothing = options.label_smoothing
+    if family.kind == "regression":
+        if smoothing:
+            raise ValueError(
+                f"--label-smoothing: got {smoothing} for regression, expected 0; targets that are "
+                "values have no labels to smooth"
+            )
+        return {"loss": F.mse_loss}
+    if not smoothing:
+        return {"loss": F.cross_entropy}
+    query_loss = partial(F.cross_entropy, label_smoothing=smoothing)
+    if head is not None and head.is_convex:
+        return {"loss": query_loss}  # the head has its own loss of the support set
+    return {"loss": F.cross_entropy, "query_loss": query_loss}
+
+
+def what_adapts(options: RunOptions, model: Network) -> str | None:
     """The patterns of the parameters that adapt, or None for all that can."""
     if options.head != "linear":
         return "head.*" if options.adapt == "head" else None
-    if options.adapt == "all":
-        return None
-    return f"{len(model) - 1}.*" if isinstance(model, MLP) else "head.*"
+    return None if options.adapt == "all" else f"{model.head_name}.*"
 
 
-def build_model(options: RunOptions, family: TaskFamily) -> nn.Module:
-    """A `ConvNet` for images, an `MLP` for vectors. In front of a head, they end with features.
+def build_model(options: RunOptions, family: TaskFamily) -> Network:
+    """The network of a run. In front of a head, it ends with features.
 
     Raises:
-        ValueError: The inputs of the family are neither.
+        ValueError: A network for images cannot take the inputs of the family.
     """
-    axes = len(family.input_shape)
+    shape = family.input_shape
     outputs = family.outputs if options.head == "linear" else None
-    if axes == 3:
-        return ConvNet(
-            family.input_shape,
-            outputs,
-            filters=options.filters,
-            strided=not options.pool,
-            activation=options.activation,
-            norm=options.norm,
-        )
-    if axes == 1:
-        return MLP(family.input_shape[0], outputs, hidden=options.hidden)
-    raise ValueError(
-        f"task: got inputs of shape {family.input_shape}, expected an image or a vector"
-    )
+    network = options.network or ("conv" if len(shape) == 3 else "mlp")
+    if network == "mlp":
+        return MLP(shape, outputs, hidden=options.hidden)
+    settings: Any = {
+        "filters": options.filters,
+        "activation": options.activation,
+        "norm": options.norm,
+    }
+    if network == "resnet-12":
+        return ResNet12(shape, outputs, **settings)
+    return ConvNet(shape, outputs, strided=not options.pool, **settings)
+
+
+def build_optimizer(options: RunOptions, learner: MetaLearner) -> torch.optim.Optimizer:
+    """The outer optimiser of a run.
+
+    The parameters of the model decay. The numbers that are learnt beside them do not, because they
+    are logarithms, such as that of a step size.
+    """
+    groups: list[dict[str, Any]] = [{"params": learner.parameters()}]
+    if options.outer_weight_decay:
+        groups = [
+            {"params": learner.model.parameters()},
+            {"params": learner.learnt.parameters(), "weight_decay": 0.0},
+        ]
+    settings: Any = {"lr": options.outer_lr, "weight_decay": options.outer_weight_decay}
+    if options.outer_optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **settings)
+    kind = torch.optim.AdamW if options.outer_optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, **settings)
 
 
 def build_inner(options: RunOptions) -> InnerLoop:

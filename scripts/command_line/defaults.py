@@ -1,11 +1,11 @@
-"""The defaults of train.py that depend on the task, the method and the inner optimiser."""
+"""The defaults of train.py that depend on other options."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from command_line.options import HeadFlag, RunOptions
+from command_line.options import HeadFlag, NetworkFlag, RunOptions
 from metaimplicit.methods import known_options, make_method
 
 Settings = dict[str, Any]
@@ -26,6 +26,12 @@ TASKS: dict[str, Settings] = {
     },
 }
 OTHER_TASKS: Settings = {"queries": 15}
+
+NETWORKS: dict[str, Settings] = {
+    "conv": {},
+    "resnet-12": {"filters": (64, 160, 320, 640), "activation": "leaky-relu"},
+    "mlp": {},
+}
 
 # Implicit methods need an inner loop that comes near its argmin.
 IMPLICIT: dict[str, Settings] = {
@@ -73,8 +79,9 @@ def default_options(
     method: str | None = None,
     inner_optimizer: str | None = None,
     head: HeadFlag | None = None,
+    network: NetworkFlag | None = None,
 ) -> RunOptions:
-    """The defaults of a task, a head, a method and an inner optimiser.
+    """The defaults of a task, a head, a network, a method and an inner optimiser.
 
     Args:
         task: The flag of a task. One without an entry in `TASKS` has the settings `OTHER_TASKS`.
@@ -83,11 +90,14 @@ def default_options(
             head.
         head: The flag of a head. If None, it is ridge for tasks with classes, unless a method or an
             inner optimiser is given, which suit a linear layer.
+        network: The flag of a network. If None, the task's inputs decide.
 
     Raises:
         ValueError: The method is unknown.
     """
     options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
+    if network in NETWORKS:
+        options = replace(options, network=network, **NETWORKS[network])
     if head is None:
         chosen = method is not None or inner_optimizer is not None or task not in TRAIN_WAYS
         head = "linear" if chosen else "ridge"

@@ -1,8 +1,10 @@
-"""The option --device."""
+"""The options --device and --threads."""
 
 from __future__ import annotations
 
 import torch
+
+from metaimplicit.training import keep_freed_memory
 
 
 def find_device(name: str) -> torch.device:
@@ -22,3 +24,14 @@ def find_device(name: str) -> torch.device:
             f"--device: got {name!r}, expected auto, cpu or a CUDA device ({reason})"
         ) from error
     return device
+
+
+def set_up_cpu(threads: int | None) -> None:
+    """Let torch use a number of threads, and keep freed memory, which makes steps faster.
+
+    Args:
+        threads: The number of threads. If None, torch's own choice.
+    """
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)

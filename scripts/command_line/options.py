@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,14 +16,17 @@ from command_line.ranges import (
     InnerSteps,
     Number,
     Seed,
+    Share,
     Threads,
     check_ranges,
     within,
 )
+from command_line.task_options import read_task_options
 
 Suppressed = tyro.conf.Suppress[dict[str, Any]]
 
 HeadFlag = Literal["linear", "ridge", "logistic", "hinge", "prototypes"]
+NetworkFlag = Literal["conv", "resnet-12", "mlp"]
 
 DEFAULT_MINUTES = 2.0
 CHANGEABLE = {  # what may differ when a run is resumed
@@ -39,6 +41,19 @@ CHANGEABLE = {  # what may differ when a run is resumed
     "test_episodes",
     "select",
     "test_steps",
+}
+# Options that came later. At their defaults they are no part of the identity, so that runs which
+# were stored before are resumed and evaluated.
+ADDED = {
+    "network",
+    "augment",
+    "outer_optimizer",
+    "outer_weight_decay",
+    "label_smoothing",
+    "multi_step_loss",
+    "init",
+    "init_digest",
+    "recipe",
 }
 
 
@@ -82,8 +97,13 @@ class RunOptions:
     inner_optimizer: str = "gradient-descent"
     """The inner optimiser, such as gradient-descent, momentum, adam or adamw.
     Implicit methods also take newton-cg and lbfgs."""
+    outer_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimiser of the meta-parameters. sgd has Nesterov momentum 0.9, and wants larger steps."""
     outer_lr: Number = 4e-3
-    """Adam's step size on the meta-parameters at the start."""
+    """Step size on the meta-parameters at the start."""
+    outer_weight_decay: Number = 0.0
+    """Weight decay of the model in the outer optimiser, such as 5e-4. With adamw it is decoupled.
+    The numbers of --learn do not decay."""
     meta_batch: Annotated[int, within(1, 10_000)] = 8
     """Tasks in a meta-step."""
     steps: Annotated[int | None, within(1, 10**9)] = None
@@ -108,15 +128,31 @@ class RunOptions:
     Heads have lambda, temperature and scale."""
     task_options: tuple[str, ...] = ()
     """Further options of the task: split=vinyals (omniglot), size=32 color=false (folder), …"""
-    filters: Annotated[int, within(1, 4096)] = 32
-    """Channels of each of the four convolutions."""
-    activation: Literal["relu", "softplus", "gelu"] = "relu"
-    """Activation of the convolutions.
+    network: NetworkFlag | None = None
+    """The network: conv (four convolutions), resnet-12 (four residual blocks) or mlp.
+    By default conv for images, and mlp for other inputs."""
+    filters: Annotated[int | tuple[int, int, int, int], within(1, 4096)] = 32
+    """Channels of each of the four convolutions or blocks, or of all of them. Four numbers are
+    96 192 384 512 (R2D2), or by default 64 160 320 640 for resnet-12."""
+    init: Path | None = None
+    """Checkpoint or folder of a run whose network this one starts from. A last layer that does not
+    fit is left out."""
+    activation: Literal["relu", "leaky-relu", "softplus", "gelu"] = "relu"
+    """Activation of the convolutions, by default leaky-relu for resnet-12.
     A smooth one lets newton-cg reach the argmin; with relu it stops beside a kink."""
     pool: bool = False
-    """Halve images by max-pooling instead of strided convolutions, which is slower."""
+    """Halve images by max-pooling instead of strided convolutions, which is slower. resnet-12
+    always does."""
     hidden: Annotated[tuple[int, ...], within(1, 65_536)] = (40, 40)
-    """Widths of the hidden layers for inputs that are not images."""
+    """Widths of the hidden layers of an mlp."""
+    augment: bool = False
+    """Crop, flip and colour the images of training episodes at random. Only for natural images,
+    which have three channels: written characters must not be flipped."""
+    label_smoothing: Annotated[float, within(0, 0.9)] = 0.0
+    """Share of the query labels that goes to all classes alike, in training and validation."""
+    multi_step_loss: Share = 0.0
+    """Share of the run in which the query losses after all inner steps count, at first alike and
+    more and more the last one alone (MAML++). For unrolled."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None
@@ -145,6 +181,8 @@ class RunOptions:
     """Options of the method that differ from its defaults, by name."""
     inner_options: Suppressed = field(default_factory=dict)
     """Options of the inner optimiser that differ from its defaults, by name."""
+    init_digest: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
+    """Digest of the checkpoint that --init named."""
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> RunOptions:
@@ -162,7 +200,7 @@ class RunOptions:
         values: dict[str, Any] = {}
         for name, value in stored.items():
             values[name] = tuple(value) if isinstance(value, list) else value
-            if name in ("data_root", "out") and value is not None:
+            if name in ("data_root", "init", "out") and value is not None:
                 values[name] = Path(value)
         return cls(**values)
 
@@ -215,6 +253,9 @@ class RunOptions:
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run may not change, by name, in types that JSON has."""
         values = {n: value for n, value in self.dump().items() if n not in CHANGEABLE}
+        for f in fields(self):
+            if f.name in ADDED and values[f.name] == f.default:
+                del values[f.name]
         for kind in ("method", "inner"):
             options = values.pop(f"{kind}_options")
             values |= {f"{kind}_{name}": value for name, value in options.items()}
@@ -224,10 +265,8 @@ class RunOptions:
     def task_arguments(self) -> dict[str, Any]:
         """The arguments of `tasks.load` to test with, those in --task-options included.
 
-        The values there are Python literals, true, false, none, or strings.
-
         Raises:
-            ValueError: An option is not of the form name=value, or is set by another flag.
+            ValueError: One of --task-options is not of the form name=value, or has a flag.
         """
         arguments: dict[str, Any] = {
             "name": self.task,
@@ -236,17 +275,7 @@ class RunOptions:
             "queries": self.queries,
             "data_root": self.data_root,
         }
-        flags = {name: flag_of("task" if name == "name" else name) for name in arguments}
-        for item in self.task_options:
-            name, equals, text = item.partition("=")
-            if not (name and equals):
-                raise ValueError(f"--task-options: got {item!r}, expected name=value")
-            if name in flags:
-                raise ValueError(
-                    f"--task-options: got {item!r}, expected a further option; use {flags[name]}"
-                )
-            arguments[name] = _literal(text)
-        return arguments
+        return arguments | read_task_options(self.task_options, taken=arguments)
 
     def training_arguments(self) -> dict[str, Any]:
         """The arguments of `tasks.load` to train with.
@@ -267,17 +296,3 @@ class RunOptions:
 def default_folder(name: str, seed: int | str) -> Path:
     """The folder of a run without --out."""
     return Path("runs", f"{name}-{seed}")
-
-
-def flag_of(name: str) -> str:
-    """The flag of an option."""
-    return f"--{name.replace('_', '-')}"
-
-
-def _literal(text: str) -> Any:
-    if text in ("true", "false", "none"):
-        text = text.capitalize()
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -16,8 +16,9 @@ from command_line.flags import (
     method_flags,
     reject_flags_of_others,
 )
-from command_line.options import RunOptions, flag_of
+from command_line.options import RunOptions
 from command_line.recipes import RECIPES, find_recipe
+from command_line.task_options import flag_of
 from command_line.usage import ABOUT_ERRORS, explain_usage
 from metaimplicit.training import CONFIG, read_sealed_json, require_new_run_folder
 from tasks import family_summaries
@@ -94,7 +95,11 @@ def _defaults(choice: argparse.Namespace) -> RunOptions:
         if given and head is None:
             head = "linear"
         options = default_options(
-            choice.task or "glyphs", choice.method, choice.inner_optimizer, head
+            choice.task or "glyphs",
+            method=choice.method,
+            inner_optimizer=choice.inner_optimizer,
+            head=head,
+            network=choice.network,
         )
     else:
         options = _recipe_options(choice)
@@ -109,7 +114,7 @@ def _defaults(choice: argparse.Namespace) -> RunOptions:
 
 def _recipe_options(choice: argparse.Namespace) -> RunOptions:
     options = find_recipe(choice.recipe).options(choice.recipe)
-    for name in ("task", "method", "inner_optimizer", "head"):
+    for name in ("task", "method", "inner_optimizer", "head", "network"):
         given = getattr(choice, name)
         of_recipe = getattr(options, name)
         if given not in (None, of_recipe):
@@ -128,6 +133,7 @@ def _read_choice(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--method")
     parser.add_argument("--inner-optimizer", "--inner_optimizer")
     parser.add_argument("--head")
+    parser.add_argument("--network")
     for name in OF_LINEAR:
         parser.add_argument(flag_of(name), f"--{name}")
     parser.add_argument("--seed", default="0")

@@ -47,8 +47,22 @@ FEATURES: Settings = {
     "validate_every": 250,
     "validation_episodes": 400,
 }
+IMAGES: Settings = FEATURES | {
+    "train_ways": 10,
+    "queries": 6,
+    "pool": True,
+    "activation": "leaky-relu",
+    "augment": True,
+    "label_smoothing": 0.1,
+    "outer_lr": 2e-3,
+    "minutes": 30.0,
+}
 # iMAML: Rajeswaran et al. 2019, table 2, which has MAML's numbers as well. Prototypes: Snell et al.
 # 2017. R2D2: Bertinetto et al. 2019, which has those of MAML and prototypes on CIFAR-FS.
+CIFAR_FS_5W1S = {"MAML": "58.9", "prototypes": "55.5", "R2D2": "65.3"}
+CIFAR_FS_5W5S = {"MAML": "71.5", "prototypes": "72.0", "R2D2": "79.4"}
+MINI_IMAGENET_5W1S = {"MAML": "48.7", "prototypes": "49.4", "R2D2": "51.2"}
+FC100_5W1S = {"prototypes": "35.3"}
 OMNIGLOT_5W1S = {"MAML": "98.7", "iMAML": "99.5", "prototypes": "98.8"}
 OMNIGLOT_5W5S = {"MAML": "99.9", "iMAML": "99.7", "prototypes": "99.7"}
 OMNIGLOT_20W1S = {"MAML": "95.8", "iMAML": "96.2", "prototypes": "96.0"}
@@ -68,6 +82,18 @@ RECIPES: dict[str, Recipe] = {
         OMNIGLOT_20W1S,
         head="ridge",
         settings=FEATURES | {"ways": 20, "minutes": 30.0},
+    ),
+    "cifar-fs-5w1s-ridge": Recipe(
+        "cifar-fs", CIFAR_FS_5W1S, head="ridge", settings=IMAGES | {"train_shots": 2}
+    ),
+    "cifar-fs-5w5s-ridge": Recipe(
+        "cifar-fs", CIFAR_FS_5W5S, head="ridge", settings=IMAGES | {"shots": 5, "train_shots": 3}
+    ),
+    "mini-imagenet-5w1s-ridge": Recipe(
+        "mini-imagenet", MINI_IMAGENET_5W1S, head="ridge", settings=IMAGES | {"train_shots": 2}
+    ),
+    "fc100-5w1s-ridge": Recipe(
+        "fc100", FC100_5W1S, head="ridge", settings=IMAGES | {"train_shots": 2}
     ),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line.device import set_up_cpu
 from matplotlib.figure import Figure
 
 from experiments.base import Experiment
@@ -44,8 +45,7 @@ def execute(experiment: Experiment) -> str:
     if experiment.quick:
         experiment = experiment.smoke_test_version()
     experiment.check_options()
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
+    set_up_cpu(experiment.threads)
 
     cases = experiment.cases()
     for case in cases:

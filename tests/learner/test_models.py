@@ -48,7 +48,12 @@ def softplus_by_its_formula(x):
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("relu", torch.relu), ("gelu", F.gelu), ("softplus", softplus_by_its_formula)],
+    [
+        ("relu", torch.relu),
+        ("leaky-relu", lambda x: torch.where(x > 0, x, 0.1 * x)),
+        ("gelu", F.gelu),
+        ("softplus", softplus_by_its_formula),
+    ],
 )
 def test_the_conv_net_has_the_activation_that_is_named(name, function):
     net = ConvNet((1, 4, 4), 2, filters=3, blocks=1, activation=name).double()
@@ -73,7 +78,7 @@ def test_the_conv_net_has_the_activation_that_is_named(name, function):
         (
             (1, 28, 28),
             {"activation": "tanh"},
-            "activation: got 'tanh', expected one of relu, softplus, gelu",
+            "activation: got 'tanh', expected one of relu, leaky-relu, softplus, gelu",
         ),
         ((1, 28, 28), {"norm": "instance"}, "norm: got 'instance', expected one of batch, running"),
     ],

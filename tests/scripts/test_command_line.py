@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from command_line import RunOptions, build_learner, default_options, parse
 from command_line.flags import inner_flags, method_flags
+from command_line.options import ADDED
 from scripts.running import load_main
 
 import tasks
@@ -16,7 +17,7 @@ from metaimplicit import METHODS, GradientDescent, NewtonCG
 from metaimplicit.inner import INNER_LOOPS, Newton, NoSteps, Ridge, make_inner
 from metaimplicit.methods import make_method
 
-HIDDEN = ("method_options", "inner_options")
+HIDDEN = ("method_options", "inner_options", "init_digest")
 RUN_FLAGS = [f.name for f in fields(RunOptions) if f.name not in HIDDEN]
 
 
@@ -131,6 +132,21 @@ def test_the_last_layer_adapts_alone():
 def test_the_normalisation_is_chosen(norm, layer):
     learner = build_for_images(f"--norm={norm}")
     assert type(learner.model.features[1]).__name__ == layer
+
+
+def test_the_network_is_chosen_by_its_name():
+    r2d2 = build_for_images("--network=conv", "--filters", "4", "8", "8", "16", "--pool")
+    assert [r2d2.model.features[i].out_channels for i in (0, 4, 8, 12)] == [4, 8, 8, 16]
+    resnet = build_for_images("--network=resnet-12", "--adapt=head", "--norm=group").model
+    assert [type(resnet).__name__, resnet.head.in_features] == ["ResNet12", 4]
+    mlp = build_for_images("--network=mlp", "--adapt=head", "--hidden", "6")
+    assert mlp.adapted == ["3.weight", "3.bias"]
+    options = parse(["--network=resnet-12"])
+    assert (options.filters, options.activation) == ((64, 160, 320, 640), "leaky-relu")
+    with pytest.raises(ValueError, match="input_shape"):
+        build("--network=conv")
+    with pytest.raises(ValueError, match="--filters: got 0, expected from 1 to 4096"):
+        parse(["--filters", "4", "8", "0", "8"])
 
 
 def test_a_linear_layer_has_one_number_of_classes():
@@ -254,5 +270,15 @@ def test_options_are_loaded_as_they_were_stored():
     assert RunOptions.load(stored) == options
     del stored["activation"]
     assert RunOptions.load(stored).activation == "relu"
+    several = json.loads(json.dumps(RunOptions(filters=(1, 2, 3, 4)).dump()))
+    assert RunOptions.load(several).filters == (1, 2, 3, 4)
     with pytest.raises(ValueError, match="options: got colour, which this version does not know"):
         RunOptions.load({"colour": 1})
+
+
+def test_an_option_that_came_later_is_no_part_of_the_identity_at_its_default():
+    """Runs that were stored before it existed are resumed and evaluated."""
+    before = RunOptions().identity()
+    assert not ADDED & set(before)
+    assert before["filters"] == 32
+    assert RunOptions(network="mlp").identity() == before | {"network": "mlp"}

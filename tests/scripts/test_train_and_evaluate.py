@@ -191,6 +191,11 @@ BAD_OPTIONS = [
     (["--validate-every", "0"], "--validate-every: got 0, expected from 1 to 1000000"),
     (["--test-episodes", "1"], "--test-episodes: got 1, expected from 2 to 1000000"),
     (["--clip", "0"], "--clip: got 0.0"),
+    (["--augment"], "augment: got sinusoid/train, regression of inputs of shape (1,)"),
+    (
+        ["--multi-step-loss=0.1", "--method=first-order"],
+        "--multi-step-loss: got 0.1 with --method first-order and 1 inner steps, expected --method",
+    ),
     (["--device", "gpu"], "--device: got 'gpu', expected auto, cpu or a CUDA device"),
     (["--shots", "0"], "--shots: got 0, expected from 1"),
     (["--minutes=inf"], "error: --minutes: got inf, expected from 1e-06 to 1000000"),

@@ -72,6 +72,17 @@ def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, workers):
     assert [line["step"] for line in lines("crashed")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_is_called_before_a_step_knows_how_much_of_the_budget_is_spent(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    spent = []
+    crashing = (learner, optimizer, FaultySampler(sampler, at=3))
+    with pytest.raises(CrashError):
+        train(tmp_path, crashing, steps=4, checkpoint_every=1, before_step=spent.append)
+    assert spent == [0, 0.25, 0.5]
+    train(tmp_path, make_parts(), steps=4, resume=True, before_step=spent.append)
+    assert spent == [0, 0.25, 0.5, 0.5, 0.75]
+
+
 @pytest.mark.slow
 def test_the_generator_of_a_solver_continues_where_it_was(tmp_path):
     def make_sketched_parts():
