@@ -1,6 +1,6 @@
 """Evaluate a run on tasks it has never seen: accuracy or mean squared error after inner steps.
 
-python scripts/evaluate.py runs/glyphs-cg-0 --episodes 2000 --steps 10
+python scripts/evaluate.py runs/glyphs-ridge-0 --episodes 2000
 """
 
 from __future__ import annotations
