@@ -25,6 +25,7 @@ from command_line import (
     check_classes,
     explain_stop,
     handle_errors,
+    leave_report,
     load_own_checkpoint,
     parse,
     predict_test_curves,
@@ -178,7 +179,7 @@ def train(run: Run) -> Progress:
 
 
 def test(run: Run, progress: Progress) -> None:
-    """Test the learner, and leave summary.json and the plots."""
+    """Test the learner, and leave summary.json, the plots and the report."""
     options = run.options
     out = options.folder
     start = time.perf_counter()
@@ -202,7 +203,17 @@ def test(run: Run, progress: Progress) -> None:
     print(
         f"{name}: test {result.metric} {result.curve()[-1]} (95 %, {options.test_episodes} tasks, "
         f"{options.test_steps} inner steps) after {progress.step} meta-steps in "
-        f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}"
+        f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}",
+        flush=True,
+    )
+    leave_report(
+        out / "report.html",
+        run.learner,
+        run.splits.test,
+        options,
+        evaluation=result,
+        summary=summary,
+        fits=fits,
     )
 
 

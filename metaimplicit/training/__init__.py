@@ -8,14 +8,18 @@ from metaimplicit.training.checkpoint import (
     save_tuner,
 )
 from metaimplicit.training.files import read_json, write_atomically, write_json
+from metaimplicit.training.fits import Fits, predict_curves
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, read_metrics
 from metaimplicit.training.loop import NonFiniteError, fit
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
-from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training.page import leave_page
+from metaimplicit.training.plots import plot_adaptation, plot_curves
+from metaimplicit.training.predictions import Predictions, predict_classes
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
 from metaimplicit.training.run_folder import CHECKPOINT, require_new_run_folder
+from metaimplicit.training.run_page import make_run_page
 from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
 from metaimplicit.training.tuner_run import fit_tuner
@@ -31,6 +35,7 @@ __all__ = [
     "Evaluation",
     "Fits",
     "NonFiniteError",
+    "Predictions",
     "Progress",
     "constant",
     "cosine",
@@ -39,13 +44,16 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_tuner",
+    "leave_page",
     "load_checkpoint",
     "load_learner",
     "load_tuner",
+    "make_run_page",
     "only_writer",
     "peak_memory",
     "plot_adaptation",
     "plot_curves",
+    "predict_classes",
     "predict_curves",
     "read_json",
     "read_metrics",

@@ -144,7 +144,7 @@ def evaluate(
         counts = tuple(range((learner.inner.steps if steps is None else steps) + 1))
     losses = []
     accuracies = []
-    with _evaluation_mode(learner):
+    with evaluation_mode(learner):
         for batch in batches:
             loss, accuracy = learner.evaluate(to_device(batch, device), steps)
             losses.append(loss.cpu())
@@ -191,7 +191,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The modules of a model are in evaluation mode, and return to the modes that they had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

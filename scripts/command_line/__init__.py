@@ -6,6 +6,7 @@ from command_line.device import find_device
 from command_line.errors import handle_errors
 from command_line.options import RunOptions
 from command_line.parse import parse
+from command_line.report import leave_report
 from command_line.requirements import require_package, require_writable
 from command_line.rows import RowFile
 from command_line.stop import explain_stop
@@ -32,6 +33,7 @@ __all__ = [
     "explain_usage",
     "find_device",
     "handle_errors",
+    "leave_report",
     "load_own_checkpoint",
     "parse",
     "parse_options",
