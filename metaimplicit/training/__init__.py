@@ -12,6 +12,7 @@ from metaimplicit.training.fits import Fits, predict_curves
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, read_metrics
 from metaimplicit.training.loop import NonFiniteError, fit
+from metaimplicit.training.meter import metered
 from metaimplicit.training.metrics import Estimate, Evaluation, evaluate, peak_memory
 from metaimplicit.training.page import leave_page
 from metaimplicit.training.plots import plot_adaptation, plot_curves
@@ -49,6 +50,7 @@ __all__ = [
     "load_learner",
     "load_tuner",
     "make_run_page",
+    "metered",
     "only_writer",
     "peak_memory",
     "plot_adaptation",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.learner import Episode
-from metaimplicit.training.page import Html, element, join, note, picture, table
+from metaimplicit.training.page import Html, element, join, note, picture
 from metaimplicit.training.predictions import Confusion, Predictions
 
 # What of a task is shown. A page stays below 2 MB with images of noise, which compress badly.
@@ -91,7 +91,7 @@ def _answer(predictions: Predictions, *, task: int, query: int, image: Tensor) -
     if predictions.right[task, query]:
         says = element("figcaption", f"✓ {sure}", class_="says")
         return _shot(image, f"rightly taken for {name}, {sure}", says, kind="right")
-    says = element("figcaption", f"✗ {name} {sure}", class_="says")
+    says = element("figcaption", f"✗ {sure} ", element("span", name), class_="says")
     return _shot(image, f"wrongly taken for {name}, {sure}", says, kind="wrong")
 
 
@@ -133,19 +133,19 @@ def _pairs(predictions: Predictions, confusion: Confusion) -> Html:
     wrong = confusion.counts.clone().fill_diagonal_(0)
     n = len(wrong)
     order = wrong.flatten().argsort(descending=True, stable=True)[:MOST_PAIRS].tolist()
-    rows = []
+    pairs = []
     for i, j in (divmod(position, n) for position in order):
-        count = int(wrong[i, j])
-        if count:
-            pair = (_class(predictions, int(confusion.numbers[k])) for k in (i, j))
-            rows.append([*pair, f"{count} of {int(confusion.chances[i, j])} queries"])
-    if not rows:
+        if count := int(wrong[i, j]):
+            true, chosen = (_class(predictions, int(confusion.numbers[k])) for k in (i, j))
+            words = f"taken for the other in {count} of {int(confusion.chances[i, j])} queries"
+            pairs.append(element("div", true, "→", chosen, element("span", words), class_="pair"))
+    if not pairs:
         return note("No query was taken for one of another class.")
     words = (
-        f"The pairs of {n} classes with most errors, out of the queries in tasks that have both "
-        "classes."
+        f"The pairs of {n} classes with most errors. The queries are those of the first class, in "
+        "tasks that have both."
     )
-    return join([note(words), table(["class", "taken for", "how often"], rows)])
+    return join([note(words), element("div", *pairs, class_="pairs")])
 
 
 def _class(predictions: Predictions, number: int) -> Html:

@@ -87,7 +87,8 @@ def _chart(name: str, series: Series) -> Html:
         for position, (run, (steps, values)) in enumerate(series.items()):
             color = f"C{position % MOST_COLORS}"
             has_label = not is_one and len(series) <= MOST_COLORS
-            draw_running_mean(ax, steps, values, color=color, label=run if has_label else "")
+            label = run.encode(errors="backslashreplace").decode() if has_label else ""
+            draw_running_mean(ax, steps, values, color=color, label=label)
         if name not in SHARES and any(max(values) > 0 for _, values in series.values()):
             set_log_scale(ax)
         ax.set_xlabel("outer steps")

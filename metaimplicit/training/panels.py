@@ -105,7 +105,8 @@ def draw_alone(draw: Callable[[Any], object]) -> Any:
     ax = figure.subplots()
     draw(ax)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize=7, framealpha=0.5)
+        for text in ax.legend(fontsize=7, framealpha=0.5).get_texts():
+            text.set_parse_math(False)  # a label may hold any name, and so a $
     figure.subplots_adjust(left=0.17, right=0.97, top=0.96, bottom=0.18)
     return figure
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metaimplicit.training.page import Html, definitions, element, join, note, plain, table
@@ -26,7 +26,7 @@ def provenance_section(config: Mapping[str, Any]) -> Html:
     return join([sittings_table(sittings), definitions(known)])
 
 
-def sittings_table(sittings: list[Mapping[str, Any]]) -> Html:
+def sittings_table(sittings: Sequence[Mapping[str, Any]]) -> Html:
     """A line for each sitting: its steps, and what it ran on."""
     rows = []
     for sitting in sittings:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 import tasks
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
@@ -18,6 +16,7 @@ from metaimplicit.training import (
     Progress,
     evaluate,
     load_learner,
+    metered,
     predict_curves,
     read_sealed_json,
 )
@@ -30,13 +29,12 @@ PLOTTED_QUERIES = 200
 def run_test(
     learner: MetaLearner, family: tasks.TaskFamily, options: RunOptions, *, seed: int
 ) -> Evaluation:
-    """Evaluate a learner on `options.test_episodes` tasks of a family, with a progress bar."""
+    """Evaluate a learner on `options.test_episodes` tasks of a family, and show how far it is."""
     sampler = tasks.EpisodeSampler(family, tasks=options.meta_batch, seed=seed)
     batches = range(-(-options.test_episodes // options.meta_batch))  # rounded up
-    bar = tqdm(batches, desc="test", unit="batch", disable=None)
     return evaluate(
         learner,
-        (sampler[i] for i in bar),
+        (sampler[i] for i in metered(batches, "test batch")),
         steps=options.test_steps,
         tasks=options.test_episodes,
     )
