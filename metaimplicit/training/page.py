@@ -236,7 +236,8 @@ def make_page(title: str, lead: Html, sections: Mapping[str, Html]) -> Html:
     )
     main = element("main", element("h1", title), lead, links, *content)
     document = element("html", head, element("body", main), lang="en")
-    return Html(f"<!doctype html>\n{document}\n")
+    # A file's name may hold bytes that are not UTF-8, which Python writes as surrogates.
+    return Html(f"<!doctype html>\n{document}\n".encode(errors="backslashreplace").decode())
 
 
 def leave_page(path: Path, make: Callable[[], str]) -> None:
@@ -251,8 +252,7 @@ def leave_page(path: Path, make: Callable[[], str]) -> None:
         '<!doctype html>'
     """
     try:
-        # A file's name may hold bytes that are not UTF-8, which Python writes as surrogates.
-        text = make().encode(errors="backslashreplace")
+        text = make().encode()
         write_atomically(path, lambda file: file.write(text))
     except Exception as error:
         warnings.warn(
