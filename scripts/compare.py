@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     results = STUDIES[study](settings, RowFile(settings.out / "rows.json"))
-    options = {name: str(value) for name, value in asdict(settings).items()}
+    options = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(settings).items()}
     sitting = describe_sitting(torch.device("cpu"))
     content = {"settings": options, "sitting": sitting, "found": results}
     write_json(settings.out / f"{study}.json", content)

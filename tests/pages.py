@@ -9,23 +9,8 @@ from PIL import Image
 VOID = {"img", "meta"}
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "main", "nav", "section", "h1", "h2", "h3"),
-    *(
-        "p",
-        "a",
-        "div",
-        "span",
-        "b",
-        "ul",
-        "li",
-        "code",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-    ),
-    *("dl", "dt", "dd", "figure", "figcaption", "img", "details", "summary"),
+    *("p", "a", "div", "span", "b", "ul", "li", "code", "table", "thead", "tbody", "tr", "th"),
+    *("td", "dl", "dt", "dd", "figure", "figcaption", "img", "details", "summary"),
 }
 
 

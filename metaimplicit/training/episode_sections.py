@@ -86,12 +86,14 @@ def _way(predictions: Predictions, *, task: int, way: int, episode: Episode) -> 
 def _answer(predictions: Predictions, *, task: int, query: int, image: Tensor) -> Html:
     """A query example, and what was said of it."""
     choice = int(predictions.choices[task, query])
-    sure = f"{100 * float(predictions.probabilities[task, query, choice]):.0f} %"
+    sure = f"{100 * float(predictions.probabilities[task, query, choice]):.0f}\N{NO-BREAK SPACE}%"
     name = predictions.name_of(task, choice)
     if predictions.right[task, query]:
-        says = element("figcaption", f"✓ {sure}", class_="says")
+        says = element("figcaption", f"✓\N{NO-BREAK SPACE}{sure}", class_="says")
         return _shot(image, f"rightly taken for {name}, {sure}", says, kind="right")
-    says = element("figcaption", f"✗ {sure} ", element("span", name), class_="says")
+    says = element(
+        "figcaption", f"✗\N{NO-BREAK SPACE}{sure} ", element("span", name), class_="says"
+    )
     return _shot(image, f"wrongly taken for {name}, {sure}", says, kind="wrong")
 
 

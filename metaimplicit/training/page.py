@@ -21,6 +21,7 @@ WITHOUT_CONTENT = ("img", "meta")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is loaded or run
 CHART_DPI = 144
 LARGEST_PICTURE = 64  # pixels a side
+LONGEST_LINE = 40  # characters in a cell of a table
 
 
 class Html(str):
@@ -70,7 +71,7 @@ def plain(value: object) -> str:
         >>> plain(True), plain(None), plain(0.30000001), plain([40, 40]), plain({"rank": 5})
         ('yes', '–', '0.3', '40, 40', 'rank 5')
     """
-    if value is None or value in ("", [], {}):
+    if value is None or value in ("", [], {}, ()):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -111,7 +112,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
         True
     """
     titles = element("tr", *(element("th", title) for title in head))
-    lines = (element("tr", *(element("td", cell) for cell in row)) for row in rows)
+    lines = (element("tr", *map(_cell, row)) for row in rows)
     content = element("table", element("thead", titles), element("tbody", *lines))
     return element("div", content, class_="scroll")
 
@@ -260,6 +261,12 @@ def leave_page(path: Path, make: Callable[[], str]) -> None:
             "all other results are there",
             stacklevel=2,
         )
+
+
+def _cell(content: object) -> Html:
+    """A cell of a table. Only long text is broken into lines."""
+    is_long = not isinstance(content, Html) and len(str(content)) > LONGEST_LINE
+    return element("td", content, class_="words" if is_long else None)
 
 
 def _data_uri(kind: str, content: bytes) -> str:

@@ -27,14 +27,15 @@ def provenance_section(config: Mapping[str, Any]) -> Html:
 
 
 def sittings_table(sittings: Sequence[Mapping[str, Any]]) -> Html:
-    """A line for each sitting: its steps, and what it ran on."""
+    """A line for each sitting: its steps, if it noted any, and what it ran on."""
+    has_steps = any(sitting.get("to_step") is not None for sitting in sittings)
     rows = []
     for sitting in sittings:
         end = sitting.get("to_step")
         steps = f"{sitting.get('from_step', 0)} – {'…' if end is None else end}"
-        versions = [f"{name} {v}" for name, v in sitting.get("versions", {}).items() if v]
         commit, _, changed = plain(sitting.get("commit")).partition("-")
-        device = f"{plain(sitting.get('device'))}, {plain(sitting.get('threads'))} threads"
         code = element("code", commit[:12] + ("-dirty" if changed else ""))
-        rows.append([steps, code, ", ".join(versions), device])
-    return table(["steps", "commit", "versions", "device"], rows)
+        versions = [f"{name} {v}" for name, v in sitting.get("versions", {}).items() if v]
+        device = f"{plain(sitting.get('device'))}, {plain(sitting.get('threads'))} threads"
+        rows.append([*([steps] if has_steps else []), code, ", ".join(versions), device])
+    return table([*(["steps"] if has_steps else []), "commit", "versions", "device"], rows)

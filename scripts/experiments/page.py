@@ -34,7 +34,7 @@ NUMBERS = (int, float, str, type(None))  # what of a row stands in a cell
 def make_experiment_page(experiment: Experiment, runs: Runs, *, text: str, figure: Figure) -> str:
     """The page of the runs, with their table in Markdown and their plot."""
     seconds = sum(run.row.get("seconds") or 0 for run in runs)
-    about = " ".join((type(experiment).__doc__ or "").split())
+    about = _inline(" ".join((type(experiment).__doc__ or "").split()))
     numbers = tiles({"runs": len(runs), "time of all runs": duration(seconds)})
     sections = {
         "Results": from_markdown(text),
@@ -77,9 +77,10 @@ def _inline(text: str) -> Html:
 def _health(experiment: Experiment, runs: Runs) -> Html:
     lines = {}
     for run in runs:
-        folder = experiment.case_folder(run.case)
-        if (folder / "metrics.jsonl").exists():
-            lines[folder.name] = read_metrics(folder, complete=False)
+        # A run may consist of several, each with a folder of its own.
+        for path in sorted(experiment.case_folder(run.case).rglob("metrics.jsonl")):
+            name = str(path.parent.relative_to(experiment.folder))
+            lines[name] = read_metrics(path.parent, complete=False)
     if not lines:
         return note("The runs of this experiment log no single hypergradients.")
     return health_section(lines)
