@@ -15,7 +15,7 @@ ALLOWED = {
 
 
 class Page(HTMLParser):
-    """A page's sections (title and text), its text, and the number of its images."""
+    """A page's sections (title and text), its text, and its images."""
 
     def __init__(self):
         super().__init__()
@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.ids = []
         self.links = []
         self.images = 0
+        self.sizes = set()
         self.text = ""
 
     def handle_starttag(self, tag, attrs):
@@ -60,7 +61,9 @@ class Page(HTMLParser):
         head, _, content = names["src"].partition(";base64,")
         assert head in ("data:image/png", "data:image/jpeg")
         assert names["alt"]
-        Image.open(io.BytesIO(base64.b64decode(content, validate=True))).load()
+        image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
+        image.load()
+        self.sizes.add(image.size)
         self.images += 1
 
 

@@ -80,9 +80,10 @@ class Confusion:
         chances: Those of class i in tasks that have the class j as well, `[n, n]`.
 
     Example:
+        >>> always_second = torch.tensor([[[0.1, 0.9], [0.2, 0.8]]])
         >>> classes = torch.tensor([[7, 9]])
-        >>> predictions = Predictions(torch.eye(2)[[[1, 1]]], torch.tensor([[0, 1]]), classes)
-        >>> Confusion.of(predictions).counts  # the example of class 7 was taken for one of class 9
+        >>> predictions = Predictions(always_second, torch.tensor([[0, 1]]), classes)
+        >>> Confusion.of(predictions).counts  # one example of class 7 was taken for one of class 9
         tensor([[0, 1],
                 [0, 1]])
     """

@@ -1,5 +1,6 @@
 """The page of a run: what it shows, what it escapes, and that it needs nothing but itself."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from metaimplicit.training import (
     predict_curves,
     write_sealed_json,
 )
+from metaimplicit.training.episode_sections import episodes_section
 from metaimplicit.training.health_section import health_section
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.page import element, make_page, note
@@ -161,15 +163,24 @@ def test_a_page_of_many_noisy_photographs_stays_small():
     batch = episodes(2, ways=20, shots=4, queries=7, size=84, channels=3)
     learner = make_learner(inputs=3 * 84 * 84, ways=20)
     predictions = predict_classes(learner, [batch], steps=0, tasks=2)
-    evaluation = evaluate(learner, [batch], steps=0)
-    from metaimplicit.training.episode_sections import episodes_section
-
     text = make_page("photographs", note("-"), {"Episodes": episodes_section(predictions)})
     page = read_page(text)
     assert page.images == 2 * 8 * (3 + 6)
-    assert len(text) < 1_500_000 * 2 / 3
+    assert page.sizes == {(64, 64)}
+    assert len(text) < 1_000_000
     assert "the 8 of 20 classes with most errors" in page.text
-    assert evaluation.steps == (0,)
+
+
+def test_of_many_queries_the_wrong_ones_are_shown():
+    batch = episodes(1, ways=2, queries=7)
+    predictions = predict_classes(make_learner(ways=2), [batch], steps=0, tasks=1)
+    says = predictions.targets.clone()
+    says[:, [5, 6, 13]] = 1 - says[:, [5, 6, 13]]
+    predictions = replace(predictions, probabilities=F.one_hot(says, 2).float())
+    text = make_page("x", note("-"), {"Episodes": episodes_section(predictions)})
+    page = read_page(text)
+    assert page.images == 2 * (1 + 6)
+    assert page.text.count("✗") == 1 + 3  # the first one is explained
 
 
 def test_inputs_that_are_no_images_and_classes_without_names_read_well(tmp_path):
