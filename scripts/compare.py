@@ -1,8 +1,8 @@
 """Inverse curvature–vector products side by side, at equal numbers of products.
 
-Every method starts from the same solution of the same problem. Tables are printed; JSON and plots
-are left in runs/compare. What is done is kept in rows.json there: the same command again only
-measures what is missing.
+Every method starts from the same solution of the same problem. Tables are printed; JSON, plots and
+report.html are left in runs/compare. What is done is kept in rows.json there: the same command
+again only measures what is missing.
 
 python scripts/compare.py                           # every problem
 python scripts/compare.py --problems logistic digits-0.01 --products 10 30
@@ -25,18 +25,20 @@ import studies
 import torch
 from command_line import RowFile, handle_errors, parse_options, set_up_cpu
 from command_line.ranges import Seeds, Threads, check_ranges, within
+from comparison_page import make_comparison_page
 from comparison_report import (
     draw,
     errors_against_condition,
     errors_against_products,
+    load_comparison,
     records_against_rho,
     split_panel,
     table,
 )
 from problems import Instance, named_problems, quadratic
 
-from metaimplicit.diagnostics.compare import Comparison, Row, compare
-from metaimplicit.training import write_json
+from metaimplicit.diagnostics.compare import Comparison, compare
+from metaimplicit.training import describe_sitting, leave_page, write_json
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ def run_command(args: list[str]) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Run the study that the settings choose, and store what it returns."""
+    """Run the study that the settings choose, store what it returns, and leave a page."""
     study = choose_study(settings)
     set_up_cpu(settings.threads)
     results = STUDIES[study](settings, RowFile(settings.out / "rows.json"))
-    options = {name: str(value) for name, value in asdict(settings).items()}
-    write_json(settings.out / f"{study}.json", {"settings": options, "found": results})
+    options = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(settings).items()}
+    sitting = describe_sitting(torch.device("cpu"))
+    content = {"settings": options, "sitting": sitting, "found": results}
+    write_json(settings.out / f"{study}.json", content)
+    leave_page(settings.out / "report.html", lambda: make_comparison_page(settings.out))
 
 
 def choose_study(settings: Settings) -> str:
@@ -189,8 +194,7 @@ def read_or_run(
         "data_root": None if settings.data_root is None else str(settings.data_root),
     }
     row = rows.read_or_make(case, lambda: {"comparison": asdict(run(make(), settings))})
-    stored = row["comparison"]
-    return Comparison(**stored | {"rows": [Row(**entry) for entry in stored["rows"]]})
+    return load_comparison(row["comparison"])
 
 
 def run(instance: Instance, settings: Settings) -> Comparison:

@@ -11,7 +11,7 @@ from figures import MOST_LINES, panels, shared_legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaimplicit.diagnostics.compare import Comparison
+from metaimplicit.diagnostics.compare import Comparison, Row
 from metaimplicit.training import write_atomically
 
 ROUNDOFF = 1e-12  # a relative error below it counts as exact
@@ -94,6 +94,12 @@ def ratio(error: float, other: float) -> str:
     if max(error, other) < ROUNDOFF:
         return "1 (both exact)"
     return f"{error / max(other, ROUNDOFF):.2f}"
+
+
+def load_comparison(stored: Mapping[str, Any]) -> Comparison:
+    """A comparison from what `asdict` made of it."""
+    rows = [Row(**entry) for entry in stored["rows"]]
+    return Comparison(**{**stored, "rows": rows})
 
 
 def errors_against_products(comparison: Comparison) -> Lines:

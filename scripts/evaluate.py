@@ -19,6 +19,7 @@ from command_line import (
     build_learner,
     check_classes,
     handle_errors,
+    leave_report,
     load_own_checkpoint,
     parse_options,
     predict_test_curves,
@@ -48,7 +49,7 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run on held-out tasks; leaves evaluation.json and adaptation.png in its folder."""
+    """Evaluate a run on held-out tasks; leaves evaluation.json and .html, and adaptation.png."""
 
     run: tyro.conf.Positional[Path]
     """Folder of a run of scripts/train.py."""
@@ -81,8 +82,8 @@ def main(args: list[str]) -> None:
     result = run_test(learner, family, options, seed=seed)
 
     about = {"split": command.split, "tested_meta_step": progress.step}
-    summary = summarize_test(learner, result, family, options, seed=seed)
-    write_json(command.run / EVALUATION, summary | about)
+    summary = summarize_test(learner, result, family, options, seed=seed) | about
+    write_json(command.run / EVALUATION, summary)
     fits = predict_test_curves(learner, options, command.split, seed=seed)
     title = f"{options.task}, {options.approach}"
     plot_adaptation(command.run, result, title=title, fits=fits)
@@ -90,7 +91,16 @@ def main(args: list[str]) -> None:
         f"{command.run}: {command.split} {result.metric} of {options.test_episodes} tasks, "
         "mean and 95 % interval"
     )
-    print(table(result))
+    print(table(result), flush=True)
+    leave_report(
+        command.run / "evaluation.html",
+        learner,
+        family,
+        options,
+        evaluation=result,
+        summary=summary,
+        fits=fits,
+    )
 
 
 def load_options(command: Evaluate) -> RunOptions:

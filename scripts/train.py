@@ -29,6 +29,7 @@ from command_line import (
     explain_stop,
     find_recipe,
     handle_errors,
+    leave_report,
     load_init,
     load_own_checkpoint,
     parse,
@@ -188,7 +189,7 @@ def train(run: Run) -> Progress:
 
 
 def test(run: Run, progress: Progress) -> None:
-    """Test the learner, and leave summary.json and the plots."""
+    """Test the learner, and leave summary.json, the plots and the report."""
     options = run.options
     out = options.folder
     start = time.perf_counter()
@@ -213,7 +214,17 @@ def test(run: Run, progress: Progress) -> None:
     print(
         f"{name}: test {result.metric} {result.curve()[-1]} (95 %, {options.test_episodes} tasks, "
         f"{options.test_steps} inner steps) after {progress.step} meta-steps in "
-        f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}"
+        f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}",
+        flush=True,
+    )
+    leave_report(
+        out / "report.html",
+        run.learner,
+        run.splits.test,
+        options,
+        evaluation=result,
+        summary=summary,
+        fits=fits,
     )
     if options.recipe is not None:
         print(f"In papers: {find_recipe(options.recipe).describe_papers()}")

@@ -1,4 +1,4 @@
-"""Run an experiment: methods beside baselines, over seeds, with a table and a plot in runs/tune/.
+"""Run an experiment: methods beside baselines, over seeds, with a table, a plot and report.html.
 
 python scripts/tune.py weight-decay
 python scripts/tune.py reweighting --method none nystrom --imbalance 100 --data-root DIR

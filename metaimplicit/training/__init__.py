@@ -9,9 +9,11 @@ from metaimplicit.training.checkpoint import (
     save_tuner,
 )
 from metaimplicit.training.files import read_json, write_atomically, write_json
+from metaimplicit.training.fits import Fits, predict_curves
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, read_metrics
 from metaimplicit.training.loop import NonFiniteError, fit
+from metaimplicit.training.meter import metered
 from metaimplicit.training.metrics import (
     Estimate,
     Evaluation,
@@ -19,12 +21,15 @@ from metaimplicit.training.metrics import (
     evaluate_one_at_a_time,
     peak_memory,
 )
-from metaimplicit.training.plots import Fits, plot_adaptation, plot_curves, predict_curves
+from metaimplicit.training.page import leave_page
+from metaimplicit.training.plots import plot_adaptation, plot_curves
+from metaimplicit.training.predictions import Predictions, predict_classes
 from metaimplicit.training.pretrained import Pretrained, load_pretrained
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
 from metaimplicit.training.rotation import Select
 from metaimplicit.training.run_folder import CHECKPOINT, require_new_run_folder
+from metaimplicit.training.run_page import make_run_page
 from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
 from metaimplicit.training.tuner_run import fit_tuner
@@ -40,6 +45,7 @@ __all__ = [
     "Evaluation",
     "Fits",
     "NonFiniteError",
+    "Predictions",
     "Pretrained",
     "Progress",
     "Select",
@@ -52,14 +58,18 @@ __all__ = [
     "fit",
     "fit_tuner",
     "keep_freed_memory",
+    "leave_page",
     "load_checkpoint",
     "load_learner",
     "load_pretrained",
     "load_tuner",
+    "make_run_page",
+    "metered",
     "only_writer",
     "peak_memory",
     "plot_adaptation",
     "plot_curves",
+    "predict_classes",
     "predict_curves",
     "read_json",
     "read_metrics",

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard, and a progress bar."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, and how far it is."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from metaimplicit.training.board import Board
 from metaimplicit.training.files import write_atomically
+from metaimplicit.training.meter import Meter
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.sealed import DamagedFileError, is_whole, read_sealed_json, seal
 
@@ -24,7 +22,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 ASIDE = "metrics.aside.jsonl"
 LINE_NUMBER = re.compile(rb'\{"line": (\d+), ')
-SMOOTHING = 20  # steps over which the progress bar averages
+SMOOTHING = 20  # steps over which the meter averages
 Values = dict[str, float | None]
 
 
@@ -41,22 +39,32 @@ class RunLog:
         progress: How far the run is. Its number of lines grows with each.
         run: The run's name for itself, without which nothing can verify the lines.
         total: The number of steps that the run will take. If None, it is not known.
-        bar: Whether to show a progress bar.
+        minutes: The time that it will take at most. If None, it has no limit.
+        bar: Whether to show how far the run is.
     """
 
     def __init__(
-        self, out: Path, progress: Progress, run: str, *, total: int | None, bar: bool
+        self,
+        out: Path,
+        progress: Progress,
+        run: str,
+        *,
+        total: int | None,
+        minutes: float | None = None,
+        bar: bool,
     ) -> None:
         _keep_lines(out, run, progress.lines)
         self._run = run
         self._lines = (out / METRICS).open("ab")
         self._board = Board(out / "tensorboard", purge_step=progress.step + 1)
-        self._bar = tqdm(
+        self._progress = progress
+        self._meter = Meter(
+            "step",
+            count=progress.step,
+            seconds=progress.seconds,
             total=total,
-            initial=progress.step,
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # in a log file, a line in a while
-            disable=not bar,
+            minutes=minutes,
+            is_shown=bar,
         )
         self._recent: deque[Values] = deque(maxlen=SMOOTHING)
 
@@ -72,7 +80,7 @@ class RunLog:
     ) -> None:
         """Close the files and the progress bar."""
         with self._lines:
-            self._bar.close()
+            self._meter.close()
             self._board.close()
 
     def sync(self) -> None:
@@ -114,16 +122,15 @@ class RunLog:
         self._lines.flush()
 
     def advance(self, values: Values) -> None:
-        """Move the progress bar by one step. It shows means over the last 20 steps."""
+        """Show that a step is done, with means over the last 20 steps."""
         self._recent.append(values)
-        means = {}
+        means = []
         for name in ("loss", "accuracy", "residual"):
             recent = [step.get(name) for step in self._recent]
             numbers = [value for value in recent if value is not None]
             if numbers:
-                means[name] = f"{sum(numbers) / len(numbers):.3f}"
-        self._bar.set_postfix(means, refresh=False)
-        self._bar.update()
+                means.append(f"{name} {sum(numbers) / len(numbers):.3f}")
+        self._meter.update(self._progress.step, self._progress.seconds, ", ".join(means))
 
 
 class Log(NamedTuple):

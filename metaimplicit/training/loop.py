@@ -102,7 +102,7 @@ def fit(
         clip: The largest norm of the meta-gradient, > 0. If None, it is not clipped.
         workers: The number of processes that draw episodes. If 0, this one does.
         resume: Whether to continue from the checkpoint in `out`, if there is one.
-        bar: Whether to show a progress bar.
+        bar: Whether to show how far the run is: a bar on a terminal, else a line in a while.
 
     Returns:
         The number of steps taken and the time spent, over all sittings of the run.
@@ -138,7 +138,7 @@ def fit(
         stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
         stopwatch = Stopwatch(progress)
         saved = progress.step
-        log = RunLog(out, progress, folder.run, total=budget.steps, bar=bar)
+        log = RunLog(out, progress, folder.run, total=budget.steps, minutes=budget.minutes, bar=bar)
         with log, warnings.catch_warnings():
             # Such a step ends in NonFiniteError, or is clipped.
             warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)

@@ -144,7 +144,7 @@ def evaluate(
         counts = tuple(range((learner.inner.steps if steps is None else steps) + 1))
     losses = []
     accuracies = []
-    with _evaluation_mode(learner):
+    with evaluation_mode(learner):
         for batch in batches:
             loss, accuracy = learner.evaluate(to_device(batch, device), steps)
             losses.append(loss.cpu())
@@ -184,7 +184,7 @@ def evaluate_one_at_a_time(
     """
     device = next(learner.parameters()).device
     accuracies = []
-    with _evaluation_mode(learner), torch.no_grad():
+    with evaluation_mode(learner), torch.no_grad():
         for batch in batches:
             support = _move(batch.support, device)
             inputs, targets = _move(batch.query, device)
@@ -232,7 +232,8 @@ def _move(tree: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The modules of a model are in evaluation mode, and return to the modes that they had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -100,6 +100,23 @@ class Budget:
         return min(max(shares), 1.0)
 
 
+def duration(seconds: float) -> str:
+    """A time in words, to two units.
+
+    Example:
+        >>> duration(0.25), duration(75), duration(3725)
+        ('0.2 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def cosine(spent: float) -> float:
     """The factor (1 + cos π·spent)/2 on the outer learning rate (Loshchilov & Hutter 2017).
 

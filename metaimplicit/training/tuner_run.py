@@ -57,7 +57,7 @@ def fit_tuner(
         checkpoint_every: The number of outer steps between checkpoints, ≥ 1. There is one before
             the first step and one after the last as well.
         resume: Whether to continue from the checkpoint in `out`, if there is one.
-        bar: Whether to show a progress bar.
+        bar: Whether to show how far the run is; see `fit`.
 
     Returns:
         The number of outer steps taken and the time spent, over all sittings of the run.

@@ -9,6 +9,7 @@ from command_line.multi_step import anneal_losses
 from command_line.options import RunOptions
 from command_line.parse import parse
 from command_line.recipes import find_recipe
+from command_line.report import leave_report
 from command_line.requirements import require_package, require_writable
 from command_line.rows import RowFile
 from command_line.stop import explain_stop
@@ -39,6 +40,7 @@ __all__ = [
     "find_device",
     "find_recipe",
     "handle_errors",
+    "leave_report",
     "load_init",
     "load_own_checkpoint",
     "parse",

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 import tasks
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
@@ -22,6 +20,7 @@ from metaimplicit.training import (
     evaluate,
     evaluate_one_at_a_time,
     load_learner,
+    metered,
     predict_curves,
     read_sealed_json,
 )
@@ -35,7 +34,7 @@ PLOTTED_QUERIES = 200
 def run_test(
     learner: MetaLearner, family: tasks.TaskFamily, options: RunOptions, *, seed: int
 ) -> Evaluation:
-    """Evaluate a learner on `options.test_episodes` tasks of a family, with a progress bar."""
+    """Evaluate a learner on `options.test_episodes` tasks of a family, and show how far it is."""
     return evaluate(
         learner,
         _test_batches(family, options, seed),
@@ -133,4 +132,4 @@ def _test_batches(
 ) -> Iterator[tasks.Episodes]:
     sampler = tasks.EpisodeSampler(family, tasks=options.meta_batch, seed=seed)
     batches = range(-(-options.test_episodes // options.meta_batch))  # rounded up
-    return (sampler[i] for i in tqdm(batches, desc="test", unit="batch", disable=None))
+    return (sampler[i] for i in metered(batches, "test batch"))

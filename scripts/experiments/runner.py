@@ -12,11 +12,14 @@ from command_line.device import set_up_cpu
 from matplotlib.figure import Figure
 
 from experiments.base import Experiment
+from experiments.page import make_experiment_page
 from experiments.runs import Case, Row, Run, Runs
 from metaimplicit.training import (
     CHECKPOINT,
     CONFIG,
     describe_sitting,
+    leave_page,
+    metered,
     only_writer,
     read_sealed_json,
     write_atomically,
@@ -29,7 +32,7 @@ RUN_OPTIONS = ("method", "seeds", "out", "device", "threads", "data_root", "quic
 
 
 def execute(experiment: Experiment) -> str:
-    """Make the runs whose results are missing; write rows.json, table.md and plot.png.
+    """Make the runs whose results are missing; write rows.json, table.md, plot.png, report.html.
 
     Every run has a folder of its own in the experiment's folder. Its row is stored there, in
     summary.json, when the run is done. If that file exists, the run is not repeated. Another
@@ -50,7 +53,7 @@ def execute(experiment: Experiment) -> str:
     cases = experiment.cases()
     for case in cases:
         require_same_options(experiment, case)
-    runs = Runs(Run(case, read_or_run(experiment, case)) for case in cases)
+    runs = Runs(Run(case, read_or_run(experiment, case)) for case in metered(cases, "run"))
 
     table = experiment.table(runs)
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -59,6 +62,10 @@ def execute(experiment: Experiment) -> str:
     write_json(folder / "rows.json", [run._asdict() for run in runs])
     write_atomically(folder / "table.md", lambda file: file.write(f"{table}\n".encode()))
     write_atomically(folder / "plot.png", lambda file: figure.savefig(file, dpi=120))
+    leave_page(
+        folder / "report.html",
+        lambda: make_experiment_page(experiment, runs, text=table, figure=figure),
+    )
     return table
 
 

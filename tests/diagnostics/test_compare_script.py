@@ -4,6 +4,8 @@ import json
 
 import pytest
 from compare import Settings, main
+from comparison_report import split_panel
+from pages import read_page
 
 from metaimplicit.diagnostics import comparable_methods
 
@@ -22,6 +24,9 @@ def test_it_leaves_a_table_json_and_a_plot(tmp_path, capsys):
     assert stored["size"] == 100
     assert {row["method"] for row in stored["rows"]} == AT_BUDGET
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    page = read_page((tmp_path / "report.html").read_text())
+    assert [title for title, _ in page.sections] == ["Problems", "Options", "Provenance"]
+    assert page.images == len(split_panel("", {method: [] for method in AT_BUDGET}))
 
 
 @pytest.mark.slow
@@ -41,6 +46,8 @@ def test_other_libraries_are_compared_with_the_exact_values(tmp_path):
     main(Settings(peers=True, out=tmp_path))
     rows = json.loads((tmp_path / "peers.json").read_text())["found"]["errors"]
     assert len(rows) == 9
+    page = read_page((tmp_path / "report.html").read_text())
+    assert [title for title, _ in page.sections] == ["Other libraries", "Options", "Provenance"]
     assert all(row["ours"] < 1e-8 for row in rows)
     (higher,) = (row for row in rows if row["library"].startswith("higher"))
     # Its derivative in β₂ is wrong. If this fails, it has been repaired.

@@ -16,6 +16,7 @@ from experiments.networks import class_accuracies, conv_net, train
 from experiments.runner import execute
 from experiments.runs import METHOD, Run, Runs, case_value, markdown_table, mean, median, spread
 from figures import panels
+from pages import read_page
 
 import tasks
 from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
@@ -79,6 +80,11 @@ def test_the_folder_has_the_rows_the_table_and_the_plot(tmp_path):
     assert first["row"]["seconds"] > 0
     assert (tmp_path / "table.md").read_text() == f"{table}\n"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    page = read_page((tmp_path / "report.html").read_text())
+    titles = ["Results", "Plot", "Hypergradient", "Runs", "Memory and time"]
+    assert [title for title, _ in page.sections] == [*titles, "Options", "Provenance"]
+    assert page.images == 1
+    assert "none 10.00" in page.text
 
 
 def test_random_draws_depend_on_the_seed_alone(tmp_path):

@@ -9,9 +9,13 @@ import pytest
 import torch
 import tune
 from command_line import RunOptions
+from pages import read_page
 from scripts.running import SMALL, error_line, load_main
 
 from metaimplicit.training import write_sealed_json
+
+RUN_SECTIONS = ["Error", "Curves", "Adaptation"]
+RUN_SECTIONS += ["Hypergradient", "Memory and time", "Options", "Provenance"]
 
 train = load_main("train")
 evaluate = load_main("evaluate")
@@ -45,7 +49,10 @@ def test_a_run_leaves_every_file(run):
         "summary.json",
         "curves.png",
         "adaptation.png",
+        "report.html",
     }
+    page = read_page((run / "report.html").read_text())
+    assert [title for title, _ in page.sections] == [*RUN_SECTIONS[:3], "Fits", *RUN_SECTIONS[3:]]
     assert list((run / "tensorboard").iterdir())
     for plot in ("curves.png", "adaptation.png"):
         assert (run / plot).read_bytes().startswith(b"\x89PNG")
@@ -113,6 +120,9 @@ def test_a_run_with_a_head_trains_on_other_tasks_than_it_is_tested_on(tmp_path):
     assert [row["steps"] for row in summary["after_steps"]] == [0, 1]
     evaluate([str(out), "--episodes", "4"])
     assert read_json(out / "evaluation.json")["mean"] == summary["mean"]
+    for name in ("report.html", "evaluation.html"):
+        page = read_page((out / name).read_text())
+        assert {"Accuracy", "Episodes", "Confusion"} <= {title for title, _ in page.sections}
 
 
 @pytest.mark.slow

@@ -1,0 +1,198 @@
+"""What an adapted learner says of the query sets of some tasks, and which classes it confuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts, read_episodes
+from metaimplicit.training.metrics import evaluation_mode, to_device
+
+
+class Batches(Protocol):
+    """Batches of tasks by number, the same ones each time, such as a `tasks.EpisodeSampler`."""
+
+    def __getitem__(self, index: int) -> EpisodeBatch:
+        """The batch of this number."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The classes that an adapted learner gives to the query examples of tasks of one shape.
+
+    Attributes:
+        probabilities: The softmax of its outputs, `[tasks, queries, ways]`.
+        targets: The right ways, `[tasks, queries]`.
+        classes: The number of the class behind each way, `[tasks, ways]`. None if it is unknown.
+        names: The names of classes, by number.
+        examples: A support input of each class, by number.
+        episodes: Some of the tasks, by their position.
+
+    Example:
+        >>> certain = torch.eye(2).expand(3, 2, 2)  # 3 tasks of 2 ways and 2 query examples
+        >>> predictions = Predictions(certain, torch.tensor([[0, 1], [0, 1], [1, 1]]))
+        >>> predictions.accuracies
+        tensor([1.0000, 1.0000, 0.5000])
+    """
+
+    probabilities: Tensor
+    targets: Tensor
+    classes: Tensor | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    examples: Mapping[int, Tensor] = field(default_factory=dict)
+    episodes: Mapping[int, Episode] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> Tensor:
+        """The ways that the learner chooses, `[tasks, queries]`."""
+        return self.probabilities.argmax(-1)
+
+    @property
+    def right(self) -> Tensor:
+        """Whether they are right, likewise."""
+        return self.choices == self.targets
+
+    @property
+    def accuracies(self) -> Tensor:
+        """The share of right ones, `[tasks]`."""
+        return self.right.float().mean(1)
+
+    def name_of(self, task: int, way: int) -> str:
+        """What a way of a task is called."""
+        if self.classes is None:
+            return f"way {way}"
+        number = int(self.classes[task, way])
+        return self.names.get(number, f"class {number}")
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often examples of one class were taken for another.
+
+    Attributes:
+        numbers: The numbers of the classes, `[n]`.
+        counts: The query examples of class i that were taken for class j, `[n, n]`.
+        chances: Those of class i in tasks that have the class j as well, `[n, n]`.
+
+    Example:
+        >>> always_second = torch.tensor([[[0.1, 0.9], [0.2, 0.8]]])
+        >>> classes = torch.tensor([[7, 9]])
+        >>> predictions = Predictions(always_second, torch.tensor([[0, 1]]), classes)
+        >>> Confusion.of(predictions).counts  # one example of class 7 was taken for one of class 9
+        tensor([[0, 1],
+                [0, 1]])
+    """
+
+    numbers: Tensor
+    counts: Tensor
+    chances: Tensor
+
+    @classmethod
+    def of(cls, predictions: Predictions) -> Confusion:
+        """Count the predictions.
+
+        Raises:
+            ValueError: It is unknown which classes are behind the ways.
+        """
+        if predictions.classes is None:
+            raise ValueError("predictions: got none with classes, expected the class of each way")
+        numbers, positions = predictions.classes.unique(return_inverse=True)
+        n = len(numbers)
+        counts = torch.zeros(n, n, dtype=torch.long)
+        chances = torch.zeros_like(counts)
+        true = positions.gather(1, predictions.targets)
+        chosen = positions.gather(1, predictions.choices)
+        one = torch.tensor(1)
+        counts.index_put_((true, chosen), one, accumulate=True)
+        offered = positions[:, None, :].expand(*true.shape, -1)
+        chances.index_put_((true[..., None].expand_as(offered), offered), one, accumulate=True)
+        return cls(numbers, counts, chances)
+
+
+def predict_classes(
+    learner: MetaLearner,
+    batches: Batches,
+    *,
+    steps: int,
+    tasks: int,
+    names: Mapping[int, str] | None = None,
+) -> Predictions:
+    """Adapt to tasks of one shape, and predict their query sets, as `evaluate` does.
+
+    The worst task, a middling one and the best one are kept, with their inputs.
+
+    Args:
+        learner: The learner, under a loss of classes, one for each example.
+        batches: Batches of tasks, all of one number. Those of `tasks` have `labels["classes"]`, the
+            class behind each way.
+        steps: The number of inner steps.
+        tasks: The number of tasks, ≥ 1.
+        names: The names of classes, by number.
+
+    Example:
+        >>> learner = MetaLearner(torch.nn.Linear(2, 3), torch.nn.functional.cross_entropy)
+        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
+        >>> predictions = predict_classes(learner, [Episode.of(pair, pair)], steps=2, tasks=4)
+        >>> predictions.probabilities.shape
+        torch.Size([4, 3, 3])
+    """
+    probabilities: list[Tensor] = []
+    targets: list[Tensor] = []
+    classes: list[Tensor] = []
+    examples: dict[int, Tensor] = {}
+    while sum(map(len, targets)) < tasks:
+        batch = batches[len(targets)]
+        probabilities.append(_predict(learner, batch, steps))
+        (episode,) = read_episodes(batch)
+        targets.append(episode.query.targets.cpu())
+        numbers = getattr(batch, "labels", {}).get("classes")
+        if numbers is not None:
+            classes.append(numbers)
+            _note_examples(examples, episode, numbers)
+
+    predictions = Predictions(
+        torch.cat(probabilities)[:tasks],
+        torch.cat(targets)[:tasks],
+        classes=torch.cat(classes)[:tasks] if classes else None,
+        names=names or {},
+        examples=examples,
+    )
+    size = len(targets[0])
+    kept = {task: _one_task(batches[task // size], task % size) for task in _telling(predictions)}
+    return Predictions(**vars(predictions) | {"episodes": kept})
+
+
+def _predict(learner: MetaLearner, batch: EpisodeBatch, steps: int) -> Tensor:
+    (episode,) = read_episodes(to_device(batch, next(learner.parameters()).device))
+    with evaluation_mode(learner):
+        adapted = learner.adapt(episode.support, steps=steps, batched=True)
+        with torch.no_grad():
+            outputs: Tensor = adapted(episode.query.inputs)
+    return outputs.float().softmax(-1).cpu()
+
+
+def _note_examples(examples: dict[int, Tensor], episode: Episode, classes: Tensor) -> None:
+    for task, numbers in enumerate(classes.tolist()):
+        for way, number in enumerate(numbers):
+            if number not in examples:
+                first = int((episode.support.targets[task] == way).int().argmax())
+                examples[number] = episode.support.inputs[task, first].clone()
+
+
+def _telling(predictions: Predictions) -> list[int]:
+    """The positions of the worst task, of a middling one and of the best one."""
+    order = predictions.accuracies.argsort(stable=True).tolist()
+    return list(dict.fromkeys((order[0], order[len(order) // 2], order[-1])))
+
+
+def _one_task(batch: EpisodeBatch, position: int) -> Episode:
+    def entry(leaf: Any) -> Any:
+        return leaf[position].cpu() if isinstance(leaf, Tensor) else leaf
+
+    task: Episode = tree_map(entry, name_parts(batch))
+    return task
