@@ -22,6 +22,8 @@ from metaimplicit.problem import FromMeta, Number
 class _StepwiseLoop(InnerLoop):
     """A loop that takes the same differentiable step up to T times."""
 
+    replay_objection = ""
+
     @abstractmethod
     def _make_step(self) -> DifferentiableStep:
         """The step, whose construction checks the options."""

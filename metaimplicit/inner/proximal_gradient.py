@@ -82,6 +82,11 @@ class ProximalGradient(InnerLoop):
                 raise ValueError(f"lr: got {self.lr}, expected a step size > 0")
         check_lengths(lists_in(self.lr), self.steps)
 
+    @property
+    def replay_objection(self) -> str:  # type: ignore[override]
+        """An accelerated loop ends at the solution, while its steps start from another point."""
+        return "whose steps are accelerated" if self.accelerated else ""
+
     def take_step(
         self,
         params: Params,
