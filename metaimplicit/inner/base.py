@@ -98,6 +98,11 @@ class InnerLoop(ABC):
     drift: str = ""
     second_derivatives: ClassVar[bool] = False
 
+    @property
+    def compile_objection(self) -> str:
+        """Why no compiled function can take all its steps. If empty, one can."""
+        return self.replay_objection
+
     def bound_to(self, problem: LiftedProblem) -> InnerLoop:
         """The loop as it runs on a problem. Most loops need nothing but the values of its loss."""
         return self

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metaimplicit.inner import InnerLoop
+from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.inner.step import align_tasks
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
@@ -19,8 +19,9 @@ from metaimplicit.methods.base import (
     Method,
     vector_jacobian_product,
 )
+from metaimplicit.methods.compiled_steps import make_steps
 from metaimplicit.methods.report import Report
-from metaimplicit.methods.shared import initial_dependencies
+from metaimplicit.methods.shared import InnerRun
 from metaimplicit.methods.step_functions import Cotangents, StepFunctions
 from metaimplicit.params import Params, detached
 from metaimplicit.random_state import RandomState, restored_random_state
@@ -49,12 +50,8 @@ def replay(
         iterates: Whether the parameters are all iterates, `{name: [tasks, T + 1, *shape]}`.
     """
     initial = problem.init(meta)
-    dependencies = initial_dependencies(problem, inner, initial, meta)
-    inner.check_at(initial, meta)
-    functions = StepFunctions(problem, inner, meta, dependencies)
-    state = {} if problem.start is None else problem.start.detach().state
-    start = Iterate(detached(initial), state)
-    run = _run(functions, start, differentiated_steps=steps)
+    functions = make_steps(problem, inner, meta, initial)
+    run = _run(functions, _start(problem, initial), differentiated_steps=steps)
     report = Report(method.flag, run.taken, run.gradient_norm)
 
     def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
@@ -74,7 +71,17 @@ def replay(
     if iterates:
         path = [moment.at.params for moment in run.moments] + [params]
         params = {name: torch.stack([at[name] for at in path], dim=1) for name in params}
-    return Adaptation(params, report, dependencies, run.end, pullback)
+    return Adaptation(params, report, functions.dependencies, run.end, pullback)
+
+
+def run_by_steps(problem: LiftedProblem, inner: InnerLoop, meta: Params) -> InnerRun:
+    """The same as `run_inner` without a graph, by step functions."""
+    initial = problem.init(meta)
+    functions = make_steps(problem, inner, meta, initial)
+    run = _run(functions, _start(problem, initial), differentiated_steps=0)
+    end = run.end
+    trajectory = Trajectory(end.params, run.taken, run.gradient_norm, state=end.state)
+    return InnerRun(initial, trajectory, functions.dependencies)
 
 
 @dataclass(frozen=True)
@@ -111,16 +118,23 @@ class _Run:
     gradient_norm: Tensor
 
 
+def _start(problem: LiftedProblem, initial: Params) -> Iterate:
+    """Where the loop starts: at the state of the last call's end, if it continues."""
+    state = {} if problem.start is None else problem.start.detach().state
+    return Iterate(detached(initial), state)
+
+
 def _run(functions: StepFunctions, start: Iterate, *, differentiated_steps: int) -> _Run:
     """Take the steps of the loop, until no task is active."""
     inner = functions.inner
+    inner.check_at(start.params, functions.meta)
     first = next(iter(start.params.values()))
     active = None
     if inner.tol is not None:
         active = torch.ones(len(first), dtype=torch.bool, device=first.device)
     taken = torch.zeros(len(first), dtype=torch.int64, device=first.device)
     moments = []
-    at = start
+    at = functions.start(start)
     for t in range(inner.steps):
         random = RandomState.read(first.device)
         end, norm = functions.step(at, t)
@@ -133,7 +147,7 @@ def _run(functions: StepFunctions, start: Iterate, *, differentiated_steps: int)
         taken = taken + (1 if active is None else active)
         if active is not None and not bool(active.any()):
             break
-    return _Run(at, moments, taken, norm)
+    return _Run(functions.finish(at), moments, taken, norm)
 
 
 def _pull_back(

@@ -92,6 +92,12 @@ class Unrolled(Method):
         """`argmin` has no outer loss that the weights could apply to."""
         return "" if self.weights is None else "weighted for an outer loss"
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether the outer loss receives all iterates, or the steps cannot be compiled."""
+        if self.iterates:
+            return "the outer loss of all iterates has no compiled functions"
+        return _describe_steps(inner)
+
     def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
         """The problem with the outer loss Σ_t w_t g(θ_t), if there are weights."""
         if self.weights is None:
@@ -183,6 +189,10 @@ class Truncated(Method):
         """Whether it differentiates a step."""
         return self.steps > 0
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether the steps cannot be compiled."""
+        return _describe_steps(inner)
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop with the graph of its last K steps."""
         if self.steps > inner.steps:
@@ -225,15 +235,27 @@ class FirstOrder(Method):
     )
     second_derivatives = False
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether the steps cannot be compiled."""
+        return _describe_steps(inner)
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph, but for the identity from θ_0 to θ_T."""
         return _reverse(self, problem, inner, meta=meta, steps=0)
 
 
+def _describe_steps(inner: InnerLoop) -> str:
+    """The inner loop and why its steps cannot be compiled. If empty, they can."""
+    objection = inner.compile_objection
+    return f"{type(inner).__name__}, {objection}, has no compiled step" if objection else ""
+
+
 def _reverse(
     method: Method, problem: LiftedProblem, inner: InnerLoop, *, meta: Params, steps: int
 ) -> Adaptation:
-    """θ_T, with the graph of the last `steps` steps."""
+    """θ_T, with the graph of the last `steps` steps, or a pullback where they are compiled."""
+    if problem.compiler is not None:
+        return replay(method, problem, inner, meta, steps=steps)
     run = run_inner(problem, inner, meta, differentiated_steps=steps)
     trajectory = run.trajectory
     report = Report(method.flag, trajectory.steps, trajectory.gradient_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,10 +23,49 @@ Slot = tuple[str, str]
 Cotangents = Mapping[Slot, Tensor | None]
 
 
-class StepFunctions:
+class StepFunctions(ABC):
     """The step and its pull, where s = (θ, the state of the optimiser).
 
     No graph outlives a call: the pull linearises the step again.
+
+    Attributes:
+        inner: The inner loop.
+        meta: φ, leaves of autograd.
+        dependencies: What θ depends on, as far as the steps that were taken have shown.
+    """
+
+    inner: InnerLoop
+    meta: Params
+    dependencies: Dependencies
+
+    @abstractmethod
+    def step(self, at: Iterate, t: int) -> tuple[Iterate, Tensor]:
+        """s_{t+1} = Φ_t(s_t, φ), and ‖∂f/∂θ(θ_t)‖ as `[tasks]`, both without a graph."""
+
+    @abstractmethod
+    def pull(self, at: Iterate, t: int, cotangents: Cotangents) -> tuple[Cotangents, Gradients]:
+        """λ_t = (∂Φ_t/∂s)ᵀ λ_{t+1}, and (∂Φ_t/∂φ)ᵀ λ_{t+1}.
+
+        Args:
+            at: s_t.
+            t: The number of the step.
+            cotangents: λ_{t+1}. It may lack tensors of s_{t+1} for which it is zero.
+
+        Returns:
+            λ_t, and a gradient for each entry of φ. None where no path leads to it.
+        """
+
+    def start(self, at: Iterate) -> Iterate:
+        """The start of the loop as the functions expect it."""
+        return at
+
+    def finish(self, end: Iterate) -> Iterate:
+        """The end of the loop as other loops expect it."""
+        return end
+
+
+class EagerSteps(StepFunctions):
+    """The step and its pull, by autograd.
 
     Args:
         problem: The problem, lifted over the task axis.
@@ -44,7 +84,7 @@ class StepFunctions:
         ... )
         >>> inner = GradientDescent(steps=1, lr=0.25)
         >>> lifted = LiftedProblem(problem, data=None, batched=False)
-        >>> functions = StepFunctions(lifted, inner, {}, Dependencies(inner))
+        >>> functions = EagerSteps(lifted, inner, {}, Dependencies(inner))
         >>> start = Iterate({"w": torch.tensor([3.0])})
         >>> functions.step(start, 0)[0].params
         {'w': tensor([1.5000])}
@@ -67,7 +107,7 @@ class StepFunctions:
         self._is_checked = False
 
     def step(self, at: Iterate, t: int) -> tuple[Iterate, Tensor]:
-        """s_{t+1} = Φ_t(s_t, φ), and ‖∂f/∂θ(θ_t)‖ as `[tasks]`, both without a graph."""
+        """Take the step."""
         theta = leaves(at.params)
         losses = self.problem.inner(theta, self.meta, self.problem.at(t))
         self._note_dependencies(losses, theta, t)
@@ -79,16 +119,7 @@ class StepFunctions:
         return Iterate(params, state), flatten(gradients).norm(dim=-1)
 
     def pull(self, at: Iterate, t: int, cotangents: Cotangents) -> tuple[Cotangents, Gradients]:
-        """λ_t = (∂Φ_t/∂s)ᵀ λ_{t+1}, and (∂Φ_t/∂φ)ᵀ λ_{t+1}.
-
-        Args:
-            at: s_t.
-            t: The number of the step.
-            cotangents: λ_{t+1}. It may lack tensors of s_{t+1} for which it is zero.
-
-        Returns:
-            λ_t, and a gradient for each entry of φ. None where no path leads to it.
-        """
+        """Pull λ back through the step."""
         point = {slot: x.detach().requires_grad_() for slot, x in slot_tensors(at).items()}
         data = self.problem.at(t)
         end, gradients = differentiable_step(

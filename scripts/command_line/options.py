@@ -121,6 +121,9 @@ class RunOptions:
     """How tasks are batched. auto times both once and keeps the faster."""
     chunk_size: Annotated[int | None, within(1, 10_000)] = None
     """Tasks vmapped at a time, to bound memory. By default all."""
+    compile: Literal["auto"] | bool = False
+    """Whether the functions of a meta-step are compiled, which pays for small networks. With auto
+    they run eager where there is no C++ compiler."""
     workers: Annotated[int, within(0, 128)] = 0
     """Processes that draw episodes. With 0, the main process does."""
     threads: Threads = None
