@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, TypeVar
 
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,6 +15,7 @@ from metaimplicit.mended import mended_derivatives
 from metaimplicit.methods import Method
 from metaimplicit.methods.compiled_steps import settings_of
 from metaimplicit.params import Params, floating_entry
+from metaimplicit.problem import Stream
 from metaimplicit.random_state import RandomState
 
 Result = TypeVar("Result")
@@ -60,10 +61,12 @@ def run_compiled(
         compiler.explain(objection)
     if objection or compiler.has_failed:
         return attempt(problem)
+    # Between two steps, nothing of the caller runs but the function of a `Stream`.
+    same_functions = not isinstance(problem.data, Stream)
     state = RandomState.read(device)
     try:
         # Torch cannot trace the entry of this block, so it stands outside of the functions.
-        with mended_derivatives:
+        with mended_derivatives, compiler.session() if same_functions else nullcontext():
             return attempt(problem.with_compiler(compiler))
     except CannotCompileError as error:
         state.restore()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, Literal, TypeVar, cast
 
@@ -45,6 +46,9 @@ class Compiler:
         self._functions: dict[Hashable, _CompiledFunction] = {}
         self._values: dict[Hashable, Any] = {}
         self._has_warned = False
+        self._sessions = 0
+        self._session = 0
+        self._without_guards: Any = None
         self._reasons: set[str] = set()
 
     def remember(self, key: Hashable, compute: Callable[[], Value]) -> Value:
@@ -71,6 +75,11 @@ class Compiler:
         if function is None:
             function = self._functions[name, variant] = _CompiledFunction(make())
         self.calls += 1
+        if function.session != self._session:
+            self._check_guards(True)
+            function.session = self._session
+        elif self._session:
+            self._check_guards(False)
         before = function.graphs
         result = function(*args)
         if function.graphs > before:
@@ -78,6 +87,29 @@ class Compiler:
             if before > 0:
                 self._warn_of_another(name)
         return result
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """A block in which nothing changes that a function reads beside its arguments.
+
+        Torch then checks once that each function still reads what it was compiled for, in the place
+        of once a call, and that its arguments still have the same shapes.
+        """
+        self._sessions += 1
+        self._session = self._sessions
+        try:
+            yield
+        finally:
+            self._check_guards(True)
+            self._session = 0
+
+    def _check_guards(self, check: bool) -> None:
+        if check and self._without_guards is not None:
+            self._without_guards.__exit__(None, None, None)
+            self._without_guards = None
+        if not check and self._without_guards is None:
+            self._without_guards = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+            self._without_guards.__enter__()
 
     def fail(self, reason: str) -> None:
         """Say why nothing can be compiled, and drop what was."""
@@ -109,6 +141,7 @@ class _CompiledFunction:
 
     Attributes:
         graphs: How often it was compiled.
+        session: The session in which it was last called. 0 if that has none.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -122,22 +155,28 @@ class _CompiledFunction:
             template.__closure__,
         )
         self.graphs = 0
+        self.session = 0
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
 
-    def __call__(self, *args: Any) -> Any:
+        # To import them takes a second, which is spent by whoever compiles.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
         from torch._dynamo.utils import counters
         from torch._inductor.exc import InvalidCxxCompiler
 
-        before = counters["stats"]["unique_graphs"]
+        self._statistics = counters["stats"]
+        self._impossible = (TorchDynamoException, InvalidCxxCompiler)
+        self._too_often = FailOnRecompileLimitHit
+
+    def __call__(self, *args: Any) -> Any:
+        before = self._statistics["unique_graphs"]
         try:
             with torch.no_grad():
                 result = self._compiled(*args)
-        except (TorchDynamoException, InvalidCxxCompiler) as error:
+        except self._impossible as error:
             raise CannotCompileError(f"torch cannot compile it ({_explain(error)})") from error
-        except FailOnRecompileLimitHit as error:
+        except self._too_often as error:
             raise CannotCompileError("it was compiled too often, for other shapes") from error
-        self.graphs += counters["stats"]["unique_graphs"] - before
+        self.graphs += self._statistics["unique_graphs"] - before
         return result
 
 

@@ -153,7 +153,8 @@ class FewShotModel(nn.Module):
     def _problem(self, network: Network, vectorize: Vectorize) -> BilevelProblem:
         """The problem of a network, whose body is called under vmap or in a loop.
 
-        It is one object for as long as its parts are, so that compiled functions can belong to it.
+        That of the learner's own is one object for as long as its parts are, so that compiled
+        functions can belong to it.
         """
         parts = (network, vectorize, self.loss, self.query_loss, self.penalty, self.chunk_size)
         if self._last_problem is not None:
@@ -170,7 +171,8 @@ class FewShotModel(nn.Module):
             vectorize=vectorize,
             chunk_size=self.chunk_size,
         )
-        self._last_problem = (parts, problem)
+        if network is self._network:
+            self._last_problem = (parts, problem)
         return problem
 
     def _lift(self, problem: BilevelProblem, data: Any, vectorize: Vectorize) -> LiftedProblem:

@@ -24,6 +24,7 @@ from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import InnerRun
 from metaimplicit.methods.step_functions import Cotangents, StepFunctions
 from metaimplicit.params import Params, detached
+from metaimplicit.problem import StartAtMeta
 from metaimplicit.random_state import RandomState, restored_random_state
 from metaimplicit.solvers import SolverState
 
@@ -64,8 +65,7 @@ def replay(
         with torch.enable_grad(), restored_random_state(device):
             cotangents, of_meta = _pull_back(functions, run.moments, seeds)
         of_start = {name: v for (name, key), v in cotangents.items() if not key and v is not None}
-        read = {name: initial[name] for name in of_start}
-        return _add(of_meta, vector_jacobian_product(read, meta, of_start)), report
+        return _add(of_meta, _pull_start_back(problem, initial, of_start, meta)), report
 
     params = run.end.params
     if iterates:
@@ -172,6 +172,15 @@ def _pull_back(
         if earlier:
             cotangents = _add(cotangents, earlier[index])
     return cotangents, of_meta
+
+
+def _pull_start_back(
+    problem: LiftedProblem, initial: Params, vectors: Params, meta: Params
+) -> Gradients:
+    """(∂θ_0/∂φ)ᵀ λ."""
+    if isinstance(problem.problem.init, StartAtMeta) and problem.start is None:
+        return {name: v.sum(0) for name, v in vectors.items()}
+    return vector_jacobian_product({name: initial[name] for name in vectors}, meta, vectors)
 
 
 def _split(cotangents: Cotangents, active: Tensor | None) -> tuple[Cotangents, Cotangents]:

@@ -189,9 +189,13 @@ def test_a_loss_that_draws_random_numbers_runs_eager(uncompiled):
 
 
 def test_without_a_c_compiler(monkeypatch):
-    from torch._inductor import config
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    def find_none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find_none)
     run = partial(differentiate, network(), INITIAL | LR, inner=THREE_STEPS, method="unrolled")
     with pytest.raises(ValueError, match=r"compile: got True, but torch .* there is none; install"):
         run(compile=True)
