@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metaimplicit.unsupported import shorten
@@ -187,7 +188,7 @@ def _explain(error: BaseException) -> str:
 
 
 def in_one_layout(tree: Any) -> Any:
-    """Copies of the tensors whose strides depend on their shapes alone.
+    """The tensors, copied if their strides do not depend on their shapes alone.
 
     Torch compiles again for other strides.
 
@@ -195,7 +196,14 @@ def in_one_layout(tree: Any) -> Any:
         >>> in_one_layout(torch.ones(3, 2).T).stride()
         (3, 1)
     """
-    return tree_map(lambda x: x.clone(memory_format=torch.contiguous_format), tree)
+
+    def copy(x: Tensor) -> Tensor:
+        # An axis of length 1 may have any stride.
+        if 1 not in x.shape and x.is_contiguous() and not torch.compiler.is_compiling():
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
+
+    return tree_map(copy, tree)
 
 
 def missing_compiler(device: torch.device) -> str:

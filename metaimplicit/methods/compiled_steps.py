@@ -75,18 +75,12 @@ class CompiledSteps(StepFunctions):
         self.meta = meta
         self._compiler = compiler
         self._key = settings_of(inner)
-        self.dependencies = compiler.remember(
+        self.dependencies, read = compiler.remember(
             ("dependencies", self._key), lambda: _find_dependencies(problem, inner, initial, meta)
         )
         constants = detached(meta)
-        streams = isinstance(problem.data, Stream)
-        self._phi = {
-            name: m
-            for name, m in constants.items()
-            if meta[name].requires_grad
-            and (streams or self.dependencies.routes(name) & {"loss", "loop"})
-        }
-        self._fixed = {name: m for name, m in constants.items() if name not in self._phi}
+        self._phi = {name: m for name, m in constants.items() if name in read}
+        self._fixed = {name: m for name, m in constants.items() if name not in read}
         self._numbers: set[Slot] = set()
         self._ends: dict[tuple[Slot, ...], SlotTensors] = {}
 
@@ -205,8 +199,8 @@ def settings_of(value: Any) -> Any:
 
 def _find_dependencies(
     problem: LiftedProblem, inner: InnerLoop, initial: Params, meta: Params
-) -> Dependencies:
-    """What θ depends on, by an eager evaluation of the inner loss."""
+) -> tuple[Dependencies, set[str]]:
+    """What θ depends on, and the entries of φ that a step may read, by one eager evaluation."""
     dependencies = initial_dependencies(problem, inner, initial, meta)
     in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
     dependencies.loss.update(in_loss)
@@ -216,7 +210,11 @@ def _find_dependencies(
             reject_random_numbers(lambda p: problem.inner(p, meta, problem.at(0)))(initial)
     except ValueError as error:
         raise CannotCompileError("the inner loss draws random numbers") from error
-    return dependencies
+    variable = {name for name, m in meta.items() if m.requires_grad}
+    if isinstance(problem.data, Stream):  # a later step may read more
+        return dependencies, variable
+    read = {name for name in variable if dependencies.routes(name) & {"loss", "loop"}}
+    return dependencies, read
 
 
 def _as_iterate(tensors: SlotTensors) -> Iterate:
