@@ -69,7 +69,8 @@ def compiled_linearization(
         result = compiler.call("the mixed product", None, make, *point, in_one_layout(u))
         return result
 
-    core = CompiledOperator(product, params, semidefinite=semidefinite, check=lambda: look().core)
+    check = None if curvature == "hessian" else lambda: look().core
+    core = CompiledOperator(product, params, semidefinite=semidefinite, check=check)
     return Linearization(core, {}, sigma, None, mixed_product)
 
 
@@ -142,11 +143,12 @@ class CompiledOperator(LinearOperator):
         product: `[tasks, n] -> [tasks, n]`.
         params: The point θ, `{name: [tasks, *shape]}`.
         semidefinite: Whether the matrix is known to be positive semi-definite.
-        check: The same operator, run eager, which knows what its loss has to be.
+        check: The same operator, run eager, which knows what its loss has to be. None if it may be
+            any.
 
     Example:
         >>> params = {"w": torch.ones(1, 2)}
-        >>> operator = CompiledOperator(torch.neg, params, semidefinite=False, check=lambda: None)
+        >>> operator = CompiledOperator(torch.neg, params, semidefinite=False)
         >>> operator.matmat(torch.ones(3, 1, 2)).shape
         torch.Size([3, 1, 2])
     """
@@ -157,7 +159,7 @@ class CompiledOperator(LinearOperator):
         params: Params,
         *,
         semidefinite: bool,
-        check: Callable[[], Any],
+        check: Callable[[], LinearOperator] | None = None,
     ) -> None:
         first = next(iter(params.values()))
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
@@ -173,7 +175,7 @@ class CompiledOperator(LinearOperator):
 
     def check_convex(self) -> None:
         """Check the loss that the curvature is made of."""
-        with torch.enable_grad():
+        if self._check is not None:
             self._check().check_convex()
 
 
