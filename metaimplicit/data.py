@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -58,10 +59,23 @@ class DataEntries:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Any:
         """The data with `tensors` in the places that their names stand for."""
+        return self.restore_in(self.constants, tensors)
+
+    def restore_in(self, data: Any, tensors: Mapping[str, Tensor]) -> Any:
+        """Data of the same structure, likewise."""
         if not self.tensors:
-            return self.constants
-        leaves = [tensors.get(f"{PREFIX}{i}", leaf) for i, leaf in enumerate(self._leaves)]
-        return tree_unflatten(leaves, self._spec)
+            return data
+        is_own = data is self.constants
+        leaves, spec = (self._leaves, self._spec) if is_own else tree_flatten(data)
+        return tree_unflatten([tensors.get(f"{PREFIX}{i}", x) for i, x in enumerate(leaves)], spec)
+
+    def without_tensors(self) -> DataEntries:
+        """The same names, with nothing in the places of the tensors."""
+        other = copy(self)
+        other.constants = None
+        other._leaves = []
+        other.tensors = {name: torch.empty(0) for name in self.tensors}
+        return other
 
     def arrange(self, gradients: Mapping[str, Tensor]) -> Any:
         """The gradients of the tensors as a pytree like the data, None where there is none."""

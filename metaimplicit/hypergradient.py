@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from metaimplicit.compilation import run_compiled
+from metaimplicit.compiled import Compile
 from metaimplicit.data import PREFIX
 from metaimplicit.features import Features
 from metaimplicit.gradients import warn_if_useless
-from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods import Gradients, Method, Report, make_method
+from metaimplicit.methods import Adaptation, Gradients, Method, Report, make_method
 from metaimplicit.methods.base import Dependencies
+from metaimplicit.outer import OuterGradients, outer_gradients
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState
@@ -70,6 +72,7 @@ def hypergradient(
     chunk_size: int | None = None,
     state: SolverState | None = None,
     start: Iterate | None = None,
+    compile: Compile = False,
 ) -> Hypergradient:
     """The gradient of mean_tasks g(θ*(φ), φ) with respect to every floating-point entry of φ.
 
@@ -94,6 +97,11 @@ def hypergradient(
             Mairal 2022). It helps if φ moved little and the data are the same.
         start: `end` of the last call, where the inner loop continues, optimiser state included. It
             is a constant: φ has no gradient through it. If None, the loop starts at `init`.
+        compile: Whether the inner step, its pull, the products of an implicit method and the outer
+            loss are compiled (`torch.compile`). They are compiled at the first call with a problem
+            and an inner loop, for its shapes and any number of steps, and looped over in Python.
+            This pays where launches dominate, as in small networks. Where it is impossible, a
+            warning says why, and they run eager. `"auto"` does not require a C++ compiler.
 
     Returns:
         The gradients with losses, θ* and report. An entry of φ that is not floating-point, or that
@@ -102,12 +110,13 @@ def hypergradient(
     Raises:
         ValueError: The method cannot give the gradient of an entry of φ. A loss is not a scalar per
             task. A loss depends on a tensor that requires grad and is not in `meta`. An option is
-            out of range.
+            out of range. `compile` is True, and there is no C++ compiler.
         UnsupportedOperationError: torch cannot differentiate or vmap an operation.
         FloatingPointError: A strict implicit method could not solve its system.
 
     Warns:
-        RuntimeWarning: The gradient is not finite, or too large to mean anything.
+        RuntimeWarning: The gradient is not finite, or too large to mean anything. A function cannot
+            be compiled, or is compiled again for other shapes.
 
     Example:
         >>> problem = BilevelProblem(
@@ -141,10 +150,23 @@ def hypergradient(
     # The tensors of c = features(φ, data) that depend on φ or on data are held constant.
     parts = lifted.entries.tensors
     variables = {**phi, **leaves(parts)}
-    with torch.enable_grad():
+
+    def attempt(lifted: LiftedProblem) -> tuple[Adaptation, OuterGradients, Gradients, Report]:
         adaptation = method.adapt(lifted, inner, variables)
         outer = outer_gradients(lifted, adaptation.params, variables, data=lifted.at(inner.steps))
         indirect, report = adaptation.pull_back(outer.of_params, variables, state)
+        return adaptation, outer, indirect, report
+
+    with torch.enable_grad():
+        adaptation, outer, indirect, report = run_compiled(
+            attempt,
+            lifted,
+            compile=compile,
+            inner=inner,
+            method=method,
+            meta=phi,
+            owner=problem,
+        )
     _check_reach(
         method,
         adaptation.dependencies,
@@ -176,57 +198,6 @@ def hypergradient(
         aux=_detach(outer.aux, batched),
         data_grads=features.entries.arrange(grads),
     )
-
-
-@dataclass(frozen=True)
-class OuterGradients:
-    """The outer loss at θ*, and its partial derivatives.
-
-    Attributes:
-        losses: g of each task, `[tasks]`, detached.
-        aux: What the outer loss returned beside its scalar.
-        of_params: v = ∂(mean_tasks g)/∂θ, `{name: [tasks, *shape]}`.
-        of_meta: ∂(mean_tasks g)/∂φ at fixed θ. None where g does not depend on the entry.
-    """
-
-    losses: Tensor
-    aux: Any
-    of_params: Params
-    of_meta: Gradients
-
-
-def outer_gradients(
-    problem: LiftedProblem, params: Params, meta: Params, *, data: Any
-) -> OuterGradients:
-    """The outer loss and its partial derivatives in θ and φ.
-
-    Args:
-        problem: The lifted problem.
-        params: θ*, `{name: [tasks, *shape]}`. Their graph is ignored.
-        meta: φ, leaves of autograd.
-        data: What the outer loss sees.
-
-    Raises:
-        ValueError: The outer loss is not a scalar per task, or depends on a tensor that requires
-            grad and is not in `meta`.
-    """
-    theta = leaves(params)
-    losses, aux = problem.outer(theta, meta, data)
-    functions = [problem.problem.outer_loss]
-    find_dependencies([losses], meta, params=theta.values(), functions=functions)
-
-    phi = {name: m for name, m in meta.items() if m.requires_grad}
-    targets = [*theta.values(), *phi.values()]
-    gradients: list[Tensor | None] = [None] * len(targets)
-    if losses.requires_grad:
-        gradients = list(torch.autograd.grad(losses.mean(), targets, allow_unused=True))
-
-    of_params = {}
-    for (name, p), g in zip(theta.items(), gradients[: len(theta)], strict=True):
-        of_params[name] = torch.zeros_like(p) if g is None else g
-    of_meta: Gradients = dict.fromkeys(meta)
-    of_meta |= dict(zip(phi, gradients[len(theta) :], strict=True))
-    return OuterGradients(losses.detach(), aux, of_params, of_meta)
 
 
 def meta_leaves(meta: Params) -> Params:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from metaimplicit.compiled import Compiler
 from metaimplicit.data import DataEntries
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
@@ -48,6 +49,7 @@ class LiftedProblem:
     Attributes:
         entries: The tensors of `data` that require grad, as entries of φ.
         objection: Why the tasks are not vmapped, where that was not asked for.
+        compiler: It compiles the functions that methods are made of. If None, they run eager.
 
     Raises:
         ValueError: The tensors of `data` disagree about the number of tasks, or `data` holds arrays
@@ -90,6 +92,7 @@ class LiftedProblem:
         self._short_integers: bool | None = None
         self._randomness = "different"
         self.objection = ""
+        self.compiler: Compiler | None = None
 
         if start is not None:
             sizes = {len(p) for p in start.params.values()}
@@ -119,6 +122,22 @@ class LiftedProblem:
         other._randomness = "same"
         return other
 
+    def with_compiler(self, compiler: Compiler) -> LiftedProblem:
+        """The same problem, whose functions are compiled."""
+        other = copy(self)
+        other.compiler = compiler
+        return other
+
+    def without_data(self) -> LiftedProblem:
+        """The same functions of φ, θ and data, without holding on to any tensors of the data."""
+        other = copy(self)
+        other.entries = self.entries.without_tensors()
+        other.data = None
+        other.start = None
+        other.tasks = 0  # whatever the parameters say
+        other.compiler = None
+        return other
+
     @property
     def tasks_by(self) -> str:
         """How the tasks are batched, for a report. Empty if there is no batch."""
@@ -140,7 +159,7 @@ class LiftedProblem:
         The `entries` of φ return to the data, and features take its place, unless `Features` did.
         """
         if any(name in self.entries.tensors for name in meta):
-            data = self.entries.restore(meta)
+            data = self.entries.restore_in(data, meta)
             meta = self._without_entries(meta)
         if self.problem.features is not None:
             data = self.problem.features(meta, data)
@@ -245,7 +264,8 @@ class LiftedProblem:
         with long_labels(self._has_short_integers(data)):
             result = self._lift(function, params, data)
         loss, aux = result if isinstance(result, tuple) else (result, None)
-        if not isinstance(loss, Tensor) or loss.shape != (self.tasks,):
+        tasks = self.tasks or len(next(iter(params.values())))
+        if not isinstance(loss, Tensor) or loss.shape != (tasks,):
             shaped = isinstance(loss, Tensor)
             got = f"shape {tuple(loss.shape[1:])}" if shaped else type(loss).__name__
             raise ValueError(
@@ -263,7 +283,7 @@ class LiftedProblem:
         return self._short_integers
 
     def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
-        if self.second_derivatives or self._vmaps:
+        if (self.second_derivatives or self._vmaps) and not torch.compiler.is_compiling():
             with mended_derivatives:
                 return self._map(function, params, data)
         return self._map(function, params, data)

@@ -16,6 +16,7 @@ LAYERS = (
     (
         "params",
         "captured",
+        "compiled",
         "options",
         "random_state",
         "task_axis",
@@ -35,7 +36,7 @@ LAYERS = (
     ("solvers",),
     ("inner",),
     ("methods",),
-    ("vectorization", "features", "gradients"),
+    ("vectorization", "compilation", "outer", "features", "gradients"),
     ("hypergradient",),
     ("argmin",),
     ("learner", "diagnostics", "tuning", "optim", "root"),

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.hypergradient import OuterGradients, meta_leaves, outer_gradients
+from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Adaptation, Gradients, Implicit, Report
+from metaimplicit.outer import OuterGradients, outer_gradients
 from metaimplicit.params import Params
 from metaimplicit.solvers import Dense, LinearSystem, Solution, Solver
 from metaimplicit.solvers.direct import direct_solution, solve_by_eigenvalues

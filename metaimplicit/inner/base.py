@@ -68,6 +68,8 @@ class InnerLoop(ABC):
             implicit methods only.
         fixed_point_objection: Why the step cannot be differentiated at its fixed point. If empty,
             it can.
+        replay_objection: Why a step cannot be taken again from what the loop was at before it. If
+            empty, it can.
         implicit_objection: Why the loop does not end where ∂f/∂θ = 0, apart from its `decay`. If
             empty, it does.
         drift: What keeps the loop near such a point from settling there, in words. If empty,
@@ -91,9 +93,15 @@ class InnerLoop(ABC):
     exact: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     fixed_point_objection: str = "whose step is no function of its iterate"
+    replay_objection: str = "whose steps are no function of its iterates"
     implicit_objection: str = ""
     drift: str = ""
     second_derivatives: ClassVar[bool] = False
+
+    @property
+    def compile_objection(self) -> str:
+        """Why no compiled function can take all its steps. If empty, one can."""
+        return self.replay_objection
 
     def bound_to(self, problem: LiftedProblem) -> InnerLoop:
         """The loop as it runs on a problem. Most loops need nothing but the values of its loss."""

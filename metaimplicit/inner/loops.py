@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.inner.differentiable import run_steps
 from metaimplicit.inner.optimizers import RULES
-from metaimplicit.inner.settings import Setting, at_step, check_lengths, lists_in, numbers_in
+from metaimplicit.inner.settings import (
+    VARYING_NUMBERS,
+    Setting,
+    at_step,
+    check_lengths,
+    lists_in,
+    numbers_in,
+)
 from metaimplicit.inner.step import DifferentiableStep
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params
@@ -22,9 +30,15 @@ from metaimplicit.problem import FromMeta, Number
 class _StepwiseLoop(InnerLoop):
     """A loop that takes the same differentiable step up to T times."""
 
+    replay_objection = ""
+
     @abstractmethod
     def _make_step(self) -> DifferentiableStep:
         """The step, whose construction checks the options."""
+
+    @cached_property
+    def _step(self) -> DifferentiableStep:
+        return self._make_step()
 
     def run(
         self,
@@ -38,7 +52,7 @@ class _StepwiseLoop(InnerLoop):
     ) -> Trajectory:
         """Run the loop; see `InnerLoop.run`."""
         return run_steps(
-            self._make_step(),
+            self._step,
             loss,
             start,
             meta=meta,
@@ -58,7 +72,12 @@ class _StepwiseLoop(InnerLoop):
         step: int | None = None,
     ) -> tuple[Params, OptimizerState]:
         """One step as a pure function; see `InnerLoop.take_step`."""
-        return self._make_step().take(params, gradients, state=state, meta=meta, step=step)
+        return self._step.take(params, gradients, state=state, meta=meta, step=step)
+
+    @property
+    def compile_objection(self) -> str:
+        """Whether the numbers of its steps differ."""
+        return VARYING_NUMBERS if self._lists() else ""
 
     def learns_before(self, step: int) -> bool:
         """Whether some number that only steps before `step` use is read from φ."""
@@ -68,11 +87,11 @@ class _StepwiseLoop(InnerLoop):
     def _check_steps(self) -> None:
         """Check the options, and that every list of numbers has one for each step."""
         self.check()
-        self._make_step()
+        _ = self._step
         check_lengths(self._lists(), self.steps)
 
     def _lists(self) -> list[list[Any]]:
-        options = self._make_step().options.values()
+        options = self._step.options.values()
         return [numbers for setting in options for numbers in lists_in(setting)]
 
 
@@ -185,7 +204,7 @@ class TorchOptimizer(_StepwiseLoop):
 
         So does a decay that is added after clipping, where the gradient is clipped.
         """
-        options = self._make_step().defaults | self.options
+        options = self._step.defaults | self.options
         keys = ("weight_decay", "lambd", "decoupled_weight_decay")
         decays = [options.get(key, 0.0) for key in keys]
         if not any(_may_be_used(decay) for decay in decays):
@@ -202,7 +221,7 @@ class TorchOptimizer(_StepwiseLoop):
 
     def decay(self, meta: Params, parameter: str) -> float | Tensor:
         """λ of the penalty that the rule of the optimiser minimises, at its last step."""
-        options = at_step(self._make_step().options_of(parameter, meta), self.steps - 1)
+        options = at_step(self._step.options_of(parameter, meta), self.steps - 1)
         strength: float | Tensor = RULES[self.optimizer].decay(options)
         return strength
 

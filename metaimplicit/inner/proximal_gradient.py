@@ -13,6 +13,7 @@ from torch import Tensor
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, straight_through
 from metaimplicit.inner.regularizers import Regularizer
 from metaimplicit.inner.settings import (
+    VARYING_NUMBERS,
     Setting,
     at_step,
     check_lengths,
@@ -81,6 +82,16 @@ class ProximalGradient(InnerLoop):
             if isinstance(lr, (int, float)) and not lr > 0:
                 raise ValueError(f"lr: got {self.lr}, expected a step size > 0")
         check_lengths(lists_in(self.lr), self.steps)
+
+    @property
+    def replay_objection(self) -> str:  # type: ignore[override]
+        """An accelerated loop ends at the solution, while its steps start from another point."""
+        return "whose steps are accelerated" if self.accelerated else ""
+
+    @property
+    def compile_objection(self) -> str:
+        """Whether its steps are accelerated, or their sizes differ."""
+        return self.replay_objection or (VARYING_NUMBERS if list(lists_in(self.lr)) else "")
 
     def take_step(
         self,

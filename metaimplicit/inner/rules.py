@@ -157,7 +157,7 @@ def _rectification(beta2: Value, step: int) -> Value:
     certain = rho > 5
     if isinstance(rho, Tensor):
         # Any other point at which the root has a derivative will do where r_t is 0.
-        limit = torch.where(certain, limit, 7.0)
+        limit = torch.where(certain, limit + 0.0 * rho, 7.0)
         rho = torch.where(certain, rho, 6.0)
     elif not certain:
         return 0.0

@@ -14,6 +14,8 @@ from metaimplicit.problem import FromMeta, Number, resolve
 # A number, a dict of settings by parameter, or a list of settings by step. They may be nested.
 Setting = Number | Mapping[str, Any] | list[Any]
 
+VARYING_NUMBERS = "whose numbers differ from step to step"
+
 
 def resolve_setting(value: Any, meta: Params, parameter: str, *, option: str) -> Any:
     """The value of a setting for one parameter. A list stays a list, with one value for each step.

@@ -75,6 +75,7 @@ class FewShotModel(nn.Module):
         self.penalty = plan.learnable.penalty
         self.vectorize = vectorize
         self.chunk_size = chunk_size
+        self._last_problem: tuple[tuple[Any, ...], BilevelProblem] | None = None
         self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
         of_phi = [name for name, p in model.named_parameters() if p.requires_grad]
         self._network = Network(model, of_phi, plan.head)
@@ -150,9 +151,18 @@ class FewShotModel(nn.Module):
         return self._network.body is not None and self._network.body.mixes_tasks
 
     def _problem(self, network: Network, vectorize: Vectorize) -> BilevelProblem:
-        """The problem of a network, whose body is called under vmap or in a loop."""
+        """The problem of a network, whose body is called under vmap or in a loop.
+
+        That of the learner's own is one object for as long as its parts are, so that compiled
+        functions can belong to it.
+        """
+        parts = (network, vectorize, self.loss, self.query_loss, self.penalty, self.chunk_size)
+        if self._last_problem is not None:
+            before, problem = self._last_problem
+            if all(old is new for old, new in zip(before, parts, strict=True)):
+                return problem
         loss, query_loss = self._losses()
-        return network.problem(
+        problem = network.problem(
             loss,
             query_loss,
             adapted=self.adapted,
@@ -161,6 +171,9 @@ class FewShotModel(nn.Module):
             vectorize=vectorize,
             chunk_size=self.chunk_size,
         )
+        if network is self._network:
+            self._last_problem = (parts, problem)
+        return problem
 
     def _lift(self, problem: BilevelProblem, data: Any, vectorize: Vectorize) -> LiftedProblem:
         return LiftedProblem(

@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.compiled import Compile
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.buffers import reject_changed_buffers
-from metaimplicit.learner.defaults import (
-    with_default_weights,
-)
+from metaimplicit.learner.defaults import with_default_weights
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data
 from metaimplicit.learner.heads import Head
-from metaimplicit.learner.learnable import (
-    Learn,
-)
+from metaimplicit.learner.learnable import Learn
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.plan import make_plan
 from metaimplicit.learner.problem import step_counts
@@ -94,6 +91,8 @@ class MetaLearner(TaskBatches):
             differs from a loop; the two are compared at the first batch of a shape and at a few
             later ones. The report names the reason.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
+        compile: Whether the functions of a meta-step are compiled, as for `hypergradient`. If not
+            False, vmap is not timed against a loop.
 
     Attributes:
         method: The method, with its curvature.
@@ -140,6 +139,7 @@ class MetaLearner(TaskBatches):
         adapt: Adapt = None,
         vectorize: AutoVectorize = "auto",
         chunk_size: int | None = None,
+        compile: Compile = False,
     ) -> None:
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
@@ -163,6 +163,7 @@ class MetaLearner(TaskBatches):
             vectorize=vectorize,
             chunk_size=chunk_size,
         )
+        self._compile = compile
 
     @explain_unsupported()
     def backward(self, episodes: EpisodeBatch) -> Step:
@@ -278,6 +279,7 @@ class MetaLearner(TaskBatches):
             batched=True,
             vectorize=vectorize,
             chunk_size=self.chunk_size,
+            compile=self._compile,
         )
 
     def _choose_vectorize(self, group: Group) -> None:
@@ -286,7 +288,8 @@ class MetaLearner(TaskBatches):
         self._check_vmap(group.data)
         if self.vectorize != "auto":
             return
-        if self._mixes_tasks:  # more calls would move the running statistics
+        # More calls would move the running statistics, and no loop is compiled.
+        if self._mixes_tasks or self._compile is not False:
             self.vectorize = "vmap"
             return
         cuda = next(iter(self.meta.values())).is_cuda

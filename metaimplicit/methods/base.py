@@ -193,6 +193,10 @@ class Method(ABC):
         """Why `argmin` cannot use it. By default it can, and this is empty."""
         return ""
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Why it has no compiled functions for an inner loop. If empty, it has."""
+        return f"the method {self.flag!r} has no compiled functions"
+
     def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
         """The problem whose outer loss takes the parameters that `adapt` returns.
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.compiled import CannotCompileError
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Gradients, vector_jacobian_product
+from metaimplicit.methods.compiled_curvature import compiled_linearization
 from metaimplicit.methods.linearize import Linearization, linearize
 from metaimplicit.methods.shared import warn_or_raise
 from metaimplicit.operators import (
@@ -21,7 +23,7 @@ from metaimplicit.operators import (
     central_difference,
     find_curvature,
 )
-from metaimplicit.params import Params, unflatten
+from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Decay
 from metaimplicit.solvers import Solution, Solver, SolverState
 
@@ -57,7 +59,17 @@ class CurvatureSystem:
         *,
         decay: Decay | None,
     ) -> Linearization:
-        """The inner problem at θ = `params`; see `linearize`."""
+        """The inner problem at θ = `params`; see `linearize`.
+
+        Raises:
+            CannotCompileError: The problem is to be compiled, and cannot.
+        """
+        if problem.compiler is not None:
+            if decay is not None:
+                raise CannotCompileError("the inner loop has weight decay")
+            return compiled_linearization(
+                problem.compiler, problem, params, meta, data=data, curvature=str(self.curvature)
+            )
         options: dict[str, Any] = {}
         if self.products != "double-backward":
             options["products"] = self.products
@@ -99,22 +111,28 @@ class CurvatureSystem:
         meta: Params,
         data: Any,
         decay: Decay | None,
-    ) -> Gradients:
-        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u."""
+    ) -> tuple[Gradients, Tensor]:
+        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u, and ∂f/∂θ, `[tasks, n]`."""
+        if point.compiled_mixed_product is not None:
+            of_phi, of_theta = point.compiled_mixed_product(u)
+            return {**dict.fromkeys(meta), **of_phi}, flatten(of_theta)
+        gradient = flatten(point.gradient).detach()
         if self.products != "finite-differences":
-            return vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
+            mixed = vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
+            return mixed, gradient
 
         def penalized_loss(p: Params) -> Tensor:
             loss = problem.inner(p, meta, data)
             return loss if decay is None else loss + problem.penalty(decay, p, meta)
 
         slope = central_difference(penalized_loss, params, u)
-        return vector_jacobian_product({"slope": slope}, meta, {"slope": -torch.ones_like(slope)})
+        ones = torch.ones_like(slope)
+        return vector_jacobian_product({"slope": slope}, meta, {"slope": -ones}), gradient
 
     def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
         if self.preconditioner is None:
             return None
-        if not sigma > 0:
+        if point.parts is None or not sigma > 0:
             raise ValueError(
                 f"preconditioner: got σ + damping = {sigma}, expected > 0; add damping"
             )

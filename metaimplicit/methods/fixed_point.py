@@ -13,12 +13,16 @@ from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.adjoint import TransposedJacobian, check_solver
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
-from metaimplicit.methods.inner_step import merge_state, numbers_of, tensors_of
 from metaimplicit.methods.linearize import reject_random_numbers
 from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import data_at_solution, run_inner, warn_or_raise
+from metaimplicit.methods.step_functions import (
+    differentiable_step,
+    slot_tensors,
+    with_slot_tensors,
+)
 from metaimplicit.options import option
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, flatten
 from metaimplicit.solvers import GMRES, Neumann, Richardson, Solver, SolverState
 
 
@@ -154,23 +158,17 @@ class _LinearizedStep:
     def __init__(
         self, problem: LiftedProblem, inner: InnerLoop, end: Iterate, *, meta: Params, data: Any
     ) -> None:
-        theta = leaves(end.params)
-        slots = {name: leaves(tensors) for name, tensors in tensors_of(end.state).items()}
-        loss = reject_random_numbers(lambda p: problem.inner(p, meta, data))(theta).sum()
-        gradients = torch.autograd.grad(
-            loss, list(theta.values()), create_graph=True, allow_unused=True
+        tensors = slot_tensors(end)
+        leaves = {slot: x.detach().requires_grad_() for slot, x in tensors.items()}
+        next_end, self.gradient = differentiable_step(
+            reject_random_numbers(lambda p: problem.inner(p, meta, data)),
+            inner,
+            with_slot_tensors(end, leaves),
+            meta,
         )
-        pairs = zip(theta, gradients, strict=True)
-        self.gradient = {name: g for name, g in pairs if g is not None}
-
-        state = merge_state(numbers_of(end.state), slots)
-        next_theta, next_state = inner.take_step(theta, self.gradient, state, meta)
-        next_slots = tensors_of(next_state)
-        self.point = list(theta.values())
-        self.residuals = [p - next_theta[name] for name, p in theta.items()]
-        for name, tensors in slots.items():
-            self.point += tensors.values()
-            self.residuals += [x - next_slots[name][key] for key, x in tensors.items()]
+        next_tensors = slot_tensors(next_end)
+        self.point = list(leaves.values())
+        self.residuals = [x - next_tensors[slot] for slot, x in leaves.items()]
 
     def pad(self, vectors: Params) -> Tensor:
         """∂g/∂s `[tasks, N]` from ∂g/∂θ: g does not read the state of the optimiser."""

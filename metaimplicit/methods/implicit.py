@@ -21,6 +21,7 @@ from metaimplicit.methods.base import (
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
 from metaimplicit.methods.linearize import inner_gradient, require_outputs
+from metaimplicit.methods.replay import run_by_steps
 from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import (
     data_at_solution,
@@ -141,6 +142,16 @@ class Implicit(Method):
         """Whether the inner loss has the second derivatives that this takes."""
         return self.products != "finite-differences"
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether A is other than the Hessian or Gauss–Newton, or known without products."""
+        if self.curvature_name not in ("hessian", "gauss-newton"):
+            return f"the curvature {self.curvature_name!r} has no compiled products"
+        if self.products != "double-backward":
+            return f"products={self.products!r} are not compiled"
+        if self.preconditioner is not None:
+            return "a preconditioner looks into the loss"
+        return f"{type(inner).__name__} leaves its own curvature" if inner.exact else ""
+
     def with_default_curvature(self, curvature: Curvature) -> Implicit:
         """The method with this curvature if it leaves the curvature open.
 
@@ -159,7 +170,10 @@ class Implicit(Method):
                 f"{self.flag}: got {type(inner).__name__}, {inner.implicit_objection}; use "
                 "'fixed-point' or 'unrolled'"
             )
-        run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
+        if problem.compiler is not None and not inner.compile_objection:
+            run = run_by_steps(problem, inner, meta)
+        else:
+            run = run_inner(problem, inner, meta, differentiated_steps=0, detach=True)
         trajectory = run.trajectory
         report = Report(repr(self), trajectory.steps, trajectory.gradient_norm, drift=inner.drift)
         return self.at_solution(
@@ -294,10 +308,9 @@ class Implicit(Method):
             exact = replace(system, curvature="hessian", known=None)
             at_hessian = exact.linearize(problem, params, meta, data, decay=decay)
             hessian_residual = at_hessian.residual(solution.value, v)
-        mixed = system.mixed_product(
+        mixed, gradient = system.mixed_product(
             point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
         )
-        gradient = flatten(point.gradient).detach()
         return mixed, replace(
             report,
             inner_gradient_norm=gradient.norm(dim=-1),

@@ -25,7 +25,8 @@ class InnerStep:
         inner: The inner loop whose step is taken.
         fixed: The entries of φ that are not arguments of the function.
         unread: The parameters that the loss does not depend on. They stay as they are.
-        active: `[tasks]`, False for tasks whose tolerance was met at an earlier step. They stay.
+        active: `[tasks]`, False for tasks whose tolerance was met at an earlier step. They stay. It
+            is needed if the loop has a tolerance.
         data: What the inner loss sees at this step.
         number: The number of the step in the loop. None stands for a step that belongs to no loop.
     """
@@ -34,7 +35,7 @@ class InnerStep:
     inner: InnerLoop
     fixed: Params
     unread: set[str]
-    active: Tensor
+    active: Tensor | None
     data: Any
     number: int | None = None
 
@@ -63,7 +64,7 @@ class InnerStep:
         used = {name: g for name, g in gradients.items() if name not in self.unread}
         state = {name: state.get(name, {}) for name in params}
         next_params, next_state = self.inner.take_step(params, used, state, meta, step=self.number)
-        if self.inner.tol is not None:
+        if self.inner.tol is not None and self.active is not None:
             moves = self.active & ~(norm.detach() <= self.inner.tol)
             for name, p in next_params.items():
                 mask = moves.reshape(-1, *[1] * (p.dim() - 1))

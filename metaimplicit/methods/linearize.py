@@ -33,13 +33,16 @@ class Linearization:
         core: A without the known multiple of the identity, shape `(tasks, n)`.
         gradient: ∂f/∂θ, `{name: [tasks, *shape]}`, with its graph to φ.
         sigma: σ, the strength of a `Proximal` penalty. It is 0 without one.
-        parts: The first term of f, for a preconditioner that looks into it.
+        parts: The first term of f, for a preconditioner that looks into it. None if compiled.
+        compiled_mixed_product: u ↦ −(∂²f/∂θ∂φ)ᵀ u by entries of φ, and ∂f/∂θ. If None, `gradient`
+            has the graph for it. If not, it has none.
     """
 
     core: LinearOperator
     gradient: Params
     sigma: float
-    parts: LossParts
+    parts: LossParts | None
+    compiled_mixed_product: Callable[[Tensor], tuple[Params, Params]] | None = None
 
     def residual(self, u: Tensor, v: Tensor) -> Tensor:
         """‖v − Au‖/‖v‖ of any u, `[tasks]`. It is 0 where v is."""
@@ -99,7 +102,7 @@ def linearize(
         hessian = Hessian(partial(_lifted_penalty, problem, penalty, meta), params)
         # All gradients belong to copies of θ at one point, so their sum is ∂f/∂θ.
         gradient = {name: g + hessian.gradient[name] for name, g in gradient.items()}
-        multiple = _known_multiple(penalty, meta)
+        multiple = known_multiple(penalty, meta)
         if multiple is None:
             core = core + hessian
         else:
@@ -113,7 +116,7 @@ def _lifted_penalty(
     return problem.penalty(penalty, params, meta)
 
 
-def _known_multiple(penalty: Callable[..., Any], meta: Params) -> float | None:
+def known_multiple(penalty: Callable[..., Any], meta: Params) -> float | None:
     """λ if the Hessian of the penalty is known to be λI, else None."""
     if not isinstance(penalty, (Proximal, Decay)):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from torch import Tensor
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import ALL_ROUTES, Adaptation, Method
+from metaimplicit.methods.replay import replay
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import run_inner
 from metaimplicit.options import option
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem
+
+Memory = Literal["graph", "replay"]
 
 START_ONLY = frozenset({"start"})
 
@@ -25,10 +28,14 @@ START_ONLY = frozenset({"start"})
 class Unrolled(Method):
     """Reverse mode through the T inner steps (Maclaurin et al. 2015; MAML, Finn et al. 2017).
 
-    It is exact for θ_T, and memory grows with T. The result of `argmin` can be differentiated any
-    number of times.
+    It is exact for θ_T. With the graph of all steps, the result of `argmin` can be differentiated
+    any number of times.
 
     Args:
+        memory: What is kept of the steps. `"graph"` keeps the graph of each, which takes the memory
+            of T forward passes. `"replay"` keeps θ_t and the optimiser's state alone, and takes
+            each step again on the way back (Maclaurin et al. 2015, §2), with the random numbers
+            that it drew. It costs one more step for each, and gives first derivatives only.
         iterates: Whether the outer loss receives all iterates θ_0 … θ_T, stacked as
             `[T+1, *shape]`. If False, it receives θ_T.
         weights: w_0 … w_T of a multi-step loss Σ_t w_t g(θ_t) (MAML++, Antoniou et al. 2019, §4).
@@ -37,8 +44,9 @@ class Unrolled(Method):
             `MetaLearner`, whose weights are then 1/(T+1).
 
     Raises:
-        ValueError: All iterates of an inner loop with a tolerance, whose T varies. Weights without
-            `iterates`, or another number of weights than of iterates.
+        ValueError: `memory` is neither. All iterates of an inner loop with a tolerance, whose T
+            varies. Weights without `iterates`, or another number of weights than of iterates. On
+            adapting: an inner loop whose steps cannot be taken again.
 
     Example:
         >>> from metaimplicit import BilevelProblem, GradientDescent
@@ -54,14 +62,15 @@ class Unrolled(Method):
         {'w': tensor(0.2500)}
     """
 
+    memory: Memory = "graph"
     iterates: bool = option(False, flag=None)
     weights: Sequence[float] | None = option(None, flag=None)
     flag = "unrolled"
-    carries_graph = True
     differentiates_argmin = True
-    forward_mode = True
 
     def __post_init__(self) -> None:
+        if self.memory not in get_args(Memory):
+            raise ValueError(f"Unrolled memory: got {self.memory!r}, expected 'graph' or 'replay'")
         if self.weights is not None and not self.iterates:
             raise ValueError(
                 f"Unrolled weights: got {self.weights} with iterates=False, "
@@ -69,9 +78,25 @@ class Unrolled(Method):
             )
 
     @property
+    def carries_graph(self) -> bool:  # type: ignore[override]
+        """Whether the graph of the steps is kept."""
+        return self.memory == "graph"
+
+    @property
+    def forward_mode(self) -> bool:
+        """Whether the graph is kept, along which tangents pass."""
+        return self.memory == "graph"
+
+    @property
     def argmin_objection(self) -> str:
         """`argmin` has no outer loss that the weights could apply to."""
         return "" if self.weights is None else "weighted for an outer loss"
+
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether the outer loss receives all iterates, or the steps cannot be compiled."""
+        if self.iterates:
+            return "the outer loss of all iterates has no compiled functions"
+        return _describe_steps(inner)
 
     def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
         """The problem with the outer loss Σ_t w_t g(θ_t), if there are weights."""
@@ -92,20 +117,31 @@ class Unrolled(Method):
         return replace(problem, outer_loss=multi_step_loss)
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        """Run the inner loop with the graph of all its steps."""
+        """Run the inner loop with the graph of all its steps, or with their iterates alone."""
         if self.iterates and inner.tol is not None and inner.differentiable:
             raise ValueError(
                 f"Unrolled iterates: got an inner loop with tol={inner.tol}, "
                 "expected a fixed number of steps; use tol=None"
             )
-        if not self.iterates:
-            return _reverse(self, problem, inner, meta=meta, steps=inner.steps)
         if self.weights is not None and len(self.weights) != inner.steps + 1:
             raise ValueError(
                 f"Unrolled weights: got {len(self.weights)} for {inner.steps} inner steps, "
                 f"expected {inner.steps + 1}, one for each iterate θ_0 … θ_T"
             )
-        return _stacked_iterates(self, problem, inner, meta=meta)
+        if self.memory == "replay":
+            return self._replay(problem, inner, meta)
+        if self.iterates:
+            return _stacked_iterates(self, problem, inner, meta=meta)
+        return _reverse(self, problem, inner, meta=meta, steps=inner.steps)
+
+    def _replay(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
+        if inner.replay_objection:
+            raise ValueError(
+                f"Unrolled memory: got 'replay' with {type(inner).__name__}, "
+                f"{inner.replay_objection}, expected 'graph'"
+            )
+        steps = inner.steps
+        return replay(self, problem, inner, meta, steps=steps, iterates=self.iterates)
 
 
 @dataclass(frozen=True)
@@ -153,6 +189,10 @@ class Truncated(Method):
         """Whether it differentiates a step."""
         return self.steps > 0
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether the steps cannot be compiled."""
+        return _describe_steps(inner)
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop with the graph of its last K steps."""
         if self.steps > inner.steps:
@@ -195,15 +235,27 @@ class FirstOrder(Method):
     )
     second_derivatives = False
 
+    def compile_objection(self, inner: InnerLoop) -> str:
+        """Whether the steps cannot be compiled."""
+        return _describe_steps(inner)
+
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph, but for the identity from θ_0 to θ_T."""
         return _reverse(self, problem, inner, meta=meta, steps=0)
 
 
+def _describe_steps(inner: InnerLoop) -> str:
+    """The inner loop and why its steps cannot be compiled. If empty, they can."""
+    objection = inner.compile_objection
+    return f"{type(inner).__name__}, {objection}, has no compiled step" if objection else ""
+
+
 def _reverse(
     method: Method, problem: LiftedProblem, inner: InnerLoop, *, meta: Params, steps: int
 ) -> Adaptation:
-    """θ_T, with the graph of the last `steps` steps."""
+    """θ_T, with the graph of the last `steps` steps, or a pullback where they are compiled."""
+    if problem.compiler is not None:
+        return replay(method, problem, inner, meta, steps=steps)
     run = run_inner(problem, inner, meta, differentiated_steps=steps)
     trajectory = run.trajectory
     report = Report(method.flag, trajectory.steps, trajectory.gradient_norm)

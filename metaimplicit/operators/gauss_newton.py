@@ -48,6 +48,9 @@ class GGN(RetainedGraphCurvature):
         params: The point θ, `{name: [tasks, *shape]}`.
         checked: What earlier checks of this loss have found. If None, they are made again.
 
+    Attributes:
+        has_other_loss: Whether the outputs are those before the model's last function.
+
     Raises:
         ValueError: The outputs use an operation without a second derivative. Or the loss depends on
             θ beside the outputs.
@@ -77,6 +80,7 @@ class GGN(RetainedGraphCurvature):
             loss, self._outputs.detach(), {} if checked is None else checked
         )
         self._loss = self._choose(cut)
+        self.has_other_loss = self._loss is not loss
         if self._loss is not loss:
             total = self._loss(self._outputs)
         # r = ∂ℓ/∂z

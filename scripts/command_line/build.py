@@ -50,6 +50,7 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
         learn=learn,
         vectorize=options.vectorize,
         chunk_size=options.chunk_size,
+        compile=options.compile,
     )
     return learner.to(device)
 

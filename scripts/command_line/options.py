@@ -54,6 +54,7 @@ ADDED = {
     "init",
     "init_digest",
     "recipe",
+    "compile",
 }
 
 
@@ -62,8 +63,7 @@ class RunOptions:
     """Meta-train a few-shot learner, and test it on tasks it has never seen."""
 
     recipe: str | None = None
-    """A row of the published tables: all options below, one of the recipes listed above. What else
-    is given replaces its options."""
+    """A row of the published tables: one of the recipes above. What else is given replaces it."""
     task: str = "glyphs"
     """Where tasks come from: one of the tasks listed above."""
     ways: Annotated[int, within(1, 10_000)] = 5
@@ -118,8 +118,8 @@ class RunOptions:
     """Where the data is: a folder or archive of images or features, or Omniglot's zips or tree.
     Omniglot is downloaded without it."""
     out: Path | None = None
-    """Folder for the files of the run. By default runs/TASK-METHOD-SEED, or with a head that is not
-    linear runs/TASK-HEAD-SEED, or runs/RECIPE-SEED."""
+    """Folder for the files of the run. By default runs/NAME-SEED, with the recipe as NAME, or else
+    TASK-METHOD, or TASK-HEAD if the head is not linear."""
     resume: bool = False
     """Continue the run in --out with its options.
     Only limits, workers, threads and device may change."""
@@ -161,6 +161,9 @@ class RunOptions:
     """How tasks are batched. auto times both once and keeps the faster."""
     chunk_size: Annotated[int | None, within(1, 10_000)] = None
     """Tasks vmapped at a time, to bound memory. By default all."""
+    compile: Literal["auto"] | bool = False
+    """Whether the functions of a meta-step are compiled, which pays for small networks. With auto
+    they run eager where there is no C++ compiler."""
     workers: Annotated[int, within(0, 128)] = 0
     """Processes that draw episodes. With 0, the main process does."""
     threads: Threads = None

@@ -1,0 +1,246 @@
+"""`compile=`: compiled functions against eager ones in float64, and what keeps them from that."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learnt_numbers import LEARNT_LOOPS
+from oracles import largest_error, randn
+from tanh_network import DATA, GAUSS_NEWTON, INITIAL, XQ, YQ, X, Y, forward, network, outer
+from torch import nn
+
+from metaimplicit import (
+    CG,
+    BilevelProblem,
+    FirstOrder,
+    FromMeta,
+    GradientDescent,
+    Implicit,
+    MetaLearner,
+    NewtonCG,
+    Nystrom,
+    Proximal,
+    Stream,
+    TorchOptimizer,
+    Truncated,
+    Unrolled,
+    compilation,
+    hypergradient,
+)
+from metaimplicit.inner import L1Norm, ProximalGradient
+
+THREE_STEPS = GradientDescent(steps=3, lr=FromMeta("lr"))
+LR = {"lr": torch.tensor(0.1, dtype=torch.float64)}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The functions that would be compiled, run as they are."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Torch's counters, from zero."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    counters.clear()
+    return counters
+
+
+def differentiate(problem, meta, data=DATA, vectorize="vmap", **options):
+    torch.manual_seed(0)
+    options = {"batched": True, "vectorize": vectorize, **options}
+    return hypergradient(problem, meta, data, **options)
+
+
+def assert_equal(problem, meta, data=DATA, *, within=1e-12, **options):
+    """Compiled, it is the same, and no warning is given."""
+    eager = differentiate(problem, meta, data, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = differentiate(problem, meta, data, compile=True, **options)
+    assert largest_error(result.grads, eager.grads) < within
+    assert largest_error(result.params, eager.params) < 1e-13
+    assert torch.equal(result.report.inner_steps, eager.report.inner_steps)
+    assert result.end.state.keys() == eager.end.state.keys()
+    return result, eager
+
+
+@pytest.mark.parametrize("name", sorted(LEARNT_LOOPS.keys() - {"by step", "by parameter", "rprop"}))
+def test_the_functions_of_every_rule(name, uncompiled):
+    loop = LEARNT_LOOPS[name]
+    meta = INITIAL | loop.meta | {"proximal": torch.tensor(0.3).double()}
+    inner = loop.inner
+    result, eager = assert_equal(
+        network(Proximal(FromMeta("proximal"))), meta, inner=inner, method="unrolled"
+    )
+    for parameter, slots in eager.end.state.items():
+        for key, x in slots.items():
+            assert float(torch.as_tensor(x - result.end.state[parameter][key]).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Truncated(2),
+        Implicit(CG(max_steps=3), curvature="hessian"),
+        GAUSS_NEWTON,
+        Implicit(Nystrom(rank=3), curvature="gauss-newton", check_curvature=True),
+    ],
+    ids=["truncated", "cg", "gauss-newton", "nystrom"],
+)
+def test_the_functions_of_every_method(method, uncompiled):
+    meta = INITIAL | {"proximal": torch.tensor(4.0).double()}
+    problem = network(Proximal(FromMeta("proximal")))
+    inner = GradientDescent(steps=4, lr=0.1)
+    result, eager = assert_equal(problem, meta, inner=inner, method=method)
+    if isinstance(method, Implicit):
+        for name in ("residual", "inner_gradient_norm", "leftover", "error_bound"):
+            expected = getattr(eager.report, name)
+            assert expected is None or torch.allclose(getattr(result.report, name), expected)
+
+
+def test_first_order_needs_the_initialisation_alone(uncompiled):
+    inner = GradientDescent(steps=4, lr=0.1, momentum=0.5)
+    assert_equal(network(), INITIAL, inner=inner, method=FirstOrder())
+
+
+def test_a_tolerance_a_stream_and_a_start(uncompiled):
+    stops = GradientDescent(steps=30, lr=0.1, tol=0.2)
+    result, _ = assert_equal(network(), INITIAL, inner=stops, method="unrolled")
+    assert len(set(result.report.inner_steps.tolist())) == 3
+    stream = Stream(lambda t: (X[:, t % 3 : t % 3 + 3], Y[:, t % 3 : t % 3 + 3], XQ, YQ))
+    assert_equal(network(), INITIAL | LR, stream, inner=THREE_STEPS, method="unrolled")
+    adam = TorchOptimizer(torch.optim.Adam, steps=2, lr=FromMeta("lr"))
+    start = differentiate(network(), INITIAL | LR, inner=adam, method="unrolled").end
+    continued = partial(
+        differentiate, network(), INITIAL | LR, inner=adam, method="unrolled", start=start
+    )
+    expected = continued().grads["lr"]
+    assert abs(continued(compile=True).grads["lr"] / expected - 1) < 1e-12
+
+
+def test_tensors_of_the_data_and_features_have_their_gradient(uncompiled):
+    problem = BilevelProblem(
+        init=network().init,
+        inner_loss=lambda params, meta, c: F.mse_loss(forward(params, c[0]), c[1]),
+        outer_loss=outer,
+        features=lambda meta, data: (torch.tanh(data[0] @ meta["body"]), *data[1:]),
+    )
+    meta = INITIAL | LR | {"body": randn(2, 2, seed=3)}
+    for seed in (0, 1):  # what is compiled at the first batch serves the second
+        data = (randn(*X.shape, seed=seed).requires_grad_(), *DATA[1:])
+        result, eager = assert_equal(problem, meta, data, inner=THREE_STEPS, method="unrolled")
+        gradients = result.data_grads[0], eager.data_grads[0]
+        assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-12
+
+
+def test_a_second_batch_of_another_size(uncompiled):
+    problem = network()
+    for tasks in (3, 2):
+        data = tuple(x[:tasks] for x in DATA)
+        assert_equal(problem, INITIAL | LR, data, inner=THREE_STEPS, method="unrolled")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"method": "forward"}, "the method 'forward' has no compiled functions"),
+        ({"method": Unrolled(iterates=True, weights=[0, 0, 0, 1])}, "outer loss of all iterates"),
+        ({"vectorize": "loop"}, "the tasks run in a loop"),
+        ({"inner": GradientDescent(steps=3, lr=[0.1, 0.2, 0.3])}, "numbers differ from step to"),
+        (
+            {"inner": ProximalGradient(L1Norm(0.1), steps=3, accelerated=True)},
+            "whose steps are accelerated",
+        ),
+        (
+            {"method": Implicit(CG(), curvature="diagonal"), "inner": NewtonCG(steps=3)},
+            "the curvature 'diagonal' has no compiled products",
+        ),
+    ],
+)
+def test_what_is_not_compiled_says_why_once_and_runs_eager(changes, reason, uncompiled):
+    problem = network(Proximal(0.5))
+    options = {"inner": GradientDescent(steps=3), "method": "unrolled"} | changes
+    expected = differentiate(problem, INITIAL, **options)
+    with pytest.warns(RuntimeWarning, match=f"compile: .*{reason}.*; it runs eager"):
+        result = differentiate(problem, INITIAL, compile=True, **options)
+    assert largest_error(result.grads, expected.grads) == 0
+    differentiate(problem, INITIAL, compile=True, **options)  # warnings are errors here
+
+
+def test_a_loss_that_draws_random_numbers_runs_eager(uncompiled):
+    problem = BilevelProblem(
+        init=network().init,
+        inner_loss=lambda params, meta, data: F.dropout(forward(params, data[0])).square().mean(),
+        outer_loss=outer,
+    )
+    run = partial(
+        differentiate, problem, INITIAL, inner=GradientDescent(steps=3), method="unrolled"
+    )
+    with pytest.warns(RuntimeWarning, match="the inner loss draws random numbers"):
+        result = run(compile=True)
+    assert largest_error(result.grads, run().grads) == 0
+
+
+def test_without_a_c_compiler(monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def find_none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find_none)
+    run = partial(differentiate, network(), INITIAL | LR, inner=THREE_STEPS, method="unrolled")
+    with pytest.raises(ValueError, match=r"compile: got True, but torch .* there is none; install"):
+        run(compile=True)
+    with pytest.warns(RuntimeWarning, match=r"compile: torch .* there is none.*; it runs eager"):
+        result = run(compile="auto")
+    assert largest_error(result.grads, run().grads) == 0
+
+
+def test_an_unknown_value():
+    with pytest.raises(ValueError, match="got 'yes', expected True, False or 'auto'"):
+        differentiate(network(), INITIAL, inner=THREE_STEPS, method="unrolled", compile="yes")
+
+
+@pytest.mark.slow
+def test_two_functions_and_the_outer_loss_serve_any_number_of_steps(compiled):
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    episodes = ((X[..., :1], Y), (XQ[..., :1], YQ))
+    gradients = {}
+    for compile in (False, True):
+        learner = MetaLearner(model, F.mse_loss, learn=["lr"], compile=compile)
+        for steps in (1, 4):
+            learner.inner = learner.inner.with_steps(steps)
+            learner.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                learner.backward(episodes)
+            gradients[compile, steps] = {n: m.grad.clone() for n, m in learner.meta.items()}
+    for steps in (1, 4):
+        assert largest_error(gradients[True, steps], gradients[False, steps]) < 1e-12
+    assert compiled["stats"]["unique_graphs"] == 3
+    assert not compiled["graph_break"]
+
+    model.train(False)  # nothing of it is read
+    learner.backward(episodes)
+    assert compiled["stats"]["unique_graphs"] == 3
+    with pytest.warns(RuntimeWarning, match="was compiled again, because its tensors have other"):
+        learner.backward(tuple((x[:2], y[:2]) for x, y in episodes))
+    assert compiled["stats"]["unique_graphs"] == 6
+
+
+@pytest.mark.slow
+def test_the_compiled_products_of_gauss_newton(compiled):
+    meta = INITIAL | {"proximal": torch.tensor(0.5).double()}
+    inner = GradientDescent(steps=6, lr=0.1)
+    problem = network(Proximal(FromMeta("proximal")))
+    assert_equal(problem, meta, inner=inner, method=GAUSS_NEWTON)
+    assert compiled["stats"]["unique_graphs"] == 4
+    assert not compiled["graph_break"]
