@@ -179,7 +179,7 @@ class RunOptions:
     select: Literal["best", "last"] = "best"
     """The checkpoint to test: that of the best validation, or the last one."""
     test_steps: Annotated[int, within(0, 100_000)] = 16
-    """Inner steps at test. An implicit method takes enough of them to reach the argmin."""
+    """Inner steps at test. An implicit method takes enough to reach the argmin."""
     method_options: Suppressed = field(default_factory=dict)
     """Options of the method that differ from its defaults, by name."""
     inner_options: Suppressed = field(default_factory=dict)

@@ -1,9 +1,17 @@
-"""Made-up images in the place of the data sets that the experiments read."""
+"""Made-up images in the place of real data sets, and runs without pages where none is looked at."""
 
 import pytest
 import torch
 
 import tasks
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request, monkeypatch):
+    """Pages stay empty, but for tests that are marked as looking at them."""
+    if request.node.get_closest_marker("page") is None:
+        for module in ("command_line.report", "experiments.runner"):
+            monkeypatch.setattr(f"{module}.leave_page", lambda path, make: path.write_text(""))
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def test_a_run_whose_results_are_there_is_not_repeated(tmp_path):
     assert more.ran == [{"method": "cg", "seed": 2}]
 
 
+@pytest.mark.page
 def test_the_folder_has_the_rows_the_table_and_the_plot(tmp_path):
     table = execute(Sums(out=tmp_path, seeds=1))
     first = rows_in(tmp_path)[0]
