@@ -12,7 +12,8 @@ from metaimplicit.training.files import read_json, write_atomically, write_json
 from metaimplicit.training.fits import Fits, predict_curves
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, read_metrics
-from metaimplicit.training.loop import NonFiniteError, fit
+from metaimplicit.training.loop import fit
+from metaimplicit.training.meta_step import NonFiniteError
 from metaimplicit.training.meter import metered
 from metaimplicit.training.metrics import (
     Estimate,

@@ -118,8 +118,7 @@ class RunOptions:
     """Where the data is: a folder or archive of images or features, or Omniglot's zips or tree.
     Omniglot is downloaded without it."""
     out: Path | None = None
-    """Folder for the files of the run. By default runs/NAME-SEED, with the recipe as NAME, or else
-    TASK-METHOD, or TASK-HEAD if the head is not linear."""
+    """Folder for the files of the run. By default runs/NAME-SEED, where NAME says what runs."""
     resume: bool = False
     """Continue the run in --out with its options.
     Only limits, workers, threads and device may change."""
@@ -156,7 +155,7 @@ class RunOptions:
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None
-    """Largest norm of the meta-gradient. By default it is not clipped."""
+    """Largest norm of the meta-gradient. By default there is none."""
     vectorize: Literal["auto", "vmap", "loop"] = "auto"
     """How tasks are batched. auto times both once and keeps the faster."""
     chunk_size: Annotated[int | None, within(1, 10_000)] = None

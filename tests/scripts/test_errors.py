@@ -259,13 +259,13 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_folder_that_is_removed_during_a_run_ends_it_in_one_line(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    take_step = loop._take_step
+    take_step = loop.take_step
 
     def remove_and_take_step(*args, **options):
         shutil.rmtree(run)
         return take_step(*args, **options)
 
-    monkeypatch.setattr(loop, "_take_step", remove_and_take_step)
+    monkeypatch.setattr(loop, "take_step", remove_and_take_step)
     with pytest.raises(SystemExit) as stop:
         load_main("train")([*SMALL, "--checkpoint-every=1", "--out", str(run)])
     assert stop.value.code == 2

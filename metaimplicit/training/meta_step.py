@@ -1,0 +1,123 @@
+"""One step of meta-training, which moves nothing if anything is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Step, name_parts
+from metaimplicit.solvers import Status
+from metaimplicit.training.log import Values
+from metaimplicit.training.metrics import to_device
+
+
+class NonFiniteError(FloatingPointError):
+    """NaN or Inf in the data, the loss or the meta-gradient, noticed before a parameter moved.
+
+    Example:
+        >>> try:
+        ...     raise NonFiniteError("step 7: the query loss is nan")
+        ... except FloatingPointError as error:  # catches those of the solvers, too
+        ...     print(error)
+        step 7: the query loss is nan
+    """
+
+
+def take_step(
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    episodes: EpisodeBatch,
+    *,
+    clip: float | None,
+    step: int,
+    context: str,
+) -> Values:
+    """Take one meta-step and return what it measured. Nothing moves if anything is not finite.
+
+    Args:
+        learner: The learner.
+        optimizer: The optimiser of its parameters.
+        episodes: The batch of tasks, on any device.
+        clip: The largest norm of the meta-gradient. If None, it is not clipped.
+        step: The number of the step, for errors.
+        context: What an error says about the state of the run.
+
+    Raises:
+        NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf.
+    """
+    _require_finite_data(episodes, step, context)
+    optimizer.zero_grad()
+    device = next(learner.parameters()).device
+    result = learner.backward(to_device(episodes, device))
+    gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    values = _read_values(result, norm)
+    _require_finite_values(values, gradients, step, context)
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters(), clip, norm)
+    optimizer.step()
+    return values | {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+
+
+def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> None:
+    named = name_parts(episodes)
+    for episode in named if isinstance(named, list) else [named]:
+        for name, pair in episode._asdict().items():
+            for part, tree in pair._asdict().items():
+                tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+                if not all(bool(x.isfinite().all()) for x in tensors if x.is_floating_point()):
+                    raise NonFiniteError(
+                        f"step {step}: the {name} {part} hold NaN or Inf; {context}. "
+                        "Clean the data, then resume"
+                    )
+
+
+def _require_finite_values(
+    values: Values, gradients: dict[str, Tensor], step: int, context: str
+) -> None:
+    if not _is_finite(values["loss"]):
+        raise NonFiniteError(
+            f"step {step}: the query loss is {values['loss']}; {context}. "
+            "Lower the inner step size, or raise proximal"
+        )
+    if not _is_finite(values["gradient_norm"]):
+        names = [name for name, g in gradients.items() if not g.isfinite().all()]
+        if not names:
+            names = ["its norm overflows"]
+        if len(names) > 3:
+            names = [*names[:3], "…"]
+        raise NonFiniteError(
+            f"step {step}: the meta-gradient is not finite ({', '.join(names)}); {context}. Lower "
+            "the inner or the outer step size, add damping or proximal, or try another method"
+        )
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _read_values(step: Step, norm: Tensor) -> Values:
+    """The numbers of a step. None for those that it does not have."""
+    report = step.report
+    negative = None
+    if report.status is not None:
+        negative = (report.status == int(Status.NEGATIVE_CURVATURE)).double().mean()
+    tensors = {
+        "loss": step.loss,
+        "accuracy": step.accuracy,
+        "residual": _mean(report.residual),
+        "hessian_residual": _mean(report.hessian_residual),
+        "inner_gradient_norm": report.inner_gradient_norm.mean(),
+        "gradient_norm": norm,
+        "negative_curvature": negative,
+    }
+    present = {name: t.detach().double() for name, t in tensors.items() if t is not None}
+    numbers = torch.stack(list(present.values())).tolist()  # one transfer from the device
+    return dict.fromkeys(tensors) | dict(zip(present, numbers, strict=True))
+
+
+def _mean(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.mean()
