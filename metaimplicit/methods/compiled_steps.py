@@ -91,10 +91,11 @@ class CompiledSteps(StepFunctions):
             "the inner step", self._variant(arguments), self._make_step, *arguments
         )
         self._numbers |= set(numbers)
+        ends = in_one_layout(ends)
         self._ends[tuple(arguments[0])] = ends
         # The first step returns plain numbers, the others return tensors.
         counts = {slot: torch.as_tensor(x, dtype=torch.float64) for slot, x in numbers.items()}
-        return _as_iterate(in_one_layout(ends) | counts), norm
+        return _as_iterate(ends | counts), norm
 
     def pull(self, at: Iterate, t: int, cotangents: Cotangents) -> tuple[Cotangents, Gradients]:
         """Pull λ back through the step."""
