@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from metaimplicit.unsupported import shorten
 
 Compile = bool | Literal["auto"]
 Value = TypeVar("Value")
+Key = TypeVar("Key")
 
 
 class CannotCompileError(RuntimeError):
@@ -82,7 +82,14 @@ class Compiler:
         elif self._session:
             self._check_guards(False)
         before = function.graphs
-        result = function(*args)
+        try:
+            result = function(*args)
+        except RuntimeError as error:
+            # Torch says that it had to compile, which it does not do without guards.
+            if "skip_guard_eval_unsafe" not in str(error):
+                raise
+            self._check_guards(True)
+            result = function(*args)
         if function.graphs > before:
             self.compiled += 1
             if before > 0:
@@ -187,23 +194,23 @@ def _explain(error: BaseException) -> str:
     return f"{shorten(error)}: {context[1]}" if context else shorten(error)
 
 
-def in_one_layout(tree: Any) -> Any:
-    """The tensors, copied if their strides do not depend on their shapes alone.
+def in_one_layout(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """The tensors, with strides that depend on their shapes alone.
 
     Torch compiles again for other strides.
 
     Example:
-        >>> in_one_layout(torch.ones(3, 2).T).stride()
+        >>> in_one_layout({"w": torch.ones(3, 2).T})["w"].stride()
         (3, 1)
     """
+    return {key: _in_one_layout(x) for key, x in tensors.items()}
 
-    def copy(x: Tensor) -> Tensor:
-        # An axis of length 1 may have any stride.
-        if 1 not in x.shape and x.is_contiguous() and not torch.compiler.is_compiling():
-            return x
+
+def _in_one_layout(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not x.is_contiguous():
         return x.clone(memory_format=torch.contiguous_format)
-
-    return tree_map(copy, tree)
+    # An axis of length 1 may have any stride, even in what a compiled function returns.
+    return x.view(-1).view(x.shape) if 1 in x.shape else x
 
 
 def missing_compiler(device: torch.device) -> str:

@@ -88,7 +88,8 @@ def _compiled_outer_gradients(
                 return losses.mean(), (losses,) if aux is None else (losses, aux)
 
             gradients, rest = torch.func.grad(value, argnums=(0, 1), has_aux=True)(theta, phi)
-            return in_one_layout(gradients), rest
+            of_params, of_phi = gradients
+            return (in_one_layout(of_params), of_phi), rest
 
         return outer
 
@@ -101,4 +102,5 @@ def _compiled_outer_gradients(
     )
     of_params, of_phi = gradients
     of_meta: Gradients = {**dict.fromkeys(meta), **of_phi}
+    of_params = in_one_layout(of_params)
     return OuterGradients(losses, aux[0] if aux else None, of_params, of_meta)

@@ -60,13 +60,15 @@ def compiled_linearization(
     def product(v: Tensor) -> Tensor:
         make = partial(_make_product, problem, curvature)
         name = "the product with the curvature"
-        result: Tensor = compiler.call(name, curvature, make, *point, in_one_layout(v))
+        result: Tensor = compiler.call(name, curvature, make, *point, in_one_layout({"v": v})["v"])
         return result
 
     def mixed_product(u: Tensor) -> tuple[Params, Params]:
         make = partial(_make_mixed_product, problem)
         result: tuple[Params, Params]
-        result = compiler.call("the mixed product", None, make, *point, in_one_layout(u))
+        result = compiler.call(
+            "the mixed product", None, make, *point, in_one_layout({"u": u})["u"]
+        )
         return result
 
     check = None if curvature == "hessian" else lambda: look().core
@@ -108,7 +110,7 @@ def _make_product(problem: LiftedProblem, curvature: str) -> Any:
 
         # H v = (∂∇f/∂θ)ᵀ v, since H is symmetric.
         pull_back = torch.func.vjp(torch.func.grad(total), params)[1]
-        return in_one_layout(flatten(pull_back(unflatten(v, params))[0]))
+        return flatten(pull_back(unflatten(v, params))[0])
 
     return hessian
 
@@ -131,7 +133,7 @@ def _make_gauss_newton(problem: LiftedProblem, f: Composite) -> Any:
         transpose = torch.func.vjp(lambda r: pull_back(r)[0], torch.zeros_like(z))[1]
         tangent = transpose(unflatten(v, params))[0]
         bent = torch.func.vjp(torch.func.grad(total), z)[1](tangent)[0]
-        return in_one_layout(flatten(pull_back(bent)[0]))
+        return flatten(pull_back(bent)[0])
 
     return product
 

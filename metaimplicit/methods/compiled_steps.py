@@ -91,6 +91,7 @@ class CompiledSteps(StepFunctions):
             "the inner step", self._variant(arguments), self._make_step, *arguments
         )
         self._numbers |= set(numbers)
+        ends = in_one_layout(ends)
         self._ends[tuple(arguments[0])] = ends
         # The first step returns plain numbers, the others return tensors.
         counts = {slot: torch.as_tensor(x, dtype=torch.float64) for slot, x in numbers.items()}
@@ -106,7 +107,7 @@ class CompiledSteps(StepFunctions):
         of_state, of_phi = self._compiler.call(
             "the pull of a step", self._variant(arguments), self._make_pull, *arguments, known
         )
-        return of_state, {**dict.fromkeys(self.meta), **of_phi}
+        return in_one_layout(of_state), {**dict.fromkeys(self.meta), **of_phi}
 
     def start(self, at: Iterate) -> Iterate:
         """The start of the loop as the compiled functions expect it."""
@@ -174,7 +175,8 @@ class CompiledSteps(StepFunctions):
                 return take_step(tensors, numbers, phi, fixed, data)[0]
 
             pull_back = torch.func.vjp(ends, tensors, phi)[1]
-            return in_one_layout(pull_back(cotangents))
+            of_state, of_phi = pull_back(cotangents)
+            return in_one_layout(of_state), of_phi
 
         return pull
 
