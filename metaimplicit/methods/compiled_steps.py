@@ -197,7 +197,8 @@ def settings_of(value: Any) -> Any:
         return tuple((key, settings_of(entry)) for key, entry in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(settings_of(entry) for entry in value)
-    if isinstance(value, FunctionType) and value.__closure__ is None:
+    is_plain = isinstance(value, FunctionType) and not (value.__closure__ or value.__defaults__)
+    if is_plain:
         return value.__code__  # a lambda that is written again in a loop is the same
     is_known = isinstance(value, Hashable) and not isinstance(value, Tensor)
     return value if is_known else id(value)
