@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -196,7 +197,11 @@ def settings_of(value: Any) -> Any:
         return tuple((key, settings_of(entry)) for key, entry in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(settings_of(entry) for entry in value)
-    return id(value) if isinstance(value, Tensor) else value
+    is_plain = isinstance(value, FunctionType) and not (value.__closure__ or value.__defaults__)
+    if is_plain:
+        return value.__code__  # a lambda that is written again in a loop is the same
+    is_known = isinstance(value, Hashable) and not isinstance(value, Tensor)
+    return value if is_known else id(value)
 
 
 def _find_dependencies(
