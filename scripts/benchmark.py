@@ -32,7 +32,6 @@ from command_line import (
     handle_errors,
     parse_options,
     require_package,
-    set_up_cpu,
 )
 from command_line.ranges import MOST_THREADS, check_ranges, within
 
@@ -110,7 +109,7 @@ def check_settings(settings: Benchmark) -> None:
 
 def time_towers(settings: Benchmark, rows: RowFile) -> None:
     """Print the tables of `tower_benchmark`."""
-    set_up_cpu(settings.threads)
+    torch.set_num_threads(settings.threads)
     for network in (tower_benchmark.perceptron, tower_benchmark.residual_network):
         case = {"towers": network.__name__, "threads": settings.threads}
         row = rows.read_or_make(case, partial(make_table, network))
@@ -192,7 +191,7 @@ def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, flo
         "mebibytes": the peak memory above that before the first meta-step. "seconds": the median
         time of the later meta-steps.
     """
-    set_up_cpu(settings.threads)
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     device = torch.device(settings.device)
     labels = torch.arange(WAYS).repeat(SHOTS).expand(settings.tasks, -1).to(device)
