@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaimplicit.compiled import CannotCompileError, Compile, Compiler, missing_compiler
+from metaimplicit.compiled import (
+    MOST_TIMES,
+    CannotCompileError,
+    ChangedError,
+    Compile,
+    Compiler,
+    Said,
+    missing_compiler,
+)
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.mended import mended_derivatives
@@ -55,7 +66,7 @@ def run_compiled(
     missing = missing_compiler(device)
     if missing and compile is True:
         raise ValueError(f"compile: got True, but {missing}, or say compile='auto'")
-    compiler = _compiler_of(owner, problem, inner, method)
+    compiler = _compiler_of(owner, problem, inner, method, meta)
     objection = missing or method.compile_objection(inner) or _objection_to_loop(problem)
     if objection:
         compiler.explain(objection)
@@ -64,27 +75,55 @@ def run_compiled(
     # Between two steps, nothing of the caller runs but the function of a `Stream`.
     same_functions = not isinstance(problem.data, Stream)
     state = RandomState.read(device)
-    try:
-        # Torch cannot trace the entry of this block, so it stands outside of the functions.
-        with mended_derivatives, compiler.session() if same_functions else nullcontext():
-            return attempt(problem.with_compiler(compiler))
-    except CannotCompileError as error:
-        state.restore()
-        compiler.fail(str(error))
+    while not compiler.has_failed:
+        compiler.begin()
+        try:
+            # Torch cannot trace the entry of this block, so it stands outside of the functions.
+            with mended_derivatives, compiler.session() if same_functions else nullcontext():
+                return attempt(problem.with_compiler(compiler))
+        except ChangedError:
+            state.restore()
+            compiler.look_again()
+        except CannotCompileError as error:
+            state.restore()
+            compiler.fail(str(error))
     return attempt(problem)
 
 
-_COMPILERS = WeakIdKeyDictionary()  # by owner, and then by what is compiled
+@dataclass
+class _Family:
+    """The compilers of one computation, by the shapes of its data and meta-parameters."""
+
+    by_shapes: dict[Hashable, Compiler] = field(default_factory=dict)
+    said: Said = field(default_factory=Said)
+
+    def compiler(self, shapes: Hashable) -> Compiler:
+        if shapes not in self.by_shapes:
+            compiler = Compiler(self.said)
+            if self.by_shapes:
+                compiler.warn_of_another("a meta-step")
+            if len(self.by_shapes) >= MOST_TIMES:
+                compiler.fail("it was compiled too often, for other shapes")
+            self.by_shapes[shapes] = compiler
+        return self.by_shapes[shapes]
 
 
-def _compiler_of(owner: Any, problem: LiftedProblem, inner: InnerLoop, method: Method) -> Compiler:
-    by_settings: dict[Hashable, Compiler] = {}
+_FAMILIES = WeakIdKeyDictionary()  # by owner, and then by what is compiled
+
+
+def _compiler_of(
+    owner: Any, problem: LiftedProblem, inner: InnerLoop, method: Method, meta: Params
+) -> Compiler:
+    by_settings: dict[Hashable, _Family] = {}
     with suppress(TypeError):  # an object without weak references is not remembered
-        by_settings = _COMPILERS.setdefault(owner, by_settings)
+        by_settings = _FAMILIES.setdefault(owner, by_settings)
     way = (problem.batched, problem.vectorize, problem.chunk_size)
     names = tuple(problem.entries.tensors)
     key = (type(method), settings_of(inner), way, names)
-    return by_settings.setdefault(key, Compiler())
+    data = None if isinstance(problem.data, Stream) else problem.data
+    tensors = [x for x in tree_leaves((meta, data)) if isinstance(x, Tensor)]
+    shapes = tuple((x.shape, x.dtype) for x in tensors)
+    return by_settings.setdefault(key, _Family()).compiler(shapes)
 
 
 def _objection_to_loop(problem: LiftedProblem) -> str:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal, TypeVar, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from metaimplicit.unsupported import shorten
 
 Compile = bool | Literal["auto"]
+MOST_TIMES = 8
 Value = TypeVar("Value")
 Key = TypeVar("Key")
 
@@ -23,11 +25,31 @@ class CannotCompileError(RuntimeError):
     """Why torch cannot compile a function, which then runs eager."""
 
 
-class Compiler:
-    """The compiled functions of one problem.
+class ChangedError(RuntimeError):
+    """A function was compiled again, so the losses may read other values than when it was made."""
 
-    Each is compiled at its first call, for the shapes that it sees (`torch.compile`, in one graph),
-    and again where a later call brings other shapes. A warning says so the first time.
+
+@dataclass
+class Said:
+    """What the user was told already.
+
+    Attributes:
+        reasons: Why something runs eager.
+        again: Whether functions were compiled again.
+    """
+
+    reasons: set[str] = field(default_factory=set)
+    again: bool = False
+
+
+class Compiler:
+    """The compiled functions of one problem, for data of one shape.
+
+    Each is compiled at its first call (`torch.compile`, in one graph). What the losses read is
+    found out once, and holds as long as torch compiles nothing again.
+
+    Args:
+        said: What the user was told already. If None, nothing.
 
     Attributes:
         has_failed: Whether torch could not compile a function, so that all run eager.
@@ -40,17 +62,18 @@ class Compiler:
         (42, 42)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, said: Said | None = None) -> None:
         self.has_failed = False
         self.compiled = 0
         self.calls = 0
         self._functions: dict[Hashable, _CompiledFunction] = {}
         self._values: dict[Hashable, Any] = {}
-        self._has_warned = False
+        self._said = Said() if said is None else said
+        self._is_looking = True
+        self._looks = 0
         self._sessions = 0
         self._session = 0
         self._without_guards: Any = None
-        self._reasons: set[str] = set()
 
     def remember(self, key: Hashable, compute: Callable[[], Value]) -> Value:
         """What `compute()` returned at the first call with this key."""
@@ -71,6 +94,7 @@ class Compiler:
 
         Raises:
             CannotCompileError: torch cannot compile it.
+            ChangedError: torch compiled it again.
         """
         function = self._functions.get((name, variant))
         if function is None:
@@ -92,9 +116,22 @@ class Compiler:
             result = function(*args)
         if function.graphs > before:
             self.compiled += 1
-            if before > 0:
-                self._warn_of_another(name)
+            if before > 0 and not self._is_looking:
+                self.warn_of_another(name)
+                raise ChangedError(name)
         return result
+
+    def begin(self) -> None:
+        """Begin a computation. If nothing is compiled yet, it finds out what the losses read."""
+        self._is_looking = not self._functions
+
+    def look_again(self) -> None:
+        """Drop what is compiled and what the losses were found to read, or give up."""
+        self._looks += 1
+        if self._looks > MOST_TIMES:
+            self.fail("the losses read other values again and again")
+        self._functions.clear()
+        self._values.clear()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -127,14 +164,15 @@ class Compiler:
 
     def explain(self, reason: str) -> None:
         """Say in a warning why the problem runs eager. The same reason is given once."""
-        if reason not in self._reasons:
-            self._reasons.add(reason)
+        if reason not in self._said.reasons:
+            self._said.reasons.add(reason)
             warnings.warn(f"compile: {reason}; it runs eager", RuntimeWarning, stacklevel=4)
 
-    def _warn_of_another(self, name: str) -> None:
-        if self._has_warned:
+    def warn_of_another(self, name: str) -> None:
+        """Say that a function was compiled again. This is said once."""
+        if self._said.again:
             return
-        self._has_warned = True
+        self._said.again = True
         warnings.warn(
             f"compile: {name} was compiled again, because its tensors have other shapes or "
             "strides, or the losses read other values than before; give all batches one shape, or "

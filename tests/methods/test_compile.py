@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,9 +143,12 @@ def test_tensors_of_the_data_and_features_have_their_gradient(uncompiled):
 
 def test_a_second_batch_of_another_size(uncompiled):
     problem = network()
-    for tasks in (3, 2):
-        data = tuple(x[:tasks] for x in DATA)
-        assert_equal(problem, INITIAL | LR, data, inner=THREE_STEPS, method="unrolled")
+    assert_equal(problem, INITIAL | LR, DATA, inner=THREE_STEPS, method="unrolled")
+    smaller = tuple(x[:2] for x in DATA)
+    options = {"inner": THREE_STEPS, "method": "unrolled"}
+    with pytest.warns(RuntimeWarning, match="was compiled again, because its tensors have other"):
+        differentiate(problem, INITIAL | LR, smaller, compile=True, **options)
+    assert_equal(problem, INITIAL | LR, smaller, **options)  # The warning is given once.
 
 
 @pytest.mark.parametrize(
@@ -207,6 +211,37 @@ def test_without_a_c_compiler(monkeypatch):
 def test_an_unknown_value():
     with pytest.raises(ValueError, match="got 'yes', expected True, False or 'auto'"):
         differentiate(network(), INITIAL, inner=THREE_STEPS, method="unrolled", compile="yes")
+
+
+@pytest.mark.parametrize("method", ["unrolled", "cg"])
+def test_losses_that_change_what_they_read_are_looked_at_again(method, monkeypatch):
+    switch = SimpleNamespace(inner=False, outer=False)
+
+    def inner_loss(params, meta, data):
+        loss = (params["w"] - meta["centre"]).square().sum()
+        return loss + meta["decay"] * params["w"].square().sum() if switch.inner else loss
+
+    def outer_loss(params, meta, data):
+        loss = (params["w"] - 1).square().sum()
+        return loss + 3 * meta["decay"] if switch.outer else loss
+
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(3).double()},
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+    )
+    meta = {"centre": torch.ones(3).double() / 2, "decay": torch.tensor(0.4).double()}
+    inner = GradientDescent(steps=3, lr=0.1)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
+
+    def grads(compile):
+        result = hypergradient(problem, meta, None, inner=inner, method=method, compile=compile)
+        return result.grads
+
+    warnings.filterwarnings("ignore", message="compile: .* was compiled again")
+    for switch.inner, switch.outer in [(0, 0), (1, 0), (1, 1), (0, 0), (1, 1), (0, 1)]:
+        torch.testing.assert_close(grads(True), grads(False), rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.slow
