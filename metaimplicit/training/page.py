@@ -70,6 +70,8 @@ def plain(value: object) -> str:
     Example:
         >>> plain(True), plain(None), plain(0.30000001), plain([40, 40]), plain({"rank": 5})
         ('yes', '–', '0.3', '40, 40', 'rank 5')
+        >>> plain({"mean": 0.98, "interval_95": 0.003})
+        '0.98 ± 0.003'
     """
     if value is None or value in ("", [], {}, ()):
         return "–"
@@ -78,6 +80,8 @@ def plain(value: object) -> str:
     if isinstance(value, float):
         return number(value)
     if isinstance(value, Mapping):
+        if value.keys() == {"mean", "interval_95"}:
+            return f"{plain(value['mean'])} ± {plain(value['interval_95'])}"
         return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value))
