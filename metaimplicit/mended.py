@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.backends import cuda, mha
+from torch.backends import cuda, cudnn, mha
+from torch.nn.modules import rnn
 
-# `torch.nn.utils.weight_norm` is the function, which hides its module of the same name.
-_WEIGHT_NORM_MODULE: Any = sys.modules["torch.nn.utils.weight_norm"]
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
 
@@ -29,6 +28,8 @@ class MendedDerivatives:
       `scale_grad_by_freq` counts the words of each task by itself.
     - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
     - `nn.utils.weight_norm` has its second derivative. That of torch 2.14 is wrong on the CPU.
+    - `nn.RNN`, `nn.LSTM` and `nn.GRU` run without cuDNN, whose kernels have no second derivative, no
+      tangent and no batching rule.
 
     These are settings of the whole process. They are as they were when the last thread leaves the
     block. What was computed within the block can be differentiated outside of it.
@@ -70,9 +71,7 @@ class _Settings(NamedTuple):
     cudnn: bool
     math: bool
     fast_path: bool
-    embedding: Callable[..., Tensor]
-    mse_loss: Callable[..., Tensor]
-    weight_norm: Callable[..., Tensor]
+    functions: tuple[Callable[..., Any], ...]  # in the places of `_PLACES`
 
     @classmethod
     def read(cls) -> _Settings:
@@ -82,9 +81,7 @@ class _Settings(NamedTuple):
             cudnn=cuda.cudnn_sdp_enabled(),
             math=cuda.math_sdp_enabled(),
             fast_path=mha.get_fastpath_enabled(),
-            embedding=torch.embedding,
-            mse_loss=torch._C._nn.mse_loss,
-            weight_norm=torch._weight_norm,
+            functions=tuple(names[name] for names, name in _PLACES),
         )
 
     def apply(self) -> None:
@@ -95,10 +92,8 @@ class _Settings(NamedTuple):
         cuda.enable_math_sdp(self.math)
         mha.set_fastpath_enabled(self.fast_path)
         # A TorchFunctionMode would see these calls as well, but it costs 3 % of a meta-step.
-        torch.embedding = self.embedding
-        torch._C._nn.mse_loss = self.mse_loss
-        torch._weight_norm = self.weight_norm
-        _WEIGHT_NORM_MODULE._weight_norm = self.weight_norm
+        for (names, name), function in zip(_PLACES, self.functions, strict=True):
+            names[name] = function
 
 
 def _embedding(
@@ -143,20 +138,55 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+def _without_cudnn(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent network that does not use cuDNN."""
+
+    def call(*args: Any) -> Any:
+        if not args[0].is_cuda or not cudnn.enabled:
+            return original(*args)
+        cudnn.enabled = False
+        try:
+            return original(*args)
+        finally:
+            cudnn.enabled = True
+
+    return call
+
+
 def _is_transformed() -> bool:
     """Whether a transform of `torch.func`, such as vmap or jvp, is running."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
+# Each function by the names among which its callers look it up.
+_RECURRENT: list[tuple[dict[str, Any], str]] = [
+    (vars(torch._VF), "lstm"),
+    (vars(torch._VF), "gru"),
+    (rnn._rnn_impls, "RNN_TANH"),
+    (rnn._rnn_impls, "RNN_RELU"),
+]
+for _name in ("lstm", "gru"):  # they are looked up elsewhere until they are set
+    setattr(torch._VF, _name, getattr(torch._VF, _name))
+_PLACES: list[tuple[dict[str, Any], str]] = [
+    (vars(torch), "embedding"),
+    (vars(torch._C._nn), "mse_loss"),
+    (vars(torch), "_weight_norm"),
+    (vars(sys.modules["torch.nn.utils.weight_norm"]), "_weight_norm"),
+    *_RECURRENT,
+]
 _MENDED = _Settings(
     flash=False,
     memory_efficient=False,
     cudnn=False,
     math=True,
     fast_path=False,
-    embedding=_embedding,
-    mse_loss=_mse_loss,
-    weight_norm=_weight_norm,
+    functions=(
+        _embedding,
+        _mse_loss,
+        _weight_norm,
+        _weight_norm,
+        *(_without_cudnn(names[name]) for names, name in _RECURRENT),
+    ),
 )
 
 mended_derivatives = MendedDerivatives()

@@ -24,6 +24,7 @@ from metaimplicit.inner.settings import at_step
 from metaimplicit.inner.step import DifferentiableStep, align_tasks
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.solvers.iteration import all_ended
 
 with warnings.catch_warnings():
     # The source of `higher` compares a literal by `is`.
@@ -162,13 +163,7 @@ class _RunningLoop:
         return gradients
 
     def _is_finished(self, t: int) -> bool:
-        if self.tol is None:
-            return False
-        # Reading `active` makes the CPU wait for the GPU, so there it is read at intervals.
-        check_every = 8 if self.active.device.type == "cuda" else 1
-        if (t + 1) % check_every != 0:
-            return False
-        return not bool(self.active.any())
+        return self.tol is not None and all_ended(self.active, step=t + 1)
 
 
 class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Dependencies, Gradients
-from metaimplicit.methods.inner_step import InnerStep, read_by_loss
+from metaimplicit.methods.inner_step import read_by_loss, take_inner_step
 from metaimplicit.methods.linearize import reject_random_numbers
 from metaimplicit.methods.shared import initial_dependencies
 from metaimplicit.methods.step_functions import (
@@ -147,8 +147,16 @@ class CompiledSteps(StepFunctions):
             tensors: SlotTensors, numbers: SlotTensors, phi: Params, fixed: Params, data: Any
         ) -> Any:
             at = _as_iterate(tensors | numbers)
-            step = InnerStep(problem, inner, fixed=fixed, unread=unread, active=None, data=data)
-            params, state, norm = step(at.params, at.state, phi)
+            params, state, norm = take_inner_step(
+                at.params,
+                at.state,
+                phi,
+                problem=problem,
+                inner=inner,
+                fixed=fixed,
+                unread=unread,
+                data=data,
+            )
             ends = {(name, ""): p for name, p in params.items()}
             counts = {}
             for name, slots in state.items():

@@ -16,10 +16,10 @@ from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Adaptation, Gradients, Method
 from metaimplicit.methods.inner_step import (
-    InnerStep,
     merge_state,
     numbers_of,
     read_by_loss,
+    take_inner_step,
     tensors_of,
 )
 from metaimplicit.methods.report import Report
@@ -28,6 +28,7 @@ from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
 from metaimplicit.random_state import RandomState
 from metaimplicit.solvers import SolverState
+from metaimplicit.solvers.iteration import all_ended
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,21 @@ class Forward(Method):
             if streams and t > 0:
                 in_loss, unread = read_by_loss(problem, iterate.params, meta, data=data)
                 dependencies.loss.update(in_loss)
-            step = InnerStep(
-                problem, inner, fixed=fixed, unread=unread, active=active, data=data, number=t
+            step = partial(
+                take_inner_step,
+                problem=problem,
+                inner=inner,
+                fixed=fixed,
+                unread=unread,
+                data=data,
+                active=active,
+                number=t,
             )
             iterate, z, norm = self._push(step, iterate, z, phi=phi, units=units)
             if inner.tol is not None:
                 active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
             steps += active
-            if not active.any():
+            if inner.tol is not None and all_ended(active, step=t + 1):
                 break
 
         report = Report(self.flag, steps, norm)
@@ -182,7 +190,7 @@ class Forward(Method):
 
     def _push(
         self,
-        step: InnerStep,
+        step: Callable[..., tuple[Params, OptimizerState, Tensor]],
         iterate: Iterate,
         z: Sensitivity,
         *,

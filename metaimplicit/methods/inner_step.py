@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,60 +15,55 @@ from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.random_state import restored_random_state
 
 
-@dataclass(frozen=True)
-class InnerStep:
+def take_inner_step(
+    params: Params,
+    state: OptimizerState,
+    phi: Params,
+    *,
+    problem: LiftedProblem,
+    inner: InnerLoop,
+    fixed: Params,
+    unread: set[str],
+    data: Any,
+    active: Tensor | None = None,
+    number: int | None = None,
+) -> tuple[Params, OptimizerState, Tensor]:
     """The inner step s_t = Φ_t(s_{t−1}, φ), where s = (θ, optimiser state), as a pure function.
 
-    Attributes:
+    Args:
+        params: θ_{t−1}, `{name: [tasks, *shape]}`.
+        state: The optimiser's state, by parameter. It may be empty before the first step.
+        phi: The entries of φ that are not `fixed`.
         problem: The problem, lifted over the task axis.
         inner: The inner loop whose step is taken.
-        fixed: The entries of φ that are not arguments of the function.
+        fixed: The other entries of φ.
         unread: The parameters that the loss does not depend on. They stay as they are.
+        data: What the inner loss sees at this step.
         active: `[tasks]`, False for tasks whose tolerance was met at an earlier step. They stay. It
             is needed if the loop has a tolerance.
-        data: What the inner loss sees at this step.
         number: The number of the step in the loop. None stands for a step that belongs to no loop.
+
+    Returns:
+        θ_t, the next state of the optimiser, and ‖∂f/∂θ(θ_{t−1})‖ as `[tasks]`.
     """
+    meta = {**fixed, **phi}
 
-    problem: LiftedProblem
-    inner: InnerLoop
-    fixed: Params
-    unread: set[str]
-    active: Tensor | None
-    data: Any
-    number: int | None = None
+    def total_loss(params: Params) -> Tensor:
+        return problem.inner(params, meta, data).sum()
 
-    def __call__(
-        self, params: Params, state: OptimizerState, phi: Params
-    ) -> tuple[Params, OptimizerState, Tensor]:
-        """Take the step.
+    gradients = torch.func.grad(total_loss)(params)
+    norm = flatten(gradients).norm(dim=-1)
 
-        Args:
-            params: θ_{t−1}, `{name: [tasks, *shape]}`.
-            state: The optimiser's state, by parameter. It may be empty before the first step.
-            phi: The entries of φ that are not `fixed`.
-
-        Returns:
-            θ_t, the next state of the optimiser, and ‖∂f/∂θ(θ_{t−1})‖ as `[tasks]`.
-        """
-        meta = {**self.fixed, **phi}
-
-        def total_loss(params: Params) -> Tensor:
-            return self.problem.inner(params, meta, self.data).sum()
-
-        gradients = torch.func.grad(total_loss)(params)
-        norm = flatten(gradients).norm(dim=-1)
-
-        # torch.func.grad gives zeros for unread parameters, which weight decay would still move.
-        used = {name: g for name, g in gradients.items() if name not in self.unread}
-        state = {name: state.get(name, {}) for name in params}
-        next_params, next_state = self.inner.take_step(params, used, state, meta, step=self.number)
-        if self.inner.tol is not None and self.active is not None:
-            moves = self.active & ~(norm.detach() <= self.inner.tol)
-            for name, p in next_params.items():
-                mask = moves.reshape(-1, *[1] * (p.dim() - 1))
-                next_params[name] = torch.where(mask, p, params[name])
-        return next_params, next_state, norm
+    # torch.func.grad gives zeros for unread parameters, which weight decay would still move.
+    used = {name: g for name, g in gradients.items() if name not in unread}
+    state = {name: state.get(name, {}) for name in params}
+    next_params, next_state = inner.take_step(params, used, state, meta, step=number)
+    if inner.tol is not None and active is not None:
+        moves = active & ~(norm.detach() <= inner.tol)
+        for name, p in next_params.items():
+            mask = moves.reshape(-1, *[1] * (p.dim() - 1))
+            next_params[name] = torch.where(mask, p, params[name])
+    return next_params, next_state, norm
 
 
 def read_by_loss(

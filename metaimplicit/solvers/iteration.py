@@ -120,8 +120,18 @@ def all_ended(active: Tensor, step: int) -> bool:
         >>> all_ended(torch.tensor([[False]]), step=0)
         True
     """
-    check_every = 8 if active.is_cuda else 1
+    check_every = 8 if waits_to_read(active) else 1
     return step % check_every == 0 and not bool(active.any())
+
+
+def waits_to_read(x: Tensor) -> bool:
+    """Whether the program waits for a device when it reads the values of a tensor.
+
+    Example:
+        >>> waits_to_read(torch.zeros(2))
+        False
+    """
+    return x.is_cuda
 
 
 def warm_start(system: LinearSystem) -> tuple[Tensor, Tensor, int]:

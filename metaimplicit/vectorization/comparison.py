@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -86,7 +87,7 @@ def find_objection(
         "vmap: It looks like you're calling .item() on a Tensor"
     """
     data = choose_tasks(data)
-    with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers():
+    with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers(), _full_precision():
         warnings.simplefilter("ignore")
         for evaluate in compared:
             objection = _compare(problem, meta, data, evaluate)
@@ -156,6 +157,20 @@ def choose_tasks(data: Any, at_most: int = 8) -> Any:
         return x[rows]
 
     return tree_map(chosen, data)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Let float32 products not be rounded to TF32, which by itself looks like a difference."""
+    with ExitStack() as stack:
+        # Torch has no common setting to read where a program has set operations one by one.
+        with suppress(RuntimeError):
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        with suppress(RuntimeError):
+            stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            cudnn.allow_tf32 = False
+        yield
 
 
 @contextmanager

@@ -16,14 +16,14 @@ QUERIES = 2
 INPUTS = 6
 
 
-def draw_episodes(seed=0):
+def draw_episodes(seed=0, tasks=TASKS):
     """A batch of tasks with one support example and two query examples of each class."""
     labels = torch.arange(WAYS)
     return SimpleNamespace(
-        support=(randn(TASKS, WAYS, INPUTS, seed=seed), labels.expand(TASKS, -1)),
+        support=(randn(tasks, WAYS, INPUTS, seed=seed), labels.expand(tasks, -1)),
         query=(
-            randn(TASKS, WAYS * QUERIES, INPUTS, seed=seed + 1),
-            labels.repeat(QUERIES).expand(TASKS, -1),
+            randn(tasks, WAYS * QUERIES, INPUTS, seed=seed + 1),
+            labels.repeat(QUERIES).expand(tasks, -1),
         ),
     )
 

@@ -1,0 +1,106 @@
+"""How often a meta-step reads the value of a tensor, which on a GPU waits for all work before."""
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from learner.few_shot import draw_episodes, make_learner
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metaimplicit import METHODS, GradientDescent, Unrolled
+from metaimplicit.methods import known_options, make_method
+from metaimplicit.solvers import iteration
+
+READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the operations that return the value of a tensor to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in READS:
+            self.counts[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_reads(method, *, steps=4, solver_steps=3, tasks=2):
+    if isinstance(method, str):
+        numbers = known_options(method, solver_steps=solver_steps, rank=3)
+        method = make_method(method, **numbers)
+    inner = GradientDescent(steps=steps, lr=0.05)
+    learner = make_learner(inner=inner, method=method, vectorize="vmap")
+    data = draw_episodes(tasks=tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # three products are few
+        for _ in range(2):  # which compare vmap with a loop
+            learner.backward(data)
+        with CountReads() as reads:
+            learner.backward(data)
+    return reads.counts.total()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Reads are as rare as on a GPU."""
+    monkeypatch.setattr(iteration, "waits_to_read", lambda x: True)
+
+
+@pytest.mark.parametrize("flag", METHODS)
+def test_the_reads_of_a_meta_step_do_not_depend_on_its_size(flag, waits):
+    reads = count_reads(flag)
+    assert reads < 30
+    assert count_reads(flag, steps=12) == reads
+    assert count_reads(flag, solver_steps=4) == reads
+    assert count_reads(flag, tasks=5) == reads
+
+
+def test_a_read_in_every_step_would_be_seen(waits, monkeypatch):
+    replay = Unrolled(memory="replay")
+    reads = count_reads(replay)
+    step = GradientDescent.take_step
+
+    def read(self, params, *args, **options):
+        assert all(bool(p.isfinite().all()) for p in params.values())
+        return step(self, params, *args, **options)
+
+    monkeypatch.setattr(GradientDescent, "take_step", read)
+    assert count_reads(replay) == reads + 4 * 4  # a read for each step and tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("flag", METHODS)
+def test_the_waits_of_a_gpu_do_not_depend_on_the_size_of_a_meta_step(flag):
+    def count_waits(steps, tasks):
+        learner = make_learner(
+            inner=GradientDescent(steps=steps, lr=0.05),
+            method=make_method(flag, **known_options(flag, solver_steps=3, rank=3)),
+            vectorize="vmap",
+        ).to("cuda")
+        data = draw_episodes(tasks=tasks)
+        data.support, data.query = (
+            [x.to("cuda") for x in part] for part in (data.support, data.query)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                learner.backward(data)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                learner.backward(data)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    waits = count_waits(4, 2)
+    assert waits < 30
+    assert count_waits(12, 2) == waits
+    assert count_waits(4, 5) == waits
