@@ -9,12 +9,14 @@ from threading import Lock, local
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
 from torch.nn.modules import rnn
 
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
+_ORIGINAL_BATCH_NORM: Callable[..., Tensor] = torch.batch_norm
+_ORIGINAL_FLATTEN: Callable[[nn.RNNBase], None] = nn.RNNBase.flatten_parameters
 
 
 class MendedDerivatives:
@@ -28,8 +30,8 @@ class MendedDerivatives:
       `scale_grad_by_freq` counts the words of each task by itself.
     - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
     - `nn.utils.weight_norm` has its second derivative. That of torch 2.14 is wrong on the CPU.
-    - `nn.RNN`, `nn.LSTM` and `nn.GRU` run without cuDNN, whose kernels have no second derivative, no
-      tangent and no batching rule.
+    - Recurrent networks run without cuDNN, whose kernels have first derivatives only. Under
+      transforms, batch normalisation does too, as cuDNN's has no batching rule.
 
     These are settings of the whole process. They are as they were when the last thread leaves the
     block. What was computed within the block can be differentiated outside of it.
@@ -81,7 +83,7 @@ class _Settings(NamedTuple):
             cudnn=cuda.cudnn_sdp_enabled(),
             math=cuda.math_sdp_enabled(),
             fast_path=mha.get_fastpath_enabled(),
-            functions=tuple(names[name] for names, name in _PLACES),
+            functions=tuple(_get(owner, name) for owner, name in _PLACES),
         )
 
     def apply(self) -> None:
@@ -92,8 +94,8 @@ class _Settings(NamedTuple):
         cuda.enable_math_sdp(self.math)
         mha.set_fastpath_enabled(self.fast_path)
         # A TorchFunctionMode would see these calls as well, but it costs 3 % of a meta-step.
-        for (names, name), function in zip(_PLACES, self.functions, strict=True):
-            names[name] = function
+        for (owner, name), function in zip(_PLACES, self.functions, strict=True):
+            _set(owner, name, function)
 
 
 def _embedding(
@@ -138,6 +140,17 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+def _batch_norm(*args: Any) -> Tensor:
+    """`torch.batch_norm`, whose last argument says whether cuDNN may be used."""
+    return _ORIGINAL_BATCH_NORM(*args[:-1], args[-1] and not _is_transformed())
+
+
+def _flatten_parameters(module: nn.RNNBase) -> None:
+    """It reads the memory of parameters, for cuDNN alone. Transformed parameters have none."""
+    if not _is_transformed():
+        _ORIGINAL_FLATTEN(module)
+
+
 def _without_cudnn(original: Callable[..., Any]) -> Callable[..., Any]:
     """A recurrent network that does not use cuDNN."""
 
@@ -158,20 +171,33 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-# Each function by the names among which its callers look it up.
-_RECURRENT: list[tuple[dict[str, Any], str]] = [
-    (vars(torch._VF), "lstm"),
-    (vars(torch._VF), "gru"),
+def _get(owner: Any, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+    return function
+
+
+def _set(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    if isinstance(owner, dict):
+        owner[name] = function
+    else:
+        setattr(owner, name, function)
+
+
+# The functions, by where their callers look them up.
+_RECURRENT: list[tuple[Any, str]] = [
+    (torch._VF, "lstm"),
+    (torch._VF, "gru"),
     (rnn._rnn_impls, "RNN_TANH"),
     (rnn._rnn_impls, "RNN_RELU"),
 ]
-for _name in ("lstm", "gru"):  # they are looked up elsewhere until they are set
-    setattr(torch._VF, _name, getattr(torch._VF, _name))
-_PLACES: list[tuple[dict[str, Any], str]] = [
-    (vars(torch), "embedding"),
-    (vars(torch._C._nn), "mse_loss"),
-    (vars(torch), "_weight_norm"),
-    (vars(sys.modules["torch.nn.utils.weight_norm"]), "_weight_norm"),
+_PLACES: list[tuple[Any, str]] = [
+    (torch, "embedding"),
+    (torch, "batch_norm"),
+    (torch, "_weight_norm"),
+    # `torch.nn.utils.weight_norm` is the function, which hides its module of the same name.
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm"),
+    (torch._C._nn, "mse_loss"),
+    (nn.RNNBase, "flatten_parameters"),
     *_RECURRENT,
 ]
 _MENDED = _Settings(
@@ -182,10 +208,12 @@ _MENDED = _Settings(
     fast_path=False,
     functions=(
         _embedding,
+        _batch_norm,
+        _weight_norm,
+        _weight_norm,
         _mse_loss,
-        _weight_norm,
-        _weight_norm,
-        *(_without_cudnn(names[name]) for names, name in _RECURRENT),
+        _flatten_parameters,
+        *(_without_cudnn(_get(owner, name)) for owner, name in _RECURRENT),
     ),
 )
 

@@ -94,9 +94,7 @@ def set_up(options: RunOptions) -> Run:
         check_classes(options.folder, splits)
 
     torch.manual_seed(options.seed)
-    train_family = splits.train
-    if options.training_arguments() != options.task_arguments():
-        train_family = tasks.load(**options.training_arguments()).train
+    train_family = training_family(splits.train, options)
     if options.augment:
         train_family = tasks.Augmented(train_family)
     learner = build_learner(options, train_family)
@@ -112,6 +110,16 @@ def set_up(options: RunOptions) -> Run:
     rehearsal = rehearse(learner, optimizer, sampler)
     make_folder(options.folder)
     return Run(options, splits, learner, optimizer, sampler, budget, rehearsal, identity)
+
+
+def training_family(family: tasks.TaskFamily, options: RunOptions) -> tasks.TaskFamily:
+    """The tasks to train with: those of `family`, with their own numbers of ways and shots."""
+    arguments = options.training_arguments()
+    if arguments == options.task_arguments():
+        return family
+    if isinstance(family, tasks.FewShot):  # the other splits may have too few classes
+        return family.with_sizes(ways=arguments["ways"], shots=arguments["shots"])
+    return tasks.load(**arguments).train
 
 
 def warn_if_spent(

@@ -76,6 +76,14 @@ class FewShot:
         self.input_shape = tuple(pool.images.shape[1:])
         self.outputs = ways
 
+    def with_sizes(self, *, ways: int, shots: int) -> FewShot:
+        """Tasks of the same classes with other numbers of ways and shots.
+
+        Raises:
+            ValueError: If the classes cannot give such tasks.
+        """
+        return FewShot(self.pool, ways=ways, shots=shots, queries=self.queries, name=self.name)
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes that tasks are drawn from."""

@@ -72,12 +72,15 @@ def widen(loss: OutputLoss, z: Tensor) -> Tensor:
         torch.float64
     """
     z = z.detach()
+    wide = z.double().requires_grad_()
     try:
-        with torch.no_grad():
-            is_wide = loss(z.double()).dtype == torch.float64
+        with torch.enable_grad():
+            values = loss(wide)
+            if values.requires_grad:  # some losses take two types, but have no derivative then
+                torch.autograd.grad(values.sum(), wide)
     except RuntimeError:  # the loss holds tensors of another type
         return z
-    return z.double() if is_wide else z
+    return wide.detach() if values.dtype == torch.float64 else z
 
 
 def random_outputs(z: Tensor, seed: int) -> Tensor:
