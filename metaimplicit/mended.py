@@ -30,8 +30,8 @@ class MendedDerivatives:
       `scale_grad_by_freq` counts the words of each task by itself.
     - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
     - `nn.utils.weight_norm` has its second derivative. That of torch 2.14 is wrong on the CPU.
-    - Recurrent networks run without cuDNN, whose kernels have first derivatives only. Under
-      transforms, batch normalisation does too, as cuDNN's has no batching rule.
+    - On CUDA, recurrent networks run without cuDNN, whose kernels have first derivatives only.
+      Batch normalisation by running statistics works under transforms, too.
 
     These are settings of the whole process. They are as they were when the last thread leaves the
     block. What was computed within the block can be differentiated outside of it.
@@ -140,9 +140,28 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
-def _batch_norm(*args: Any) -> Tensor:
-    """`torch.batch_norm`, whose last argument says whether cuDNN may be used."""
-    return _ORIGINAL_BATCH_NORM(*args[:-1], args[-1] and not _is_transformed())
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """`torch.batch_norm`, which all of torch's batch normalisations call."""
+    statistics = (mean, variance, training, momentum, eps, cudnn_enabled)
+    if training or mean is None or variance is None or not (x.is_cuda and _is_transformed()):
+        return _ORIGINAL_BATCH_NORM(x, weight, bias, *statistics)
+
+    def spread(of_channels: Tensor) -> Tensor:
+        return of_channels.reshape(-1, *[1] * (x.dim() - 2))
+
+    y = (x - spread(mean)) * spread((variance + eps).rsqrt())
+    y = y if weight is None else y * spread(weight)
+    return y if bias is None else y + spread(bias)
 
 
 def _flatten_parameters(module: nn.RNNBase) -> None:
