@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
-from torch.nn.modules import rnn
 
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
@@ -83,7 +82,7 @@ class _Settings(NamedTuple):
             cudnn=cuda.cudnn_sdp_enabled(),
             math=cuda.math_sdp_enabled(),
             fast_path=mha.get_fastpath_enabled(),
-            functions=tuple(_get(owner, name) for owner, name in _PLACES),
+            functions=tuple(getattr(owner, name) for owner, name in _PLACES),
         )
 
     def apply(self) -> None:
@@ -95,7 +94,7 @@ class _Settings(NamedTuple):
         mha.set_fastpath_enabled(self.fast_path)
         # A TorchFunctionMode would see these calls as well, but it costs 3 % of a meta-step.
         for (owner, name), function in zip(_PLACES, self.functions, strict=True):
-            _set(owner, name, function)
+            setattr(owner, name, function)
 
 
 def _embedding(
@@ -190,24 +189,12 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def _get(owner: Any, name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = owner[name] if isinstance(owner, dict) else getattr(owner, name)
-    return function
-
-
-def _set(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    if isinstance(owner, dict):
-        owner[name] = function
-    else:
-        setattr(owner, name, function)
-
-
 # The functions, by where their callers look them up.
 _RECURRENT: list[tuple[Any, str]] = [
     (torch._VF, "lstm"),
     (torch._VF, "gru"),
-    (rnn._rnn_impls, "RNN_TANH"),
-    (rnn._rnn_impls, "RNN_RELU"),
+    (torch._VF, "rnn_tanh"),
+    (torch._VF, "rnn_relu"),
 ]
 _PLACES: list[tuple[Any, str]] = [
     (torch, "embedding"),
@@ -232,7 +219,7 @@ _MENDED = _Settings(
         _weight_norm,
         _mse_loss,
         _flatten_parameters,
-        *(_without_cudnn(_get(owner, name)) for owner, name in _RECURRENT),
+        *(_without_cudnn(getattr(owner, name)) for owner, name in _RECURRENT),
     ),
 )
 

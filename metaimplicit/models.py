@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from math import gcd, prod
 
+import torch
 from torch import Tensor, nn
 
 from metaimplicit.normalization import BatchNorm
@@ -52,6 +53,8 @@ class ConvNet(nn.Module):
             numbers of MAML (it is transductive); `"running"`, those of training, for a network
             whose convolutions do not adapt; `"group"` (8 groups at most) or `"layer"`, those of
             each image.
+        joined: How many of the last blocks the features come from, 1 … blocks. The network of R2D2
+            joins two (Bertinetto et al. 2019).
 
     Attributes:
         head_name: The name of the linear layer.
@@ -80,10 +83,15 @@ class ConvNet(nn.Module):
         strided: bool = True,
         activation: str = "relu",
         norm: str = "batch",
+        joined: int = 1,
     ) -> None:
         super().__init__()
         _check_arguments(input_shape, outputs, blocks, activation=activation, norm=norm)
+        if not 1 <= joined <= blocks:
+            raise ValueError(f"joined: got {joined}, expected from 1 to {blocks}, the blocks")
         channels, height, width = input_shape
+        sizes: list[int] = []
+        ends: list[int] = []
         layers: list[nn.Module] = []
         for block_channels in _channels_of_blocks(filters, blocks):
             stride = 2 if strided else 1
@@ -98,6 +106,8 @@ class ConvNet(nn.Module):
             height = (height + 1) // 2 if strided else height // 2
             width = (width + 1) // 2 if strided else width // 2
             channels = block_channels
+            sizes.append(channels * height * width)
+            ends.append(len(layers))
 
         if min(height, width) < 1:
             raise ValueError(
@@ -105,11 +115,17 @@ class ConvNet(nn.Module):
                 f"expected at least {2**blocks} pixels a side; use fewer blocks or strided=True"
             )
         self.features = nn.Sequential(*layers)
-        self.head = None if outputs is None else nn.Linear(channels * height * width, outputs)
+        self.head = None if outputs is None else nn.Linear(sum(sizes[-joined:]), outputs)
+        self._joined_after = ends[-joined:]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `[m, channels, height, width]` to outputs `[m, outputs]`."""
-        features: Tensor = self.features(x).flatten(1)
+        parts = []
+        for number, layer in enumerate(self.features, start=1):
+            x = layer(x)
+            if number in self._joined_after:
+                parts.append(x.flatten(1))
+        features = torch.cat(parts, dim=1)
         return features if self.head is None else self.head(features)
 
 

@@ -96,7 +96,7 @@ def set_up(options: RunOptions) -> Run:
     torch.manual_seed(options.seed)
     train_family = training_family(splits.train, options)
     if options.augment:
-        train_family = tasks.Augmented(train_family)
+        train_family = tasks.Augmented(train_family, jitter=options.jitter)
     learner = build_learner(options, train_family)
     options = load_init(options, learner)
     anneal_losses(options, learner, spent=0.0)

@@ -142,11 +142,15 @@ class RunOptions:
     pool: bool = False
     """Halve images by max-pooling instead of strided convolutions, which is slower. resnet-12
     always does."""
+    joined_blocks: Annotated[int, within(1, 4)] = 1
+    """How many of the last blocks of conv give features, of which R2D2's network joins 2."""
     hidden: Annotated[tuple[int, ...], within(1, 65_536)] = (40, 40)
     """Widths of the hidden layers of an mlp."""
     augment: bool = False
-    """Crop, flip and colour the images of training episodes at random. Only for natural images,
-    which have three channels: written characters must not be flipped."""
+    """Crop, flip and colour training images at random. Only for natural images, which have three
+    channels: written characters must not be flipped."""
+    jitter: Share = 0.4
+    """By how much --augment changes brightness, contrast and saturation."""
     label_smoothing: Annotated[float, within(0, 0.9)] = 0.0
     """Share of the query labels that goes to all classes alike, in training and validation."""
     multi_step_loss: Share = 0.0
