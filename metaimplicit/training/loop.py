@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from metaimplicit.learner import EpisodeBatch, MetaLearner
+from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.training.checkpoint import Resumable, load_checkpoint, save_checkpoint
 from metaimplicit.training.log import RunLog, Values
 from metaimplicit.training.meta_step import take_step
@@ -61,7 +62,8 @@ def fit(
 
     A run that is killed and resumed ends at the same bits as one that is not. The exception is a
     budget in minutes, with which the learning rate follows the clock. SIGINT, SIGTERM and SIGHUP
-    take effect when the present step is finished and saved; a second one takes effect at once.
+    take effect when the present step is finished and saved, and end a validation, which is repeated
+    when the run is resumed; a second signal takes effect at once.
 
     The last two checkpoints are kept, and the one with the best validation. When a run is resumed,
     all files are verified. `RunFolder` says what config.json holds, `load_checkpoint` what happens
@@ -123,36 +125,22 @@ def fit(
         count = ENDLESS if budget.steps is None else max(budget.steps - progress.step, 0)
         stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
         stopwatch = Stopwatch(progress)
-        saved = progress.step
+        saved = (progress.step, progress.validated)
         log = RunLog(out, progress, folder.run, total=budget.steps, minutes=budget.minutes, bar=bar)
         with log, warnings.catch_warnings():
             # Such a step ends in NonFiniteError, or is clipped.
             warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
-            while budget.spent(progress) < 1 and signals.received is None:
-                spent = budget.spent(progress)
-                if before_step is not None:
-                    before_step(spent)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * schedule(spent)
-                number = progress.step + 1
-                context = f"no parameter has moved, and {CHECKPOINT} holds step {saved}"
-                values = take_step(
-                    learner, optimizer, next(stream), clip=clip, step=number, context=context
-                )
-                progress.step = number
-                stopwatch.update()
-                log.write("train", progress, values)
-                log.advance(values)
-
+            while True:
                 done = budget.spent(progress) >= 1
+                is_due = done or progress.step % validate_every == 0
                 is_best = False
-                if validation is not None and (done or number % validate_every == 0):
-                    values = _validate(learner, validation())
-                    log.write("validation", progress, values)
+                # A signal ends a validation, too. The run that is resumed begins with it.
+                if validation is not None and is_due and progress.validated < progress.step:
+                    is_best = _validate(learner, validation(), signals, log=log, progress=progress)
                     stopwatch.update()
-                    is_best = progress.note_score(_score(values))
-                stopped = signals.received is not None
-                if done or stopped or is_best or number % checkpoint_every == 0:
+                stops = done or signals.received is not None
+                is_saved = (progress.step, progress.validated) == saved
+                if is_best or (not is_saved and (stops or progress.step % checkpoint_every == 0)):
                     save_checkpoint(
                         folder.checkpoint,
                         learner,
@@ -163,7 +151,24 @@ def fit(
                         is_best=is_best,
                         log=log,
                     )
-                    saved = number
+                    saved = (progress.step, progress.validated)
+                if stops:
+                    break
+
+                spent = budget.spent(progress)
+                if before_step is not None:
+                    before_step(spent)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * schedule(spent)
+                number = progress.step + 1
+                context = f"no parameter has moved, and {CHECKPOINT} holds step {saved[0]}"
+                values = take_step(
+                    learner, optimizer, next(stream), clip=clip, step=number, context=context
+                )
+                progress.step = number
+                stopwatch.update()
+                log.write("train", progress, values)
+                log.advance(values)
     return progress
 
 
@@ -198,10 +203,36 @@ def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | Non
         raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
 
 
-def _validate(learner: MetaLearner, validation: Iterable[EpisodeBatch]) -> Values:
-    result = evaluate(learner, validation, steps=[learner.inner.steps])
+def _validate(
+    learner: MetaLearner,
+    batches: Iterable[EpisodeBatch],
+    signals: DeferredSignals,
+    *,
+    log: RunLog,
+    progress: Progress,
+) -> bool:
+    """Validate, unless a signal ends it, and return whether the result is the best so far."""
+    if signals.received is not None:
+        return False
+    is_on_cuda = next(learner.parameters()).is_cuda
+    with preserve_random_state(learner.method, cuda=is_on_cuda):
+        result = evaluate(learner, _until_stopped(batches, signals), steps=[learner.inner.steps])
+    if signals.received is not None:
+        return False
     accuracy = None if result.accuracies is None else result.accuracies[-1].mean().item()
-    return {"loss": result.losses[-1].mean().item(), "accuracy": accuracy}
+    values: Values = {"loss": result.losses[-1].mean().item(), "accuracy": accuracy}
+    log.write("validation", progress, values)
+    progress.validated = progress.step
+    return progress.note_score(_score(values))
+
+
+def _until_stopped(
+    batches: Iterable[EpisodeBatch], signals: DeferredSignals
+) -> Iterator[EpisodeBatch]:
+    for batch in batches:
+        yield batch
+        if signals.received is not None:
+            return
 
 
 def _score(validation: Values) -> float:

@@ -17,6 +17,7 @@ class Progress:
         lines: The number of lines of its metrics.jsonl.
         best_score: The best validation so far: the largest accuracy, or else the smallest loss,
             negated. None before the first one.
+        validated: The step of the last validation.
 
     Example:
         >>> progress = Progress(step=50, seconds=10.0)
@@ -28,6 +29,7 @@ class Progress:
     seconds: float = 0.0
     lines: int = field(default=0, repr=False)
     best_score: float | None = field(default=None, repr=False)
+    validated: int = field(default=0, repr=False)
 
     def note_score(self, score: float) -> bool:
         """Compare the score of a validation with the best one, and return whether it is better."""

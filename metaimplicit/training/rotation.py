@@ -115,6 +115,20 @@ def read_checkpoint(
     raise FileNotFoundError(f"checkpoint: found no {path}; give a folder that a run has written to")
 
 
+def has_taken_steps(path: Path) -> bool:
+    """Whether a version of a checkpoint is of a later step than 0, or cannot be read."""
+    for version in versions(path):
+        try:
+            state = _read(version, None, torch.device("cpu"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            return True
+        if state["progress"]["step"] > 0:
+            return True
+    return False
+
+
 def repair(path: Path, loaded: Loaded) -> None:
     """Set the versions aside that cannot be used, and put a copy of the used one in their place."""
     for version in loaded.unusable:

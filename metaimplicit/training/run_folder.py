@@ -17,7 +17,7 @@ from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, METRICS
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.provenance import changed_versions, describe_sitting
-from metaimplicit.training.rotation import Identity, versions
+from metaimplicit.training.rotation import Identity, has_taken_steps, versions
 from metaimplicit.training.sealed import read_sealed_json, write_sealed_json
 
 CHECKPOINT = "checkpoint.pt"
@@ -71,6 +71,8 @@ class RunFolder:
             stack.enter_context(only_writer(self.out))
             # Between the first check and the lock, another process may have finished a run.
             require_new_run_folder(self.out, self._resume)
+            if not self._resume:
+                _remove_run(self.out)
             self.has_checkpoint = any(path.exists() for path in versions(self.checkpoint))
             if not self.has_checkpoint and _holds_lines(self.out):
                 raise ValueError(
@@ -132,14 +134,14 @@ class RunFolder:
 def require_new_run_folder(out: Path, resume: bool) -> None:
     """Check that a folder holds no run, unless that run is to be resumed.
 
-    A run that ended before its first checkpoint is none.
+    A run that ended before it saved a step is none, and gives its place to a new one.
 
     Args:
         out: The folder, which need not exist.
         resume: Whether the run in it is to be resumed. If so, nothing is checked.
 
     Raises:
-        FileExistsError: The folder holds a checkpoint, or metrics.
+        FileExistsError: The folder holds a checkpoint of a step, or metrics without a checkpoint.
 
     Example:
         >>> require_new_run_folder(Path("no-such-folder"), resume=False)
@@ -147,6 +149,8 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
     if resume:
         return
     files = [path.name for path in versions(out / CHECKPOINT) if path.exists()]
+    if files and not has_taken_steps(out / CHECKPOINT):
+        return
     if _holds_lines(out):
         files.append(METRICS)
     if files:
@@ -154,6 +158,13 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
             f"out: {out} holds a run already ({', '.join(files)}), expected a new or empty "
             "folder; name another one with --out, or continue the run with --resume"
         )
+
+
+def _remove_run(out: Path) -> None:
+    """Remove what a run left that saved no step."""
+    config = out / CONFIG
+    for path in (*versions(out / CHECKPOINT), out / METRICS, config, previous(config)):
+        path.unlink(missing_ok=True)
 
 
 def _holds_lines(out: Path) -> bool:

@@ -13,6 +13,7 @@ from training.sinusoid_run import assert_same_weights, make_parts, make_sampler,
 
 from metaimplicit.training import (
     DamagedFileError,
+    NonFiniteError,
     load_checkpoint,
     load_learner,
     read_metrics,
@@ -239,3 +240,26 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(tmp_
     for step in (steps[1:4], steps[4:]):
         assert set(step[:2]) == {"log", "file"}
         assert step[2] == "checkpoint"
+
+
+def test_a_run_that_saved_no_step_gives_its_place_to_a_new_one(tmp_path):
+    parts = make_parts()
+    with torch.no_grad():
+        next(parts.learner.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError):
+        train(tmp_path, parts, steps=2, identity=IDENTITY)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+    other = IDENTITY | {"inner_lr": 0.02}
+    train(tmp_path, make_parts(), steps=2, identity=other)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(tmp_path, make_parts(), steps=2, identity=IDENTITY)
+
+
+def test_a_damaged_checkpoint_of_no_step_is_not_overwritten(tmp_path):
+    parts = make_parts()
+    train(tmp_path, parts, steps=1)
+    damage(tmp_path / "checkpoint.pt")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(tmp_path, make_parts(), steps=1)

@@ -140,6 +140,33 @@ def test_a_signalled_run_that_is_resumed_ends_at_the_same_bits(tmp_path):
     assert lines(out) == lines(tmp_path / "unbroken")
 
 
+def test_a_signal_ends_a_validation_which_the_resumed_run_begins_with(tmp_path):
+    batches = [make_parts().sampler[number] for number in (97, 98, 99)]
+    seen = []
+
+    def interrupted():
+        for batch in batches:
+            seen.append(batch)
+            if len(seen) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    options = {"steps": 4, "validate_every": 2, "checkpoint_every": 3}
+    unbroken = make_parts()
+    train(tmp_path / "unbroken", unbroken, validation=lambda: batches, **options)
+
+    broken = tmp_path / "broken"
+    with pytest.raises(SignalledError):
+        train(broken, make_parts(), validation=interrupted, **options)
+    assert len(seen) == 2
+    assert [line["split"] for line in read_metrics(broken)] == ["train", "train"]
+
+    resumed = make_parts()
+    train(broken, resumed, validation=lambda: batches, resume=True, **options)
+    assert_same_weights(resumed.learner, unbroken.learner)
+    assert lines(broken) == lines(tmp_path / "unbroken")
+
+
 def test_a_second_signal_stops_a_run_in_its_step(tmp_path):
     learner, optimizer, sampler = make_parts()
     twice = SignallingSampler(sampler, 4, signal.SIGTERM, signal.SIGTERM)
