@@ -92,6 +92,7 @@ def hypergradient(
         vectorize: `"vmap"` over the tasks, or `"loop"`: one call per task under one graph. With
             `"auto"`, vmap unless it differs from a loop or is impossible. The two are compared at
             the first batch of a shape and at a few later ones, and the report names the reason.
+            With `"vmap"`, a warning says so if they differ.
         chunk_size: The number of tasks that are vmapped at a time, to bound memory. If None, all.
         state: `report.state` of the last call, where an implicit method's solver starts (Arbel &
             Mairal 2022). It helps if φ moved little and the data are the same.

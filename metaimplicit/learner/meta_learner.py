@@ -37,7 +37,7 @@ from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
 from metaimplicit.unsupported import explain_unsupported
-from metaimplicit.vectorization import AutoVectorize
+from metaimplicit.vectorization import AutoVectorize, leave_comparison_to_caller
 from metaimplicit.wrappers import reject_distributed
 
 
@@ -270,8 +270,10 @@ class MetaLearner(TaskBatches):
         return AdaptedModel(self.predict, params, batched=batched)
 
     def _hypergradient(self, data: Episode, vectorize: Vectorize) -> Hypergradient:
+        problem = self._problem(self._network, vectorize)
+        leave_comparison_to_caller(problem)
         return hypergradient(
-            self._problem(self._network, vectorize),
+            problem,
             self.meta,
             data,
             inner=self.inner,

@@ -114,8 +114,6 @@ class ValueFunction(Method):
             gradients: Gradients = dict.fromkeys(meta)
             gradients |= dict(zip(phi, values, strict=True))
             gradients |= dict.fromkeys(only_in_start)
-            if not inner.drift:
-                return gradients, report
             residual = self._residual(
                 lambda params: problem.outer(params, meta, outer_data)[0],
                 penalised_inner,

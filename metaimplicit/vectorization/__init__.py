@@ -4,7 +4,14 @@ from metaimplicit.vectorization.choice import (
     AutoVectorize,
     VmapRecords,
     explain_objection,
+    leave_comparison_to_caller,
     lift,
 )
 
-__all__ = ["AutoVectorize", "VmapRecords", "explain_objection", "lift"]
+__all__ = [
+    "AutoVectorize",
+    "VmapRecords",
+    "explain_objection",
+    "leave_comparison_to_caller",
+    "lift",
+]

@@ -151,7 +151,8 @@ def lift(
         inner: The inner loop.
         method: The method.
         batched: As for `LiftedProblem`.
-        vectorize: With `"auto"`, vmap unless it is wrong or impossible.
+        vectorize: With `"auto"`, vmap unless it is wrong or impossible. With `"vmap"`, a warning
+            says so if it is wrong.
         owner: The object to which what is known of vmap belongs. If None, the problem.
         chunk_size: As for `LiftedProblem`.
         start: As for `LiftedProblem`.
@@ -191,12 +192,24 @@ def lift(
         start=start,
         second_derivatives=differentiates_twice(method, inner),
     )
-    if vectorize != "auto" or not batched:
+    owner = owner or problem
+    asked = vectorize == "vmap"
+    if not batched or vectorize == "loop" or (asked and owner in _COMPARED_ELSEWHERE):
         return lifted
-    record = records_of(owner or problem, method).next_call(data)
+    record = records_of(owner, method).next_call(data)
     if record.is_due:
-        record.objection = explain_objection(problem, meta, data, inner=inner, method=method)
-    return lifted.looped(record.objection) if record.objection else lifted
+        record.objection = explain_objection(
+            problem, meta, data, inner=inner, method=method, keeps_vmap=asked
+        )
+    return lifted.looped(record.objection) if record.objection and not asked else lifted
+
+
+_COMPARED_ELSEWHERE = WeakIdKeyDictionary()
+
+
+def leave_comparison_to_caller(owner: Any) -> None:
+    """Do not compare vmap with a loop for this owner when `vectorize="vmap"`: its maker does so."""
+    _COMPARED_ELSEWHERE[owner] = True
 
 
 def differentiates_twice(method: Method, inner: InnerLoop) -> bool:

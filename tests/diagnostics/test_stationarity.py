@@ -171,6 +171,15 @@ def test_f2sa_has_the_residual_of_its_difference_quotient():
     assert result.report.drift == "the decoupled weight decay of AdamW"
 
 
+@pytest.mark.parametrize(("steps", "status"), [(3, "NOT_STATIONARY"), (400, "CONVERGED")])
+def test_f2sa_says_whether_its_loops_have_settled(steps, status):
+    method = ValueFunction(strength=50.0)
+    inner = GradientDescent(steps=steps, lr=0.2)
+    report = hypergradient(problem(), META, None, inner=inner, method=method).report
+    assert Status(int(report.status)).name == status
+    assert (report.residual.item() < 1e-2) is (status == "CONVERGED")
+
+
 def hinge(w):
     return (1 - w).clamp(min=0).sum()
 

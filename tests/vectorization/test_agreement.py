@@ -206,21 +206,28 @@ def test_first_order_methods_are_not_asked_for_second_derivatives():
         hypergradient(problem, meta_of(model), data, method=Unrolled(), **how)
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-def test_a_way_that_is_asked_for_is_taken(vectorize):
-    model = network(wrong_rules.WrongValue())
+@pytest.mark.parametrize("name", WRONG)
+def test_vmap_that_is_asked_for_is_taken_with_a_warning_where_it_is_wrong(name):
+    model = network(WRONG[name]())
     episodes = draw()
+    problem, meta = problem_of(model), meta_of(model)
     data = (episodes.support, episodes.query)
-    result = hypergradient(
-        problem_of(model),
-        meta_of(model),
-        data,
-        inner=INNER,
-        method=Unrolled(),
-        batched=True,
-        vectorize=vectorize,
-    )
-    assert result.report.tasks_by == vectorize
+    how = {"inner": INNER, "method": Unrolled(), "batched": True}
+    with differs(f"module '1.1' ({name})"):
+        result = hypergradient(problem, meta, data, vectorize="vmap", **how)
+    assert result.report.tasks_by == "vmap"
+    with differs(f"module '1.1' ({name})"):
+        argmin(problem.inner_loss, problem.init, meta, data, vectorize="vmap", **how)
+    result = hypergradient(problem, meta, data, vectorize="loop", **how)  # without a warning
+    assert result.report.tasks_by == "loop"
+
+
+def test_a_learner_compares_its_vmap_once():
+    model = network(wrong_rules.WrongValue())
+    learner = MetaLearner(model, F.cross_entropy, inner=INNER, vectorize="vmap")
+    with pytest.warns(RuntimeWarning) as caught:
+        learner.backward(draw())
+    assert sum("vmap differs" in str(warning.message) for warning in caught) == 1
 
 
 def test_an_error_of_the_users_own_passes_as_it_is():
