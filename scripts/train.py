@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from command_line import (
     RunOptions,
-    anneal_losses,
+    anneal_method,
     build_learner,
     build_optimizer,
     check_classes,
@@ -99,7 +99,7 @@ def set_up(options: RunOptions) -> Run:
         train_family = tasks.Augmented(train_family, jitter=options.jitter)
     learner = build_learner(options, train_family)
     options = load_init(options, learner)
-    anneal_losses(options, learner, spent=0.0)
+    anneal_method(options, learner, spent=0.0)
     optimizer = build_optimizer(options, learner)
     sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)
@@ -188,7 +188,7 @@ def train(run: Run) -> Progress:
         validation=lambda: (validation[i] for i in range(batches)),
         validate_every=options.validate_every,
         checkpoint_every=options.checkpoint_every,
-        before_step=partial(anneal_losses, options, run.learner),
+        before_step=partial(anneal_method, options, run.learner),
         schedule=cosine if options.schedule == "cosine" else constant,
         clip=options.clip,
         workers=options.workers,

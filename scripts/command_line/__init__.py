@@ -5,7 +5,7 @@ from command_line.defaults import default_options
 from command_line.device import find_device, set_up_cpu
 from command_line.errors import handle_errors
 from command_line.init import load_init
-from command_line.multi_step import anneal_losses
+from command_line.annealing import anneal_method
 from command_line.options import RunOptions
 from command_line.parse import parse
 from command_line.recipes import find_recipe
@@ -30,7 +30,7 @@ __all__ = [
     "RowFile",
     "RunOptions",
     "Split",
-    "anneal_losses",
+    "anneal_method",
     "build_learner",
     "build_optimizer",
     "check_classes",

@@ -55,6 +55,9 @@ ADDED = {
     "init_digest",
     "recipe",
     "compile",
+    "first_order_share",
+    "jitter",
+    "joined_blocks",
 }
 
 
@@ -156,6 +159,8 @@ class RunOptions:
     multi_step_loss: Share = 0.0
     """Share of the run in which the query losses after all inner steps count, at first alike and
     more and more the last one alone (MAML++). For unrolled."""
+    first_order_share: Share = 0.0
+    """Share of the run that takes derivatives of first order alone, before unrolled (MAML++)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the outer step size over the steps or minutes given."""
     clip: Annotated[float | None, within(1e-12, MOST)] = None

@@ -1,13 +1,13 @@
-"""The multi-step loss of MAML++, whose weights move to the last inner step."""
+"""Methods that change as a run goes on, as those of MAML++ do."""
 
 import pytest
 import torch
-from command_line import RunOptions, anneal_losses, build_learner, default_options
-from command_line.multi_step import multi_step_weights
+from command_line import RunOptions, anneal_method, build_learner, default_options
+from command_line.annealing import multi_step_weights
 from scripts.running import SMALL, load_main
 
 import tasks
-from metaimplicit.methods import Unrolled
+from metaimplicit.methods import FirstOrder, Unrolled
 from metaimplicit.training import read_metrics
 
 
@@ -43,20 +43,45 @@ def test_the_loss_of_a_step_is_weighed_over_the_inner_steps():
     options, learner, episodes = make_learner(inner_steps=3, multi_step_loss=0.5, inner_lr=0.01)
     pairs = [tuple(x.double() for x in pair) for pair in (episodes.support, episodes.query)]
     # After 1/4 of the run, the weights of the first two are half of what they were.
-    anneal_losses(options, learner, spent=0.25)
+    anneal_method(options, learner, spent=0.25)
     step = learner.backward(pairs)
     losses, _ = learner.evaluate(pairs)
     _, first, second, last = losses.mean(1)
     assert (step.loss - (first / 6 + second / 6 + 2 * last / 3)).abs() <= 1e-12
-    anneal_losses(options, learner, spent=0.5)
+    anneal_method(options, learner, spent=0.5)
     assert learner.method == Unrolled()
     assert (learner.backward(pairs).loss - last).abs() <= 1e-12
+
+
+def test_derivatives_are_of_first_order_for_a_share_of_the_run():
+    options, learner, episodes = make_learner(inner_steps=3, first_order_share=0.3)
+    pairs = [tuple(x.double() for x in pair) for pair in (episodes.support, episodes.query)]
+    for spent, method in ((0.0, FirstOrder()), (0.29, FirstOrder()), (0.3, Unrolled())):
+        anneal_method(options, learner, spent=spent)
+        gradients = []
+        for chosen in (learner.method, method):
+            learner.method = chosen
+            learner.zero_grad()
+            learner.backward(pairs)
+            gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters()]))
+        assert torch.equal(*gradients)
+        assert learner.method == method
+
+
+@pytest.mark.parametrize(
+    "other", [{"method": "cg"}, {"method": "unrolled", "multi_step_loss": 0.1}]
+)
+def test_an_order_that_cannot_be_annealed_is_refused(other):
+    _, learner, _ = make_learner(inner_steps=3)
+    options = RunOptions(first_order_share=0.5, **other)
+    with pytest.raises(ValueError, match="--first-order-share: got 0.5 with --method"):
+        anneal_method(options, learner, spent=0.0)
 
 
 def test_without_the_option_the_method_stays():
     options, learner, _ = make_learner(inner_steps=3)
     method = learner.method
-    anneal_losses(options, learner, spent=0.0)
+    anneal_method(options, learner, spent=0.0)
     assert learner.method is method
 
 
@@ -66,7 +91,7 @@ def test_methods_that_see_no_inner_steps_are_refused(method):
     learner = build_learner(options, tasks.load("sinusoid").train)
     options = RunOptions(method=method, multi_step_loss=0.1)
     with pytest.raises(ValueError, match=f"--multi-step-loss: got 0.1 with --method {method} and"):
-        anneal_losses(options, learner, spent=0.0)
+        anneal_method(options, learner, spent=0.0)
 
 
 @pytest.mark.slow
