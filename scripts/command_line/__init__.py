@@ -1,11 +1,11 @@
 """The command lines of the scripts: options, their ranges and defaults, errors, stored rows."""
 
+from command_line.annealing import anneal_method
 from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
 from command_line.device import find_device, set_up_cpu
 from command_line.errors import handle_errors
 from command_line.init import load_init
-from command_line.annealing import anneal_method
 from command_line.options import RunOptions
 from command_line.parse import parse
 from command_line.recipes import find_recipe

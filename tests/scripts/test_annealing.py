@@ -74,7 +74,7 @@ def test_derivatives_are_of_first_order_for_a_share_of_the_run():
 def test_an_order_that_cannot_be_annealed_is_refused(other):
     _, learner, _ = make_learner(inner_steps=3)
     options = RunOptions(first_order_share=0.5, **other)
-    with pytest.raises(ValueError, match="--first-order-share: got 0.5 with --method"):
+    with pytest.raises(ValueError, match=r"--first-order-share: got 0\.5 with --method"):
         anneal_method(options, learner, spent=0.0)
 
 
