@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --methods cg unrolled --inner-steps 4 16 64
 python scripts/benchmark.py --towers                     # towers of optimisers instead
+python scripts/benchmark.py --race                       # one meta-gradient by other libraries, too
 
 With --out, every row is stored when it is done: the same command again only measures what is
 missing.
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import gradient_race
 import torch
 import torch.nn.functional as F
 import tower_benchmark
@@ -34,6 +36,7 @@ from command_line import (
     require_package,
 )
 from command_line.ranges import MOST_THREADS, check_ranges, within
+from gradient_contenders import WORKLOADS
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.learner import Episode, Pair
@@ -70,6 +73,11 @@ class Benchmark:
     """JSON file for the rows. Those that it has are not measured."""
     towers: bool = False
     """Time training steps by towers of optimisers instead, on the CPU."""
+    race: bool = False
+    """Time one meta-gradient by this library and by others that are installed instead, with one
+    and with two threads, on the CPU."""
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    """What --race differentiates."""
 
 
 @handle_errors
@@ -84,6 +92,8 @@ def main(settings: Benchmark) -> None:
     rows = RowFile(settings.out)
     if settings.towers:
         time_towers(settings, rows)
+    elif settings.race:
+        run_race(settings, rows)
     else:
         measure_methods(settings, rows)
 
@@ -99,11 +109,29 @@ def check_settings(settings: Benchmark) -> None:
     find_device(settings.device)
     for method in settings.methods:
         make_method(method)
+    if settings.race:
+        check_race(settings)
     if settings.towers:
         require_package(
             "gradient_descent_the_ultimate_optimizer",
             purpose="--towers",
             extra="dev",
+        )
+
+
+def check_race(settings: Benchmark) -> None:
+    """Check the settings of a race.
+
+    Raises:
+        ValueError: A workload is unknown, nothing is timed, or the device is not the CPU.
+    """
+    for name in settings.workloads:
+        if name not in WORKLOADS:
+            raise ValueError(f"--workloads: got {name!r}, expected some of {list(WORKLOADS)}")
+    if settings.repeats < 1 or settings.device != "cpu" or settings.towers:
+        raise ValueError(
+            f"--race: got --repeats {settings.repeats}, --device {settings.device} and --towers "
+            f"{settings.towers}, expected at least one repeat on the CPU, and no towers"
         )
 
 
@@ -114,6 +142,19 @@ def time_towers(settings: Benchmark, rows: RowFile) -> None:
         case = {"towers": network.__name__, "threads": settings.threads}
         row = rows.read_or_make(case, partial(make_table, network))
         print(row["table"], end="\n\n")
+
+
+def run_race(settings: Benchmark, rows: RowFile) -> None:
+    """Print the tables of `gradient_race`."""
+    for name in settings.workloads:
+        case = {"race": name, "repeats": settings.repeats}
+        row = rows.read_or_make(case, partial(make_race, name, settings.repeats))
+        print(gradient_race.describe(name, row["rows"]), end="\n\n", flush=True)
+
+
+def make_race(name: str, repeats: int) -> dict[str, Any]:
+    """The row of a workload."""
+    return {"rows": gradient_race.race(name, threads=(1, 2), rounds=repeats)}
 
 
 def make_table(network: Callable[[], str]) -> dict[str, str]:

@@ -52,9 +52,10 @@ IMAGES: Settings = FEATURES | {
     "queries": 6,
     "pool": True,
     "activation": "leaky-relu",
+    "joined_blocks": 2,
     "augment": True,
-    "label_smoothing": 0.1,
-    "outer_lr": 2e-3,
+    "jitter": 0.0,
+    "outer_lr": 4e-3,
     "minutes": 30.0,
 }
 # iMAML: Rajeswaran et al. 2019, table 2, which has MAML's numbers as well. Prototypes: Snell et al.
@@ -84,16 +85,16 @@ RECIPES: dict[str, Recipe] = {
         settings=FEATURES | {"ways": 20, "minutes": 30.0},
     ),
     "cifar-fs-5w1s-ridge": Recipe(
-        "cifar-fs", CIFAR_FS_5W1S, head="ridge", settings=IMAGES | {"train_shots": 2}
+        "cifar-fs", CIFAR_FS_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}
     ),
     "cifar-fs-5w5s-ridge": Recipe(
         "cifar-fs", CIFAR_FS_5W5S, head="ridge", settings=IMAGES | {"shots": 5, "train_shots": 3}
     ),
     "mini-imagenet-5w1s-ridge": Recipe(
-        "mini-imagenet", MINI_IMAGENET_5W1S, head="ridge", settings=IMAGES | {"train_shots": 2}
+        "mini-imagenet", MINI_IMAGENET_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}
     ),
     "fc100-5w1s-ridge": Recipe(
-        "fc100", FC100_5W1S, head="ridge", settings=IMAGES | {"train_shots": 2}
+        "fc100", FC100_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}
     ),
 }
 
