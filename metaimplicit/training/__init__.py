@@ -28,8 +28,8 @@ from metaimplicit.training.predictions import Predictions, predict_classes
 from metaimplicit.training.pretrained import Pretrained, load_pretrained
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
-from metaimplicit.training.rotation import Select
-from metaimplicit.training.run_folder import CHECKPOINT, require_new_run_folder
+from metaimplicit.training.rotation import Select, has_taken_steps
+from metaimplicit.training.run_folder import CHECKPOINT, remove_run, require_new_run_folder
 from metaimplicit.training.run_page import make_run_page
 from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
@@ -58,6 +58,7 @@ __all__ = [
     "evaluate_one_at_a_time",
     "fit",
     "fit_tuner",
+    "has_taken_steps",
     "keep_freed_memory",
     "leave_page",
     "load_checkpoint",
@@ -75,6 +76,7 @@ __all__ = [
     "read_json",
     "read_metrics",
     "read_sealed_json",
+    "remove_run",
     "require_new_run_folder",
     "save_checkpoint",
     "save_tuner",

@@ -116,7 +116,12 @@ def read_checkpoint(
 
 
 def has_taken_steps(path: Path) -> bool:
-    """Whether a version of a checkpoint is of a later step than 0, or cannot be read."""
+    """Whether a version of a checkpoint is of a later step than 0, or cannot be read.
+
+    Example:
+        >>> has_taken_steps(Path("no-such-folder", "checkpoint.pt"))
+        False
+    """
     for version in versions(path):
         try:
             state = _read(version, None, torch.device("cpu"))

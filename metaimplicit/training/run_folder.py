@@ -72,7 +72,7 @@ class RunFolder:
             # Between the first check and the lock, another process may have finished a run.
             require_new_run_folder(self.out, self._resume)
             if not self._resume:
-                _remove_run(self.out)
+                remove_run(self.out)
             self.has_checkpoint = any(path.exists() for path in versions(self.checkpoint))
             if not self.has_checkpoint and _holds_lines(self.out):
                 raise ValueError(
@@ -160,8 +160,15 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
         )
 
 
-def _remove_run(out: Path) -> None:
-    """Remove what a run left that saved no step."""
+def remove_run(out: Path) -> None:
+    """Remove what a run left that saved no step: its checkpoints, metrics and config.json.
+
+    Args:
+        out: Its folder, of which this process is the only writer.
+
+    Example:
+        >>> remove_run(Path("no-such-folder"))
+    """
     config = out / CONFIG
     for path in (*versions(out / CHECKPOINT), out / METRICS, config, previous(config)):
         path.unlink(missing_ok=True)

@@ -18,10 +18,12 @@ from metaimplicit.training import (
     CHECKPOINT,
     CONFIG,
     describe_sitting,
+    has_taken_steps,
     leave_page,
     metered,
     only_writer,
     read_sealed_json,
+    remove_run,
     write_atomically,
     write_json,
     write_sealed_json,
@@ -90,6 +92,7 @@ def make_row(experiment: Experiment, case: Case, out: Path, *, is_new: bool) -> 
     """Run a case, and leave its row in summary.json."""
     summary = out / "summary.json"
     if is_new:
+        remove_run(out)
         start = describe_sitting(experiment.torch_device) | {"from_step": 0, "to_step": None}
         config = case_config(experiment, case) | {"sittings": [start]}
         write_sealed_json(out / CONFIG, config)
@@ -104,7 +107,7 @@ def make_row(experiment: Experiment, case: Case, out: Path, *, is_new: bool) -> 
 def require_same_options(experiment: Experiment, case: Case) -> bool:
     """Check that the folder of a case holds no run with other options.
 
-    A run that ended before its first checkpoint is none.
+    A run that ended before it saved a step is none.
 
     Returns:
         Whether the folder holds no run of the case.
@@ -120,7 +123,7 @@ def require_same_options(experiment: Experiment, case: Case) -> bool:
     stored = read_sealed_json(out / CONFIG)
     if {name: stored.get(name) for name in config} == config:
         return False
-    if any((out / name).exists() for name in ("summary.json", CHECKPOINT)):
+    if (out / "summary.json").exists() or has_taken_steps(out / CHECKPOINT):
         raise FileExistsError(
             f"--out: got {out}, which holds a run with other options ({stored}), expected a run "
             "with the options given now; name another folder"

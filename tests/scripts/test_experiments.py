@@ -20,6 +20,7 @@ from pages import read_page
 
 import tasks
 from metaimplicit import Proximal, TorchOptimizer, Tuner, tuning_problem
+from metaimplicit.training.rotation import write_checkpoint
 from metaimplicit.tuning import ClassWeights
 
 
@@ -106,6 +107,23 @@ def test_other_options_need_another_folder(tmp_path):
     with pytest.raises(FileExistsError, match=r"a run with other options.*name another folder"):
         execute(other)
     assert not other.ran
+
+
+def test_a_run_that_saved_no_step_gives_its_place_to_one_with_other_options(tmp_path):
+    first = Sums(out=tmp_path, seeds=1, method=("cg",))
+    folder = first.case_folder(first.cases()[0])
+    execute(first)
+    (folder / "summary.json").unlink()
+    state = {"progress": {"step": 0}, "identity": {}, "rng": {}}
+    write_checkpoint(folder / "checkpoint.pt", state)
+    other = Sums(out=tmp_path, seeds=1, method=("cg",), number=11)
+    execute(other)
+    assert other.ran
+
+    (folder / "summary.json").unlink()
+    write_checkpoint(folder / "checkpoint.pt", state | {"progress": {"step": 1}})
+    with pytest.raises(FileExistsError, match=r"a run with other options"):
+        execute(first)
 
 
 def test_a_run_that_left_no_result_does_not_block_its_name(tmp_path):
