@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from command_line import set_up_cpu
 from torch import Tensor
@@ -95,6 +96,7 @@ def run_race(name: str, course: Course) -> Row:
     threads, seconds_per_step = choose_threads(name, entry, splits.train, course=course)
     set_up_cpu(threads)
     torch.manual_seed(course.seed)
+    np.random.seed(course.seed)  # learn2learn initialises linear layers by scipy
     contender = entry.make(entry.sizes.resize(splits.train))
     validation = tasks.EpisodeSampler(splits.validation, tasks=BATCH, seed=course.seed)
     curve, best = train(
