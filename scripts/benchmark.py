@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import startup  # isort: skip  # noqa: F401  # before what takes time to import
 
-import multiprocessing
 import os
 import statistics
 import sys
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +32,7 @@ from command_line import (
     handle_errors,
     parse_options,
     require_package,
+    run_apart,
 )
 from command_line.ranges import MOST_THREADS, check_ranges, within
 from gradient_contenders import WORKLOADS
@@ -195,34 +194,8 @@ def measure_apart(settings: Benchmark, method: str, inner_steps: int) -> dict[st
     """
     # glibc then returns freed blocks at once, so that the resident size is what is in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    case = (sender, settings, method, inner_steps)
-    process = context.Process(target=send_measure, args=case, daemon=True)
-    process.start()
-    sender.close()
-    try:
-        # A pool would wait for ever for a process that was killed. A pipe ends.
-        result: dict[str, float] | Exception = receiver.recv()
-    except EOFError:
-        raise RuntimeError(
-            f"{method}, {inner_steps} inner steps: the process that measured was killed; "
-            "lower the sizes if memory was short"
-        ) from None
-    finally:
-        process.kill()
-        process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def send_measure(sender: Connection, settings: Benchmark, method: str, inner_steps: int) -> None:
-    """Send what `measure` returns or raises."""
-    try:
-        sender.send(measure(settings, method, inner_steps))
-    except Exception as error:
-        sender.send(error)
+    name = f"{method}, {inner_steps} inner steps"
+    return run_apart(measure, settings, method, inner_steps, name=name)
 
 
 def measure(settings: Benchmark, method: str, inner_steps: int) -> dict[str, float]:

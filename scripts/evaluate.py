@@ -1,6 +1,7 @@
 """Evaluate a run on tasks it has never seen: accuracy or mean squared error after inner steps.
 
 python scripts/evaluate.py runs/glyphs-ridge-0 --episodes 2000
+python scripts/evaluate.py runs/glyphs-ridge-0 --against runs/glyphs-cg-0
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import startup  # isort: skip  # noqa: F401  # before what takes time to import
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +38,7 @@ import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.training import (
     CONFIG,
+    Estimate,
     Evaluation,
     Progress,
     Select,
@@ -67,6 +70,9 @@ class Evaluate:
     """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
     data_root: Path | None = None
     """Where the data is, if it has moved since."""
+    against: Path | None = None
+    """Folder of another run with such tasks. It is tested on the same ones, and the difference of
+    the two has a paired interval."""
     threads: Threads = None
     """CPU threads of torch. By default torch's own choice."""
 
@@ -75,15 +81,22 @@ class Evaluate:
 def main(args: list[str]) -> None:
     """Evaluate a run and print a table."""
     command = parse_options(Evaluate, args)
-    options = load_options(command)
+    options = load_options(command, command.run)
     require_writable(command.run / EVALUATION)
-    family, learner, progress = load_run(command, options)
+    set_up_cpu(options.threads)
+    splits = tasks.load(**options.task_arguments())
+    learner, progress = load_run(command.run, options, splits)
+    rival = None if command.against is None else load_rival(command, options, splits)
+
+    family = split_family(splits, command.split)
     seed = options.test_seed if command.seed is None else command.seed
     result = run_test(learner, family, options, seed=seed)
-
-    about = {"split": command.split, "tested_meta_step": progress.step}
+    about: dict[str, Any] = {"split": command.split, "tested_meta_step": progress.step}
+    if rival is not None:
+        about["against"] = measure_against(rival, result, family, seed=seed)
     summary = summarize_test(learner, result, family, options, seed=seed) | about
     write_json(command.run / EVALUATION, summary)
+
     fits = predict_test_curves(learner, options, command.split, seed=seed)
     title = f"{options.task}, {options.approach}"
     plot_adaptation(command.run, result, title=title, fits=fits)
@@ -92,6 +105,8 @@ def main(args: list[str]) -> None:
         "mean and 95 % interval"
     )
     print(table(result), flush=True)
+    if rival is not None:
+        print(describe_difference(about["against"]), flush=True)
     leave_report(
         command.run / "evaluation.html",
         learner,
@@ -103,23 +118,22 @@ def main(args: list[str]) -> None:
     )
 
 
-def load_options(command: Evaluate) -> RunOptions:
-    """The options of the run, with those of the command.
+def load_options(command: Evaluate, run: Path) -> RunOptions:
+    """The options of a run, with those of the command.
 
     Raises:
         FileNotFoundError: The folder holds no config.json.
         ValueError: The config is not that of a run of train.py, or an option is out of range.
     """
-    path = command.run / CONFIG
+    argument = "--against" if run == command.against else "run"
+    path = run / CONFIG
     if not path.exists():
         raise FileNotFoundError(
-            f"run: found no {CONFIG} in {command.run}; give the folder of a run of scripts/train.py"
+            f"{argument}: found no {CONFIG} in {run}; give the folder of a run of scripts/train.py"
         )
     stored: dict[str, Any] = read_sealed_json(path).get("options", {})
     if "task" not in stored:
-        raise ValueError(
-            f"run: {command.run} is no run of scripts/train.py; give the folder of one"
-        )
+        raise ValueError(f"{argument}: {run} is no run of scripts/train.py; give the folder of one")
     options = RunOptions.load(stored)
     return replace(
         options,
@@ -132,18 +146,72 @@ def load_options(command: Evaluate) -> RunOptions:
     ).completed()
 
 
-def load_run(
-    command: Evaluate, options: RunOptions
-) -> tuple[tasks.TaskFamily, MetaLearner, Progress]:
-    """The tasks to evaluate on, the trained learner, and how long it was trained."""
-    set_up_cpu(options.threads)
-    splits = tasks.load(**options.task_arguments())
-    check_classes(command.run, splits)
-    family = split_family(splits, command.split)
-    learner = build_learner(options, family)
+def load_run(run: Path, options: RunOptions, splits: tasks.Splits) -> tuple[MetaLearner, Progress]:
+    """The trained learner of a run, and how long it was trained.
+
+    Raises:
+        ValueError: The splits are not those of the run, or no checkpoint is whole.
+    """
+    check_classes(run, splits)
+    learner = build_learner(options, splits.test)
     identity = run_identity(options, splits)
-    progress = load_own_checkpoint(command.run, learner, identity, select=options.select)
-    return family, learner, progress
+    return learner, load_own_checkpoint(run, learner, identity, select=options.select)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another run, to be tested on the same tasks."""
+
+    run: Path
+    options: RunOptions
+    learner: MetaLearner
+    progress: Progress
+
+
+def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> Rival:
+    """The run of --against, with options that draw the tasks of the run that is evaluated.
+
+    Raises:
+        ValueError: It is that run itself, or has other tasks.
+    """
+    run = command.against or command.run
+    if run.resolve() == command.run.resolve():
+        raise ValueError(f"--against: got {run}, the run itself, expected another run")
+    own = load_options(command, run)
+    for name in ("task", "ways", "shots", "task_options"):
+        theirs, ours = getattr(own, name), getattr(options, name)
+        if theirs != ours:
+            raise ValueError(
+                f"--against: {run} has {name} {theirs}, but {command.run} has {ours}; expected a "
+                "run with the same tasks"
+            )
+    learner, progress = load_run(run, own, splits)
+    # Which tasks a seed gives depends on how many are drawn at a time.
+    return Rival(run, replace(own, meta_batch=options.meta_batch), learner, progress)
+
+
+def measure_against(
+    rival: Rival, result: Evaluation, family: tasks.TaskFamily, *, seed: int
+) -> dict[str, Any]:
+    """What the rival reaches on the tasks of `result`, and the difference, after the last steps."""
+    other = run_test(rival.learner, family, rival.options, seed=seed)
+    difference = Estimate.of_difference(result.values[-1], other.values[-1])
+    return {
+        "run": str(rival.run),
+        "tested_meta_step": rival.progress.step,
+        **{name: other.summary()[name] for name in ("mean", "interval_95", "inner_steps")},
+        "difference": {"mean": difference.mean, "interval_95": difference.interval},
+    }
+
+
+def describe_difference(against: Mapping[str, Any]) -> str:
+    """What `measure_against` measured, as one line."""
+    difference = against["difference"]
+    return (
+        f"against {against['run']}: {against['mean']:.4f} ± {against['interval_95']:.4f} on the "
+        f"same tasks, difference {difference['mean']:+.4f} ± {difference['interval_95']:.4f} "
+        "(paired)"
+    )
 
 
 def table(result: Evaluation) -> str:

@@ -57,6 +57,34 @@ class Estimate:
         n = len(values)
         return cls(values.mean().item(), 1.96 * values.std().item() / n**0.5, n)
 
+    @classmethod
+    def of_difference(cls, values: Tensor, others: Tensor) -> Estimate:
+        """The paired estimate of the mean of d = values − others, both on the same tasks.
+
+            mean(d) ± 1.96 s/√n,    s² = Σᵢ (dᵢ − mean(d))²/(n − 1)
+
+        What makes a task hard for both cancels in dᵢ, so that the interval is narrower than that of
+        two estimates on different tasks.
+
+        Args:
+            values: `[n]`, one number for each task.
+            others: `[n]`, those of the other learner on the same tasks in the same order.
+
+        Raises:
+            ValueError: The shapes differ, or are not `[n]` with n ≥ 2.
+
+        Example:
+            >>> ours, theirs = torch.tensor([1.0, 0.5, 0.75]), torch.tensor([0.75, 0.25, 0.5])
+            >>> print(Estimate.of_difference(ours, theirs))
+            0.2500 ± 0.0000
+        """
+        if values.shape != others.shape:
+            raise ValueError(
+                f"others: got shape {tuple(others.shape)}, expected {tuple(values.shape)}, "
+                "one number for each of the same tasks"
+            )
+        return cls.of(values.double() - others.double())
+
     def __str__(self) -> str:
         """The mean and half of the interval, with four decimals."""
         return f"{self.mean:.4f} ± {self.interval:.4f}"
@@ -86,10 +114,14 @@ class Evaluation:
         """What `curve` holds: "accuracy", or for regression "mse", the mean squared error."""
         return "mse" if self.accuracies is None else "accuracy"
 
+    @property
+    def values(self) -> Tensor:
+        """The metric of each task, `[counts, tasks]`."""
+        return self.losses if self.accuracies is None else self.accuracies
+
     def curve(self) -> list[Estimate]:
         """The metric after each number of inner steps."""
-        rows = self.losses if self.accuracies is None else self.accuracies
-        return [Estimate.of(row) for row in rows]
+        return [Estimate.of(row) for row in self.values]
 
     def summary(self) -> dict[str, Any]:
         """The metric after the last number of steps, and after each, for JSON."""

@@ -1,6 +1,7 @@
 """The command lines of the scripts: options, their ranges and defaults, errors, stored rows."""
 
 from command_line.annealing import anneal_method
+from command_line.apart import run_apart
 from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
 from command_line.device import find_device, set_up_cpu
@@ -48,6 +49,7 @@ __all__ = [
     "predict_test_curves",
     "require_package",
     "require_writable",
+    "run_apart",
     "run_identity",
     "run_test",
     "set_up_cpu",

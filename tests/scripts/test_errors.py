@@ -3,6 +3,7 @@
 import errno
 import gc
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -136,7 +137,7 @@ def test_what_happens_in_a_worker_process_is_one_line(read, code, message, capsy
 
 def test_a_measurement_whose_process_is_killed_ends(tmp_path, capsys, monkeypatch):
     def kill_the_child():
-        while not (children := benchmark.multiprocessing.active_children()):
+        while not (children := multiprocessing.active_children()):
             time.sleep(0.01)
         children[0].kill()
 

@@ -28,6 +28,18 @@ def test_the_interval_is_196_standard_errors_of_the_sample_deviation():
         Estimate.of(torch.ones(1))
 
 
+def test_a_paired_interval_is_that_of_the_differences_of_the_tasks():
+    values = torch.tensor([0.9, 0.7, 0.8, 1.0], dtype=torch.float64)
+    others = torch.tensor([0.8, 0.7, 0.5, 1.0], dtype=torch.float64)
+    estimate = Estimate.of_difference(values, others)
+    # The differences are 0.1, 0, 0.3 and 0, with the mean 0.1, so s² = (0 + 0.01 + 0.04 + 0.01)/3.
+    assert estimate.mean == pytest.approx(0.1, rel=1e-14)
+    assert estimate.interval == pytest.approx(1.96 * (0.06 / 3) ** 0.5 / 2, rel=1e-14)
+    assert estimate.tasks == 4
+    with pytest.raises(ValueError, match=r"others: got shape \(3,\), expected \(4,\)"):
+        Estimate.of_difference(values, others[:3])
+
+
 def test_evaluate_has_the_learners_numbers_for_the_tasks_asked_for():
     learner = make_learner(MLP(1, 1))
     sampler = make_sampler(tasks_per_batch=3, seed=1)
