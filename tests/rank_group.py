@@ -1,0 +1,71 @@
+"""Functions that run in several processes of one gloo group."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+import torch
+from torch import distributed
+
+# One process imports what all others need.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "metaimplicit.training", "tasks"])
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(function, count, *args, join=True):
+    """Start `function(rank, *args)` in `count` processes, which torchrun's variables describe."""
+    port = free_port()
+    jobs = []
+    for rank in range(count):
+        reader, writer = CONTEXT.Pipe(duplex=False)
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        run = (writer, variables, join, function, rank, args)
+        process = CONTEXT.Process(target=_run, args=run, daemon=True)
+        process.start()
+        writer.close()
+        jobs.append((process, reader))
+    return jobs
+
+
+def results(jobs):
+    """What the functions returned, by rank. None where a process was killed."""
+    ends = []
+    for process, reader in jobs:
+        try:
+            ends.append(reader.recv())
+        except EOFError:
+            ends.append(None)
+        process.join(timeout=60)
+    errors = [end for end in ends if isinstance(end, str)]
+    assert not errors, "\n".join(errors)
+    return [None if end is None else end[0] for end in ends]
+
+
+def run_on_ranks(function, count, *args, join=True):
+    return results(start(function, count, *args, join=join))
+
+
+def _run(writer, variables, join, function, rank, args):
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    try:
+        if join:
+            distributed.init_process_group("gloo")
+        writer.send((function(rank, *args),))
+        if join:
+            distributed.destroy_process_group()
+    except BaseException:
+        writer.send(traceback.format_exc())
