@@ -1,16 +1,18 @@
 """Functions that run in several processes of one gloo group."""
 
+import importlib
 import multiprocessing
 import os
 import socket
 import traceback
+from pathlib import Path
 
 import torch
 from torch import distributed
 
 # One process imports what all others need.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "metaimplicit.training", "tasks"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "metaimplicit.training", "tasks", "pytest"])
 
 
 def free_port():
@@ -32,7 +34,7 @@ def start(function, count, *args, join=True):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        run = (writer, variables, join, function, rank, args)
+        run = (writer, variables, join, _name(function), rank, args)
         process = CONTEXT.Process(target=_run, args=run, daemon=True)
         process.start()
         writer.close()
@@ -58,10 +60,18 @@ def run_on_ranks(function, count, *args, join=True):
     return results(start(function, count, *args, join=join))
 
 
-def _run(writer, variables, join, function, rank, args):
+def _name(function):
+    """The module and the name of a function, as the folder of the tests is on the path."""
+    path = Path(function.__code__.co_filename).relative_to(Path(__file__).parent)
+    return ".".join(path.with_suffix("").parts), function.__name__
+
+
+def _run(writer, variables, join, name, rank, args):
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     try:
+        module, attribute = name
+        function = getattr(importlib.import_module(module), attribute)
         if join:
             distributed.init_process_group("gloo")
         writer.send((function(rank, *args),))
