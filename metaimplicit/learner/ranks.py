@@ -218,7 +218,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise LostRanksError(
             f"ranks: lost another process ({reason}), expected it to take every step; it was "
             "killed, or its own error says why; a run continues with --resume"
