@@ -12,7 +12,9 @@ from torch import distributed
 
 # One process imports what all others need.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "metaimplicit.training", "tasks", "pytest"])
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "metaimplicit.training", "tasks", "pytest", "command_line"]
+)
 
 
 def free_port():
@@ -21,8 +23,11 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(function, count, *args, join=True):
-    """Start `function(rank, *args)` in `count` processes, which torchrun's variables describe."""
+def run_on_ranks(function, count, *args, join=True):
+    """What `function(rank, *args)` returns in processes that torchrun's variables describe.
+
+    It is None for a process that was killed. If `join`, the processes form a group.
+    """
     port = free_port()
     jobs = []
     for rank in range(count):
@@ -39,25 +44,19 @@ def start(function, count, *args, join=True):
         process.start()
         writer.close()
         jobs.append((process, reader))
-    return jobs
-
-
-def results(jobs):
-    """What the functions returned, by rank. None where a process was killed."""
-    ends = []
-    for process, reader in jobs:
-        try:
-            ends.append(reader.recv())
-        except EOFError:
-            ends.append(None)
+    ends = [_receive(reader) for _, reader in jobs]
+    for process, _ in jobs:
         process.join(timeout=60)
-    errors = [end for end in ends if isinstance(end, str)]
+    errors = [error for _, error in ends if error]
     assert not errors, "\n".join(errors)
-    return [None if end is None else end[0] for end in ends]
+    return [value for value, _ in ends]
 
 
-def run_on_ranks(function, count, *args, join=True):
-    return results(start(function, count, *args, join=join))
+def _receive(reader):
+    try:
+        return reader.recv()
+    except EOFError:
+        return None, ""
 
 
 def _name(function):
@@ -74,8 +73,8 @@ def _run(writer, variables, join, name, rank, args):
         function = getattr(importlib.import_module(module), attribute)
         if join:
             distributed.init_process_group("gloo")
-        writer.send((function(rank, *args),))
+        writer.send((function(rank, *args), ""))
         if join:
             distributed.destroy_process_group()
     except BaseException:
-        writer.send(traceback.format_exc())
+        writer.send((None, traceback.format_exc()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learner.few_shot import WAYS, draw_episodes, make_learner
-from rank_group import results, run_on_ranks, start
+from rank_group import run_on_ranks
 from torch import nn
 
 from metaimplicit import Implicit, MetaLearner, Nystrom
@@ -71,68 +71,54 @@ def measure(ranks):
 
 
 def measure_on_rank(rank):
+    """The ends of a process, in a group whose last process is killed."""
     ranks = Ranks.of_group()
     assert ranks.rank == rank
-    return measure(ranks)
+    ends = measure(ranks)
+    assert ends == ranks.from_first(lambda: ends)  # to the bit
+    agree(ranks)
+    lose(ranks)
+    return ends
+
+
+def agree(ranks):
+    body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
+    with torch.no_grad():
+        body[0].weight += ranks.rank
+    learner = MetaLearner(body, F.cross_entropy, head="ridge")
+    learner.load_state_dict(ranks.from_first(learner.state_dict))
+    learner.vectorize = "vmap"
+    ranks.average(learner, learner.backward(ranks.share(draw_episodes(tasks=3))))
+    held = {name: x.tolist() for name, x in learner.state_dict().items()}
+    assert body[1].running_mean.abs().max() > 0
+    assert held == ranks.from_first(lambda: held)
+
+    assert ranks.largest(ranks.rank, -ranks.rank) == [1, 0]
+    numbers = {"loss": float(ranks.rank), "accuracy": None, "bad": float("nan")}
+    means = ranks.means(numbers, tasks=ranks.rank + 1)
+    assert means["loss"] == pytest.approx(2 / 3, rel=1e-15)
+    assert means["accuracy"] is None
+    assert means["bad"] != means["bad"]
+
+
+def lose(ranks):
+    error = ZeroDivisionError if ranks.rank == 0 else LostRanksError
+    with pytest.raises(error):
+        ranks.from_first(lambda: 1 / 0)
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(LostRanksError, match=r"ranks: lost another process \(.*--resume"):
+        ranks.largest(1.0)
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives_with_all_tasks():
-    first, second = run_on_ranks(measure_on_rank, 2)
-    assert first == second  # to the bit
+    ends, killed = run_on_ranks(measure_on_rank, 2)
+    assert killed is None
     for key, expected in measure(Ranks()).items():
         expected = torch.tensor(expected, dtype=torch.float64)
-        error = (torch.tensor(first[key], dtype=torch.float64) - expected).norm()
+        error = (torch.tensor(ends[key], dtype=torch.float64) - expected).norm()
         assert error <= 1e-12 * expected.norm(), key
-
-
-def agree(rank):
-    ranks = Ranks.of_group()
-    with pytest.raises(ValueError, match="got 2 tasks for 3 processes"):
-        ranks.share(draw_episodes(tasks=2))
-    body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
-    learner = MetaLearner(body, F.cross_entropy, head="ridge")
-    learner.load_state_dict(ranks.from_first(learner.state_dict))
-    start = {name: x.tolist() for name, x in learner.named_parameters()}
-    share = ranks.share(draw_episodes(tasks=4))
-    ranks.average(learner, learner.backward(share))
-    numbers = {"loss": float(rank), "accuracy": None, "bad": float("nan")}
-    return {
-        "largest": ranks.largest(rank, -rank),
-        "means": ranks.means(numbers, tasks=rank + 1),
-        "start": start,
-        "statistics": (body[1].running_mean.tolist(), body[1].running_var.tolist()),
-    }
-
-
-@pytest.mark.slow
-def test_processes_agree_on_numbers_weights_and_statistics():
-    ends = run_on_ranks(agree, 3)
-    for end in ends:
-        assert end["largest"] == [2, 0]
-        assert end["means"]["loss"] == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6, rel=1e-15)
-        assert end["means"]["accuracy"] is None
-        assert end["means"]["bad"] != end["means"]["bad"]
-        assert end["start"] == ends[0]["start"]
-        assert end["statistics"] == ends[0]["statistics"]
-
-
-def fail_first(rank):
-    ranks = Ranks.of_group()
-    try:
-        ranks.from_first(lambda: 1 / 0)
-    except (ZeroDivisionError, LostRanksError) as error:
-        failed = type(error).__name__
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(LostRanksError, match=r"ranks: lost another process \(.*--resume"):
-        ranks.largest(1.0)
-    return failed
-
-
-@pytest.mark.slow
-def test_a_process_that_fails_or_is_killed_ends_the_others():
-    assert results(start(fail_first, 2)) == ["ZeroDivisionError", None]
 
 
 def test_one_process_keeps_its_batches_and_steps():
@@ -161,3 +147,8 @@ def test_tasks_of_several_sizes_are_shared():
         2 * WAYS,
         WAYS,
     ]
+
+
+def test_every_process_needs_a_task():
+    with pytest.raises(ValueError, match="got 2 tasks for 3 processes"):
+        Ranks(0, 3).share(draw_episodes(tasks=2))

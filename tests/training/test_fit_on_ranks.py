@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rank_group import results, run_on_ranks, start
+from rank_group import run_on_ranks
 from training.sinusoid_run import make_parts, make_sampler, no_decay, train, weights
 
 from metaimplicit.learner import LostRanksError, Ranks
@@ -32,8 +32,9 @@ class DisturbedSampler:
 
 
 def train_share(out, ranks, disturb=None, **options):
-    """The end of a run in one process: its step, its time and its weights."""
-    learner, optimizer, sampler = make_parts(noisy=False)
+    """Train in one process, and return the number of steps."""
+    learner, optimizer, _ = make_parts(noisy=False)
+    sampler = make_sampler(3, seed=3, split="train")  # unequal shares of two processes
     if disturb is not None:
         sampler = DisturbedSampler(sampler, disturb)
     if ranks.rank > 0:
@@ -49,13 +50,10 @@ def train_share(out, ranks, disturb=None, **options):
         **options,
     }
     progress = train(out, (learner, optimizer, sampler), **settings)
-    bits = {name: x.tolist() for name, x in weights(learner).items()}
-    return {"step": progress.step, "seconds": progress.seconds, "weights": bits}
-
-
-def train_on_rank(rank, out, *settings):
-    """Several runs or sittings, one after another."""
-    return [train_share(out / name, Ranks.of_group(), **options) for name, options in settings]
+    end = {name: x.tolist() for name, x in weights(learner).items()}
+    end["seconds"] = progress.seconds
+    assert end == ranks.from_first(lambda: end)  # to the bit
+    return progress.step
 
 
 def curve(out):
@@ -79,82 +77,57 @@ def assert_same_curve(out, expected):
         assert values == expected, key
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone")
-    train_share(out, Ranks())
-    return out
+def begin(rank, out):
+    """A whole run, a part of one, and one whose data are spoilt."""
+    ranks = Ranks.of_group()
+    assert train_share(out / "whole", ranks) == 6
+    assert train_share(out / "parts", ranks, steps=2) == 2
 
-
-def test_two_and_three_processes_have_the_curve_of_one_and_resume_each_other(tmp_path, alone):
-    # Three processes share four tasks.
-    firsts = run_on_ranks(train_on_rank, 3, tmp_path, ("whole", {}), ("parts", {"steps": 2}))
-    train_share(tmp_path / "parts", Ranks(), steps=4, resume=True)
-    lasts = run_on_ranks(train_on_rank, 2, tmp_path, ("parts", {"resume": True}))
-    for ends in (firsts, lasts):
-        for end in ends:
-            assert end == ends[0]  # the same weights to the bit, the same step and time
-    assert_same_curve(tmp_path / "whole", alone)
-    assert_same_curve(tmp_path / "parts", alone)
-    assert lasts[0][0]["step"] == 6
-    sittings = read_sealed_json(tmp_path / "parts" / "config.json")["sittings"]
-    assert [sitting.get("processes") for sitting in sittings] == [3, None, 2]
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, alone):
-    ends = run_on_ranks(stop_on_rank, 2, tmp_path)
-    assert ends[0] == ends[1] == 3
-    train_share(tmp_path, Ranks(), resume=True)
-    assert_same_curve(tmp_path, alone)
-
-
-def stop_on_rank(rank, out):
-    stopped = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-
-    def disturb(position, episodes):
-        if position == 3 and rank == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return episodes
-
-    end = train_share(out, Ranks.of_group(), disturb, checkpoint_every=100)
-    assert stopped == [signal.SIGTERM]
-    return end["step"]
-
-
-def test_a_killed_process_ends_the_run_which_resumes(tmp_path, alone):
-    assert results(start(kill_last, 2, tmp_path)) == ["LostRanksError", None]
-    train_share(tmp_path, Ranks(), resume=True)
-    assert_same_curve(tmp_path, alone)
-
-
-def kill_last(rank, out):
-    def disturb(position, episodes):
-        if position == 5 and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return episodes
-
-    try:
-        train_share(out, Ranks.of_group(), disturb, checkpoint_every=3)
-    except LostRanksError as error:
-        return type(error).__name__
-
-
-def test_all_processes_refuse_the_data_of_one_of_them(tmp_path):
-    assert (
-        run_on_ranks(spoil_last, 2, tmp_path) == ["step 2: the query targets hold NaN or Inf"] * 2
-    )
-
-
-def spoil_last(rank, out):
-    def disturb(position, episodes):
+    def spoil(position, episodes):
         inputs, targets = episodes.query
         if position == 2:
             targets = targets.clone()
             targets[-1] = math.nan  # of the last task, which the last process has
         return replace(episodes, query=(inputs, targets))
 
-    try:
-        train_share(out, Ranks.of_group(), disturb)
-    except NonFiniteError as error:
-        return str(error).partition(";")[0]
+    with pytest.raises(NonFiniteError, match="step 2: the query targets hold NaN or Inf"):
+        train_share(out / "spoilt", ranks, spoil)
+
+
+def end(rank, out):
+    """The end of a run, one that is stopped, and one whose last process is killed."""
+    ranks = Ranks.of_group()
+    assert train_share(out / "parts", ranks, resume=True) == 6
+
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def stop(position, episodes):
+        if position == 3 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return episodes
+
+    assert train_share(out / "stopped", ranks, stop, checkpoint_every=100) == 3
+    assert received == [signal.SIGTERM]
+
+    def kill(position, episodes):
+        if position == 5 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return episodes
+
+    with pytest.raises(LostRanksError):
+        train_share(out / "killed", ranks, kill, checkpoint_every=3)
+    return "the first process ends"
+
+
+def test_processes_take_the_steps_of_one_and_end_together(tmp_path):
+    train_share(tmp_path / "alone", Ranks())
+    run_on_ranks(begin, 2, tmp_path)
+    train_share(tmp_path / "parts", Ranks(), steps=4, resume=True)
+    assert run_on_ranks(end, 2, tmp_path) == ["the first process ends", None]
+    for name in ("stopped", "killed"):
+        train_share(tmp_path / name, Ranks(), resume=True)
+    for name in ("whole", "parts", "stopped", "killed"):
+        assert_same_curve(tmp_path / name, tmp_path / "alone")
+    sittings = read_sealed_json(tmp_path / "parts" / "config.json")["sittings"]
+    assert [sitting.get("processes") for sitting in sittings] == [2, None, 2]
