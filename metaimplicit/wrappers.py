@@ -12,7 +12,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 AVERAGE_AFTER_BACKWARD = (
-    "average .grad over the processes after backward, by torch.distributed.all_reduce"
+    "average .grad over the processes after backward, by metaimplicit.learner.Ranks for a "
+    "MetaLearner, else by torch.distributed.all_reduce"
 )
 AVERAGE_HYPERGRADIENTS = (
     "average the grads of hypergradient() over the processes by torch.distributed.all_reduce, "

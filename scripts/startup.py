@@ -17,7 +17,9 @@ from types import FrameType
 
 def exit_at_once(number: int, frame: FrameType | None) -> None:
     """Write a line, and exit with 128 + the number of the signal. There is nothing to save yet."""
-    os.write(2, f"stopped by {signal.Signals(number).name}; run the same command again\n".encode())
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun
+        line = f"stopped by {signal.Signals(number).name}; run the same command again\n"
+        os.write(2, line.encode())
     os._exit(128 + number)
 
 

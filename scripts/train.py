@@ -5,6 +5,7 @@ python scripts/train.py --method nystrom --rank 20
 python scripts/train.py --method nystrom --help          # the options of a method
 python scripts/train.py --task sinusoid --steps 20000
 python scripts/train.py --task omniglot --minutes 60 --filters 64 --meta-batch 16
+torchrun --nproc-per-node 2 scripts/train.py             # the tasks of a meta-step in 2 processes
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from command_line import (
     explain_stop,
     find_recipe,
     handle_errors,
+    join_ranks,
+    leave_ranks,
     leave_report,
     load_init,
     load_own_checkpoint,
@@ -42,6 +45,7 @@ from command_line import (
 
 import tasks
 from metaimplicit import MetaLearner
+from metaimplicit.learner import Ranks
 from metaimplicit.methods import Report
 from metaimplicit.training import (
     Budget,
@@ -55,6 +59,7 @@ from metaimplicit.training import (
     peak_memory,
     plot_adaptation,
     plot_curves,
+    to_device,
     write_json,
 )
 
@@ -64,6 +69,7 @@ class Run:
     """All that a run consists of, before it starts."""
 
     options: RunOptions
+    ranks: Ranks
     splits: tasks.Splits
     learner: MetaLearner
     optimizer: torch.optim.Optimizer
@@ -73,21 +79,26 @@ class Run:
     identity: dict[str, Any]
 
 
-@handle_errors
+@partial(handle_errors, takes_ranks=True)
 def main(args: list[str]) -> None:
-    """Train a learner and test it."""
-    run = set_up(parse(args))
+    """Train a learner and test it. Of several processes, the first one writes and tests."""
+    options = parse(args)
+    run = set_up(options, join_ranks(options))
     folder = run.options.folder
     advice = f"the same command with --resume continues the run in {folder}"
-    with only_writer(folder), explain_stop(advice):
-        progress = train(run)
-        test(run, progress)
+    with explain_stop(advice):
+        if run.ranks.rank > 0:
+            train(run)
+            return
+        with only_writer(folder):
+            progress = train(run)
+            test(run, progress)
 
 
-def set_up(options: RunOptions) -> Run:
+def set_up(options: RunOptions, ranks: Ranks) -> Run:
     """Build the run. All errors in the options show here, before any work."""
     set_up_cpu(options.threads)
-    splits = tasks.load(**options.task_arguments())
+    splits = load_splits(options, ranks)
     if splits.source:
         print(f"{options.task}: {splits.source}")
     if options.resume:
@@ -104,12 +115,20 @@ def set_up(options: RunOptions) -> Run:
     sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
     budget = Budget(steps=options.steps, minutes=options.minutes)
     identity = run_identity(options, splits)
-    if options.resume:
+    if options.resume and ranks.rank == 0:
         warn_if_spent(options.folder, learner, identity, budget)
 
-    rehearsal = rehearse(learner, optimizer, sampler)
+    rehearsal = rehearse(learner, optimizer, sampler, ranks)
     make_folder(options.folder)
-    return Run(options, splits, learner, optimizer, sampler, budget, rehearsal, identity)
+    return Run(options, ranks, splits, learner, optimizer, sampler, budget, rehearsal, identity)
+
+
+def load_splits(options: RunOptions, ranks: Ranks) -> tasks.Splits:
+    """The tasks of the run. The first process reads them before the others, and may download."""
+    arguments = options.task_arguments()
+    loaded: list[tasks.Splits] = []
+    ranks.from_first(lambda: loaded.append(tasks.load(**arguments)))
+    return loaded[0] if loaded else tasks.load(**arguments)
 
 
 def training_family(family: tasks.TaskFamily, options: RunOptions) -> tasks.TaskFamily:
@@ -141,15 +160,20 @@ def warn_if_spent(
 
 
 def rehearse(
-    learner: MetaLearner, optimizer: torch.optim.Optimizer, sampler: tasks.EpisodeSampler
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    sampler: tasks.EpisodeSampler,
+    ranks: Ranks,
 ) -> Report:
     """One backward pass and one evaluation. They meet all errors, and time vmap against the loop.
+
+    Each process takes its share of the tasks.
 
     It leaves parameters, gradients and random state as they were.
     """
     device = next(learner.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        episodes = sampler[0].to(device)
+        episodes = to_device(ranks.share(sampler[0]), device)
         step = learner.backward(episodes)
         # Some inner loops train, but do not give the iterates that validation looks at.
         evaluate(learner, [episodes], steps=[learner.inner.steps])
@@ -177,7 +201,7 @@ def train(run: Run) -> Progress:
     )
     batches = -(-options.validation_episodes // options.meta_batch)  # rounded up
     config = {"options": options.dump(), **describe(run.learner, run.rehearsal)}
-    return fit(
+    progress = fit(
         run.learner,
         run.optimizer,
         run.sampler,
@@ -193,7 +217,10 @@ def train(run: Run) -> Progress:
         clip=options.clip,
         workers=options.workers,
         resume=options.resume,
+        ranks=run.ranks,
     )
+    leave_ranks()
+    return progress
 
 
 def test(run: Run, progress: Progress) -> None:

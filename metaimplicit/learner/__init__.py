@@ -4,6 +4,7 @@ from metaimplicit.learner.episodes import Episode, EpisodeBatch, HasSets, Pair
 from metaimplicit.learner.forms import name_parts, read_episodes
 from metaimplicit.learner.learnable import Granularity
 from metaimplicit.learner.meta_learner import MetaLearner
+from metaimplicit.learner.ranks import LostRanksError, Ranks
 from metaimplicit.learner.results import AdaptedModel, Step
 from metaimplicit.learner.vectorization import solver_generator
 
@@ -13,8 +14,10 @@ __all__ = [
     "EpisodeBatch",
     "Granularity",
     "HasSets",
+    "LostRanksError",
     "MetaLearner",
     "Pair",
+    "Ranks",
     "Step",
     "name_parts",
     "read_episodes",

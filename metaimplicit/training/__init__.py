@@ -21,6 +21,7 @@ from metaimplicit.training.metrics import (
     evaluate,
     evaluate_one_at_a_time,
     peak_memory,
+    to_device,
 )
 from metaimplicit.training.page import leave_page
 from metaimplicit.training.plots import plot_adaptation, plot_curves
@@ -80,6 +81,7 @@ __all__ = [
     "require_new_run_folder",
     "save_checkpoint",
     "save_tuner",
+    "to_device",
     "write_atomically",
     "write_json",
     "write_sealed_json",

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
-from metaimplicit.learner import MetaLearner, solver_generator
-from metaimplicit.methods import Method
+from metaimplicit.learner import MetaLearner
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import (
     Identity,
     Select,
-    State,
     read_checkpoint,
     repair,
     write_checkpoint,
 )
+from metaimplicit.training.run_state import (
+    Resumable,
+    collect_state,
+    random_states,
+    restore_learner,
+    restore_state,
+    set_random_states,
+)
 from metaimplicit.tuning import Tuner
-
-
-class Resumable(Protocol):
-    """Something with a state to save, such as a sampler of episodes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, in plain containers of tensors, numbers and strings."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
 
 
 def save_checkpoint(
@@ -73,15 +68,8 @@ def save_checkpoint(
         ...     path.exists()
         True
     """
-    state = {
-        "progress": asdict(progress),
-        "identity": dict(identity or {}),
-        "learner": learner.state_dict(),
-        "vectorize": learner.vectorize,
-        "optimizer": optimizer.state_dict(),
-        "sampler": sampler.state_dict(),
-        "rng": _random_states(learner.method),
-    }
+    state = collect_state(learner, optimizer, sampler, progress)
+    state["identity"] = dict(identity or {})
     write_checkpoint(path, state, is_best=is_best, log=log)
 
 
@@ -125,11 +113,7 @@ def load_checkpoint(
         Progress(step=3, seconds=0.0)
     """
     loaded = read_checkpoint(path, identity, _device(learner))
-    state = loaded.state
-    progress = _restore_learner(state, path, learner)
-    optimizer.load_state_dict(state["optimizer"])
-    sampler.load_state_dict(state["sampler"])
-    _set_random_states(state["rng"], learner.method)
+    progress = restore_state(loaded.state, learner, optimizer, sampler=sampler, source=str(path))
     repair(path, loaded)
     return progress
 
@@ -175,7 +159,7 @@ def load_learner(
         3
     """
     loaded = read_checkpoint(path, identity, _device(learner), select)
-    return _restore_learner(loaded.state, loaded.path, learner)
+    return restore_learner(loaded.state, learner, source=str(loaded.path))
 
 
 def save_tuner(
@@ -213,7 +197,7 @@ def save_tuner(
         "progress": asdict(progress),
         "identity": dict(identity or {}),
         "tuner": tuner.state_dict(),
-        "rng": _random_states(tuner.method),
+        "rng": random_states(tuner.method),
     }
     write_checkpoint(path, state, log=log)
 
@@ -246,43 +230,10 @@ def load_tuner(path: Path, tuner: Tuner, *, identity: Identity | None = None) ->
     if "tuner" not in state:
         raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
     tuner.load_state_dict(state["tuner"])
-    _set_random_states(state["rng"], tuner.method)
+    set_random_states(state["rng"], tuner.method)
     repair(path, loaded)
-    return Progress(**state["progress"])
-
-
-def _restore_learner(state: State, path: Path, learner: MetaLearner) -> Progress:
-    if "learner" not in state:
-        raise ValueError(f"checkpoint: {path} holds no learner, but a tuner; use load_tuner")
-    try:
-        learner.load_state_dict(state["learner"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint: {path} does not fit the learner; build it as the run did: {error}"
-        ) from error
-    learner.vectorize = state["vectorize"]
     return Progress(**state["progress"])
 
 
 def _device(learner: MetaLearner) -> torch.device:
     return next(learner.parameters()).device
-
-
-def _random_states(method: Method) -> dict[str, Any]:
-    generator = solver_generator(method)
-    # Asking for the state of CUDA would initialise it.
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
-        "solver": None if generator is None else generator.get_state(),
-    }
-
-
-def _set_random_states(states: dict[str, Any], method: Method) -> None:
-    torch.set_rng_state(states["torch"].cpu())
-    generator = solver_generator(method)
-    if generator is not None and states.get("solver") is not None:
-        generator.set_state(states["solver"].cpu())
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -10,15 +10,16 @@ from typing import Any, Protocol
 
 import torch
 
-from metaimplicit.learner import EpisodeBatch, MetaLearner
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
-from metaimplicit.training.checkpoint import Resumable, load_checkpoint, save_checkpoint
-from metaimplicit.training.log import RunLog, Values
+from metaimplicit.training.log import Values
 from metaimplicit.training.meta_step import take_step
-from metaimplicit.training.metrics import evaluate
+from metaimplicit.training.metrics import Evaluation, evaluate
 from metaimplicit.training.progress import Budget, Progress, Stopwatch, cosine
 from metaimplicit.training.rotation import Identity
-from metaimplicit.training.run_folder import CHECKPOINT, RunFolder
+from metaimplicit.training.run_folder import CHECKPOINT
+from metaimplicit.training.run_record import RunRecord
+from metaimplicit.training.run_state import Resumable
 from metaimplicit.training.signals import DeferredSignals
 
 ENDLESS = 2**40  # batches to draw where only the time is limited
@@ -57,6 +58,7 @@ def fit(
     workers: int = 0,
     resume: bool = False,
     bar: bool = True,
+    ranks: Ranks | None = None,
 ) -> Progress:
     """Meta-train a learner, and leave config, checkpoints, metrics and TensorBoard files in `out`.
 
@@ -68,6 +70,11 @@ def fit(
     The last two checkpoints are kept, and the one with the best validation. When a run is resumed,
     all files are verified. `RunFolder` says what config.json holds, `load_checkpoint` what happens
     to damaged checkpoints, and `RunLog` what happens to damaged metrics.
+
+    Several processes (`ranks`) take the same steps, each on its share of the tasks, from the state
+    of the first one, which alone writes. What one process would do holds up to round-off. They stop
+    together: at a signal to any of them, and by the clock that shows the longest time. A run is
+    resumed with any number of processes.
 
     Args:
         learner: The learner, on the device to train on.
@@ -91,12 +98,14 @@ def fit(
         workers: The number of processes that draw episodes. If 0, this one does.
         resume: Whether to continue from the checkpoint in `out`, if there is one.
         bar: Whether to show how far the run is: a bar on a terminal, else a line in a while.
+        ranks: The processes that call this function, with equal arguments. If None, this one alone.
 
     Returns:
         The number of steps taken and the time spent, over all sittings of the run.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False. Or another process writes to it.
+        LostRanksError: Another process ended. The last checkpoint stands.
         NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
             moved at this step, and the last checkpoint stands.
         ValueError: A number is out of range. The checkpoints are damaged or belong to another run.
@@ -116,80 +125,80 @@ def fit(
         [1, 2, 3]
     """
     _check_numbers(validate_every, checkpoint_every, clip)
+    ranks = Ranks() if ranks is None else ranks
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    device = next(learner.parameters()).device
-    folder = RunFolder(out, resume=resume, config=config, identity=identity)
-    with DeferredSignals() as signals, folder:
-        progress = _start(folder, learner, optimizer, sampler)
+    record = RunRecord(
+        out,
+        learner,
+        optimizer,
+        sampler=sampler,
+        budget=budget,
+        ranks=ranks,
+        config=config,
+        identity=identity,
+        resume=resume,
+        bar=bar,
+    )
+    with DeferredSignals() as signals, record, warnings.catch_warnings():
+        # Such a step ends in NonFiniteError, or is clipped.
+        warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
+        progress = record.progress
         count = ENDLESS if budget.steps is None else max(budget.steps - progress.step, 0)
-        stream = sampler.batches(count, workers, pin_memory=device.type == "cuda")
+        on_cuda = next(learner.parameters()).is_cuda
+        stream = sampler.batches(count, workers, pin_memory=on_cuda)
         stopwatch = Stopwatch(progress)
-        saved = (progress.step, progress.validated)
-        log = RunLog(out, progress, folder.run, total=budget.steps, minutes=budget.minutes, bar=bar)
-        with log, warnings.catch_warnings():
-            # Such a step ends in NonFiniteError, or is clipped.
-            warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
-            while True:
-                done = budget.spent(progress) >= 1
-                is_due = done or progress.step % validate_every == 0
-                is_best = False
+        while True:
+            stops = _agree(ranks, progress, signals)
+            done = budget.spent(progress) >= 1
+            is_due = done or progress.step % validate_every == 0
+            is_best = False
+            if validation is not None and is_due and progress.validated < progress.step:
                 # A signal ends a validation, too. The run that is resumed begins with it.
-                if validation is not None and is_due and progress.validated < progress.step:
-                    is_best = _validate(learner, validation(), signals, log=log, progress=progress)
-                    stopwatch.update()
-                stops = done or signals.received is not None
-                is_saved = (progress.step, progress.validated) == saved
-                if is_best or (not is_saved and (stops or progress.step % checkpoint_every == 0)):
-                    save_checkpoint(
-                        folder.checkpoint,
-                        learner,
-                        optimizer,
-                        sampler,
-                        progress,
-                        identity=folder.identity,
-                        is_best=is_best,
-                        log=log,
-                    )
-                    saved = (progress.step, progress.validated)
-                if stops:
-                    break
-
-                spent = budget.spent(progress)
-                if before_step is not None:
-                    before_step(spent)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * schedule(spent)
-                number = progress.step + 1
-                context = f"no parameter has moved, and {CHECKPOINT} holds step {saved[0]}"
-                values = take_step(
-                    learner, optimizer, next(stream), clip=clip, step=number, context=context
-                )
-                progress.step = number
+                result = None if stops else _validate(learner, validation(), signals, ranks=ranks)
                 stopwatch.update()
-                log.write("train", progress, values)
-                log.advance(values)
+                stops = _agree(ranks, progress, signals)
+                if result is not None and not stops:
+                    values = _read_values(result, ranks)
+                    record.write_validation(values)
+                    is_best = progress.note_score(_score(values))
+            stops = stops or done
+            is_due = stops or progress.step % checkpoint_every == 0
+            if is_best or (is_due and not record.is_saved):
+                record.save(is_best=is_best)
+            if stops:
+                break
+
+            spent = budget.spent(progress)
+            if before_step is not None:
+                before_step(spent)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(spent)
+            number = progress.step + 1
+            values = take_step(
+                learner,
+                optimizer,
+                next(stream),
+                ranks=ranks,
+                clip=clip,
+                step=number,
+                context=f"no parameter has moved, and {CHECKPOINT} holds step {record.saved_step}",
+            )
+            progress.step = number
+            stopwatch.update()
+            record.write_step(values)
     return progress
 
 
-def _start(
-    folder: RunFolder,
-    learner: MetaLearner,
-    optimizer: torch.optim.Optimizer,
-    sampler: Sampler,
-) -> Progress:
-    """Load the checkpoint of the folder, or save its first one."""
-    progress = Progress()
-    if folder.has_checkpoint:
-        progress = load_checkpoint(
-            folder.checkpoint, learner, optimizer, sampler, identity=folder.identity
-        )
-    folder.begin_sitting(progress, next(learner.parameters()).device)
-    if not folder.has_checkpoint:
-        save_checkpoint(
-            folder.checkpoint, learner, optimizer, sampler, progress, identity=folder.identity
-        )
-    return progress
+def _agree(ranks: Ranks, progress: Progress, signals: DeferredSignals) -> bool:
+    """Give all processes the latest time and signal of any, and return whether there is a signal.
+
+    What they decide by these is the same in all of them.
+    """
+    progress.seconds, number = ranks.largest(progress.seconds, signals.received or 0)
+    if number:
+        signals.adopt(int(number))
+    return number > 0
 
 
 def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | None) -> None:
@@ -208,22 +217,24 @@ def _validate(
     batches: Iterable[EpisodeBatch],
     signals: DeferredSignals,
     *,
-    log: RunLog,
-    progress: Progress,
-) -> bool:
-    """Validate, unless a signal ends it, and return whether the result is the best so far."""
-    if signals.received is not None:
-        return False
+    ranks: Ranks,
+) -> Evaluation:
+    """Evaluate this process's share of the tasks, until a signal ends it."""
+    own = (ranks.share(batch) for batch in _until_stopped(batches, signals))
     is_on_cuda = next(learner.parameters()).is_cuda
     with preserve_random_state(learner.method, cuda=is_on_cuda):
-        result = evaluate(learner, _until_stopped(batches, signals), steps=[learner.inner.steps])
-    if signals.received is not None:
-        return False
-    accuracy = None if result.accuracies is None else result.accuracies[-1].mean().item()
-    values: Values = {"loss": result.losses[-1].mean().item(), "accuracy": accuracy}
-    log.write("validation", progress, values)
-    progress.validated = progress.step
-    return progress.note_score(_score(values))
+        return evaluate(learner, own, steps=[learner.inner.steps])
+
+
+def _read_values(result: Evaluation, ranks: Ranks) -> Values:
+    """The mean loss and accuracy of the tasks of all processes."""
+    losses = result.losses[-1]
+    accuracies = None if result.accuracies is None else result.accuracies[-1]
+    own: Values = {
+        "loss": losses.mean().item(),
+        "accuracy": None if accuracies is None else accuracies.mean().item(),
+    }
+    return ranks.means(own, tasks=len(losses))
 
 
 def _until_stopped(

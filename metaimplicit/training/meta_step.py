@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from metaimplicit.learner import EpisodeBatch, MetaLearner, Step, name_parts
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks, Step, name_parts
 from metaimplicit.solvers import Status
 from metaimplicit.training.log import Values
 from metaimplicit.training.metrics import to_device
@@ -31,16 +31,20 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     episodes: EpisodeBatch,
     *,
+    ranks: Ranks,
     clip: float | None,
     step: int,
     context: str,
 ) -> Values:
     """Take one meta-step and return what it measured. Nothing moves if anything is not finite.
 
+    All of several processes move alike, and all raise the same error.
+
     Args:
         learner: The learner.
         optimizer: The optimiser of its parameters.
-        episodes: The batch of tasks, on any device.
+        episodes: The batch of tasks, on any device, of which each process computes its share.
+        ranks: The processes.
         clip: The largest norm of the meta-gradient. If None, it is not clipped.
         step: The number of the step, for errors.
         context: What an error says about the state of the run.
@@ -51,10 +55,11 @@ def take_step(
     _require_finite_data(episodes, step, context)
     optimizer.zero_grad()
     device = next(learner.parameters()).device
-    result = learner.backward(to_device(episodes, device))
+    share = to_device(ranks.share(episodes), device)
+    result = ranks.average(learner, learner.backward(share))
     gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    values = _read_values(result, norm)
+    values = ranks.means(_read_values(result, norm), tasks=len(result.report.inner_steps))
     _require_finite_values(values, gradients, step, context)
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(learner.parameters(), clip, norm)

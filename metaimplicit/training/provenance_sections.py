@@ -37,5 +37,7 @@ def sittings_table(sittings: Sequence[Mapping[str, Any]]) -> Html:
         code = element("code", commit[:12] + ("-dirty" if changed else ""))
         versions = [f"{name} {v}" for name, v in sitting.get("versions", {}).items() if v]
         device = f"{plain(sitting.get('device'))}, {plain(sitting.get('threads'))} threads"
+        if processes := sitting.get("processes"):
+            device += f", {plain(processes)} processes"
         rows.append([*([steps] if has_steps else []), code, ", ".join(versions), device])
     return table([*(["steps"] if has_steps else []), "commit", "versions", "device"], rows)

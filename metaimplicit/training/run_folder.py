@@ -97,13 +97,15 @@ class RunFolder:
                 self._stored["sittings"][-1]["to_step"] = self._progress.step
                 self._write_config()
 
-    def begin_sitting(self, progress: Progress, device: torch.device) -> None:
-        """Write config.json with a new sitting, which goes on at `progress`.
+    def begin_sitting(self, progress: Progress, device: torch.device, processes: int = 1) -> None:
+        """Write config.json with a new sitting of some processes, which goes on at `progress`.
 
         A warning names the versions that are not those of the sitting before.
         """
         sittings = list(self._stored.get("sittings", []))
         sitting = describe_sitting(device) | {"from_step": progress.step, "to_step": None}
+        if processes > 1:
+            sitting["processes"] = processes
         if sittings:
             # Of a sitting that was killed, the steps up to the checkpoint remain.
             sittings[-1] |= {"to_step": progress.step}

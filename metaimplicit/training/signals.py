@@ -37,6 +37,7 @@ class DeferredSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._has_own = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> DeferredSignals:
@@ -59,9 +60,18 @@ class DeferredSignals:
         if self.received is not None:
             signal.raise_signal(self.received)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def adopt(self, number: int) -> None:
+        """Take over a signal that another process received, unless this one has received its own.
+
+        Where a launcher sends a signal to all processes, its own is then no second one.
+        """
         if self.received is None:
             self.received = number
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._has_own:
+            self._has_own = True
+            self.adopt(number)
             return
         self._restore_handlers()
         self.received = None

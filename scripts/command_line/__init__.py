@@ -9,6 +9,7 @@ from command_line.errors import handle_errors
 from command_line.init import load_init
 from command_line.options import RunOptions
 from command_line.parse import parse
+from command_line.ranks import join_ranks, leave_ranks
 from command_line.recipes import find_recipe
 from command_line.report import leave_report
 from command_line.requirements import require_package, require_writable
@@ -41,6 +42,8 @@ __all__ = [
     "find_device",
     "find_recipe",
     "handle_errors",
+    "join_ranks",
+    "leave_ranks",
     "leave_report",
     "load_init",
     "load_own_checkpoint",

@@ -4,6 +4,8 @@ Exit codes:
     1: The run itself failed: a number is not finite, memory is short, a worker was killed.
     2: An option, a file or a disk must change before the run can work.
     130: The user interrupted it.
+
+Each process of torchrun writes its own error. The first one alone writes that another is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from typing import IO
 
 from command_line.memory import limit_memory
 from command_line.out import require_out_name
+from command_line.ranks import count_processes, ignore_launcher, own_rank, require_one_process
 from command_line.stop import exit_on_signals
+from metaimplicit.learner import LostRanksError
 
 REFUSED = (ValueError, OSError, OverflowError, ImportError)
 FAILED = (FloatingPointError, MemoryError, RuntimeError)
@@ -30,12 +34,13 @@ LONGEST = 1000  # characters of a line
 Main = Callable[[list[str]], object]
 
 
-def handle_errors(main: Main) -> Callable[[list[str]], None]:
+def handle_errors(main: Main, *, takes_ranks: bool = False) -> Callable[[list[str]], None]:
     """A `main` function that ends in one line if there is an error or a signal to stop.
 
     With --debug among the arguments, the trace comes before the line. `SystemExit` passes, so that
     `main` may end with an exit code of its own. Other exceptions than `REFUSED` and `FAILED` are
-    mistakes of the program, and keep their trace.
+    mistakes of the program, and keep their trace. Unless it `takes_ranks`, several processes of
+    torchrun are refused.
     """
 
     @functools.wraps(main)
@@ -43,6 +48,8 @@ def handle_errors(main: Main) -> Callable[[list[str]], None]:
         open_streams()
         limit_memory()
         try:
+            if not takes_ranks:
+                require_one_process()
             require_out_name(args)
             with exit_on_signals():
                 main([arg for arg in args if arg != DEBUG])
@@ -53,6 +60,9 @@ def handle_errors(main: Main) -> Callable[[list[str]], None]:
             if DEBUG in args:
                 traceback.print_exc()
             error = behind(raised)
+            if isinstance(error, LostRanksError) and own_rank() > 0:
+                ignore_launcher()
+                sys.exit(1)  # as the first process says so
             # An unsupported operation is a ValueError and a RuntimeError: the model must change.
             end(f"error: {one_line(error)}", code=2 if isinstance(error, REFUSED) else 1)
 
@@ -61,6 +71,9 @@ def handle_errors(main: Main) -> Callable[[list[str]], None]:
 
 def end(line: str, *, code: int) -> None:
     """Write a line on standard error if that is possible, and exit."""
+    ignore_launcher()
+    if count_processes() > 1:
+        line = f"rank {own_rank()}: {line}"
     with contextlib.suppress(OSError):
         sys.stderr.write(f"{line}\n")
     for stream in (sys.stdout, sys.stderr):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from command_line.ranks import ignore_launcher, own_rank
 from metaimplicit.training import STOP_SIGNALS
 
 
@@ -42,12 +43,14 @@ def exit_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_stop(advice: str) -> Iterator[None]:
-    """If a signal stops the block, write one line with an advice, once."""
+    """If a signal stops the block, write one line with an advice, once, in the first process."""
     try:
         yield
     except Stopped as stop:
+        ignore_launcher()
         with contextlib.suppress(OSError):  # as the terminal may be gone
-            sys.stderr.write(f"stopped by {stop.signal}; {advice}\n")
+            if own_rank() == 0:
+                sys.stderr.write(f"stopped by {stop.signal}; {advice}\n")
         sys.exit(stop.code)
 
 

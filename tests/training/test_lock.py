@@ -77,7 +77,7 @@ def test_a_run_that_died_before_its_first_checkpoint_does_not_block_its_name(tmp
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("metaimplicit.training.loop.save_checkpoint", die)
+        patch.setattr("metaimplicit.training.run_record.save_checkpoint", die)
         with pytest.raises(MemoryError):
             train(tmp_path, make_parts(), config={"a": 1})
     assert {path.name for path in tmp_path.iterdir()} == {LOCK, "config.json"}

@@ -196,3 +196,21 @@ def test_a_tuner_finishes_its_step_and_saves_it_and_resumes_to_the_same_bits(tmp
 
 def lines(run):
     return [line | {"seconds": 0} for line in read_metrics(run)]
+
+
+def test_a_signal_that_another_process_received_makes_the_own_one_no_second():
+    steps = []
+
+    def run():
+        with DeferredSignals() as signals:
+            signals.adopt(signal.SIGTERM)
+            assert signals.received == signal.SIGTERM
+            signal.raise_signal(signal.SIGINT)
+            steps.append("saved")
+            signal.raise_signal(signal.SIGHUP)
+            steps.append("never")
+
+    with pytest.raises(SignalledError) as raised:
+        run()
+    assert raised.value.number == signal.SIGHUP  # at once
+    assert steps == ["saved"]
