@@ -9,6 +9,7 @@ from command_line.options import HeadFlag
 from command_line.recipes import FEATURES
 from torch import Tensor
 
+from metaimplicit.learner import Ranks
 from metaimplicit.normalization import describe_normalization
 from metaimplicit.training import constant, cosine, evaluate
 from metaimplicit.training.meta_step import take_step
@@ -53,9 +54,15 @@ class OurLearner:
         """One meta-step, by a step size that decays as the options say."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.outer_lr * self.schedule(spent)
-        context = "the race ends here"
-        clip = self.options.clip
-        take_step(self.module, self.optimizer, episodes, clip=clip, step=0, context=context)
+        take_step(
+            self.module,
+            self.optimizer,
+            episodes,
+            ranks=Ranks(),
+            clip=self.options.clip,
+            step=0,
+            context="the race ends here",
+        )
 
     def accuracies(self, episodes: Episodes) -> Tensor:
         """The query accuracy of each task, `[tasks]`, after the inner steps of a test."""

@@ -1,6 +1,7 @@
 """train.py in the processes that torchrun starts: one of them writes, and the curve is the same."""
 
 import io
+import signal
 import sys
 from contextlib import redirect_stderr
 
@@ -12,15 +13,19 @@ from command_line import ranks as ranks_module
 from rank_group import run_on_ranks
 from scripts.running import SMALL, error_line, load_main
 
-from metaimplicit.training import read_metrics
+from metaimplicit.training import STOP_SIGNALS, read_metrics
 
 ARGS = [*SMALL, "--vectorize=vmap", "--device=cpu", "--validate-every=2", "--schedule=constant"]
 
 
 @pytest.fixture
 def two_processes(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
+    yield
+    for number, handler in handlers.items():  # a process that fails ignores signals from then on
+        signal.signal(number, handler)
 
 
 def train_untested(args):
