@@ -21,7 +21,7 @@ from metaimplicit.methods.base import (
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
 from metaimplicit.methods.linearize import inner_gradient, require_outputs
-from metaimplicit.methods.microbatches import check_microbatch, in_microbatches
+from metaimplicit.methods.microbatches import check_curvature, check_size, in_microbatches
 from metaimplicit.methods.replay import run_by_steps
 from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import (
@@ -132,12 +132,8 @@ class Implicit(Method):
         if not self.damping >= 0:
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
         if self.microbatch is not None:
-            check_microbatch(
-                self.microbatch,
-                curvature=self.curvature or "hessian",
-                products=self.products,
-                preconditioned=self.preconditioner is not None,
-            )
+            check_curvature(self.curvature or "hessian", self.products, self.preconditioner)
+        check_size(self.microbatch)
 
     @property
     def curvature_name(self) -> str:
@@ -160,8 +156,6 @@ class Implicit(Method):
 
     def prepare(self, problem: BilevelProblem, *, batched: bool) -> BilevelProblem:
         """The problem with its losses in microbatches, if there is a size."""
-        if self.microbatch is None:
-            return problem
         return in_microbatches(problem, self.microbatch, batched=batched)
 
     def compile_objection(self, inner: InnerLoop) -> str:

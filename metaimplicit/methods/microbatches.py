@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaimplicit.mended import mended_derivatives
+from metaimplicit.methods.examples import count_examples, map_rows, rows
 from metaimplicit.methods.linearize import reject_random_numbers
 from metaimplicit.methods.recompute import recomputed
 from metaimplicit.operators import GGN, CurvatureClass, Hessian, Products, find_curvature
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite
-from metaimplicit.task_axis import hides_tensors, map_tensors
 from metaimplicit.tensors import with_known_types
 from metaimplicit.unsupported import UnsupportedOperationError, shorten
 
 Join = Callable[[Sequence[Any], Sequence[int]], Any]
 
 
-def in_microbatches(problem: BilevelProblem, size: int, *, batched: bool) -> BilevelProblem:
+def in_microbatches(problem: BilevelProblem, size: int | None, *, batched: bool) -> BilevelProblem:
     """The same problem, whose losses are evaluated on slices of at most `size` examples.
 
     With slices of m₁ + m₂ + … = m examples, a loss that is a plain function is
@@ -43,7 +43,7 @@ def in_microbatches(problem: BilevelProblem, size: int, *, batched: bool) -> Bil
 
     Args:
         problem: The problem of one task. `init` and `features` see all examples at once.
-        size: m_k at most.
+        size: m_k at most. If None, the problem stays as it is.
         batched: Whether the data are a batch of tasks, which is refused.
 
     Raises:
@@ -62,6 +62,8 @@ def in_microbatches(problem: BilevelProblem, size: int, *, batched: bool) -> Bil
         >>> sliced.inner_loss({"w": torch.tensor(1.0)}, {}, x)  # of 2, 2 and 1 examples
         tensor(3.)
     """
+    if size is None:
+        return problem
     if batched:
         raise ValueError(
             "microbatch: got batched=True, expected one problem; chunk_size bounds the memory of a "
@@ -74,27 +76,34 @@ def in_microbatches(problem: BilevelProblem, size: int, *, batched: bool) -> Bil
     )
 
 
-def check_microbatch(
-    size: int,
-    *,
-    curvature: str | CurvatureClass,
-    products: Products,
-    preconditioned: bool,
-) -> None:
-    """Raise ValueError for a number of examples, or parts of a method, that allow no slices.
+def check_size(size: int | None) -> None:
+    """Raise ValueError if no slice can have so many examples.
 
     Example:
-        >>> check_microbatch(8, curvature="kfac", products="double-backward", preconditioned=False)
+        >>> check_size(1)
+    """
+    if size is not None and not size >= 1:
+        raise ValueError(f"microbatch: got {size}, expected at least 1 example, or None for all")
+
+
+def check_curvature(
+    curvature: str | CurvatureClass,
+    products: Products,
+    preconditioner: str | CurvatureClass | None,
+) -> None:
+    """Raise ValueError for parts of an implicit method that need all examples at once.
+
+    Example:
+        >>> check_curvature("kfac", "double-backward", None)
         Traceback (most recent call last):
         ...
         ValueError: microbatch: got curvature 'kfac', expected 'hessian' or 'gauss-newton'
     """
-    check_size(size)
     kind, _ = find_curvature(curvature)
     if kind not in (Hessian, GGN):
         name = repr(curvature) if isinstance(curvature, str) else kind.__name__
         raise ValueError(f"microbatch: got curvature {name}, expected 'hessian' or 'gauss-newton'")
-    if preconditioned:
+    if preconditioner is not None:
         raise ValueError(
             "microbatch: got a preconditioner, which looks into the layers at all examples; leave "
             "it out, or use NystromCG"
@@ -104,16 +113,6 @@ def check_microbatch(
             f"microbatch: got products={products!r}, expected 'double-backward' or "
             "'finite-differences'"
         )
-
-
-def check_size(size: int) -> None:
-    """Raise ValueError if there is no such number of examples.
-
-    Example:
-        >>> check_size(1)
-    """
-    if not size >= 1:
-        raise ValueError(f"microbatch: got {size}, expected at least 1 example, or None for all")
 
 
 def _sliced(loss: Any, size: int, name: str) -> Any:
@@ -147,7 +146,7 @@ class _Slices:
         data = with_known_types(data)
         self._check_once(params, meta, data, count=count)
         slices = [(start, min(start + self.size, count)) for start in range(0, count, self.size)]
-        results = [self._evaluate(params, meta, _rows(data, *ends)) for ends in slices]
+        results = [self._evaluate(params, meta, rows(data, *ends)) for ends in slices]
         return self.join(results, [end - start for start, end in slices])
 
     def _evaluate(self, params: Params, meta: Params, data: Any) -> Any:
@@ -180,9 +179,9 @@ class _Slices:
         """
         seen = min(count, 2 * self.size)
         first = max(1, seen // 3)
-        rows = torch.arange(seen) * count // seen
-        data = _map_rows(lambda x: x[rows.to(x.device)], data)
-        parts = [data, _rows(data, 0, first), _rows(data, first, seen)]
+        chosen = torch.arange(seen) * count // seen
+        data = map_rows(lambda x: x[chosen.to(x.device)], data)
+        parts = [data, rows(data, 0, first), rows(data, first, seen)]
         # What holds at θ may hold by chance there, as where all outputs are zero.
         for at in (params, {name: _moved(p) for name, p in params.items()}):
             whole, *halves = self._trial(at, meta, parts)
@@ -222,41 +221,6 @@ class _Slices:
 
 
 _CHECKED = WeakIdKeyDictionary()  # the functions that passed their check
-
-
-def count_examples(data: Any) -> int:
-    """The number of examples, the first axis of every tensor that has one. It is 0 without any.
-
-    Raises:
-        ValueError: The tensors disagree, or they are hidden in an object.
-
-    Example:
-        >>> count_examples({"x": torch.zeros(4, 2), "y": torch.zeros(4), "scale": torch.ones(())})
-        4
-    """
-    leaves = tree_leaves(with_known_types(data))
-    for leaf in leaves:
-        if hides_tensors(leaf):
-            raise ValueError(
-                f"microbatch: got data with a {type(leaf).__name__}, whose examples cannot be "
-                "sliced, expected tensors in dicts, lists or tuples"
-            )
-    sizes = {len(x) for x in leaves if isinstance(x, Tensor) and x.dim()}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"microbatch: got data with leading sizes {sorted(sizes)}, expected one number of "
-            "examples first in every tensor that has an axis; hand in training and validation data "
-            "by a Stream, and what serves all examples by meta or a closure"
-        )
-    return sizes.pop() if sizes else 0
-
-
-def _map_rows(function: Callable[[Tensor], Tensor], data: Any) -> Any:
-    return map_tensors(lambda x: function(x) if x.dim() else x, data)
-
-
-def _rows(data: Any, start: int, end: int) -> Any:
-    return _map_rows(lambda x: x[start:end], data)
 
 
 def _mean(values: Sequence[Any], sizes: Sequence[int]) -> Any:

@@ -66,13 +66,10 @@ class SAMA(Method):
     second_derivatives = False
 
     def __post_init__(self) -> None:
-        if self.microbatch is not None:
-            check_size(self.microbatch)
+        check_size(self.microbatch)
 
     def prepare(self, problem: BilevelProblem, *, batched: bool) -> BilevelProblem:
         """The problem with its losses in microbatches, if there is a size."""
-        if self.microbatch is None:
-            return problem
         return in_microbatches(problem, self.microbatch, batched=batched)
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:

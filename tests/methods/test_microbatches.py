@@ -234,6 +234,8 @@ def test_parameters_that_the_loss_does_not_read_stay_where_they_are():
     sliced = run(Implicit(batch=TRAIN, microbatch=SIZE), problem=problem, inner=inner)
     assert_equal_results(sliced, whole)
     assert torch.equal(sliced.params["idle"], start["idle"])
+    norms = [result.report.inner_gradient_norm for result in (sliced, whole)]
+    assert relative_error(*norms) < 1e-12
 
 
 def test_a_captured_tensor_is_named():
@@ -422,26 +424,37 @@ def test_the_aux_of_an_outer_loss_is_refused():
 # Memory.
 
 
+def peak_of_network(width, m, *, microbatch, curvature):
+    """The peak of a hypergradient in bytes, and the bytes of the parameters."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(3) for module in (nn.Linear(width, width), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(width, 1))
+    tuning = tuning_problem(model, nn.MSELoss(), [WeightDecay(start=0.1)])
+    batch = (torch.randn(m, width, generator=generator(1)), torch.zeros(m, 1))
+    method = Implicit(
+        CG(max_steps=1), curvature=curvature, damping=1.0, batch=batch, microbatch=microbatch
+    )
+    inner = GradientDescent(steps=1, lr=0.1)
+    data = Stream(lambda t: batch)
+    with LiveBytes() as memory:
+        hypergradient(tuning.problem, tuning.meta, data, inner=inner, method=method)
+    return memory.peak, 4 * sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
 def test_memory_falls_as_the_slices_do(curvature):
-    torch.manual_seed(0)
-    layers = [module for _ in range(3) for module in (nn.Linear(32, 32), nn.Tanh())]
-    model = nn.Sequential(*layers, nn.Linear(32, 1))
-    tuning = tuning_problem(model, nn.MSELoss(), [WeightDecay(start=0.1)])
-    m = 1024
-    batch = (torch.randn(m, 32, generator=generator(1)), torch.zeros(m, 1))
-
     def peak(microbatch):
-        method = Implicit(
-            CG(max_steps=1), curvature=curvature, damping=1.0, batch=batch, microbatch=microbatch
-        )
-        inner = GradientDescent(steps=1, lr=0.1)
-        data = Stream(lambda t: batch)
-        with LiveBytes() as memory:
-            hypergradient(tuning.problem, tuning.meta, data, inner=inner, method=method)
-        # The parameters and some vectors like them do not fall.
-        return memory.peak - 8 * 4 * sum(p.numel() for p in model.parameters())
+        bytes_, size = peak_of_network(32, 1024, microbatch=microbatch, curvature=curvature)
+        return bytes_ - 8 * size  # the parameters and some vectors like them do not fall
 
-    whole, quarter, eighth = (peak(size) for size in (None, m // 4, m // 8))
+    whole, quarter, eighth = (peak(size) for size in (None, 256, 128))
     assert quarter < 0.3 * whole
     assert eighth < 0.17 * whole
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_memory_does_not_grow_with_the_number_of_slices(curvature):
+    """Each of 16 slices has gradients as large as the parameters, of which few live at once."""
+    whole, size = peak_of_network(64, 32, microbatch=None, curvature=curvature)
+    sliced, _ = peak_of_network(64, 32, microbatch=2, curvature=curvature)
+    assert sliced < whole + size
