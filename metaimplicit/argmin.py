@@ -101,7 +101,7 @@ def argmin(
     method.check_inner(inner)
     problem = BilevelProblem(init, inner_loss, outer_loss=lambda *_: None)
     lifted = lift(
-        problem,
+        method.prepare(problem, batched=batched),
         phi,
         data,
         inner=inner,

@@ -137,7 +137,7 @@ def hypergradient(
     phi = meta_leaves(meta)
     features = Features.evaluate(problem, phi, data)
     lifted = lift(
-        replace(method.outer_problem(problem), features=None),
+        replace(method.prepare(problem, batched=batched), features=None),
         phi,
         features.values,
         inner=inner,

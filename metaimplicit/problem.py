@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -177,6 +178,12 @@ class Composite:
         """The inner loss at `params`, a scalar."""
         value = self.output_loss(self.outputs(params, meta, data), meta, data)
         return value if self.penalty is None else value + self.penalty(params, meta)
+
+    def with_outputs(self, outputs: Callable[[Params, Params, Any], Tensor]) -> Composite:
+        """The same objective of other outputs."""
+        other = copy(self)  # `replace` would call the constructor, which subclasses change
+        object.__setattr__(other, "outputs", outputs)
+        return other
 
     def output_loss(self, outputs: Tensor, meta: Params, data: Any) -> Tensor:
         """The first term of f as a function of the outputs."""

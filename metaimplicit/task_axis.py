@@ -45,7 +45,7 @@ def count_tasks(data: Any) -> int:
     """
     leaves = tree_leaves(data)
     for leaf in leaves:
-        if _hides_tensors(leaf):
+        if hides_tensors(leaf):
             raise ValueError(
                 f"data: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
                 "in dicts, lists, tuples or classes that torch.utils._pytree knows; use "
@@ -60,7 +60,7 @@ def count_tasks(data: Any) -> int:
     return int(sizes.pop() or 0)
 
 
-def _hides_tensors(leaf: Any) -> bool:
+def hides_tensors(leaf: Any) -> bool:
     """Whether a leaf is an array, or an object with tensors or arrays in it."""
     if isinstance(leaf, Tensor):
         return False

@@ -197,10 +197,18 @@ class Method(ABC):
         """Why it has no compiled functions for an inner loop. If empty, it has."""
         return f"the method {self.flag!r} has no compiled functions"
 
-    def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
-        """The problem whose outer loss takes the parameters that `adapt` returns.
+    def prepare(self, problem: BilevelProblem, *, batched: bool) -> BilevelProblem:
+        """The problem with the losses as the method evaluates them, by default those it has.
 
-        It is the problem itself, unless the method returns more than θ*.
+        Args:
+            problem: The problem of one task. Its outer loss takes θ*.
+            batched: Whether the data are a batch of tasks.
+
+        Returns:
+            The problem whose outer loss takes the parameters that `adapt` returns.
+
+        Raises:
+            ValueError: The method cannot evaluate it so on a batch of tasks.
         """
         return problem
 

@@ -21,6 +21,7 @@ from metaimplicit.methods.base import (
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
 from metaimplicit.methods.linearize import inner_gradient, require_outputs
+from metaimplicit.methods.microbatches import check_curvature, check_size, in_microbatches
 from metaimplicit.methods.replay import run_by_steps
 from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import (
@@ -36,8 +37,9 @@ from metaimplicit.operators import (
     find_curvature,
     invertible_curvatures,
 )
+from metaimplicit.options import option
 from metaimplicit.params import Params, flatten, unflatten
-from metaimplicit.problem import Decay
+from metaimplicit.problem import BilevelProblem, Decay
 from metaimplicit.solvers import CG, Solution, Solver, SolverState
 
 Curvature = str | CurvatureClass  # a key of `CURVATURES`, or a class
@@ -71,12 +73,18 @@ class Implicit(Method):
             If False, the report records them and a warning is given.
         check_curvature: Whether the report says how far A is from the Hessian, at the cost of one
             more gradient and one product; see `Report.hessian_residual`.
+        microbatch: Evaluate the losses on at most this many examples at a time, for one problem
+            (not `batched`) and A of the Hessian or Gauss–Newton; see `in_microbatches` for the
+            losses that allow it. All results are those of the whole batch, to round-off. Memory
+            holds the activations of one slice, and a product takes about twice as long, since it
+            evaluates the loss again. If None, all examples are evaluated at once.
 
     Raises:
         ValueError: A number is out of range, the curvature or preconditioner is unknown, or
             `products` are asked for a curvature other than the Hessian. On solving: the loss lacks
             a part that the curvature needs, draws random numbers, or is not convex where the
-            curvature assumes it; the `batch` does not suit the data.
+            curvature assumes it; the `batch` does not suit the data;
+            or the losses or the data allow no `microbatch`.
         FloatingPointError: On solving, if `strict`.
 
     Example:
@@ -93,6 +101,7 @@ class Implicit(Method):
     batch: Any = field(default=UNSET, repr=False)
     strict: bool = False
     check_curvature: bool = False
+    microbatch: int | None = option(None, flag=None)
     flag = "implicit"
     reach = frozenset({"loss"})
     differentiates_argmin = True
@@ -122,6 +131,9 @@ class Implicit(Method):
             )
         if not self.damping >= 0:
             raise ValueError(f"damping: got {self.damping}, expected a number ≥ 0")
+        if self.microbatch is not None:
+            check_curvature(self.curvature or "hessian", self.products, self.preconditioner)
+        check_size(self.microbatch)
 
     @property
     def curvature_name(self) -> str:
@@ -142,8 +154,14 @@ class Implicit(Method):
         """Whether the inner loss has the second derivatives that this takes."""
         return self.products != "finite-differences"
 
+    def prepare(self, problem: BilevelProblem, *, batched: bool) -> BilevelProblem:
+        """The problem with its losses in microbatches, if there is a size."""
+        return in_microbatches(problem, self.microbatch, batched=batched)
+
     def compile_objection(self, inner: InnerLoop) -> str:
         """Whether A is other than the Hessian or Gauss–Newton, or known without products."""
+        if self.microbatch is not None:
+            return "microbatches are not compiled"
         if self.curvature_name not in ("hessian", "gauss-newton"):
             return f"the curvature {self.curvature_name!r} has no compiled products"
         if self.products != "double-backward":
@@ -169,6 +187,11 @@ class Implicit(Method):
             raise ValueError(
                 f"{self.flag}: got {type(inner).__name__}, {inner.implicit_objection}; use "
                 "'fixed-point' or 'unrolled'"
+            )
+        if self.microbatch is not None and inner.exact:
+            raise ValueError(
+                f"microbatch: got {type(inner).__name__}, which solves with all examples at once, "
+                "expected an inner loop of steps"
             )
         if problem.compiler is not None and not inner.compile_objection:
             run = run_by_steps(problem, inner, meta)

@@ -98,7 +98,7 @@ class Unrolled(Method):
             return "the outer loss of all iterates has no compiled functions"
         return _describe_steps(inner)
 
-    def outer_problem(self, problem: BilevelProblem) -> BilevelProblem:
+    def prepare(self, problem: BilevelProblem, *, batched: bool) -> BilevelProblem:
         """The problem with the outer loss Σ_t w_t g(θ_t), if there are weights."""
         if self.weights is None:
             return problem

@@ -10,10 +10,13 @@ import torch
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, vector_jacobian_product
+from metaimplicit.methods.microbatches import check_size, in_microbatches
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import data_at_solution, run_inner
 from metaimplicit.operators import central_difference
+from metaimplicit.options import option
 from metaimplicit.params import Params, detached, flatten, leaves
+from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState
 
 
@@ -27,9 +30,11 @@ class SAMA(Method):
 
     Args:
         batch: With a `Stream`, the data of g and of the mixed product.
+        microbatch: Evaluate the losses on at most this many examples at a time, as `Implicit` does.
 
     Raises:
-        ValueError: A `Stream` without a `batch`, or a `batch` without a `Stream`.
+        ValueError: A `Stream` without a `batch`, or a `batch` without a `Stream`. The losses or the
+            data allow no `microbatch`, or it is below 1.
 
     Example:
         >>> from metaimplicit import BilevelProblem, GradientDescent
@@ -51,6 +56,7 @@ class SAMA(Method):
     """
 
     batch: Any = field(default=UNSET, repr=False)
+    microbatch: int | None = option(None, flag=None)
     flag = "sama"
     reach = frozenset({"loss"})
     remedy = (
@@ -58,6 +64,13 @@ class SAMA(Method):
         "use 'forward' or 'unrolled'"
     )
     second_derivatives = False
+
+    def __post_init__(self) -> None:
+        check_size(self.microbatch)
+
+    def prepare(self, problem: BilevelProblem, *, batched: bool) -> BilevelProblem:
+        """The problem with its losses in microbatches, if there is a size."""
+        return in_microbatches(problem, self.microbatch, batched=batched)
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop without a graph, and take ∂f/∂θ where it ends."""

@@ -180,7 +180,7 @@ def tuning_problem(
     problem = ModelProblem(
         init=lambda meta, data: start,
         inner_loss=inner_loss,
-        outer_loss=losses.outer_loss,
+        outer_loss=Composite(outputs=losses.validation_outputs, loss=losses.validation_loss),
     )
     return TuningProblem(problem, meta, domains)
 
@@ -234,12 +234,15 @@ class _Losses:
         dims = max(factor.dim() for factor in factors)
         return reduce(torch.mul, (align(factor, dims) for factor in factors))
 
-    def outer_loss(self, params: Params, meta: Params, data: Any) -> Tensor:
-        """The validation loss, a scalar."""
+    def validation_outputs(self, params: Params, meta: Params, data: Any) -> Any:
+        """The outputs at the validation inputs."""
         batch = split_batch(data)
         targets = batch_entry(batch, "targets")
-        outputs = self.call(params, batch_entry(batch, "inputs"))
-        return self.loss.value(self._choose(outputs, lambda: targets), targets)
+        return self._choose(self.call(params, batch_entry(batch, "inputs")), lambda: targets)
+
+    def validation_loss(self, outputs: Any, data: Any) -> Tensor:
+        """The validation loss, a scalar."""
+        return self.loss.value(outputs, batch_entry(split_batch(data), "targets"))
 
     def _choose(self, outputs: Any, targets: Callable[[], Any]) -> Any:
         """What the model returns, if the loss takes it, or else the tensor in it."""

@@ -1,0 +1,286 @@
+"""The losses of a problem on slices of its examples, for memory that falls with the slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaimplicit.mended import mended_derivatives
+from metaimplicit.methods.examples import count_examples, map_rows, rows
+from metaimplicit.methods.linearize import reject_random_numbers
+from metaimplicit.methods.recompute import recomputed
+from metaimplicit.operators import GGN, CurvatureClass, Hessian, Products, find_curvature
+from metaimplicit.params import Params
+from metaimplicit.problem import BilevelProblem, Composite
+from metaimplicit.tensors import with_known_types
+from metaimplicit.unsupported import UnsupportedOperationError, shorten
+
+Join = Callable[[Sequence[Any], Sequence[int]], Any]
+
+
+def in_microbatches(problem: BilevelProblem, size: int | None, *, batched: bool) -> BilevelProblem:
+    """The same problem, whose losses are evaluated on slices of at most `size` examples.
+
+    With slices of m₁ + m₂ + … = m examples, a loss that is a plain function is
+
+        f = Σ_k (m_k/m) f(slice k),
+
+    so it has to be a mean over the examples, plus terms that do not depend on the data. Of a
+    `Composite`, only the outputs are evaluated slice by slice. Its loss receives the outputs of all
+    examples, so it may be anything, if the outputs of an example depend on no other example. The
+    first call checks either on a few of the examples.
+
+    The examples are the first axis of every tensor of the data that has an axis. Derivatives of
+    every order evaluate a slice again and free it, so memory holds one slice at a time.
+
+    Args:
+        problem: The problem of one task. `init` and `features` see all examples at once.
+        size: m_k at most. If None, the problem stays as it is.
+        batched: Whether the data are a batch of tasks, which is refused.
+
+    Raises:
+        ValueError: The data are a batch of tasks. On evaluating: the tensors of the data disagree
+            about the number of examples, the loss is no mean, the outputs of an example depend on
+            others, the outer loss returns more than a scalar, or random numbers are drawn.
+
+    Example:
+        >>> x = torch.arange(5.0)
+        >>> problem = BilevelProblem(
+        ...     init=lambda meta, data: {"w": torch.zeros(())},
+        ...     inner_loss=lambda params, meta, data: (params["w"] - data).square().mean(),
+        ...     outer_loss=lambda params, meta, data: params["w"],
+        ... )
+        >>> sliced = in_microbatches(problem, size=2, batched=False)
+        >>> sliced.inner_loss({"w": torch.tensor(1.0)}, {}, x)  # of 2, 2 and 1 examples
+        tensor(3.)
+    """
+    if size is None:
+        return problem
+    if batched:
+        raise ValueError(
+            "microbatch: got batched=True, expected one problem; chunk_size bounds the memory of a "
+            "batch of tasks"
+        )
+    return replace(
+        problem,
+        inner_loss=_sliced(problem.inner_loss, size, "inner loss"),
+        outer_loss=_sliced(problem.outer_loss, size, "outer loss"),
+    )
+
+
+def check_size(size: int | None) -> None:
+    """Raise ValueError if no slice can have so many examples.
+
+    Example:
+        >>> check_size(1)
+    """
+    if size is not None and not size >= 1:
+        raise ValueError(f"microbatch: got {size}, expected at least 1 example, or None for all")
+
+
+def check_curvature(
+    curvature: str | CurvatureClass,
+    products: Products,
+    preconditioner: str | CurvatureClass | None,
+) -> None:
+    """Raise ValueError for parts of an implicit method that need all examples at once.
+
+    Example:
+        >>> check_curvature("kfac", "double-backward", None)
+        Traceback (most recent call last):
+        ...
+        ValueError: microbatch: got curvature 'kfac', expected 'hessian' or 'gauss-newton'
+    """
+    kind, _ = find_curvature(curvature)
+    if kind not in (Hessian, GGN):
+        name = repr(curvature) if isinstance(curvature, str) else kind.__name__
+        raise ValueError(f"microbatch: got curvature {name}, expected 'hessian' or 'gauss-newton'")
+    if preconditioner is not None:
+        raise ValueError(
+            "microbatch: got a preconditioner, which looks into the layers at all examples; leave "
+            "it out, or use NystromCG"
+        )
+    if products == "forward-over-reverse":
+        raise ValueError(
+            f"microbatch: got products={products!r}, expected 'double-backward' or "
+            "'finite-differences'"
+        )
+
+
+def _sliced(loss: Any, size: int, name: str) -> Any:
+    if isinstance(loss, Composite):
+        outputs = f"outputs of the {name}"
+        return loss.with_outputs(_Slices(loss.outputs, size, outputs, _concatenate))
+    return _Slices(loss, size, name, _mean)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """A function of one problem, evaluated on slices of its data.
+
+    Attributes:
+        function: `(params, meta, data) -> pytree`.
+        size: The number of examples in a slice at most.
+        name: What errors call it.
+        join: Makes the result for all examples of those for the slices and their sizes.
+    """
+
+    function: Callable[[Params, Params, Any], Any]
+    size: int
+    name: str
+    join: Join
+
+    def __call__(self, params: Params, meta: Params, data: Any) -> Any:
+        """The function at all examples."""
+        count = count_examples(data)
+        if count <= self.size:
+            return self.function(params, meta, data)
+        data = with_known_types(data)
+        self._check_once(params, meta, data, count=count)
+        slices = [(start, min(start + self.size, count)) for start in range(0, count, self.size)]
+        results = [self._evaluate(params, meta, rows(data, *ends)) for ends in slices]
+        return self.join(results, [end - start for start, end in slices])
+
+    def _evaluate(self, params: Params, meta: Params, data: Any) -> Any:
+        """The function at one slice, as a node that keeps no graph."""
+        leaves, structure = tree_flatten((params, meta, data))
+        structures: list[Any] = []
+
+        def of_leaves(at: Sequence[Any]) -> list[Any]:
+            with mended_derivatives:
+                result = self.function(*tree_unflatten(at, structure))
+            outputs, of_result = tree_flatten(result)
+            structures[:] = [of_result]
+            return outputs
+
+        return tree_unflatten(recomputed(of_leaves, leaves), structures[0])
+
+    def _check_once(self, params: Params, meta: Params, data: Any, *, count: int) -> None:
+        if self.function in _CHECKED:
+            return
+        self._check(params, meta, data, count=count)
+        with suppress(TypeError):  # an object without weak references is not remembered
+            _CHECKED[self.function] = True
+
+    @torch.no_grad()
+    def _check(self, params: Params, meta: Params, data: Any, *, count: int) -> None:
+        """Raise ValueError if the results for slices do not make up that for all examples.
+
+        At most two slices of examples are looked at, from all over the data, since neighbours may
+        be alike (of one class).
+        """
+        seen = min(count, 2 * self.size)
+        first = max(1, seen // 3)
+        chosen = torch.arange(seen) * count // seen
+        data = map_rows(lambda x: x[chosen.to(x.device)], data)
+        parts = [data, rows(data, 0, first), rows(data, first, seen)]
+        # What holds at θ may hold by chance there, as where all outputs are zero.
+        for at in (params, {name: _moved(p) for name, p in params.items()}):
+            whole, *halves = self._trial(at, meta, parts)
+            joined = self.join(halves, [first, seen - first])
+            error = _relative_error(tree_leaves(joined), tree_leaves(whole))
+            if error > 0:
+                raise ValueError(self._refusal(error, first, seen))
+
+    def _trial(self, params: Params, meta: Params, parts: Sequence[Any]) -> list[Any]:
+        run = reject_random_numbers(
+            lambda p: [self.function(p, meta, part) for part in parts], self.name
+        )
+        try:
+            return run(params)
+        except UnsupportedOperationError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"microbatch: the {self.name} cannot be evaluated on a part of the examples "
+                f"({shorten(error)}); every tensor of the data has to carry the examples first, "
+                "and what serves all of them belongs in meta or in a closure"
+            ) from error
+
+    def _refusal(self, error: float, first: int, seen: int) -> str:
+        parts = f"of {first} and {seen - first} of them (relative difference {error:.0e})"
+        if self.join is _mean:
+            return (
+                f"microbatch: the {self.name} of {seen} examples is not the mean of those {parts}, "
+                "expected a mean over examples, without sums, weights of classes or batch "
+                "statistics; a Composite allows any loss of the outputs"
+            )
+        return (
+            f"microbatch: the {self.name} at {seen} examples are not those {parts}, expected a "
+            "model that treats every example by itself; switch batch normalisation to evaluation "
+            "mode, or use another norm"
+        )
+
+
+_CHECKED = WeakIdKeyDictionary()  # the functions that passed their check
+
+
+def _mean(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The mean of a scalar over slices, each weighed by its examples."""
+    if not isinstance(values[0], Tensor):
+        raise ValueError(
+            f"microbatch: got a loss that returns a {type(values[0]).__name__}, expected a scalar "
+            "tensor alone, without aux"
+        )
+    total = sum(sizes)
+    return torch.stack([v * (m / total) for v, m in zip(values, sizes, strict=True)]).sum(0)
+
+
+def _concatenate(results: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Outputs of all examples, of those of slices."""
+
+    def join(*parts: Any) -> Any:
+        shapes = [len(p) if isinstance(p, Tensor) and p.dim() else None for p in parts]
+        if shapes == list(sizes):
+            return torch.cat(parts)
+        if all(part is None for part in parts):
+            return None
+        raise ValueError(
+            f"microbatch: got outputs with leading sizes {shapes} for {list(sizes)} examples, "
+            "expected outputs that carry the examples first"
+        )
+
+    return tree_map(join, *results)
+
+
+def _moved(p: Tensor) -> Tensor:
+    """Another point, at a distance of a tenth, in a direction without a pattern."""
+    direction = torch.cos(1 + torch.arange(p.numel(), device=p.device).double().square())
+    return p + 0.1 * (1 + p.square().mean().sqrt()) * direction.to(p).reshape(p.shape)
+
+
+def _relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest relative distance beyond round-off, 0 if there is none."""
+    largest = 0.0
+    for a, b in _finite_pairs(actual, expected):
+        size = max(float(a.abs().max()), float(b.abs().max()))
+        error = float((a - b).abs().max()) / size if size > 0 else 0.0
+        if error > _tolerance(b):
+            largest = max(largest, error)
+    return largest
+
+
+def _finite_pairs(actual: Sequence[Any], expected: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    for a, b in zip(actual, expected, strict=True):
+        is_number = isinstance(b, Tensor) and b.is_floating_point() and b.numel()
+        if is_number and a.isfinite().all() and b.isfinite().all():
+            yield a, b
+
+
+def _tolerance(like: Tensor) -> float:
+    """√ε of the coarsest type that the function may compute in."""
+    eps = torch.finfo(like.dtype).eps
+    device = like.device.type
+    if torch.is_autocast_enabled(device):
+        eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    if like.is_cuda and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        eps = max(eps, 2.0**-11)
+    return math.sqrt(eps)
