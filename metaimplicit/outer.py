@@ -77,7 +77,12 @@ def _compiled_outer_gradients(
         theta = leaves(params)
         losses, _ = problem.outer(theta, meta, data)
         functions = [problem.problem.outer_loss]
-        return find_dependencies([losses], meta, params=theta.values(), functions=functions)
+        return find_dependencies(
+            [losses],
+            meta,
+            params=theta.values(),
+            functions=functions,
+        )
 
     def make() -> Any:
         functions = problem.without_data()

@@ -122,7 +122,12 @@ def study_problems(settings: Settings, rows: RowFile) -> dict[str, Any]:
         comparisons[name] = asdict(comparison)
         plotted += split_panel(name, errors_against_products(comparison))
         print(table(name, comparison), flush=True)
-    draw(settings.out / "errors.png", plotted, x="products", y="relative error of hypergradients")
+    draw(
+        settings.out / "errors.png",
+        plotted,
+        x="products",
+        y="relative error of hypergradients",
+    )
     return comparisons
 
 
@@ -157,7 +162,12 @@ def study_robustness(settings: Settings, rows: RowFile) -> list[dict[str, Any]]:
         for k in studies.COUNTS:
             lines = records_against_rho(records, key, k)
             plotted += split_panel(f"{title}, k = {k}", lines)
-    draw(settings.out / "robustness.png", plotted, x="ρ (Nyström), step (Neumann)", y="")
+    draw(
+        settings.out / "robustness.png",
+        plotted,
+        x="ρ (Nyström), step (Neumann)",
+        y="",
+    )
     return records
 
 

@@ -66,7 +66,11 @@ def _problems(found: Mapping[str, Any]) -> Html:
 def _problem(name: str, comparison: Comparison) -> Html:
     products = sorted({row.products for row in comparison.rows})
     panels = split_panel(name, errors_against_products(comparison))
-    drawn = _charts(panels, x="products with the curvature", caption=f"Relative errors on {name}.")
+    drawn = _charts(
+        panels,
+        x="products with the curvature",
+        caption=f"Relative errors on {name}.",
+    )
     lines = [element("li", line.strip()) for line in auto_lines(comparison, products)]
     return join(
         [

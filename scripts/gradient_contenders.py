@@ -80,7 +80,16 @@ def perceptron() -> nn.Module:
 
 def sinusoid(steps: int) -> Workload:
     """MAML on 25 sinusoids, ten support and ten query points each (Finn et al. 2017, §5.1)."""
-    return Workload(perceptron, (1,), 0, tasks=25, support=10, query=10, steps=steps, lr=0.01)
+    return Workload(
+        perceptron,
+        (1,),
+        0,
+        tasks=25,
+        support=10,
+        query=10,
+        steps=steps,
+        lr=0.01,
+    )
 
 
 def convolutional(*, strided: bool, **changes: Any) -> Workload:

@@ -112,7 +112,11 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
     options = load_init(options, learner)
     anneal_method(options, learner, spent=0.0)
     optimizer = build_optimizer(options, learner)
-    sampler = tasks.EpisodeSampler(train_family, tasks=options.meta_batch, seed=options.seed)
+    sampler = tasks.EpisodeSampler(
+        train_family,
+        tasks=options.meta_batch,
+        seed=options.seed,
+    )
     budget = Budget(steps=options.steps, minutes=options.minutes)
     identity = run_identity(options, splits)
     if options.resume and ranks.rank == 0:

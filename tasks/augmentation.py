@@ -69,7 +69,11 @@ class Augmented:
         """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
         episodes = self.family.sample(tasks, rng)
         support = self._augmented(episodes.support, rng)
-        return replace(episodes, support=support, query=self._augmented(episodes.query, rng))
+        return replace(
+            episodes,
+            support=support,
+            query=self._augmented(episodes.query, rng),
+        )
 
     def _augmented(self, pair: Pair, rng: np.random.Generator) -> Pair:
         inputs, targets = pair

@@ -119,7 +119,13 @@ def _read(source: Path, size: int) -> ClassImages:
     arrays = load_or_build(f"cifar100-1-{size}", read, stamp)
     names = arrays["names"].tolist()
     pool = ImagePool.from_sorted(torch.from_numpy(arrays["images"]), arrays["counts"], names)
-    return ClassImages(source, pool, [names], divided_by="", digests=arrays["digests"])
+    return ClassImages(
+        source,
+        pool,
+        [names],
+        divided_by="",
+        digests=arrays["digests"],
+    )
 
 
 def _entries(files: Files, path: str, *names: str) -> list[Any]:

@@ -138,7 +138,12 @@ def divide(classes: ClassImages, lists: Files, *, required: bool) -> ClassImages
     parts = [{name: name for name in part} for part in classes.parts]
     division = _divide_by_lists(lists, Division(parts, classes.divided_by), required)
     names = [list(part) for part in division.parts]
-    return replace(classes, parts=names, divided_by=division.by, foreign=division.foreign)
+    return replace(
+        classes,
+        parts=names,
+        divided_by=division.by,
+        foreign=division.foreign,
+    )
 
 
 def _divide_by_lists(

@@ -82,7 +82,13 @@ class FewShot:
         Raises:
             ValueError: If the classes cannot give such tasks.
         """
-        return FewShot(self.pool, ways=ways, shots=shots, queries=self.queries, name=self.name)
+        return FewShot(
+            self.pool,
+            ways=ways,
+            shots=shots,
+            queries=self.queries,
+            name=self.name,
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -62,5 +62,10 @@ def load(
             "data_root: got none, and mini-ImageNet cannot be downloaded, because ImageNet may not "
             f"be passed on; expected {LAYOUTS}"
         )
-    classes = read_class_images(data_root, size=size, color=True, split_lists=split_lists)
+    classes = read_class_images(
+        data_root,
+        size=size,
+        color=True,
+        split_lists=split_lists,
+    )
     return MINI_IMAGENET.splits(classes, ways=ways, shots=shots, queries=queries)

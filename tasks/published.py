@@ -81,7 +81,11 @@ class DataSet:
                 "for a split of your own, take the folder family"
             )
         parts = [[class_called[name] for name in part] for part in known]
-        return replace(classes, parts=parts, divided_by="the published names of classes")
+        return replace(
+            classes,
+            parts=parts,
+            divided_by="the published names of classes",
+        )
 
 
 def _sum(counts: Sequence[int]) -> str:

@@ -103,7 +103,11 @@ class _RunningLoop:
     def __post_init__(self) -> None:
         if self.tol is not None:
             first = next(iter(self.params.values()))
-            self.active = torch.ones(len(first), dtype=torch.bool, device=first.device)
+            self.active = torch.ones(
+                len(first),
+                dtype=torch.bool,
+                device=first.device,
+            )
 
     def advance(self, steps: range, meta: Params, *, differentiated: bool) -> None:
         """Take these steps, with their graph or without one, until no task is active."""

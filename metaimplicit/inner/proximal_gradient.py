@@ -203,7 +203,13 @@ class ProximalGradient(InnerLoop):
         taken = torch.full((len(first),), self.steps, device=first.device)
         norm = flatten({name: g.detach() for name, g in gradients.items()}).norm(dim=-1)
         solution = self._solution(params, state)
-        return Trajectory(solution, taken, norm, iterates=tuple(iterates), state=state)
+        return Trajectory(
+            solution,
+            taken,
+            norm,
+            iterates=tuple(iterates),
+            state=state,
+        )
 
     def _numbers(self) -> Iterator[tuple[str, Any]]:
         for number in numbers_in(self.lr):

@@ -43,7 +43,12 @@ def with_numbers(data: Episode) -> Episode:
     inputs, targets = data.support
     outputs = count_outputs(targets)
     dtype = torch.get_default_dtype() if not targets.is_floating_point() else targets.dtype
-    like = torch.empty(*targets.shape[:2], outputs, dtype=dtype, device=targets.device)
+    like = torch.empty(
+        *targets.shape[:2],
+        outputs,
+        dtype=dtype,
+        device=targets.device,
+    )
     numbers = as_numbers(targets, like)
     return Episode(Pair(inputs, HeadTargets(targets, numbers)), data.query)
 

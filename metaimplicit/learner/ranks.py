@@ -148,7 +148,11 @@ class Ranks:
         known = {name: x for name, x in numbers.items() if x is not None}
         if self.count == 1 or not known:
             return dict(numbers)
-        own = torch.tensor(list(known.values()), dtype=torch.float64, device=_device())
+        own = torch.tensor(
+            list(known.values()),
+            dtype=torch.float64,
+            device=_device(),
+        )
         (means,) = self._weighted_means([own], tasks)
         return dict(numbers) | dict(zip(known, means.tolist(), strict=True))
 

@@ -74,7 +74,15 @@ class CurvatureSystem:
         if self.products != "double-backward":
             options["products"] = self.products
         curvature = self.curvature if self.known is None else "hessian"
-        point = linearize(problem, params, meta, data, curvature=curvature, decay=decay, **options)
+        point = linearize(
+            problem,
+            params,
+            meta,
+            data,
+            curvature=curvature,
+            decay=decay,
+            **options,
+        )
         return point if self.known is None else replace(point, core=self.known)
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:

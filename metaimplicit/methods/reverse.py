@@ -267,7 +267,13 @@ def _stacked_iterates(
 ) -> Adaptation:
     """θ_0 … θ_T as `{name: [tasks, T + 1, *shape]}`, with the graph of all steps."""
     steps = inner.steps
-    run = run_inner(problem, inner, meta, differentiated_steps=steps, keep_iterates=True)
+    run = run_inner(
+        problem,
+        inner,
+        meta,
+        differentiated_steps=steps,
+        keep_iterates=True,
+    )
     trajectory = run.trajectory
     params = {
         name: torch.stack([iterate[name] for iterate in trajectory.iterates], dim=1)

@@ -97,7 +97,13 @@ class Fisher(GGN):
     @classmethod
     def from_loss(cls, parts: LossParts, **options: Any) -> Fisher:
         """The Fisher matrix of a loss; `options` are the keyword arguments of the constructor."""
-        return cls(parts.outputs, parts.loss, parts.params, checked=parts.checked, **options)
+        return cls(
+            parts.outputs,
+            parts.loss,
+            parts.params,
+            checked=parts.checked,
+            **options,
+        )
 
     def check_convex(self, steps: int = 20) -> None:
         """Do nothing: F is positive semi-definite, because no weight is negative."""

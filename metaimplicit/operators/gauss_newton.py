@@ -104,7 +104,13 @@ class GGN(RetainedGraphCurvature):
     @classmethod
     def from_loss(cls, parts: LossParts, **options: Any) -> GGN:
         """The Gauss–Newton matrix of a loss; it has no options."""
-        return cls(parts.outputs, parts.loss, parts.params, checked=parts.checked, **options)
+        return cls(
+            parts.outputs,
+            parts.loss,
+            parts.params,
+            checked=parts.checked,
+            **options,
+        )
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Jᵀ (∂²ℓ/∂z²) J v, `[tasks, n] -> [tasks, n]`."""

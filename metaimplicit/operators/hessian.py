@@ -68,7 +68,12 @@ class Hessian(RetainedGraphCurvature):
         if not total.requires_grad:  # a constant
             self._set_gradient([None] * len(targets))
             return
-        gradients = torch.autograd.grad(total, targets, create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            total,
+            targets,
+            create_graph=True,
+            allow_unused=True,
+        )
         self._set_gradient(gradients)
         if products != "finite-differences":
             check_differentiable(self.gradient.values())

@@ -130,11 +130,21 @@ class OutputLikelihood:
         mean = self.mean
         shape = (samples, *mean.shape)
         if self.family.name == "gaussian":
-            return torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+            return torch.randn(
+                shape,
+                generator=generator,
+                dtype=mean.dtype,
+                device=mean.device,
+            )
         if self.family.name == "sigmoid":
             return mean - torch.bernoulli(mean.expand(shape), generator=generator)
         p = mean.movedim(self.family.axis, -1)
-        draws = torch.multinomial(p.flatten(0, -2), samples, replacement=True, generator=generator)
+        draws = torch.multinomial(
+            p.flatten(0, -2),
+            samples,
+            replacement=True,
+            generator=generator,
+        )
         labels = draws.T.reshape(samples, *p.shape[:-1])
         one_hot = torch.nn.functional.one_hot(labels, p.shape[-1]).to(p)
         return mean - one_hot.movedim(-1, self.family.axis)

@@ -171,7 +171,11 @@ class NaturalGradient(_GeneralisedGaussNewton):
         solver: Solver | None = None,
         seed: int = 0,
     ) -> None:
-        check_fisher_options("NaturalGradient", likelihood=likelihood, expectation=expectation)
+        check_fisher_options(
+            "NaturalGradient",
+            likelihood=likelihood,
+            expectation=expectation,
+        )
         super().__init__(
             model,
             loss,

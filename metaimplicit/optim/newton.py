@@ -65,7 +65,13 @@ class Newton(Damped):
         adapt_damping: bool = True,
         solver: Solver | None = None,
     ) -> None:
-        super().__init__(model, lr=lr, damping=damping, adapt_damping=adapt_damping, solver=solver)
+        super().__init__(
+            model,
+            lr=lr,
+            damping=damping,
+            adapt_damping=adapt_damping,
+            solver=solver,
+        )
 
     def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor]:
         seen: list[Tensor] = []

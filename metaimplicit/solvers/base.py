@@ -215,7 +215,12 @@ class Solver(ABC):
         start = _checked(state, b)
         if start.solution is not None:
             start = replace(start, solution=rhs.scale(start.solution))
-        system = LinearSystem(operator, rhs.unit, state=start, preconditioner=preconditioner)
+        system = LinearSystem(
+            operator,
+            rhs.unit,
+            state=start,
+            preconditioner=preconditioner,
+        )
         solution = self.solve_unit(system)
 
         finite = rhs.finite & solution.residual.isfinite().unsqueeze(-1)

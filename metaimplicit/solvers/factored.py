@@ -55,5 +55,9 @@ class Factored(CoreSolver):
             solution, status=torch.where(exact, solution.status, int(Status.MAX_STEPS))
         )
         if core.closed_form:  # the residual took no product with derivatives of a loss
-            return replace(solution, products=0, needed=torch.zeros_like(solution.needed))
+            return replace(
+                solution,
+                products=0,
+                needed=torch.zeros_like(solution.needed),
+            )
         return solution

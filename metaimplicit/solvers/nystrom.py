@@ -94,7 +94,12 @@ class Nystrom(SketchingSolver):
             indefinite = low_rank.indefinite
 
         _, sigma = system.operator.split()
-        solution = direct_solution(system, x, products=products, rayleigh=smallest + float(sigma))
+        solution = direct_solution(
+            system,
+            x,
+            products=products,
+            rayleigh=smallest + float(sigma),
+        )
         indefinite = (indefinite | (solution.rayleigh <= 0)) & (norm(b).squeeze(-1) > 0)
         residual = solution.residual
         tol = torch.finfo(b.dtype).eps ** 0.5

@@ -70,7 +70,14 @@ class GivensQR:
         gamma = divisor(torch.hypot(gamma_bar, beta))
         self._cosine = gamma_bar / gamma
         self._sine = beta / gamma
-        return Column(epsilon, delta, gamma, cosine=self._cosine, sine=self._sine, slope=slope)
+        return Column(
+            epsilon,
+            delta,
+            gamma,
+            cosine=self._cosine,
+            sine=self._sine,
+            slope=slope,
+        )
 
 
 class GalerkinResidual:

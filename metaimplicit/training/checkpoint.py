@@ -113,7 +113,13 @@ def load_checkpoint(
         Progress(step=3, seconds=0.0)
     """
     loaded = read_checkpoint(path, identity, _device(learner))
-    progress = restore_state(loaded.state, learner, optimizer, sampler=sampler, source=str(path))
+    progress = restore_state(
+        loaded.state,
+        learner,
+        optimizer,
+        sampler=sampler,
+        source=str(path),
+    )
     repair(path, loaded)
     return progress
 

@@ -41,7 +41,11 @@ def write_atomically(
         'text'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=PARTIAL)
+    handle, partial = tempfile.mkstemp(
+        dir=path.parent,
+        prefix=f".{path.name}-",
+        suffix=PARTIAL,
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

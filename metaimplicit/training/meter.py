@@ -52,7 +52,12 @@ class Meter:
         self._next_line = seconds + SECONDS_APART
         is_terminal = is_shown and sys.stderr.isatty()
         self._writes_lines = is_shown and not is_terminal
-        self._bar = tqdm(total=total, initial=count, unit=noun, disable=not is_terminal)
+        self._bar = tqdm(
+            total=total,
+            initial=count,
+            unit=noun,
+            disable=not is_terminal,
+        )
 
     def update(self, count: int, seconds: float, notes: str = "") -> None:
         """Show that `count` are done after `seconds`, both since the very beginning."""

@@ -214,7 +214,12 @@ def picture(image: Tensor, alt: str) -> Html:
     file = io.BytesIO()
     drawn.save(file, format=kind, quality=90)
     pixelated = "pixels" if is_small else None
-    return element("img", src=_data_uri(kind, file.getvalue()), alt=alt, class_=pixelated)
+    return element(
+        "img",
+        src=_data_uri(kind, file.getvalue()),
+        alt=alt,
+        class_=pixelated,
+    )
 
 
 def make_page(title: str, lead: Html, sections: Mapping[str, Html]) -> Html:

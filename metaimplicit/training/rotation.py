@@ -146,7 +146,11 @@ def repair(path: Path, loaded: Loaded) -> None:
 def _read(path: Path, identity: Identity | None, device: torch.device) -> State:
     payload = read_sealed(path)
     try:
-        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+        state = torch.load(
+            io.BytesIO(payload),
+            map_location=device,
+            weights_only=True,
+        )
     except Exception as error:  # the bytes decide which one
         raise DamagedFileError(f"checkpoint: {path} is no checkpoint ({error})") from error
     if not (isinstance(state, dict) and set(state) >= MEMBERS):

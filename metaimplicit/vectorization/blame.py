@@ -60,7 +60,12 @@ def find_differing_module(
         >>> print(find_differing_module(problem, meta, torch.ones(2, 3, 1), compared[1]))
         None
     """
-    lifted = LiftedProblem(problem, choose_tasks(data), batched=True, vectorize="loop")
+    lifted = LiftedProblem(
+        problem,
+        choose_tasks(data),
+        batched=True,
+        vectorize="loop",
+    )
     device = next(iter(meta.values())).device
     with torch.enable_grad(), restored_random_state(device):
         theta = leaves(lifted.init(meta))

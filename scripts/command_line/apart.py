@@ -25,7 +25,11 @@ def run_apart(function: Callable[..., Result], *args: Any, name: str) -> Result:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_result, args=(sender, function, args), daemon=True)
+    process = context.Process(
+        target=_send_result,
+        args=(sender, function, args),
+        daemon=True,
+    )
     process.start()
     sender.close()
     try:

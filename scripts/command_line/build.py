@@ -113,7 +113,13 @@ def build_model(options: RunOptions, family: TaskFamily) -> Network:
     if network == "resnet-12":
         return ResNet12(shape, outputs, **settings)
     joined = options.joined_blocks
-    return ConvNet(shape, outputs, strided=not options.pool, joined=joined, **settings)
+    return ConvNet(
+        shape,
+        outputs,
+        strided=not options.pool,
+        joined=joined,
+        **settings,
+    )
 
 
 def build_optimizer(options: RunOptions, learner: MetaLearner) -> torch.optim.Optimizer:

@@ -127,7 +127,11 @@ def _recipe_options(choice: argparse.Namespace) -> RunOptions:
 
 def _read_choice(args: list[str]) -> argparse.Namespace:
     """The options on which the defaults of the others depend, and the folder of the run."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     parser.add_argument("--recipe")
     parser.add_argument("--task")
     parser.add_argument("--method")

@@ -109,7 +109,12 @@ def load_own_checkpoint(
     """
     run = read_sealed_json(folder / CONFIG).get("run")
     full_identity = {"run": run, **identity}
-    return load_learner(folder / CHECKPOINT, learner, identity=full_identity, select=select)
+    return load_learner(
+        folder / CHECKPOINT,
+        learner,
+        identity=full_identity,
+        select=select,
+    )
 
 
 def check_classes(run: Path, splits: tasks.Splits) -> None:

@@ -58,7 +58,13 @@ def main() -> float:
         query = torch.randn(3, 4, 6), labels
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
         inner = GradientDescent(steps=20, lr=0.1)
-        learner = MetaLearner(model, F.cross_entropy, inner=inner, method=method, proximal=0.5)
+        learner = MetaLearner(
+            model,
+            F.cross_entropy,
+            inner=inner,
+            method=method,
+            proximal=0.5,
+        )
         learner.backward(SimpleNamespace(support=support, query=query))
         gradients.append(
             torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

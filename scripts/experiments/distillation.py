@@ -218,7 +218,12 @@ class Distillation(TuningExperiment):
     def trained(self, images: Images, start: int) -> nn.Module:
         """The network after the inner loop's steps, from the initialisation of seed `start`."""
         model = self.initialised(start).to(images.inputs)
-        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
+        sgd = torch.optim.SGD(
+            model.parameters(),
+            lr=self.lr,
+            momentum=0.9,
+            weight_decay=self.decay,
+        )
         batch = {"inputs": images.inputs, "targets": images.labels}
         train(model, lambda step: batch, steps=self.inner_steps, optimizer=sgd)
         return model
@@ -242,7 +247,11 @@ class Distillation(TuningExperiment):
             if "curve" in row:
                 steps, losses, _ = zip(*row["curve"], strict=True)
                 left.plot(steps, losses, label=case["method"], linewidth=0.8)
-        left.set(xlabel="outer steps", ylabel="cross-entropy of real images", yscale="log")
+        left.set(
+            xlabel="outer steps",
+            ylabel="cross-entropy of real images",
+            yscale="log",
+        )
         legend_below(left, columns=3)
         for place, run in enumerate(shown):
             self.plot_images(figure, grid[place, 1], run)

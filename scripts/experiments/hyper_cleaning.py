@@ -177,7 +177,12 @@ class HyperCleaning(TuningExperiment):
     ) -> float:
         """The test accuracy after as many steps as a tuner takes inner steps, with its decay."""
         model = self.network(seed)
-        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
+        sgd = torch.optim.SGD(
+            model.parameters(),
+            lr=self.lr,
+            momentum=0.9,
+            weight_decay=self.decay,
+        )
         steps = self.steps * self.inner_steps
         train(model, tasks.Batches(examples, None, 0), steps=steps, optimizer=sgd)
         return balanced_accuracy(model, test)
@@ -221,8 +226,18 @@ def plot_histogram(ax: Axes, run: Run) -> None:
     for name, counts in run.row["histogram"].items():
         edges = torch.linspace(0, 1, len(counts) + 1).tolist()
         ax.stairs(counts, edges, fill=True, alpha=0.5, label=f"{name} labels")
-    ax.axvline(THRESHOLD, color="black", linewidth=0.8, linestyle=":", label="threshold")
-    ax.set(title=f"weights by {run.case['method']}", xlabel="learnt weight", ylabel="examples")
+    ax.axvline(
+        THRESHOLD,
+        color="black",
+        linewidth=0.8,
+        linestyle=":",
+        label="threshold",
+    )
+    ax.set(
+        title=f"weights by {run.case['method']}",
+        xlabel="learnt weight",
+        ylabel="examples",
+    )
     legend_below(ax, columns=3)
 
 

@@ -198,7 +198,12 @@ class Reweighting(TuningExperiment):
 
     def train_without_weights(self, model: nn.Module, batches: tasks.Batches) -> None:
         """Take the steps of the tuner's inner loops, with all weights 1."""
-        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.decay)
+        sgd = torch.optim.SGD(
+            model.parameters(),
+            lr=self.lr,
+            momentum=0.9,
+            weight_decay=self.decay,
+        )
         train(
             model,
             batches,

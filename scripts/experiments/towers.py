@@ -89,7 +89,13 @@ class Towers(Experiment):
     def plot(self, runs: Runs, figure: Figure) -> None:
         """Step size and training loss against training steps: a column of panels for each start."""
         figure.set_size_inches(max(3.4 * len(self.starts), 5), 5.5)
-        axes = figure.subplots(2, len(self.starts), sharex=True, sharey="row", squeeze=False)
+        axes = figure.subplots(
+            2,
+            len(self.starts),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
+        )
         for (top, bottom), start in zip(axes.T, self.starts, strict=True):
             for i, (case, group) in enumerate(runs.where(**start).groups("method")):
                 style = {"color": f"C{i}", "label": case["method"], "linewidth": 1, "alpha": 0.7}

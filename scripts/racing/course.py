@@ -98,7 +98,11 @@ def run_race(name: str, course: Course) -> Row:
     torch.manual_seed(course.seed)
     np.random.seed(course.seed)  # learn2learn initialises linear layers by scipy
     contender = entry.make(entry.sizes.resize(splits.train))
-    validation = tasks.EpisodeSampler(splits.validation, tasks=BATCH, seed=course.seed)
+    validation = tasks.EpisodeSampler(
+        splits.validation,
+        tasks=BATCH,
+        seed=course.seed,
+    )
     curve, best = train(
         contender,
         training_sampler(entry, splits.train, course),
@@ -107,7 +111,11 @@ def run_race(name: str, course: Course) -> Row:
         name=name,
     )
     contender.module.load_state_dict(best)
-    test = tasks.EpisodeSampler(splits.test, tasks=BATCH, seed=course.seed + TEST_SEED)
+    test = tasks.EpisodeSampler(
+        splits.test,
+        tasks=BATCH,
+        seed=course.seed + TEST_SEED,
+    )
     tested = measure(contender, test, course.test_tasks, "test")
     return {
         "chosen_threads": threads,

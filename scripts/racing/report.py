@@ -105,7 +105,15 @@ def draw_race(path: Path, rows: Sequence[Row]) -> None:
         minutes = [point["seconds"] / 60 for point in row["curve"]]
         errors = [max(100 * (1 - point["accuracy"]), LEAST_ERROR) for point in row["curve"]]
         style = "--" if name in PEERS else "-"
-        ax.plot(minutes, errors, style, color=f"C{i % 10}", marker="o", markersize=2, label=name)
+        ax.plot(
+            minutes,
+            errors,
+            style,
+            color=f"C{i % 10}",
+            marker="o",
+            markersize=2,
+            label=name,
+        )
     ax.set(xscale="log", yscale="log", xlabel="minutes of training")
     ax.set(ylabel="accuracy on validation classes, %")
     ax.set_yticks([100 - level for level in (50, 80, *LEVELS, 99)])
