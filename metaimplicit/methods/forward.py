@@ -235,11 +235,7 @@ class Forward(Method):
             rows = slice(begin, begin + chunk)
             part = tree_map(lambda x, rows=rows: x[rows].contiguous(), tangents)
             state.restore()
-            along = torch.vmap(
-                push,
-                out_dims=(None, 0),
-                randomness="same",
-            )  # type: ignore[arg-type]
+            along = torch.vmap(push, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
             values, pushed = along(part)
             parts.append(pushed)
         if len(parts) == 1:
