@@ -83,7 +83,8 @@ def evaluate_subject(run: Path) -> Subject:
     base = [str(run), "--episodes=4", "--steps=1"]
 
     def check(args: list[str]) -> object:
-        return evaluate.load_options(parse_options(evaluate.Evaluate, args))
+        command = parse_options(evaluate.Evaluate, args)
+        return evaluate.load_options(command, command.run)
 
     return Subject(
         "evaluate", get_type_hints(evaluate.Evaluate), highest_of(evaluate.Evaluate), base, check
