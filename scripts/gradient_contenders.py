@@ -216,12 +216,7 @@ def torchopt(workload: Workload) -> Step:
         squares = [(p - q).square().sum() for p, q in zip(params, start, strict=True)]
         return loss(params, *data) + workload.proximal / 2 * torch.stack(squares).sum()
 
-    @custom_root(
-        torch.func.grad(inner_loss, argnums=0),
-        argnums=1,
-        solve=package.linear_solve.solve_cg(maxiter=5, atol=0),
-    )
-    def solve(params: Any, start: Any, data: Any) -> Any:
+    def descend(params: Any, start: Any, data: Any) -> Any:
         for _ in range(workload.steps):
             with torch.enable_grad():
                 params = tuple(p.detach().requires_grad_() for p in params)
@@ -231,12 +226,16 @@ def torchopt(workload: Workload) -> Step:
             )
         return params
 
+    solver = package.linear_solve.solve_cg(maxiter=5, atol=0)
+    stationarity = torch.func.grad(inner_loss, argnums=0)
+    solve: Any = custom_root(stationarity, argnums=1, solve=solver)(descend)
+
     def step() -> list[Tensor]:
         model.zero_grad()
         start = tuple(model.parameters())
         for x, y, x_query, y_query in zip(*support, *query, strict=True):
             params = tuple(p.detach().clone().requires_grad_() for p in start)
-            end: Any = solve(params, start, (x, y))
+            end = solve(params, start, (x, y))
             (loss(end, x_query, y_query) / workload.tasks).backward()
         return _gradients(model)
 
