@@ -1,4 +1,4 @@
-"""Imported first by every script: signals and warnings are one line, and threads wait passively.
+"""Imported first by every script: from here on, signals and warnings are one line.
 
 The other imports take seconds, in which a signal ends the script at once. Later,
 `command_line.handle_errors` takes over, under which what was computed is saved.
@@ -29,18 +29,7 @@ def is_script() -> bool:
     return in_scripts and multiprocessing.parent_process() is None
 
 
-def wait_passively() -> None:
-    """Let threads that wait for one another sleep, unless the user has chosen otherwise.
-
-    By default they spin, which takes the time of other processes, and of their own last thread. It
-    has to be chosen before torch is imported.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-
-
 if is_script():
-    wait_passively()
     # without the place in the code that a warning comes from
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
