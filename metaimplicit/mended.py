@@ -154,6 +154,33 @@ def _batch_norm(
     statistics = (mean, variance, training, momentum, eps, cudnn_enabled)
     if training or mean is None or variance is None or not (x.is_cuda and _is_transformed()):
         return _ORIGINAL_BATCH_NORM(x, weight, bias, *statistics)
+    return normalize(x, mean, variance, weight=weight, bias=bias, eps=eps)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Y = γ (x − μ)/√(σ² + ε) + β for given statistics, by plain operations.
+
+    Args:
+        x: `[m, channels, …]`.
+        mean: μ, `[channels]`.
+        variance: σ², `[channels]`.
+        weight: γ, `[channels]`. If None, 1.
+        bias: β, `[channels]`. If None, 0.
+        eps: ε.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> normalize(torch.tensor([[3.0]]), one, 4 * one, weight=one, bias=None, eps=0.0)
+        tensor([[1.]])
+    """
 
     def spread(of_channels: Tensor) -> Tensor:
         return of_channels.reshape(-1, *[1] * (x.dim() - 2))

@@ -6,6 +6,7 @@ The other imports take seconds, in which a signal ends the script at once. Later
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -29,7 +30,14 @@ def is_script() -> bool:
     return in_scripts and multiprocessing.parent_process() is None
 
 
+def ignore_signals() -> None:
+    """The work is done, and a signal would end the process without a line."""
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, signal.SIG_IGN)
+
+
 if is_script():
+    atexit.register(ignore_signals)
     # without the place in the code that a warning comes from
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -30,7 +30,7 @@ from metaimplicit.training.pretrained import Pretrained, load_pretrained
 from metaimplicit.training.progress import Budget, Progress, constant, cosine
 from metaimplicit.training.provenance import describe, describe_sitting
 from metaimplicit.training.rotation import Select, has_taken_steps
-from metaimplicit.training.run_folder import CHECKPOINT, remove_run, require_new_run_folder
+from metaimplicit.training.run_folder import CHECKPOINT, remove_unsaved_run, require_new_run_folder
 from metaimplicit.training.run_page import make_run_page
 from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
@@ -77,7 +77,7 @@ __all__ = [
     "read_json",
     "read_metrics",
     "read_sealed_json",
-    "remove_run",
+    "remove_unsaved_run",
     "require_new_run_folder",
     "save_checkpoint",
     "save_tuner",

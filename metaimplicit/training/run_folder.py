@@ -72,7 +72,7 @@ class RunFolder:
             # Between the first check and the lock, another process may have finished a run.
             require_new_run_folder(self.out, self._resume)
             if not self._resume:
-                remove_run(self.out)
+                remove_unsaved_run(self.out)
             self.has_checkpoint = any(path.exists() for path in versions(self.checkpoint))
             if not self.has_checkpoint and _holds_lines(self.out):
                 raise ValueError(
@@ -162,17 +162,22 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
         )
 
 
-def remove_run(out: Path) -> None:
-    """Remove what a run left that saved no step: its checkpoints, metrics and config.json.
+def remove_unsaved_run(out: Path) -> None:
+    """Remove the checkpoints, metrics and config.json of a run that saved no step.
+
+    Any other folder stays as it is.
 
     Args:
-        out: Its folder, of which this process is the only writer.
+        out: The folder, of which this process is the only writer.
 
     Example:
-        >>> remove_run(Path("no-such-folder"))
+        >>> remove_unsaved_run(Path("no-such-folder"))
     """
+    checkpoints = versions(out / CHECKPOINT)
+    if has_taken_steps(out / CHECKPOINT) or not any(path.exists() for path in checkpoints):
+        return
     config = out / CONFIG
-    for path in (*versions(out / CHECKPOINT), out / METRICS, config, previous(config)):
+    for path in (*checkpoints, out / METRICS, config, previous(config)):
         path.unlink(missing_ok=True)
 
 

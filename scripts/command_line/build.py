@@ -98,11 +98,15 @@ def build_model(options: RunOptions, family: TaskFamily) -> Network:
     """The network of a run. In front of a head, it ends with features.
 
     Raises:
-        ValueError: A network for images cannot take the inputs of the family.
+        ValueError: A network for images cannot take the inputs of the family, or blocks are to be
+            joined in a network that is not conv.
     """
     shape = family.input_shape
     outputs = family.outputs if options.head == "linear" else None
     network = options.network or ("conv" if len(shape) == 3 else "mlp")
+    joined = options.joined_blocks
+    if joined > 1 and network != "conv":
+        raise ValueError(f"--joined-blocks: got {joined} with --network {network}, expected conv")
     if network == "mlp":
         return MLP(shape, outputs, hidden=options.hidden)
     settings: Any = {
@@ -112,7 +116,6 @@ def build_model(options: RunOptions, family: TaskFamily) -> Network:
     }
     if network == "resnet-12":
         return ResNet12(shape, outputs, **settings)
-    joined = options.joined_blocks
     return ConvNet(
         shape,
         outputs,

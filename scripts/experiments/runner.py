@@ -23,7 +23,7 @@ from metaimplicit.training import (
     metered,
     only_writer,
     read_sealed_json,
-    remove_run,
+    remove_unsaved_run,
     write_atomically,
     write_json,
     write_sealed_json,
@@ -92,7 +92,7 @@ def make_row(experiment: Experiment, case: Case, out: Path, *, is_new: bool) -> 
     """Run a case, and leave its row in summary.json."""
     summary = out / "summary.json"
     if is_new:
-        remove_run(out)
+        remove_unsaved_run(out)
         start = describe_sitting(experiment.torch_device) | {"from_step": 0, "to_step": None}
         config = case_config(experiment, case) | {"sittings": [start]}
         write_sealed_json(out / CONFIG, config)

@@ -120,3 +120,17 @@ def test_the_mlp_is_by_default_that_of_maml():
     assert not is_transductive(net)
     with pytest.raises(ValueError, match=r"widths: got \[1, 0, 1\]"):
         MLP(1, 1, hidden=(0,))
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_the_features_of_the_last_blocks_are_joined(strided):
+    net = ConvNet((3, 16, 16), 5, filters=(4, 6, 8, 10), strided=strided, norm="group", joined=2)
+    images = torch.randn(2, 3, 16, 16)
+    size = len(net.features) // 4
+    third = net.features[: 3 * size](images)
+    fourth = net.features[3 * size :](third)
+    features = torch.cat([third.flatten(1), fourth.flatten(1)], dim=1)
+    assert torch.equal(net(images), net.head(features))
+    assert features.shape[1] == 8 * 2 * 2 + 10
+    with pytest.raises(ValueError, match="joined: got 5, expected from 1 to 4, the blocks"):
+        ConvNet((3, 16, 16), 5, joined=5)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaimplicit import GradientDescent, MetaLearner
-from metaimplicit.mended import mended_derivatives
+from metaimplicit.mended import mended_derivatives, normalize
 
 
 def settings():
@@ -117,3 +117,14 @@ def test_outside_of_transforms_the_operations_are_those_of_torch():
         loss = F.mse_loss(out, torch.zeros_like(out))
     assert type(out.grad_fn).__name__.startswith("Embedding")
     assert type(loss.grad_fn).__name__.startswith("MseLoss")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_formula_of_batch_normalisation_is_that_of_torch(affine):
+    norm = nn.BatchNorm2d(3, affine=affine, dtype=torch.float64).eval()
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+        tensor.data.uniform_(0.5, 2.0)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    statistics = (norm.running_mean, norm.running_var)
+    own = normalize(x, *statistics, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    torch.testing.assert_close(own, norm(x), rtol=1e-13, atol=1e-13)

@@ -16,6 +16,7 @@ from oracles import dense, randn, relative_error
 from torch import nn
 
 from metaimplicit.operators import GGN, Fisher, Hessian, KroneckerFactored
+from metaimplicit.operators.output_loss import widen
 
 X = randn(M, 4, seed=1)
 NUMBERS = randn(M, seed=2)
@@ -206,3 +207,23 @@ def test_a_loss_of_log_probabilities_in_single_precision():
     double = parts_of(model_of(nn.LogSoftmax(-1)), entropy_bonus, X, LABELS)
     hessian = dense(Hessian.from_loss(double))[0]
     assert relative_error(dense(GGN.from_loss(given))[0].double(), hessian) < 1e-5
+
+
+class OfOneType(torch.autograd.Function):
+    """The sum, whose derivative exists in single precision alone."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z.sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.dtype == torch.float64:
+            raise RuntimeError("Found dtype Float but expected Double")
+        return grad[:, None].expand(-1, 2)
+
+
+def test_outputs_are_widened_only_for_losses_that_have_a_derivative_then():
+    z = torch.zeros(3, 2)
+    assert widen(lambda z: z.sum(1), z).dtype == torch.float64
+    assert widen(OfOneType.apply, z).dtype == torch.float32

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import RunOptions, build_learner, build_optimizer, load_init, parse
+from command_line.build import build_model
 from scripts.running import SMALL, error_line, load_main
 
 import tasks
@@ -196,3 +197,9 @@ def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
     capsys.readouterr()
     line = error_line(train, ["--resume", f"--out={second}", f"--init={tmp_path}"], capsys)
     assert "--resume: init differ from the run's" in line
+
+
+def test_blocks_are_joined_in_conv_alone():
+    options = RunOptions(network="resnet-12", joined_blocks=2)
+    with pytest.raises(ValueError, match="--joined-blocks: got 2 with --network resnet-12"):
+        build_model(options, tasks.load("glyphs").train)

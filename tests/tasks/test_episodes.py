@@ -227,3 +227,12 @@ def test_importing_tasks_imports_no_plotting_imaging_or_vision_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_family_gives_tasks_of_other_sizes_from_the_same_classes():
+    family = few_shot(ways=2, shots=1)
+    larger = family.with_sizes(ways=5, shots=3)
+    assert (larger.ways, larger.shots, larger.queries) == (5, 3, family.queries)
+    assert larger.pool is family.pool
+    with pytest.raises(ValueError, match="ways: got 8, but test/train has 7 classes"):
+        family.with_sizes(ways=8, shots=1)

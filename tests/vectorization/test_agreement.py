@@ -248,3 +248,21 @@ def test_an_error_of_the_users_own_passes_as_it_is():
             method=Unrolled(),
             vectorize="fast",
         )
+
+
+def test_vmap_is_compared_in_full_precision_and_the_setting_comes_back():
+    seen = []
+
+    def loss(params, meta, data):
+        seen.append(torch.get_float32_matmul_precision())
+        return (params["w"] * data).sum()
+
+    problem = BilevelProblem(lambda meta, data: dict(meta), loss, loss)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        how = {"inner": INNER, "method": Unrolled(), "batched": True}
+        hypergradient(problem, {"w": torch.ones(2)}, torch.ones(3, 2), **how)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {"highest", "medium"} == set(seen)
