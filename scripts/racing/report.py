@@ -8,7 +8,7 @@ from typing import Any
 
 from figures import legend_below
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from metaimplicit.training import write_atomically
 from racing.contenders import PEERS
@@ -119,6 +119,7 @@ def draw_race(path: Path, rows: Sequence[Row]) -> None:
     ax.set_yticks([100 - level for level in (50, 80, *LEVELS, 99)])
     ax.set_yticklabels([f"{level}" for level in (50, 80, *LEVELS, 99)])
     ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.invert_yaxis()

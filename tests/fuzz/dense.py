@@ -119,7 +119,8 @@ def solutions(case: Case, matrix: Tensor, v: Tensor) -> Readings:
     """u with A u = v: exact, or what the solver's K steps give by their definition."""
     rho = case.rho if case.solver in ("nystrom", "factored") else 0.0
     if case.bare and case.solver in ("nystrom", "factored"):
-        known = case.form == "composite" and (case.proximal > 0 or case.meta == "decay")
+        penalised = case.form == "composite" and (case.proximal > 0 or case.meta == "decay")
+        known = penalised or case.coupled_decay > 0  # what σ holds
         rho = 0.0 if known else 0.01
     if case.solver in ("neumann", "t1-t2") and case.scale > 0:
         terms = case.solver_steps if case.solver == "neumann" else 1
