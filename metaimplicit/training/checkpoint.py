@@ -41,7 +41,7 @@ def save_checkpoint(
 ) -> None:
     """Save the states of learner, optimiser, sampler and random generators.
 
-    The file is written atomically and ends with its digest. The checkpoint before it is kept beside
+    The file is written atomically and ends with a checksum. The checkpoint before it is kept beside
     it, as checkpoint-previous.pt.
 
     Args:

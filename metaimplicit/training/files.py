@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +18,7 @@ def write_atomically(
     write: Callable[[IO[bytes]], object],
     *,
     keep: Path | None = None,
-    meanwhile: Callable[[], object] | None = None,
+    before_rename: Callable[[], object] | None = None,
 ) -> None:
     """Write a file so that readers see the old file or the new one, never a part of it.
 
@@ -30,8 +29,8 @@ def write_atomically(
         path: The file.
         write: It receives the temporary file, open for writing bytes.
         keep: Where the old file goes, in the same folder. If None, it is overwritten.
-        meanwhile: Called in another thread while the file is flushed. The file takes its name when
-            both are done, so this may flush what the file relies on, at little cost in time.
+        before_rename: Called when the file is on the disk and has not yet taken its name, to bring
+            there what it relies on.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +49,9 @@ def write_atomically(
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
-            _flush_to_disk(file, meanwhile)
+            os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename()
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives no rights to anybody else
         if keep is not None and path.exists():
             os.replace(path, keep)
@@ -141,16 +142,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path}: got damaged JSON ({error}), expected what a run wrote; restore or delete it"
         ) from error
-
-
-def _flush_to_disk(file: IO[bytes], meanwhile: Callable[[], object] | None) -> None:
-    if meanwhile is None:
-        os.fsync(file.fileno())
-        return
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        other = thread.submit(meanwhile)
-        os.fsync(file.fileno())
-        other.result()
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from metaimplicit.training.files import previous, set_aside, write_atomically
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.sealed import DamagedFileError, read_sealed, write_sealed
 
-FORMAT = 2
+FORMAT = 3
 MEMBERS = {"format", "progress", "identity", "rng"}
 State = dict[str, Any]
 Identity = Mapping[str, Any]  # what a run may not change, by name, in types that JSON has
@@ -63,13 +64,15 @@ def write_checkpoint(
         log: What has to be on the disk before the checkpoint that counts its lines.
     """
     buffer = io.BytesIO()
-    torch.save(state | {"format": FORMAT}, buffer)
+    # As text, because torch.save looks at each object of the state for its tensors.
+    identity = json.dumps(state["identity"])
+    torch.save(state | {"format": FORMAT, "identity": identity}, buffer)
     payload = buffer.getbuffer()
     if is_best:
         # A run that is killed between the two writes takes the best step again.
         write_sealed(best(path), payload)
     sync = None if log is None else log.sync
-    write_sealed(path, payload, keep=previous(path), meanwhile=sync)
+    write_sealed(path, payload, keep=previous(path), before_rename=sync)
 
 
 def read_checkpoint(
@@ -160,12 +163,14 @@ def _read(path: Path, identity: Identity | None, device: torch.device) -> State:
             f"checkpoint: {path} has format {state['format']}, expected {FORMAT}; "
             "use the version that wrote it"
         )
+    state["identity"] = json.loads(state["identity"])
     if identity is not None:
         _require_same_identity(state["identity"], identity, path)
     return state
 
 
 def _require_same_identity(stored: Identity, given: Identity, path: Path) -> None:
+    given = json.loads(json.dumps(dict(given)))  # a tuple comes back from JSON as a list
     names = [name for name in {**stored, **given} if stored.get(name) != given.get(name)]
     if not names:
         return

@@ -1,19 +1,21 @@
-"""Files that know whether they are whole: each ends with a digest of all that stands before it.
+"""Files that know whether they are whole: each ends with a number for all that stands before it.
 
-A sealed JSON object has the digest as its last member. Sealed bytes have it in a last line.
+A sealed JSON object has a digest as its last member. Sealed bytes have a checksum in a last line,
+because they are long, and a digest of theirs would take longer than to write them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from metaimplicit.training.files import previous, write_atomically
 
 MEMBER = b'"sha256": "'  # what stands before the digest in JSON
-LINE = b"\nsha256 "  # and after bytes
+LINE = b"\ncrc32 "  # and after bytes
 DIGITS = 16  # of the hexadecimal digest: 64 bits, where only accidents are to be noticed
 
 
@@ -125,7 +127,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, payload: bytes | memoryview, **options: Any) -> None:
-    """Write bytes and a last line with their digest, atomically, for `read_sealed`.
+    """Write bytes and a last line with their checksum, atomically, for `read_sealed`.
 
     Args:
         path: The file.
@@ -140,26 +142,26 @@ def write_sealed(path: Path, payload: bytes | memoryview, **options: Any) -> Non
         ...     read_sealed(path)
         b'payload'
     """
-    last_line = LINE + digest(payload) + b"\n"
+    last_line = _last_line(payload)
     write_atomically(path, lambda file: file.writelines((payload, last_line)), **options)
 
 
 def read_sealed(path: Path) -> bytes:
-    """Read the bytes that `write_sealed` wrote, without their digest.
+    """Read the bytes that `write_sealed` wrote, without their checksum.
 
     Raises:
         FileNotFoundError: There is no such file.
         DamagedFileError: The file is not what was written.
     """
     content = path.read_bytes()
-    length = len(LINE) + DIGITS + 1
+    length = len(_last_line(b""))
     payload, last_line = content[:-length], content[-length:]
     if not last_line.startswith(LINE):
         raise DamagedFileError(
-            f"{path.name}: got no digest at the end, expected the file that was written; it was "
+            f"{path.name}: got no checksum at the end, expected the file that was written; it was "
             f"cut or damaged, or is of an earlier version ({path})"
         )
-    if last_line != LINE + digest(payload) + b"\n":
+    if last_line != _last_line(payload):
         raise DamagedFileError(
             f"{path.name}: got other bytes than were written; it is damaged ({path})"
         )
@@ -174,3 +176,8 @@ def digest(content: bytes | memoryview) -> bytes:
         b'e3b0c44298fc1c14'
     """
     return hashlib.sha256(content).hexdigest()[:DIGITS].encode()
+
+
+def _last_line(payload: bytes | memoryview) -> bytes:
+    """The checksum of sealed bytes, as their last line."""
+    return LINE + b"%08x\n" % zlib.crc32(payload)

@@ -190,7 +190,8 @@ def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
     after = torch.load(second / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(x, before[name]) for name, x in after["learner"].items())
     config = read_sealed_json(second / "config.json")
-    assert config["options"]["init_digest"] == after["identity"]["init_digest"] != ""
+    identity = json.loads(after["identity"])
+    assert config["options"]["init_digest"] == identity["init_digest"] != ""
     shutil.rmtree(first)
     train(["--resume", f"--out={second}", "--steps=4"])
     load_main("evaluate")([str(second), "--episodes=2"])

@@ -12,12 +12,11 @@ def test_a_freed_block_is_taken_again_without_page_faults():
     if not keep_freed_memory():
         pytest.skip("the C library has no mallopt")
 
-    def fill():
+    def count_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(16 * 2**20).fill_(1.0)  # 64 MiB: 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    for _ in range(3):
-        fill()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        fill()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+    count_faults()
+    # The system may take some of the pages away at any time, but not at all times.
+    assert min(count_faults() for _ in range(6)) < 250

@@ -59,7 +59,7 @@ def test_a_missing_checkpoint_is_named(path):
 def test_damaged_checkpoints_are_refused(path):
     parts = make_parts()
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(DamagedFileError, match="got no digest at the end"):
+    with pytest.raises(DamagedFileError, match="got no checksum at the end"):
         load_learner(path, parts.learner)
     write_sealed(path, b"not a checkpoint")
     with pytest.raises(DamagedFileError, match="is no checkpoint"):
@@ -67,7 +67,7 @@ def test_damaged_checkpoints_are_refused(path):
     path.unlink()
     save_checkpoint(path, *parts, Progress())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedFileError, match="got no digest at the end"):
+    with pytest.raises(DamagedFileError, match="got no checksum at the end"):
         load_learner(path, parts.learner)
 
 
@@ -78,9 +78,9 @@ def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path
         load_learner(path, parts.learner)
     state = {"tuner": {}, "progress": {}, "identity": {}, "rng": {}}
     with monkeypatch.context() as patch:
-        patch.setattr("metaimplicit.training.rotation.FORMAT", 3)
+        patch.setattr("metaimplicit.training.rotation.FORMAT", 4)
         write_checkpoint(path, state)
-    with pytest.raises(ValueError, match="has format 3, expected 2; use the version that wrote"):
+    with pytest.raises(ValueError, match="has format 4, expected 3; use the version that wrote"):
         load_learner(path, parts.learner)
     path.unlink()
     write_checkpoint(path, state)

@@ -114,5 +114,5 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"checkpoint: found no .*none\.pt"):
         load_pretrained(tmp_path / "none.pt", conv(5), head="head")
     torch.save(conv(5).state_dict(), tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: got no digest at the end"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: got no checksum at the end"):
         load_pretrained(tmp_path, conv(5), head="head")

@@ -166,7 +166,7 @@ def test_the_checkpoint_of_a_learner_and_a_damaged_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no tuner, but a learner"):
         load_tuner(path, make_tuner())
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(DamagedFileError, match="got no digest at the end"):
+    with pytest.raises(DamagedFileError, match="got no checksum at the end"):
         load_tuner(path, make_tuner())
 
 
