@@ -22,7 +22,9 @@ With ε = 2.2e-16 (float64) or 1.2e-7 (float32):
 - Nyström's sketch drops directions below √(n ε) ≈ 1e-7 of the largest: an error of 1e-7 κ.
 - A difference of gradients with the step ε^⅓ has the relative error ε^⅔ ≈ 4e-11 times the third
   derivatives and (1 + ‖θ‖)², up to 1e3 together: 4e-8 for the product, and as much times κ once
-  it is inverted.
+  it is inverted. A normalisation divides by a standard deviation s, so each derivative has
+  another 1/s. In the fuzzer's small layers the smallest s of a batch is 0.2 in the median, and 0.3
+  in the case that showed this: 1/s² ≥ 10 between the first derivative of a gradient and the third.
 - The fuzzer's finite differences are extrapolated from the steps h = 1e-3 and h/2, whose slopes
   must agree to 1e-4 of the scale. The extrapolation removes that error of order h², and leaves
   one of order h⁴: h² = 1e-6 times 1e-4, times a constant of 1e3 for the fifth derivative beside
@@ -86,6 +88,7 @@ TABLE: dict[tuple[str, str, str], Tolerance] = {
     ("float64", "formula", "polynomial"): Tolerance(1e-9, 3e-14),
     ("float64", "formula", "sketch"): Tolerance(1e-9, 1e-7),
     ("float64", "formula", "difference products"): Tolerance(4e-8, 4e-8),
+    ("float64", "formula", "normalised difference products"): Tolerance(4e-7, 4e-7),
     ("float32", "formula", "direct"): Tolerance(2e-3, 1e-5),
     ("float32", "formula", "krylov"): Tolerance(2e-3, 1e-5),
     ("float32", "formula", "loose krylov"): Tolerance(2e-3, 1e-5),
