@@ -22,10 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import gradient_race
 import torch
 import torch.nn.functional as F
-import tower_benchmark
 from command_line import (
     RowFile,
     find_device,
@@ -136,6 +134,8 @@ def check_race(settings: Benchmark) -> None:
 
 def time_towers(settings: Benchmark, rows: RowFile) -> None:
     """Print the tables of `tower_benchmark`."""
+    import tower_benchmark  # here, so that the processes of the other rows start in half the time
+
     torch.set_num_threads(settings.threads)
     for network in (tower_benchmark.perceptron, tower_benchmark.residual_network):
         case = {"towers": network.__name__, "threads": settings.threads}
@@ -145,6 +145,8 @@ def time_towers(settings: Benchmark, rows: RowFile) -> None:
 
 def run_race(settings: Benchmark, rows: RowFile) -> None:
     """Print the tables of `gradient_race`."""
+    import gradient_race
+
     for name in settings.workloads:
         case = {"race": name, "repeats": settings.repeats}
         row = rows.read_or_make(case, partial(make_race, name, settings.repeats))
@@ -153,6 +155,8 @@ def run_race(settings: Benchmark, rows: RowFile) -> None:
 
 def make_race(name: str, repeats: int) -> dict[str, Any]:
     """The row of a workload."""
+    import gradient_race
+
     return {"rows": gradient_race.race(name, threads=(1, 2), rounds=repeats)}
 
 

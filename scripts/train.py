@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import startup  # isort: skip  # noqa: F401  # before what takes time to import
 
+import copy
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from command_line import (
     build_learner,
     build_optimizer,
     check_classes,
+    choose_threads,
     explain_stop,
     find_recipe,
     handle_errors,
@@ -123,6 +125,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
         warn_if_spent(options.folder, learner, identity, budget)
 
     rehearsal = rehearse(learner, optimizer, sampler, ranks)
+    options = settle_threads(options, learner, sampler, ranks=ranks)
     make_folder(options.folder)
     return Run(options, ranks, splits, learner, optimizer, sampler, budget, rehearsal, identity)
 
@@ -183,6 +186,25 @@ def rehearse(
         evaluate(learner, [episodes], steps=[learner.inner.steps])
     optimizer.zero_grad()
     return step.report
+
+
+def settle_threads(
+    options: RunOptions, learner: MetaLearner, sampler: tasks.EpisodeSampler, *, ranks: Ranks
+) -> RunOptions:
+    """The options with a number of CPU threads, found by the clock if there is none.
+
+    The run keeps it when it is resumed, because round-off depends on it. Compiled functions are not
+    timed, because each number of threads would compile them again. The learner stays as it is.
+    """
+    on_cuda = next(learner.parameters()).is_cuda
+    if options.threads is not None or on_cuda or options.compile is not False:
+        return options
+    trial = copy.deepcopy(learner)
+    episodes = ranks.share(sampler[0])
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run shows them
+        threads = choose_threads(lambda: trial.backward(episodes))
+    return replace(options, threads=threads)
 
 
 def make_folder(out: Path) -> None:

@@ -17,6 +17,7 @@ LAYERS = (
         "params",
         "captured",
         "compiled",
+        "forward_mode",
         "options",
         "random_state",
         "task_axis",
@@ -94,7 +95,7 @@ def imports_at_load(path):
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.ImportFrom):
             yield node.module
         elif isinstance(node, ast.Import):

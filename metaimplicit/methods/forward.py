@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from metaimplicit.forward_mode import push_forward
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
 from metaimplicit.lifted import LiftedProblem
@@ -245,8 +246,7 @@ class Forward(Method):
 
 def _jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """The value of a function and its tangent, in the type of the value."""
-    result: Any = torch.func.jvp(function, primals, tangents)
-    value, tangent = result
+    value, tangent = push_forward(function, primals, tangents)
     # The tangent of 0.5 * x is double where x is a scalar in single precision.
     return value, tree_map(lambda t, v: t.to(v.dtype), tangent, value)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from metaimplicit.forward_mode import push_forward
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, vector_jacobian_product
@@ -89,7 +90,7 @@ class SAMA(Method):
             # The step is θ' = θ − u(g), so its tangent along v is −Dv.
             v = {name: vectors[name] for name in gradient}
             minus_dv = {name: torch.zeros_like(p) for name, p in end.params.items()}
-            minus_dv |= torch.func.jvp(next_params, (gradient,), (v,))[1]
+            minus_dv |= push_forward(next_params, (gradient,), (v,))[1]
 
             # −(∂²f/∂θ∂φ)ᵀ D v = ∂/∂φ (slope of f along −Dv).
             slope = central_difference(

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit.forward_mode import push_forward
 from metaimplicit.graph import check_differentiable
 from metaimplicit.mended import without_padding
 from metaimplicit.operators.base import LinearOperator
@@ -92,7 +93,7 @@ class Hessian(RetainedGraphCurvature):
             return central_difference(lambda p: flatten(self._gradient_at(p)), point, vector)
         gradient = torch.func.grad(lambda p: self._loss(p).sum())
         tangents = (unflatten(vector, point),)
-        product = torch.func.jvp(gradient, (point,), tangents)[1]
+        product = push_forward(gradient, (point,), tangents)[1]
         return flatten(product).detach()
 
     def matmat(self, vectors: Tensor) -> Tensor:

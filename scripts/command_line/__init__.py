@@ -4,7 +4,7 @@ from command_line.annealing import anneal_method
 from command_line.apart import run_apart
 from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
-from command_line.device import find_device, set_up_cpu
+from command_line.device import choose_threads, find_device, set_up_cpu
 from command_line.errors import handle_errors
 from command_line.init import load_init
 from command_line.options import RunOptions
@@ -36,6 +36,7 @@ __all__ = [
     "build_learner",
     "build_optimizer",
     "check_classes",
+    "choose_threads",
     "default_options",
     "explain_stop",
     "explain_usage",

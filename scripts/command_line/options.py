@@ -175,7 +175,7 @@ class RunOptions:
     workers: Annotated[int, within(0, 128)] = 0
     """Processes that draw episodes. With 0, the main process does."""
     threads: Threads = None
-    """CPU threads of torch. By default torch's own choice."""
+    """CPU threads of torch. By default 1, or all cores where they make a meta-step faster."""
     validate_every: Count = 200
     """Meta-steps between validations."""
     validation_episodes: Annotated[int, within(2, 1_000_000)] = 100

@@ -1,5 +1,7 @@
 """Cache folders: an empty one for each test, and one that tests of slow data share."""
 
+import os
+
 import pytest
 
 from tasks import glyphs
@@ -15,7 +17,9 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """One folder for all workers of pytest-xdist, each of which has its own below a common one."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
 
 
 @pytest.fixture
