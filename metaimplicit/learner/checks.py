@@ -189,7 +189,7 @@ def _kind(pair: Pair) -> Any:
             kinds.append((x.dtype, *examples, *x.shape[2:]))
         else:
             kinds.append(type(x))
-    return structure, tuple(kinds)
+    return str(structure), tuple(kinds)  # a structure has no hash in torch 2.6
 
 
 def _on_cpu(leaf: Any) -> Any:
