@@ -74,7 +74,7 @@ class Evaluate:
     """Folder of another run with such tasks. It is tested on the same ones, and the difference of
     the two has a paired interval."""
     threads: Threads = None
-    """CPU threads of torch. By default torch's own choice."""
+    """CPU threads of torch. By default those of the run."""
 
 
 @handle_errors
@@ -142,7 +142,7 @@ def load_options(command: Evaluate, run: Path) -> RunOptions:
         test_episodes=command.episodes,
         test_steps=options.test_steps if command.steps is None else command.steps,
         select=command.select or options.select,
-        threads=command.threads,
+        threads=command.threads or options.threads,
     ).completed()
 
 

@@ -1,5 +1,7 @@
 """Imported first by every script: from here on, signals and warnings are one line.
 
+Where the number of threads is chosen by the clock, they wait for one another asleep.
+
 The other imports take seconds, in which a signal ends the script at once. Later,
 `command_line.handle_errors` takes over, under which what was computed is saved.
 """
@@ -14,6 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 from types import FrameType
+
+CHOOSE_THREADS = ("train.py", "evaluate.py")
 
 
 def exit_at_once(number: int, frame: FrameType | None) -> None:
@@ -30,6 +34,15 @@ def is_script() -> bool:
     return in_scripts and multiprocessing.parent_process() is None
 
 
+def wait_passively() -> None:
+    """Let threads that wait for one another sleep, unless the user has chosen otherwise.
+
+    By default they spin, which takes the time of other processes, and of their own last thread. It
+    has to be chosen before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def ignore_signals() -> None:
     """The work is done, and a signal would end the process without a line."""
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -37,6 +50,8 @@ def ignore_signals() -> None:
 
 
 if is_script():
+    if Path(sys.argv[0]).name in CHOOSE_THREADS:
+        wait_passively()
     atexit.register(ignore_signals)
     # without the place in the code that a warning comes from
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
