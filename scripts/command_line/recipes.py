@@ -56,7 +56,10 @@ IMAGES: Settings = FEATURES | {
     "augment": True,
     "jitter": 0.0,
     "outer_lr": 4e-3,
+    "outer_weight_decay": 1e-4,
     "minutes": 30.0,
+    "validate_every": 1000,
+    "validation_episodes": 1000,
 }
 # iMAML: Rajeswaran et al. 2019, table 2, which has MAML's numbers as well. Prototypes: Snell et al.
 # 2017. R2D2: Bertinetto et al. 2019, which has those of MAML and prototypes on CIFAR-FS.
