@@ -15,6 +15,7 @@ from metaimplicit.methods import Gradients
 from metaimplicit.methods.base import vector_jacobian_product
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.recomputation import mended_recomputation
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Features:
                     "features: got a Stream, expected data that do not change along the inner "
                     "loop; evaluate the features in the losses"
                 )
-            with torch.enable_grad():
+            with torch.enable_grad(), mended_recomputation:
                 values = problem.features(meta, values)
         return cls(values, {**meta, **tensors}, entries, problem.features)
 

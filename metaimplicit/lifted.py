@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from itertools import compress
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from metaimplicit.mended import mended_derivatives
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState
+from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, map_tensors, task_of
 
 Vectorize = Literal["vmap", "loop"]
@@ -283,10 +285,11 @@ class LiftedProblem:
         return self._short_integers
 
     def _lift(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
-        if (self.second_derivatives or self._vmaps) and not torch.compiler.is_compiling():
-            with mended_derivatives:
-                return self._map(function, params, data)
-        return self._map(function, params, data)
+        if torch.compiler.is_compiling():
+            return self._map(function, params, data)
+        is_mended = self.second_derivatives or self._vmaps
+        with mended_recomputation, mended_derivatives if is_mended else nullcontext():
+            return self._map(function, params, data)
 
     def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):

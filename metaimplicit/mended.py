@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, local
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
+
+from metaimplicit.scoped import ScopedSettings
 
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
@@ -18,7 +20,7 @@ _ORIGINAL_BATCH_NORM: Callable[..., Tensor] = torch.batch_norm
 _ORIGINAL_FLATTEN: Callable[[nn.RNNBase], None] = nn.RNNBase.flatten_parameters
 
 
-class MendedDerivatives:
+class MendedDerivatives(ScopedSettings):
     """A block in which these operations have all their derivatives, as `with mended_derivatives:`.
 
     - Attention runs by its math kernel. The fused kernels have no second derivative, no tangent,
@@ -46,22 +48,7 @@ class MendedDerivatives:
     """
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._entered = 0
-        self._before = _MENDED
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._entered == 0:
-                self._before = _Settings.read()
-                _MENDED.apply()
-            self._entered += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._entered -= 1
-            if self._entered == 0:
-                self._before.apply()
+        super().__init__(_MENDED)
 
 
 class _Settings(NamedTuple):

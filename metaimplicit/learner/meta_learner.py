@@ -36,6 +36,7 @@ from metaimplicit.learner.vectorization import choose_vectorize, preserve_random
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
+from metaimplicit.unchanged import reject_changed_data
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, leave_comparison_to_caller
 from metaimplicit.wrappers import reject_distributed
@@ -192,7 +193,10 @@ class MetaLearner(TaskBatches):
         """
         with torch.inference_mode(False):
             groups = self._read(episodes)
-            with reject_changed_buffers(self, but_tracked=self._mixes_tasks):
+            with (
+                reject_changed_data("episodes", groups),
+                reject_changed_buffers(self, but_tracked=self._mixes_tasks),
+            ):
                 self._choose_vectorize(groups[0])
                 results = [self._hypergradient(group.data, self._way(group)) for group in groups]
             measured = [self._measure(g, r.aux) for g, r in zip(groups, results, strict=True)]
@@ -234,7 +238,9 @@ class MetaLearner(TaskBatches):
         """
         counts = step_counts(steps, self.inner)
         with torch.inference_mode(False):
-            of_groups = [self._measure_path(group, counts) for group in self._read(episodes)]
+            groups = self._read(episodes)
+            with reject_changed_data("episodes", groups):
+                of_groups = [self._measure_path(group, counts) for group in groups]
         losses, measures = zip(*of_groups, strict=True)
         return torch.cat(losses, dim=1), combine(measures, partial(torch.cat, dim=1))
 
@@ -262,7 +268,8 @@ class MetaLearner(TaskBatches):
         count = self.inner.steps if steps is None else steps
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
-            ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
+            with reject_changed_data("support", groups):
+                ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
             reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}
         if not batched:

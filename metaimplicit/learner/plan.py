@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -77,7 +76,7 @@ def make_plan(
         chosen = with_default_curvature(make_method(method or "unrolled"))
         loop = make_inner(inner or "gradient-descent")
         chosen.check_inner(loop)
-        adapted = select(trainable, adapt)
+        adapted = _select_parameters(model, list(trainable), adapt)
         strength = proximal_strength(proximal, chosen)
         params = {name: trainable[name] for name in adapted}
         learnable = make_learnable(learn, loop, strength, method=chosen, params=params)
@@ -88,7 +87,7 @@ def make_plan(
     loop = make_inner(inner or head.inner)
     chosen.check_inner(loop)
     _check_head(head, chosen, proximal=proximal, query_loss=query_loss)
-    adapted = _select_beside_head(head, loop, trainable, adapt)
+    adapted = _select_beside_head(head, loop, model, adapt, names=list(trainable))
     head, learnable = make_head_learnable(
         learn,
         loop,
@@ -100,24 +99,43 @@ def make_plan(
     return Plan(chosen, adapted, learnable, head)
 
 
+def _select_parameters(model: nn.Module, names: list[str], adapt: Adapt) -> list[str]:
+    """The parameters that `adapt` chooses, by any of the names that a tied one has.
+
+    Args:
+        model: The model.
+        names: The parameters that may adapt, each by the name that it has in φ.
+        adapt: As for `MetaLearner`.
+    """
+    if adapt is None:
+        return names
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    of_name = {name: name_of[id(p)] for name, p in everywhere if name_of[id(p)] in names}
+    of_name |= {name: name for name in names}
+    chosen = {of_name[name] for name in select(of_name, adapt)}
+    return [name for name in names if name in chosen]
+
+
 def _select_beside_head(
-    head: Head, inner: InnerLoop, names: Iterable[str], adapt: Adapt
+    head: Head, inner: InnerLoop, model: nn.Module, adapt: Adapt, *, names: list[str]
 ) -> list[str]:
     """The names of the model's parameters that adapt beside a head.
 
     Args:
         head: The head, which adapts itself.
         inner: The inner loop. Where it takes no steps, nothing adapts.
-        names: Those of the model that may adapt.
+        model: The model.
         adapt: As for `MetaLearner`. If None, the model adapts unless the head is convex.
+        names: The parameters of the model that may adapt.
 
     Raises:
         ValueError: `adapt` leaves out the head, or chooses more for a convex one.
     """
     if adapt is None:
         alone = head.is_convex or isinstance(inner, NoSteps)
-        return [] if alone else list(names)
-    chosen = select([*names, WEIGHT, BIAS], adapt)
+        return [] if alone else names
+    chosen = _select_parameters(model, [*names, WEIGHT, BIAS], adapt)
     of_model = [name for name in chosen if name not in (WEIGHT, BIAS)]
     if len(chosen) - len(of_model) < 2 or (of_model and head.is_convex):
         expected = "the head alone" if head.is_convex else "the head among them"

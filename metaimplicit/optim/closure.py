@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.random_state import RandomState
+from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.unsupported import explain_unsupported
 
 Closure = Callable[[], Any]
@@ -68,7 +69,7 @@ class ReplayedClosure:
             current.restore()
 
     def _run(self, swapped: Mapping[str, Tensor]) -> Any:
-        with mended_derivatives:
+        with mended_recomputation, mended_derivatives:
             return torch.func.functional_call(self._module, dict(swapped), ())
 
 

@@ -26,6 +26,7 @@ from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
+from metaimplicit.unchanged import reject_changed_data
 from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -176,13 +177,15 @@ class Tuner:
                 start=self.end if self.warm_start else None,
             )
 
-        try:
-            result = evaluate()
-        except SeveralOutputsError:
-            if self.method is self._method_as_given:
-                raise
-            self.method = self._method_as_given  # takes the Hessian
-            result = evaluate()
+        shared = batches[0] if len({id(batch) for batch in batches}) == 1 else None
+        with reject_changed_data("train", shared):
+            try:
+                result = evaluate()
+            except SeveralOutputsError:
+                if self.method is self._method_as_given:
+                    raise
+                self.method = self._method_as_given  # takes the Hessian
+                result = evaluate()
         loss = result.outer_loss.item()
         gradients = self._free.pull_back(result.grads)
         norm = total_norm(gradients)

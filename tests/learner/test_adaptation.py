@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from learner.few_shot import TASKS, LinearModel, draw_episodes, make_learner, make_network
 from oracles import relative_error
+from torch import nn
 
 from metaimplicit import GradientDescent, MetaLearner
 
@@ -142,3 +143,29 @@ def test_a_loss_of_the_parameters_themselves_is_refused_as_backward_refuses_it()
     of_body = MetaLearner(model, loss, adapt="0.*").adapt(data.support, batched=True)
     plain = MetaLearner(model, F.cross_entropy, adapt="0.*").adapt(data.support, batched=True)
     torch.testing.assert_close(of_body.params, plain.params, rtol=1e-12, atol=0)
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize(
+    ("adapt", "expected"),
+    [
+        ("second.*", ["first.weight", "second.bias"]),
+        (lambda name: name == "second.weight", ["first.weight"]),
+        (["first.bias", "head.*"], ["first.bias", "head.weight", "head.bias"]),
+    ],
+)
+def test_a_tied_parameter_adapts_by_any_of_its_names(adapt, expected):
+    assert MetaLearner(Tied(), F.cross_entropy, adapt=adapt).adapted == expected

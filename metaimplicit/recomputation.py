@@ -1,0 +1,96 @@
+"""Activations that are computed again in the backward pass (`torch.utils.checkpoint`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
+
+from metaimplicit.captured import captured
+from metaimplicit.scoped import ScopedSettings
+
+# What `checkpoint` calls to remember a function for the backward pass, since torch 2.14 and before.
+NAME = next(
+    name
+    for name in (
+        "_checkpoint_without_reentrant_generator_impl",
+        "_checkpoint_without_reentrant_generator",
+    )
+    if hasattr(checkpoint, name)
+)
+ORIGINAL: Callable[..., Any] = getattr(checkpoint, NAME)
+TABLES = ("_parameters", "_buffers")  # of a module, which `torch.func.functional_call` fills
+Table = dict[str, Any]
+
+
+class _Remember(NamedTuple):
+    """What remembers a function for the backward pass."""
+
+    function: Callable[..., Any]
+
+    @classmethod
+    def read(cls) -> _Remember:
+        return cls(getattr(checkpoint, NAME))
+
+    def apply(self) -> None:
+        setattr(checkpoint, NAME, self.function)
+
+
+def with_present_tensors(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """The function, whose modules have at each call the parameters and buffers that they have now.
+
+    A method evaluates a model at other parameters than its own, and puts its own back. What is
+    computed again in the backward pass would see the latter.
+
+    Args:
+        function: A module, a method of one, or a function that sees modules.
+        args: Arguments that it is called with, which may be modules, too.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> run = with_present_tensors(layer)
+        >>> layer.weight = nn.Parameter(torch.zeros(1, 1))
+        >>> run(torch.ones(1)), layer(torch.ones(1))
+        (tensor([1.], grad_fn=<...>), tensor([0.], grad_fn=<...>))
+    """
+    modules = {id(m): m for part in _modules_of(function, args) for m in part.modules()}
+    tables: list[Table] = [vars(m)[kind] for m in modules.values() for kind in TABLES]
+    present = [dict(table) for table in tables]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        latest = [dict(table) for table in tables]
+        _fill(tables, present)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _fill(tables, latest)
+
+    return call
+
+
+def _modules_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[nn.Module]:
+    """The modules that a function is, belongs to, receives or sees."""
+    seen = [value for _, value in captured(function)]
+    owner = getattr(function, "__self__", None)
+    for value in tree_leaves((function, owner, args, seen)):
+        if isinstance(value, nn.Module):
+            yield value
+
+
+def _fill(tables: list[Table], contents: list[dict[str, Tensor | None]]) -> None:
+    for table, content in zip(tables, contents, strict=True):
+        table.update(content)
+
+
+def _remember(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return ORIGINAL(with_present_tensors(function, *args), *args, **kwargs)
+
+
+# A block in which `torch.utils.checkpoint(…, use_reentrant=False)` computes again at the parameters
+# of its forward pass, also in a backward pass outside of the block.
+mended_recomputation = ScopedSettings(_Remember(_remember))

@@ -1,0 +1,83 @@
+"""`torch.utils.checkpoint` around layers that adapt."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import largest_error
+from torch import nn
+from torch.utils import checkpoint as checkpoints
+
+from metaimplicit import GradientDescent, MetaLearner, Tuner, tuning_problem
+from metaimplicit.recomputation import NAME
+from metaimplicit.tuning import WeightDecay
+
+again = partial(checkpoints.checkpoint, use_reentrant=False)
+
+# How a user hands a layer to `checkpoint`.
+WAYS = {
+    "plain": lambda net, x: net.layer(x),
+    "a module": lambda net, x: again(net.layer, x),
+    "a method": lambda net, x: again(net.layer.forward, x),
+    "a function that sees it": lambda net, x: again(lambda z: net.layer(z), x),
+    "a function that receives it": lambda net, x: again(lambda m, z: m(z), net.layer, x),
+    "a partial function": lambda net, x: again(partial(lambda m, z: m(z), net.layer), x),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = WAYS[way]
+        self.layer = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.way(self, x))
+
+
+def episodes():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(2, 2, 6, 4, generator=generator)
+    targets = torch.arange(3).repeat(2).expand(2, -1)
+    return {"support": (inputs[0], targets), "query": (inputs[1], targets)}
+
+
+def meta_gradient(way, method):
+    net = Net(way)
+    inner = GradientDescent(steps=5, lr=0.5)
+    learner = MetaLearner(net, F.cross_entropy, inner=inner, method=method, vectorize="loop")
+    loss = learner.backward(episodes()).loss
+    after = learner.evaluate(episodes())[0][-1].mean()
+    assert float(after) == pytest.approx(float(loss), rel=1e-12)
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["unrolled", "first-order", "cg", "fixed-point"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
+def test_the_meta_gradient_is_that_without_checkpoints(way, method):
+    expected = meta_gradient("plain", method)
+    assert largest_error(meta_gradient(way, method), expected) < 1e-12
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_tuner_takes_the_steps_that_it_takes_without_checkpoints():
+    ends = []
+    for way in ("plain", "a module"):
+        problem, meta, domains = tuning_problem(Net(way), F.cross_entropy, [WeightDecay(start=0.1)])
+        inner = GradientDescent(steps=5, lr=0.3)
+        tuner = Tuner(problem, meta, domains=domains, inner=inner, method="cg")
+        (x, y), (xq, yq) = ((part[0][0], part[1][0]) for part in episodes().values())
+        for _ in range(4):
+            tuner.step((x, y), (xq, yq))
+        ends.append(tuner.params | tuner.meta)
+    assert largest_error(ends[1], ends[0]) < 1e-12
+
+
+def test_nothing_is_left_behind():
+    before = getattr(checkpoints, NAME)
+    meta_gradient("a module", "unrolled")
+    assert getattr(checkpoints, NAME) is before
