@@ -119,9 +119,13 @@ class _MethodRule(Rule):
 
     def _once(self, derivative: Tensor, arguments: Sequence[Tensor]) -> Tensor:
         """The derivative, whose own derivative in any of the arguments is an error."""
-        attached: Tensor = _DifferentiableOnce.apply(
-            derivative, self.adaptation.report.method, *arguments
-        )
+        message = f"{self.name} is differentiable once under {self.adaptation.report.method}"
+        if self.name == "argmin":
+            message += (
+                "; for higher derivatives use an implicit method on the Hessian, without damping "
+                "or finite differences, or 'unrolled'"
+            )
+        attached: Tensor = _DifferentiableOnce.apply(derivative, message, *arguments)
         return attached
 
 
@@ -129,15 +133,12 @@ class _DifferentiableOnce(torch.autograd.Function):
     """The identity on a derivative. To differentiate it is an error."""
 
     @staticmethod
-    def forward(ctx: Any, derivative: Tensor, method: str, *_: Tensor) -> Tensor:
-        ctx.method = method
+    def forward(ctx: Any, derivative: Tensor, message: str, *_: Tensor) -> Tensor:
+        ctx.message = message
         return derivative.clone()
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            f"argmin is differentiable once under {ctx.method}; for higher derivatives use an "
-            "implicit method on the Hessian, without damping or finite differences, or 'unrolled'"
-        )
+        raise RuntimeError(ctx.message)
 
     jvp = backward
