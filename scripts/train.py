@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import startup  # isort: skip  # noqa: F401  # before what takes time to import
 
-import copy
 import sys
 import time
 import warnings
@@ -48,6 +47,7 @@ from command_line import (
 import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.learner import Ranks
+from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.methods import Report
 from metaimplicit.training import (
     Budget,
@@ -125,7 +125,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
         warn_if_spent(options.folder, learner, identity, budget)
 
     rehearsal = rehearse(learner, optimizer, sampler, ranks)
-    options = settle_threads(options, learner, sampler, ranks=ranks)
+    options = settle_threads(options, learner, optimizer, sampler=sampler, ranks=ranks)
     make_folder(options.folder)
     return Run(options, ranks, splits, learner, optimizer, sampler, budget, rehearsal, identity)
 
@@ -189,21 +189,30 @@ def rehearse(
 
 
 def settle_threads(
-    options: RunOptions, learner: MetaLearner, sampler: tasks.EpisodeSampler, *, ranks: Ranks
+    options: RunOptions,
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    *,
+    sampler: tasks.EpisodeSampler,
+    ranks: Ranks,
 ) -> RunOptions:
     """The options with a number of CPU threads, found by the clock if there is none.
 
     The run keeps it when it is resumed, because round-off depends on it. Compiled functions are not
-    timed, because each number of threads would compile them again. The learner stays as it is.
+    timed, because each number of threads would compile them again.
+
+    It leaves parameters, buffers, gradients and random state as they were.
     """
     on_cuda = next(learner.parameters()).is_cuda
     if options.threads is not None or on_cuda or options.compile is not False:
         return options
-    trial = copy.deepcopy(learner)
     episodes = ranks.share(sampler[0])
-    with torch.random.fork_rng([]), warnings.catch_warnings():
+    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    with preserve_random_state(learner.method, cuda=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run shows them
-        threads = choose_threads(lambda: trial.backward(episodes))
+        threads = choose_threads(lambda: learner.backward(episodes))
+    learner.load_state_dict(buffers, strict=False)
+    optimizer.zero_grad()
     return replace(options, threads=threads)
 
 

@@ -4,7 +4,10 @@ import time
 
 import pytest
 import torch
+import train
 from command_line import choose_threads
+
+from metaimplicit.learner import Ranks
 
 
 @pytest.fixture
@@ -45,3 +48,26 @@ def test_one_thread_is_not_timed():
         assert choose_threads(lambda: pytest.fail("a step was taken")) == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", [["--method=kfac"], ["--method=cg"], []])
+def test_timing_leaves_the_run_as_it_is(options, three_threads, tmp_path):
+    args = ["--steps=1", "--filters=4", "--meta-batch=2", f"--out={tmp_path}", *options]
+    timed = train.set_up(train.parse(args), Ranks())
+    torch.manual_seed(1)  # `set_up` seeds
+    given = train.set_up(train.parse([*args, f"--threads={timed.options.threads}"]), Ranks())
+    assert timed.options.threads in (1, 3)
+    state = given.learner.state_dict()
+    for name, x in timed.learner.state_dict().items():
+        # The first step, which comes before, takes another number of threads.
+        assert torch.allclose(x, state[name], rtol=1e-3, atol=1e-4), name
+    assert all(p.grad is None for p in timed.learner.parameters())
+
+
+def test_timing_leaves_the_random_state_as_it_is(three_threads, tmp_path):
+    args = ["--steps=1", "--filters=4", "--meta-batch=2", f"--out={tmp_path}"]
+    states = []
+    for threads in ([], ["--threads=1"]):
+        train.set_up(train.parse([*args, *threads]), Ranks())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
