@@ -26,7 +26,7 @@ from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import recordable
-from metaimplicit.unchanged import reject_changed_data
+from metaimplicit.unchanged import notice_changed_data
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, lift
 from metaimplicit.wrappers import reject_distributed_calls
@@ -159,7 +159,7 @@ def hypergradient(
         indirect, report = adaptation.pull_back(outer.of_params, variables, state)
         return adaptation, outer, indirect, report
 
-    with torch.enable_grad(), reject_changed_data("data", features.values):
+    with torch.enable_grad(), notice_changed_data("data", features.values):
         adaptation, outer, indirect, report = run_compiled(
             attempt,
             lifted,

@@ -1,7 +1,8 @@
-"""A check that a model leaves its inputs alone."""
+"""A check whether a model leaves its inputs alone."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,28 +12,33 @@ from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
-def reject_changed_data(name: str, data: Any) -> Iterator[None]:
-    """Check that no tensor of some data is written to in place within the block.
+def notice_changed_data(name: str, data: Any) -> Iterator[None]:
+    """Say so if a tensor of some data is written to in place within the block.
 
-    The losses are evaluated many times, so each evaluation would see other data.
+    The losses are evaluated many times, so each evaluation may see other data. It does not if the
+    write leaves the data of the first one as they are, as a clamp does.
 
     Args:
-        name: What errors call the data.
+        name: What the message calls the data.
         data: Any pytree. Tensors of `inference_mode`, which count no writes, are not checked.
 
     Raises:
-        ValueError: At the end of the block, if a tensor was written to. An error of torch about
-            that is its cause.
+        ValueError: At the end of the block, if a tensor was written to and torch raised an error,
+            which is its cause.
+
+    Warns:
+        RuntimeWarning: At the end of the block, if a tensor was written to.
 
     Example:
         >>> import torch
         >>> x = torch.ones(2)
-        >>> with reject_changed_data("data", x):
-        ...     x -= 1
-        Traceback (most recent call last):
-        ...
-        ValueError: data: got a tensor of shape (2,) that a forward pass changes in place, \
-expected one that stays, as all evaluations share it; write x = x - 1 in the place of x -= 1
+        >>> with warnings.catch_warnings(record=True) as given:
+        ...     warnings.simplefilter("always")
+        ...     with notice_changed_data("data", x):
+        ...         x -= 1
+        >>> print(given[0].message)
+        data: a forward pass writes to a tensor of shape (2,) in place, so each evaluation may see \
+other data, and the gradient be wrong; write x = x - 1 in the place of x -= 1
     """
     tensors = [x for x in tree_leaves(data) if isinstance(x, Tensor) and not x.is_inference()]
     versions = [x._version for x in tensors]
@@ -41,12 +47,16 @@ expected one that stays, as all evaluations share it; write x = x - 1 in the pla
         yield
     except RuntimeError as raised:
         error = raised
-    for x, version in zip(tensors, versions, strict=True):
-        if x._version != version:
-            raise ValueError(
-                f"{name}: got a tensor of shape {tuple(x.shape)} that a forward pass changes in "
-                "place, expected one that stays, as all evaluations share it; write x = x - 1 in "
-                "the place of x -= 1"
-            ) from error
+    pairs = zip(tensors, versions, strict=True)
+    changed = [x for x, version in pairs if x._version != version]
+    if changed:
+        message = (
+            f"{name}: a forward pass writes to a tensor of shape {tuple(changed[0].shape)} in "
+            "place, so each evaluation may see other data, and the gradient be wrong; write "
+            "x = x - 1 in the place of x -= 1"
+        )
+        if error is not None:
+            raise ValueError(message) from error
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     if error is not None:
         raise error

@@ -36,7 +36,7 @@ from metaimplicit.learner.vectorization import choose_vectorize, preserve_random
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
-from metaimplicit.unchanged import reject_changed_data
+from metaimplicit.unchanged import notice_changed_data
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, leave_comparison_to_caller
 from metaimplicit.wrappers import reject_distributed
@@ -194,7 +194,7 @@ class MetaLearner(TaskBatches):
         with torch.inference_mode(False):
             groups = self._read(episodes)
             with (
-                reject_changed_data("episodes", groups),
+                notice_changed_data("episodes", groups),
                 reject_changed_buffers(self, but_tracked=self._mixes_tasks),
             ):
                 self._choose_vectorize(groups[0])
@@ -239,7 +239,7 @@ class MetaLearner(TaskBatches):
         counts = step_counts(steps, self.inner)
         with torch.inference_mode(False):
             groups = self._read(episodes)
-            with reject_changed_data("episodes", groups):
+            with notice_changed_data("episodes", groups):
                 of_groups = [self._measure_path(group, counts) for group in groups]
         losses, measures = zip(*of_groups, strict=True)
         return torch.cat(losses, dim=1), combine(measures, partial(torch.cat, dim=1))
@@ -268,7 +268,7 @@ class MetaLearner(TaskBatches):
         count = self.inner.steps if steps is None else steps
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
-            with reject_changed_data("support", groups):
+            with notice_changed_data("support", groups):
                 ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
             reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}

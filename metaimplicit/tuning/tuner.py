@@ -26,7 +26,7 @@ from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
-from metaimplicit.unchanged import reject_changed_data
+from metaimplicit.unchanged import notice_changed_data
 from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -178,7 +178,7 @@ class Tuner:
             )
 
         shared = batches[0] if len({id(batch) for batch in batches}) == 1 else None
-        with reject_changed_data("train", shared):
+        with notice_changed_data("train", shared):
             try:
                 result = evaluate()
             except SeveralOutputsError:

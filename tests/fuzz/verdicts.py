@@ -235,7 +235,9 @@ def _is_exact(case: Case) -> bool:
 def _solve_kind(case: Case) -> str:
     """The row of the tolerance table."""
     if case.products == "finite-differences":
-        return "difference products" if case.norm == "none" else "normalised difference products"
+        # Running statistics are given, between 0.5 and 2.
+        is_normalised = case.norm not in ("none", "eval-batch")
+        return "normalised difference products" if is_normalised else "difference products"
     if case.solver in ("cg", "minres", "lanczos", "nystrom-cg"):
         return "loose krylov" if case.bare else "krylov"
     if case.solver == "nystrom":

@@ -1,6 +1,7 @@
 """Memory that is freed and taken again costs no page faults."""
 
 import resource
+from statistics import median
 
 import pytest
 import torch
@@ -18,5 +19,5 @@ def test_a_freed_block_is_taken_again_without_page_faults():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     count_faults()
-    # The system may take some of the pages away at any time, but not at all times.
-    assert min(count_faults() for _ in range(6)) < 250
+    # The system may take some of the pages away at any time, but not most of the time.
+    assert median(count_faults() for _ in range(7)) < 250
