@@ -12,31 +12,28 @@ from torch.utils._pytree import tree_leaves
 from metaimplicit.captured import captured
 from metaimplicit.scoped import ScopedSettings
 
-# What `checkpoint` calls to remember a function for the backward pass, since torch 2.14 and before.
-NAME = next(
-    name
-    for name in (
-        "_checkpoint_without_reentrant_generator_impl",
-        "_checkpoint_without_reentrant_generator",
-    )
-    if hasattr(checkpoint, name)
+# What `checkpoint` calls to remember a function for the backward pass: the first one in torch 2.11,
+# the second one in torch 2.14.
+NAMES = (
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
 )
-ORIGINAL: Callable[..., Any] = getattr(checkpoint, NAME)
 TABLES = ("_parameters", "_buffers")  # of a module, which `torch.func.functional_call` fills
 Table = dict[str, Any]
 
 
 class _Remember(NamedTuple):
-    """What remembers a function for the backward pass."""
+    """The functions of torch that remember a function for the backward pass, by name."""
 
-    function: Callable[..., Any]
+    functions: dict[str, Callable[..., Any]]
 
     @classmethod
     def read(cls) -> _Remember:
-        return cls(getattr(checkpoint, NAME))
+        return cls({name: getattr(checkpoint, name) for name in NAMES if hasattr(checkpoint, name)})
 
     def apply(self) -> None:
-        setattr(checkpoint, NAME, self.function)
+        for name, function in self.functions.items():
+            setattr(checkpoint, name, function)
 
 
 def with_present_tensors(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -87,10 +84,17 @@ def _fill(tables: list[Table], contents: list[dict[str, Tensor | None]]) -> None
         table.update(content)
 
 
-def _remember(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return ORIGINAL(with_present_tensors(function, *args), *args, **kwargs)
+def _with_tensors(remember: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, which remembers the function with the tensors that its modules have then."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return remember(with_present_tensors(function, *args), *args, **kwargs)
+
+    return call
 
 
 # A block in which `torch.utils.checkpoint(…, use_reentrant=False)` computes again at the parameters
 # of its forward pass, also in a backward pass outside of the block.
-mended_recomputation = ScopedSettings(_Remember(_remember))
+mended_recomputation = ScopedSettings(
+    _Remember({name: _with_tensors(f) for name, f in _Remember.read().functions.items()})
+)
