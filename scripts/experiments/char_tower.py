@@ -130,11 +130,12 @@ class CharTower(Towers):
         if row["diverged"] is not None:
             return row | {"bits": None, "perplexity": None}
         bits = model.bits(validation, self.window)
-        if not math.isfinite(bits):
-            reason = "the validation loss is not finite"
+        perplexity = torch.tensor(bits, dtype=torch.float64).exp2().item()
+        if not math.isfinite(perplexity):
+            reason = "the validation perplexity is not finite"
             row |= {"diverged": steps, "reason": reason, "loss": None}
             return row | {"bits": None, "perplexity": None}
-        return row | {"bits": bits, "perplexity": 2**bits}
+        return row | {"bits": bits, "perplexity": perplexity}
 
     def optimizer(self, case: Case, params: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of a case: torch's Adam, or a tower."""

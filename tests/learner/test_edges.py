@@ -62,9 +62,9 @@ def test_the_smallest_problems_have_the_unrolled_gradient(name, vectorize):
         learner = MetaLearner(
             model,
             loss,
-            inner=GradientDescent(steps=120, lr=0.12),
+            inner=GradientDescent(steps=50, lr=0.09),
             method=make_method(flag),
-            proximal=1.0,
+            proximal=4.0,
             vectorize=vectorize,
         )
         learner.backward(episodes)

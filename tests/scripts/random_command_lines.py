@@ -338,6 +338,7 @@ def make_run(folder: Path) -> Path:
 
 def main(options: Options) -> None:
     """Draw, run and count."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = make_run(folder)

@@ -93,6 +93,16 @@ def test_the_state_is_carried_to_the_end_of_the_text_and_no_further(tmp_path, te
     assert row["perplexity"] == pytest.approx(2 ** row["bits"])
 
 
+def test_a_perplexity_beyond_the_largest_float_is_a_diverged_run(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(CharLSTM, "bits", lambda self, text, window: 1025.0)
+    experiment = CharTower(text=text, streams=3, window=250, hidden=2, embedding=2, device="cpu")
+    row = experiment.run({"method": "plain", "lr": 0.1, "seed": 0}, tmp_path)
+    assert row["reason"] == "the validation perplexity is not finite"
+    assert row["diverged"] == 20  # ten epochs of two windows
+    assert row["bits"] is None
+    assert row["perplexity"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
