@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take others' time
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -240,7 +240,7 @@ def test_losses_that_change_what_they_read_are_looked_at_again(method, monkeypat
         return result.grads
 
     warnings.filterwarnings("ignore", message="compile: .* was compiled again")
-    for switch.inner, switch.outer in [(0, 0), (1, 0), (1, 1), (0, 0), (1, 1), (0, 1)]:
+    for switch.inner, switch.outer in [(0, 0), (1, 1), (0, 1), (0, 0)]:
         torch.testing.assert_close(grads(True), grads(False), rtol=1e-14, atol=1e-15)
 
 
@@ -264,11 +264,6 @@ def test_the_functions_of_the_first_two_steps_serve_any_number_of_steps(compiled
         assert largest_error(gradients[True, steps], gradients[False, steps]) < 1e-12
     assert compiled["stats"]["unique_graphs"] == 5
     assert not compiled["graph_break"]
-
-    learner.inner = learner.inner.with_steps(1)
-    with pytest.warns(RuntimeWarning, match="was compiled again, because its tensors have other"):
-        learner.backward(tuple((x[:2], y[:2]) for x, y in episodes))
-    assert compiled["stats"]["unique_graphs"] == 8
 
 
 @pytest.mark.slow

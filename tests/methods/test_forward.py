@@ -21,6 +21,7 @@ from metaimplicit import (
     Proximal,
     Stream,
     TorchOptimizer,
+    Truncated,
     Unrolled,
     argmin,
     hypergradient,
@@ -48,11 +49,13 @@ def test_momentum_sgd_agrees_with_finite_differences(method, name):
     value = META[name]
     direction = 1 + 0.5 * torch.arange(value.numel()).reshape(value.shape)
     expected = finite_difference(
-        lambda m: run_logistic(method, meta=META | {name: m}).outer_loss,
+        lambda m: run_logistic(Truncated(1), meta=META | {name: m}).outer_loss,
         at=value,
         direction=direction.to(value),
     )
-    slope = (run_logistic(method).grads[name] * direction).sum()
+    result = run_logistic(method)
+    assert relative_error(result.outer_loss, run_logistic(Truncated(1)).outer_loss) < 1e-14
+    slope = (result.grads[name] * direction).sum()
     assert float((slope - expected).abs()) < 1e-7 * float(expected.abs())
 
 
@@ -112,9 +115,9 @@ def test_mse_loss_has_a_forward_derivative_with_and_without_a_task_axis(method, 
     run = partial(
         hypergradient,
         problem,
-        {"decay": torch.tensor(0.3, dtype=torch.float64)},
+        {"decay": torch.tensor(1.0, dtype=torch.float64)},
         {name: x.unsqueeze(0) for name, x in data.items()} if batched else data,
-        inner=GradientDescent(steps=300, lr=0.2),
+        inner=GradientDescent(steps=60, lr=0.4),
         batched=batched,
         vectorize="loop",
     )

@@ -11,9 +11,9 @@ from metaimplicit.learner import Ranks
 
 
 @pytest.fixture
-def three_threads():
+def two_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -31,13 +31,13 @@ def step_of(seconds):
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [({1: 0.04, 3: 0.01}, 3), ({1: 0.01, 3: 0.04}, 1), ({1: 0.04, 3: 0.04}, 1)],
+    [({1: 0.04, 2: 0.01}, 2), ({1: 0.01, 2: 0.04}, 1), ({1: 0.04, 2: 0.04}, 1)],
     ids=["faster", "slower", "equal"],
 )
-def test_several_threads_are_kept_where_they_are_faster(three_threads, seconds, expected, capsys):
+def test_several_threads_are_kept_where_they_are_faster(two_threads, seconds, expected, capsys):
     step, threads = step_of(seconds)
     assert choose_threads(step) == expected == torch.get_num_threads()
-    assert threads == [1, 1, 1, 3, 3, 3]
+    assert threads == [1, 1, 1, 2, 2, 2]
     assert f"threads: {expected} (a meta-step takes " in capsys.readouterr().out
 
 
@@ -50,13 +50,13 @@ def test_one_thread_is_not_timed():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("options", [["--method=kfac"], ["--method=cg"], []])
-def test_timing_leaves_the_run_as_it_is(options, three_threads, tmp_path):
+@pytest.mark.parametrize("options", [["--method=kfac"], []])
+def test_timing_leaves_the_run_as_it_is(options, two_threads, tmp_path):
     args = ["--steps=1", "--filters=4", "--meta-batch=2", f"--out={tmp_path}", *options]
     timed = train.set_up(train.parse(args), Ranks())
     torch.manual_seed(1)  # `set_up` seeds
     given = train.set_up(train.parse([*args, f"--threads={timed.options.threads}"]), Ranks())
-    assert timed.options.threads in (1, 3)
+    assert timed.options.threads in (1, 2)
     state = given.learner.state_dict()
     for name, x in timed.learner.state_dict().items():
         # The first step, which comes before, takes another number of threads.
@@ -64,7 +64,7 @@ def test_timing_leaves_the_run_as_it_is(options, three_threads, tmp_path):
     assert all(p.grad is None for p in timed.learner.parameters())
 
 
-def test_timing_leaves_the_random_state_as_it_is(three_threads, tmp_path):
+def test_timing_leaves_the_random_state_as_it_is(two_threads, tmp_path):
     args = ["--steps=1", "--filters=4", "--meta-batch=2", f"--out={tmp_path}"]
     states = []
     for threads in ([], ["--threads=1"]):
