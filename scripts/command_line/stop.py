@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from command_line.ranks import ignore_launcher, own_rank
 from metaimplicit.training import STOP_SIGNALS
@@ -29,7 +32,9 @@ def exit_on_signals() -> Iterator[None]:
     ignored, as SIGHUP under nohup. Outside the main thread, nothing changes.
     """
     before = {}
+    hook = sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
+        sys.unraisablehook = partial(_send_again, hook)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, _raise_stopped)
@@ -39,6 +44,7 @@ def exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -56,3 +62,21 @@ def explain_stop(advice: str) -> Iterator[None]:
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
+
+
+def _send_again(
+    hook: Callable[[sys.UnraisableHookArgs], Any], unraisable: sys.UnraisableHookArgs
+) -> None:
+    """Send a signal again that arrived within a finaliser, where Python drops what is raised.
+
+    It is sent a moment later, from another thread: here, it would be dropped as well. What else is
+    dropped is for the hook.
+    """
+    stop = unraisable.exc_value
+    if not isinstance(stop, Stopped):
+        hook(unraisable)
+        return
+    number = signal.Signals[stop.signal]
+    timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()

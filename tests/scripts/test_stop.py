@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tune
+from command_line import handle_errors
 from experiments import EXPERIMENTS
 from scripts.running import SCRIPTS, SMALL, load_main
 
@@ -121,6 +122,24 @@ def test_an_experiment_without_checkpoints_stops_at_once(tmp_path, capsys, signa
     signal_at(EXPERIMENTS["step-size"], "run", 1, signal.SIGINT)
     code, line = stop(tune.main, ["step-size", "--quick", f"--out={tmp_path}"], capsys)
     assert (code, line) == (130, "stopped by SIGINT; run the same command again")
+
+
+class Interrupted:
+    """A signal arrives while this is finalised."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_arrives_in_a_finaliser_stops_the_script(capsys):
+    @handle_errors
+    def main(args):
+        Interrupted()
+        time.sleep(30)
+
+    start = time.monotonic()
+    assert stop(main, [], capsys) == (130, "stopped by SIGINT; run the same command again")
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.slow
