@@ -7,8 +7,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaimplicit.compiled import (
@@ -28,6 +26,7 @@ from metaimplicit.methods.compiled_steps import settings_of
 from metaimplicit.params import Params, floating_entry
 from metaimplicit.problem import Stream
 from metaimplicit.random_state import RandomState
+from metaimplicit.tensors import tensors_in
 
 Result = TypeVar("Result")
 
@@ -121,8 +120,7 @@ def _compiler_of(
     names = tuple(problem.entries.tensors)
     key = (type(method), settings_of(inner), way, names)
     data = None if isinstance(problem.data, Stream) else problem.data
-    tensors = [x for x in tree_leaves((meta, data)) if isinstance(x, Tensor)]
-    shapes = tuple((x.shape, x.dtype) for x in tensors)
+    shapes = tuple((x.shape, x.dtype) for x in tensors_in((meta, data)))
     return by_settings.setdefault(key, _Family()).compiler(shapes)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metaimplicit.graph import is_differentiated
 from metaimplicit.params import Params, detached
@@ -45,17 +45,25 @@ class DataEntries:
     def __init__(self, data: Any) -> None:
         self.constants = data
         self.tensors: Params = {}
+        self._leaves: list[Any] = []  # of the constants
         if isinstance(data, Stream):
             return
         self._leaves, self._spec = tree_flatten(data)
         for number, leaf in enumerate(self._leaves):
             if isinstance(leaf, Tensor) and is_differentiated(leaf):
                 self.tensors[f"{PREFIX}{number}"] = leaf
-        if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in self._leaves):
-            self._leaves = list(map(recordable, self._leaves))
+        needs_copies = any(isinstance(x, Tensor) and x.is_inference() for x in self._leaves)
+        if self.tensors or needs_copies:
+            fixed = detached(self.tensors)
+            leaves = [fixed.get(f"{PREFIX}{i}", x) for i, x in enumerate(self._leaves)]
+            self._leaves = list(map(recordable, leaves))
             self.constants = tree_unflatten(self._leaves, self._spec)
-        if self.tensors:
-            self.constants = self.restore(detached(self.tensors))
+
+    def flatten(self, data: Any) -> tuple[list[Any], TreeSpec]:
+        """`tree_flatten(data)`, which is remembered for the `constants`."""
+        if self._leaves and data is self.constants:
+            return self._leaves, self._spec
+        return tree_flatten(data)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Any:
         """The data with `tensors` in the places that their names stand for."""
@@ -65,8 +73,7 @@ class DataEntries:
         """Data of the same structure, likewise."""
         if not self.tensors:
             return data
-        is_own = data is self.constants
-        leaves, spec = (self._leaves, self._spec) if is_own else tree_flatten(data)
+        leaves, spec = self.flatten(data)
         return tree_unflatten([tensors.get(f"{PREFIX}{i}", x) for i, x in enumerate(leaves)], spec)
 
     def without_tensors(self) -> DataEntries:

@@ -76,7 +76,8 @@ def find_dependencies(
     while pending:
         edge = pending.pop()
         node, _ = edge
-        leaf = getattr(node, "variable", None)
+        following = node.next_functions
+        leaf = None if following else getattr(node, "variable", None)
         place = edge if leaf is None else id(leaf)
         if place in ends:
             if place in names:
@@ -87,7 +88,7 @@ def find_dependencies(
                 f"{_describe(leaf, functions)} requires grad and is captured by a "
                 "loss, so its gradient would be lost; pass it in meta, or detach() it"
             )
-        inputs = [e for e in node.next_functions if e[0] is not None and e not in seen]
+        inputs = [e for e in following if e[0] is not None and e not in seen]
         seen.update(inputs)
         pending.extend(inputs)
     return dependencies

@@ -68,7 +68,7 @@ class Iterate:
             sensitivity = Sensitivity.from_dict(tree_map(_detach, self.sensitivity.to_dict()))
         return Iterate(
             params=detached(self.params),
-            state=tree_map(_detach, self.state),
+            state={name: _detach_slots(slots) for name, slots in self.state.items()},
             sensitivity=sensitivity,
             companion=None if self.companion is None else self.companion.detach(),
         )
@@ -93,6 +93,10 @@ class Iterate:
             sensitivity=None if sensitivity is None else Sensitivity.from_dict(sensitivity),
             companion=None if companion is None else Iterate.from_dict(companion),
         )
+
+
+def _detach_slots(slots: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _detach(x) for name, x in slots.items()}
 
 
 def _detach(leaf: Any) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+
+from metaimplicit.tensors import tensors_in
 
 SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
@@ -22,7 +23,7 @@ def has_short_integers(data: Any) -> bool:
         >>> has_short_integers({"image": torch.zeros(2, dtype=torch.uint8)})
         True
     """
-    return any(isinstance(x, Tensor) and x.dtype in SHORT_INTEGERS for x in tree_leaves(data))
+    return any(x.dtype in SHORT_INTEGERS for x in tensors_in(data))
 
 
 def long_labels(needed: bool) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map, tree_unflatten
 
 from metaimplicit.compiled import Compiler
 from metaimplicit.data import DataEntries
@@ -22,6 +22,7 @@ from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, map_tensors, task_of
+from metaimplicit.tensors import tensors_in
 
 Vectorize = Literal["vmap", "loop"]
 
@@ -306,19 +307,20 @@ class LiftedProblem:
 
     def _vmap(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         # Only tensors pass through `torch.vmap`, which walks nested arguments several times.
-        leaves, structure = tree_flatten((params, data))
+        leaves, structure = self.entries.flatten(data)
         is_tensor = [isinstance(x, Tensor) for x in leaves]
 
         def of_tensors(*tensors: Tensor) -> Any:
             remaining = iter(tensors)
+            theta = {name: next(remaining) for name in params}
             task = [
                 next(remaining) if tensor else x
                 for x, tensor in zip(leaves, is_tensor, strict=True)
             ]
-            return function(*tree_unflatten(task, structure))
+            return function(theta, tree_unflatten(task, structure))
 
         lifted = torch.vmap(of_tensors, randomness=self._randomness, chunk_size=self.chunk_size)
-        return lifted(*compress(leaves, is_tensor))
+        return lifted(*params.values(), *compress(leaves, is_tensor))
 
 
 def _aux_tensor(leaf: Any) -> Tensor:
@@ -335,7 +337,7 @@ def _aux_tensor(leaf: Any) -> Tensor:
 
 def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
     """The same function, of which every call draws the random numbers that come next now."""
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    tensors = tensors_in(inputs)
     state = RandomState.read(tensors[0].device if tensors else torch.device("cpu"))
 
     def repeating(*args: Any) -> Any:

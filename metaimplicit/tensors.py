@@ -8,7 +8,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a pytree, in order.
+
+    Tuples, lists and dicts are looked into here, which takes a fraction of torch's time.
+
+    Example:
+        >>> tensors_in({"x": torch.ones(1), "name": "one"})
+        [tensor([1.])]
+    """
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    kind = type(tree)
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif kind is dict:
+        for x in tree.values():
+            _collect(x, found)
+    elif kind is list or kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        for x in tree:
+            _collect(x, found)
+    elif tree is not None:
+        found += [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def with_known_types(tree: Any) -> Any:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from metaimplicit.tensors import tensors_in
 
 
 @contextmanager
@@ -40,7 +39,7 @@ def notice_changed_data(name: str, data: Any) -> Iterator[None]:
         data: a forward pass writes to a tensor of shape (2,) in place, so each evaluation may see \
 other data, and the gradient be wrong; write x = x - 1 in the place of x -= 1
     """
-    tensors = [x for x in tree_leaves(data) if isinstance(x, Tensor) and not x.is_inference()]
+    tensors = [x for x in tensors_in(data) if not x.is_inference()]
     versions = [x._version for x in tensors]
     error = None
     try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, UntypedStorage
+from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from metaimplicit.tensors import tensors_in
 
 
 class LiveBytes(TorchDispatchMode):
@@ -51,5 +52,5 @@ class LiveBytes(TorchDispatchMode):
 
 def _storages(tree: Any) -> dict[int, UntypedStorage]:
     """The storages of all tensors in a pytree, by address."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors_in(tree)]
     return {storage._cdata: storage for storage in storages}

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from metaimplicit.tensors import tensors_in
 
 
 class Pair(NamedTuple):
@@ -108,7 +110,7 @@ def check_pair(name: str, pair: Pair) -> None:
         leading = inputs.shape[:2]
         fits = inputs.dim() >= 2 and leading == targets.shape[:2] and 0 not in leading
     else:
-        fits = all(0 not in x.shape[:2] for x in tree_leaves(pair) if isinstance(x, Tensor))
+        fits = all(0 not in x.shape[:2] for x in tensors_in(pair))
     if not fits:
         raise ValueError(
             f"{name}: got inputs {shapes_of(inputs)} and targets {shapes_of(targets)}, "

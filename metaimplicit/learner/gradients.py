@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from metaimplicit.params import Params
+from metaimplicit.tensors import tensors_in
 
 
 def accumulate(parameters: Mapping[str, Tensor], gradients: Params) -> None:
@@ -43,7 +44,8 @@ def accumulate_in_data(data: Any, gradients: Any, weight: float) -> None:
         >>> x.grad
         tensor([1.5000, 1.5000])
     """
+    if not tensors_in(gradients):
+        return
     pairs = zip(tree_leaves(data), tree_leaves(gradients), strict=True)
     known = [(x, weight * gradient) for x, gradient in pairs if gradient is not None]
-    if known:
-        torch.autograd.backward([x for x, _ in known], [gradient for _, gradient in known])
+    torch.autograd.backward([x for x, _ in known], [gradient for _, gradient in known])

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.task_axis import task_of
+from metaimplicit.tensors import tensors_in
 
 Metric = Callable[[Any, Any], Tensor | float]  # (outputs, targets) of one task -> one or m numbers
 
@@ -209,7 +210,7 @@ def fixed_random_state(tensors: Any) -> Iterator[None]:
         >>> torch.equal(state, torch.get_rng_state())
         True
     """
-    on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(tensors))
+    on_cuda = any(x.is_cuda for x in tensors_in(tensors))
     devices = range(torch.cuda.device_count()) if on_cuda else []
     with torch.random.fork_rng(devices=devices):
         yield

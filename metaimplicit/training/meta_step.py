@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks, Step, name_parts
 from metaimplicit.solvers import Status
+from metaimplicit.tensors import tensors_in
 from metaimplicit.training.log import Values
 from metaimplicit.training.metrics import to_device
 
@@ -72,8 +72,8 @@ def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> Non
     for episode in named if isinstance(named, list) else [named]:
         for name, pair in episode._asdict().items():
             for part, tree in pair._asdict().items():
-                tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
-                if not all(bool(x.isfinite().all()) for x in tensors if x.is_floating_point()):
+                numbers = [x for x in tensors_in(tree) if x.is_floating_point()]
+                if not all(bool(x.isfinite().all()) for x in numbers):
                     raise NonFiniteError(
                         f"step {step}: the {name} {part} hold NaN or Inf; {context}. "
                         "Clean the data, then resume"

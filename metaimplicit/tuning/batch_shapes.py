@@ -5,22 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from metaimplicit.tensors import tensors_in
 from metaimplicit.tuning.trial_outputs import is_transformed
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors of a pytree.
-
-    Example:
-        >>> import torch
-        >>> tensors_of({"x": torch.ones(1), "name": "one"})
-        [tensor([1.])]
-    """
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def signature(tree: Any) -> Any:
@@ -33,7 +20,7 @@ def signature(tree: Any) -> Any:
     """
     if isinstance(tree, Tensor):  # as it is for most losses, many times in a step
         return (tree.shape, tree.dtype)
-    return tuple((x.shape, x.dtype) for x in tensors_of(tree))
+    return tuple((x.shape, x.dtype) for x in tensors_in(tree))
 
 
 def kind_of(tree: Any) -> Any:
@@ -44,7 +31,7 @@ def kind_of(tree: Any) -> Any:
         >>> kind_of(torch.zeros(8, 1)) == kind_of(torch.zeros(9, 1))
         True
     """
-    return tuple((x.dtype, *(min(size, 2) for size in x.shape)) for x in tensors_of(tree))
+    return tuple((x.dtype, *(min(size, 2) for size in x.shape)) for x in tensors_in(tree))
 
 
 def shapes_of(tree: Any) -> list[tuple[int, ...]]:
@@ -55,7 +42,7 @@ def shapes_of(tree: Any) -> list[tuple[int, ...]]:
         >>> shapes_of((torch.zeros(2, 3), torch.zeros(())))
         [(2, 3), ()]
     """
-    return [tuple(x.shape) for x in tensors_of(tree)]
+    return [tuple(x.shape) for x in tensors_in(tree)]
 
 
 def count_examples(outputs: Any, targets: Any) -> int:
@@ -66,7 +53,7 @@ def count_examples(outputs: Any, targets: Any) -> int:
         >>> count_examples(torch.zeros(3, 2), None)
         3
     """
-    tensors = tensors_of((targets, outputs))
+    tensors = tensors_in((targets, outputs))
     return len(tensors[0]) if tensors and tensors[0].dim() else 1
 
 
@@ -78,7 +65,7 @@ def has_axis_of_examples(tree: Any, examples: int) -> bool:
         >>> has_axis_of_examples((torch.zeros(3, 2), torch.zeros(())), 3)
         False
     """
-    return all(x.dim() > 0 and len(x) == examples for x in tensors_of(tree))
+    return all(x.dim() > 0 and len(x) == examples for x in tensors_in(tree))
 
 
 def read_labels(targets: Any) -> set[int]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from metaimplicit.labels import SHORT_INTEGERS
+from metaimplicit.tensors import tensors_in
 from metaimplicit.tuning.batch_shapes import (
     count_examples,
     has_axis_of_examples,
@@ -194,7 +195,7 @@ class SplitLoss:
         if labels and labels <= plain_labels:
             return Count(1.0, None)
         value, losses = self._at_trial(outputs, targets, order=1)
-        hidden = any(is_transformed(y) for y in tree_leaves(targets) if isinstance(y, Tensor))
+        hidden = any(is_transformed(y) for y in tensors_in(targets))
         if not hidden and _is_plain_mean(value, losses):
             # Weights of classes may balance in one batch. In one example they do not.
             if labels and self._is_always_plain(outputs, targets):

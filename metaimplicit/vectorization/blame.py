@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.random_state import restored_random_state
+from metaimplicit.tensors import tensors_in
 from metaimplicit.vectorization.comparison import (
     Evaluation,
     choose_tasks,
@@ -125,7 +126,7 @@ def _differs(calls: list[_Call]) -> bool:
         inputs = [replaced.get(str(i), x) for i, x in enumerate(first)]
         state, args, kwargs = tree_unflatten(inputs, spec)
         outputs = torch.func.functional_call(module, state, args, kwargs)
-        return weighted_sum([x.double() for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+        return weighted_sum([x.double() for x in tensors_in(outputs)])
 
     problem = BilevelProblem(lambda _, data: {key: data[key] for key in params}, loss, loss)
     meta = {"unused": torch.zeros(())}

@@ -8,8 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaimplicit.inner import InnerLoop
@@ -18,6 +17,7 @@ from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.tensors import tensors_in
 from metaimplicit.vectorization.blame import find_differing_module
 from metaimplicit.vectorization.comparison import evaluations, find_objection
 
@@ -65,7 +65,7 @@ class VmapRecords:
         """The record of the shape of `data`, in which a call is counted."""
         if isinstance(data, Stream):
             data = data.fn(0)
-        key = tuple((x.shape, x.dtype) for x in tree_leaves(data) if isinstance(x, Tensor))
+        key = tuple((x.shape, x.dtype) for x in tensors_in(data))
         record = self._records.setdefault(key, ShapeRecord())
         record.calls += 1
         return record

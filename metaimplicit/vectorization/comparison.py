@@ -21,6 +21,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.random_state import restored_random_state
+from metaimplicit.tensors import tensors_in
 from metaimplicit.unsupported import find_module, shorten
 
 # Groups of tensors by what they are, such as "∂f/∂θ". Each tensor leads with an axis of rows: the
@@ -283,8 +284,8 @@ class _SeenTypes(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.is_floating_point():
+        for x in tensors_in(result):
+            if x.is_floating_point():
                 self.unit_roundoff = max(self.unit_roundoff, torch.finfo(x.dtype).eps)
         return result
 

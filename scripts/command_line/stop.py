@@ -77,6 +77,4 @@ def _send_again(
         hook(unraisable)
         return
     number = signal.Signals[stop.signal]
-    timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
