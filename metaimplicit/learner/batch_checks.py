@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from metaimplicit.learner.checks import TargetCheck
 from metaimplicit.learner.episodes import Episode, Pair, check_pair
-from metaimplicit.learner.head_targets import count_outputs
+from metaimplicit.learner.head_targets import check_every_class, count_outputs
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.targets import Classes
 
@@ -61,6 +62,7 @@ class BatchChecks:
             return
         check_pair(name, pair)
         count_outputs(pair.targets)
+        check_every_class(name, pair.targets)
 
     def check_episodes(self, data: Episode) -> Classes | None:
         """Check a batch of tasks, and find where the loss of its query sets reads classes.
@@ -76,11 +78,13 @@ class BatchChecks:
 
     def _check_of(self, outputs: int) -> TargetCheck:
         """The check of query sets for a head with this number of outputs."""
-
-        def zeros(inputs: Any) -> Tensor:
-            first = tree_leaves(inputs)[0]
-            return torch.zeros(len(first), outputs, device=first.device)
-
         if outputs not in self._by_outputs:
-            self._by_outputs[outputs] = TargetCheck(zeros, self._make_query_loss)
+            call = partial(_zeros, outputs=outputs)
+            self._by_outputs[outputs] = TargetCheck(call, self._make_query_loss)
         return self._by_outputs[outputs]
+
+
+def _zeros(inputs: Any, *, outputs: int) -> Tensor:
+    """Zeros in the place of a head's outputs for the inputs of a task."""
+    first = tree_leaves(inputs)[0]
+    return torch.zeros(len(first), outputs, device=first.device)

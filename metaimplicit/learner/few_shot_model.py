@@ -88,6 +88,10 @@ class FewShotModel(nn.Module):
         self.learnt = LearntNumbers(plan.learnable.logs, taken={*of_model, *of_losses})
         self._trainable = set(self._trainable_parameters())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but what belongs to the objects of the original."""
+        return self.__dict__ | {"_last_problem": None, "_checked": {}}
+
     @property
     def problem(self) -> BilevelProblem:
         """The bilevel problem of one task, for `hypergradient`.

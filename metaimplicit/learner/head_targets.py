@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaimplicit.inner.linear_head import as_numbers
 from metaimplicit.learner.episodes import Episode, Pair, shapes_of
+from metaimplicit.task_axis import map_tensors
 
 
 class HeadTargets(NamedTuple):
@@ -26,7 +27,8 @@ class HeadTargets(NamedTuple):
 def with_numbers(data: Episode) -> Episode:
     """The episodes with `HeadTargets` in their support sets.
 
-    The classes of a batch are 0, 1, … up to the largest label of its support sets.
+    The classes of a task are 0, 1, … up to the largest label of its support set. All tasks have as
+    many; see `split_by_classes`.
 
     Args:
         data: A batch of tasks.
@@ -53,6 +55,50 @@ def with_numbers(data: Episode) -> Episode:
     return Episode(Pair(inputs, HeadTargets(targets, numbers)), data.query)
 
 
+def split_by_classes(batches: list[Episode]) -> list[Episode]:
+    """The batches, but every task alone where those of a batch have different numbers of classes.
+
+    A head for the largest number would give the other tasks classes without examples.
+
+    Example:
+        >>> support = Pair(torch.zeros(2, 3, 1), torch.tensor([[0, 1, 1], [0, 1, 2]]))
+        >>> [len(part.query.inputs) for part in split_by_classes([Episode(support, support)])]
+        [1, 1]
+    """
+    parts = []
+    for data in batches:
+        targets = data.support.targets
+        alike = not _are_labels(targets) or len(targets.amax(1).unique()) == 1
+        parts += [data] if alike else [_only(data, task) for task in range(len(targets))]
+    return parts
+
+
+def check_every_class(name: str, targets: Any) -> None:
+    """Raise ValueError if a class of a task has no support example.
+
+    Example:
+        >>> check_every_class("support", torch.tensor([[0, 2]]))
+        Traceback (most recent call last):
+        ...
+        ValueError: support labels: got 2 but no 1 in a task, expected class indices from 0 with an \
+example of each class for a head that is fitted to them; number the classes of each task from 0
+    """
+    if not _are_labels(targets):
+        return
+    labels = targets.long().cpu()
+    has_class = torch.zeros(len(labels), int(labels.max()) + 1, dtype=torch.bool)
+    has_class.scatter_(1, labels, True)
+    # A class is missing if it has no example, but a larger one has.
+    misses = ~has_class & (torch.arange(has_class.shape[1]) < labels.amax(1, keepdim=True))
+    if misses.any():
+        task, missing = misses.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} labels: got {int(labels[task].max())} but no {missing} in a task, expected "
+            "class indices from 0 with an example of each class for a head that is fitted to "
+            "them; number the classes of each task from 0"
+        )
+
+
 def count_outputs(targets: Any) -> int:
     """The number of outputs that a head for these support targets has.
 
@@ -77,3 +123,14 @@ def count_outputs(targets: Any) -> int:
             "that is fitted to them"
         )
     return int(targets.max()) + 1
+
+
+def _are_labels(targets: Any) -> bool:
+    is_tensor = isinstance(targets, Tensor) and not targets.is_floating_point()
+    return is_tensor and targets.dim() == 2 and targets.numel() > 0
+
+
+def _only(data: Episode, task: int) -> Episode:
+    """A batch of one of the tasks."""
+    part: Episode = map_tensors(lambda x: x[task : task + 1], data)
+    return part

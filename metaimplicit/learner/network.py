@@ -61,11 +61,7 @@ class Network:
 
     def with_constant_model(self) -> Network:
         """The network in which the whole model is the body of the head."""
-
-        def call(meta: Params, inputs: Any) -> Tensor:
-            return self.call_model({}, meta, inputs)
-
-        return replace(self, body=Body(self.model, call))
+        return replace(self, body=Body(self.model, partial(self.call_model, {})))
 
     def without_body(self) -> Network:
         """The network whose losses call all of it."""

@@ -14,6 +14,7 @@ from metaimplicit.learner.body import find_last_module
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import read_episodes, read_support
+from metaimplicit.learner.head_targets import split_by_classes
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.plan import Plan
 from metaimplicit.learner.problem import inner_iterates
@@ -78,6 +79,8 @@ class TaskBatches(FewShotModel):
     def _read(self, episodes: EpisodeBatch) -> list[Group]:
         """The tasks in groups of one shape, if nothing is wrong with them."""
         batches = read_episodes(episodes)
+        if self.head is not None:
+            batches = split_by_classes(batches)
         self._settle(batches[0])
         groups = []
         for data in batches:
@@ -88,6 +91,9 @@ class TaskBatches(FewShotModel):
     def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
         """Support sets, likewise. They stand for the query sets as well."""
         pairs = read_support(support, batched=batched)
+        if self.head is not None:
+            parts = split_by_classes([Episode(pair, pair) for pair in pairs])
+            pairs = [part.support for part in parts]
         self._settle(Episode(pairs[0], pairs[0]))
         for pair in pairs:
             self._checks.check_support("support", pair)

@@ -362,3 +362,41 @@ def test_the_loss_of_a_head_may_be_any():
     head = ConvexHead(SoftmaxCrossEntropy(), strength=0.5)
     learner = MetaLearner(make_body(), nn.CrossEntropyLoss(label_smoothing=0.1), head=head)
     assert learner.backward(draw_episodes()).accuracy is not None
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_task_of_fewer_classes_is_the_same_beside_one_of_more(head):
+    support, queries = randn(2, 6, INPUTS, seed=1), randn(2, 6, INPUTS, seed=2)
+    labels = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2]])
+    learner = make(head)
+    both = {"support": (support, labels), "query": (queries, labels)}
+    apart = [
+        {
+            "support": (support[i : i + 1], labels[i : i + 1]),
+            "query": (queries[i : i + 1], labels[i : i + 1]),
+        }
+        for i in range(2)
+    ]
+    expected = torch.cat([learner.evaluate(task)[0] for task in apart], dim=1)
+    assert relative_error(learner.evaluate(both)[0], expected) < 1e-14
+
+    gradients = []
+    for tasks in ([both], apart):
+        learner.zero_grad()
+        for task in tasks:
+            learner.backward(task)
+        parts = [p.grad.flatten() / len(tasks) for p in learner.parameters()]
+        gradients.append(torch.cat(parts))
+    assert relative_error(*gradients) < 1e-12
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_class_without_support_examples_is_refused(head):
+    labels = torch.tensor([[1, 1, 2, 2]])
+    support = (randn(1, 4, INPUTS, seed=1), labels)
+    message = "support labels: got 2 but no 0 in a task, expected .*; number the classes of each"
+    learner = make(head)
+    with pytest.raises(ValueError, match=f"episodes.{message}"):
+        learner.backward({"support": support, "query": support})
+    with pytest.raises(ValueError, match=message):
+        learner.adapt((support[0][0], labels[0]))
