@@ -21,7 +21,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(gcd(channels, 8), channels)
+    groups = gcd(channels, 8)
+    # In a group of one channel, an image of 1 × 1 pixels would have no variance.
+    return nn.GroupNorm(groups if groups < channels else max(channels // 2, 1), channels)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -51,8 +53,8 @@ class ConvNet(nn.Module):
             one, whose minima lie on no kinks: `"gelu"`, or `"softplus"`, log(1 + e^{20x})/20.
         norm: `"batch"`, the statistics of the set that it is called with, as in the published
             numbers of MAML (it is transductive); `"running"`, those of training, for a network
-            whose convolutions do not adapt; `"group"` (8 groups at most) or `"layer"`, those of
-            each image.
+            whose convolutions do not adapt; `"group"` (8 groups at most, of two channels at least)
+            or `"layer"`, those of each image.
         joined: How many of the last blocks the features come from, 1 … blocks. The network of R2D2
             joins two (Bertinetto et al. 2019).
 

@@ -80,8 +80,8 @@ def check_every_class(name: str, targets: Any) -> None:
         >>> check_every_class("support", torch.tensor([[0, 2]]))
         Traceback (most recent call last):
         ...
-        ValueError: support labels: got 2 but no 1 in a task, expected class indices from 0 with an \
-example of each class for a head that is fitted to them; number the classes of each task from 0
+        ValueError: support labels: got 2 but no 1 in a task, expected class indices from 0 with \
+an example of each class for a head that is fitted to them; number the classes of each task from 0
     """
     if not _are_labels(targets):
         return

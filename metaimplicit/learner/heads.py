@@ -192,8 +192,8 @@ class Prototypes(Head):
     def init(self, meta: Params, features: Tensor, targets: Tensor) -> Params:
         """The prototypes as a linear layer. A class without examples has the mean zero."""
         targets = targets.to(features.dtype)
-        counts = targets.sum(0).clamp(min=1).unsqueeze(-1)
-        means = (targets.mT @ features) / counts
+        counts = targets.sum(0).unsqueeze(-1)
+        means = (targets.mT @ features) / torch.where(counts > 0, counts, 1)
         return {WEIGHT: 2 * means, BIAS: -means.square().sum(-1)}
 
     def outputs(self, params: Params, meta: Params, features: Tensor) -> Tensor:

@@ -234,12 +234,13 @@ class MetaLearner(TaskBatches):
             accuracies are None if the loss treats no targets as classes. Neither has a graph.
 
         Raises:
-            ValueError: A number of steps is negative, or the episodes are malformed.
+            ValueError: A number of steps is negative, or the episodes are malformed. A forward pass
+                changed a buffer of the model or of a loss.
         """
         counts = step_counts(steps, self.inner)
         with torch.inference_mode(False):
             groups = self._read(episodes)
-            with notice_changed_data("episodes", groups):
+            with notice_changed_data("episodes", groups), reject_changed_buffers(self):
                 of_groups = [self._measure_path(group, counts) for group in groups]
         losses, measures = zip(*of_groups, strict=True)
         return torch.cat(losses, dim=1), combine(measures, partial(torch.cat, dim=1))
@@ -260,15 +261,15 @@ class MetaLearner(TaskBatches):
             A callable model. It does not change the learner.
 
         Raises:
-            ValueError: `steps` is negative, inputs and targets differ in their leading sizes, or
-                the loss refuses the targets.
+            ValueError: `steps` is negative, inputs and targets differ in their leading sizes, the
+                loss refuses the targets, or a forward pass changed a buffer.
         """
         if steps is not None and steps < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         count = self.inner.steps if steps is None else steps
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
-            with notice_changed_data("support", groups):
+            with notice_changed_data("support", groups), reject_changed_buffers(self):
                 ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
             reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}

@@ -81,10 +81,12 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
     leaves, structure = tree_flatten(targets)
     for position, axis in _candidates(outputs, leaves):
         size = outputs.shape[axis]
+        # At z = 0 the square of an error may have no slope either, as with one class.
+        z = outputs if size > 1 else torch.ones_like(outputs)
         counted: list[Tensor | None] = []
         for labels in _trial_labels(leaves[position], size):
             with_labels = [*leaves[:position], labels, *leaves[position + 1 :]]
-            slopes = output_slopes(loss, outputs, tree_unflatten(with_labels, structure))
+            slopes = output_slopes(loss, z, tree_unflatten(with_labels, structure))
             counted.append(_pulled_to(labels, slopes, axis))
         known = [c for c in counted if c is not None]
         if len(known) == len(counted) and any(bool(c.any()) for c in known):
@@ -220,7 +222,8 @@ def output_slopes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Tensor | Non
     """∂ℓ/∂z where the outputs z are scaled down until they are nearly equal.
 
     Returns:
-        A tensor like the outputs. None if the loss refuses the targets, or does not depend on z.
+        A tensor like the outputs, zero where the slope is not finite, as in a mean over no examples
+        at all. None if the loss refuses the targets, or does not depend on z.
 
     Example:
         >>> output_slopes(torch.nn.functional.l1_loss, torch.tensor([8.0, -8.0]), torch.zeros(2))
@@ -231,7 +234,7 @@ def output_slopes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Tensor | Non
     with fixed_random_state(outputs), torch.enable_grad():
         try:
             value = loss(z, targets)
-            return torch.autograd.grad(value.sum(), z)[0]
+            return torch.autograd.grad(value.sum(), z)[0].nan_to_num(0.0, 0.0, 0.0)
         except Exception:  # whatever a loss says of labels that are not meant as classes
             return None
 

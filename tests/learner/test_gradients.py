@@ -275,6 +275,18 @@ def test_a_forward_pass_that_changes_a_buffer_is_refused():
         make_learner(RunningMean(), vectorize="loop").backward(draw_episodes())
 
 
+@pytest.mark.parametrize("call", ["evaluate", "adapt"])
+def test_adapting_to_a_task_does_not_change_buffers_either(call):
+    learner = make_learner(RunningMean(), vectorize="loop")
+    data = draw_episodes()
+    run = {
+        "evaluate": lambda: learner.evaluate(data),
+        "adapt": lambda: learner.adapt(data.support, batched=True),
+    }
+    with pytest.raises(ValueError, match="model: a forward pass changed buffer 'mean'"):
+        run[call]()
+
+
 class RunningCentre(nn.Module):
     """A loss that keeps a mean of its outputs in a buffer."""
 

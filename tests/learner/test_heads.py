@@ -119,6 +119,14 @@ def test_the_factor_of_the_argmin_takes_no_products():
     assert (report.products, report.chosen) == (0, "Factored: the inner loop left its inverse")
 
 
+def test_prototypes_of_soft_labels_are_weighted_means():
+    features = randn(4, FEATURES, seed=1)
+    labels = torch.tensor([[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
+    means = labels.T @ features / labels.sum(0)[:, None]
+    weight = Prototypes().init({}, features, labels)["head.weight"]
+    assert relative_error(weight, 2 * means) < 1e-14
+
+
 def test_prototypes_that_adapt_are_proto_maml():
     """Every parameter takes one step on the support loss from the class means."""
     body = make_body()

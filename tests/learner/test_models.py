@@ -100,6 +100,12 @@ def test_the_conv_net_has_the_normalisation_that_is_named(norm, transductive):
     assert torch.allclose(alone, net(images), atol=1e-5) is not transductive
 
 
+@pytest.mark.parametrize("filters", [8, 16, (32, 32, 32, 4), 2])
+def test_features_of_one_pixel_depend_on_the_image_under_group_norm(filters):
+    net = ConvNet((3, 16, 16), outputs=3, filters=filters, norm="group")
+    assert net(torch.rand(20, 3, 16, 16)).std(0).min() > 0.01
+
+
 def test_networks_without_a_last_layer_end_with_features():
     whole = ConvNet((1, 8, 8), outputs=5, filters=4)
     body = ConvNet((1, 8, 8), outputs=None, filters=4)

@@ -138,6 +138,16 @@ CLASSES = {
     "ignore_index among the classes": Kind(
         some_labels, nn.CrossEntropyLoss(ignore_index=0), counts=lambda y: y != 0
     ),
+    "ignore_index of the last class": Kind(
+        some_labels,
+        nn.CrossEntropyLoss(ignore_index=WAYS - 1),
+        counts=lambda y: y != WAYS - 1,
+    ),
+    "the last class without weight": Kind(
+        some_labels,
+        lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0])),
+        counts=lambda y: y != 4,
+    ),
     "own loss that skips a class": Kind(
         some_labels, OwnCrossEntropy(skip=3), counts=lambda y: y != 3
     ),
@@ -345,6 +355,16 @@ def test_labels_that_are_ignored_may_come_up_later():
     learner.zero_grad()
     step = assert_learns(learner, stacked(holes), plain_maml(learner.model, kind.loss, holes))
     assert 0 < step.accuracy < 1
+
+
+def test_whole_numbers_that_are_no_classes_have_no_accuracy():
+    """At zero, the square of an error has no slope, as a loss of one class has none."""
+    model = nn.Linear(FEATURES, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    learner = MetaLearner(model, lambda z, y: F.mse_loss(z.squeeze(1), y.to(z)))
+    pair = torch.randn(2, 6, FEATURES), torch.randint(10, (2, 6))
+    assert learner.backward({"support": pair, "query": pair}).accuracy is None
 
 
 def test_accuracy_counts_predictions_so_sure_that_the_loss_is_flat():
