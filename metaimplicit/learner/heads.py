@@ -70,6 +70,10 @@ class Head(ABC):
         """
         return None
 
+    def target_objection(self, targets: Any) -> str:
+        """Why it cannot be fitted to the targets of a batch of support sets. Empty if it can."""
+        return ""
+
     def learning(self, names: list[str], like: Tensor) -> tuple[Head, Params]:
         """The head that reads some of its numbers from φ, and the logarithms of these.
 
@@ -139,6 +143,21 @@ class ConvexHead(Head):
         z = _linear(params, features) / resolve(self.temperature, meta)
         outputs: Tensor = resolve(self.scale, meta) * z
         return outputs
+
+    def target_objection(self, targets: Any) -> str:
+        """That a fixed scale other than 1 multiplies scores of classes, not values to predict."""
+        is_fixed = isinstance(self.scale, (int, float)) and self.scale != 1
+        if not is_fixed or not isinstance(targets, Tensor) or not targets.is_floating_point():
+            return ""
+        sums = targets.sum(-1)
+        are_soft_labels = bool((targets >= 0).all()) and torch.allclose(sums, torch.ones_like(sums))
+        if are_soft_labels:
+            return ""
+        return (
+            f"head: got scale={self.scale}, which multiplies scores of classes, for support "
+            "targets that are values, expected scale=1; pass a ConvexHead of "
+            "metaimplicit.learner.heads with this scale"
+        )
 
     def inner_loss(self, features: Callable[[Params, Any], Tensor]) -> Composite:
         """The loss of a `LinearHead`."""

@@ -15,6 +15,7 @@ from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import read_episodes, read_support
 from metaimplicit.learner.head_targets import split_by_classes
+from metaimplicit.learner.heads import Head
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.plan import Plan
 from metaimplicit.learner.problem import inner_iterates
@@ -80,7 +81,7 @@ class TaskBatches(FewShotModel):
         """The tasks in groups of one shape, if nothing is wrong with them."""
         batches = read_episodes(episodes)
         if self.head is not None:
-            batches = split_by_classes(batches)
+            batches = _read_for_head(self.head, batches)
         self._settle(batches[0])
         groups = []
         for data in batches:
@@ -92,7 +93,7 @@ class TaskBatches(FewShotModel):
         """Support sets, likewise. They stand for the query sets as well."""
         pairs = read_support(support, batched=batched)
         if self.head is not None:
-            parts = split_by_classes([Episode(pair, pair) for pair in pairs])
+            parts = _read_for_head(self.head, [Episode(pair, pair) for pair in pairs])
             pairs = [part.support for part in parts]
         self._settle(Episode(pairs[0], pairs[0]))
         for pair in pairs:
@@ -209,6 +210,13 @@ class TaskBatches(FewShotModel):
     def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
         """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
         return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)
+
+
+def _read_for_head(head: Head, batches: list[Episode]) -> list[Episode]:
+    """Batches whose tasks have as many classes, and targets that the head can be fitted to."""
+    if objection := head.target_objection(batches[0].support.targets):
+        raise ValueError(objection)
+    return split_by_classes(batches)
 
 
 def _looks_into_layers(method: Method) -> bool:

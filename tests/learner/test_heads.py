@@ -119,6 +119,25 @@ def test_the_factor_of_the_argmin_takes_no_products():
     assert (report.products, report.chosen) == (0, "Factored: the inner loop left its inverse")
 
 
+def test_values_are_not_scaled_as_scores_of_classes_are():
+    inputs, values = randn(1, 9, INPUTS, seed=1), randn(1, 9, 2, seed=2)
+    data = {"support": (inputs, values), "query": (inputs, values)}
+    body = nn.Linear(INPUTS, FEATURES)
+    message = "head: got scale=15.0, which multiplies scores of classes, .* expected scale=1"
+    learner = MetaLearner(body, F.mse_loss, head="ridge")
+    with pytest.raises(ValueError, match=message):
+        learner.backward(data)
+    with pytest.raises(ValueError, match=message):
+        learner.adapt((inputs[0], values[0]))
+
+    adapted = MetaLearner(body, F.mse_loss, head=ConvexHead(SquaredError())).adapt(
+        (inputs[0], values[0])
+    )
+    x = with_ones(body(inputs[0])).detach()
+    weight = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ values[0])
+    assert relative_error(adapted(inputs[0]), x @ weight) < 1e-12
+
+
 def test_prototypes_of_soft_labels_are_weighted_means():
     features = randn(4, FEATURES, seed=1)
     labels = torch.tensor([[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
