@@ -64,6 +64,8 @@ def load(
         color: Whether images have three channels or one of grey.
         seed: Of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
+            Float inputs `[1 or 3, height, width]` are images, too. Features of other shapes may
+            always repeat.
 
     Raises:
         FileNotFoundError: If the download fails.
@@ -253,14 +255,13 @@ def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> Cl
             "expected one type and shape; transform the examples of all parts alike"
         )
     inputs = np.concatenate([inputs for inputs, _ in read])[order]
-    is_image = inputs.dtype == np.uint8
     pool = ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes)
     return ClassImages(
         root,
         pool,
         parts,
         divided_by="its parts" if len(parts) == 3 else "",
-        digests=image_digests(inputs if is_image else inputs[:0]),
+        digests=image_digests(inputs),
     )
 
 

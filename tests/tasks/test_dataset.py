@@ -127,6 +127,21 @@ def test_features_are_of_any_float_type_and_may_need_gradients(dtype):
         assert load(dataset).content_digests == expected
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_float_images_in_two_splits_are_named_and_features_may_repeat(channels):
+    images = torch.rand(20, channels, 4, 5)
+    labels = np.arange(40) % 5
+    repeated = (torch.cat([images, images]), labels + 5 * (np.arange(40) > 19))
+    split = {"train": range(5), "val": [5, 6], "test": [7, 8, 9]}
+    with pytest.raises(ValueError, match=r"equal images in two splits: 20, the first being image"):
+        load(repeated, split=split, queries=1)
+    load(repeated, split=split, queries=1, allow_repeats=True)
+
+    inputs, labels = repeated
+    for features in (inputs.flatten(1), inputs.transpose(1, 2), torch.ones_like(inputs)):
+        load((features, labels), split=split, queries=1)
+
+
 def test_three_data_sets_are_a_split(tmp_path):
     parts = {"base": (0, 1, 2), "validation": (3, 4), "novel": (5, 6)}
     dataset = {}
