@@ -19,6 +19,7 @@ from tasks.files import Files
 from tasks.images import fit_square
 from tasks.list_files import PART_WORDS, PARTS
 from tasks.pickles import foreign_name, load_plain
+from tasks.pool import check_labels
 
 LABELS = ("labels", "label", "targets", "target", "y", "label_specific")
 ARRAY_LAYOUT = (
@@ -222,7 +223,7 @@ def _classes(where: str, content: Content) -> ClassArrays:
     if "class_dict" in content:
         rows = _rows_of_dict(where, content["class_dict"])
     else:
-        rows = _rows_of_labels(where, arrays[labels[0]], len(inputs))
+        rows = _rows_of_labels(where, content[labels[0]], len(inputs))
     _check_rows(where, rows, len(inputs))
     return {name: _rows(inputs, numbers) for name, numbers in rows.items()}
 
@@ -235,15 +236,26 @@ def _rows(inputs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return rows
 
 
+def as_array(value: Any) -> np.ndarray:
+    """A tensor, list or array as an array.
+
+    Example:
+        >>> as_array(torch.ones(2, dtype=torch.bfloat16, requires_grad=True))
+        array([1., 1.], dtype=float32)
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().to_dense()
+        # NumPy has no bfloat16.
+        if value.is_floating_point() and value.itemsize < 4:
+            value = value.float()
+    return np.asarray(value)
+
+
 def _array(value: Any) -> np.ndarray:
     """A tensor, list or array as an array. Of anything else, or a ragged list, one without axes."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().to_dense()
-        # NumPy has no bfloat16.
-        return np.asarray(value.float() if value.is_floating_point() else value)
     if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
         with contextlib.suppress(ValueError):
-            return np.asarray(value)
+            return as_array(value)
     return np.zeros(())
 
 
@@ -256,10 +268,13 @@ def _rows_of_dict(where: str, class_dict: Any) -> ClassArrays:
     return {str(name): _array(rows) for name, rows in class_dict.items()}
 
 
-def _rows_of_labels(where: str, labels: np.ndarray, n: int) -> ClassArrays:
-    if labels.shape != (n,):
-        raise ValueError(f"{where}: got labels of shape {labels.shape}, expected ({n},), as inputs")
-    names, numbers = np.unique(labels, return_inverse=True)
+def _rows_of_labels(where: str, labels: Any, n: int) -> ClassArrays:
+    array = _array(labels)
+    if array.shape != (n,):
+        raise ValueError(f"{where}: got labels of shape {array.shape}, expected ({n},), as inputs")
+    # In an array of strings, a missing label would be the string "nan".
+    check_labels(where, labels if isinstance(labels, (list, tuple)) else array.tolist())
+    names, numbers = np.unique(array, return_inverse=True)
     return {str(name): np.flatnonzero(numbers == i) for i, name in enumerate(names)}
 
 

@@ -64,6 +64,10 @@ class Augmented:
         self.kind = family.kind
         self.input_shape = tuple(shape)
         self.outputs = family.outputs
+        # `Splits` compares and identifies families by these.
+        self.classes = getattr(family, "classes", ())
+        self.class_names = getattr(family, "class_names", self.classes)
+        self.pool = getattr(family, "pool", None)
 
     def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
         """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""

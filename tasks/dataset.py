@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
-from tasks.arrays import class_inputs
+from tasks.arrays import as_array, class_inputs
 from tasks.cache import cache_dir, download, progress
 from tasks.class_images import ClassImages
 from tasks.episodes import Splits
 from tasks.folder import splits_of
 from tasks.images import fit_square
 from tasks.list_files import PARTS, part_called, plain_name
-from tasks.pool import ImagePool
+from tasks.pool import ImagePool, check_labels, input_and_label
 from tasks.repeats import image_digests
 
 EXPECTED = (
@@ -53,8 +53,9 @@ def load(
         shots: The number of support images of each class.
         queries: The number of query images of each class.
         data_root: Where torchvision has or downloads its data. If None, the cache folder.
-        dataset: A map-style dataset of pairs (input, label), or a pair of arrays: inputs `[n, ...]`
-            and labels `[n]`. Or a dictionary of three of these, called train, val and test, which
+        dataset: A map-style dataset of pairs (input, label), whose further entries are left out.
+            Or a pair of arrays: inputs `[n, ...]`, or a list of them, and labels `[n]`. Or a
+            dictionary of three of these, called train, val and test, which
             is a split. Or the name of a data set in `torchvision.datasets`, whose training and test
             set are joined.
         split: The classes of train, val and test. If None, and the data set has no split, classes
@@ -63,6 +64,8 @@ def load(
         color: Whether images have three channels or one of grey.
         seed: Of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
+            Float inputs `[1 or 3, height, width]` are images, too. Features of other shapes may
+            always repeat.
 
     Raises:
         FileNotFoundError: If the download fails.
@@ -149,50 +152,86 @@ def _by_part(argument: str, values: Mapping[str, Any]) -> list[Any]:
 
 def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str]]:
     """All inputs `[n, ...]` as a pool holds them, and the name of the class of each."""
-    if isinstance(dataset, tuple) and len(dataset) == 2:
-        inputs, labels = (np.asarray(array) for array in dataset)
-        if labels.shape != (len(inputs),):
-            raise ValueError(
-                f"dataset: got inputs of shape {inputs.shape} and labels of shape {labels.shape}, "
-                f"expected labels ({len(inputs)},)"
-            )
-        names = [plain_name(str(label)) for label in labels.tolist()]
-        return class_inputs("dataset", inputs, size, color=color), names
+    if _is_pair(dataset):
+        inputs, labels = dataset
+        return _read_pair(inputs, labels, size, color=color)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(f"dataset: got {type(dataset).__name__}, {EXPECTED}")
 
     classes = getattr(dataset, "classes", ())
+    position_of: dict[str, int] = {}
     rows = []
     names = []
     for number in progress(range(len(dataset)), "reading the dataset"):
-        value, label = dataset[number]
+        value, label = input_and_label(dataset[number], number=number)
         rows.append(_input(value, number, size, color=color))
-        array = np.asarray(label)
-        if array.size != 1:
+        is_position = isinstance(label, int) and 0 <= label < len(classes)
+        name = plain_name(str(classes[label] if is_position else label))
+        if is_position and position_of.setdefault(name, label) != label:
             raise ValueError(
-                f"dataset: label {number}: got shape {array.shape}, expected one number or name"
+                f"dataset: got {name!r} in dataset.classes at {position_of[name]} and {label}, "
+                "expected another name for each label; rename one, or merge the labels"
             )
-        name = array.item()
-        is_position = isinstance(name, int) and 0 <= name < len(classes)
-        names.append(plain_name(str(classes[name] if is_position else name)))
-    shapes = {f"{row.dtype} {row.shape}" for row in rows}
-    if len(shapes) != 1:
+        names.append(name)
+    return _stacked(rows), names
+
+
+def _is_pair(dataset: Any) -> bool:
+    """Whether this is a pair of arrays. A list may also be a dataset of two examples."""
+    if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
+        return False
+    return isinstance(dataset, tuple) or all(hasattr(part, "__array__") for part in dataset)
+
+
+def _read_pair(
+    inputs: Any,
+    labels: Any,
+    size: int,
+    *,
+    color: bool,
+) -> tuple[np.ndarray, list[str]]:
+    """What `_read` returns, of inputs and labels in arrays or lists."""
+    label_array = as_array(labels)
+    if not isinstance(inputs, (list, tuple)):
+        inputs = as_array(inputs)
+    if label_array.shape != (len(inputs),):
+        shape = getattr(inputs, "shape", (len(inputs),))
         raise ValueError(
-            f"dataset: got inputs of {', '.join(sorted(shapes)) or 'no examples'}, "
-            "expected one type and shape; transform all examples alike"
+            f"dataset: got inputs of shape {shape} and labels of shape {label_array.shape}, "
+            f"expected labels ({len(inputs)},)"
         )
-    return np.stack(rows), names
+    # In an array of strings, a missing label would be the string "nan".
+    check_labels("dataset", labels if isinstance(labels, (list, tuple)) else label_array.tolist())
+    names = [plain_name(str(label)) for label in label_array.tolist()]
+    if isinstance(inputs, np.ndarray):
+        return class_inputs("dataset", inputs, size, color=color), names
+    rows = [
+        _input(value, number, size, color=color)
+        for number, value in enumerate(progress(inputs, "reading the dataset"))
+    ]
+    return _stacked(rows), names
 
 
 def _input(value: Any, number: int, size: int, *, color: bool) -> np.ndarray:
     """One input as a pool holds it."""
     if hasattr(value, "getexif"):  # an image of Pillow
         return fit_square(value, size, color=color).transpose(2, 0, 1)
-    array = np.asarray(value)
+    array = as_array(value)
     if array.dtype.kind == "f":
         return array.astype(np.float32)
     inputs = class_inputs(f"dataset: input {number}", array[None], size, color=color)
     return inputs.squeeze(0)
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """All inputs together. A ValueError says that they differ in type or shape."""
+    kinds = {f"{row.dtype} {row.shape}" for row in rows}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"dataset: got inputs of {', '.join(sorted(kinds)) or 'no examples'}, "
+            "expected one type and shape; transform all examples alike"
+        )
+    return np.stack(rows)
 
 
 def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> ClassImages:
@@ -208,15 +247,21 @@ def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> Cl
         )
     labels = np.array([number[name] for _, names in read for name in names])
     order = np.argsort(labels, kind="stable")
+    kinds = [f"{inputs.dtype} {inputs.shape[1:]}" for inputs, _ in read]
+    if len(set(kinds)) > 1:
+        kind_of = zip(PARTS, kinds, strict=True)
+        raise ValueError(
+            f"dataset: got inputs {', '.join(f'{kind} in {part}' for part, kind in kind_of)}, "
+            "expected one type and shape; transform the examples of all parts alike"
+        )
     inputs = np.concatenate([inputs for inputs, _ in read])[order]
-    is_image = inputs.dtype == np.uint8
     pool = ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes)
     return ClassImages(
         root,
         pool,
         parts,
         divided_by="its parts" if len(parts) == 3 else "",
-        digests=image_digests(inputs if is_image else inputs[:0]),
+        digests=image_digests(inputs),
     )
 
 

@@ -66,7 +66,8 @@ class TaskFamily(Protocol):
 
     A family of classification tasks may also have `classes`, a tuple of the names of its classes.
     `Splits` compares these. Where the names differ between processes, `class_names` holds names
-    that do not, and `Splits.digests` uses those.
+    that do not, and `Splits.digests` uses those. `Splits.content_digests` reads the images of
+    its `pool`. A family that changes the episodes of another one has the same three attributes.
 
     Example:
         >>> class Lines:

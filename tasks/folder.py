@@ -68,6 +68,8 @@ def load(
             the images.
         seed: Of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
+            Float inputs `[1 or 3, height, width]` are images, too. Features of other shapes may
+            always repeat.
 
     Raises:
         FileNotFoundError: If `data_root` is not given, or there is nothing at it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -94,10 +94,12 @@ class ImagePool:
         Args:
             dataset: A map-style dataset of pairs (input, label). Inputs are tensors or arrays of
                 one shape: uint8 images `[channels, height, width]`, or float features `[...]`.
-                Labels are numbers or names. A label, as text, is the name of its class.
+                Labels are numbers or names. A label, as text, is the name of its class. Further
+                entries of an item, such as its number, are left out.
 
         Raises:
-            ValueError: If inputs are something else, differ in shape, or there are none.
+            ValueError: If an item is no pair, inputs are something else, differ in shape, or there
+                are none, or a label is missing (None, NaN) or no single number or name.
 
         Example:
             >>> from torch.utils.data import TensorDataset
@@ -106,16 +108,16 @@ class ImagePool:
             >>> pool.names, pool.counts.tolist()
             (('4', '7'), [3, 3])
         """
-        examples = [dataset[i] for i in range(len(cast(Sized, dataset)))]
+        examples = [input_and_label(dataset[i], number=i) for i in range(len(cast(Sized, dataset)))]
         try:
-            inputs = torch.stack([torch.as_tensor(example[0]) for example in examples])
+            inputs = torch.stack([torch.as_tensor(value) for value, _ in examples])
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"dataset: got inputs that do not stack ({error}), "
                 "expected one or more tensors of one shape; "
                 "give a dataset of images transform=Compose([Resize(...), PILToTensor()])"
             ) from error
-        labels = [np.asarray(example[1]).item() for example in examples]
+        labels = [label for _, label in examples]
         sizes = Counter(labels)
         classes = sorted(sizes)
         order = sorted(range(len(labels)), key=labels.__getitem__)
@@ -153,3 +155,63 @@ class ImagePool:
         """The images of the class at `position`, `[count, channels, height, width]`."""
         start = self.starts[position]
         return self.images[start : start + self.counts[position]]
+
+
+def input_and_label(item: Any, *, number: int) -> tuple[Any, Any]:
+    """The first two entries of an item of a dataset, the second as a number or name of Python.
+
+    Args:
+        item: The input, the label, and further entries, which are left out.
+        number: The position of the item, for the message.
+
+    Raises:
+        ValueError: If the item is something else, or `check_labels` refuses the label.
+
+    Example:
+        >>> input_and_label(("a picture", torch.tensor([7]), "a note"), number=0)
+        ('a picture', 7)
+    """
+    # A dictionary would give its keys, and an array of numbers has no label.
+    is_numeric = isinstance(item, np.ndarray) and item.dtype.kind != "O"
+    try:
+        if is_numeric or isinstance(item, (Mapping, str, Tensor)):
+            raise TypeError("not a pair")
+        value, label, *_ = item
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"dataset: item {number}: got {type(item).__name__}, expected (input, label); "
+            "take the two out of a row, as in [(row['image'], row['label']) for row in dataset]"
+        ) from error
+    array = np.asarray(label)
+    if array.size != 1:
+        raise ValueError(
+            f"dataset: label {number}: got shape {array.shape}, expected one number or name; "
+            "take the argmax of a one-hot label"
+        )
+    name = array.item()
+    check_labels("dataset", [name], first=number)
+    return value, name
+
+
+def check_labels(where: str, labels: Iterable[Any], *, first: int = 0) -> None:
+    """Raise a ValueError that names the first label that is None or NaN.
+
+    NaN equals nothing, itself included. So it cannot be the name of a class.
+
+    Args:
+        where: The argument or the file, for the message.
+        labels: Numbers or names.
+        first: The number of the first of these labels.
+
+    Example:
+        >>> check_labels("dataset", [2.0, float("nan")])
+        Traceback (most recent call last):
+            ...
+        ValueError: dataset: label 1: got nan, expected a number or name; leave this example out
+    """
+    for number, label in enumerate(labels, start=first):
+        if label is None or label != label:
+            raise ValueError(
+                f"{where}: label {number}: got {label}, expected a number or name; "
+                "leave this example out"
+            )

@@ -12,13 +12,14 @@ DIGEST_SIZE = 16  # bytes
 def image_digests(images: np.ndarray) -> np.ndarray:
     """A hash of the pixels of each image, or zeros where all its pixels are equal.
 
-    Blank pages are no sign that one image stands in two places.
+    Blank pages are no sign that one image stands in two places. Neither are equal features, which
+    may be counts or other coarse numbers. So these have no hash.
 
     Args:
-        images: uint8 `[n, channels, height, width]`.
+        images: Images, uint8 or float `[n, 1 or 3, height, width]`, or features of another shape.
 
     Returns:
-        uint8 `[n, 16]`.
+        uint8 `[n, 16]`, or `[0, 16]` for features.
 
     Example:
         >>> images = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2)
@@ -26,6 +27,8 @@ def image_digests(images: np.ndarray) -> np.ndarray:
         >>> image_digests(images).any(1)
         array([ True, False])
     """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        return np.zeros((0, DIGEST_SIZE), np.uint8)
     digests = np.zeros((len(images), DIGEST_SIZE), np.uint8)
     for digest, image in zip(digests, images, strict=True):
         if (image != image[:, :1, :1]).any():

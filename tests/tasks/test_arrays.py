@@ -261,6 +261,14 @@ REFUSED = {
         pickle.dumps({"x": images(1), "labels": [[0], [1]]}),
         r"expected one array|got labels of shape",
     ),
+    "missing label": (
+        pickle.dumps({"x": images(1), "y": np.array([0.0] * 6 + [np.nan, 1.0])}),
+        r"label 6: got nan, expected a number or name; leave this example out",
+    ),
+    "missing label in a list": (
+        pickle.dumps({"x": images(1), "y": ["a", None, *"abbbbb"]}),
+        r"label 1: got None, expected a number or name",
+    ),
     "class of train": (cache(1, class_dict=class_dict(0)), "class 'train0' is in train and in val"),
     "class of train with a blank": (
         cache(1, class_dict={"train0 ": [0, 1], "b": [2, 3]}),

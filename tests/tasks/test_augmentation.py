@@ -10,11 +10,11 @@ from tasks import Augmented, EpisodeSampler, FewShot, ImagePool
 from tasks.augmentation import colour, crop_and_flip
 
 
-def few_shot(channels=3, size=(10, 9)):
+def few_shot(channels=3, size=(10, 9), names="abc", split="train"):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (24, channels, *size), dtype=torch.uint8, generator=generator)
-    pool = ImagePool.from_sorted(images, counts=[8, 8, 8], names=["a", "b", "c"])
-    return FewShot(pool, ways=2, shots=1, queries=3, name="birds/train")
+    pool = ImagePool.from_sorted(images, counts=[8, 8, 8], names=names)
+    return FewShot(pool, ways=2, shots=1, queries=3, name=f"birds/{split}")
 
 
 class InFloat64:
@@ -105,6 +105,30 @@ def test_the_tasks_are_those_without_augmentation():
     for images, before in pairs:
         distances = [(images - x).abs().max() for x in (before, before.flip(-1))]
         assert min(distances) < 1e-6
+
+
+def test_splits_compare_and_identify_the_classes_of_augmented_families():
+    others = [few_shot(names="def", split="validation"), few_shot(names="ghi", split="test")]
+    plain = tasks.Splits(few_shot(), *others)
+    changed = tasks.Splits(Augmented(few_shot()), *others)
+    assert changed.digests == plain.digests
+    assert changed.content_digests == plain.content_digests
+    with pytest.raises(ValueError, match="birds/train and birds/test share 1 classes, such as 'a'"):
+        tasks.Splits(Augmented(few_shot()), others[0], few_shot(names="axy", split="test"))
+
+
+class WithNames(InFloat64):
+    """A family whose classes have other names in each process."""
+
+    classes = ("birds-7f3a/a", "birds-7f3a/b")
+    class_names = ("a", "b")
+
+
+def test_what_identifies_classes_is_that_of_the_family():
+    named = WithNames(few_shot())
+    assert Augmented(named).classes == named.classes
+    assert Augmented(named).class_names == named.class_names
+    assert Augmented(InFloat64(few_shot())).classes == ()
 
 
 def equal(first, second):

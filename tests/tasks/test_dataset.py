@@ -100,6 +100,48 @@ def test_images_are_resized_as_files_are(tmp_path):
         assert torch.equal(splits.train.pool.images, expected.train.pool.images)
 
 
+def with_palette():
+    return [Image.fromarray(image).quantize(16) for image in pixels()]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ((with_palette(), LABELS), Pairs(with_palette())),
+        ((list(pixels()), LABELS), (pixels(), LABELS)),
+        ([pixels(), LABELS], (pixels(), LABELS)),
+        ([*zip(pixels(), LABELS, range(40), strict=True)], (pixels(), LABELS)),
+    ],
+    ids=["a list of images with palettes", "a list of arrays", "a list of two", "triples"],
+)
+def test_examples_in_lists_are_read_as_those_of_data_sets_and_arrays(dataset, expected):
+    got = load(dataset, size=8)
+    assert got.content_digests == load(expected, size=8).content_digests
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_features_are_of_any_float_type_and_may_need_gradients(dtype):
+    inputs = torch.randn(40, 5).to(dtype).requires_grad_()
+    expected = load((inputs.detach().float(), LABELS)).content_digests
+    for dataset in ((inputs, LABELS), Pairs(inputs)):
+        assert load(dataset).content_digests == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_float_images_in_two_splits_are_named_and_features_may_repeat(channels):
+    images = torch.rand(20, channels, 4, 5)
+    labels = np.arange(40) % 5
+    repeated = (torch.cat([images, images]), labels + 5 * (np.arange(40) > 19))
+    split = {"train": range(5), "val": [5, 6], "test": [7, 8, 9]}
+    with pytest.raises(ValueError, match=r"equal images in two splits: 20, the first being image"):
+        load(repeated, split=split, queries=1)
+    load(repeated, split=split, queries=1, allow_repeats=True)
+
+    inputs, labels = repeated
+    for features in (inputs.flatten(1), inputs.transpose(1, 2), torch.ones_like(inputs)):
+        load((features, labels), split=split, queries=1)
+
+
 def test_three_data_sets_are_a_split(tmp_path):
     parts = {"base": (0, 1, 2), "validation": (3, 4), "novel": (5, 6)}
     dataset = {}
@@ -134,6 +176,19 @@ def test_a_data_set_of_torchvision_is_taken_by_its_name(tmp_path, monkeypatch):
         load("Things", data_root=tmp_path)
 
 
+MISSING = [float(label) for label in LABELS[:5]] + [float("nan")] + [1.0] * 34
+ROWS_BY_NAME = [{"image": image, "label": c} for image, c in zip(pixels(), LABELS, strict=True)]
+
+
+def in_parts(**inputs):
+    """Three data sets of two classes each, the inputs of some of which are given."""
+    parts = ("train", "val", "test")
+    return {
+        part: (inputs.get(part, pixels()[8 * i : 8 * i + 8]), 2 * i + np.arange(8) % 2)
+        for i, part in enumerate(parts)
+    }
+
+
 TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")}
 
 
@@ -151,6 +206,20 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
         (Pairs(pixels(), np.eye(40)), {}, r"dataset: label 0: got shape \(40,\), expected one num"),
         ({"train": 1, "val": 2}, {}, "dataset: got a dictionary of train, val, expected train, v"),
         (TWICE, {}, "dataset: class '0' is in two of train, val, test"),
+        (ROWS_BY_NAME, {}, r"dataset: item 0: got dict, expected \(input, label\); take the two"),
+        (torch.rand(40, 2), {}, r"dataset: item 0: got Tensor, expected \(input, label\)"),
+        ([1, 2, 3], {}, r"dataset: item 0: got int, expected \(input, label\)"),
+        (Pairs(pixels(), classes=[*NAMES[:9], " kind  3"]), {}, "'kind 3' .* at 3 and 9, expected"),
+        ((pixels(), MISSING), {}, "dataset: label 5: got nan, expected a number or name; leave"),
+        ((pixels(), [*NAMES * 3, *NAMES[1:], np.nan]), {}, "dataset: label 39: got nan, expected"),
+        (Pairs(pixels(), MISSING), {}, "dataset: label 5: got nan, expected a number or name"),
+        (Pairs(pixels(), [None] * 40), {}, "dataset: label 0: got None, expected a number or name"),
+        (
+            in_parts(test=torch.rand(8, 3, 8, 8)),
+            {"size": 8},
+            r"got inputs uint8 \(3, 8, 8\) in train, uint8 .* in val, float32 .* in test, expected",
+        ),
+        (in_parts(test=torch.rand(8, 5)), {}, r"float32 \(5,\) in test, expected one type and"),
         ((pixels(), LABELS), {"split": {"train": [1]}}, "split: got a dictionary of train, exp"),
         ((pixels(), LABELS), {"split": SPLIT | {"val": [77]}}, "split: got class '77', expected"),
         ((pixels(), LABELS), {"split": SPLIT | {"val": [3]}}, "share 1 classes, such as '3'"),

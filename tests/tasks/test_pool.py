@@ -109,6 +109,30 @@ def test_a_dataset_that_is_no_pool_is_refused(inputs, message):
 
 
 @pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([(torch.zeros(2), float("nan"))], "dataset: label 0: got nan, expected a number or name"),
+        ([(torch.zeros(2), None)], "dataset: label 0: got None, expected a number or name; leave"),
+        ([(torch.zeros(2), torch.eye(3)[0])], r"label 0: got shape \(3,\), .* take the argmax"),
+        ([{"image": torch.zeros(2), "label": 1}], r"item 0: got dict, expected \(input, label\)"),
+        (np.ones((6, 2)), r"item 0: got ndarray, expected \(input, label\); take the two out of"),
+        (torch.rand(6, 2), r"item 0: got Tensor, expected \(input, label\); take the two"),
+        ([(torch.zeros(2),)], r"item 0: got tuple, expected \(input, label\); take the two"),
+    ],
+)
+def test_items_that_are_no_pairs_and_missing_labels_are_refused(items, message):
+    with pytest.raises(ValueError, match=message):
+        ImagePool.from_dataset(items)
+
+
+def test_entries_after_the_label_are_left_out():
+    items = [(torch.full((2,), float(c)), c, f"note {c}") for c in (1, 0, 1)]
+    pool = ImagePool.from_dataset(items)
+    assert pool.names == ("0", "1")
+    assert pool.images.tolist() == [[0, 0], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
     ("dtype", "counts", "message"),
     [
         (torch.int64, [4], r"images: got torch.int64 of shape \(4, 1, 2, 2\)"),
