@@ -64,8 +64,8 @@ def load(
         color: Whether images have three channels or one of grey.
         seed: Of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
-            Float inputs `[1 or 3, height, width]` are images, too. Features of other shapes may
-            always repeat.
+            If False, a warning names images that stand twice in a class. Float inputs
+            `[1 or 3, height, width]` are images, too. Features of other shapes may always repeat.
 
     Raises:
         FileNotFoundError: If the download fails.
