@@ -215,7 +215,10 @@ def _read_pair(
 def _input(value: Any, number: int, size: int, *, color: bool) -> np.ndarray:
     """One input as a pool holds it."""
     if hasattr(value, "getexif"):  # an image of Pillow
-        return fit_square(value, size, color=color).transpose(2, 0, 1)
+        try:
+            return fit_square(value, size, color=color).transpose(2, 0, 1)
+        except ValueError as error:
+            raise ValueError(f"dataset: input {number}: {error}") from error
     array = as_array(value)
     if array.dtype.kind == "f":
         return array.astype(np.float32)
