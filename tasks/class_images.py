@@ -17,7 +17,7 @@ from tasks.cache import Arrays, load_or_build
 from tasks.files import Files
 from tasks.list_files import PARTS, plain_name
 from tasks.pool import ImagePool
-from tasks.repeats import image_digests, repeated_images
+from tasks.repeats import copied_images, image_digests, repeated_images
 from tasks.split_folders import LAYOUT, divide_by_folders
 from tasks.split_lists import Division, divide_by_classes, divide_by_images
 
@@ -74,6 +74,25 @@ class ClassImages:
             return ""
         one, other = (f"{self._place(row)} ({PARTS[split_of[row]]})" for row in repeats[0])
         return f"equal images in two splits: {len(repeats)}, the first being {one} = {other}"
+
+    def copies(self, split: Sequence[np.ndarray]) -> str:
+        """What to say of images that stand twice in a class. Empty if there are none.
+
+        A task may have one of the two as support and the other as query.
+
+        Args:
+            split: As for `repeats`.
+        """
+        if len(self.digests) == 0:
+            return ""
+        kept_class = np.full(len(self.pool), -1)
+        for classes in split:
+            kept_class[classes] = classes
+        copies = copied_images(self.digests, np.repeat(kept_class, self.pool.counts))
+        if not copies:
+            return ""
+        one, other = map(self._place, copies[0])
+        return f"copies of images in one class: {len(copies)}, the first being {one} = {other}"
 
     def _place(self, row: int) -> str:
         """Where an image comes from."""

@@ -64,8 +64,8 @@ def load(
         color: Whether images have three channels or one of grey.
         seed: Of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
-            Float inputs `[1 or 3, height, width]` are images, too. Features of other shapes may
-            always repeat.
+            If False, a warning names images that stand twice in a class. Float inputs
+            `[1 or 3, height, width]` are images, too. Features of other shapes may always repeat.
 
     Raises:
         FileNotFoundError: If the download fails.
@@ -215,7 +215,10 @@ def _read_pair(
 def _input(value: Any, number: int, size: int, *, color: bool) -> np.ndarray:
     """One input as a pool holds it."""
     if hasattr(value, "getexif"):  # an image of Pillow
-        return fit_square(value, size, color=color).transpose(2, 0, 1)
+        try:
+            return fit_square(value, size, color=color).transpose(2, 0, 1)
+        except ValueError as error:
+            raise ValueError(f"dataset: input {number}: {error}") from error
     array = as_array(value)
     if array.dtype.kind == "f":
         return array.astype(np.float32)

@@ -68,8 +68,8 @@ def load(
             the images.
         seed: Of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
-            Float inputs `[1 or 3, height, width]` are images, too. Features of other shapes may
-            always repeat.
+            If False, a warning names images that stand twice in a class. Float inputs
+            `[1 or 3, height, width]` are images, too. Features of other shapes may always repeat.
 
     Raises:
         FileNotFoundError: If `data_root` is not given, or there is nothing at it.
@@ -138,6 +138,12 @@ def splits_of(
         raise ValueError(
             f"splits: {repeats}, expected none; remove one of the two, "
             "or set allow_repeats=true if the data set is published so"
+        )
+    if not allow_repeats and (copies := classes.copies(split)):
+        warnings.warn(
+            f"{classes.root}: {copies}; a task may adapt on one of the two and be judged on the "
+            "other, so remove one, or set allow_repeats=true if the data set is published so",
+            stacklevel=2,
         )
     return few_shot_splits(
         name,

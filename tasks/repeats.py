@@ -1,4 +1,4 @@
-"""Images that stand in two splits, found by hash: a model would be tested on what it has seen."""
+"""Images that stand in two splits, or twice in a class: a model would be tested on what it saw."""
 
 from __future__ import annotations
 
@@ -49,12 +49,32 @@ def repeated_images(digests: np.ndarray, split_of: np.ndarray) -> list[tuple[int
         >>> repeated_images(digests, split_of=np.array([0, -1, 2]))
         [(0, 2)]
     """
-    rows = np.flatnonzero((split_of >= 0) & digests.any(1))
-    splits = split_of[rows]
+    return _equal_pairs(digests, split_of, apart=True)
+
+
+def copied_images(digests: np.ndarray, class_of: np.ndarray) -> list[tuple[int, int]]:
+    """The rows of equal images in one class, in pairs.
+
+    Args:
+        digests: As `image_digests` returns them.
+        class_of: The number of the class that each image is in, int64 `[n]`, or −1 for none.
+
+    Example:
+        >>> digests = np.ones((4, 16), np.uint8)
+        >>> copied_images(digests, class_of=np.array([0, -1, 2, 2]))
+        [(2, 3)]
+    """
+    return _equal_pairs(digests, class_of, apart=False)
+
+
+def _equal_pairs(digests: np.ndarray, group_of: np.ndarray, apart: bool) -> list[tuple[int, int]]:
+    """The rows of neighbours among equal images, whose groups differ, or are one."""
+    rows = np.flatnonzero((group_of >= 0) & digests.any(1))
+    groups = group_of[rows]
     first, second = np.ascontiguousarray(digests[rows]).view(np.uint64).T
-    # Sorted by hash, then split: equal images are neighbours, those of one split together.
-    order = np.lexsort((splits, second, first))
+    # Sorted by hash, then group: equal images are neighbours, those of one group together.
+    order = np.lexsort((groups, second, first))
     is_equal = (np.diff(first[order]) == 0) & (np.diff(second[order]) == 0)
-    is_apart = np.diff(splits[order]) != 0
-    neighbours = np.flatnonzero(is_equal & is_apart)
+    is_apart = np.diff(groups[order]) != 0
+    neighbours = np.flatnonzero(is_equal & (is_apart == apart))
     return [(int(rows[order[i]]), int(rows[order[i + 1]])) for i in neighbours]

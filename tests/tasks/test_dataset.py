@@ -207,6 +207,11 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
         ({"train": 1, "val": 2}, {}, "dataset: got a dictionary of train, val, expected train, v"),
         (TWICE, {}, "dataset: class '0' is in two of train, val, test"),
         (ROWS_BY_NAME, {}, r"dataset: item 0: got dict, expected \(input, label\); take the two"),
+        (
+            ([Image.new("HSV", (8, 8))] * 40, LABELS),
+            {},
+            "dataset: input 0: got an image of Pillow's mode 'HSV', expected grey, RGB or CMYK",
+        ),
         (torch.rand(40, 2), {}, r"dataset: item 0: got Tensor, expected \(input, label\)"),
         ([1, 2, 3], {}, r"dataset: item 0: got int, expected \(input, label\)"),
         (Pairs(pixels(), classes=[*NAMES[:9], " kind  3"]), {}, "'kind 3' .* at 3 and 9, expected"),

@@ -7,7 +7,7 @@ import pytest
 from image_files import encode, write_tree
 
 import tasks
-from tasks.repeats import image_digests, repeated_images
+from tasks.repeats import copied_images, image_digests, repeated_images
 
 PARTS = ("train", "val", "test")
 
@@ -90,3 +90,39 @@ def test_images_in_arrays_are_named_by_their_classes(tmp_path):
     write_tree(tmp_path / "lists", lists)
     splits = load(tmp_path, ways=1, split_lists=tmp_path / "lists")
     assert splits.test.classes == ("test0", "test1")
+
+
+def test_the_rows_of_copies_in_a_class_are_those_of_a_plain_search():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 2, (60, 1, 2, 2), np.uint8)
+    class_of = rng.integers(-1, 4, 60)
+    pairs = copied_images(image_digests(images), class_of)
+    expected = 0
+    for c in range(4):
+        members = [image.tobytes() for image in images[class_of == c] if image.min() < image.max()]
+        expected += len(members) - len(set(members))
+    assert len(pairs) == expected > 5
+    for i, j in pairs:
+        assert i != j
+        assert class_of[i] == class_of[j] >= 0
+        assert np.array_equal(images[i], images[j])
+
+
+def test_copies_in_a_class_are_counted_and_named(tmp_path):
+    files = split_folders() | {
+        "train/k01/copy.png": encode(picture(12)),
+        "test/k21/one.bmp": encode(picture(211), "BMP"),
+        "test/k21/two.png": encode(picture(211)),
+    }
+    load(write_tree(tmp_path / "plain", split_folders()))
+    root = write_tree(tmp_path / "copies", files)
+    pair = r"(train/k01/2\.png = train/k01/copy\.png|test/k21/\S+ = test/k21/\S+);"
+    with pytest.warns(UserWarning, match="copies of images in one class: 3, .* " + pair):
+        splits = load(root)
+    assert splits.train.pool.counts.tolist() == [3, 4]
+    assert load(root, allow_repeats=True).digests == splits.digests
+
+    # Classes that are in no split have no tasks.
+    lists = {"train.txt": "k00", "val.txt": "k10\nk11", "test.txt": "k20"}
+    flat = {path.split("/", 1)[1]: data for path, data in files.items()}
+    load(write_tree(tmp_path / "lists", flat | lists), ways=1)
