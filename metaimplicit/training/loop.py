@@ -78,7 +78,7 @@ def fit(
 
     Args:
         learner: The learner, on the device to train on.
-        optimizer: The optimiser of its parameters.
+        optimizer: The optimiser of its parameters, or of some of them.
         sampler: The stream of training episodes.
         out: The run's folder. It is made if it does not exist.
         budget: When to end.
@@ -94,7 +94,8 @@ def fit(
             training goes on. If None, nothing is called.
         schedule: Maps the share of the budget that is spent to a factor on the learning rate of
             each group of the optimiser.
-        clip: The largest norm of the meta-gradient, > 0. If None, it is not clipped.
+        clip: The largest norm of the meta-gradient of what the optimiser moves, > 0. If None, it is
+            not clipped.
         workers: The number of processes that draw episodes. If 0, this one does.
         resume: Whether to continue from the checkpoint in `out`, if there is one.
         bar: Whether to show how far the run is: a bar on a terminal, else a line in a while.

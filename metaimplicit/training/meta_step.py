@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks, Step, name_parts
 from metaimplicit.solvers import Status
@@ -38,11 +38,12 @@ def take_step(
 ) -> Values:
     """Take one meta-step and return what it measured. Nothing moves if anything is not finite.
 
-    All of several processes move alike, and all raise the same error.
+    The norm of the meta-gradient, and its clipping, are over the parameters that the optimiser
+    moves. All of several processes move alike, and all raise the same error.
 
     Args:
         learner: The learner.
-        optimizer: The optimiser of its parameters.
+        optimizer: The optimiser of its parameters, or of some of them.
         episodes: The batch of tasks, on any device, of which each process computes its share.
         ranks: The processes.
         clip: The largest norm of the meta-gradient. If None, it is not clipped.
@@ -54,17 +55,27 @@ def take_step(
     """
     _require_finite_data(episodes, step, context)
     optimizer.zero_grad()
+    learner.zero_grad()  # the optimiser may move a part of the parameters alone
     device = next(learner.parameters()).device
     share = to_device(ranks.share(episodes), device)
     result = ranks.average(learner, learner.backward(share))
-    gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+    moved = _moved_parameters(learner, optimizer)
+    gradients = {name: p.grad for name, p in moved.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
     values = ranks.means(_read_values(result, norm), tasks=len(result.report.inner_steps))
     _require_finite_values(values, gradients, step, context)
     if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(learner.parameters(), clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(moved.values(), clip, norm)
     optimizer.step()
     return values | {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+
+
+def _moved_parameters(
+    learner: MetaLearner, optimizer: torch.optim.Optimizer
+) -> dict[str, nn.Parameter]:
+    """The parameters of the learner that the optimiser moves, by name."""
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in learner.named_parameters() if id(p) in moved}
 
 
 def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> None:

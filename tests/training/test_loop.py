@@ -167,6 +167,21 @@ def test_clipping_bounds_the_meta_gradient_and_the_log_has_its_norm_before(tmp_p
     assert read_metrics(tmp_path)[0]["gradient_norm"] > 0.1
 
 
+def test_the_norm_and_the_clipping_are_over_the_parameters_that_the_optimiser_moves(tmp_path):
+    learner, _, sampler = make_parts(noisy=False)
+    head = dict(learner.model[2].named_parameters())
+    before = {name: p.detach().clone() for name, p in head.items()}
+    learner.backward(next(make_parts(noisy=False).sampler.batches(1)))
+    expected = torch.stack([p.grad.norm() for p in head.values()]).norm().item()
+
+    # The gradients that are there now enter neither.
+    descent = torch.optim.SGD(head.values(), lr=1.0)
+    train(tmp_path, (learner, descent, sampler), steps=1, clip=0.01)
+    assert read_metrics(tmp_path)[0]["gradient_norm"] == pytest.approx(expected, rel=1e-6)
+    moves = [(p.detach() - before[name]).flatten() for name, p in head.items()]
+    assert torch.cat(moves).norm() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_outer_step_size_follows_the_share_of_the_budget_that_is_spent(tmp_path):
     train(tmp_path, make_parts(), steps=4)
     rates = [line["learning_rate"] for line in read_metrics(tmp_path)]
