@@ -12,6 +12,7 @@ import torch
 
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
+from metaimplicit.training.hyperparameters import scheduled_rates
 from metaimplicit.training.log import Values
 from metaimplicit.training.meta_step import take_step
 from metaimplicit.training.metrics import Evaluation, evaluate
@@ -78,7 +79,9 @@ def fit(
 
     Args:
         learner: The learner, on the device to train on.
-        optimizer: The optimiser of its parameters, or of some of them.
+        optimizer: The optimiser of its parameters, or of some of them. Its learning rates at the
+            end are those at the start. A run that is resumed keeps its own hyperparameters, and a
+            warning says so if those of the optimiser differ.
         sampler: The stream of training episodes.
         out: The run's folder. It is made if it does not exist.
         budget: When to end.
@@ -127,8 +130,6 @@ def fit(
     """
     _check_numbers(validate_every, checkpoint_every, clip)
     ranks = Ranks() if ranks is None else ranks
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     record = RunRecord(
         out,
         learner,
@@ -141,7 +142,12 @@ def fit(
         resume=resume,
         bar=bar,
     )
-    with DeferredSignals() as signals, record, warnings.catch_warnings():
+    with (
+        DeferredSignals() as signals,
+        scheduled_rates(optimizer),
+        record,
+        warnings.catch_warnings(),
+    ):
         # Such a step ends in NonFiniteError, or is clipped.
         warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
         progress = record.progress
