@@ -11,7 +11,7 @@ from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks, Step, name_pa
 from metaimplicit.solvers import Status
 from metaimplicit.tensors import tensors_in
 from metaimplicit.training.log import Values
-from metaimplicit.training.metrics import to_device
+from metaimplicit.training.metrics import measure_name, to_device
 
 
 class NonFiniteError(FloatingPointError):
@@ -62,7 +62,8 @@ def take_step(
     moved = _moved_parameters(learner, optimizer)
     gradients = {name: p.grad for name, p in moved.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    values = ranks.means(_read_values(result, norm), tasks=len(result.report.inner_steps))
+    own = _read_values(result, norm, measure=measure_name(learner))
+    values = ranks.means(own, tasks=len(result.report.inner_steps))
     _require_finite_values(values, gradients, step, context)
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(moved.values(), clip, norm)
@@ -115,7 +116,7 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _read_values(step: Step, norm: Tensor) -> Values:
+def _read_values(step: Step, norm: Tensor, measure: str) -> Values:
     """The numbers of a step. None for those that it does not have."""
     report = step.report
     negative = None
@@ -123,7 +124,7 @@ def _read_values(step: Step, norm: Tensor) -> Values:
         negative = (report.status == int(Status.NEGATIVE_CURVATURE)).double().mean()
     tensors = {
         "loss": step.loss,
-        "accuracy": step.accuracy,
+        measure: step.accuracy,
         "residual": _mean(report.residual),
         "hessian_residual": _mean(report.hessian_residual),
         "inner_gradient_norm": report.inner_gradient_norm.mean(),

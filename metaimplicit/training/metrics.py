@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metaimplicit.learner import Episode, EpisodeBatch, HasSets, MetaLearner, name_parts
+
+Measure = Literal["accuracy", "metric", "mse", "loss"]
 
 
 @dataclass(frozen=True)
@@ -96,27 +98,33 @@ class Evaluation:
 
     Attributes:
         losses: `[counts, tasks]`.
-        accuracies: `[counts, tasks]`. None for regression.
+        accuracies: The accuracies, or the learner's `metric`, `[counts, tasks]`. None for
+            regression without a metric.
         steps: The numbers of inner steps, `counts` of them.
+        measure: What `curve` holds: "accuracy", "metric", which is the learner's, "mse", which is
+            the mean squared error, or "loss". If None, it is the accuracy or else the loss.
 
     Example:
         >>> evaluation = Evaluation(torch.tensor([[4.0, 2.0], [1.0, 1.0]]), None, steps=(0, 5))
         >>> evaluation.metric, [estimate.mean for estimate in evaluation.curve()]
-        ('mse', [3.0, 1.0])
+        ('loss', [3.0, 1.0])
     """
 
     losses: Tensor
     accuracies: Tensor | None
     steps: tuple[int, ...]
+    measure: Measure | None = None
 
     @property
-    def metric(self) -> str:
-        """What `curve` holds: "accuracy", or for regression "mse", the mean squared error."""
-        return "mse" if self.accuracies is None else "accuracy"
+    def metric(self) -> Measure:
+        """What `curve` holds, by the names of `measure`."""
+        if self.measure is not None:
+            return self.measure
+        return "loss" if self.accuracies is None else "accuracy"
 
     @property
     def values(self) -> Tensor:
-        """The metric of each task, `[counts, tasks]`."""
+        """What `curve` is the mean of, `[counts, tasks]`."""
         return self.losses if self.accuracies is None else self.accuracies
 
     def curve(self) -> list[Estimate]:
@@ -186,8 +194,10 @@ def evaluate(
         raise ValueError("batches: got none, expected at least one batch of episodes")
     all_losses = torch.cat(losses, dim=1)[:, :tasks]
     if len(accuracies) < len(losses):
-        return Evaluation(all_losses, None, counts)
-    return Evaluation(all_losses, torch.cat(accuracies, dim=1)[:, :tasks], counts)
+        name: Measure = "mse" if _is_squared_error(learner) else "loss"
+        return Evaluation(all_losses, None, counts, measure=name)
+    all_accuracies = torch.cat(accuracies, dim=1)[:, :tasks]
+    return Evaluation(all_losses, all_accuracies, counts, measure=measure_name(learner))
 
 
 def evaluate_one_at_a_time(
@@ -228,6 +238,16 @@ def evaluate_one_at_a_time(
     return Estimate.of(torch.cat(accuracies)[:tasks])
 
 
+def measure_name(learner: MetaLearner) -> Literal["accuracy", "metric"]:
+    """What the measure beside the loss is called, in the log of a run as well.
+
+    Example:
+        >>> measure_name(MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy))
+        'accuracy'
+    """
+    return "accuracy" if learner.metric is None else "metric"
+
+
 def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Episode]:
     """The episodes on a device: one batch of tasks, or a list of tasks if they came as a list.
 
@@ -254,6 +274,14 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _is_squared_error(learner: MetaLearner) -> bool:
+    """Whether the loss of the query sets is torch's mean squared error."""
+    loss = learner.loss if learner.query_loss is None else learner.query_loss
+    if isinstance(loss, nn.MSELoss):
+        return loss.reduction == "mean"
+    return loss is nn.functional.mse_loss
 
 
 def _move(tree: Any, device: torch.device) -> Any:

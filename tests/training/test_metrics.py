@@ -50,6 +50,26 @@ def test_evaluate_has_the_learners_numbers_for_the_tasks_asked_for():
     torch.testing.assert_close(result.losses[:, :3], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "name"),
+    [
+        (F.mse_loss, {}, "mse"),
+        (nn.MSELoss(), {}, "mse"),
+        (nn.MSELoss(reduction="sum"), {}, "loss"),
+        (F.l1_loss, {}, "loss"),
+        (F.mse_loss, {"query_loss": F.l1_loss}, "loss"),
+        (F.l1_loss, {"query_loss": F.mse_loss}, "mse"),
+        (F.mse_loss, {"metric": F.l1_loss}, "metric"),
+    ],
+)
+def test_an_evaluation_names_what_it_measured(loss, options, name):
+    learner = MetaLearner(MLP(1, 1), loss, **options)
+    result = evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]], steps=[0])
+    assert (result.metric, result.summary()["metric"]) == (name, name)
+    has_metric = name == "metric"
+    assert result.values is (result.accuracies if has_metric else result.losses)
+
+
 def test_evaluate_measures_after_plain_gradient_descent():
     learner = make_learner(MLP(1, 1))
     sampler = make_sampler(tasks_per_batch=3, seed=1)

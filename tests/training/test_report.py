@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pages import read_page
 from torch import nn
-from training.sinusoid_run import make_parts, make_sampler
+from training.sinusoid_run import make_parts, make_sampler, train
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.training import (
@@ -19,6 +19,7 @@ from metaimplicit.training import (
     make_run_page,
     predict_classes,
     predict_curves,
+    read_metrics,
     write_sealed_json,
 )
 from metaimplicit.training.episode_sections import episodes_section
@@ -150,6 +151,23 @@ def test_the_page_of_a_regression_shows_fits(tmp_path):
     assert list(sections) == ["Error", *FIRST, "Fits", *LAST]
     assert "This run was not validated." in sections["Curves"]
     assert "after 1 inner step:" in sections["Error"]
+
+
+def test_the_page_of_a_run_with_a_metric_shows_it_under_this_name_and_without_percent(tmp_path):
+    parts = make_parts(noisy=False, metric=F.l1_loss)
+    batch = make_sampler(tasks_per_batch=2, seed=1)[0]
+    train(tmp_path, parts, steps=2, validation=lambda: [batch])
+    assert [(line["metric"] > 0, "accuracy" in line) for line in read_metrics(tmp_path)] == [
+        (True, False)
+    ] * 3
+    evaluation = evaluate(parts.learner, [batch], steps=1)
+    page = read_page(make_run_page(tmp_path, title="x", evaluation=evaluation))
+    sections = dict(page.sections)
+    assert list(sections) == ["Metric", *FIRST, *LAST]
+    mean = float(evaluation.accuracies[-1].mean())
+    assert f"{mean:.4f} ±" in sections["Metric"]
+    assert "The last metric is" in sections["Curves"]
+    assert "ccuracy" not in page.text
 
 
 def test_a_folder_without_files_gives_a_page_that_says_so(tmp_path):
