@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metaimplicit.learner import Episode, EpisodeBatch, HasSets, MetaLearner, name_parts
+from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts, read_episodes
+from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.training.queries import query_loss
 
 Measure = Literal["accuracy", "metric", "mse", "loss"]
 
@@ -194,48 +196,10 @@ def evaluate(
         raise ValueError("batches: got none, expected at least one batch of episodes")
     all_losses = torch.cat(losses, dim=1)[:, :tasks]
     if len(accuracies) < len(losses):
-        name: Measure = "mse" if _is_squared_error(learner) else "loss"
+        name: Measure = "mse" if _is_squared_error(query_loss(learner)) else "loss"
         return Evaluation(all_losses, None, counts, measure=name)
     all_accuracies = torch.cat(accuracies, dim=1)[:, :tasks]
     return Evaluation(all_losses, all_accuracies, counts, measure=measure_name(learner))
-
-
-def evaluate_one_at_a_time(
-    learner: MetaLearner,
-    batches: Iterable[HasSets],
-    *,
-    steps: int | None = None,
-    tasks: int | None = None,
-) -> Estimate:
-    """The accuracy where the model sees one query at a time.
-
-    Where a normalisation takes its statistics from its batch, this is what a user gets who has one
-    image to classify. For other models it is the accuracy of `evaluate`.
-
-    Args:
-        learner: The learner of a classification.
-        batches: Batches of tasks, on any device, with class numbers as targets.
-        steps: The number of inner steps. If None, those of the inner loop.
-        tasks: The number of tasks that count, the first ones. If None, all.
-
-    Example:
-        >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
-        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
-        >>> evaluate_one_at_a_time(learner, [Episode.of(pair, pair)]).tasks
-        4
-    """
-    device = next(learner.parameters()).device
-    accuracies = []
-    with evaluation_mode(learner), torch.no_grad():
-        for batch in batches:
-            support = _move(batch.support, device)
-            inputs, targets = _move(batch.query, device)
-            adapted = learner.adapt(support, steps=steps, batched=True)
-            queries = inputs.split(1, dim=1)
-            classes = torch.cat([adapted(query).argmax(-1) for query in queries], dim=1)
-            right = classes == targets
-            accuracies.append(right.double().mean(1).cpu())
-    return Estimate.of(torch.cat(accuracies)[:tasks])
 
 
 def measure_name(learner: MetaLearner) -> Literal["accuracy", "metric"]:
@@ -260,6 +224,26 @@ def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Ep
     return moved
 
 
+def tasks_of_one_shape(episodes: EpisodeBatch, device: torch.device) -> Episode:
+    """A batch of tasks in any form, on a device, as one episode with the task axis first.
+
+    Raises:
+        ValueError: The tasks have several shapes, and so cannot be one episode.
+
+    Example:
+        >>> pair = (torch.zeros(1, 2, 3), torch.zeros(1, 2))
+        >>> tasks_of_one_shape([(pair, pair)], torch.device("cpu")).support.inputs.shape
+        torch.Size([1, 1, 2, 3])
+    """
+    first, *others = read_episodes(to_device(episodes, device))
+    if others:
+        raise ValueError(
+            f"episodes: got {1 + len(others)} tasks of different shapes, expected one shape, as "
+            "their predictions are one tensor; call this for each task, or use evaluate"
+        )
+    return first
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory that was held so far, in MiB.
 
@@ -276,9 +260,8 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _is_squared_error(learner: MetaLearner) -> bool:
-    """Whether the loss of the query sets is torch's mean squared error."""
-    loss = learner.loss if learner.query_loss is None else learner.query_loss
+def _is_squared_error(loss: TaskLoss) -> bool:
+    """Whether a loss is torch's mean squared error."""
     if isinstance(loss, nn.MSELoss):
         return loss.reduction == "mean"
     return loss is nn.functional.mse_loss

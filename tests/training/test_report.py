@@ -91,6 +91,59 @@ def test_predictions_are_those_that_the_test_measured(classified):
     assert accuracies[-1] == max(predictions.accuracies)
 
 
+@pytest.mark.parametrize(
+    ("loss", "ignored"),
+    [(F.cross_entropy, -100), (nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0])), 0)],
+)
+def test_queries_that_the_loss_ignores_are_neither_right_nor_wrong(loss, ignored):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 9, 2)
+    targets = torch.arange(3).repeat(3).expand(4, -1)
+    partly_ignored = torch.where(targets == 0, ignored, targets)
+    pairs = {"support": (inputs, targets), "query": (torch.randn(4, 9, 2), partly_ignored)}
+    batch = SimpleNamespace(**pairs, labels={"classes": torch.tensor([7, 8, 9]).expand(4, -1)})
+    learner = MetaLearner(nn.Linear(2, 3), loss)
+    predictions = predict_classes(learner, [batch], steps=3, tasks=4)
+    expected = evaluate(learner, [batch], steps=[3]).accuracies[0]
+    torch.testing.assert_close(predictions.accuracies, expected.float(), rtol=1e-6, atol=0)
+    assert torch.equal(predictions.is_counted, targets != 0)
+    assert torch.equal(predictions.wrong, ~predictions.right & (targets != 0))
+    counts = Confusion.of(predictions).counts
+    assert counts.sum(1).tolist() == [0, 12, 12]  # of the classes 7, 8 and 9
+    text = episodes_section(predictions)
+    assert "of 6 right" in text
+    assert "of 9 right" not in text
+
+
+def test_predictions_need_tasks_of_one_shape():
+    def task(queries):
+        return [(torch.randn(n, 1), torch.zeros(n, dtype=torch.long)) for n in (3, queries)]
+
+    ragged = [task(4), task(5)]
+    learner = MetaLearner(nn.Linear(1, 2), F.cross_entropy)
+    with pytest.raises(ValueError, match="episodes: got 2 tasks of different shapes"):
+        predict_classes(learner, [ragged], steps=1, tasks=2)
+    with pytest.raises(ValueError, match="episodes: got 2 tasks of different shapes"):
+        predict_curves(learner, ragged, steps=1)
+    regression, *_ = make_parts(noisy=False)
+    sampler = make_sampler(tasks_per_batch=2, seed=1)
+    with pytest.raises(ValueError, match=r"outputs \(2, 5, 1\) and targets \(2, 5, 1\), expected"):
+        predict_classes(regression, sampler, steps=1, tasks=2)
+
+
+def test_curves_are_predicted_without_dropout():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Dropout(0.5), nn.Linear(20, 1))
+    learner = MetaLearner(model, F.mse_loss)
+    batch = make_sampler(tasks_per_batch=2, seed=1)[0]
+    first = predict_curves(learner, batch, steps=1)
+    assert learner.training
+    learner.eval()
+    second = predict_curves(learner, batch, steps=1)
+    assert torch.equal(first.before, second.before)
+    assert torch.equal(first.after, second.after)
+
+
 def test_confusions_are_those_of_a_plain_loop(classified):
     predictions, *_ = classified
     confusion = Confusion.of(predictions)
