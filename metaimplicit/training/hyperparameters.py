@@ -62,7 +62,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], s
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     """The numbers and choices of a group by name, with the learning rate before its schedule."""
-    rate = group.get(INITIAL_RATE, group["lr"])
+    rate = group.get(INITIAL_RATE, group.get("lr"))
     others = {name: value for name, value in group.items() if name not in NOT_COMPARED}
     return {
         name: value.tolist() if isinstance(value, torch.Tensor) else value
