@@ -19,10 +19,10 @@ from metaimplicit.training.metrics import (
     Estimate,
     Evaluation,
     evaluate,
-    evaluate_one_at_a_time,
     peak_memory,
     to_device,
 )
+from metaimplicit.training.one_at_a_time import evaluate_one_at_a_time
 from metaimplicit.training.page import leave_page
 from metaimplicit.training.plots import plot_adaptation, plot_curves
 from metaimplicit.training.predictions import Predictions, predict_classes

@@ -21,12 +21,13 @@ def episodes_section(predictions: Predictions) -> Html:
     """Some tasks: a row for each class, with its support and what was said of its queries."""
     sure = predictions.probabilities.amax(-1)
     right = predictions.right
+    wrong = predictions.wrong
     words = [
         f"The worst, a middling and the best of {len(right)} tasks. A row has the support examples "
         "of a class, then its queries: ✓ with the probability of the right class, or ✗ with the "
         "class that was chosen instead, and its probability.",
         _confidence("where it is right", sure[right]),
-        _confidence("where it is wrong", sure[~right]),
+        _confidence("where it is wrong", sure[wrong]),
     ]
     shown = [_episode(predictions, task) for task in predictions.episodes]
     return join([note(" ".join(filter(None, words))), *shown])
@@ -52,11 +53,12 @@ def _confidence(where: str, probabilities: Tensor) -> str:
 def _episode(predictions: Predictions, task: int) -> Html:
     episode = predictions.episodes[task]
     right = predictions.right[task]
+    wrong = predictions.wrong[task]
     targets = predictions.targets[task]
     ways = predictions.probabilities.shape[-1]
-    errors = torch.stack([(~right[targets == way]).sum() for way in range(ways)])
+    errors = torch.stack([wrong[targets == way].sum() for way in range(ways)])
     shown = sorted(errors.argsort(descending=True, stable=True)[:MOST_WAYS].tolist())
-    heading = f"Task {task + 1}: {int(right.sum())} of {len(right)} right"
+    heading = f"Task {task + 1}: {int(right.sum())} of {int((right | wrong).sum())} right"
     if len(shown) < ways:
         heading += f"; the {len(shown)} of {ways} classes with most errors"
     rows = (_way(predictions, task=task, way=way, episode=episode) for way in shown)
@@ -68,7 +70,8 @@ def _way(predictions: Predictions, *, task: int, way: int, episode: Episode) -> 
     mine = (episode.support.targets == way).nonzero().flatten()[:MOST_SHOTS]
     support = [_shot(episode.support.inputs[i], f"support example of {name}") for i in mine]
     right = predictions.right[task]
-    queries = (episode.query.targets == way).nonzero().flatten()
+    is_counted = predictions.is_counted[task]
+    queries = ((episode.query.targets == way) & is_counted).nonzero().flatten()
     wrong_first = queries[right[queries].int().argsort(stable=True)][:MOST_QUERIES]
     answers = [
         _answer(predictions, task=task, query=int(i), image=episode.query.inputs[i])

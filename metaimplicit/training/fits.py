@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaimplicit.learner import EpisodeBatch, MetaLearner, Pair, read_episodes
-from metaimplicit.training.metrics import to_device
+from metaimplicit.learner import EpisodeBatch, MetaLearner, Pair
+from metaimplicit.training.metrics import evaluation_mode, tasks_of_one_shape
 
 GRID_POINTS = 200
 
@@ -45,6 +45,8 @@ class Fits:
 def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> Fits:
     """Adapt to tasks of one input and one output, and predict over the range of their query inputs.
 
+    The learner is in evaluation mode meanwhile, as in `evaluate`.
+
     Args:
         learner: The learner.
         episodes: A batch of tasks with inputs and targets `[tasks, examples, 1]`, on any device.
@@ -52,6 +54,9 @@ def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> 
 
     Returns:
         Predictions at 200 inputs, on the CPU.
+
+    Raises:
+        ValueError: The tasks have several shapes.
 
     Example:
         >>> learner = MetaLearner(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss)
@@ -61,8 +66,7 @@ def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> 
         torch.Size([2, 200])
     """
     device = next(learner.parameters()).device
-    (batch,) = read_episodes(to_device(episodes, device))
-    support, query = batch
+    support, query = tasks_of_one_shape(episodes, device)
     low = float(query.inputs.min())
     high = float(query.inputs.max())
     dtype = query.inputs.dtype
@@ -70,9 +74,10 @@ def predict_curves(learner: MetaLearner, episodes: EpisodeBatch, steps: int) -> 
     inputs = grid[:, None].expand(len(query.inputs), -1, 1)
 
     def predict(count: int) -> Tensor:
-        adapted = learner.adapt(support, steps=count, batched=True)
-        with torch.no_grad():
-            outputs: Tensor = adapted(inputs)
+        with evaluation_mode(learner):
+            adapted = learner.adapt(support, steps=count, batched=True)
+            with torch.no_grad():
+                outputs: Tensor = adapted(inputs)
         return outputs.squeeze(-1).cpu()
 
     return Fits(

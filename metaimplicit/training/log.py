@@ -125,7 +125,7 @@ class RunLog:
         """Show that a step is done, with means over the last 20 steps."""
         self._recent.append(values)
         means = []
-        for name in ("loss", "accuracy", "residual"):
+        for name in ("loss", "accuracy", "metric", "residual"):
             recent = [step.get(name) for step in self._recent]
             numbers = [value for value in recent if value is not None]
             if numbers:

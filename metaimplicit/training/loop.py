@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,14 +11,16 @@ import torch
 
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
+from metaimplicit.training.hyperparameters import scheduled_rates
 from metaimplicit.training.log import Values
 from metaimplicit.training.meta_step import take_step
-from metaimplicit.training.metrics import Evaluation, evaluate
+from metaimplicit.training.metrics import Evaluation, evaluate, measure_name
 from metaimplicit.training.progress import Budget, Progress, Stopwatch, cosine
 from metaimplicit.training.rotation import Identity
 from metaimplicit.training.run_folder import CHECKPOINT
 from metaimplicit.training.run_record import RunRecord
 from metaimplicit.training.run_state import Resumable
+from metaimplicit.training.selection import Best, score, selection_rule
 from metaimplicit.training.signals import DeferredSignals
 
 ENDLESS = 2**40  # batches to draw where only the time is limited
@@ -51,6 +52,7 @@ def fit(
     identity: Identity | None = None,
     validation: Callable[[], Iterable[EpisodeBatch]] | None = None,
     validate_every: int = 200,
+    best: Best | None = None,
     checkpoint_every: int = 100,
     before_step: Callable[[float], None] | None = None,
     schedule: Callable[[float], float] = cosine,
@@ -78,7 +80,9 @@ def fit(
 
     Args:
         learner: The learner, on the device to train on.
-        optimizer: The optimiser of its parameters.
+        optimizer: The optimiser of its parameters, or of some of them. Its learning rates at the
+            end are those at the start. A run that is resumed keeps its own hyperparameters, and a
+            warning says so if those of the optimiser differ.
         sampler: The stream of training episodes.
         out: The run's folder. It is made if it does not exist.
         budget: When to end.
@@ -88,13 +92,18 @@ def fit(
         validation: Draws the batches to validate on. If None, there is no validation.
         validate_every: The number of steps between validations, ≥ 1. The last step is validated
             as well.
+        best: Which validation is the best: that with the `"lowest loss"`, the `"highest metric"`
+            or the `"lowest metric"`. Without a metric of the learner, the metric is the accuracy.
+            If None, it is the highest accuracy, or else, and for a learner with a metric, the
+            lowest loss. A resumed run with another `best` selects among its further validations.
         checkpoint_every: The number of steps between checkpoints, ≥ 1. There is one before the
             first step and one after the last as well.
         before_step: Is called with the share of the budget that is spent, to change the learner as
             training goes on. If None, nothing is called.
         schedule: Maps the share of the budget that is spent to a factor on the learning rate of
             each group of the optimiser.
-        clip: The largest norm of the meta-gradient, > 0. If None, it is not clipped.
+        clip: The largest norm of the meta-gradient of what the optimiser moves, > 0. If None, it is
+            not clipped.
         workers: The number of processes that draw episodes. If 0, this one does.
         resume: Whether to continue from the checkpoint in `out`, if there is one.
         bar: Whether to show how far the run is: a bar on a terminal, else a line in a while.
@@ -108,7 +117,8 @@ def fit(
         LostRanksError: Another process ended. The last checkpoint stands.
         NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
             moved at this step, and the last checkpoint stands.
-        ValueError: A number is out of range. The checkpoints are damaged or belong to another run.
+        ValueError: A number is out of range. `best` asks for a metric, and there is neither a
+            metric nor an accuracy. The checkpoints are damaged or belong to another run.
             Or `out` holds the metrics of a run whose checkpoint is gone.
 
     Example:
@@ -125,9 +135,8 @@ def fit(
         [1, 2, 3]
     """
     _check_numbers(validate_every, checkpoint_every, clip)
+    rule = selection_rule(learner, best)
     ranks = Ranks() if ranks is None else ranks
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     record = RunRecord(
         out,
         learner,
@@ -140,7 +149,12 @@ def fit(
         resume=resume,
         bar=bar,
     )
-    with DeferredSignals() as signals, record, warnings.catch_warnings():
+    with (
+        DeferredSignals() as signals,
+        scheduled_rates(optimizer),
+        record,
+        warnings.catch_warnings(),
+    ):
         # Such a step ends in NonFiniteError, or is clipped.
         warnings.filterwarnings("ignore", message="the meta-gradient", category=RuntimeWarning)
         progress = record.progress
@@ -159,9 +173,10 @@ def fit(
                 stopwatch.update()
                 stops = _agree(ranks, progress, signals)
                 if result is not None and not stops:
-                    values = _read_values(result, ranks)
+                    values = _read_values(result, ranks, measure=measure_name(learner))
+                    value = score(values, rule)
                     record.write_validation(values)
-                    is_best = progress.note_score(_score(values))
+                    is_best = progress.note_score(value, rule)
             stops = stops or done
             is_due = stops or progress.step % checkpoint_every == 0
             if is_best or (is_due and not record.is_saved):
@@ -226,13 +241,13 @@ def _validate(
         return evaluate(learner, own, steps=[learner.inner.steps])
 
 
-def _read_values(result: Evaluation, ranks: Ranks) -> Values:
-    """The mean loss and accuracy of the tasks of all processes."""
+def _read_values(result: Evaluation, ranks: Ranks, measure: str) -> Values:
+    """The mean loss and measure of the tasks of all processes."""
     losses = result.losses[-1]
     accuracies = None if result.accuracies is None else result.accuracies[-1]
     own: Values = {
         "loss": losses.mean().item(),
-        "accuracy": None if accuracies is None else accuracies.mean().item(),
+        measure: None if accuracies is None else accuracies.mean().item(),
     }
     return ranks.means(own, tasks=len(losses))
 
@@ -244,12 +259,3 @@ def _until_stopped(
         yield batch
         if signals.received is not None:
             return
-
-
-def _score(validation: Values) -> float:
-    """The accuracy, or else the negative loss, of which more is better."""
-    accuracy = validation["accuracy"]
-    loss = validation["loss"]
-    if accuracy is not None:
-        return accuracy
-    return -math.inf if loss is None else -loss

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks, Step, name_parts
 from metaimplicit.solvers import Status
 from metaimplicit.tensors import tensors_in
 from metaimplicit.training.log import Values
-from metaimplicit.training.metrics import to_device
+from metaimplicit.training.metrics import measure_name, to_device
 
 
 class NonFiniteError(FloatingPointError):
@@ -38,11 +38,12 @@ def take_step(
 ) -> Values:
     """Take one meta-step and return what it measured. Nothing moves if anything is not finite.
 
-    All of several processes move alike, and all raise the same error.
+    The norm of the meta-gradient, and its clipping, are over the parameters that the optimiser
+    moves. All of several processes move alike, and all raise the same error.
 
     Args:
         learner: The learner.
-        optimizer: The optimiser of its parameters.
+        optimizer: The optimiser of its parameters, or of some of them.
         episodes: The batch of tasks, on any device, of which each process computes its share.
         ranks: The processes.
         clip: The largest norm of the meta-gradient. If None, it is not clipped.
@@ -54,17 +55,28 @@ def take_step(
     """
     _require_finite_data(episodes, step, context)
     optimizer.zero_grad()
+    learner.zero_grad()  # the optimiser may move a part of the parameters alone
     device = next(learner.parameters()).device
     share = to_device(ranks.share(episodes), device)
     result = ranks.average(learner, learner.backward(share))
-    gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+    moved = _moved_parameters(learner, optimizer)
+    gradients = {name: p.grad for name, p in moved.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    values = ranks.means(_read_values(result, norm), tasks=len(result.report.inner_steps))
+    own = _read_values(result, norm, measure=measure_name(learner))
+    values = ranks.means(own, tasks=len(result.report.inner_steps))
     _require_finite_values(values, gradients, step, context)
     if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(learner.parameters(), clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(moved.values(), clip, norm)
     optimizer.step()
     return values | {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+
+
+def _moved_parameters(
+    learner: MetaLearner, optimizer: torch.optim.Optimizer
+) -> dict[str, nn.Parameter]:
+    """The parameters of the learner that the optimiser moves, by name."""
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in learner.named_parameters() if id(p) in moved}
 
 
 def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> None:
@@ -104,7 +116,7 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _read_values(step: Step, norm: Tensor) -> Values:
+def _read_values(step: Step, norm: Tensor, measure: str) -> Values:
     """The numbers of a step. None for those that it does not have."""
     report = step.report
     negative = None
@@ -112,7 +124,7 @@ def _read_values(step: Step, norm: Tensor) -> Values:
         negative = (report.status == int(Status.NEGATIVE_CURVATURE)).double().mean()
     tensors = {
         "loss": step.loss,
-        "accuracy": step.accuracy,
+        measure: step.accuracy,
         "residual": _mean(report.residual),
         "hessian_residual": _mean(report.hessian_residual),
         "inner_gradient_norm": report.inner_gradient_norm.mean(),

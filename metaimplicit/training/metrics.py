@@ -7,13 +7,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metaimplicit.learner import Episode, EpisodeBatch, HasSets, MetaLearner, name_parts
+from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts, read_episodes
+from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.training.queries import query_loss
+
+Measure = Literal["accuracy", "metric", "mse", "loss"]
 
 
 @dataclass(frozen=True)
@@ -96,27 +100,33 @@ class Evaluation:
 
     Attributes:
         losses: `[counts, tasks]`.
-        accuracies: `[counts, tasks]`. None for regression.
+        accuracies: The accuracies, or the learner's `metric`, `[counts, tasks]`. None for
+            regression without a metric.
         steps: The numbers of inner steps, `counts` of them.
+        measure: What `curve` holds: "accuracy", "metric", which is the learner's, "mse", which is
+            the mean squared error, or "loss". If None, it is the accuracy or else the loss.
 
     Example:
         >>> evaluation = Evaluation(torch.tensor([[4.0, 2.0], [1.0, 1.0]]), None, steps=(0, 5))
         >>> evaluation.metric, [estimate.mean for estimate in evaluation.curve()]
-        ('mse', [3.0, 1.0])
+        ('loss', [3.0, 1.0])
     """
 
     losses: Tensor
     accuracies: Tensor | None
     steps: tuple[int, ...]
+    measure: Measure | None = None
 
     @property
-    def metric(self) -> str:
-        """What `curve` holds: "accuracy", or for regression "mse", the mean squared error."""
-        return "mse" if self.accuracies is None else "accuracy"
+    def metric(self) -> Measure:
+        """What `curve` holds, by the names of `measure`."""
+        if self.measure is not None:
+            return self.measure
+        return "loss" if self.accuracies is None else "accuracy"
 
     @property
     def values(self) -> Tensor:
-        """The metric of each task, `[counts, tasks]`."""
+        """What `curve` is the mean of, `[counts, tasks]`."""
         return self.losses if self.accuracies is None else self.accuracies
 
     def curve(self) -> list[Estimate]:
@@ -186,46 +196,20 @@ def evaluate(
         raise ValueError("batches: got none, expected at least one batch of episodes")
     all_losses = torch.cat(losses, dim=1)[:, :tasks]
     if len(accuracies) < len(losses):
-        return Evaluation(all_losses, None, counts)
-    return Evaluation(all_losses, torch.cat(accuracies, dim=1)[:, :tasks], counts)
+        name: Measure = "mse" if _is_squared_error(query_loss(learner)) else "loss"
+        return Evaluation(all_losses, None, counts, measure=name)
+    all_accuracies = torch.cat(accuracies, dim=1)[:, :tasks]
+    return Evaluation(all_losses, all_accuracies, counts, measure=measure_name(learner))
 
 
-def evaluate_one_at_a_time(
-    learner: MetaLearner,
-    batches: Iterable[HasSets],
-    *,
-    steps: int | None = None,
-    tasks: int | None = None,
-) -> Estimate:
-    """The accuracy where the model sees one query at a time.
-
-    Where a normalisation takes its statistics from its batch, this is what a user gets who has one
-    image to classify. For other models it is the accuracy of `evaluate`.
-
-    Args:
-        learner: The learner of a classification.
-        batches: Batches of tasks, on any device, with class numbers as targets.
-        steps: The number of inner steps. If None, those of the inner loop.
-        tasks: The number of tasks that count, the first ones. If None, all.
+def measure_name(learner: MetaLearner) -> Literal["accuracy", "metric"]:
+    """What the measure beside the loss is called, in the log of a run as well.
 
     Example:
-        >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
-        >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
-        >>> evaluate_one_at_a_time(learner, [Episode.of(pair, pair)]).tasks
-        4
+        >>> measure_name(MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy))
+        'accuracy'
     """
-    device = next(learner.parameters()).device
-    accuracies = []
-    with evaluation_mode(learner), torch.no_grad():
-        for batch in batches:
-            support = _move(batch.support, device)
-            inputs, targets = _move(batch.query, device)
-            adapted = learner.adapt(support, steps=steps, batched=True)
-            queries = inputs.split(1, dim=1)
-            classes = torch.cat([adapted(query).argmax(-1) for query in queries], dim=1)
-            right = classes == targets
-            accuracies.append(right.double().mean(1).cpu())
-    return Estimate.of(torch.cat(accuracies)[:tasks])
+    return "accuracy" if learner.metric is None else "metric"
 
 
 def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Episode]:
@@ -238,6 +222,26 @@ def to_device(episodes: EpisodeBatch, device: torch.device) -> Episode | list[Ep
     """
     moved: Episode | list[Episode] = _move(name_parts(episodes), device)
     return moved
+
+
+def tasks_of_one_shape(episodes: EpisodeBatch, device: torch.device) -> Episode:
+    """A batch of tasks in any form, on a device, as one episode with the task axis first.
+
+    Raises:
+        ValueError: The tasks have several shapes, and so cannot be one episode.
+
+    Example:
+        >>> pair = (torch.zeros(1, 2, 3), torch.zeros(1, 2))
+        >>> tasks_of_one_shape([(pair, pair)], torch.device("cpu")).support.inputs.shape
+        torch.Size([1, 1, 2, 3])
+    """
+    first, *others = read_episodes(to_device(episodes, device))
+    if others:
+        raise ValueError(
+            f"episodes: got {1 + len(others)} tasks of different shapes, expected one shape, as "
+            "their predictions are one tensor; call this for each task, or use evaluate"
+        )
+    return first
 
 
 def peak_memory(device: torch.device) -> float:
@@ -254,6 +258,13 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _is_squared_error(loss: TaskLoss) -> bool:
+    """Whether a loss is torch's mean squared error."""
+    if isinstance(loss, nn.MSELoss):
+        return loss.reduction == "mean"
+    return loss is nn.functional.mse_loss
 
 
 def _move(tree: Any, device: torch.device) -> Any:

@@ -14,7 +14,7 @@ Line = dict[str, Any]  # of metrics.jsonl
 
 
 def metric_of(lines: Sequence[Line]) -> str:
-    """What a run is judged by: the accuracy, if it has one, a tuner's metric, or the loss.
+    """What a run is judged by: the accuracy or the metric, if it has one, or else the loss.
 
     Example:
         >>> metric_of([{"loss": 1.0, "accuracy": None}])
@@ -91,8 +91,7 @@ def draw_fit(ax: Any, fits: Fits, task: int) -> None:
 
 def draw_histogram(ax: Any, evaluation: Evaluation) -> None:
     """How many tasks have which metric after the last inner step."""
-    rows = evaluation.losses if evaluation.accuracies is None else evaluation.accuracies
-    ax.hist(rows[-1].tolist(), bins=20, color="C0", alpha=0.8)
+    ax.hist(evaluation.values[-1].tolist(), bins=20, color="C0", alpha=0.8)
     ax.set(xlabel=f"query {evaluation.metric} of a task", ylabel="tasks")
     ax.grid(alpha=0.3)
 

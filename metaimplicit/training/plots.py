@@ -15,8 +15,9 @@ from metaimplicit.training.panels import draw_fit, draw_measure, draw_progress, 
 def plot_curves(out: Path) -> None:
     """Plot a run's training and validation against steps and against seconds, as curves.png.
 
-    The metric is the accuracy, or the loss on a logarithmic axis for regression. Training is drawn
-    step by step in a faint line, and as a running mean over a fiftieth of the steps.
+    The metric is the accuracy or that of the learner, or else the loss on a logarithmic axis.
+    Training is drawn step by step in a faint line, and as a running mean over a fiftieth of the
+    steps.
 
     Args:
         out: The run's folder, with its metrics.jsonl. Damaged lines are left out.

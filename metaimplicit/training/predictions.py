@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts, read_episodes
-from metaimplicit.training.metrics import evaluation_mode, to_device
+from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts
+from metaimplicit.learner.targets import output_slopes
+from metaimplicit.training.metrics import evaluation_mode, tasks_of_one_shape
+from metaimplicit.training.queries import query_classes, query_loss
 
 
 class Batches(Protocol):
@@ -32,6 +34,7 @@ class Predictions:
         names: The names of classes, by number.
         examples: A support input of each class, by number.
         episodes: Some of the tasks, by their position.
+        counted: Which query examples count in the loss, `[tasks, queries]`. If None, all of them.
 
     Example:
         >>> certain = torch.eye(2).expand(3, 2, 2)  # 3 tasks of 2 ways and 2 query examples
@@ -46,6 +49,7 @@ class Predictions:
     names: Mapping[int, str] = field(default_factory=dict)
     examples: Mapping[int, Tensor] = field(default_factory=dict)
     episodes: Mapping[int, Episode] = field(default_factory=dict)
+    counted: Tensor | None = None
 
     @property
     def choices(self) -> Tensor:
@@ -53,14 +57,26 @@ class Predictions:
         return self.probabilities.argmax(-1)
 
     @property
+    def is_counted(self) -> Tensor:
+        """Whether an example counts, likewise. What the loss ignores is neither right nor wrong."""
+        if self.counted is None:
+            return torch.ones_like(self.targets, dtype=torch.bool)
+        return self.counted
+
+    @property
     def right(self) -> Tensor:
-        """Whether they are right, likewise."""
-        return self.choices == self.targets
+        """Whether an example counts and the choice is right, likewise."""
+        return (self.choices == self.targets) & self.is_counted
+
+    @property
+    def wrong(self) -> Tensor:
+        """Whether an example counts and the choice is wrong, likewise."""
+        return (self.choices != self.targets) & self.is_counted
 
     @property
     def accuracies(self) -> Tensor:
-        """The share of right ones, `[tasks]`."""
-        return self.right.float().mean(1)
+        """The share of right ones among those that count, `[tasks]`."""
+        return self.right.sum(1) / self.is_counted.sum(1)
 
     def name_of(self, task: int, way: int) -> str:
         """What a way of a task is called."""
@@ -105,11 +121,12 @@ class Confusion:
         n = len(numbers)
         counts = torch.zeros(n, n, dtype=torch.long)
         chances = torch.zeros_like(counts)
-        true = positions.gather(1, predictions.targets)
-        chosen = positions.gather(1, predictions.choices)
+        task, query = predictions.is_counted.nonzero(as_tuple=True)
+        true = positions[task, predictions.targets[task, query]]
+        chosen = positions[task, predictions.choices[task, query]]
         one = torch.tensor(1)
         counts.index_put_((true, chosen), one, accumulate=True)
-        offered = positions[:, None, :].expand(*true.shape, -1)
+        offered = positions[task]  # the classes that an example could be taken for
         chances.index_put_((true[..., None].expand_as(offered), offered), one, accumulate=True)
         return cls(numbers, counts, chances)
 
@@ -134,6 +151,10 @@ def predict_classes(
         tasks: The number of tasks, ≥ 1.
         names: The names of classes, by number.
 
+    Raises:
+        ValueError: The tasks of a batch have several shapes. Or the outputs and targets have others
+            than `[tasks, queries, ways]` and `[tasks, queries]`.
+
     Example:
         >>> learner = MetaLearner(torch.nn.Linear(2, 3), torch.nn.functional.cross_entropy)
         >>> pair = (torch.randn(4, 3, 2), torch.arange(3).expand(4, -1))
@@ -143,12 +164,16 @@ def predict_classes(
     """
     probabilities: list[Tensor] = []
     targets: list[Tensor] = []
+    counted: list[Tensor] = []
     classes: list[Tensor] = []
     examples: dict[int, Tensor] = {}
+    device = next(learner.parameters()).device
     while sum(map(len, targets)) < tasks:
         batch = batches[len(targets)]
-        probabilities.append(_predict(learner, batch, steps))
-        (episode,) = read_episodes(batch)
+        episode = tasks_of_one_shape(batch, device)
+        outputs = _predict(learner, episode, steps)
+        probabilities.append(outputs.float().softmax(-1).cpu())
+        counted.append(_counted(learner, outputs, episode.query.targets).cpu())
         targets.append(episode.query.targets.cpu())
         numbers = getattr(batch, "labels", {}).get("classes")
         if numbers is not None:
@@ -161,19 +186,40 @@ def predict_classes(
         classes=torch.cat(classes)[:tasks] if classes else None,
         names=names or {},
         examples=examples,
+        counted=torch.cat(counted)[:tasks],
     )
     size = len(targets[0])
     kept = {task: _one_task(batches[task // size], task % size) for task in _telling(predictions)}
     return Predictions(**vars(predictions) | {"episodes": kept})
 
 
-def _predict(learner: MetaLearner, batch: EpisodeBatch, steps: int) -> Tensor:
-    (episode,) = read_episodes(to_device(batch, next(learner.parameters()).device))
+def _predict(learner: MetaLearner, episode: Episode, steps: int) -> Tensor:
+    """The outputs for the query sets, `[tasks, queries, ways]`."""
     with evaluation_mode(learner):
         adapted = learner.adapt(episode.support, steps=steps, batched=True)
         with torch.no_grad():
             outputs: Tensor = adapted(episode.query.inputs)
-    return outputs.float().softmax(-1).cpu()
+    return outputs
+
+
+def _counted(learner: MetaLearner, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Whether the loss counts a query example, `[tasks, queries]`, as `evaluate` finds out."""
+    if outputs.dim() != 3 or outputs.shape[:2] != targets.shape:
+        raise ValueError(
+            f"learner: got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}, "
+            "expected [tasks, queries, ways] and [tasks, queries]; use evaluate for other tasks"
+        )
+    classes = query_classes(learner, outputs, targets)
+    if classes is None or classes.all_count:
+        return torch.ones_like(targets, dtype=torch.bool)
+
+    loss = query_loss(learner)
+    counted = []
+    for of_task, labels in zip(outputs, targets, strict=True):
+        slopes = output_slopes(loss, of_task, labels)
+        # An example that the loss ignores has no derivative.
+        counted.append(torch.zeros_like(of_task) if slopes is None else slopes)
+    return (torch.stack(counted) != 0).any(-1)
 
 
 def _note_examples(examples: dict[int, Tensor], episode: Episode, classes: Tensor) -> None:
@@ -181,7 +227,7 @@ def _note_examples(examples: dict[int, Tensor], episode: Episode, classes: Tenso
         for way, number in enumerate(numbers):
             if number not in examples:
                 first = int((episode.support.targets[task] == way).int().argmax())
-                examples[number] = episode.support.inputs[task, first].clone()
+                examples[number] = episode.support.inputs[task, first].cpu().clone()
 
 
 def _telling(predictions: Predictions) -> list[int]:

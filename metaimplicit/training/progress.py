@@ -15,8 +15,10 @@ class Progress:
         step: The number of outer steps taken.
         seconds: The wall-clock time spent in training, over all sittings of the run.
         lines: The number of lines of its metrics.jsonl.
-        best_score: The best validation so far: the largest accuracy, or else the smallest loss,
-            negated. None before the first one.
+        best_score: The best validation so far: the highest accuracy or metric, or the lowest loss
+            or metric, negated. None before the first one.
+        best_rule: How it was selected, as the `best` of `fit`. None stands for the highest
+            accuracy, or else the lowest loss.
         validated: The step of the last validation.
 
     Example:
@@ -30,9 +32,16 @@ class Progress:
     lines: int = field(default=0, repr=False)
     best_score: float | None = field(default=None, repr=False)
     validated: int = field(default=0, repr=False)
+    best_rule: str | None = field(default=None, repr=False)
 
-    def note_score(self, score: float) -> bool:
-        """Compare the score of a validation with the best one, and return whether it is better."""
+    def note_score(self, score: float, rule: str | None = None) -> bool:
+        """Compare the score of a validation with the best one, and return whether it is better.
+
+        The best one by another rule does not count.
+        """
+        if rule != self.best_rule:
+            self.best_score = None
+            self.best_rule = rule
         is_best = score > (-math.inf if self.best_score is None else self.best_score)
         if is_best:
             self.best_score = score

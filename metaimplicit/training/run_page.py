@@ -43,6 +43,7 @@ from metaimplicit.training.progress import duration
 from metaimplicit.training.provenance_sections import options_section, provenance_section
 from metaimplicit.training.sealed import read_sealed_json
 
+HEADINGS = {"accuracy": "Accuracy", "metric": "Metric", "mse": "Error", "loss": "Loss"}
 # What was measured beside the accuracy, by its name in summary.json: a label, and how it reads.
 COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "train_seconds": ("training, validation included", duration),
@@ -85,7 +86,7 @@ def make_run_page(
     config = read_sealed_json(out / CONFIG) if (out / CONFIG).exists() else {}
     lines = read_metrics(out, complete=False) if (out / METRICS).exists() else []
     facts = dict(summary or {})
-    measure = "Accuracy" if evaluation is None or evaluation.metric == "accuracy" else "Error"
+    measure = "Accuracy" if evaluation is None else HEADINGS[evaluation.metric]
     sections = {measure: _measure_section(evaluation, facts), "Curves": _curves_section(lines)}
     if evaluation is not None:
         sections["Adaptation"] = _adaptation_section(evaluation)

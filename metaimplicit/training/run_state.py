@@ -9,6 +9,7 @@ import torch
 
 from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
+from metaimplicit.training.hyperparameters import restore_optimizer
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import State
 
@@ -61,7 +62,7 @@ def restore_state(
         ValueError: The state belongs to another learner or sampler.
     """
     progress = restore_learner(state, learner, source)
-    optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(optimizer, state["optimizer"], source)
     sampler.load_state_dict(state["sampler"])
     set_random_states(state["rng"], learner.method)
     return progress

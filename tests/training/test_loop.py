@@ -167,10 +167,63 @@ def test_clipping_bounds_the_meta_gradient_and_the_log_has_its_norm_before(tmp_p
     assert read_metrics(tmp_path)[0]["gradient_norm"] > 0.1
 
 
+def test_the_norm_and_the_clipping_are_over_the_parameters_that_the_optimiser_moves(tmp_path):
+    learner, _, sampler = make_parts(noisy=False)
+    head = dict(learner.model[2].named_parameters())
+    before = {name: p.detach().clone() for name, p in head.items()}
+    learner.backward(next(make_parts(noisy=False).sampler.batches(1)))
+    expected = torch.stack([p.grad.norm() for p in head.values()]).norm().item()
+
+    # The gradients that are there now enter neither.
+    descent = torch.optim.SGD(head.values(), lr=1.0)
+    train(tmp_path, (learner, descent, sampler), steps=1, clip=0.01)
+    assert read_metrics(tmp_path)[0]["gradient_norm"] == pytest.approx(expected, rel=1e-6)
+    moves = [(p.detach() - before[name]).flatten() for name, p in head.items()]
+    assert torch.cat(moves).norm() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_outer_step_size_follows_the_share_of_the_budget_that_is_spent(tmp_path):
     train(tmp_path, make_parts(), steps=4)
     rates = [line["learning_rate"] for line in read_metrics(tmp_path)]
     assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+
+
+def test_a_learning_rate_that_is_set_between_two_runs_is_that_of_the_second(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    train(tmp_path / "first", (learner, optimizer, sampler), steps=2)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], "initial_lr" in group) == (0.01, False)
+    group["lr"] = 1e-5
+    train(tmp_path / "second", (learner, optimizer, sampler), steps=2, schedule=no_decay)
+    assert [line["learning_rate"] for line in read_metrics(tmp_path / "second")] == [1e-5, 1e-5]
+
+
+def test_a_scheduled_learning_rate_is_put_back_when_a_run_fails_and_when_it_is_resumed(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    with pytest.raises(CrashError):
+        train(tmp_path, (learner, optimizer, FaultySampler(sampler, at=3)), checkpoint_every=1)
+    resumed = make_parts()
+    train(tmp_path, resumed, resume=True)
+    for group in (*optimizer.param_groups, *resumed.optimizer.param_groups):
+        assert (group["lr"], "initial_lr" in group) == (0.01, False)
+
+
+def test_a_resumed_run_keeps_its_hyperparameters_and_says_which_ones_differ(tmp_path):
+    train(tmp_path, make_parts(), steps=2, schedule=no_decay)
+    learner, _, sampler = make_parts()
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-4, betas=(0.5, 0.999))
+    rates = r"lr is 0\.01 there, 0\.0001 here"
+    betas = r"betas is \(0\.9, 0\.999\) there, \(0\.5, 0\.999\) here"
+    with pytest.warns(UserWarning, match=rf"checkpoint\.pt.* \({rates}; {betas}\)"):
+        train(tmp_path, (learner, optimizer, sampler), steps=4, schedule=no_decay, resume=True)
+    assert {line["learning_rate"] for line in read_metrics(tmp_path)} == {0.01}
+
+
+@pytest.mark.parametrize("schedule", [no_decay, math.cos])
+def test_equal_hyperparameters_are_resumed_without_a_warning(tmp_path, recwarn, schedule):
+    train(tmp_path, make_parts(), steps=2, schedule=schedule)
+    train(tmp_path, make_parts(), steps=4, schedule=schedule, resume=True)
+    assert not [str(w.message) for w in recwarn if "optimizer" in str(w.message)]
 
 
 @pytest.mark.slow

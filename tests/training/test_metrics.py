@@ -50,6 +50,26 @@ def test_evaluate_has_the_learners_numbers_for_the_tasks_asked_for():
     torch.testing.assert_close(result.losses[:, :3], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "name"),
+    [
+        (F.mse_loss, {}, "mse"),
+        (nn.MSELoss(), {}, "mse"),
+        (nn.MSELoss(reduction="sum"), {}, "loss"),
+        (F.l1_loss, {}, "loss"),
+        (F.mse_loss, {"query_loss": F.l1_loss}, "loss"),
+        (F.l1_loss, {"query_loss": F.mse_loss}, "mse"),
+        (F.mse_loss, {"metric": F.l1_loss}, "metric"),
+    ],
+)
+def test_an_evaluation_names_what_it_measured(loss, options, name):
+    learner = MetaLearner(MLP(1, 1), loss, **options)
+    result = evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]], steps=[0])
+    assert (result.metric, result.summary()["metric"]) == (name, name)
+    has_metric = name == "metric"
+    assert result.values is (result.accuracies if has_metric else result.losses)
+
+
 def test_evaluate_measures_after_plain_gradient_descent():
     learner = make_learner(MLP(1, 1))
     sampler = make_sampler(tasks_per_batch=3, seed=1)
@@ -141,3 +161,76 @@ def test_queries_one_at_a_time_are_normalised_without_each_other():
     assert estimate.mean == pytest.approx(sum(accuracies) / 5, rel=1e-12)
     together = evaluate(learner, [episodes], steps=[3]).curve()[-1]
     assert together.mean != estimate.mean
+
+
+class NamedNet(nn.Module):
+    """The classes of sequences of numbers, of which a mask says how long they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids, mask):
+        return self.head((self.embedding(ids) * mask[..., None]).sum(1))
+
+
+def draw_named(examples):
+    inputs = {"ids": torch.randint(11, (examples, 5)), "mask": torch.ones(examples, 5)}
+    return inputs, torch.randint(3, (examples,))
+
+
+def draw_ignored(ignored):
+    """Tasks of 9 queries, of which the last 3 have another label."""
+    pair = (torch.randn(4, 9, 2), torch.arange(3).repeat(3).expand(4, -1))
+    targets = pair[1].clone()
+    targets[:, 6:] = ignored
+    return {"support": pair, "query": (torch.randn(4, 9, 2), targets)}
+
+
+def ragged_tasks():
+    tasks = [(draw_named(4), draw_named(5)), (draw_named(6), draw_named(7))]
+    return MetaLearner(NamedNet(), F.cross_entropy), tasks
+
+
+def weighted_learner():
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0]))
+    return MetaLearner(nn.Linear(2, 3), loss), draw_ignored(0)
+
+
+def metric_learner():
+    learner = MetaLearner(nn.Linear(2, 3), F.cross_entropy, metric=F.cross_entropy)
+    return learner, draw_ignored(0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (MetaLearner(nn.Linear(2, 3), F.cross_entropy), draw_ignored(-100)),
+        weighted_learner,
+        metric_learner,
+        ragged_tasks,
+    ],
+    ids=["an ignored label", "a class without weight", "a metric", "named inputs of two sizes"],
+)
+def test_without_statistics_of_a_batch_queries_one_at_a_time_are_measured_as_together(make):
+    torch.manual_seed(0)
+    learner, batch = make()
+    together = evaluate(learner, [batch], steps=[3]).curve()[-1]
+    estimate = evaluate_one_at_a_time(learner, [batch], steps=3)
+    assert estimate.mean == pytest.approx(together.mean, rel=1e-5)
+    assert estimate.interval == pytest.approx(together.interval, rel=1e-5)
+
+
+def test_queries_that_are_no_classes_or_have_no_axis_of_their_own_are_refused_one_at_a_time():
+    regression = make_learner(MLP(1, 1))
+    with pytest.raises(ValueError, match="a loss that treats no targets as classes"):
+        evaluate_one_at_a_time(regression, [make_sampler(tasks_per_batch=3, seed=1)[0]])
+    with pytest.raises(ValueError, match="batches: got none"):
+        evaluate_one_at_a_time(regression, [])
+
+    learner, (episode, _) = ragged_tasks()
+    inputs, targets = episode[1]
+    with_shared = (inputs | {"mask": torch.ones(1, 5)}, targets)
+    with pytest.raises(ValueError, match=r"shapes \[\(1, 5, 5\), \(1, 1, 5\)\], expected each"):
+        evaluate_one_at_a_time(learner, [[(episode[0], with_shared)]])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pages import read_page
 from torch import nn
-from training.sinusoid_run import make_parts, make_sampler
+from training.sinusoid_run import make_parts, make_sampler, train
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.training import (
@@ -19,6 +19,7 @@ from metaimplicit.training import (
     make_run_page,
     predict_classes,
     predict_curves,
+    read_metrics,
     write_sealed_json,
 )
 from metaimplicit.training.episode_sections import episodes_section
@@ -90,6 +91,59 @@ def test_predictions_are_those_that_the_test_measured(classified):
     assert accuracies[-1] == max(predictions.accuracies)
 
 
+@pytest.mark.parametrize(
+    ("loss", "ignored"),
+    [(F.cross_entropy, -100), (nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0])), 0)],
+)
+def test_queries_that_the_loss_ignores_are_neither_right_nor_wrong(loss, ignored):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 9, 2)
+    targets = torch.arange(3).repeat(3).expand(4, -1)
+    partly_ignored = torch.where(targets == 0, ignored, targets)
+    pairs = {"support": (inputs, targets), "query": (torch.randn(4, 9, 2), partly_ignored)}
+    batch = SimpleNamespace(**pairs, labels={"classes": torch.tensor([7, 8, 9]).expand(4, -1)})
+    learner = MetaLearner(nn.Linear(2, 3), loss)
+    predictions = predict_classes(learner, [batch], steps=3, tasks=4)
+    expected = evaluate(learner, [batch], steps=[3]).accuracies[0]
+    torch.testing.assert_close(predictions.accuracies, expected.float(), rtol=1e-6, atol=0)
+    assert torch.equal(predictions.is_counted, targets != 0)
+    assert torch.equal(predictions.wrong, ~predictions.right & (targets != 0))
+    counts = Confusion.of(predictions).counts
+    assert counts.sum(1).tolist() == [0, 12, 12]  # of the classes 7, 8 and 9
+    text = episodes_section(predictions)
+    assert "of 6 right" in text
+    assert "of 9 right" not in text
+
+
+def test_predictions_need_tasks_of_one_shape():
+    def task(queries):
+        return [(torch.randn(n, 1), torch.zeros(n, dtype=torch.long)) for n in (3, queries)]
+
+    ragged = [task(4), task(5)]
+    learner = MetaLearner(nn.Linear(1, 2), F.cross_entropy)
+    with pytest.raises(ValueError, match="episodes: got 2 tasks of different shapes"):
+        predict_classes(learner, [ragged], steps=1, tasks=2)
+    with pytest.raises(ValueError, match="episodes: got 2 tasks of different shapes"):
+        predict_curves(learner, ragged, steps=1)
+    regression, *_ = make_parts(noisy=False)
+    sampler = make_sampler(tasks_per_batch=2, seed=1)
+    with pytest.raises(ValueError, match=r"outputs \(2, 5, 1\) and targets \(2, 5, 1\), expected"):
+        predict_classes(regression, sampler, steps=1, tasks=2)
+
+
+def test_curves_are_predicted_without_dropout():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Dropout(0.5), nn.Linear(20, 1))
+    learner = MetaLearner(model, F.mse_loss)
+    batch = make_sampler(tasks_per_batch=2, seed=1)[0]
+    first = predict_curves(learner, batch, steps=1)
+    assert learner.training
+    learner.eval()
+    second = predict_curves(learner, batch, steps=1)
+    assert torch.equal(first.before, second.before)
+    assert torch.equal(first.after, second.after)
+
+
 def test_confusions_are_those_of_a_plain_loop(classified):
     predictions, *_ = classified
     confusion = Confusion.of(predictions)
@@ -150,6 +204,23 @@ def test_the_page_of_a_regression_shows_fits(tmp_path):
     assert list(sections) == ["Error", *FIRST, "Fits", *LAST]
     assert "This run was not validated." in sections["Curves"]
     assert "after 1 inner step:" in sections["Error"]
+
+
+def test_the_page_of_a_run_with_a_metric_shows_it_under_this_name_and_without_percent(tmp_path):
+    parts = make_parts(noisy=False, metric=F.l1_loss)
+    batch = make_sampler(tasks_per_batch=2, seed=1)[0]
+    train(tmp_path, parts, steps=2, validation=lambda: [batch])
+    assert [(line["metric"] > 0, "accuracy" in line) for line in read_metrics(tmp_path)] == [
+        (True, False)
+    ] * 3
+    evaluation = evaluate(parts.learner, [batch], steps=1)
+    page = read_page(make_run_page(tmp_path, title="x", evaluation=evaluation))
+    sections = dict(page.sections)
+    assert list(sections) == ["Metric", *FIRST, *LAST]
+    mean = float(evaluation.accuracies[-1].mean())
+    assert f"{mean:.4f} ±" in sections["Metric"]
+    assert "The last metric is" in sections["Curves"]
+    assert "ccuracy" not in page.text
 
 
 def test_a_folder_without_files_gives_a_page_that_says_so(tmp_path):

@@ -69,6 +69,56 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
     assert [step_of(tmp_path / name) for name in VERSIONS] == [4, 3, 2]
 
 
+def train_with_metrics(out, **options):
+    """Train for four steps, at which the loss is lowest after 2, and the metric is 5, 7, 9, 6."""
+    batch = make_sampler(tasks_per_batch=4, seed=1)[0]
+    factors = iter([3.0, 0.0, 2.0, 4.0])
+    metrics = iter([5.0, 7.0, 9.0, 6.0])
+    present = {"metric": 0.0}
+
+    def validation():
+        present["metric"] = next(metrics)
+        inputs, targets = batch.query
+        return [replace(batch, query=(inputs, targets * next(factors)))]
+
+    parts = make_parts(metric=lambda outputs, targets: present["metric"])
+    every = {"validate_every": 1, "checkpoint_every": 1}
+    train(out, parts, steps=4, validation=validation, **every, **options)
+    lines = [line for line in read_metrics(out) if line["split"] == "validation"]
+    assert [line["metric"] for line in lines] == [5.0, 7.0, 9.0, 6.0]
+    losses = [line["loss"] for line in lines]
+    assert losses.index(min(losses)) == 1
+
+
+@pytest.mark.parametrize(
+    ("best", "step"),
+    [(None, 2), ("lowest loss", 2), ("highest metric", 3), ("lowest metric", 1)],
+)
+def test_the_best_checkpoint_is_that_of_the_loss_unless_the_caller_selects_by_the_metric(
+    tmp_path, best, step
+):
+    train_with_metrics(tmp_path, **({} if best is None else {"best": best}))
+    assert step_of(tmp_path / "checkpoint-best.pt") == step
+
+
+def test_a_resumed_run_with_another_rule_selects_among_its_further_validations(tmp_path):
+    train_with_metrics(tmp_path, best="highest metric")
+    resumed = make_parts(metric=lambda outputs, targets: 8.0)
+    options = {"validation": lambda: [resumed.sampler[0]], "best": "lowest metric"}
+    train(tmp_path, resumed, steps=5, resume=True, **options)
+    assert step_of(tmp_path / "checkpoint-best.pt") == 5
+
+
+def test_a_selection_by_what_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="best: got 'accuracy', expected 'lowest loss', 'highest"):
+        train(tmp_path / "unknown", make_parts(), best="accuracy")
+    assert not (tmp_path / "unknown").exists()
+    parts = make_parts()
+    options = {"validation": lambda: [parts.sampler[0]], "best": "highest metric"}
+    with pytest.raises(ValueError, match="neither a metric nor an accuracy, expected 'lowest l"):
+        train(tmp_path / "run", parts, steps=1, **options)
+
+
 def test_a_best_validation_is_remembered_over_sittings(tmp_path):
     parts = make_parts()
     train(tmp_path, parts, steps=2, validation=lambda: [parts.sampler[0]], checkpoint_every=1)

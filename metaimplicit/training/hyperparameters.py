@@ -1,0 +1,70 @@
+"""The hyperparameters of a run's optimiser: its scheduled learning rates, and what a run keeps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+INITIAL_RATE = "initial_lr"  # torch's name for the learning rate that a schedule multiplies
+# These say which tensors there are, or how fast a step is. The learning rate follows a schedule.
+NOT_COMPARED = {"params", "foreach", "fused", "capturable", "differentiable", "lr", INITIAL_RATE}
+
+
+@contextmanager
+def scheduled_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Note each group's learning rate for a schedule, and put it back at the end.
+
+    A group that has an `initial_lr`, as a scheduler of torch leaves it, keeps it.
+    """
+    is_new = [INITIAL_RATE not in group for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.setdefault(INITIAL_RATE, group["lr"])
+    try:
+        yield
+    finally:
+        # A later change of "lr" would have no effect if the note stayed.
+        for group, noted_here in zip(optimizer.param_groups, is_new, strict=False):
+            if noted_here:
+                group["lr"] = group.pop(INITIAL_RATE)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str) -> None:
+    """Load the state of an optimiser. A warning names the hyperparameters that it changes.
+
+    Args:
+        optimizer: The optimiser.
+        state: What the `state_dict` of one of the same type returned.
+        source: Where the state comes from, for the warning.
+    """
+    given_groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    changes = []
+    for number, given in enumerate(given_groups):
+        group = optimizer.param_groups[number]
+        if INITIAL_RATE in given:
+            group.setdefault(INITIAL_RATE, group["lr"])
+        of_group = f" of group {number}" if len(given_groups) > 1 else ""
+        stored = _hyperparameters(group)
+        for name, value in _hyperparameters(given).items():
+            if name in stored and stored[name] != value:
+                changes.append(f"{name}{of_group} is {stored[name]} there, {value} here")
+    if changes:
+        warnings.warn(
+            f"optimizer: its hyperparameters are not those of {source}, with which the run "
+            f"continues ({'; '.join(changes)}); start a new run to change them",
+            stacklevel=2,
+        )
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and choices of a group by name, with the learning rate before its schedule."""
+    rate = group.get(INITIAL_RATE, group.get("lr"))
+    others = {name: value for name, value in group.items() if name not in NOT_COMPARED}
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in ({"lr": rate} | others).items()
+    }
