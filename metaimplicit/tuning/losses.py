@@ -24,6 +24,7 @@ from metaimplicit.tuning.batch_shapes import (
 )
 from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
 from metaimplicit.tuning.loss_checks import Difference, find_difference, relative_error
+from metaimplicit.tuning.loss_order import is_out_of_order
 from metaimplicit.tuning.loss_state import LossState
 from metaimplicit.tuning.output_shapes import Layouts
 from metaimplicit.tuning.reductions import Loss, split_reductions
@@ -41,8 +42,9 @@ class SplitLoss:
     to count plainly in a batch of this shape: V and ℓ are evaluated at outputs that depend on
     nothing, and s = V/mean ℓ. Where s is not 1, a second evaluation checks that s does not depend
     on the outputs. For the first batch of a kind, the values and slopes of V and s · mean ℓ are
-    compared, at the outputs of the model and at random ones. All this is done again when the loss
-    has changed, as a schedule changes its attributes.
+    compared, at the outputs of the model and at random ones. There, it is also checked that ℓᵢ is
+    the loss of example i. If not, the loss is called with one example at a time. All this is done
+    again when the loss has changed, as a schedule changes its attributes.
 
     Args:
         loss: `(outputs, targets) -> Tensor`, a function or a module.
@@ -84,8 +86,9 @@ class SplitLoss:
         """The losses of the examples.
 
         Raises:
-            ValueError: V is not a multiple of their mean, no example counts, the loss refuses the
-                targets, or they broadcast against the outputs.
+            ValueError: V is not a multiple of their mean, their order is not that of the examples,
+                no example counts, the loss refuses the targets, or they broadcast against the
+                outputs.
         """
         if self._state.has_changed():
             self._forget()
@@ -96,9 +99,20 @@ class SplitLoss:
         return self._layouts.read_targets(targets)
 
     def _split(self, outputs: Any, targets: Any) -> ExampleLosses:
+        unreduced = self._unreduced
         self._check_kind(outputs, targets)
         count = self._count(outputs, targets)
-        return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+        losses = self._losses(outputs, targets, count.counted)
+        if self._unreduced is not unreduced:
+            # Part of this was measured before the loss was called with one example at a time.
+            self._forget()
+            return self._split(outputs, targets)
+        # Which labels have a loss may depend on the batch, and with it the order of the losses.
+        if _may_leave_out_labels(losses, outputs, targets) and self._is_out_of_order(
+            of_one_task(outputs), of_one_task(targets)
+        ):
+            raise ValueError(self._refusal_of_order())
+        return ExampleLosses(losses, count)
 
     def _value(self, outputs: Any, targets: Any) -> Tensor:
         value: Tensor = self._whole(outputs, _widen(targets))
@@ -185,7 +199,32 @@ class SplitLoss:
         )
         if difference is not None:
             raise ValueError(self._refusal(difference))
+        if self._is_out_of_order(outputs, targets):
+            self._take_single_examples(outputs, targets)
         self._checked_kinds.add(kind)
+
+    def _is_out_of_order(self, outputs: Any, targets: Any) -> bool:
+        """Whether ℓᵢ for `reduction="none"` is the loss of another example than i."""
+        m = count_examples(outputs, targets)
+        if self._unreduced is None or m == 1:
+            return False
+        return is_out_of_order(lambda z: self._losses(z, targets), outputs, count=m)
+
+    def _take_single_examples(self, outputs: Any, targets: Any) -> None:
+        """Call the loss with one example at a time from now on.
+
+        Raises:
+            ValueError: V is no multiple of the mean of these losses.
+        """
+        unreduced = self._unreduced
+        self._unreduced = None
+        self._forget()
+        try:
+            self._check_kind(outputs, targets)
+        except ValueError as error:
+            self._unreduced = unreduced
+            self._forget()
+            raise ValueError(self._refusal_of_order()) from error
 
     @torch.no_grad()
     def _measure(self, outputs: Any, targets: Any) -> Count:
@@ -258,7 +297,7 @@ class SplitLoss:
             losses = self._losses(trial, targets)
             alone = self._losses_one_by_one(trial, targets, None)
             value, mixed = self._evaluate(trial, unbalanced)
-        except (RuntimeError, ValueError):  # a loss of two examples or more, say
+        except (RuntimeError, ValueError, IndexError):  # a loss of two examples or more, say
             return False
         of_examples = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
         return torch.allclose(alone, of_examples) and _is_plain_mean(value, mixed)
@@ -275,6 +314,13 @@ class SplitLoss:
             f"reduction='none': {difference}; use a loss that is a weighted sum over examples"
         )
 
+    def _refusal_of_order(self) -> str:
+        return (
+            f"loss: the losses of {self._name} for reduction='none' are not in the order of the "
+            "examples, so their weights would be those of others; return them as [m], or shaped "
+            "as the targets, [m, ...], with 0 for a label that does not count"
+        )
+
     @property
     def _name(self) -> str:
         return getattr(self.loss, "__name__", type(self.loss).__name__)
@@ -285,6 +331,16 @@ def _widen(targets: Any) -> Any:
     if isinstance(targets, Tensor) and targets.dtype in SHORT_INTEGERS:
         return targets.long()
     return targets
+
+
+def _may_leave_out_labels(losses: Tensor, outputs: Any, targets: Any) -> bool:
+    """Whether there are fewer losses than labels, which a mask of the labels may choose."""
+    labels = [y for y in tensors_in(targets) if y.dim() > 1]
+    count = losses.numel()
+    if not labels or any(y.numel() == count for y in labels):
+        return False
+    is_one_each = count == count_examples(outputs, targets)
+    return not is_one_each or any(not y.is_floating_point() for y in labels)
 
 
 def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:
