@@ -157,10 +157,18 @@ class ProximalGradient(InnerLoop):
         if regularizer is None:
             return x
         numbers = _values(regularizer, meta, name)
-        if x.dim() == 1:
-            # The only axis is that of the tasks, and no operator may sum over it.
-            return regularizer.prox(x.unsqueeze(-1), lr, numbers).squeeze(-1)
-        return regularizer.prox(x, lr, numbers)
+        _check_rows(regularizer, {"lr": lr, **numbers}, name)
+        # The only axis of a scalar is that of the tasks, and no operator may sum over it.
+        is_scalar = x.dim() == 1
+        end = regularizer.prox(x.unsqueeze(-1) if is_scalar else x, lr, numbers)
+        end = end.squeeze(-1) if is_scalar else end
+        if end.shape != p.shape:
+            raise ValueError(
+                f"regularizer: {type(regularizer).__name__} takes the parameter {name!r} from "
+                f"{tuple(p.shape)} to {tuple(end.shape)}, axis of the tasks first, expected the "
+                "same shape; give its numbers a shape that broadcasts against the parameter"
+            )
+        return end
 
     def _regularizer_of(self, parameter: str) -> Regularizer | None:
         if not isinstance(self.regularizer, dict):
@@ -233,6 +241,20 @@ class ProximalGradient(InnerLoop):
         if not self.accelerated:
             return {}
         return {name: slots["momentum"] for name, slots in state.items() if "momentum" in slots}
+
+
+def _check_rows(regularizer: Regularizer, numbers: dict[str, Any], parameter: str) -> None:
+    """Raise ValueError if numbers differ within a row that the operator takes as a whole."""
+    # A class of the same behaviour may lack the attribute.
+    if getattr(regularizer, "separable", True):
+        return
+    for key, x in numbers.items():
+        if isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] != 1:
+            raise ValueError(
+                f"{key}: got a tensor {tuple(x.shape)} for the parameter {parameter!r}, expected "
+                f"one number, or one for each row, [..., 1], because the operator of "
+                f"{type(regularizer).__name__} takes a row as a whole"
+            )
 
 
 def _values(regularizer: Regularizer, meta: Params, parameter: str) -> dict[str, Any]:

@@ -182,6 +182,83 @@ def test_the_simplex_of_a_single_number_is_its_total():
     assert result.params["w"].tolist() == [2.0, 2.0, 2.0]
 
 
+# Operators that take a row as a whole.
+
+ROWS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.2], [-3.0, 4.0, 1.0]], dtype=torch.float64)
+BY_ROW = torch.tensor([[0.1], [1.0], [3.0]], dtype=torch.float64)
+BY_ELEMENT = torch.tensor([0.9, 0.3, 0.1], dtype=torch.float64)
+
+
+def run_rows(regularizer, lr=1.0, rows=ROWS, method="unrolled", **meta):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros_like(rows)},
+        inner_loss=lambda params, meta, data: 0.5 * meta["s"] * (params["w"] - rows).square().sum(),
+        outer_loss=lambda params, meta, data: params["w"].square().sum(),
+    )
+    meta = {"s": torch.tensor(1.0, dtype=torch.float64), **meta}
+    inner = ProximalGradient(regularizer, steps=1, lr=lr)
+    return hypergradient(problem, meta, None, inner=inner, method=method)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_each_group_may_have_its_strength_and_step_size(method):
+    lr = torch.tensor([[0.5], [1.0], [0.25]], dtype=torch.float64)
+    w = run_rows(
+        GroupLasso(FromMeta("l")), FromMeta("size"), method=method, l=BY_ROW, size=lr
+    ).params["w"]
+    for row, strength, size, target in zip(w, BY_ROW, lr, ROWS, strict=True):
+        norm = (size * target).norm()
+        shrinkage = max(1 - float(size * strength / norm), 0.0)
+        torch.testing.assert_close(row, shrinkage * size * target)
+
+
+def test_each_row_may_have_its_total():
+    w = run_rows(SimplexConstraint(BY_ROW)).params["w"]
+    torch.testing.assert_close(w.sum(1, keepdim=True), BY_ROW)
+    assert w.min() >= 0
+
+
+BY_ELEMENTS = {
+    "step size": (SimplexConstraint(), BY_ELEMENT, ROWS, "lr"),
+    "learnt step size": (GroupLasso(0.5), FromMeta("x"), ROWS, "lr"),
+    "strength": (GroupLasso(BY_ELEMENT), 0.5, ROWS, "strength"),
+    "learnt strength": (GroupLasso(FromMeta("x")), 0.5, ROWS, "strength"),
+    "strength of narrow rows": (GroupLasso(BY_ELEMENT), 0.5, ROWS[:, :1], "strength"),
+    "total": (SimplexConstraint(BY_ELEMENT), 0.5, ROWS, "total"),
+}
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize(
+    ("regularizer", "lr", "rows", "name"), BY_ELEMENTS.values(), ids=BY_ELEMENTS
+)
+def test_numbers_that_differ_within_a_row_are_refused(regularizer, lr, rows, name, method):
+    with pytest.raises(ValueError, match=rf"{name}: got a tensor \(3,\) for the parameter 'w'"):
+        run_rows(regularizer, lr, rows, method, x=BY_ELEMENT)
+
+
+def test_numbers_that_broaden_a_parameter_are_refused():
+    with pytest.raises(
+        ValueError, match=r"from .* to .*, axis of the tasks first, expected the sa"
+    ):
+        run_rows(L1Norm(BY_ELEMENT), rows=ROWS[:, :1])
+
+
+@pytest.mark.parametrize("size", [3e8, 1e20])
+def test_the_simplex_of_large_numbers_keeps_its_total(size):
+    """The projection of x + c is that of x."""
+    x = torch.tensor([[size, 1.0, 2.0], [size, size, 0.0], [-size, -size, -size]])
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    torch.testing.assert_close(SimplexConstraint().prox(x, 0.1, {"total": 1.0}), expected)
+
+
+def test_the_simplex_of_a_diverged_row_is_nan():
+    x = torch.tensor([[float("nan"), 0.0, 1.0], [0.0, 2.0, 0.0]])
+    end = SimplexConstraint().prox(x, 0.1, {"total": 1.0})
+    assert end[0].isnan().all()
+    assert end[1].tolist() == [0.0, 1.0, 0.0]
+
+
 # Accelerated steps, against FISTA by hand.
 
 FISTA_X = torch.linspace(-1, 2, 24, dtype=torch.float64).sin().mul(5).cos().reshape(8, 3)
