@@ -246,10 +246,16 @@ class SplitLoss:
         counted = (losses.isfinite() & (losses != 0)) | (
             second_losses.isfinite() & (second_losses != 0)
         )
-        if self._unreduced is None and not hidden and bool((losses == 0).any()):
-            # Far outputs have a loss beyond any margin.
-            far = self._at_trial(outputs, targets, order=3)[1]
-            counted |= far.isfinite() & (far != 0)
+        zero = losses == 0
+        may_count = not hidden and bool(zero.any()) and not _are_ignored(targets, zero)
+        if may_count and self._may_be_far(outputs):
+            # Far outputs of either sign have a loss beyond any margin.
+            for order in (3, 4):
+                far_value, far = self._at_trial(outputs, targets, order=order)
+                seen = far.isfinite() & (far != 0)
+                counted |= seen
+                if value == 0 and seen.any():
+                    value, losses = far_value, far
         mean = torch.where(counted, losses, 0.0).mean()
         if hidden:  # under vmap, where numbers cannot be read
             return Count(value / mean, counted)
@@ -271,6 +277,12 @@ class SplitLoss:
             if not error <= tolerance * size * _cancellation(losses, counted):
                 raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
         return Count(scale, None if counted.all() else counted)
+
+    def _may_be_far(self, outputs: Any) -> bool:
+        """Whether the loss may be called with outputs that are no probabilities."""
+        if self._unreduced is None:
+            return True
+        return any(bool(((z < 0) | (z > 1)).any()) for z in tensors_in(of_one_task(outputs)))
 
     def _at_trial(self, outputs: Any, targets: Any, order: int) -> tuple[Tensor, Tensor]:
         """V and ℓ at the trial outputs, or at these outputs if the loss refuses those."""
@@ -341,6 +353,13 @@ def _may_leave_out_labels(losses: Tensor, outputs: Any, targets: Any) -> bool:
         return False
     is_one_each = count == count_examples(outputs, targets)
     return not is_one_each or any(not y.is_floating_point() for y in labels)
+
+
+def _are_ignored(targets: Any, zero: Tensor) -> bool:
+    """Whether all losses that are zero belong to the label −100, which losses of torch ignore."""
+    if not isinstance(targets, Tensor) or targets.numel() != zero.numel():
+        return False
+    return bool((targets.reshape(zero.shape)[zero] == -100).all())
 
 
 def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:

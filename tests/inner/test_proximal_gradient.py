@@ -203,9 +203,9 @@ def run_rows(regularizer, lr=1.0, rows=ROWS, method="unrolled", **meta):
 @pytest.mark.parametrize("method", ["unrolled", "forward"])
 def test_each_group_may_have_its_strength_and_step_size(method):
     lr = torch.tensor([[0.5], [1.0], [0.25]], dtype=torch.float64)
-    w = run_rows(
-        GroupLasso(FromMeta("l")), FromMeta("size"), method=method, l=BY_ROW, size=lr
-    ).params["w"]
+    regularizer = GroupLasso(FromMeta("strength"))
+    numbers = {"strength": BY_ROW, "size": lr}
+    w = run_rows(regularizer, FromMeta("size"), method=method, **numbers).params["w"]
     for row, strength, size, target in zip(w, BY_ROW, lr, ROWS, strict=True):
         norm = (size * target).norm()
         shrinkage = max(1 - float(size * strength / norm), 0.0)
