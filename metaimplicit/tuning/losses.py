@@ -22,7 +22,15 @@ from metaimplicit.tuning.batch_shapes import (
     shapes_of,
     signature,
 )
-from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
+from metaimplicit.tuning.example_losses import (
+    Count,
+    ExampleLosses,
+    align,
+    are_ignored,
+    cancellation,
+    is_plain_mean,
+    may_leave_out_labels,
+)
 from metaimplicit.tuning.loss_checks import Difference, find_difference, relative_error
 from metaimplicit.tuning.loss_order import is_out_of_order
 from metaimplicit.tuning.loss_state import LossState
@@ -108,7 +116,7 @@ class SplitLoss:
             self._forget()
             return self._split(outputs, targets)
         # Which labels have a loss may depend on the batch, and with it the order of the losses.
-        if _may_leave_out_labels(losses, outputs, targets) and self._is_out_of_order(
+        if may_leave_out_labels(losses, targets) and self._is_out_of_order(
             of_one_task(outputs), of_one_task(targets)
         ):
             raise ValueError(self._refusal_of_order())
@@ -235,7 +243,7 @@ class SplitLoss:
             return Count(1.0, None)
         value, losses = self._at_trial(outputs, targets, order=1)
         hidden = any(is_transformed(y) for y in tensors_in(targets))
-        if not hidden and _is_plain_mean(value, losses):
+        if not hidden and is_plain_mean(value, losses):
             # Weights of classes may balance in one batch. In one example they do not.
             if labels and self._is_always_plain(outputs, targets):
                 plain_labels |= labels
@@ -247,7 +255,7 @@ class SplitLoss:
             second_losses.isfinite() & (second_losses != 0)
         )
         zero = losses == 0
-        may_count = not hidden and bool(zero.any()) and not _are_ignored(targets, zero)
+        may_count = not hidden and bool(zero.any()) and not are_ignored(targets, zero)
         if may_count and self._may_be_far(outputs):
             # Far outputs of either sign have a loss beyond any margin.
             for order in (3, 4):
@@ -274,7 +282,7 @@ class SplitLoss:
             # The terms of the means may cancel.
             error = abs(second_value.item() - expected)
             size = abs(scale) * second_losses.abs().mean().item()
-            if not error <= tolerance * size * _cancellation(losses, counted):
+            if not error <= tolerance * size * cancellation(losses, counted):
                 raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
         return Count(scale, None if counted.all() else counted)
 
@@ -312,7 +320,7 @@ class SplitLoss:
         except (RuntimeError, ValueError, IndexError):  # a loss of two examples or more, say
             return False
         of_examples = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-        return torch.allclose(alone, of_examples) and _is_plain_mean(value, mixed)
+        return torch.allclose(alone, of_examples) and is_plain_mean(value, mixed)
 
     def _refusal(self, difference: Difference) -> str:
         if self._unreduced is None:
@@ -343,38 +351,3 @@ def _widen(targets: Any) -> Any:
     if isinstance(targets, Tensor) and targets.dtype in SHORT_INTEGERS:
         return targets.long()
     return targets
-
-
-def _may_leave_out_labels(losses: Tensor, outputs: Any, targets: Any) -> bool:
-    """Whether there are fewer losses than labels, which a mask of the labels may choose."""
-    labels = [y for y in tensors_in(targets) if y.dim() > 1]
-    count = losses.numel()
-    if not labels or any(y.numel() == count for y in labels):
-        return False
-    is_one_each = count == count_examples(outputs, targets)
-    return not is_one_each or any(not y.is_floating_point() for y in labels)
-
-
-def _are_ignored(targets: Any, zero: Tensor) -> bool:
-    """Whether all losses that are zero belong to the label −100, which losses of torch ignore."""
-    if not isinstance(targets, Tensor) or targets.numel() != zero.numel():
-        return False
-    return bool((targets.reshape(zero.shape)[zero] == -100).all())
-
-
-def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:
-    """Whether V = mean ℓ ≠ 0 to round-off."""
-    mean = losses.mean().item()
-    error = abs(value.item() - mean)
-    tolerance = 16 * torch.finfo(losses.dtype).eps
-    if not 0 < abs(mean) < math.inf:
-        return False
-    if error <= tolerance * abs(mean):
-        return True
-    return error <= tolerance * losses.abs().mean().item()  # of losses of both signs
-
-
-def _cancellation(losses: Tensor, counted: Tensor) -> float:
-    """How many times the mean of |ℓ| is as large as |mean ℓ|, plus one."""
-    seen = torch.where(counted, losses, 0.0)
-    return 1 + (seen.abs().mean() / seen.mean().abs()).item()
