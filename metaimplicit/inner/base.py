@@ -137,6 +137,15 @@ class InnerLoop(ABC):
                 does not keep its iterates.
         """
 
+    def gradient_point(self, params: Params, state: OptimizerState) -> Params:
+        """Where the step from θ_{t−1} takes its gradient, by default θ_{t−1} itself.
+
+        Args:
+            params: θ_{t−1}, `{name: [tasks, *shape]}`.
+            state: The state of the optimiser, empty before the first step.
+        """
+        return params
+
     def take_step(
         self,
         params: Params,
@@ -148,8 +157,8 @@ class InnerLoop(ABC):
         """One step s_t = Φ(s_{t−1}, φ) as a pure function, s = (θ, the state of the optimiser).
 
         Args:
-            params: θ_{t−1}, `{name: [tasks, *shape]}`.
-            gradients: ∂f/∂θ at θ_{t−1}. A parameter that is not among them keeps its value.
+            params: `gradient_point(θ_{t−1}, state)`, `{name: [tasks, *shape]}`.
+            gradients: ∂f/∂θ at that point. A parameter that is not among them keeps its value.
             state: The state of the optimiser, empty before the first step.
             meta: The meta-parameters, where `FromMeta` numbers are read.
             step: The number t − 1 of the step in the loop, from 0. None stands for a step that

@@ -85,13 +85,21 @@ class ProximalGradient(InnerLoop):
 
     @property
     def replay_objection(self) -> str:  # type: ignore[override]
-        """An accelerated loop ends at the solution, while its steps start from another point."""
+        """An accelerated step takes its gradient at another point than its iterate."""
         return "whose steps are accelerated" if self.accelerated else ""
 
     @property
     def compile_objection(self) -> str:
         """Whether its steps are accelerated, or their sizes differ."""
         return self.replay_objection or (VARYING_NUMBERS if list(lists_in(self.lr)) else "")
+
+    def gradient_point(self, params: Params, state: OptimizerState) -> Params:
+        """y_t = x_t + d_t, where x_t are the iterates and d_t the momentum of an accelerated loop.
+
+        See `InnerLoop.gradient_point`.
+        """
+        moved = {name: params[name] + d for name, d in self._momenta(state).items()}
+        return params | moved
 
     def take_step(
         self,
@@ -101,23 +109,21 @@ class ProximalGradient(InnerLoop):
         meta: Params,
         step: int | None = None,
     ) -> tuple[Params, OptimizerState]:
-        """One step as a pure function; see `InnerLoop.take_step`.
-
-        If accelerated, `params` are the extrapolated point, and the state holds the solution.
-        """
-        new_params = dict(params)
+        """One step as a pure function; see `InnerLoop.take_step`."""
+        momenta = self._momenta(state)
+        # A parameter that the loss does not read stays at x_t = y_t − d_t.
+        new_params = params | {name: params[name] - d for name, d in momenta.items()}
         new_state = dict(state)
         for name, gradient in gradients.items():
-            x = self._proximal_step(name, params[name], gradient, meta, step)
+            y = params[name]
+            x = self._proximal_step(name, y, gradient, meta, step)
             new_params[name] = x
             if self.accelerated:
-                # y_{t+1} = x_{t+1} + (k_t − 1)/k_{t+1} (x_{t+1} − x_t)
-                slots = state.get(name, {})
-                k = slots.get("k", 1.0)
+                # d_{t+1} = (k_t − 1)/k_{t+1} (x_{t+1} − x_t), with x_t = y_t − d_t
+                k = state.get(name, {}).get("k", 1.0)
                 k_next = (1 + math.sqrt(1 + 4 * k * k)) / 2
-                moved = x - slots.get("solution", x)
-                new_params[name] = x + (k - 1) / k_next * moved
-                new_state[name] = {"solution": x, "k": k_next}
+                moved = x - y + momenta.get(name, 0.0)
+                new_state[name] = {"momentum": (k - 1) / k_next * moved, "k": k_next}
         return new_params, new_state
 
     def learns_before(self, step: int) -> bool:
@@ -151,10 +157,18 @@ class ProximalGradient(InnerLoop):
         if regularizer is None:
             return x
         numbers = _values(regularizer, meta, name)
-        if x.dim() == 1:
-            # The only axis is that of the tasks, and no operator may sum over it.
-            return regularizer.prox(x.unsqueeze(-1), lr, numbers).squeeze(-1)
-        return regularizer.prox(x, lr, numbers)
+        _check_rows(regularizer, {"lr": lr, **numbers}, name)
+        # The only axis of a scalar is that of the tasks, and no operator may sum over it.
+        is_scalar = x.dim() == 1
+        end = regularizer.prox(x.unsqueeze(-1) if is_scalar else x, lr, numbers)
+        end = end.squeeze(-1) if is_scalar else end
+        if end.shape != p.shape:
+            raise ValueError(
+                f"regularizer: {type(regularizer).__name__} takes the parameter {name!r} from "
+                f"{tuple(p.shape)} to {tuple(end.shape)}, axis of the tasks first, expected the "
+                "same shape; give its numbers a shape that broadcasts against the parameter"
+            )
+        return end
 
     def _regularizer_of(self, parameter: str) -> Regularizer | None:
         if not isinstance(self.regularizer, dict):
@@ -185,8 +199,10 @@ class ProximalGradient(InnerLoop):
         for t in range(self.steps):
             differentiated = t >= first_differentiated
             if t == first_differentiated and t > 0:
+                # The identity from x_0 to x_t is one to y_t = x_t + d_t as well.
                 params = straight_through(params, start)
-            point = _variables(params) if differentiated else leaves(params)
+            point = self.gradient_point(params, state)
+            point = _variables(point) if differentiated else leaves(point)
             total = loss(point, t).sum()
             gradients = _gradients(total, point, create_graph=differentiated)
             params, state = self.take_step(
@@ -196,15 +212,14 @@ class ProximalGradient(InnerLoop):
                 params = {name: p.detach() for name, p in params.items()}
                 state = _detached(state)
             if keep_iterates:
-                iterates.append(self._solution(params, state))
+                iterates.append(params)
         if differentiated_steps == 0:
             params = straight_through(params, start)
         first = next(iter(start.values()))
         taken = torch.full((len(first),), self.steps, device=first.device)
         norm = flatten({name: g.detach() for name, g in gradients.items()}).norm(dim=-1)
-        solution = self._solution(params, state)
         return Trajectory(
-            solution,
+            params,
             taken,
             norm,
             iterates=tuple(iterates),
@@ -221,9 +236,25 @@ class ProximalGradient(InnerLoop):
         given = self.regularizer
         return list(given.values()) if isinstance(given, dict) else [given]
 
-    def _solution(self, params: Params, state: OptimizerState) -> Params:
-        """The iterates without extrapolation."""
-        return {name: state.get(name, {}).get("solution", p) for name, p in params.items()}
+    def _momenta(self, state: OptimizerState) -> Params:
+        """d_t of the parameters that have one."""
+        if not self.accelerated:
+            return {}
+        return {name: slots["momentum"] for name, slots in state.items() if "momentum" in slots}
+
+
+def _check_rows(regularizer: Regularizer, numbers: dict[str, Any], parameter: str) -> None:
+    """Raise ValueError if numbers differ within a row that the operator takes as a whole."""
+    # A class of the same behaviour may lack the attribute.
+    if getattr(regularizer, "separable", True):
+        return
+    for key, x in numbers.items():
+        if isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] != 1:
+            raise ValueError(
+                f"{key}: got a tensor {tuple(x.shape)} for the parameter {parameter!r}, expected "
+                f"one number, or one for each row, [..., 1], because the operator of "
+                f"{type(regularizer).__name__} takes a row as a whole"
+            )
 
 
 def _values(regularizer: Regularizer, meta: Params, parameter: str) -> dict[str, Any]:

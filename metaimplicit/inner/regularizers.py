@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from metaimplicit.problem import FromMeta, Number
 @dataclass(frozen=True)
 class Regularizer(ABC):
     """A function R of a parameter, known by its proximal operator. Its fields are its numbers.
+
+    Attributes:
+        separable: Whether R is a sum over elements, so that the step size and the numbers may be
+            tensors with one entry for each. If False, they may differ from row to row, `[..., 1]`.
 
     Example:
         R(z) = λ/2 z² shrinks by 1/(1 + ηλ).
@@ -31,6 +35,8 @@ class Regularizer(ABC):
         >>> Ridge(1.0).prox(torch.tensor([[3.0]]), 0.5, {"strength": 1.0})
         tensor([[2.]])
     """
+
+    separable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check({key: x for key, x in self.numbers().items() if not isinstance(x, FromMeta)})
@@ -90,7 +96,7 @@ class GroupLasso(Regularizer):
     """R(z) = λ Σ_G ‖z_G‖ (Yuan & Lin 2006), with one group along the last axis of z.
 
     Args:
-        strength: λ ≥ 0.
+        strength: λ ≥ 0, one number or one for each group, `[..., 1]`.
 
     Raises:
         ValueError: λ is negative.
@@ -102,6 +108,7 @@ class GroupLasso(Regularizer):
     """
 
     strength: Number = 1.0
+    separable = False
 
     def check(self, numbers: dict[str, Any]) -> None:
         """Raise ValueError if λ is negative."""
@@ -155,7 +162,7 @@ class SimplexConstraint(Regularizer):
     """zᵢ ≥ 0 and Σᵢ zᵢ = total along the last axis. Its operator is the projection.
 
     Args:
-        total: The sum, > 0.
+        total: The sum, > 0, one number or one for each row, `[..., 1]`.
 
     Raises:
         ValueError: The total is not positive.
@@ -166,6 +173,7 @@ class SimplexConstraint(Regularizer):
     """
 
     total: Number = 1.0
+    separable = False
 
     def check(self, numbers: dict[str, Any]) -> None:
         """Raise ValueError if the total is not positive."""
@@ -175,10 +183,13 @@ class SimplexConstraint(Regularizer):
 
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
         """The point max(x − τ, 0), τ from the k largest entries (Duchi et al. 2008, fig. 1)."""
+        # The projections of x and of x − max x are the same, and only the second one's sums keep
+        # the total where x is large.
+        x = x - x.detach().amax(-1, keepdim=True)
         ordered, _ = x.sort(dim=-1, descending=True)
         count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
         tau = (ordered.cumsum(-1) - numbers["total"]) / count
-        k = (ordered > tau).sum(-1, keepdim=True)
+        k = (ordered > tau).sum(-1, keepdim=True).clamp(min=1)  # no NaN is larger than τ
         projection: Tensor = (x - tau.gather(-1, k - 1)).clamp(min=0)
         return projection
 

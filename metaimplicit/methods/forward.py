@@ -131,7 +131,7 @@ class Forward(Method):
                 active=active,
                 number=t,
             )
-            iterate, z, norm = self._push(step, iterate, z, phi=phi, units=units)
+            iterate, z, norm = self._push(step, iterate, z, inner=inner, phi=phi, units=units)
             if inner.tol is not None:
                 active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
             steps += active
@@ -169,8 +169,9 @@ class Forward(Method):
         names = tuple(phi)
         start = problem.start
         if start is None:
-            push = partial(_jvp, lambda m: problem.init({**fixed, **m}), (phi,))
-            _, tangents = self._vmap(push, (units,))
+            _, tangents = self._push_all(
+                lambda m: problem.init({**fixed, **m}), point=(phi,), tangents=(units,)
+            )
             return Sensitivity(names, tangents, {})
 
         if self.carry and start.companion is not None:
@@ -195,6 +196,7 @@ class Forward(Method):
         iterate: Iterate,
         z: Sensitivity,
         *,
+        inner: InnerLoop,
         phi: Params,
         units: Params,
     ) -> tuple[Iterate, Sensitivity, Tensor]:
@@ -206,33 +208,41 @@ class Forward(Method):
             params: Params, tensors: OptimizerState, phi: Params
         ) -> tuple[Params, OptimizerState, Tensor]:
             state = merge_state(numbers, tensors)
-            next_params, next_state, norm = step(params, state, phi)
+            point = inner.gradient_point(params, state)
+            next_params, next_state, norm = step(point, state, phi)
             # torch.func.jvp returns tensors only, so plain numbers (a count of steps) leave here.
             next_numbers.update(numbers_of(next_state))
             return next_params, tensors_of(next_state), norm
 
         # Z_t = A_t Z_{t−1} + B_t: the tangents of the step along those of s_{t−1} and of φ.
         point = (iterate.params, tensors_of(iterate.state), phi)
-        push = partial(_jvp, tensors_of_step, point)
-        values, tangents = self._vmap(push, (z.params, z.state, units))
+        values, tangents = self._push_all(
+            tensors_of_step, point=point, tangents=(z.params, z.state, units)
+        )
         params, tensors, norm = values
         z_params, z_tensors, _ = tangents
         next_iterate = Iterate(params, merge_state(next_numbers, tensors))
         return next_iterate, Sensitivity(z.meta, z_params, z_tensors), norm
 
-    def _vmap(self, push: Callable[[Any], Any], tangents: Any) -> tuple[Any, Any]:
-        """`push` over the first axis of the tangents, `chunk` at a time.
+    def _push_all(
+        self, function: Callable[..., Any], *, point: tuple[Any, ...], tangents: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        """A function and its derivative along tangents, over their first axis, `chunk` at a time.
 
         Returns the values, which are the same for every tangent, and the pushed tangents, stacked.
         """
         leaves = tree_leaves(tangents)
         count = max((len(x) for x in leaves), default=0)
-        chunk = self.chunk or max(count, 1)
+        if count == 0:
+            value = function(*point)
+            return value, tree_map(lambda x: x.new_zeros(0, *x.shape), value)
+        push = partial(_jvp, function, point)
+        chunk = self.chunk or count
         values: Any = None
         parts: list[Any] = []
         # All tangents are those of one step, which draws its random numbers once.
-        state = RandomState.read(leaves[0].device if leaves else torch.device("cpu"))
-        for begin in range(0, max(count, 1), chunk):
+        state = RandomState.read(leaves[0].device)
+        for begin in range(0, count, chunk):
             rows = slice(begin, begin + chunk)
             part = tree_map(lambda x, rows=rows: x[rows].contiguous(), tangents)
             state.restore()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from metaimplicit.normalization import reject_running_statistics, tracked_layers
 from metaimplicit.params import Params
 from metaimplicit.tensors import recordable
 from metaimplicit.tuning.batches import NamedInputs
@@ -39,13 +40,17 @@ class ModelCall:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._signature = inspect.signature(model.forward)
+        self._tracking = list(tracked_layers(model).values())
 
     def __call__(self, params: Params, inputs: Any) -> Any:
         """What the model returns.
 
         Raises:
-            ValueError: The model takes other inputs, or inputs of another dtype.
+            ValueError: The model takes other inputs, or inputs of another dtype, or a batch norm
+                has come to track running statistics, as by `model.train()`.
         """
+        if any(layer.training for layer in self._tracking):
+            reject_running_statistics(self.model)
         frozen = {
             name: recordable(p.detach())
             for name, p in self.model.named_parameters()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from metaimplicit.tensors import tensors_in
 
 
 class Count(NamedTuple):
@@ -85,3 +89,68 @@ def align(weights: Tensor, dims: int) -> Tensor:
     """
     missing = dims - weights.dim()
     return weights.reshape(*weights.shape, *[1] * missing) if missing > 0 else weights
+
+
+def may_leave_out_labels(losses: Tensor, targets: Any) -> bool:
+    """Whether there are fewer losses than labels, which a mask of the labels may choose.
+
+    Args:
+        losses: ℓ, `[m]` or `[m, *positions]`.
+        targets: Of the m examples.
+
+    Example:
+        >>> labels = torch.zeros(2, 3, dtype=torch.int64)
+        >>> may_leave_out_labels(torch.zeros(2, 2), labels)
+        True
+        >>> may_leave_out_labels(torch.zeros(2, 3), labels)
+        False
+    """
+    labels = [y for y in tensors_in(targets) if y.dim() > 1]
+    if not labels or any(y.numel() == losses.numel() for y in labels):
+        return False
+    # One loss for each example may be its mean over several numbers.
+    return losses.dim() > 1 or any(not y.is_floating_point() for y in labels)
+
+
+def are_ignored(targets: Any, zero: Tensor) -> bool:
+    """Whether all losses that are zero belong to the label −100, which losses of torch ignore.
+
+    Args:
+        targets: The targets of the batch.
+        zero: Which losses are zero, bool, shaped as they are.
+
+    Example:
+        >>> are_ignored(torch.tensor([1, -100]), torch.tensor([False, True]))
+        True
+    """
+    if not isinstance(targets, Tensor) or targets.numel() != zero.numel():
+        return False
+    return bool((targets.reshape(zero.shape)[zero] == -100).all())
+
+
+def is_plain_mean(value: Tensor, losses: Tensor) -> bool:
+    """Whether V = mean ℓ ≠ 0 to round-off.
+
+    Example:
+        >>> is_plain_mean(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
+        True
+    """
+    mean = losses.mean().item()
+    error = abs(value.item() - mean)
+    tolerance = 16 * torch.finfo(losses.dtype).eps
+    if not 0 < abs(mean) < math.inf:
+        return False
+    if error <= tolerance * abs(mean):
+        return True
+    return error <= tolerance * losses.abs().mean().item()  # of losses of both signs
+
+
+def cancellation(losses: Tensor, counted: Tensor) -> float:
+    """How many times the mean of |ℓ| is as large as |mean ℓ|, plus one.
+
+    Example:
+        >>> cancellation(torch.tensor([3.0, -1.0]), torch.tensor([True, True]))
+        3.0
+    """
+    seen = torch.where(counted, losses, 0.0)
+    return 1 + (seen.abs().mean() / seen.mean().abs()).item()

@@ -66,8 +66,8 @@ class HOAG:
         steps: The number of steps taken.
 
     Raises:
-        ValueError: An option is out of range, a value lies outside its domain, or no entry of
-            `meta` is a floating-point tensor.
+        ValueError: An option is out of range, the inner loop has no tolerance, a value lies outside
+            its domain, or no entry of `meta` is a floating-point tensor.
 
     Example:
         The minimiser of f = (w − 2)² + λw² is w = 2/(1 + λ), so g = (w − 1)² is minimal at λ = 1.
@@ -116,6 +116,11 @@ class HOAG:
         self.train = train
         self.validation = validation
         self.inner = inner or LBFGS()
+        if self.inner.exact or not _takes_tolerance(self.inner):
+            raise ValueError(
+                f"inner: got {type(self.inner).__name__}, expected a loop of steps that stops at a "
+                "`tol`, which HOAG sets, such as LBFGS or GradientDescent"
+            )
         self.solver = solver or CG(max_steps=100)
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         self.tolerance = tolerance
@@ -198,3 +203,12 @@ class HOAG:
             state=self.state,
             start=self.end,
         )
+
+
+def _takes_tolerance(inner: InnerLoop) -> bool:
+    """Whether the loop can be given a tolerance."""
+    try:
+        inner.updated(tol=1.0)
+    except (TypeError, ValueError):
+        return False
+    return True

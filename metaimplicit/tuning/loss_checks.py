@@ -52,7 +52,7 @@ def find_difference(loss: OutputLoss, other: OutputLoss, outputs: Any) -> Differ
         >>> find_difference(torch.sum, lambda z: 2 * z.abs().mean(), z).of_slopes > 0.5
         True
     """
-    for point in (_near(outputs), _random(outputs)):
+    for point in (outputs_near(outputs), random_outputs_like(outputs)):
         try:
             difference = _difference(_value_and_slope(loss, point), _value_and_slope(other, point))
         except (RuntimeError, ValueError, IndexError):
@@ -62,7 +62,14 @@ def find_difference(loss: OutputLoss, other: OutputLoss, outputs: Any) -> Differ
     return None
 
 
-def _near(outputs: Any) -> Any:
+def outputs_near(outputs: Any) -> Any:
+    """The outputs, moved by up to a thousandth.
+
+    Example:
+        >>> outputs_near(torch.tensor([1.0, 2.0]))
+        tensor([1.0000, 1.9980])
+    """
+
     def move(z: Tensor) -> Tensor:
         if not z.is_floating_point():
             return z
@@ -73,8 +80,13 @@ def _near(outputs: Any) -> Any:
     return map_tensors(move, outputs)
 
 
-def _random(outputs: Any) -> Any:
-    """Random outputs of unit size. Those between 0 and 1, as probabilities are, stay there."""
+def random_outputs_like(outputs: Any) -> Any:
+    """Random outputs of unit size. Those between 0 and 1, as probabilities are, stay there.
+
+    Example:
+        >>> random_outputs_like(torch.zeros(3, 2)).shape
+        torch.Size([3, 2])
+    """
 
     def draw(z: Tensor) -> Tensor:
         if not z.is_floating_point():

@@ -22,8 +22,17 @@ from metaimplicit.tuning.batch_shapes import (
     shapes_of,
     signature,
 )
-from metaimplicit.tuning.example_losses import Count, ExampleLosses, align
+from metaimplicit.tuning.example_losses import (
+    Count,
+    ExampleLosses,
+    align,
+    are_ignored,
+    cancellation,
+    is_plain_mean,
+    may_leave_out_labels,
+)
 from metaimplicit.tuning.loss_checks import Difference, find_difference, relative_error
+from metaimplicit.tuning.loss_order import is_out_of_order
 from metaimplicit.tuning.loss_state import LossState
 from metaimplicit.tuning.output_shapes import Layouts
 from metaimplicit.tuning.reductions import Loss, split_reductions
@@ -41,8 +50,9 @@ class SplitLoss:
     to count plainly in a batch of this shape: V and ℓ are evaluated at outputs that depend on
     nothing, and s = V/mean ℓ. Where s is not 1, a second evaluation checks that s does not depend
     on the outputs. For the first batch of a kind, the values and slopes of V and s · mean ℓ are
-    compared, at the outputs of the model and at random ones. All this is done again when the loss
-    has changed, as a schedule changes its attributes.
+    compared, at the outputs of the model and at random ones. There, it is also checked that ℓᵢ is
+    the loss of example i. If not, the loss is called with one example at a time. All this is done
+    again when the loss has changed, as a schedule changes its attributes.
 
     Args:
         loss: `(outputs, targets) -> Tensor`, a function or a module.
@@ -84,8 +94,9 @@ class SplitLoss:
         """The losses of the examples.
 
         Raises:
-            ValueError: V is not a multiple of their mean, no example counts, the loss refuses the
-                targets, or they broadcast against the outputs.
+            ValueError: V is not a multiple of their mean, their order is not that of the examples,
+                no example counts, the loss refuses the targets, or they broadcast against the
+                outputs.
         """
         if self._state.has_changed():
             self._forget()
@@ -96,9 +107,20 @@ class SplitLoss:
         return self._layouts.read_targets(targets)
 
     def _split(self, outputs: Any, targets: Any) -> ExampleLosses:
+        unreduced = self._unreduced
         self._check_kind(outputs, targets)
         count = self._count(outputs, targets)
-        return ExampleLosses(self._losses(outputs, targets, count.counted), count)
+        losses = self._losses(outputs, targets, count.counted)
+        if self._unreduced is not unreduced:
+            # Part of this was measured before the loss was called with one example at a time.
+            self._forget()
+            return self._split(outputs, targets)
+        # Which labels have a loss may depend on the batch, and with it the order of the losses.
+        if may_leave_out_labels(losses, targets) and self._is_out_of_order(
+            of_one_task(outputs), of_one_task(targets)
+        ):
+            raise ValueError(self._refusal_of_order())
+        return ExampleLosses(losses, count)
 
     def _value(self, outputs: Any, targets: Any) -> Tensor:
         value: Tensor = self._whole(outputs, _widen(targets))
@@ -185,7 +207,32 @@ class SplitLoss:
         )
         if difference is not None:
             raise ValueError(self._refusal(difference))
+        if self._is_out_of_order(outputs, targets):
+            self._take_single_examples(outputs, targets)
         self._checked_kinds.add(kind)
+
+    def _is_out_of_order(self, outputs: Any, targets: Any) -> bool:
+        """Whether ℓᵢ for `reduction="none"` is the loss of another example than i."""
+        m = count_examples(outputs, targets)
+        if self._unreduced is None or m == 1:
+            return False
+        return is_out_of_order(lambda z: self._losses(z, targets), outputs, count=m)
+
+    def _take_single_examples(self, outputs: Any, targets: Any) -> None:
+        """Call the loss with one example at a time from now on.
+
+        Raises:
+            ValueError: V is no multiple of the mean of these losses.
+        """
+        unreduced = self._unreduced
+        self._unreduced = None
+        self._forget()
+        try:
+            self._check_kind(outputs, targets)
+        except ValueError as error:
+            self._unreduced = unreduced
+            self._forget()
+            raise ValueError(self._refusal_of_order()) from error
 
     @torch.no_grad()
     def _measure(self, outputs: Any, targets: Any) -> Count:
@@ -196,7 +243,7 @@ class SplitLoss:
             return Count(1.0, None)
         value, losses = self._at_trial(outputs, targets, order=1)
         hidden = any(is_transformed(y) for y in tensors_in(targets))
-        if not hidden and _is_plain_mean(value, losses):
+        if not hidden and is_plain_mean(value, losses):
             # Weights of classes may balance in one batch. In one example they do not.
             if labels and self._is_always_plain(outputs, targets):
                 plain_labels |= labels
@@ -207,10 +254,16 @@ class SplitLoss:
         counted = (losses.isfinite() & (losses != 0)) | (
             second_losses.isfinite() & (second_losses != 0)
         )
-        if self._unreduced is None and not hidden and bool((losses == 0).any()):
-            # Far outputs have a loss beyond any margin.
-            far = self._at_trial(outputs, targets, order=3)[1]
-            counted |= far.isfinite() & (far != 0)
+        zero = losses == 0
+        may_count = not hidden and bool(zero.any()) and not are_ignored(targets, zero)
+        if may_count and self._may_be_far(outputs):
+            # Far outputs of either sign have a loss beyond any margin.
+            for order in (3, 4):
+                far_value, far = self._at_trial(outputs, targets, order=order)
+                seen = far.isfinite() & (far != 0)
+                counted |= seen
+                if value == 0 and seen.any():
+                    value, losses = far_value, far
         mean = torch.where(counted, losses, 0.0).mean()
         if hidden:  # under vmap, where numbers cannot be read
             return Count(value / mean, counted)
@@ -229,9 +282,15 @@ class SplitLoss:
             # The terms of the means may cancel.
             error = abs(second_value.item() - expected)
             size = abs(scale) * second_losses.abs().mean().item()
-            if not error <= tolerance * size * _cancellation(losses, counted):
+            if not error <= tolerance * size * cancellation(losses, counted):
                 raise ValueError(self._refusal(Difference(relative_error(error, size), math.nan)))
         return Count(scale, None if counted.all() else counted)
+
+    def _may_be_far(self, outputs: Any) -> bool:
+        """Whether the loss may be called with outputs that are no probabilities."""
+        if self._unreduced is None:
+            return True
+        return any(bool(((z < 0) | (z > 1)).any()) for z in tensors_in(of_one_task(outputs)))
 
     def _at_trial(self, outputs: Any, targets: Any, order: int) -> tuple[Tensor, Tensor]:
         """V and ℓ at the trial outputs, or at these outputs if the loss refuses those."""
@@ -258,10 +317,10 @@ class SplitLoss:
             losses = self._losses(trial, targets)
             alone = self._losses_one_by_one(trial, targets, None)
             value, mixed = self._evaluate(trial, unbalanced)
-        except (RuntimeError, ValueError):  # a loss of two examples or more, say
+        except (RuntimeError, ValueError, IndexError):  # a loss of two examples or more, say
             return False
         of_examples = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-        return torch.allclose(alone, of_examples) and _is_plain_mean(value, mixed)
+        return torch.allclose(alone, of_examples) and is_plain_mean(value, mixed)
 
     def _refusal(self, difference: Difference) -> str:
         if self._unreduced is None:
@@ -275,6 +334,13 @@ class SplitLoss:
             f"reduction='none': {difference}; use a loss that is a weighted sum over examples"
         )
 
+    def _refusal_of_order(self) -> str:
+        return (
+            f"loss: the losses of {self._name} for reduction='none' are not in the order of the "
+            "examples, so their weights would be those of others; return them as [m], or shaped "
+            "as the targets, [m, ...], with 0 for a label that does not count"
+        )
+
     @property
     def _name(self) -> str:
         return getattr(self.loss, "__name__", type(self.loss).__name__)
@@ -285,21 +351,3 @@ def _widen(targets: Any) -> Any:
     if isinstance(targets, Tensor) and targets.dtype in SHORT_INTEGERS:
         return targets.long()
     return targets
-
-
-def _is_plain_mean(value: Tensor, losses: Tensor) -> bool:
-    """Whether V = mean ℓ ≠ 0 to round-off."""
-    mean = losses.mean().item()
-    error = abs(value.item() - mean)
-    tolerance = 16 * torch.finfo(losses.dtype).eps
-    if not 0 < abs(mean) < math.inf:
-        return False
-    if error <= tolerance * abs(mean):
-        return True
-    return error <= tolerance * losses.abs().mean().item()  # of losses of both signs
-
-
-def _cancellation(losses: Tensor, counted: Tensor) -> float:
-    """How many times the mean of |ℓ| is as large as |mean ℓ|, plus one."""
-    seen = torch.where(counted, losses, 0.0)
-    return 1 + (seen.abs().mean() / seen.mean().abs()).item()

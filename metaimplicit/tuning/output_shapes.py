@@ -76,6 +76,16 @@ def find_layout(
     return None
 
 
+def _are_scores(targets: Any, outputs: Any) -> bool:
+    """Whether the targets are integers 0 or 1, one for each output, such as several answers."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    if targets.dim() < 2 or targets.shape != outputs.shape or targets.is_floating_point():
+        return False
+    plain = of_one_task(targets)
+    return outputs.is_floating_point() and bool(((plain == 0) | (plain == 1)).all())
+
+
 def _may_have_classes_last(outputs: Any, targets: Any) -> bool:
     """Whether the outputs are `[m, *positions, classes]`, and the targets labels of positions."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
@@ -240,12 +250,19 @@ class Layouts:
         return function(*self._arrange(outputs, targets, other))
 
     def read_targets(self, targets: Any) -> Any:
-        """The targets in the type in which the loss took those of the same shape last."""
+        """The targets in the type in which the loss took those of the same shape last.
+
+        Integers 0 and 1 in the shape of the outputs are read as real numbers, although the loss
+        converts them itself.
+        """
         dtype = self._dtypes.get(signature(targets))
         return targets if dtype is None else targets.to(dtype)
 
     def _arrange(self, outputs: Any, targets: Any, layout: Layout | None) -> tuple[Any, Any]:
         if layout is None:
+            self._dtypes.pop(signature(targets), None)
+            if _are_scores(targets, outputs):
+                self._dtypes[signature(targets)] = outputs.dtype
             return outputs, targets
         self._dtypes[signature(targets)] = layout.dtype
         moved = outputs.movedim(-1, 1) if layout.moves_classes else outputs

@@ -28,8 +28,12 @@ def split_reductions(loss: Loss) -> tuple[Loss, Loss | None]:
     """
     own = getattr(loss, "reduction", None)
     if isinstance(own, str):
-        unreduced = partial(_call_with_attribute, loss, "none")
-        return (partial(_call_with_attribute, loss, "mean") if own == "none" else loss), unreduced
+        # A module that torch.compile wraps receives the attributes that are set on the wrapper.
+        plain = getattr(loss, "_orig_mod", loss)
+        if _shares_attribute(plain):
+            return loss, None
+        unreduced = partial(_call_with_attribute, plain, "none")
+        return (partial(_call_with_attribute, plain, "mean") if own == "none" else loss), unreduced
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
         parameters = inspect.signature(function).parameters
@@ -43,6 +47,17 @@ def split_reductions(loss: Loss) -> tuple[Loss, Loss | None]:
     has_own = isinstance(default, str) and default != "none"
     whole = loss if has_own else partial(loss, reduction="mean")
     return whole, partial(loss, reduction="none")
+
+
+def _shares_attribute(loss: Any) -> bool:
+    """Whether to set the reduction of a copy sets that of the loss. It is left as it was."""
+    own = loss.reduction
+    changed = copy.copy(loss)
+    changed.reduction = "mean" if own == "none" else "none"
+    is_shared: bool = loss.reduction != own
+    if is_shared:
+        loss.reduction = own
+    return is_shared
 
 
 def _call_with_attribute(loss: Loss, reduction: str, *arguments: Any) -> Any:

@@ -35,8 +35,8 @@ class TrialOutputs:
 
         Args:
             outputs: What the model returned.
-            order: 1; 2 for (1 − z)², in which the largest output is the smallest; or 3 for
-                1000 (z − ½), which is beyond any margin.
+            order: 1; 2 for (1 − z)², in which the largest output is the smallest; 3 for
+                1000 (z − ½), which is beyond any margin; or 4 for its negative.
             widen: Whether half precision becomes single precision.
         """
 
@@ -60,8 +60,8 @@ class TrialOutputs:
         waves = 0.5 + 0.3 * phase.sin()
         if order == 2:
             waves = (1 - waves).square()
-        elif order == 3:
-            waves = 1000 * (waves - 0.5)
+        elif order in (3, 4):
+            waves = 1000 * (waves - 0.5) * (1 if order == 3 else -1)
         if len(self._kept) >= 16:
             self._kept.clear()
         # Large tensors are made again, and those of a transform must not outlive it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -67,7 +68,8 @@ class Tuner:
 
     Raises:
         ValueError: An option or a value is out of range, a domain names no entry of `meta`, no
-            entry is a floating-point tensor, or the model is wrapped in DistributedDataParallel.
+            entry is a floating-point tensor, the inner loop takes no stream of batches, the
+            optimiser needs a closure, or the model is wrapped in DistributedDataParallel.
 
     Example:
         The argmin of f = (w − φ)² is w = φ, so g = (w − 1)² is minimal at φ = 1.
@@ -105,6 +107,12 @@ class Tuner:
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
+        if inner.exact:
+            raise ValueError(
+                f"inner: got {type(inner).__name__}, which takes one batch for all its steps, "
+                "expected a loop of steps, each of which has its own batch, such as "
+                "GradientDescent; or call hypergradient with a method for this loop"
+            )
         if schedule is not None:
             _step_size(inner)  # raises unless it is a number
         loss = problem.inner_loss
@@ -119,6 +127,13 @@ class Tuner:
         self.on_nonfinite = on_nonfinite
         self._free = FreeMeta(meta, domains).require_coordinates()
         self.optimizer = optimizer(list(self._free.tensors.values()))
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"optimizer: got {type(self.optimizer).__name__}, which evaluates the outer loss "
+                "several times a step, expected one that steps by a gradient, such as "
+                "torch.optim.Adam; HOAG searches along a line"
+            )
         self.end: Iterate | None = None
         self.state = SolverState()
         self.steps = 0

@@ -1,12 +1,19 @@
 """What `ProximalGradient` takes and refuses, and its operators on single numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 
-from metaimplicit import BilevelProblem, FromMeta, ProximalGradient, hypergradient
+from metaimplicit import (
+    BilevelProblem,
+    FromMeta,
+    ProximalGradient,
+    Stream,
+    Truncated,
+    hypergradient,
+)
 from metaimplicit.inner import BoxConstraint, GroupLasso, L1Norm, SimplexConstraint
 from metaimplicit.inner.regularizers import Regularizer
 
@@ -173,3 +180,183 @@ def test_the_simplex_of_a_single_number_is_its_total():
     inner = one_step(SimplexConstraint(2.0))
     result = hypergradient(problem, meta, TARGET, inner=inner, method="unrolled", batched=True)
     assert result.params["w"].tolist() == [2.0, 2.0, 2.0]
+
+
+# Operators that take a row as a whole.
+
+ROWS = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.2], [-3.0, 4.0, 1.0]], dtype=torch.float64)
+BY_ROW = torch.tensor([[0.1], [1.0], [3.0]], dtype=torch.float64)
+BY_ELEMENT = torch.tensor([0.9, 0.3, 0.1], dtype=torch.float64)
+
+
+def run_rows(regularizer, lr=1.0, rows=ROWS, method="unrolled", **meta):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros_like(rows)},
+        inner_loss=lambda params, meta, data: 0.5 * meta["s"] * (params["w"] - rows).square().sum(),
+        outer_loss=lambda params, meta, data: params["w"].square().sum(),
+    )
+    meta = {"s": torch.tensor(1.0, dtype=torch.float64), **meta}
+    inner = ProximalGradient(regularizer, steps=1, lr=lr)
+    return hypergradient(problem, meta, None, inner=inner, method=method)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_each_group_may_have_its_strength_and_step_size(method):
+    lr = torch.tensor([[0.5], [1.0], [0.25]], dtype=torch.float64)
+    regularizer = GroupLasso(FromMeta("strength"))
+    numbers = {"strength": BY_ROW, "size": lr}
+    w = run_rows(regularizer, FromMeta("size"), method=method, **numbers).params["w"]
+    for row, strength, size, target in zip(w, BY_ROW, lr, ROWS, strict=True):
+        norm = (size * target).norm()
+        shrinkage = max(1 - float(size * strength / norm), 0.0)
+        torch.testing.assert_close(row, shrinkage * size * target)
+
+
+def test_each_row_may_have_its_total():
+    w = run_rows(SimplexConstraint(BY_ROW)).params["w"]
+    torch.testing.assert_close(w.sum(1, keepdim=True), BY_ROW)
+    assert w.min() >= 0
+
+
+BY_ELEMENTS = {
+    "step size": (SimplexConstraint(), BY_ELEMENT, ROWS, "lr"),
+    "learnt step size": (GroupLasso(0.5), FromMeta("x"), ROWS, "lr"),
+    "strength": (GroupLasso(BY_ELEMENT), 0.5, ROWS, "strength"),
+    "learnt strength": (GroupLasso(FromMeta("x")), 0.5, ROWS, "strength"),
+    "strength of narrow rows": (GroupLasso(BY_ELEMENT), 0.5, ROWS[:, :1], "strength"),
+    "total": (SimplexConstraint(BY_ELEMENT), 0.5, ROWS, "total"),
+}
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+@pytest.mark.parametrize(
+    ("regularizer", "lr", "rows", "name"), BY_ELEMENTS.values(), ids=BY_ELEMENTS
+)
+def test_numbers_that_differ_within_a_row_are_refused(regularizer, lr, rows, name, method):
+    with pytest.raises(ValueError, match=rf"{name}: got a tensor \(3,\) for the parameter 'w'"):
+        run_rows(regularizer, lr, rows, method, x=BY_ELEMENT)
+
+
+def test_numbers_that_broaden_a_parameter_are_refused():
+    with pytest.raises(
+        ValueError, match=r"from .* to .*, axis of the tasks first, expected the sa"
+    ):
+        run_rows(L1Norm(BY_ELEMENT), rows=ROWS[:, :1])
+
+
+@pytest.mark.parametrize("size", [3e8, 1e20])
+def test_the_simplex_of_large_numbers_keeps_its_total(size):
+    """The projection of x + c is that of x."""
+    x = torch.tensor([[size, 1.0, 2.0], [size, size, 0.0], [-size, -size, -size]])
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    torch.testing.assert_close(SimplexConstraint().prox(x, 0.1, {"total": 1.0}), expected)
+
+
+def test_the_simplex_of_a_diverged_row_is_nan():
+    x = torch.tensor([[float("nan"), 0.0, 1.0], [0.0, 2.0, 0.0]])
+    end = SimplexConstraint().prox(x, 0.1, {"total": 1.0})
+    assert end[0].isnan().all()
+    assert end[1].tolist() == [0.0, 1.0, 0.0]
+
+
+# Accelerated steps, against FISTA by hand.
+
+FISTA_X = torch.linspace(-1, 2, 24, dtype=torch.float64).sin().mul(5).cos().reshape(8, 3)
+FISTA_Y = FISTA_X @ torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+FISTA = BilevelProblem(
+    init=lambda meta, data: {"w": meta["start"]},
+    inner_loss=lambda params, meta, data: (
+        meta["s"] * (FISTA_X @ params["w"] - FISTA_Y).square().mean() / 2
+    ),
+    outer_loss=lambda params, meta, data: (params["w"] - 1).square().sum(),
+)
+FISTA_META = {
+    "start": torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64),
+    "s": torch.tensor(1.0, dtype=torch.float64),
+}
+
+
+def fista(steps, identity_until=0):
+    """The end, and the derivatives of the outer loss, of accelerated projected gradients.
+
+    The first `identity_until` steps pass on the derivative in the start, and nothing else.
+    """
+    meta = {name: m.clone().requires_grad_() for name, m in FISTA_META.items()}
+    x = y = meta["start"]
+    k = 1.0
+    for t in range(steps):
+        if t == identity_until and t > 0:
+            moved = meta["start"] - meta["start"].detach()
+            x, y = x.detach() + moved, y.detach() + moved
+        gradient = meta["s"] * FISTA_X.T @ (FISTA_X @ y - FISTA_Y) / len(FISTA_X)
+        new = (y - 0.3 * gradient).clamp(-1, 1)
+        k_next = (1 + (1 + 4 * k * k) ** 0.5) / 2
+        y = new + (k - 1) / k_next * (new - x)
+        x, k = new, k_next
+    if identity_until == steps:
+        x = x.detach() + meta["start"] - meta["start"].detach()
+    (x - 1).square().sum().backward()
+    return x.detach(), {name: m.grad for name, m in meta.items()}
+
+
+def accelerated(steps):
+    return ProximalGradient(BoxConstraint(-1.0, 1.0), steps=steps, lr=0.3, accelerated=True)
+
+
+IDENTITY_UNTIL = {
+    "unrolled": ("unrolled", 0),
+    "forward": ("forward", 0),
+    "real-time": ("real-time", 0),
+    "truncated": (Truncated(steps=2), 4),
+}
+
+
+@pytest.mark.parametrize(("method", "until"), IDENTITY_UNTIL.values(), ids=IDENTITY_UNTIL)
+def test_every_method_differentiates_the_iterates_of_an_accelerated_loop(method, until):
+    result = hypergradient(FISTA, FISTA_META, None, inner=accelerated(6), method=method)
+    w, grads = fista(6, until)
+    torch.testing.assert_close(result.params["w"], w)
+    for name, expected in grads.items():
+        torch.testing.assert_close(result.grads[name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_first_order_passes_the_start_of_an_accelerated_loop_as_the_identity():
+    problem = replace(
+        FISTA, inner_loss=lambda params, _, data: FISTA.inner_loss(params, {"s": 1.0}, data)
+    )
+    meta = {"start": FISTA_META["start"]}
+    result = hypergradient(problem, meta, None, inner=accelerated(6), method="first-order")
+    w, grads = fista(6, identity_until=6)
+    torch.testing.assert_close(result.params["w"], w)
+    torch.testing.assert_close(result.grads["start"], grads["start"])
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward", "real-time"])
+def test_two_halves_of_an_accelerated_loop_end_where_the_whole_loop_ends(method):
+    problem = replace(FISTA, init=lambda meta, data: {"w": FISTA_META["start"]})
+    meta = {"s": FISTA_META["s"]}
+    run_half = partial(hypergradient, problem, meta, None, inner=accelerated(3), method=method)
+    second = run_half(start=run_half().end)
+    w, grads = fista(6)
+    torch.testing.assert_close(second.params["w"], w)
+    if method == "real-time":
+        torch.testing.assert_close(second.grads["s"], grads["s"])
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward"])
+def test_an_accelerated_parameter_that_a_step_does_not_read_waits_there(method):
+    """Steps that do not read w leave its iterates, and its momentum, as they are."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["start"], "v": meta["start"]},
+        inner_loss=lambda params, meta, name: (
+            meta["s"] * (FISTA_X @ params[name] - FISTA_Y).square().mean() / 2
+        ),
+        outer_loss=lambda params, meta, data: (params["w"] - 1).square().sum(),
+    )
+    names = ["w", "w", "v", "w", "v", ""]
+    result = hypergradient(
+        problem, FISTA_META, Stream(names.__getitem__), inner=accelerated(5), method=method
+    )
+    w, grads = fista(3)
+    torch.testing.assert_close(result.params["w"], w)
+    torch.testing.assert_close(result.grads["s"], grads["s"])

@@ -259,6 +259,21 @@ def test_an_entry_that_does_not_require_grad_takes_no_tangents():
     assert a.grad.item() == 10_000
 
 
+@pytest.mark.parametrize("method", ["forward", "real-time"])
+def test_an_entry_that_the_outer_loss_alone_reads_needs_no_tangents(method):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(3, dtype=torch.float64)},
+        inner_loss=lambda params, meta, data: 0.5 * (params["w"] - 1).square().sum(),
+        outer_loss=lambda params, meta, data: (params["w"] * meta["a"]).sum(),
+    )
+    meta = {"a": torch.tensor(2.0, dtype=torch.float64)}
+    inner = GradientDescent(steps=2, lr=0.5)
+    run = partial(hypergradient, problem, meta, None, inner=inner, method=method)
+    first = run()
+    assert first.grads["a"].item() == 3 * 0.75
+    assert run(start=first.end).grads["a"].item() == 3 * (1 - 0.5**4)
+
+
 def test_tangents_above_the_limit_of_memory_are_refused():
     message = r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"
     with pytest.raises(ValueError, match=message):

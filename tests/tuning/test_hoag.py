@@ -13,8 +13,10 @@ from metaimplicit import (
     FromMeta,
     Positive,
     Proximal,
+    ProximalGradient,
     hypergradient,
 )
+from metaimplicit.inner import L1Norm, Newton, Ridge
 from metaimplicit.tuning import HOAG, Box
 from metaimplicit.tuning.line_search import LineSearch, Trial
 
@@ -165,6 +167,12 @@ def test_bad_options_are_refused():
         _ = run(0)[0].params
     with pytest.raises(ValueError, match="next_point: got no trial yet"):
         LineSearch().next_point()
+
+
+@pytest.mark.parametrize("inner", [Ridge(), Newton(), ProximalGradient(L1Norm(0.1))])
+def test_a_loop_without_a_tolerance_is_refused(inner):
+    with pytest.raises(ValueError, match=r"inner: got .*, expected a loop of steps that stops"):
+        HOAG(RIDGE, START, (X, Y), (X_VALIDATION, Y_VALIDATION), inner=inner)
 
 
 def test_a_hypergradient_that_is_not_finite_changes_nothing():

@@ -202,3 +202,58 @@ def test_a_loss_that_takes_targets_of_another_shape_is_not(loss):
     problem, meta, _ = tuning_problem(case.model, loss, [WeightDecay(start=0.0)])
     got = problem.inner_loss(problem.init(meta, None), meta, (case.x, SOFT[:, 0]))
     torch.testing.assert_close(got, loss(case.model(case.x), SOFT[:, 0]))
+
+
+# Labels that are read as numbers of classes, and losses that are zero at most outputs.
+
+ANSWERS = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0], [1, 0, 1]])
+SIGNS = torch.tensor([0, 1, 0, 1, 1, 1])
+SIX_INPUTS = torch.linspace(0, 7, 30, dtype=torch.float64).sin().reshape(6, 5)
+
+
+def converting(z, y, reduction="mean"):
+    return F.binary_cross_entropy_with_logits(z, y.to(z.dtype), reduction=reduction)
+
+
+def perceptron(z, y, reduction):
+    losses = F.relu((1 - 2 * y) * z.squeeze(-1))
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def summed_perceptron(z, y, reduction="sum"):
+    return perceptron(z, y, reduction)
+
+
+def mean_perceptron(z, y, reduction="mean"):
+    return perceptron(z, y, reduction)
+
+
+def inner_loss_of(loss, variable, y, outputs, **meta):
+    torch.manual_seed(0)
+    model = nn.Linear(5, outputs, dtype=torch.float64)
+    problem, start, _ = tuning_problem(model, loss, [variable])
+    params = problem.init(start, None)
+    return model(SIX_INPUTS), problem.inner_loss(params, start | meta, (SIX_INPUTS, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.uint8])
+def test_several_answers_that_the_loss_converts_have_the_weights_of_their_classes(dtype):
+    w = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    z, value = inner_loss_of(
+        converting, ClassWeights(3), ANSWERS.to(dtype), outputs=3, class_weights=w
+    )
+    losses = (1 + z.exp()).log() - ANSWERS * z
+    torch.testing.assert_close(value, (w * losses).mean())
+
+
+@pytest.mark.parametrize("labels", [SIGNS, torch.ones_like(SIGNS), torch.zeros_like(SIGNS)])
+@pytest.mark.parametrize("loss", [summed_perceptron, mean_perceptron])
+def test_labels_whose_loss_is_zero_on_one_side_count(loss, labels):
+    w = torch.tensor([1.0, 5.0], dtype=torch.float64)
+    z, value = inner_loss_of(loss, ClassWeights(2), labels, outputs=1, class_weights=w)
+    total = 0.0
+    for y, score in zip(labels.tolist(), z.squeeze(1), strict=True):
+        total = total + w[y] * (-score if y else score).clamp(min=0)
+    assert total > 0
+    expected = total if loss is summed_perceptron else total / len(labels)
+    torch.testing.assert_close(value, expected)

@@ -19,6 +19,9 @@ from tuning_loop import (
     log_softmax,
 )
 
+from metaimplicit import tuning_problem
+from metaimplicit.tuning import ExampleWeights
+
 
 class Focal(nn.Module):
     """A user's module whose reduction is an attribute."""
@@ -39,6 +42,25 @@ class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.CrossEntropyLoss(label_smoothing=0.2)
+
+    def forward(self, z, y):
+        return self.inner(z, y)
+
+
+class Delegating(nn.Module):
+    """A user's module whose reduction is that of another one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def reduction(self):
+        return self.inner.reduction
+
+    @reduction.setter
+    def reduction(self, value):
+        self.inner.reduction = value
 
     def forward(self, z, y):
         return self.inner(z, y)
@@ -179,3 +201,42 @@ def test_a_weighted_loss_counts_its_examples_as_the_loss_does(name, variable):
         ),
         outer_loss=lambda params: mean(outputs(params, case.x_valid), lambda i, y, loss: 1.0),
     )
+
+
+WRAPPERS = {"compiled": partial(torch.compile, backend="eager"), "delegating": Delegating}
+REDUCED = {
+    "mean": (Y, lambda: nn.CrossEntropyLoss()),
+    "sum": (Y, lambda: nn.CrossEntropyLoss(reduction="sum")),
+    "none": (Y, lambda: nn.CrossEntropyLoss(reduction="none")),
+    "mean of those that count": (IGNORED, lambda: nn.CrossEntropyLoss()),
+    "a user's sum": (Y, lambda: Focal("sum")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_wrapped_module_keeps_its_reduction(name, wrapper):
+    y, make = REDUCED[name]
+    plain = make()
+    own = plain.reduction
+    case = draw()
+    problem, meta, _ = tuning_problem(case.model, WRAPPERS[wrapper](plain), [ExampleWeights(M)])
+    assert plain.reduction == own
+
+    weights = {"example_weights": torch.linspace(0.5, 2, M, dtype=torch.float64)}
+    params = problem.init(meta, None)
+    expected = make()(case.model(case.x), y).mean()
+    weighted = 0.0
+    for i in range(M):
+        loss_of_one = make()
+        loss_of_one.reduction = "sum"
+        if y[i] >= 0:
+            weighted = weighted + weights["example_weights"][i] * loss_of_one(
+                case.model(case.x[i : i + 1]), y[i : i + 1]
+            )
+    divisor = 1 if own == "sum" else (y >= 0).sum()
+    for _ in range(2):
+        value = problem.inner_loss(params, weights, (case.x, y, torch.arange(M)))
+        torch.testing.assert_close(value, weighted / divisor)
+        torch.testing.assert_close(problem.outer_loss(params, meta, (case.x, y)), expected)
+        assert plain.reduction == own

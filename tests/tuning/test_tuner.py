@@ -9,6 +9,7 @@ from oracles import quadratic, relative_error
 from weighted_logistic import META, POINT, PROBLEM
 
 from metaimplicit import BilevelProblem, FromMeta, GradientDescent, Positive, Tuner, hypergradient
+from metaimplicit.inner import Newton, Ridge
 from metaimplicit.methods import known_options, make_method
 from metaimplicit.tuning import Box
 
@@ -193,6 +194,9 @@ def test_integer_entries_of_meta_are_constant():
             r"meta\['phi'\]: hyperparameter: got -?[\d.]+, expected numbers from 9.0 to inf",
         ),
         ({"on_nonfinite": "ignore"}, "on_nonfinite: got 'ignore', expected 'raise' or 'skip'"),
+        ({"inner": Ridge()}, "inner: got Ridge, which takes one batch for all its steps"),
+        ({"inner": Newton()}, "inner: got Newton, which takes one batch for all its steps"),
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: got LBFGS, which evaluates the outer loss"),
     ],
 )
 def test_bad_options_are_refused(options, message):

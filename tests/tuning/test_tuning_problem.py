@@ -27,6 +27,7 @@ from metaimplicit import (
     Proximal,
     Tuner,
     hypergradient,
+    tuning_problem,
 )
 from metaimplicit.operators import Fisher
 from metaimplicit.params import flatten
@@ -241,3 +242,18 @@ def test_bad_batches_and_losses_are_refused():
     problem, meta, _ = make_problem(ExampleWeights(9))
     with pytest.raises(ValueError, match="ExampleWeights: got a batch without 'index'"):
         problem.inner_loss(PARAMS, meta, (TRAIN["inputs"], TRAIN["targets"]))
+
+
+@pytest.mark.parametrize("loss", ["inner_loss", "outer_loss"])
+def test_a_batch_norm_that_comes_to_track_statistics_is_refused(loss):
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double().eval()
+    problem, meta, _ = tuning_problem(model, F.cross_entropy, [ClassWeights(3)])
+    params = problem.init(meta, None)
+    data = (torch.ones(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
+    before = getattr(problem, loss)(params, meta, data)
+    model.train()
+    with pytest.raises(ValueError, match=r"BatchNorm1d.*tracks running statistics"):
+        getattr(problem, loss)(params, meta, data)
+    assert model[1].running_mean.tolist() == [0.0, 0.0, 0.0]
+    model.eval()
+    assert torch.equal(getattr(problem, loss)(params, meta, data), before)

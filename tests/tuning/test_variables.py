@@ -163,6 +163,16 @@ def test_a_weight_network_is_a_function_of_the_loss_and_the_class():
         assert_close(weights[i], 2 / (1 + (-output).exp()))
 
 
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_weight_network_takes_losses_of_another_type(classes, dtype):
+    variable = WeightNetwork(6, classes=classes)
+    meta = moved(variable.meta(PARAMS), random_like(variable.meta(PARAMS)))
+    losses = plain_losses().detach().to(dtype)
+    expected = variable.weights(meta, losses.double(), TRAIN)
+    assert_close(variable.weights(meta, losses, TRAIN), expected)
+
+
 def test_the_weights_of_a_network_are_constants_of_the_inner_gradient():
     tuned = make_problem(WeightNetwork(6))
     meta = moved(tuned.meta, random_like(tuned.meta))
@@ -242,6 +252,15 @@ def test_each_kind_of_augmentation_has_its_strength():
     assert_close(contrast.mean(1), x.mean(1))
     alone = Augmentation(kinds=("noise",)).inputs({"augmentation.noise": one}, TRAIN)
     assert torch.equal(alone, variable.inputs(off | {"augmentation.noise": one}, TRAIN))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("kind", ["noise", "brightness", "contrast"])
+def test_augmentation_of_integers_is_refused(kind, dtype):
+    variable = Augmentation(kinds=(kind,))
+    batch = {"inputs": torch.full((2, 4), 100, dtype=dtype), "index": torch.arange(2)}
+    with pytest.raises(ValueError, match=r"Augmentation: got inputs of .*expected real numbers"):
+        variable.inputs(variable.meta(PARAMS), batch)
 
 
 @pytest.mark.parametrize("name", ["augmentation", "data", "examples"])

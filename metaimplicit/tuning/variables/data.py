@@ -29,7 +29,7 @@ class Augmentation(Variable):
             KIND is `meta["augmentation.KIND"]`.
 
     Raises:
-        ValueError: A kind is unknown.
+        ValueError: A kind is unknown. On running: the inputs are integers.
 
     Example:
         >>> variable = Augmentation(kinds=("brightness",))
@@ -59,7 +59,8 @@ class Augmentation(Variable):
         """The augmented inputs, `[m, *shape]`, under their name if the batch has one for them.
 
         Raises:
-            ValueError: The batch has no `"index"`, or its inputs are not one tensor.
+            ValueError: The batch has no `"index"`, or its inputs are not one tensor of real
+                numbers.
         """
         inputs = batch_entry(batch, "inputs")
         index = example_index(self, batch)
@@ -71,6 +72,11 @@ class Augmentation(Variable):
         raise ValueError(f"Augmentation: got {type(inputs).__name__} as inputs, expected a tensor")
 
     def _augment(self, x: Tensor, meta: Params, index: Tensor) -> Tensor:
+        if not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(
+                f"Augmentation: got inputs of {x.dtype}, expected real numbers, which normal draws "
+                "can be added to; convert the inputs before, as by x.float() / 255"
+            )
         generator = np.random.default_rng(index.tolist())
         one_each = (len(x), *[1] * (x.dim() - 1))
         # All three are drawn, in this order, so that no kind depends on which others are used.

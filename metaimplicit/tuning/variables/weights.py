@@ -164,7 +164,7 @@ class WeightNetwork(Variable):
 
     def weights(self, meta: Params, losses: Tensor, batch: Batch) -> Tensor:
         """wᵢ in (0, 2), `[m]`."""
-        features = losses[:, None]
+        features = losses[:, None].to(meta["weight_network.in"])
         if self.classes is not None:
             features = torch.cat([features, self._scores(batch, features)], 1)
         hidden = torch.relu(features @ meta["weight_network.in"].T + meta["weight_network.bias"])
