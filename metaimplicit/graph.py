@@ -76,7 +76,7 @@ def find_dependencies(
     while pending:
         edge = pending.pop()
         node, _ = edge
-        following = node.next_functions
+        following = node.next_functions  # a leaf has none
         leaf = None if following else getattr(node, "variable", None)
         place = edge if leaf is None else id(leaf)
         if place in ends:

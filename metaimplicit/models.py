@@ -22,8 +22,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def _group_norm(channels: int) -> nn.Module:
     groups = gcd(channels, 8)
-    # In a group of one channel, an image of 1 × 1 pixels would have no variance.
-    return nn.GroupNorm(groups if groups < channels else max(channels // 2, 1), channels)
+    if groups == channels:
+        # A group of one channel has no variance where the image is one pixel.
+        groups = max(channels // 2, 1)
+    return nn.GroupNorm(groups, channels)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {

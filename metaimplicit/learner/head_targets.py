@@ -56,7 +56,7 @@ def with_numbers(data: Episode) -> Episode:
 
 
 def split_by_classes(batches: list[Episode]) -> list[Episode]:
-    """The batches, but every task alone where those of a batch have different numbers of classes.
+    """Split each batch whose tasks have different numbers of classes into its tasks.
 
     A head for the largest number would give the other tasks classes without examples.
 

@@ -81,7 +81,8 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
     leaves, structure = tree_flatten(targets)
     for position, axis in _candidates(outputs, leaves):
         size = outputs.shape[axis]
-        # At z = 0 the square of an error may have no slope either, as with one class.
+        # A loss of one class has no slope anywhere. A square has none at its minimum, where outputs
+        # of zero may be, so it is asked elsewhere.
         z = outputs if size > 1 else torch.ones_like(outputs)
         counted: list[Tensor | None] = []
         for labels in _trial_labels(leaves[position], size):

@@ -213,7 +213,11 @@ class TaskBatches(FewShotModel):
 
 
 def _read_for_head(head: Head, batches: list[Episode]) -> list[Episode]:
-    """Batches whose tasks have as many classes, and targets that the head can be fitted to."""
+    """The batches, each of tasks that have one number of classes.
+
+    Raises:
+        ValueError: The head cannot be fitted to their support targets.
+    """
     if objection := head.target_objection(batches[0].support.targets):
         raise ValueError(objection)
     return split_by_classes(batches)

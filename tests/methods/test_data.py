@@ -22,6 +22,7 @@ from metaimplicit import (
     Stream,
     hypergradient,
 )
+from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import SAMA, ValueFunction
 
 TWO_STEPS = GradientDescent(steps=2, lr=0.1)
@@ -221,3 +222,13 @@ def test_labels_of_every_integer_type_have_the_hypergradient_of_int64(dtype, met
 
     for loss in (torch.nn.functional.cross_entropy, CrossEntropy()):
         assert torch.equal(run(labels.to(dtype), loss), run(labels, loss))
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_data_that_require_grad_are_constants_unless_they_are_entries_of_phi(vectorize):
+    data = (X.clone().requires_grad_(), *DATA[1:])
+    problem = LiftedProblem(network(), data, batched=True, vectorize=vectorize)
+    theta = problem.init(INITIAL)
+    assert not problem.inner(theta, INITIAL, problem.data).requires_grad
+    with_entries = INITIAL | problem.entries.tensors
+    assert problem.inner(theta, with_entries, problem.data).requires_grad
