@@ -236,6 +236,9 @@ class BilevelProblem:
             above receive it in the place of `data`. It is computed for the whole batch, once for
             each hypergradient, so its tensors carry the task axis if those of `data` do.
 
+    Raises:
+        TypeError: One of them is no function.
+
     Example:
         >>> problem = BilevelProblem(
         ...     init=lambda meta, data: {"w": torch.zeros(())},
@@ -248,6 +251,19 @@ class BilevelProblem:
     inner_loss: Loss | Composite
     outer_loss: Callable[[Params, Params, Any], Any]
     features: Callable[[Params, Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        functions = {
+            "init": "(meta, data) -> params, such as lambda meta, data: params",
+            "inner_loss": "(params, meta, data) -> scalar",
+            "outer_loss": "(params, meta, data) -> scalar",
+        }
+        for name, signature in functions.items():
+            value = getattr(self, name)
+            if not callable(value):
+                raise TypeError(
+                    f"{name}: got {type(value).__name__}, expected a function {signature}"
+                )
 
 
 @dataclass(frozen=True)

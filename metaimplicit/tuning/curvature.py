@@ -19,7 +19,7 @@ def default_to_gauss_newton(method: Method, problem: BilevelProblem) -> Method:
     Example:
         >>> from torch import nn
         >>> loss = Composite(outputs=..., loss=..., module=nn.Linear(1, 1))
-        >>> problem = BilevelProblem(init=..., inner_loss=loss, outer_loss=...)
+        >>> problem = BilevelProblem(lambda *_: {}, inner_loss=loss, outer_loss=lambda *_: 0.0)
         >>> default_to_gauss_newton(Implicit(), problem).curvature
         'gauss-newton'
     """

@@ -230,7 +230,7 @@ def test_a_model_that_averages_gradients_itself_is_refused(tmp_path):
                 problem = BilevelProblem(
                     init=lambda meta, data: {},
                     inner_loss=Composite(outputs=None, loss=None, module=model),
-                    outer_loss=None,
+                    outer_loss=lambda *_: None,
                 )
                 with refuses("Distributed", r"\.module", "all_reduce"):
                     Tuner(problem, {"lr": torch.tensor(0.1)}, inner=INNER)

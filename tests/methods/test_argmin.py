@@ -268,6 +268,19 @@ def test_complex_numbers_are_refused():
         )
 
 
+def test_a_start_that_is_no_function_is_refused():
+    message = r"^init: got dict, expected a function \(meta, data\) -> params"
+    with pytest.raises(TypeError, match=message):
+        argmin(
+            lambda p, m, d: (p["w"] - m["a"]).square(),
+            {"w": torch.zeros(())},
+            {"a": torch.ones(())},
+            None,
+            inner=ONE_NEWTON_STEP,
+            method="cg",
+        )
+
+
 def test_hypergradient_does_not_touch_the_grad_of_meta():
     meta = variable(QUADRATIC.meta)
     run = partial(hypergradient, QUADRATIC.problem, meta, QUADRATIC.data, batched=True)

@@ -47,9 +47,9 @@ def make_tuner(method="cg", steps=4, optimizer=SGD, **options):
 )
 def test_four_inner_steps_between_outer_steps_suffice_to_reach_the_optimum(method, tolerance):
     options = known_options(method, penalty=1e5, scale=0.3)
-    faster = partial(torch.optim.SGD, lr=0.1)
+    faster = partial(torch.optim.SGD, lr=0.2)
     tuner = make_tuner(make_method(method, **options), optimizer=faster)
-    tuner.fit([DATA], [DATA], steps=200)
+    tuner.fit([DATA], [DATA], steps=100)
     assert relative_error(tuner.meta["phi"], optimum()) < tolerance
     assert relative_error(tuner.params["theta"], torch.linalg.solve(H, B @ optimum())) < tolerance
 
