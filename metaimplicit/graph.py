@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
@@ -34,7 +36,6 @@ def is_differentiated(tensor: Tensor) -> bool:
     """Whether derivatives with respect to a tensor are taken, in reverse or in forward mode.
 
     Example:
-        >>> import torch
         >>> is_differentiated(torch.zeros(2)), is_differentiated(torch.zeros(2).requires_grad_())
         (False, True)
     """
@@ -59,11 +60,12 @@ def find_dependencies(
             undeclared tensor. If None, undeclared tensors are allowed.
 
     Raises:
-        ValueError: `outputs` depend on a leaf that requires grad and that is neither in `meta` nor
-            in `params`. Its gradient would be lost.
+        ValueError: `outputs` depend on a leaf that requires grad, that is neither in `meta` nor in
+            `params`, and that a program holds. Its gradient would be lost. A leaf that the graph
+            alone holds was made within the functions, as by a penalty on the gradient in the
+            inputs, and nobody can ask for its gradient.
 
     Example:
-        >>> import torch
         >>> a, b = torch.ones(2), torch.ones(2, requires_grad=True)
         >>> find_dependencies([a * b], {"a": a, "b": b})
         {'b'}
@@ -83,7 +85,7 @@ def find_dependencies(
             if place in names:
                 dependencies.add(names[place])
             continue
-        if leaf is not None and functions is not None:
+        if leaf is not None and functions is not None and _references(leaf) > _OF_THE_GRAPH:
             raise ValueError(
                 f"{_describe(leaf, functions)} requires grad and is captured by a "
                 "loss, so its gradient would be lost; pass it in meta, or detach() it"
@@ -129,6 +131,21 @@ def _place(tensor: Tensor) -> Any:
     Torch makes a view of a leaf to find its edge, which takes longer than the rest of the walk.
     """
     return id(tensor) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
+
+
+def _references(tensor: Tensor) -> int:
+    """How many references to a tensor there are, with those of the graph and of the caller."""
+    return sys.getrefcount(tensor)
+
+
+def _references_of_the_graph() -> int:
+    """The references to a leaf that nothing but a graph holds."""
+    node: Any = torch.zeros((), requires_grad=True).exp().grad_fn
+    leaf = node.next_functions[0][0].variable
+    return _references(leaf)
+
+
+_OF_THE_GRAPH = _references_of_the_graph()
 
 
 def _describe(tensor: Tensor, functions: Iterable[Any]) -> str:

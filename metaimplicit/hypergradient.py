@@ -19,6 +19,7 @@ from metaimplicit.gradients import warn_if_useless
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.mended import is_transforming
 from metaimplicit.methods import Adaptation, Gradients, Method, Report, make_method
 from metaimplicit.methods.base import Dependencies
 from metaimplicit.outer import OuterGradients, outer_gradients
@@ -27,7 +28,7 @@ from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import recordable
 from metaimplicit.unchanged import notice_changed_data
-from metaimplicit.unsupported import explain_unsupported
+from metaimplicit.unsupported import UnsupportedOperationError, explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, lift
 from metaimplicit.wrappers import reject_distributed_calls
 
@@ -207,7 +208,15 @@ def meta_leaves(meta: Params) -> Params:
 
     Raises:
         ValueError: `meta` is empty, or holds anything but real tensors.
+        UnsupportedOperationError: A transform of `torch.func` is running.
     """
+    if is_transforming():
+        raise UnsupportedOperationError(
+            "hypergradient, argmin and root: got a call within a transform of torch.func, expected "
+            "one outside; use batched=True in the place of vmap, torch.autograd in the place of "
+            "grad, jvp and jacrev, and where a loss makes the call, vectorize='loop' and reverse "
+            "mode"
+        )
     is_dict = isinstance(meta, Mapping)
     if not is_dict or not meta or not all(isinstance(m, Tensor) for m in meta.values()):
         got = f"{type(meta).__name__} {list(meta)}" if is_dict else type(meta).__name__

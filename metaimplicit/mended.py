@@ -96,7 +96,7 @@ def _embedding(
     if ignored is not None and padding_idx >= 0:
         ignored.append(padding_idx)
         padding_idx = -1
-    if not _is_transformed():
+    if not is_transforming():
         return _ORIGINAL_EMBEDDING(weight, indices, padding_idx, scale_grad_by_freq, sparse)
     if scale_grad_by_freq:
         # A weight that the tasks share becomes one for each, so that no frequency is over tasks.
@@ -111,7 +111,7 @@ def _embedding(
 def _mse_loss(inputs: Tensor, targets: Tensor, reduction: int = 1) -> Tensor:
     """What `F.mse_loss` and `nn.MSELoss` call. The reductions are 0 none, 1 mean and 2 sum."""
     # Under vmap torch's own function is decomposed, and has all derivatives.
-    if not _is_transformed() or torch._C._functorch.is_batchedtensor(inputs):
+    if not is_transforming() or torch._C._functorch.is_batchedtensor(inputs):
         return _ORIGINAL_MSE_LOSS(inputs, targets, reduction)
     squares = (inputs - targets).square()
     if reduction == 0:
@@ -139,7 +139,7 @@ def _batch_norm(
 ) -> Tensor:
     """`torch.batch_norm`, which all of torch's batch normalisations call."""
     statistics = (mean, variance, training, momentum, eps, cudnn_enabled)
-    if training or mean is None or variance is None or not (x.is_cuda and _is_transformed()):
+    if training or mean is None or variance is None or not (x.is_cuda and is_transforming()):
         return _ORIGINAL_BATCH_NORM(x, weight, bias, *statistics)
     return normalize(x, mean, variance, weight=weight, bias=bias, eps=eps)
 
@@ -179,7 +179,7 @@ def normalize(
 
 def _flatten_parameters(module: nn.RNNBase) -> None:
     """It reads the memory of parameters, for cuDNN alone. Transformed parameters have none."""
-    if not _is_transformed():
+    if not is_transforming():
         _ORIGINAL_FLATTEN(module)
 
 
@@ -198,8 +198,13 @@ def _without_cudnn(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _is_transformed() -> bool:
-    """Whether a transform of `torch.func`, such as vmap or jvp, is running."""
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func`, such as vmap or jvp, is running.
+
+    Example:
+        >>> is_transforming(), torch.vmap(lambda x: x + is_transforming())(torch.zeros(2))
+        (False, tensor([1., 1.]))
+    """
     return torch._C._functorch.maybe_current_level() is not None
 
 

@@ -71,4 +71,6 @@ def recordable(leaf: Any) -> Any:
         >>> x.is_inference(), recordable(x).is_inference()
         (True, False)
     """
+    if torch.compiler.is_compiling():  # which `is_inference` would end
+        return leaf
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

@@ -169,6 +169,10 @@ ADVICE = {
         "an in-place operation cannot write what differs between tasks to a tensor that they "
         "share ({0}); write to a new tensor, or use " + LOOP
     ),
+    r"would mutate a captured Tensor": (
+        "torch.func cannot transform a write to a buffer, as of running statistics ({0}); call "
+        "model.eval(), use track_running_stats=False, or use " + LOOP + " and " + REVERSE_MODE
+    ),
     r"(?i)vmap|functorch|batching operators": (
         "torch.func cannot transform the model or a loss ({0}); use "
         + LOOP

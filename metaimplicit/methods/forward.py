@@ -97,9 +97,9 @@ class Forward(Method):
         dependencies.loss.update(in_loss)
 
         # An entry that only the outer loss reads needs no tangents. A stream may read entries at a
-        # later step that it does not read at its first.
+        # later step that it does not read at its first. An expanded tensor can have no tangent.
         phi = {
-            name: m.detach()
+            name: m.detach().contiguous()
             for name, m in meta.items()
             if m.requires_grad and (streams or dependencies.routes(name))
         }

@@ -35,7 +35,8 @@ class Unrolled(Method):
         memory: What is kept of the steps. `"graph"` keeps the graph of each, which takes the memory
             of T forward passes. `"replay"` keeps θ_t and the optimiser's state alone, and takes
             each step again on the way back (Maclaurin et al. 2015, §2), with the random numbers
-            that it drew. It costs one more step for each, and gives first derivatives only.
+            that it drew. It costs one more step for each, and gives first derivatives only. A
+            warning says so if a step differs, as with buffers that a forward pass writes to.
         iterates: Whether the outer loss receives all iterates θ_0 … θ_T, stacked as
             `[T+1, *shape]`. If False, it receives θ_T.
         weights: w_0 … w_T of a multi-step loss Σ_t w_t g(θ_t) (MAML++, Antoniou et al. 2019, §4).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
@@ -104,6 +105,8 @@ class EagerSteps(StepFunctions):
         self.meta = meta
         self.dependencies = dependencies
         self._constants = detached(meta)
+        self._norms: dict[int, Tensor] = {}
+        self._differs = False
         self._is_checked = False
 
     def step(self, at: Iterate, t: int) -> tuple[Iterate, Tensor]:
@@ -116,7 +119,9 @@ class EagerSteps(StepFunctions):
             params, state = self.inner.take_step(
                 at.params, gradients, at.state, self._constants, step=t
             )
-        return Iterate(params, state), flatten(gradients).norm(dim=-1)
+        norm = flatten(gradients).norm(dim=-1)
+        self._norms[t] = norm
+        return Iterate(params, state), norm
 
     def pull(self, at: Iterate, t: int, cotangents: Cotangents) -> tuple[Cotangents, Gradients]:
         """Pull λ back through the step."""
@@ -132,6 +137,7 @@ class EagerSteps(StepFunctions):
         if not self._is_checked:
             check_differentiable(gradients.values())
             self._is_checked = True
+        self._warn_unless_same(gradients, t)
 
         ends = slot_tensors(end)
         known = {slot: v for slot, v in cotangents.items() if v is not None}
@@ -147,6 +153,24 @@ class EagerSteps(StepFunctions):
         of_meta: Gradients = dict.fromkeys(self.meta)
         of_meta |= dict(zip(phi, products[len(point) :], strict=True))
         return of_state, of_meta
+
+    def _warn_unless_same(self, gradients: Params, t: int) -> None:
+        """Warn if ∂f/∂θ is not what it was when step t was taken first, beyond round-off."""
+        before = self._norms.get(t)
+        if before is None or not gradients or self._differs:
+            return
+        norm = flatten(detached(gradients)).norm(dim=-1)
+        largest = torch.stack(list(self._norms.values())).nan_to_num().max()
+        allowed = torch.finfo(norm.dtype).eps ** 0.5 * largest
+        if not torch.allclose(norm, before, rtol=0.0, atol=float(allowed), equal_nan=True):
+            self._differs = True
+            warnings.warn(
+                f"memory='replay': inner step {t} has another gradient when it is taken again, so "
+                "the hypergradient is wrong. The inner loss reads what changes from call to call, "
+                "such as a buffer that a forward pass writes to; use memory='graph'",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _note_dependencies(self, losses: Tensor, theta: Params, t: int) -> None:
         if t > 0 and not isinstance(self.problem.data, Stream):

@@ -284,10 +284,11 @@ class Tuner:
         return self._position() | {"steps": self.steps, "stopping": self.stopping.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Return to where `state_dict` was taken.
+        """Return to where `state_dict` was taken. θ goes to the device of the model.
 
         Raises:
-            ValueError: The state has hyperparameters of other names or shapes.
+            ValueError: The state has hyperparameters of other names or shapes, parameters other
+                than those of the model, or is that of another optimiser. Nothing changes.
         """
         self._return_to(state)
         self.steps = state["steps"]
@@ -306,11 +307,23 @@ class Tuner:
     def _return_to(self, position: dict[str, Any]) -> None:
         # Optimisers of torch change in place the state that they have loaded.
         position = _copy_tensors(position)
-        self._free.load(position["free"])
+        self._free.check(position["free"])
+        end = self._read_end(position["end"])
+        state = SolverState.from_dict(position["state"])
         self.optimizer.load_state_dict(position["optimizer"])
-        end = position["end"]
-        self.end = None if end is None else Iterate.from_dict(end)
-        self.state = SolverState.from_dict(position["state"])
+        self._free.load(position["free"])
+        self.end = end
+        self.state = state
+
+    def _read_end(self, stored: dict[str, Any] | None) -> Iterate | None:
+        """Where the inner loop stood, if its parameters are those of the model."""
+        if stored is None or not isinstance(self.problem, ModelProblem):
+            return None if stored is None else Iterate.from_dict(stored)
+        start = self.problem.init(self.meta, None)
+        _check_params(Iterate.from_dict(stored).single, like=start)
+        device = next(iter(start.values())).device
+        moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored)
+        return Iterate.from_dict(moved)
 
 
 def _step_size(inner: InnerLoop) -> float:
@@ -318,6 +331,20 @@ def _step_size(inner: InnerLoop) -> float:
     if isinstance(lr, (float, int)):
         return lr
     raise ValueError(f"schedule: got one for {inner}, expected an inner loop whose lr is a number")
+
+
+def _check_params(params: Params, *, like: Params) -> None:
+    """Raise ValueError unless θ has the names, shapes and types of `like`."""
+    for name in params | like:
+        got, expected = (
+            f"{p.dtype} {list(p.shape)}" if p is not None else "nothing"
+            for p in (params.get(name), like.get(name))
+        )
+        if got != expected:
+            raise ValueError(
+                f"state: got {got} for the parameter {name!r}, expected {expected}; build the "
+                "model as the run did"
+            )
 
 
 def _copy_tensors(tree: dict[str, Any]) -> dict[str, Any]:

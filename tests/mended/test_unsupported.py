@@ -153,6 +153,20 @@ def test_sparse_gradients_are_refused(name, method, vectorize):
         MetaLearner(model, F.cross_entropy, **options).backward(words())
 
 
+def test_running_statistics_are_refused_in_forward_mode():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+
+    def loss(params, meta, data):
+        outputs = torch.func.functional_call(model, params, (data,))
+        return (outputs + meta["shift"]).square().mean()
+
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    problem = BilevelProblem(lambda meta, data: start, loss, loss)
+    meta = {"shift": torch.tensor(1.0)}
+    with refuses("buffer", r"model\.eval\(\), use track_running_stats=False", REVERSE):
+        hypergradient(problem, meta, torch.randn(6, 4), inner=INNER, method="forward")
+
+
 class UsersParallel(nn.DataParallel):
     pass
 

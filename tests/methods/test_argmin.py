@@ -238,6 +238,24 @@ def test_a_tensor_that_is_not_in_meta_is_refused(method):
         )
 
 
+@pytest.mark.parametrize(
+    "transform", [torch.vmap, torch.func.jacrev, torch.func.jacfwd], ids=["vmap", "rev", "fwd"]
+)
+def test_a_call_within_a_transform_says_what_to_do(transform):
+    def minimum(a):
+        return argmin(
+            lambda p, m, d: (p["w"] - m["a"]).square().sum(),
+            lambda m, d: {"w": torch.zeros(3)},
+            {"a": a},
+            None,
+            inner=ONE_NEWTON_STEP,
+            method="dense",
+        )["w"]
+
+    with pytest.raises(RuntimeError, match=r"within a transform of torch\.func.*batched=True"):
+        transform(minimum)(torch.ones(3, 3))
+
+
 @pytest.mark.parametrize("method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=flag_of)
 def test_meta_that_is_changed_in_place_before_backward_is_refused(method):
     a = number(1.0).requires_grad_()

@@ -31,6 +31,7 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.inner import L1Norm, ProximalGradient
+from metaimplicit.tuning import WeightDecay, tuning_problem
 
 THREE_STEPS = GradientDescent(steps=3, lr=FromMeta("lr"))
 LR = {"lr": torch.tensor(0.1, dtype=torch.float64)}
@@ -242,6 +243,22 @@ def test_losses_that_change_what_they_read_are_looked_at_again(method, monkeypat
     warnings.filterwarnings("ignore", message="compile: .* was compiled again")
     for switch.inner, switch.outer in [(0, 0), (1, 1), (0, 1), (0, 0)]:
         torch.testing.assert_close(grads(True), grads(False), rtol=1e-14, atol=1e-15)
+
+
+def test_the_problem_of_a_model_and_its_batches_is_compiled(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    tuning = tuning_problem(model, F.mse_loss, [WeightDecay(start=0.1)])
+    inner = GradientDescent(steps=3, lr=0.1)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
+    run = partial(hypergradient, tuning.problem, tuning.meta, inner=inner, method="unrolled")
+    with torch.inference_mode():
+        of_inference = (X[0] + 0, Y[0] + 0)
+    for batch in [(X[0], Y[0]), of_inference]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # as of what runs eager
+            result = run(batch, compile=True)
+        assert largest_error(result.grads, run(batch).grads) < 1e-12
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What the losses see: streams, the batch of an implicit method, and the forms that data take."""
 
 from collections import UserDict
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from oracles import finite_difference, largest_error, randn, relative_error
 from small_problems import number, zero
-from tanh_network import DATA, INITIAL, XQ, YQ, X, Y, network, outer
+from tanh_network import DATA, INITIAL, XQ, YQ, X, Y, forward, network, outer
 from torch import nn
 
 from metaimplicit import (
@@ -20,6 +21,7 @@ from metaimplicit import (
     Implicit,
     Proximal,
     Stream,
+    Unrolled,
     hypergradient,
 )
 from metaimplicit.lifted import LiftedProblem
@@ -232,3 +234,31 @@ def test_data_that_require_grad_are_constants_unless_they_are_entries_of_phi(vec
     assert not problem.inner(theta, INITIAL, problem.data).requires_grad
     with_entries = INITIAL | problem.entries.tensors
     assert problem.inner(theta, with_entries, problem.data).requires_grad
+
+
+def slope_by_a_leaf(params, x):
+    """∂(sum of the outputs)/∂x by `torch.autograd.grad`, for which the loss makes a leaf."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(forward(params, x).sum(), x, create_graph=True)[0]
+
+
+def slope_by_a_transform(params, x):
+    return torch.func.grad(lambda x: forward(params, x).sum())(x)
+
+
+@pytest.mark.parametrize("method", ["unrolled", Unrolled(memory="replay"), "dense"], ids=repr)
+def test_a_loss_may_differentiate_in_its_inputs(method):
+    def grads(slope):
+        def penalised(params, meta, data):
+            roughness = slope(params, data[0]).square().mean()
+            return network().inner_loss(params, meta, data) + meta["strength"] * roughness
+
+        problem = BilevelProblem(network().init, penalised, network().outer_loss)
+        meta = INITIAL | {"strength": number(0.5)}
+        if method == "dense":  # a start does not move the argmin
+            problem = replace(problem, init=lambda meta, data: INITIAL)
+            meta = {"strength": number(0.5)}
+        options = {"inner": TWO_STEPS, "method": method, "batched": True}
+        return hypergradient(problem, meta, DATA, **options).grads
+
+    assert largest_error(grads(slope_by_a_leaf), grads(slope_by_a_transform)) < 1e-12

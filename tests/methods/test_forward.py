@@ -259,6 +259,20 @@ def test_an_entry_that_does_not_require_grad_takes_no_tangents():
     assert a.grad.item() == 10_000
 
 
+def test_entries_may_be_expanded_tensors():
+    """One step of size ¼ on ½ Σ (w − a)² takes w from b to ¾ b + ¼ a."""
+    a, b = (torch.tensor(x, dtype=torch.float64).expand(3) for x in (2.0, 4.0))
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": meta["b"]},
+        inner_loss=lambda params, meta, data: 0.5 * (params["w"] - meta["a"]).square().sum(),
+        outer_loss=lambda params, meta, data: params["w"].sum(),
+    )
+    inner = GradientDescent(steps=1, lr=0.25)
+    grads = hypergradient(problem, {"a": a, "b": b}, None, inner=inner, method="forward").grads
+    assert grads["a"].tolist() == [0.25] * 3
+    assert grads["b"].tolist() == [0.75] * 3
+
+
 @pytest.mark.parametrize("method", ["forward", "real-time"])
 def test_an_entry_that_the_outer_loss_alone_reads_needs_no_tangents(method):
     problem = BilevelProblem(

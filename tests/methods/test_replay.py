@@ -132,6 +132,40 @@ def test_a_step_is_replayed_with_the_random_numbers_that_it_drew(vectorize):
     assert after[0] == after[1]
 
 
+def test_a_step_that_is_another_when_it_is_taken_again_is_named():
+    calls = 0
+
+    def drifting_loss(params, meta, data):
+        nonlocal calls
+        calls += 1
+        return (params["w"] - meta["w"] - calls).square() ** 2
+
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(())},
+        inner_loss=drifting_loss,
+        outer_loss=lambda params, meta, data: params["w"],
+    )
+    run = partial(hypergradient, problem, {"w": torch.tensor(3.0)}, None)
+    with pytest.warns(RuntimeWarning, match="inner step 1 has another gradient"):
+        run(inner=GradientDescent(steps=2, lr=0.01), method=REPLAY)
+
+
+def test_buffers_that_do_not_change_the_loss_are_no_difference():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).double()
+    start = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params, meta, data):
+        outputs = torch.func.functional_call(model, params, (data[0],))
+        return meta["scale"] * F.mse_loss(outputs, data[1])
+
+    problem = BilevelProblem(lambda meta, data: start, loss, loss)
+    meta = {"scale": torch.tensor(2.0).double()}
+    data = (X[0], Y[0].expand(-1, 3))
+    run = partial(hypergradient, problem, meta, data, inner=THREE_STEPS)
+    expected = run(method=Unrolled()).grads
+    assert largest_error(run(method=REPLAY).grads, expected) < 1e-12
+
+
 def test_argmin_is_differentiated_once():
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
 

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 from oracles import quadratic
+from torch import nn
 from weighted_logistic import META, POINT, PROBLEM
 
 from metaimplicit import GradientDescent, Positive, TorchOptimizer, Tuner
 from metaimplicit.methods import METHODS, known_options, make_method
-from metaimplicit.tuning import Box
+from metaimplicit.tuning import Box, Real, WeightDecay, tuning_problem
 
 ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
 DATA = tuple(x[0] for x in ORACLE.data)
@@ -123,3 +124,49 @@ def test_steps_after_the_best_measurement_leave_it_as_it_was():
     )
     for key, average in tuner.optimizer.state_dict()["state"][0].items():
         assert torch.equal(average, averages[0][key]), key
+
+
+def make_model_tuner(width=3, dtype=torch.float64, optimizer=ADAM, device="cpu"):
+    """A tuner of the weight decay of a small network."""
+    model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2))
+    problem, meta, _ = tuning_problem(
+        model.to(device, dtype), nn.functional.cross_entropy, [WeightDecay(domain=Real())]
+    )
+    inner = TorchOptimizer(torch.optim.Adam, steps=2)
+    return Tuner(problem, meta, inner=inner, method="unrolled", optimizer=optimizer)
+
+
+def state_after_a_step():
+    tuner = make_model_tuner()
+    batch = (torch.randn(4, 2).double(), torch.tensor([0, 1, 1, 0]))
+    tuner.step(batch, batch)
+    return tuner.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 4}, r"float64 \[3, 2\] for the parameter '0.weight', expected .* \[4, 2\]"),
+        ({"dtype": torch.float32}, "got torch.float64 .* expected torch.float32"),
+        ({"optimizer": lambda free: torch.optim.SGD([{"params": []}, {"params": free}])}, "group"),
+    ],
+    ids=["another model", "another type", "another optimiser"],
+)
+def test_a_state_of_another_tuner_changes_nothing(changes, message):
+    state = state_after_a_step()
+    state["free"]["weight_decay"] += 1.0
+    tuner = make_model_tuner(**changes)
+    before = tuner.meta["weight_decay"]
+    with pytest.raises(ValueError, match=message):
+        tuner.load_state_dict(state)
+    assert torch.equal(tuner.meta["weight_decay"], before)
+    assert tuner.steps == 0
+    assert tuner.end is None
+
+
+def test_a_state_goes_to_the_device_of_the_model():
+    tuner = make_model_tuner(device="meta")
+    tuner.load_state_dict(state_after_a_step())
+    assert {p.device.type for p in tuner.params.values()} == {"meta"}
+    slots = [x for slots in tuner.end.state.values() for x in slots.values()]
+    assert {x.device.type for x in slots if isinstance(x, torch.Tensor)} == {"meta"}
