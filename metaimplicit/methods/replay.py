@@ -64,6 +64,7 @@ def replay(
         device = next(iter(initial.values())).device
         with torch.enable_grad(), restored_random_state(device):
             cotangents, of_meta = _pull_back(functions, run.moments, seeds)
+        functions.warn_if_replay_differed()
         of_start = {name: v for (name, key), v in cotangents.items() if not key and v is not None}
         return _add(of_meta, _pull_start_back(problem, initial, of_start, meta)), report
 

@@ -64,6 +64,10 @@ class StepFunctions(ABC):
         """The end of the loop as other loops expect it."""
         return end
 
+    def warn_if_replay_differed(self) -> None:
+        """Warn if a step differed when it was taken again, where the functions notice."""
+        return
+
 
 class EagerSteps(StepFunctions):
     """The step and its pull, by autograd.
@@ -105,8 +109,8 @@ class EagerSteps(StepFunctions):
         self.meta = meta
         self.dependencies = dependencies
         self._constants = detached(meta)
-        self._norms: dict[int, Tensor] = {}
-        self._differs = False
+        self._norms: dict[int, Tensor] = {}  # ‖∂f/∂θ‖ at each step, `[tasks]`
+        self._norms_again: dict[int, Tensor] = {}  # when it was taken again
         self._is_checked = False
 
     def step(self, at: Iterate, t: int) -> tuple[Iterate, Tensor]:
@@ -137,7 +141,8 @@ class EagerSteps(StepFunctions):
         if not self._is_checked:
             check_differentiable(gradients.values())
             self._is_checked = True
-        self._warn_unless_same(gradients, t)
+        if gradients:
+            self._norms_again[t] = flatten(detached(gradients)).norm(dim=-1)
 
         ends = slot_tensors(end)
         known = {slot: v for slot, v in cotangents.items() if v is not None}
@@ -154,23 +159,25 @@ class EagerSteps(StepFunctions):
         of_meta |= dict(zip(phi, products[len(point) :], strict=True))
         return of_state, of_meta
 
-    def _warn_unless_same(self, gradients: Params, t: int) -> None:
-        """Warn if ∂f/∂θ is not what it was when step t was taken first, beyond round-off."""
-        before = self._norms.get(t)
-        if before is None or not gradients or self._differs:
+    def warn_if_replay_differed(self) -> None:
+        """Warn if a step had another ∂f/∂θ when it was taken again, beyond round-off."""
+        again = self._norms_again
+        if not again:
             return
-        norm = flatten(detached(gradients)).norm(dim=-1)
-        largest = torch.stack(list(self._norms.values())).nan_to_num().max()
-        allowed = torch.finfo(norm.dtype).eps ** 0.5 * largest
-        if not torch.allclose(norm, before, rtol=0.0, atol=float(allowed), equal_nan=True):
-            self._differs = True
-            warnings.warn(
-                f"memory='replay': inner step {t} has another gradient when it is taken again, so "
-                "the hypergradient is wrong. The inner loss reads what changes from call to call, "
-                "such as a buffer that a forward pass writes to; use memory='graph'",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        first = torch.stack([self._norms[t] for t in again])
+        change = (torch.stack(list(again.values())) - first).abs()
+        allowed = torch.finfo(first.dtype).eps ** 0.5 * first.nan_to_num().max()
+        has_changed = (change > allowed).any(dim=1).tolist()
+        for t, changed in zip(again, has_changed, strict=True):
+            if changed:
+                warnings.warn(
+                    f"memory='replay': inner step {t} has another gradient when it is taken again, "
+                    "so the hypergradient is wrong. The inner loss reads what changes from call to "
+                    "call, such as a buffer that a forward pass writes to; use memory='graph'",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
 
     def _note_dependencies(self, losses: Tensor, theta: Params, t: int) -> None:
         if t > 0 and not isinstance(self.problem.data, Stream):
