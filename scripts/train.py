@@ -55,12 +55,14 @@ from metaimplicit.training import (
     constant,
     cosine,
     describe,
+    describe_unsettled,
     evaluate,
     fit,
     only_writer,
     peak_memory,
     plot_adaptation,
     plot_curves,
+    read_metrics,
     to_device,
     write_json,
 )
@@ -287,6 +289,9 @@ def test(run: Run, progress: Progress) -> None:
         f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}",
         flush=True,
     )
+    unsettled = describe_unsettled(read_metrics(out))
+    if unsettled:
+        print(f"warning: {unsettled}", file=sys.stderr, flush=True)
     leave_report(
         out / "report.html",
         run.learner,

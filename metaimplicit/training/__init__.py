@@ -35,6 +35,7 @@ from metaimplicit.training.run_page import make_run_page
 from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 from metaimplicit.training.signals import STOP_SIGNALS, DeferredSignals
 from metaimplicit.training.tuner_run import fit_tuner
+from metaimplicit.training.unsettled import describe_unsettled
 
 __all__ = [
     "CHECKPOINT",
@@ -55,6 +56,7 @@ __all__ = [
     "cosine",
     "describe",
     "describe_sitting",
+    "describe_unsettled",
     "evaluate",
     "evaluate_one_at_a_time",
     "fit",

@@ -8,6 +8,7 @@ from typing import Any
 
 from metaimplicit.training.page import Html, chart, charts, join, note, number, table
 from metaimplicit.training.panels import Line, draw_alone, draw_running_mean, set_log_scale
+from metaimplicit.training.unsettled import describe_unsettled
 
 # What is measured at each outer step, by its name in metrics.jsonl: a title, and what it says.
 QUANTITIES = {
@@ -18,6 +19,11 @@ QUANTITIES = {
     "inner_gradient_norm": (
         "stationarity",
         "‖∂f/∂θ‖ where the inner loop ends: implicit methods are exact where it is 0",
+    ),
+    "leftover": (
+        "what the inner loop leaves",
+        "|uᵀ ∂f/∂θ|/g: to first order, the share by which the outer loss g would still change if "
+        "the inner loop went on to its minimum",
     ),
     "hessian_residual": (
         "error of the curvature",
@@ -57,6 +63,10 @@ def health_section(runs: Mapping[str, Sequence[Line]]) -> Html:
     words = []
     if "residual" not in measured:
         words.append(note("The method solves no linear system, so there is no residual."))
+    for run, lines in runs.items():
+        unsettled = describe_unsettled(lines)
+        if unsettled:
+            words.append(note(f"{run}: {unsettled}."))
     # A constant needs no chart: the table has it.
     moving = {name: s for name, s in measured.items() if _varies(s)}
     drawn = (_chart(name, series) for name, series in moving.items())

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metaimplicit.params import Params
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import load_tuner, save_tuner
@@ -15,6 +17,7 @@ from metaimplicit.training.progress import Progress, Stopwatch
 from metaimplicit.training.rotation import Identity
 from metaimplicit.training.run_folder import RunFolder
 from metaimplicit.training.signals import DeferredSignals
+from metaimplicit.training.unsettled import relative_leftover
 from metaimplicit.tuning import Tuner, TunerStep
 from metaimplicit.tuning.batches import Source
 
@@ -141,10 +144,12 @@ def _read_values(step: TunerStep) -> Values:
     report = step.report
     residual = None if report.residual is None else report.residual.mean().item()
     negative = None if report.status is None else report.share(Status.NEGATIVE_CURVATURE)
+    left = relative_leftover(report, torch.tensor(step.outer_loss))
     return {
         "loss": step.outer_loss,
         "gradient_norm": step.norm,
         "inner_gradient_norm": report.inner_gradient_norm.mean().item(),
+        "leftover": None if left is None else left.item(),
         "residual": residual,
         "negative_curvature": negative,
         "applied": float(step.applied),
