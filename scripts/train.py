@@ -15,6 +15,8 @@ import startup  # isort: skip  # noqa: F401  # before what takes time to import
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -178,10 +180,13 @@ def rehearse(
 
     Each process takes its share of the tasks.
 
-    It leaves parameters, gradients and random state as they were.
+    It leaves parameters, buffers, gradients and random state as they were.
     """
     device = next(learner.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        buffers_put_back(learner),
+    ):
         episodes = to_device(ranks.share(sampler[0]), device)
         step = learner.backward(episodes)
         # Some inner loops train, but do not give the iterates that validation looks at.
@@ -209,13 +214,23 @@ def settle_threads(
     if options.threads is not None or on_cuda or options.compile is not False:
         return options
     episodes = ranks.share(sampler[0])
-    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
-    with preserve_random_state(learner.method, cuda=False), warnings.catch_warnings():
+    with (
+        preserve_random_state(learner.method, cuda=False),
+        buffers_put_back(learner),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # the run shows them
         threads = choose_threads(lambda: learner.backward(episodes))
-    learner.load_state_dict(buffers, strict=False)
     optimizer.zero_grad()
     return replace(options, threads=threads)
+
+
+@contextmanager
+def buffers_put_back(learner: MetaLearner) -> Iterator[None]:
+    """Put the buffers back at the end, such as the running statistics of a normalisation."""
+    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    yield
+    learner.load_state_dict(buffers, strict=False)
 
 
 def make_folder(out: Path) -> None:

@@ -45,8 +45,8 @@ def load(
     """Few-shot tasks of a labelled data set, held in memory. See `tasks.FewShot` for shapes.
 
     Images, of Pillow or of uint8, become `[3, size, size]` or `[1, size, size]`. Inputs of a float
-    type stay as they are, in float32. A label is the name of its class, or its position in
-    `dataset.classes`.
+    type stay as they are, in float32. A label is the name of its class, or its position in the list
+    `dataset.classes`, unless all labels stand in this list themselves.
 
     Args:
         ways: The number of classes in a task.
@@ -158,22 +158,48 @@ def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(f"dataset: got {type(dataset).__name__}, {EXPECTED}")
 
-    classes = getattr(dataset, "classes", ())
-    position_of: dict[str, int] = {}
     rows = []
-    names = []
+    labels = []
     for number in progress(range(len(dataset)), "reading the dataset"):
         value, label = input_and_label(dataset[number], number=number)
         rows.append(_input(value, number, size, color=color))
-        is_position = isinstance(label, int) and 0 <= label < len(classes)
-        name = plain_name(str(classes[label] if is_position else label))
-        if is_position and position_of.setdefault(name, label) != label:
+        labels.append(label)
+    return _stacked(rows), _class_names(labels, getattr(dataset, "classes", ()))
+
+
+def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:
+    """The name of the class of each label.
+
+    Args:
+        labels: Numbers or names.
+        classes: A list or dictionary of names by number, in which labels may be positions. Anything
+            else, such as the number of classes, names none.
+
+    Raises:
+        ValueError: Two numbers have one name.
+    """
+    if hasattr(classes, "__array__"):
+        classes = as_array(classes).tolist()
+    is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
+    name_of = dict(enumerate(classes)) if is_list else {}
+    if isinstance(classes, Mapping):
+        name_of = dict(classes)
+    known = list(name_of.values())
+    if all(label in known for label in set(labels)):
+        name_of = {}  # the labels themselves are listed, such as the distinct ones in their order
+
+    label_of: dict[str, int] = {}
+    names = []
+    for label in labels:
+        is_position = isinstance(label, int) and label in name_of
+        name = plain_name(str(name_of[label] if is_position else label))
+        if isinstance(label, int) and label_of.setdefault(name, label) != label:
             raise ValueError(
-                f"dataset: got {name!r} in dataset.classes at {position_of[name]} and {label}, "
+                f"dataset: got {name!r} in dataset.classes at {label_of[name]} and {label}, "
                 "expected another name for each label; rename one, or merge the labels"
             )
         names.append(name)
-    return _stacked(rows), names
+    return names
 
 
 def _is_pair(dataset: Any) -> bool:
@@ -273,6 +299,7 @@ def _divided(classes: ClassImages, split: Mapping[str, Iterable[Any]]) -> ClassI
     class_called = {plain_name(name): name for name in classes.pool.names}
     parts = []
     for values in _by_part("split", split):
+        values = as_array(values).tolist() if hasattr(values, "__array__") else values
         names = [plain_name(str(value)) for value in values]
         unknown = [name for name in names if name not in class_called]
         if unknown:

@@ -152,12 +152,17 @@ def _names_any(one: PartList, images_called: Mapping[str, object]) -> bool:
 
 
 def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
-    """The filename, or if it is a path of another file system, the longest end that is known."""
-    path = filename.replace("\\", "/") if ":" in filename[:2] else filename
-    if not (path.startswith("/") or path != filename):
+    """The filename as images are called, or itself if no image is called so.
+
+    It may begin with "./", or have the separators of Windows. If it is a path from the root of
+    another file system, it is the longest end that is known.
+    """
+    if filename in images_called:
         return filename
+    path = filename.replace("\\", "/").removeprefix("./")
+    is_absolute = path.startswith("/") or ":" in path[:2]
     folders = path.split("/")
-    ends = ("/".join(folders[start:]) for start in range(len(folders)))
+    ends = ("/".join(folders[start:]) for start in range(len(folders) if is_absolute else 1))
     return next((end for end in ends if end in images_called), filename)
 
 

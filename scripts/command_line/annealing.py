@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from command_line.build import build_method
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
 from metaimplicit.methods import FirstOrder, Unrolled
@@ -36,7 +39,8 @@ def _anneal_order(options: RunOptions, learner: MetaLearner, spent: float) -> No
             f"and --multi-step-loss {options.multi_step_loss}, expected --method unrolled and no "
             "multi-step loss"
         )
-    learner.method = FirstOrder() if spent < options.first_order_share else Unrolled()
+    is_first_order = spent < options.first_order_share
+    learner.method = FirstOrder() if is_first_order else build_method(options)
 
 
 def _anneal_losses(options: RunOptions, learner: MetaLearner, spent: float) -> None:
@@ -47,8 +51,8 @@ def _anneal_losses(options: RunOptions, learner: MetaLearner, spent: float) -> N
             f"and {steps} inner steps, expected --method unrolled and at least one"
         )
     annealed = spent / options.multi_step_loss
-    weights = multi_step_weights(steps, annealed)
-    learner.method = Unrolled(iterates=True, weights=weights) if annealed < 1 else Unrolled()
+    weights = multi_step_weights(steps, annealed) if annealed < 1 else None
+    learner.method = replace(learner.method, iterates=annealed < 1, weights=weights)
 
 
 def multi_step_weights(steps: int, annealed: float) -> tuple[float, ...]:

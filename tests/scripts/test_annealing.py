@@ -68,6 +68,17 @@ def test_derivatives_are_of_first_order_for_a_share_of_the_run():
         assert learner.method == method
 
 
+@pytest.mark.parametrize("flag", ["multi_step_loss", "first_order_share"])
+def test_the_options_of_the_method_stay(flag):
+    replayed = {"memory": "replay"}
+    options, learner, _ = make_learner(inner_steps=3, method_options=replayed, **{flag: 0.3})
+    anneal_method(options, learner, spent=0.0)
+    weighted = Unrolled(memory="replay", iterates=True, weights=multi_step_weights(3, 0.0))
+    assert learner.method == (weighted if flag == "multi_step_loss" else FirstOrder())
+    anneal_method(options, learner, spent=0.3)
+    assert learner.method == Unrolled(memory="replay")
+
+
 @pytest.mark.parametrize(
     "other", [{"method": "cg"}, {"method": "unrolled", "multi_step_loss": 0.1}]
 )

@@ -176,6 +176,46 @@ def test_a_data_set_of_torchvision_is_taken_by_its_name(tmp_path, monkeypatch):
         load("Things", data_root=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        None,
+        CLASSES,
+        set(NAMES),
+        lambda: NAMES,
+        {name: c for c, name in enumerate(NAMES)},
+        [*range(CLASSES)],
+        np.arange(CLASSES),
+        torch.arange(CLASSES),
+    ],
+    ids=["none", "their number", "a set", "a method", "by name", "a list", "an array", "a tensor"],
+)
+def test_labels_are_the_classes_where_classes_are_no_names(classes):
+    dataset = Pairs(pixels(), classes=classes)
+    assert load(dataset, size=8).content_digests == load(Pairs(pixels()), size=8).content_digests
+
+
+@pytest.mark.parametrize("classes", [dict(enumerate(NAMES)), np.array(NAMES)])
+def test_names_by_position_are_those_of_a_list(classes):
+    expected = load(Pairs(pixels(), classes=NAMES), size=8).content_digests
+    assert load(Pairs(pixels(), classes=classes), size=8).content_digests == expected
+
+
+@pytest.mark.parametrize("numbers", [LABELS + 1, 3 * LABELS])
+def test_labels_that_are_listed_as_classes_are_no_positions(numbers):
+    dataset = Pairs(pixels(), numbers, classes=np.unique(numbers).tolist())
+    expected = load(Pairs(pixels(), numbers), size=8).content_digests
+    assert load(dataset, size=8).content_digests == expected
+
+
+@pytest.mark.parametrize("form", [np.array, torch.tensor])
+def test_a_split_is_given_in_arrays(form):
+    split = {part: form(numbers) for part, numbers in SPLIT.items()}
+    assert (
+        load((pixels(), LABELS), split=split).digests == load(Pairs(pixels()), split=SPLIT).digests
+    )
+
+
 MISSING = [float(label) for label in LABELS[:5]] + [float("nan")] + [1.0] * 34
 ROWS_BY_NAME = [{"image": image, "label": c} for image, c in zip(pixels(), LABELS, strict=True)]
 
@@ -215,6 +255,11 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
         (torch.rand(40, 2), {}, r"dataset: item 0: got Tensor, expected \(input, label\)"),
         ([1, 2, 3], {}, r"dataset: item 0: got int, expected \(input, label\)"),
         (Pairs(pixels(), classes=[*NAMES[:9], " kind  3"]), {}, "'kind 3' .* at 3 and 9, expected"),
+        (
+            Pairs(pixels(), LABELS + 1, classes=[str(c + 1) for c in range(CLASSES)]),
+            {},
+            "got '10' in dataset.classes at 9 and 10, expected another name for each label",
+        ),
         ((pixels(), MISSING), {}, "dataset: label 5: got nan, expected a number or name; leave"),
         ((pixels(), [*NAMES * 3, *NAMES[1:], np.nan]), {}, "dataset: label 39: got nan, expected"),
         (Pairs(pixels(), MISSING), {}, "dataset: label 5: got nan, expected a number or name"),

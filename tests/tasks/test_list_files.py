@@ -42,6 +42,10 @@ FORMS = {
     "images": of_images,
     "images of another machine": lambda names: of_images(names, "/home/someone/filelists/"),
     "images of Windows": lambda names: of_images(names, "C:\\data\\"),
+    "images from here": lambda names: of_images(names, "./"),
+    "images with the separators of Windows": lambda names: [
+        [path.replace("/", "\\"), name] for name in names for path in images(name, ".\\")
+    ],
     "labels as names": lambda names: {
         **of_images(names),
         "image_labels": np.repeat(names, 3).tolist(),
