@@ -338,3 +338,14 @@ def test_a_resumed_run_without_budget_says_that_it_is_only_tested(tmp_path, caps
     train(["--task=sinusoid", "--resume", "--out", str(tmp_path / "run")])
     message = "have spent the run's budget (steps 3, minutes 10.0): it is only tested"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("step_size", "warned"), [("3", True), ("0.1", False)])
+def test_a_run_says_that_its_inner_loops_end_far_from_a_minimum(
+    step_size, warned, tmp_path, capsys
+):
+    small = ["--steps=2", "--filters=4", "--meta-batch=2", "--inner-steps=2", "--threads=1"]
+    tests = ["--validation-episodes=2", "--test-episodes=2", "--test-steps=2"]
+    train(["--method=cg", f"--inner-lr={step_size}", *small, *tests, f"--out={tmp_path}"])
+    message = "warning: the inner loop ended far from a minimum"
+    assert (message in capsys.readouterr().err) == warned

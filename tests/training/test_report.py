@@ -31,7 +31,14 @@ from metaimplicit.training.predictions import Confusion
 HOSTILE = "$\\frac</title><script>alert(1)</script><img src=http://x.y/z onerror='a()'>&\udcff"
 FIRST = ["Curves", "Adaptation"]
 LAST = ["Hypergradient", "Memory and time", "Options", "Provenance"]
-NUMBERS = ("loss", "residual", "inner_gradient_norm", "leftover", "gradient_norm", "hessian_residual")
+NUMBERS = (
+    "loss",
+    "residual",
+    "inner_gradient_norm",
+    "leftover",
+    "gradient_norm",
+    "hessian_residual",
+)
 
 
 def episodes(tasks, *, ways=3, shots=1, queries=2, size=8, channels=1):

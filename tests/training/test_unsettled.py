@@ -5,13 +5,14 @@ import torch
 
 from metaimplicit import BilevelProblem, Dense, GradientDescent, Implicit, hypergradient
 from metaimplicit.training import describe_unsettled
+from metaimplicit.training.health_section import health_section
 from metaimplicit.training.unsettled import relative_leftover
 
 A = torch.tensor([2.0, 5.0], dtype=torch.float64)
 
 
 def line(share, split="train"):
-    return {"split": split, "leftover": share}
+    return {"split": split, "step": 1, "leftover": share}
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -49,3 +50,9 @@ def test_the_median_of_the_last_tenth_of_training_counts():
     message = describe_unsettled(early + [line(0.8)] * 6 + [line(0.1)] * 4)
     assert "change by 80 % of itself" in message
     assert describe_unsettled([]) == ""
+
+
+def test_the_section_on_the_health_of_runs_names_those_that_are_unsettled():
+    page = str(health_section({"good": [line(0.1)], "bad": [line(0.9)]}))
+    assert "bad: the inner loop ended far from a minimum" in page
+    assert "good: the inner" not in page
