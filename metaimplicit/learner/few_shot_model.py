@@ -16,7 +16,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
-from metaimplicit.task_axis import task_of
+from metaimplicit.task_axis import count_tasks, task_of
 from metaimplicit.unsupported import explain_unsupported
 
 
@@ -131,7 +131,12 @@ class FewShotModel(nn.Module):
         Returns:
             `[m, ...]`, or `[tasks, m, ...]` if `batched`, or a list of the outputs of each task if
             the inputs are a list.
+
+        Raises:
+            ValueError: The inputs are those of another number of tasks than the parameters.
         """
+        if batched:
+            _check_tasks(params, inputs)
         meta = self._detached_meta()
         outputs = self._network.outputs
         with running_statistics(self.model):
@@ -212,6 +217,17 @@ class FewShotModel(nn.Module):
         for loss in self._losses():
             params |= loss.parameters
         return params
+
+
+def _check_tasks(params: Params, inputs: Any) -> None:
+    """Raise ValueError if parameters and inputs are not those of one number of tasks."""
+    expected = {len(p) for p in params.values()}
+    got = len(inputs) if isinstance(inputs, list) else count_tasks(plain_inputs(inputs))
+    if expected and expected != {got}:
+        raise ValueError(
+            f"inputs: got {got} sets of them, expected {max(expected)}, one for each adapted "
+            "model; take the models of some tasks by an index or a slice"
+        )
 
 
 def _check_loss_parameters(of_model: Params, of_losses: Params, adapted: Sequence[str]) -> None:

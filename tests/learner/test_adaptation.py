@@ -49,6 +49,32 @@ def test_a_batch_of_adapted_models_holds_one_model_for_each_task():
         one[0]
 
 
+def test_a_slice_of_a_batch_of_adapted_models_is_the_batch_of_these_tasks():
+    data = draw_episodes()
+    inputs = data.query[0][:, :2]  # as many examples as the slice has tasks
+    batch = make_learner(make_network()[:2], head="ridge", method=None, proximal=None).adapt(
+        data.support, batched=True
+    )
+    rest = batch[1:]
+    assert len(rest) == 2
+    assert relative_error(rest(inputs[1:]), batch(inputs)[1:]) < 1e-12
+    assert relative_error(rest[-1](inputs[2]), batch(inputs)[2]) < 1e-12
+    for index in (None, [0, 1], torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match="expected the number of a task, or a slice"):
+            batch[index]
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_a_batch_of_adapted_models_refuses_inputs_of_another_number_of_tasks(vectorize, tasks):
+    learner = make_learner(vectorize=vectorize)
+    batch = learner.adapt(draw_episodes().support, batched=True)
+    inputs = draw_episodes(tasks=tasks).query[0]
+    for given in (inputs, list(inputs)):
+        with pytest.raises(ValueError, match=f"got {tasks} sets of them, expected {TASKS}, one"):
+            batch(given)
+
+
 def test_parameters_that_do_not_adapt_are_those_of_the_learner_at_the_call():
     learner = make_learner(adapt="2.*")
     data = draw_episodes()
