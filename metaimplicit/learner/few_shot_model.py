@@ -17,6 +17,7 @@ from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.task_axis import count_tasks, task_of
+from metaimplicit.tensors import with_known_types
 from metaimplicit.unsupported import explain_unsupported
 
 
@@ -106,8 +107,14 @@ class FewShotModel(nn.Module):
         """φ by name: the parameters of model and losses that require grad, and the logarithms.
 
         Raises:
-            ValueError: A parameter was frozen or unfrozen since the learner was built.
+            ValueError: Since the learner was built, a parameter was frozen or unfrozen, or the
+                model was replaced.
         """
+        if self.model is not self._network.model:
+            raise ValueError(
+                "model: got another module than the learner was built with, which would still be "
+                "called, expected the same; load a state_dict into it, or build a new learner"
+            )
         params = self._trainable_parameters()
         changed = sorted(params.keys() ^ self._trainable)
         if changed:
@@ -125,7 +132,8 @@ class FewShotModel(nn.Module):
             params: The adapted parameters, `{name: [*shape]}`, or `[tasks, *shape]` if `batched`.
                 Parameters that it does not hold are the learner's, as constants.
             inputs: `[m, ...]`, or `[tasks, m, ...]` if `batched`. Several inputs are a tuple or a
-                dict. If `batched`, a list holds the inputs of one task after another.
+                dict, and arrays are tensors. If `batched`, a list holds the inputs of one task
+                after another.
             batched: Whether both carry the task axis.
 
         Returns:
@@ -135,6 +143,7 @@ class FewShotModel(nn.Module):
         Raises:
             ValueError: The inputs are those of another number of tasks than the parameters.
         """
+        inputs = with_known_types(inputs)
         if batched:
             _check_tasks(params, inputs)
         meta = self._detached_meta()
