@@ -197,8 +197,10 @@ def proximal_strength(proximal: float | None, method: Method) -> float:
     sees_start = "start" in method.reach
     if proximal is None:
         return 0.0 if sees_start else DEFAULT_PROXIMAL
-    if not proximal >= 0:
-        raise ValueError(f"proximal: got {proximal}, expected a strength ≥ 0")
+    if not isinstance(proximal, (int, float, Tensor)) or not proximal >= 0:
+        raise ValueError(
+            f"proximal: got {proximal!r}, expected a strength ≥ 0; learn='proximal' learns it"
+        )
     if proximal == 0 and not sees_start:
         raise ValueError(
             "proximal: got 0 with an implicit method, expected a strength > 0: without it "

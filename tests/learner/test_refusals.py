@@ -7,7 +7,7 @@ import torch
 from learner.few_shot import INPUTS, WAYS, LinearModel, draw_episodes, make_learner, make_network
 from torch import nn
 
-from metaimplicit import GradientDescent
+from metaimplicit import FromMeta, GradientDescent
 
 
 def changed(**sets):
@@ -73,6 +73,10 @@ BAD_ARGUMENTS = [
     ({"chunk_size": 0}, "chunk_size: got 0, expected a number of tasks ≥ 1, or None"),
     ({"chunk_size": 2.0}, r"chunk_size: got 2\.0, expected a number of tasks ≥ 1, or None"),
     ({"proximal": -1.0}, "proximal: got -1.0, expected a strength ≥ 0"),
+    (
+        {"proximal": FromMeta("decay")},
+        r"proximal: got FromMeta\(.*, expected a strength ≥ 0; learn=",
+    ),
     ({"proximal": 0.0}, "proximal: got 0 with an implicit method"),
     ({"learn": {"lr"}}, "learn 'lr': implicit cannot give its gradient.*unrolled"),
     (
