@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
 from itertools import compress
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -82,6 +83,7 @@ class LiftedProblem:
     ) -> None:
         if vectorize not in ("vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'vmap' or 'loop'")
+        check_chunk_size(chunk_size)
         self.problem = problem
         self.entries = DataEntries(data)
         self.data = self.entries.constants
@@ -345,3 +347,21 @@ def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Call
         return function(*args)
 
     return repeating
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise ValueError unless it is a number of tasks or None.
+
+    Example:
+        >>> check_chunk_size(0)
+        Traceback (most recent call last):
+        ...
+        ValueError: chunk_size: got 0, expected a number of tasks ≥ 1, or None for all
+    """
+    if chunk_size is None:
+        return
+    is_whole = isinstance(chunk_size, Integral) and not isinstance(chunk_size, bool)
+    if not is_whole or chunk_size < 1:
+        raise ValueError(
+            f"chunk_size: got {chunk_size!r}, expected a number of tasks ≥ 1, or None for all"
+        )

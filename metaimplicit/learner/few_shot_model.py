@@ -16,7 +16,8 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
-from metaimplicit.task_axis import task_of
+from metaimplicit.task_axis import count_tasks, task_of
+from metaimplicit.tensors import with_known_types
 from metaimplicit.unsupported import explain_unsupported
 
 
@@ -106,8 +107,14 @@ class FewShotModel(nn.Module):
         """φ by name: the parameters of model and losses that require grad, and the logarithms.
 
         Raises:
-            ValueError: A parameter was frozen or unfrozen since the learner was built.
+            ValueError: Since the learner was built, a parameter was frozen or unfrozen, or the
+                model was replaced.
         """
+        if self.model is not self._network.model:
+            raise ValueError(
+                "model: got another module than the learner was built with, which would still be "
+                "called, expected the same; load a state_dict into it, or build a new learner"
+            )
         params = self._trainable_parameters()
         changed = sorted(params.keys() ^ self._trainable)
         if changed:
@@ -125,13 +132,20 @@ class FewShotModel(nn.Module):
             params: The adapted parameters, `{name: [*shape]}`, or `[tasks, *shape]` if `batched`.
                 Parameters that it does not hold are the learner's, as constants.
             inputs: `[m, ...]`, or `[tasks, m, ...]` if `batched`. Several inputs are a tuple or a
-                dict. If `batched`, a list holds the inputs of one task after another.
+                dict, and arrays are tensors. If `batched`, a list holds the inputs of one task
+                after another.
             batched: Whether both carry the task axis.
 
         Returns:
             `[m, ...]`, or `[tasks, m, ...]` if `batched`, or a list of the outputs of each task if
             the inputs are a list.
+
+        Raises:
+            ValueError: The inputs are those of another number of tasks than the parameters.
         """
+        inputs = with_known_types(inputs)
+        if batched:
+            _check_tasks(params, inputs)
         meta = self._detached_meta()
         outputs = self._network.outputs
         with running_statistics(self.model):
@@ -212,6 +226,17 @@ class FewShotModel(nn.Module):
         for loss in self._losses():
             params |= loss.parameters
         return params
+
+
+def _check_tasks(params: Params, inputs: Any) -> None:
+    """Raise ValueError if parameters and inputs are not those of one number of tasks."""
+    expected = {len(p) for p in params.values()}
+    got = len(inputs) if isinstance(inputs, list) else count_tasks(plain_inputs(inputs))
+    if expected and expected != {got}:
+        raise ValueError(
+            f"inputs: got {got} sets of them, expected {max(expected)}, one for each adapted "
+            "model; take the models of some tasks by an index or a slice"
+        )
 
 
 def _check_loss_parameters(of_model: Params, of_losses: Params, adapted: Sequence[str]) -> None:

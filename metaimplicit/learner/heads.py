@@ -37,11 +37,22 @@ class Head(ABC):
         numbers: The fields that can be learnt, by their name in `learn`.
         method: The flag of the method that differentiates it unless another one is given.
         is_convex: Whether its inner problem is convex in the layer, and no other parameter adapts.
+
+    Raises:
+        ValueError: One of its numbers is not positive.
     """
 
     numbers: ClassVar[dict[str, str]]
     method: ClassVar[str]
     is_convex: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        for name in self.numbers.values():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not value > 0:
+                raise ValueError(
+                    f"{type(self).__name__} {name}: got {value}, expected a number > 0"
+                )
 
     @property
     @abstractmethod

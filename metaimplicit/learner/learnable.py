@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -197,8 +198,10 @@ def proximal_strength(proximal: float | None, method: Method) -> float:
     sees_start = "start" in method.reach
     if proximal is None:
         return 0.0 if sees_start else DEFAULT_PROXIMAL
-    if not proximal >= 0:
-        raise ValueError(f"proximal: got {proximal}, expected a strength ≥ 0")
+    if not isinstance(proximal, (Real, Tensor)) or not proximal >= 0:
+        raise ValueError(
+            f"proximal: got {proximal!r}, expected a strength ≥ 0; learn='proximal' learns it"
+        )
     if proximal == 0 and not sees_start:
         raise ValueError(
             "proximal: got 0 with an implicit method, expected a strength > 0: without it "

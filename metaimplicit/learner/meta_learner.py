@@ -33,7 +33,7 @@ from metaimplicit.learner.results import (
 from metaimplicit.learner.targets import Group, Metric
 from metaimplicit.learner.task_batches import TaskBatches
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
-from metaimplicit.lifted import Vectorize
+from metaimplicit.lifted import Vectorize, check_chunk_size
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
 from metaimplicit.unchanged import notice_changed_data
@@ -144,6 +144,7 @@ class MetaLearner(TaskBatches):
     ) -> None:
         if vectorize not in ("auto", "vmap", "loop"):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
+        check_chunk_size(chunk_size)
         reject_distributed(model)
         plan = make_plan(
             model,
@@ -266,7 +267,7 @@ class MetaLearner(TaskBatches):
         """
         if steps is not None and steps < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
-        count = self.inner.steps if steps is None else steps
+        count = self.inner.steps if steps is None else step_counts([steps], self.inner)[0]
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
             with notice_changed_data("support", groups), reject_changed_buffers(self):

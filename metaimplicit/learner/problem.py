@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,17 +153,24 @@ def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int
         inner: The inner loop, whose T is the default.
 
     Raises:
-        ValueError: A number is negative, or there is none.
+        ValueError: A number is negative or not whole, or there is none.
 
     Example:
         >>> from metaimplicit.inner import GradientDescent
         >>> step_counts(None, GradientDescent(steps=2)), step_counts([5, 1], GradientDescent())
         ([0, 1, 2], [5, 1])
     """
-    if isinstance(steps, Sequence):
-        counts = list(steps)
-    else:
-        counts = list(range((inner.steps if steps is None else steps) + 1))
+    # Arrays and tensors hold one number or several.
+    given: Any = getattr(steps, "tolist", lambda: steps)()
+    try:
+        if isinstance(given, Sequence):
+            counts = [operator.index(count) for count in given]
+        else:
+            counts = list(range(inner.steps + 1 if given is None else operator.index(given) + 1))
+    except TypeError as error:
+        raise ValueError(
+            f"steps: got {steps!r}, expected a whole number of inner steps, or a sequence of them"
+        ) from error
     if not counts or min(counts) < 0:
         raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
     return counts

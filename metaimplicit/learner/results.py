@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,6 +72,8 @@ class AdaptedModel:
         2
         >>> batch[1](torch.ones(2))
         tensor([3., 3.])
+        >>> batch[1:](torch.ones(1, 2))
+        tensor([[3., 3.]])
     """
 
     def __init__(self, predict: Predict, params: Params, *, batched: bool) -> None:
@@ -95,16 +98,22 @@ class AdaptedModel:
         """The number of tasks: 1 if the model is not batched."""
         return len(next(iter(self.params.values()))) if self._batched else 1
 
-    def __getitem__(self, task: int) -> AdaptedModel:
-        """The model of one task of the batch.
+    def __getitem__(self, tasks: int | slice) -> AdaptedModel:
+        """The model of one task of the batch, or for a slice the batch of these tasks.
 
         Raises:
-            TypeError: The model is not batched.
+            TypeError: The model is not batched, or the index is neither a number nor a slice.
         """
         if not self._batched:
             raise TypeError("this model holds one task; adapt with batched=True for several")
-        params = {name: p[task] for name, p in self.params.items()}
-        return AdaptedModel(self._predict, params, batched=False)
+        try:
+            chosen = tasks if isinstance(tasks, slice) else operator.index(tasks)
+        except TypeError as error:
+            raise TypeError(
+                f"adapted model: got the index {tasks!r}, expected the number of a task, or a slice"
+            ) from error
+        params = {name: p[chosen] for name, p in self.params.items()}
+        return AdaptedModel(self._predict, params, batched=isinstance(chosen, slice))
 
 
 def join_reports(reports: Sequence[Report]) -> Report:

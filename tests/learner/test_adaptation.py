@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,45 @@ def test_a_batch_of_adapted_models_holds_one_model_for_each_task():
         one[0]
 
 
+def test_a_slice_of_a_batch_of_adapted_models_is_the_batch_of_these_tasks():
+    data = draw_episodes()
+    inputs = data.query[0][:, :2]  # as many examples as the slice has tasks
+    batch = make_learner(make_network()[:2], head="ridge", method=None, proximal=None).adapt(
+        data.support, batched=True
+    )
+    rest = batch[1:]
+    assert len(rest) == 2
+    assert relative_error(rest(inputs[1:]), batch(inputs)[1:]) < 1e-12
+    assert relative_error(rest[-1](inputs[2]), batch(inputs)[2]) < 1e-12
+    for index in (None, [0, 1], torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match="expected the number of a task, or a slice"):
+            batch[index]
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_a_batch_of_adapted_models_refuses_inputs_of_another_number_of_tasks(vectorize, tasks):
+    learner = make_learner(vectorize=vectorize)
+    batch = learner.adapt(draw_episodes().support, batched=True)
+    inputs = draw_episodes(tasks=tasks).query[0]
+    for given in (inputs, list(inputs)):
+        with pytest.raises(ValueError, match=f"got {tasks} sets of them, expected {TASKS}, one"):
+            batch(given)
+
+
+def test_an_adapted_model_takes_the_arrays_that_it_was_adapted_to():
+    data = draw_episodes()
+    learner = make_learner()
+    inputs, labels = (x.numpy() for x in data.support)
+    batch = learner.adapt((inputs, labels), batched=True)
+    one = learner.adapt((inputs[1], labels[1]))
+    expected = batch(data.query[0])
+    queries = data.query[0].numpy()
+    assert torch.equal(batch(queries), expected)
+    assert relative_error(torch.stack(batch(list(queries))), expected) < 1e-12
+    assert relative_error(one(queries[1]), expected[1]) < 1e-12
+
+
 def test_parameters_that_do_not_adapt_are_those_of_the_learner_at_the_call():
     learner = make_learner(adapt="2.*")
     data = draw_episodes()
@@ -74,6 +114,14 @@ def test_evaluate_measures_after_the_numbers_of_steps_asked_for():
     for steps in (-1, [2, -1], []):
         with pytest.raises(ValueError, match=r"steps: got .*, expected at least 0 inner steps"):
             learner.evaluate(draw_episodes(), steps=steps)
+
+
+@pytest.mark.parametrize("steps", [torch.tensor([2, 0]), np.array([2, 0])])
+def test_evaluate_takes_arrays_of_numbers_of_steps(steps):
+    learner = make_learner()
+    losses, _ = learner.evaluate(draw_episodes(), steps=steps)
+    assert torch.equal(losses, learner.evaluate(draw_episodes(), steps=[2, 0])[0])
+    assert torch.equal(losses, learner.evaluate(draw_episodes(), steps=steps[0])[0][[2, 0]])
 
 
 def test_evaluate_repeats_the_last_iterate_of_each_task_whose_loop_stops_early():

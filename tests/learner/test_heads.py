@@ -327,7 +327,7 @@ def test_in_evaluation_mode_the_gradient_is_that_with_running_statistics():
         ({"head": "ridge", "learn": ["lr"]}, "learn 'lr'"),
         ({"head": "ridge", "learn": {"scale": "per-tensor"}}, "learn 'scale': got 'per-tensor'"),
         (
-            {"head": ConvexHead(SquaredError(), scale=-1.0), "learn": ["scale"]},
+            {"head": ConvexHead(SquaredError(), scale=torch.tensor(2.0)), "learn": ["scale"]},
             "got a head with",
         ),
     ],
@@ -340,6 +340,15 @@ def test_arguments_that_do_not_fit_are_named(options, message):
 def change_labels(episodes, support, query):
     (x, _), (xq, _) = episodes.support, episodes.query
     return {"support": (x, support), "query": (xq, query)}
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_numbers_of_a_head_that_are_not_positive_are_refused(value):
+    for name in ("strength", "temperature", "scale"):
+        with pytest.raises(ValueError, match=f"ConvexHead {name}: got {value}, expected a number"):
+            ConvexHead(SquaredError(), **{name: value})
+    with pytest.raises(ValueError, match=f"Prototypes temperature: got {value}, expected a num"):
+        Prototypes(temperature=value)
 
 
 def test_labels_that_a_head_cannot_fit_are_named():

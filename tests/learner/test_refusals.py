@@ -7,7 +7,7 @@ import torch
 from learner.few_shot import INPUTS, WAYS, LinearModel, draw_episodes, make_learner, make_network
 from torch import nn
 
-from metaimplicit import GradientDescent
+from metaimplicit import FromMeta, GradientDescent
 
 
 def changed(**sets):
@@ -70,7 +70,13 @@ BAD_ARGUMENTS = [
     ({"adapt": lambda name: False}, "the predicate' matches no parameter"),
     ({"adapt": []}, "matches no parameter"),
     ({"vectorize": "map"}, "vectorize: got 'map'"),
+    ({"chunk_size": 0}, "chunk_size: got 0, expected a number of tasks ≥ 1, or None"),
+    ({"chunk_size": 2.0}, r"chunk_size: got 2\.0, expected a number of tasks ≥ 1, or None"),
     ({"proximal": -1.0}, "proximal: got -1.0, expected a strength ≥ 0"),
+    (
+        {"proximal": FromMeta("decay")},
+        r"proximal: got FromMeta\(.*, expected a strength ≥ 0; learn=",
+    ),
     ({"proximal": 0.0}, "proximal: got 0 with an implicit method"),
     ({"learn": {"lr"}}, "learn 'lr': implicit cannot give its gradient.*unrolled"),
     (
@@ -109,6 +115,27 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_learner(**arguments)
+
+
+def test_numbers_of_steps_that_are_not_whole_are_refused():
+    learner = make_learner()
+    for steps in (2.0, [1.0], {1, 2}, "2"):
+        with pytest.raises(ValueError, match=r"steps: got .*, expected a whole number of inner"):
+            learner.evaluate(draw_episodes(), steps=steps)
+    with pytest.raises(ValueError, match=r"steps: got \[2\.0\], expected a whole number of inner"):
+        learner.adapt(draw_episodes().support, steps=2.0, batched=True)
+
+
+def test_a_model_that_was_replaced_is_refused():
+    learner = make_learner()
+    learner.model = make_network()
+    for call in (
+        lambda: learner.backward(draw_episodes()),
+        lambda: learner.evaluate(draw_episodes()),
+        lambda: learner.adapt(draw_episodes().support, batched=True),
+    ):
+        with pytest.raises(ValueError, match="model: got another module than the learner was"):
+            call()
 
 
 def test_adapt_refuses_a_negative_number_of_steps_and_pairs_of_different_lengths():
