@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -61,6 +63,9 @@ def explain_stop(advice: str) -> Iterator[None]:
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    if _is_within(_send_again, frame):
+        _send_soon(number)
+        return
     raise Stopped(number)
 
 
@@ -69,12 +74,29 @@ def _send_again(
 ) -> None:
     """Send a signal again that arrived within a finaliser, where Python drops what is raised.
 
-    It is sent a moment later, from another thread: here, it would be dropped as well. What else is
-    dropped is for the hook.
+    Here, it would be dropped as well. What else is dropped is for the hook.
     """
     stop = unraisable.exc_value
-    if not isinstance(stop, Stopped):
+    if isinstance(stop, Stopped):
+        _send_soon(signal.Signals[stop.signal])
+    else:
         hook(unraisable)
-        return
-    number = signal.Signals[stop.signal]
-    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+
+def _send_soon(number: int) -> None:
+    """Send a signal from another thread, a moment later."""
+
+    def send() -> None:
+        time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    _thread.start_new_thread(send, ())  # `threading` would wait here for the start
+
+
+def _is_within(function: Callable[..., Any], frame: FrameType | None) -> bool:
+    """Whether a frame is one of a function, or of what it calls."""
+    while frame is not None:
+        if frame.f_code is function.__code__:
+            return True
+        frame = frame.f_back
+    return False

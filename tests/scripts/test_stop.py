@@ -1,5 +1,6 @@
 """A signal ends a script in one line, with what it has saved, in every phase."""
 
+import _thread
 import json
 import signal
 import subprocess
@@ -140,6 +141,22 @@ def test_a_signal_that_arrives_in_a_finaliser_stops_the_script(capsys):
     start = time.monotonic()
     assert stop(main, [], capsys) == (130, "stopped by SIGINT; run the same command again")
     assert time.monotonic() - start < 10
+
+
+def test_a_signal_that_is_sent_again_too_soon_stops_the_script(monkeypatch, capsys):
+    start_thread = _thread.start_new_thread
+    calls = []
+
+    def start(send, args):
+        calls.append(send)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)  # before the finaliser ends
+        else:
+            start_thread(send, args)
+
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    test_a_signal_that_arrives_in_a_finaliser_stops_the_script(capsys)
+    assert len(calls) == 2
 
 
 @pytest.mark.slow
