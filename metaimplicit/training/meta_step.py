@@ -12,7 +12,7 @@ from metaimplicit.solvers import Status
 from metaimplicit.tensors import tensors_in
 from metaimplicit.training.log import Values
 from metaimplicit.training.metrics import measure_name, to_device
-from metaimplicit.training.unsettled import relative_leftover
+from metaimplicit.training.unsettled import leftover_share
 
 
 class NonFiniteError(FloatingPointError):
@@ -129,7 +129,7 @@ def _read_values(step: Step, norm: Tensor, measure: str) -> Values:
         "residual": _mean(report.residual),
         "hessian_residual": _mean(report.hessian_residual),
         "inner_gradient_norm": report.inner_gradient_norm.mean(),
-        "leftover": relative_leftover(report, step.loss),
+        "leftover": leftover_share(report, step.loss),
         "gradient_norm": norm,
         "negative_curvature": negative,
     }

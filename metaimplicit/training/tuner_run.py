@@ -17,7 +17,7 @@ from metaimplicit.training.progress import Progress, Stopwatch
 from metaimplicit.training.rotation import Identity
 from metaimplicit.training.run_folder import RunFolder
 from metaimplicit.training.signals import DeferredSignals
-from metaimplicit.training.unsettled import relative_leftover
+from metaimplicit.training.unsettled import leftover_share
 from metaimplicit.tuning import Tuner, TunerStep
 from metaimplicit.tuning.batches import Source
 
@@ -144,7 +144,7 @@ def _read_values(step: TunerStep) -> Values:
     report = step.report
     residual = None if report.residual is None else report.residual.mean().item()
     negative = None if report.status is None else report.share(Status.NEGATIVE_CURVATURE)
-    left = relative_leftover(report, torch.tensor(step.outer_loss))
+    left = leftover_share(report, torch.tensor(step.outer_loss))
     return {
         "loss": step.outer_loss,
         "gradient_norm": step.norm,

@@ -14,15 +14,22 @@ from metaimplicit.training.panels import Line
 MOST_LEFT = 0.5  # of the outer loss
 
 
-def relative_leftover(report: Report, loss: Tensor) -> Tensor | None:
-    """The mean of |uᵀ ∂f/∂θ| over the tasks, relative to the outer loss. None without a solve.
+def leftover_share(report: Report, loss: Tensor) -> Tensor | None:
+    """The mean of |uᵀ ∂f/∂θ| over the tasks, beside |g|, where A u = ∂g/∂θ.
 
-    To first order, it is the share by which the outer loss would still change if the inner loop
+    To first order, it is the share by which the outer loss g would still change if the inner loop
     went on to its minimum.
+
+    Args:
+        report: Of a hypergradient. Its `leftover` is `[tasks]`.
+        loss: g, the mean outer loss, a scalar.
+
+    Returns:
+        A scalar. None if the method solves no system.
 
     Example:
         >>> report = Report("cg", torch.ones(2), torch.ones(2), leftover=torch.tensor([0.1, -0.3]))
-        >>> relative_leftover(report, torch.tensor(2.0))
+        >>> leftover_share(report, torch.tensor(2.0))
         tensor(0.1000)
     """
     if report.leftover is None:
@@ -51,7 +58,7 @@ def describe_unsettled(lines: Sequence[Line]) -> str:
     if not last or median(last) <= MOST_LEFT:
         return ""
     return (
-        "the inner loop ended far from a minimum, where an implicit meta-gradient is wrong: the "
+        "the inner loop ended far from a minimum, where implicit hypergradients are inexact: the "
         f"outer loss would still change by {100 * median(last):.0f} % of itself on the way there; "
         "take a smaller inner step size or more inner steps"
     )

@@ -6,7 +6,7 @@ import torch
 from metaimplicit import BilevelProblem, Dense, GradientDescent, Implicit, hypergradient
 from metaimplicit.training import describe_unsettled
 from metaimplicit.training.health_section import health_section
-from metaimplicit.training.unsettled import relative_leftover
+from metaimplicit.training.unsettled import leftover_share
 
 A = torch.tensor([2.0, 5.0], dtype=torch.float64)
 
@@ -28,7 +28,7 @@ def test_the_share_that_is_left_is_what_a_newton_step_changes(steps):
     inner = GradientDescent(steps=steps, lr=0.1)
     result = hypergradient(problem, {"phi": phi}, None, inner=inner, method=Implicit(Dense()))
     left = (c * (phi - result.params["w"])).sum().abs() / result.outer_loss.abs()
-    assert relative_leftover(result.report, result.outer_loss).item() == pytest.approx(left.item())
+    assert leftover_share(result.report, result.outer_loss).item() == pytest.approx(left.item())
 
 
 def test_a_method_without_a_solve_has_no_share():
@@ -40,7 +40,7 @@ def test_a_method_without_a_solve_has_no_share():
     meta = {"phi": torch.tensor(1.0)}
     inner = GradientDescent(steps=1, lr=0.1)
     result = hypergradient(problem, meta, None, inner=inner, method="unrolled")
-    assert relative_leftover(result.report, result.outer_loss) is None
+    assert leftover_share(result.report, result.outer_loss) is None
     assert describe_unsettled([line(None)]) == ""
 
 
