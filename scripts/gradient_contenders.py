@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from hand_written import by_hand
 from torch import Tensor, nn
 
 from metaimplicit import CG, GradientDescent, Implicit, MetaLearner, Unrolled
@@ -260,6 +261,8 @@ CONTENDERS: dict[str, Contender] = {
     "metaimplicit": Contender(partial(ours, compile=False)),
     "metaimplicit, compiled": Contender(partial(ours, compile=True)),
     "torch.func": Contender(torch_func, implicit=False),
+    "by hand": Contender(partial(by_hand, compile=False)),
+    "by hand, compiled": Contender(partial(by_hand, compile=True)),
     "higher": Contender(higher, "higher", implicit=False),
     "learn2learn": Contender(learn2learn, "learn2learn", implicit=False),
     "TorchOpt": Contender(torchopt, "torchopt", implicit=True),

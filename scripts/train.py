@@ -24,13 +24,16 @@ from typing import Any
 
 import torch
 from command_line import (
+    Plan,
     RunOptions,
+    Search,
+    Way,
     anneal_method,
     build_learner,
     build_optimizer,
     check_classes,
-    choose_threads,
     explain_stop,
+    find_plan,
     find_recipe,
     handle_errors,
     join_ranks,
@@ -49,9 +52,9 @@ from command_line import (
 import tasks
 from metaimplicit import MetaLearner
 from metaimplicit.learner import Ranks
-from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.methods import Report
 from metaimplicit.training import (
+    CONFIG,
     Budget,
     Progress,
     constant,
@@ -65,6 +68,7 @@ from metaimplicit.training import (
     plot_adaptation,
     plot_curves,
     read_metrics,
+    read_sealed_json,
     to_device,
     write_json,
 )
@@ -81,6 +85,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     sampler: tasks.EpisodeSampler
     budget: Budget
+    plan: Plan
     rehearsal: Report
     identity: dict[str, Any]
 
@@ -128,10 +133,20 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
     if options.resume and ranks.rank == 0:
         warn_if_spent(options.folder, learner, identity, budget)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or (threads if ranks.count > 1 else 1))
     rehearsal = rehearse(learner, optimizer, sampler, ranks)
-    options = settle_threads(options, learner, optimizer, sampler=sampler, ranks=ranks)
+    can_vmap = not rehearsal.tasks_by.startswith("loop: ")  # and a reason
+    plan = settle_plan(
+        options, learner, sampler=sampler, ranks=ranks, threads=threads, can_vmap=can_vmap
+    )
+    if ranks.rank == 0:
+        print(plan.table() if options.plan and plan.trials else plan.summary(), flush=True)
+    options = replace(options, threads=plan.way.threads)
     make_folder(options.folder)
-    return Run(options, ranks, splits, learner, optimizer, sampler, budget, rehearsal, identity)
+    return Run(
+        options, ranks, splits, learner, optimizer, sampler, budget, plan, rehearsal, identity
+    )
 
 
 def load_splits(options: RunOptions, ranks: Ranks) -> tasks.Splits:
@@ -195,34 +210,75 @@ def rehearse(
     return step.report
 
 
-def settle_threads(
+def settle_plan(
     options: RunOptions,
     learner: MetaLearner,
-    optimizer: torch.optim.Optimizer,
     *,
     sampler: tasks.EpisodeSampler,
     ranks: Ranks,
-) -> RunOptions:
-    """The options with a number of CPU threads, found by the clock if there is none.
+    threads: int,
+    can_vmap: bool,
+) -> Plan:
+    """The way to compute meta-steps, which the learner takes from now on.
 
-    The run keeps it when it is resumed, because round-off depends on it. Compiled functions are not
-    timed, because each number of threads would compile them again.
+    It is the fastest of several, or what the options say. A run that is resumed keeps its own,
+    because round-off depends on it. Several processes are not timed.
 
     It leaves parameters, buffers, gradients and random state as they were.
+
+    Args:
+        options: The options.
+        learner: The learner.
+        sampler: What draws the training tasks.
+        ranks: The processes of the run.
+        threads: The largest number of CPU threads.
+        can_vmap: Whether vmap gives what a loop gives.
     """
     on_cuda = next(learner.parameters()).is_cuda
-    if options.threads is not None or on_cuda or options.compile is not False:
-        return options
-    episodes = ranks.share(sampler[0])
-    with (
-        preserve_random_state(learner.method, cuda=False),
-        buffers_put_back(learner),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # the run shows them
-        threads = choose_threads(lambda: learner.backward(episodes))
-    optimizer.zero_grad()
-    return replace(options, threads=threads)
+    stored = read_plan(options) if options.resume else None
+    if stored is not None:
+        stored.apply(learner)
+        return Plan(stored)
+    if ranks.count > 1:
+        return Plan(Way.of(learner))
+
+    episodes = to_device(sampler[0], next(learner.parameters()).device)
+    search = Search(
+        learner,
+        lambda: learner.backward(episodes).loss,
+        seconds=partial(run_seconds, options),
+    )
+    is_fixed = {
+        "threads": options.threads is not None or on_cuda,
+        "vectorize": options.vectorize != "auto" or options.chunk_size is not None or not can_vmap,
+        "chunk_size": options.chunk_size is not None,
+        "compile": options.compile != "auto",
+    }
+    return find_plan(
+        search,
+        tasks=options.meta_batch,
+        threads=threads,
+        fixed={name for name, fixed in is_fixed.items() if fixed},
+    )
+
+
+def read_plan(options: RunOptions) -> Way | None:
+    """The way of a run that is resumed, but for what the options say. None if it has none."""
+    config = read_sealed_json(options.folder / CONFIG)
+    if "plan" not in config:
+        return None
+    way = Way(**config["plan"]["way"])
+    changes: dict[str, Any] = {"threads": options.threads or way.threads}
+    if options.compile != "auto":
+        changes["compile"] = options.compile
+    return replace(way, **changes)
+
+
+def run_seconds(options: RunOptions, of_step: float) -> float:
+    """How long the run takes if each meta-step takes so many seconds."""
+    seconds = [] if options.minutes is None else [60 * options.minutes]
+    seconds += [] if options.steps is None else [of_step * options.steps]
+    return min(seconds)
 
 
 @contextmanager
@@ -253,6 +309,7 @@ def train(run: Run) -> Progress:
     )
     batches = -(-options.validation_episodes // options.meta_batch)  # rounded up
     config = {"options": options.dump(), **describe(run.learner, run.rehearsal)}
+    config |= {"plan": run.plan.dump()} if run.plan.trials else {}
     progress = fit(
         run.learner,
         run.optimizer,

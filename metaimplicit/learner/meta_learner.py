@@ -105,6 +105,9 @@ class MetaLearner(TaskBatches):
         adapted: The names of the model's parameters that adapt.
         learnt: The logarithms of the numbers in `learn`.
         penalty: The proximal term of the inner loss. None if λ = 0.
+        vectorize: As given. After the first call of `backward`, what that has chosen.
+        chunk_size: As given.
+        compiles: `compile`, as given. All three may be changed between two calls.
 
     Raises:
         ValueError: An argument is out of range. The model has no parameter that requires grad. The
@@ -165,7 +168,7 @@ class MetaLearner(TaskBatches):
             vectorize=vectorize,
             chunk_size=chunk_size,
         )
-        self._compile = compile
+        self.compiles = compile
 
     @explain_unsupported()
     def backward(self, episodes: EpisodeBatch) -> Step:
@@ -290,7 +293,7 @@ class MetaLearner(TaskBatches):
             batched=True,
             vectorize=vectorize,
             chunk_size=self.chunk_size,
-            compile=self._compile,
+            compile=self.compiles,
         )
 
     def _choose_vectorize(self, group: Group) -> None:
@@ -300,7 +303,7 @@ class MetaLearner(TaskBatches):
         if self.vectorize != "auto":
             return
         # More calls would move the running statistics, and no loop is compiled.
-        if self._mixes_tasks or self._compile is not False:
+        if self._mixes_tasks or self.compiles is not False:
             self.vectorize = "vmap"
             return
         cuda = next(iter(self.meta.values())).is_cuda

@@ -4,11 +4,12 @@ from command_line.annealing import anneal_method
 from command_line.apart import run_apart
 from command_line.build import build_learner, build_optimizer
 from command_line.defaults import default_options
-from command_line.device import choose_threads, find_device, set_up_cpu
+from command_line.device import find_device, set_up_cpu
 from command_line.errors import handle_errors
 from command_line.init import load_init
 from command_line.options import RunOptions
 from command_line.parse import parse
+from command_line.plan import Plan, Search, Way, find_plan
 from command_line.ranks import join_ranks, leave_ranks
 from command_line.recipes import find_recipe
 from command_line.report import leave_report
@@ -29,18 +30,21 @@ from command_line.usage import ABOUT_ERRORS, explain_usage, parse_options
 
 __all__ = [
     "ABOUT_ERRORS",
+    "Plan",
     "RowFile",
     "RunOptions",
+    "Search",
     "Split",
+    "Way",
     "anneal_method",
     "build_learner",
     "build_optimizer",
     "check_classes",
-    "choose_threads",
     "default_options",
     "explain_stop",
     "explain_usage",
     "find_device",
+    "find_plan",
     "find_recipe",
     "handle_errors",
     "join_ranks",

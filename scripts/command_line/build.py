@@ -50,7 +50,7 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
         learn=learn,
         vectorize=options.vectorize,
         chunk_size=options.chunk_size,
-        compile=options.compile,
+        compile=options.compile is True,  # "auto" is for the plan of the run
     )
     return learner.to(device)
 

@@ -38,6 +38,8 @@ CHANGEABLE = {  # what may differ when a run is resumed
     "resume",
     "workers",
     "threads",
+    "compile",
+    "plan",
     "test_episodes",
     "select",
     "test_steps",
@@ -54,7 +56,6 @@ ADDED = {
     "init",
     "init_digest",
     "recipe",
-    "compile",
     "first_order_share",
     "jitter",
     "joined_blocks",
@@ -166,12 +167,17 @@ class RunOptions:
     clip: Annotated[float | None, within(1e-12, MOST)] = None
     """Largest norm of the meta-gradient. By default there is none."""
     vectorize: Literal["auto", "vmap", "loop"] = "auto"
-    """How tasks are batched. auto times both once and keeps the faster."""
+    """How tasks are batched. auto times both and keeps the faster."""
     chunk_size: Annotated[int | None, within(1, 10_000)] = None
-    """Tasks vmapped at a time, to bound memory. By default all."""
-    compile: Literal["auto"] | bool = False
-    """Whether the functions of a meta-step are compiled, which pays for small networks. With auto
-    they run eager where there is no C++ compiler."""
+    """Tasks vmapped at a time, to bound memory. By default all, or half of them if that is
+    faster."""
+    compile: Literal["auto"] | bool = "auto"
+    """Whether the functions of a meta-step are compiled. With auto they are where that is faster,
+    which is tried for small networks in runs of more than three minutes."""
+    plan: bool = False
+    """Show the ways to compute a meta-step that were timed before the first one: by vmap or a loop,
+    in chunks, with the weights of convolutions in another memory format, compiled, by several CPU
+    threads. The fastest is kept for the whole run, and stands in its config.json."""
     workers: Annotated[int, within(0, 128)] = 0
     """Processes that draw episodes. With 0, the main process does."""
     threads: Threads = None

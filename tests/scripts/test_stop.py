@@ -67,7 +67,8 @@ def test_training_finishes_its_step_and_resumes_to_the_same_numbers(
     args = [*SMALL, "--vectorize=vmap", "--checkpoint-every=100"]
     unbroken, out = tmp_path / "unbroken", tmp_path / "stopped"
     train([*args, f"--out={unbroken}"])
-    signal_at(MetaLearner, "backward", 3, number)  # the first call is the rehearsal
+    # One call is the rehearsal, and three belong to the plan.
+    signal_at(MetaLearner, "backward", 6, number)
     code, line = stop(train, [*args, f"--out={out}"], capsys)
     assert code == 128 + number
     name = signal.Signals(number).name

@@ -1,0 +1,104 @@
+"""One meta-gradient in plain `torch.func`, written by hand for one network: the limit of a race.
+
+Nothing is checked, measured or reported. All parameters of a task are one vector, and the tasks are
+the rows of a matrix. Each function is called as often as the method needs it, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gradient_contenders import Step, Workload
+
+PRODUCTS = 5
+
+
+def by_hand(workload: Workload, *, compile: bool) -> Step:
+    """The meta-gradient of a workload.
+
+    Args:
+        workload: The workload.
+        compile: Whether the gradient, the step, its pull and the product are compiled.
+    """
+    model = workload.make_model()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    phi = torch.cat([p.flatten() for p in parameters.values()])
+    support, query = workload.draw()
+
+    def split(vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([p.numel() for p in parameters.values()])
+        return {
+            name: part.view(p.shape)
+            for part, (name, p) in zip(parts, parameters.items(), strict=True)
+        }
+
+    def loss(vector: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        outputs: Tensor = torch.func.functional_call(model, split(vector), (inputs,))
+        return workload.loss(outputs, targets)
+
+    gradient = torch.vmap(torch.func.grad(loss))
+
+    def inner_gradient(theta: Tensor) -> Tensor:
+        slopes: Tensor = gradient(theta, *support)
+        return slopes + workload.proximal * (theta - phi)
+
+    def step(theta: Tensor) -> Tensor:
+        return theta - workload.lr * inner_gradient(theta)
+
+    def pull(theta: Tensor, vectors: Tensor) -> Tensor:
+        pulled: Tensor = torch.func.vjp(step, theta)[1](vectors)[0]
+        return pulled
+
+    def product(theta: Tensor, vectors: Tensor) -> Tensor:
+        multiplied: Tensor = torch.func.vjp(inner_gradient, theta)[1](vectors)[0]
+        return multiplied
+
+    def outer_gradient(theta: Tensor) -> Tensor:
+        slopes: Tensor = gradient(theta, *query)
+        return slopes / workload.tasks
+
+    functions: list[Any] = [step, pull, product, outer_gradient]
+    if compile:
+        functions = [torch.compile(f, fullgraph=True, dynamic=False) for f in functions]
+    step_now, pull_now, product_now, outer_now = functions
+
+    @torch.no_grad()
+    def meta_gradient() -> list[Tensor]:
+        theta = phi.expand(workload.tasks, -1).contiguous()
+        path = []
+        for _ in range(workload.steps):
+            path.append(theta)
+            theta = step_now(theta)
+        vectors = outer_now(theta)
+        if workload.proximal:
+            # dg/dφ = λ u with A u = ∂g/∂θ, because ∂²f/∂θ∂φ = −λ.
+            solution = conjugate_gradients(lambda v: product_now(theta, v), vectors)
+            total = workload.proximal * solution.sum(0)
+        else:
+            for before in reversed(path):
+                vectors = pull_now(before, vectors)
+            total = vectors.sum(0)
+        return list(split(total).values())
+
+    return meta_gradient
+
+
+def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+    """Some steps of CG on A u = b for each row."""
+    u = torch.zeros_like(b)
+    residual = direction = b
+    square = (b * b).sum(1, keepdim=True)
+    for _ in range(PRODUCTS):
+        image = product(direction)
+        length = square / (direction * image).sum(1, keepdim=True)
+        u = u + length * direction
+        residual = residual - length * image
+        new_square = (residual * residual).sum(1, keepdim=True)
+        direction = residual + new_square / square * direction
+        square = new_square
+    return u

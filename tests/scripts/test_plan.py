@@ -1,0 +1,250 @@
+"""The way to compute the meta-steps of a run, found by the clock."""
+
+import warnings
+from dataclasses import replace
+
+import command_line.plan as plan_module
+import pytest
+import torch
+import train
+from command_line import Plan, Search, Way, build_learner, find_plan
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from metaimplicit import MetaLearner
+from metaimplicit.learner import Ranks
+from metaimplicit.models import ConvNet
+from metaimplicit.training import read_sealed_json
+
+EAGER = Way("vmap", chunk_size=None, channels_last=False, compile=False, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Clock:
+    """A clock that stands still but for what `sleep` adds, in place of the module `time`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(plan_module, "time", clock)
+    return clock
+
+
+def make_search(clock, seconds_of, *, run_seconds=1e6, gradient_of=lambda way: 1.0, says=None):
+    """A search among ways that take `seconds_of(way)`, and the list of the ways it calls."""
+    learner = MetaLearner(ConvNet((2, 8, 8), 3, filters=2), cross_entropy, vectorize="vmap")
+    called = []
+
+    def step():
+        way = Way.of(learner)
+        called.append(way)
+        clock.sleep(seconds_of(way))
+        for p in learner.parameters():
+            p.grad = torch.full_like(p, gradient_of(way))
+        if says and way.compile:
+            warnings.warn(says, RuntimeWarning, stacklevel=1)
+        return torch.zeros(())
+
+    return Search(learner, step, seconds=lambda of_step: run_seconds), called
+
+
+def run(search, fixed=(), threads=2):
+    return find_plan(search, tasks=4, threads=threads, fixed=set(fixed))
+
+
+def test_a_way_is_applied_and_read_back():
+    learner = MetaLearner(ConvNet((2, 8, 8), 3, filters=2), cross_entropy)
+    way = Way("loop", chunk_size=3, channels_last=True, compile=True, threads=2)
+    for wanted in (way, EAGER):
+        wanted.apply(learner)
+        assert Way.of(learner) == wanted
+
+
+def test_the_fastest_way_is_kept_one_change_after_the_other(clock):
+    def seconds(way):
+        fast = [way.threads == 2, way.chunk_size == 2, way.channels_last, way.compile]
+        return 0.04 * 0.5 ** sum(fast) * (4 if way.vectorize == "loop" else 1)
+
+    search, _ = make_search(clock, seconds)
+    plan = run(search)
+    assert plan.way == Way("vmap", chunk_size=2, channels_last=True, compile=True, threads=2)
+    assert Way.of(search.learner) == plan.way
+    assert [str(trial.way) for trial in plan.trials] == [
+        "vmap, 1 thread",
+        "vmap, 2 threads",
+        "loop, 2 threads",
+        "vmap by 2, 2 threads",
+        "vmap by 2, 2 threads, channels last",
+        "vmap by 2, 2 threads, channels last, compiled",
+    ]
+
+
+@pytest.mark.parametrize(("gain", "is_kept"), [(0.95, False), (0.85, True)])
+def test_a_way_has_to_save_a_tenth_of_the_time(clock, gain, is_kept):
+    search, _ = make_search(clock, lambda way: 0.1 * (gain if way.threads == 2 else 1))
+    assert (run(search).way.threads == 2) is is_kept
+
+
+def test_a_way_that_is_far_slower_is_called_once(clock):
+    search, called = make_search(clock, lambda way: 0.1 if way.vectorize == "vmap" else 0.5)
+    run(search)
+    assert [way.vectorize for way in called].count("loop") == 1
+
+
+def test_ways_whose_times_differ_by_more_than_a_fifth_are_timed_again(clock):
+    times = iter([0.1, 0.1, 0.13, *[0.1] * 100])
+    search, called = make_search(clock, lambda way: next(times))
+    run(search, fixed={"vectorize", "chunk_size", "channels_last", "compile"})
+    # three calls of each, and two rounds of one warm-up and two timed calls of both
+    assert [way.threads for way in called] == [1] * 3 + [2] * 3 + ([2] * 3 + [1] * 3) * 2
+
+
+def test_what_is_fixed_is_not_changed(clock):
+    search, _ = make_search(clock, lambda way: 1.0 if way == EAGER else 0.1)
+    plan = run(search, fixed=set(Way.__dataclass_fields__))
+    assert (plan.way, len(plan.trials)) == (EAGER, 1)
+
+
+def test_a_short_run_is_not_held_up(clock):
+    search, called = make_search(clock, lambda way: 0.1, run_seconds=1.0)
+    assert (run(search).way, called) == (EAGER, [EAGER] * 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "run_seconds", "is_tried"),
+    [(0.01, 1e4, True), (0.01, 100.0, False), (0.2, 1e4, False)],
+    ids=["small and long", "short", "large"],
+)
+def test_compilation_is_tried_where_it_may_pay(clock, seconds, run_seconds, is_tried):
+    search, called = make_search(clock, lambda way: seconds, run_seconds=run_seconds)
+    run(search)
+    assert any(way.compile for way in called) is is_tried
+
+
+def test_a_way_with_another_gradient_is_refused(clock):
+    search, _ = make_search(
+        clock,
+        lambda way: 0.01 if way.chunk_size else 0.1,
+        gradient_of=lambda way: 1.1 if way.chunk_size else 1.0,
+    )
+    plan = run(search)
+    assert plan.way.chunk_size is None
+    assert "  it has another meta-gradient, as where tasks draw numbers" in plan.table()
+
+
+def test_a_way_that_cannot_be_compiled_is_refused_with_the_reason(clock):
+    search, _ = make_search(clock, lambda way: 0.04 - 0.03 * way.compile, says="compile: no g++")
+    plan = run(search)
+    assert not plan.way.compile
+    assert not search.learner.compiles
+    assert "compile: no g++" in plan.table()
+
+
+def test_the_table_says_when_compilation_has_paid_for_itself(clock):
+    calls = []
+
+    def seconds(way):
+        calls.append(way)
+        if not way.compile:
+            return 0.04
+        return 20.0 if calls.count(way) == 1 else 0.02
+
+    search, _ = make_search(clock, seconds)
+    table = run(search).table()
+    assert "compilation took 20 s: 1,000 meta-steps pay that back" in table
+    assert "  vmap, 1 thread, compiled                        20  kept" in table
+
+
+def set_up(tmp_path, *options):
+    args = ["--steps=500", "--filters=4", "--meta-batch=2", "--queries=1", *options]
+    return train.set_up(train.parse([*args, f"--out={tmp_path}"]), Ranks())
+
+
+@pytest.mark.parametrize(
+    "options", [["--method=nystrom-gaussian", "--proximal=10"], []], ids=["sketch", "ridge"]
+)
+def test_a_search_leaves_the_run_as_it_is(options, tmp_path):
+    trials = []
+    states = []
+    for steps in ("--steps=500", "--steps=1"):
+        timed = set_up(tmp_path, *options, steps)
+        states.append(torch.get_rng_state())
+        trials.append(len(timed.plan.trials))
+        torch.manual_seed(0)
+        untouched = build_learner(timed.options, timed.sampler.family).state_dict()
+        for name, x in timed.learner.state_dict().items():
+            assert torch.equal(x, untouched[name]), name
+        assert all(p.grad is None for p in timed.learner.parameters())
+    assert torch.equal(*states)
+    assert trials[0] > trials[1] == 1
+
+
+def test_all_ways_have_the_same_meta_gradient():
+    torch.manual_seed(0)
+    learner = MetaLearner(ConvNet((2, 8, 8), 3, filters=2).double(), cross_entropy)
+    inputs, targets = torch.randn(4, 3, 2, 8, 8, dtype=torch.float64), torch.arange(3)
+    pair = (inputs, targets.expand(4, -1))
+    gradients = []
+    for changes in (
+        {},
+        {"vectorize": "loop"},
+        {"chunk_size": 3},
+        {"channels_last": True},
+        {"threads": 2},
+    ):
+        replace(EAGER, **changes).apply(learner)
+        learner.zero_grad()
+        learner.backward((pair, pair))
+        gradients.append([p.grad for p in learner.parameters()])
+    for other in gradients[1:]:
+        for g, expected in zip(other, gradients[0], strict=True):
+            torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_resumed_run_keeps_its_way(tmp_path, capsys):
+    args = ["--steps=2", "--filters=4", "--meta-batch=4", "--validation-episodes=4"]
+    args += ["--test-episodes=4", f"--out={tmp_path}", "--head=linear"]
+    train.main(args)
+    config = read_sealed_json(tmp_path / "config.json")
+    assert config["plan"]["way"]["compile"] is False
+    assert config["plan"]["load"] is None or config["plan"]["load"] >= 0
+    options = train.parse(["--resume", "--steps=3", f"--out={tmp_path}"])
+    stored = train.read_plan(options)
+    assert stored == Way(**config["plan"]["way"])
+    assert train.read_plan(replace(options, threads=7, compile=True)) == replace(
+        stored, threads=7, compile=True
+    )
+    capsys.readouterr()
+    train.main(["--resume", "--steps=3", f"--out={tmp_path}"])
+    assert f"plan: {stored}\n" in capsys.readouterr().out
+    assert read_sealed_json(tmp_path / "config.json")["plan"] == config["plan"]
+
+
+def test_a_plan_without_trials_is_one_line():
+    assert Plan(EAGER).summary() == "plan: vmap, 1 thread"
+
+
+def test_several_processes_are_not_timed(tmp_path):
+    options = train.parse(["--steps=500", f"--out={tmp_path}"])
+    learner = MetaLearner(nn.Linear(2, 3), cross_entropy)
+    plan = train.settle_plan(
+        options, learner, sampler=None, ranks=Ranks(0, 2), threads=2, can_vmap=True
+    )
+    assert plan == Plan(EAGER)
