@@ -7,7 +7,8 @@ the rows of a matrix. Each function is called as often as the method needs it, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,33 @@ if TYPE_CHECKING:
 PRODUCTS = 5
 
 
-def by_hand(workload: Workload, *, compile: bool) -> Step:
-    """The meta-gradient of a workload.
+class Functions(NamedTuple):
+    """The functions of a workload.
 
-    Args:
-        workload: The workload.
-        compile: Whether the gradient, the step, its pull and the product are compiled.
+    Attributes:
+        phi: The initialisation, `[n]`.
+        split: It turns `[n]` into the parameters by name.
+        step: θ − lr ∂f/∂θ, of θ `[tasks, n]`.
+        pull: `(θ, v)` to (∂step/∂θ)ᵀ v.
+        product: `(θ, v)` to (∂²f/∂θ²) v.
+        outer_gradient: θ to the gradient of the mean query loss.
     """
+
+    phi: Tensor
+    split: Callable[[Tensor], dict[str, Tensor]]
+    step: Callable[..., Any]
+    pull: Callable[..., Any]
+    product: Callable[..., Any]
+    outer_gradient: Callable[..., Any]
+
+    def compiled(self) -> Functions:
+        """The same, compiled."""
+        compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
+        return Functions(self.phi, self.split, *map(compile_it, self[2:]))
+
+
+def make_functions(workload: Workload) -> Functions:
+    """The functions of a workload, not compiled."""
     model = workload.make_model()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     phi = torch.cat([p.flatten() for p in parameters.values()])
@@ -32,10 +53,8 @@ def by_hand(workload: Workload, *, compile: bool) -> Step:
 
     def split(vector: Tensor) -> dict[str, Tensor]:
         parts = vector.split([p.numel() for p in parameters.values()])
-        return {
-            name: part.view(p.shape)
-            for part, (name, p) in zip(parts, parameters.items(), strict=True)
-        }
+        pairs = zip(parts, parameters.items(), strict=True)
+        return {name: part.view(p.shape) for part, (name, p) in pairs}
 
     def loss(vector: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         outputs: Tensor = torch.func.functional_call(model, split(vector), (inputs,))
@@ -62,28 +81,37 @@ def by_hand(workload: Workload, *, compile: bool) -> Step:
         slopes: Tensor = gradient(theta, *query)
         return slopes / workload.tasks
 
-    functions: list[Any] = [step, pull, product, outer_gradient]
+    return Functions(phi, split, step, pull, product, outer_gradient)
+
+
+def by_hand(workload: Workload, *, compile: bool) -> Step:
+    """The meta-gradient of a workload.
+
+    Args:
+        workload: The workload.
+        compile: Whether its functions are compiled.
+    """
+    functions = make_functions(workload)
     if compile:
-        functions = [torch.compile(f, fullgraph=True, dynamic=False) for f in functions]
-    step_now, pull_now, product_now, outer_now = functions
+        functions = functions.compiled()
 
     @torch.no_grad()
     def meta_gradient() -> list[Tensor]:
-        theta = phi.expand(workload.tasks, -1).contiguous()
+        theta = functions.phi.expand(workload.tasks, -1).contiguous()
         path = []
         for _ in range(workload.steps):
             path.append(theta)
-            theta = step_now(theta)
-        vectors = outer_now(theta)
+            theta = functions.step(theta)
+        vectors = functions.outer_gradient(theta)
         if workload.proximal:
             # dg/dφ = λ u with A u = ∂g/∂θ, because ∂²f/∂θ∂φ = −λ.
-            solution = conjugate_gradients(lambda v: product_now(theta, v), vectors)
+            solution = conjugate_gradients(partial(functions.product, theta), vectors)
             total = workload.proximal * solution.sum(0)
         else:
             for before in reversed(path):
-                vectors = pull_now(before, vectors)
+                vectors = functions.pull(before, vectors)
             total = vectors.sum(0)
-        return list(split(total).values())
+        return list(functions.split(total).values())
 
     return meta_gradient
 

@@ -15,8 +15,6 @@ import startup  # isort: skip  # noqa: F401  # before what takes time to import
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,14 +24,11 @@ import torch
 from command_line import (
     Plan,
     RunOptions,
-    Search,
-    Way,
     anneal_method,
     build_learner,
     build_optimizer,
     check_classes,
     explain_stop,
-    find_plan,
     find_recipe,
     handle_errors,
     join_ranks,
@@ -46,7 +41,9 @@ from command_line import (
     run_identity,
     run_test,
     set_up_cpu,
+    settle_plan,
     summarize_test,
+    undone,
 )
 
 import tasks
@@ -54,7 +51,6 @@ from metaimplicit import MetaLearner
 from metaimplicit.learner import Ranks
 from metaimplicit.methods import Report
 from metaimplicit.training import (
-    CONFIG,
     Budget,
     Progress,
     constant,
@@ -68,7 +64,6 @@ from metaimplicit.training import (
     plot_adaptation,
     plot_curves,
     read_metrics,
-    read_sealed_json,
     to_device,
     write_json,
 )
@@ -135,7 +130,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or (threads if ranks.count > 1 else 1))
-    rehearsal = rehearse(learner, optimizer, sampler, ranks)
+    rehearsal = rehearse(learner, sampler, ranks)
     can_vmap = not rehearsal.tasks_by.startswith("loop: ")  # and a reason
     plan = settle_plan(
         options, learner, sampler=sampler, ranks=ranks, threads=threads, can_vmap=can_vmap
@@ -185,12 +180,7 @@ def warn_if_spent(
         )
 
 
-def rehearse(
-    learner: MetaLearner,
-    optimizer: torch.optim.Optimizer,
-    sampler: tasks.EpisodeSampler,
-    ranks: Ranks,
-) -> Report:
+def rehearse(learner: MetaLearner, sampler: tasks.EpisodeSampler, ranks: Ranks) -> Report:
     """One backward pass and one evaluation. They meet all errors, and time vmap against the loop.
 
     Each process takes its share of the tasks.
@@ -198,95 +188,12 @@ def rehearse(
     It leaves parameters, buffers, gradients and random state as they were.
     """
     device = next(learner.parameters()).device
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        buffers_put_back(learner),
-    ):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), undone(learner):
         episodes = to_device(ranks.share(sampler[0]), device)
         step = learner.backward(episodes)
         # Some inner loops train, but do not give the iterates that validation looks at.
         evaluate(learner, [episodes], steps=[learner.inner.steps])
-    optimizer.zero_grad()
     return step.report
-
-
-def settle_plan(
-    options: RunOptions,
-    learner: MetaLearner,
-    *,
-    sampler: tasks.EpisodeSampler,
-    ranks: Ranks,
-    threads: int,
-    can_vmap: bool,
-) -> Plan:
-    """The way to compute meta-steps, which the learner takes from now on.
-
-    It is the fastest of several, or what the options say. A run that is resumed keeps its own,
-    because round-off depends on it. Several processes are not timed.
-
-    It leaves parameters, buffers, gradients and random state as they were.
-
-    Args:
-        options: The options.
-        learner: The learner.
-        sampler: What draws the training tasks.
-        ranks: The processes of the run.
-        threads: The largest number of CPU threads.
-        can_vmap: Whether vmap gives what a loop gives.
-    """
-    on_cuda = next(learner.parameters()).is_cuda
-    stored = read_plan(options) if options.resume else None
-    if stored is not None:
-        stored.apply(learner)
-        return Plan(stored)
-    if ranks.count > 1:
-        return Plan(Way.of(learner))
-
-    episodes = to_device(sampler[0], next(learner.parameters()).device)
-    search = Search(
-        learner,
-        lambda: learner.backward(episodes).loss,
-        seconds=partial(run_seconds, options),
-    )
-    is_fixed = {
-        "threads": options.threads is not None or on_cuda,
-        "vectorize": options.vectorize != "auto" or options.chunk_size is not None or not can_vmap,
-        "chunk_size": options.chunk_size is not None,
-        "compile": options.compile != "auto",
-    }
-    return find_plan(
-        search,
-        tasks=options.meta_batch,
-        threads=threads,
-        fixed={name for name, fixed in is_fixed.items() if fixed},
-    )
-
-
-def read_plan(options: RunOptions) -> Way | None:
-    """The way of a run that is resumed, but for what the options say. None if it has none."""
-    config = read_sealed_json(options.folder / CONFIG)
-    if "plan" not in config:
-        return None
-    way = Way(**config["plan"]["way"])
-    changes: dict[str, Any] = {"threads": options.threads or way.threads}
-    if options.compile != "auto":
-        changes["compile"] = options.compile
-    return replace(way, **changes)
-
-
-def run_seconds(options: RunOptions, of_step: float) -> float:
-    """How long the run takes if each meta-step takes so many seconds."""
-    seconds = [] if options.minutes is None else [60 * options.minutes]
-    seconds += [] if options.steps is None else [of_step * options.steps]
-    return min(seconds)
-
-
-@contextmanager
-def buffers_put_back(learner: MetaLearner) -> Iterator[None]:
-    """Put the buffers back at the end, such as the running statistics of a normalisation."""
-    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
-    yield
-    learner.load_state_dict(buffers, strict=False)
 
 
 def make_folder(out: Path) -> None:

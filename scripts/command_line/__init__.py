@@ -9,12 +9,13 @@ from command_line.errors import handle_errors
 from command_line.init import load_init
 from command_line.options import RunOptions
 from command_line.parse import parse
-from command_line.plan import Plan, Search, Way, find_plan
+from command_line.plan import Plan, Search, Way, find_plan, undone
 from command_line.ranks import join_ranks, leave_ranks
 from command_line.recipes import find_recipe
 from command_line.report import leave_report
 from command_line.requirements import require_package, require_writable
 from command_line.rows import RowFile
+from command_line.run_plan import read_plan, settle_plan
 from command_line.stop import explain_stop
 from command_line.testing import (
     Split,
@@ -55,12 +56,15 @@ __all__ = [
     "parse",
     "parse_options",
     "predict_test_curves",
+    "read_plan",
     "require_package",
     "require_writable",
     "run_apart",
     "run_identity",
     "run_test",
     "set_up_cpu",
+    "settle_plan",
     "split_family",
     "summarize_test",
+    "undone",
 ]

@@ -208,7 +208,7 @@ class Search:
     def _time(self, trial: Trial) -> None:
         """Call it once, and twice more unless it is far slower than the best way."""
         trial.way.apply(self.learner)
-        with _undone(self.learner), warnings.catch_warnings(record=True) as caught:
+        with undone(self.learner), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 seconds = self._call()
@@ -266,7 +266,7 @@ def find_plan(search: Search, *, tasks: int, threads: int, fixed: set[str]) -> P
 
 
 @contextmanager
-def _undone(learner: MetaLearner) -> Iterator[None]:
+def undone(learner: MetaLearner) -> Iterator[None]:
     """Put the buffers back at the end, such as running statistics, and drop the gradients."""
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     try:

@@ -7,7 +7,15 @@ import command_line.plan as plan_module
 import pytest
 import torch
 import train
-from command_line import Plan, Search, Way, build_learner, find_plan
+from command_line import (
+    Plan,
+    Search,
+    Way,
+    build_learner,
+    find_plan,
+    read_plan,
+    settle_plan,
+)
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -226,9 +234,9 @@ def test_a_resumed_run_keeps_its_way(tmp_path, capsys):
     assert config["plan"]["way"]["compile"] is False
     assert config["plan"]["load"] is None or config["plan"]["load"] >= 0
     options = train.parse(["--resume", "--steps=3", f"--out={tmp_path}"])
-    stored = train.read_plan(options)
+    stored = read_plan(options)
     assert stored == Way(**config["plan"]["way"])
-    assert train.read_plan(replace(options, threads=7, compile=True)) == replace(
+    assert read_plan(replace(options, threads=7, compile=True)) == replace(
         stored, threads=7, compile=True
     )
     capsys.readouterr()
@@ -244,7 +252,5 @@ def test_a_plan_without_trials_is_one_line():
 def test_several_processes_are_not_timed(tmp_path):
     options = train.parse(["--steps=500", f"--out={tmp_path}"])
     learner = MetaLearner(nn.Linear(2, 3), cross_entropy)
-    plan = train.settle_plan(
-        options, learner, sampler=None, ranks=Ranks(0, 2), threads=2, can_vmap=True
-    )
+    plan = settle_plan(options, learner, sampler=None, ranks=Ranks(0, 2), threads=2, can_vmap=True)
     assert plan == Plan(EAGER)
