@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from metaimplicit.inner import InnerLoop, NoSteps, make_inner
@@ -67,9 +68,10 @@ def make_plan(
         (Ridge(), [], ['log_lambda'])
     """
     trainable: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
+    if not trainable and (head is None or not learn):
         raise ValueError(
-            "model: got no parameter that requires grad, expected some; call model.requires_grad_()"
+            "model: got no parameter that requires grad, expected some; call "
+            "model.requires_grad_(), or learn the numbers of a head, as by learn=['lambda']"
         )
     reject_complex(trainable)
     if head is None:
@@ -94,7 +96,7 @@ def make_plan(
         head,
         method=chosen,
         params={name: trainable[name] for name in adapted},
-        like=next(iter(trainable.values())),
+        like=next(model.parameters(), torch.zeros(())),
     )
     return Plan(chosen, adapted, learnable, head)
 

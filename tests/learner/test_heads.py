@@ -101,6 +101,18 @@ def test_gradients_are_those_of_the_loss(head):
             assert_gradient_matches_differences(learner, p, direction)
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "without parameters"])
+def test_the_numbers_of_a_head_are_learnt_on_features_that_are_not(head, is_frozen):
+    body = make_body().requires_grad_(False) if is_frozen else nn.Identity()
+    learner = make(head, body, learn=list(HEADS[head].numbers))
+    learner.backward(draw_episodes())
+    learnt = [p for p in learner.parameters() if p.requires_grad]
+    assert learnt == list(learner.learnt.parameters())
+    for p in learnt:
+        assert_gradient_matches_differences(learner, p, torch.ones(()))
+
+
 @pytest.mark.parametrize("head", CONVEX)
 def test_methods_agree_where_the_argmin_is_exact(head):
     gradients = []

@@ -108,6 +108,10 @@ BAD_ARGUMENTS = [
         {"model": make_network().requires_grad_(False)},
         "model: got no parameter that requires grad",
     ),
+    (
+        {"model": make_network().requires_grad_(False), "head": "ridge"},
+        r"model: got no parameter that requires grad.*learn=\['lambda'\]",
+    ),
 ]
 
 
