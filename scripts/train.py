@@ -113,7 +113,12 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
     torch.manual_seed(options.seed)
     train_family = training_family(splits.train, options)
     if options.augment:
-        train_family = tasks.Augmented(train_family, jitter=options.jitter)
+        is_grey = train_family.input_shape[:1] == (1,)
+        train_family = (
+            tasks.Distorted(train_family)
+            if is_grey
+            else tasks.Augmented(train_family, jitter=options.jitter)
+        )
     learner = build_learner(options, train_family)
     options = load_init(options, learner)
     anneal_method(options, learner, spent=0.0)

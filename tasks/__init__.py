@@ -25,6 +25,7 @@ from typing import Any
 
 from tasks.augmentation import Augmented
 from tasks.cifar import cifar10
+from tasks.distortion import Distorted
 from tasks.episodes import Episodes, EpisodeSampler, Splits, TaskFamily
 from tasks.examples import Batches, Examples
 from tasks.few_shot import FewShot
@@ -56,6 +57,7 @@ __all__ = [
     "FAMILIES",
     "Augmented",
     "Batches",
+    "Distorted",
     "EpisodeSampler",
     "Episodes",
     "Examples",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,68 @@ from tasks.episodes import Episodes, Pair, TaskFamily
 GREY = (0.299, 0.587, 0.114)  # the shares of red, green and blue in grey (ITU-R BT.601)
 
 
-class Augmented:
+class ChangedImages(ABC):
+    """A family whose images are changed at random, each in its own way.
+
+    It draws the tasks of `family` and then, from the same generator, the changes. So batch i of a
+    sampler depends on its seed and i alone, and has the tasks that it has without the changes.
+
+    Args:
+        family: Classification tasks of images with values in [0, 1].
+        channels: The number of channels that the images have to have.
+        advice: What is expected, for the error.
+
+    Raises:
+        ValueError: The family has other inputs.
+    """
+
+    def __init__(self, family: TaskFamily, *, channels: int, advice: str) -> None:
+        shape = family.input_shape
+        if family.kind != "classification" or len(shape) != 3 or shape[0] != channels:
+            raise ValueError(
+                f"augment: got {family.name}, {family.kind} of inputs of shape {tuple(shape)}, "
+                f"expected {advice}"
+            )
+        self.family = family
+        self.name = family.name
+        self.kind = family.kind
+        self.input_shape = tuple(shape)
+        self.outputs = family.outputs
+        # `Splits` compares and identifies families by these.
+        self.classes = getattr(family, "classes", ())
+        self.class_names = getattr(family, "class_names", self.classes)
+        self.pool = getattr(family, "pool", None)
+
+    def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
+        """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
+        episodes = self.family.sample(tasks, rng)
+        support = self._of_pair(episodes.support, rng)
+        return replace(
+            episodes,
+            support=support,
+            query=self._of_pair(episodes.query, rng),
+        )
+
+    def _of_pair(self, pair: Pair, rng: np.random.Generator) -> Pair:
+        inputs, targets = pair
+        images = inputs.flatten(0, 1)
+        low, high = (value.item() for value in images.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"augment: got images of {self.name} with values from {low:.3g} to {high:.3g}, "
+                "expected values from 0 to 1; standardise them in the model"
+            )
+        return self.change(images, rng).unflatten(0, inputs.shape[:2]), targets
+
+    @abstractmethod
+    def change(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """The images `[n, channels, height, width]`, each changed in its own way."""
+
+
+class Augmented(ChangedImages):
     """A family whose images are cropped, flipped and coloured at random, each in its own way.
 
-    It is meant for training on natural images. It draws the tasks of `family` and then, from the
-    same generator, the changes. So batch i of a sampler depends on its seed and i alone, and has
-    the images that it has without augmentation. The changes of each support and query image are:
+    It is meant for training on natural images. The changes of each support and query image are:
 
     - a crop of its own size, out of the image with a margin of `padding` pixels by reflection;
     - a horizontal flip, with probability 1/2;
@@ -26,7 +83,8 @@ class Augmented:
 
     Args:
         family: Classification tasks of images with three channels and values in [0, 1]. Written
-            characters have one channel, and would be other characters if they were flipped.
+            characters have one channel, and would be other characters if they were flipped; see
+            `Distorted`.
         padding: Pixels, 0 … the smaller side of an image − 1.
         jitter: From 0 to 1.
 
@@ -43,51 +101,24 @@ class Augmented:
     """
 
     def __init__(self, family: TaskFamily, *, padding: int = 4, jitter: float = 0.4) -> None:
-        shape = family.input_shape
-        if family.kind != "classification" or len(shape) != 3 or shape[0] != 3:
+        advice = (
+            "natural images, (3, height, width); written characters would be other characters if "
+            "they were flipped"
+        )
+        super().__init__(family, channels=3, advice=advice)
+        shortest = min(self.input_shape[1:])
+        if not 0 <= padding < shortest:
             raise ValueError(
-                f"augment: got {family.name}, {family.kind} of inputs of shape {tuple(shape)}, "
-                "expected natural images, (3, height, width); written characters would be other "
-                "characters if they were flipped"
-            )
-        if not 0 <= padding < min(shape[1:]):
-            raise ValueError(
-                f"padding: got {padding}, expected from 0 to {min(shape[1:]) - 1}, because the "
+                f"padding: got {padding}, expected from 0 to {shortest - 1}, because the "
                 "margin reflects the image"
             )
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter: got {jitter}, expected from 0 to 1")
-        self.family = family
         self.padding = padding
         self.jitter = jitter
-        self.name = family.name
-        self.kind = family.kind
-        self.input_shape = tuple(shape)
-        self.outputs = family.outputs
-        # `Splits` compares and identifies families by these.
-        self.classes = getattr(family, "classes", ())
-        self.class_names = getattr(family, "class_names", self.classes)
-        self.pool = getattr(family, "pool", None)
 
-    def sample(self, tasks: int, rng: np.random.Generator) -> Episodes:
-        """Draw `tasks` tasks. Equal states of `rng` give equal tasks."""
-        episodes = self.family.sample(tasks, rng)
-        support = self._augmented(episodes.support, rng)
-        return replace(
-            episodes,
-            support=support,
-            query=self._augmented(episodes.query, rng),
-        )
-
-    def _augmented(self, pair: Pair, rng: np.random.Generator) -> Pair:
-        inputs, targets = pair
-        images = inputs.flatten(0, 1)
-        low, high = (value.item() for value in images.aminmax())
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"augment: got images of {self.name} with values from {low:.3g} to {high:.3g}, "
-                "expected values from 0 to 1; standardise them in the model"
-            )
+    def change(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """The images, cropped, flipped and coloured."""
         n = len(images)
         corners = rng.integers(0, 2 * self.padding, size=(2, n), endpoint=True)
         top, left = torch.from_numpy(corners - self.padding)
@@ -96,8 +127,7 @@ class Augmented:
         brightness, contrast, saturation = torch.from_numpy(factors).to(images.dtype)
 
         images = crop_and_flip(images, top, left, flips=flips)
-        images = colour(images, brightness, contrast, saturation=saturation)
-        return images.unflatten(0, inputs.shape[:2]), targets
+        return colour(images, brightness, contrast, saturation=saturation)
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, *, flips: Tensor) -> Tensor:

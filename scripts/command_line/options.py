@@ -151,8 +151,8 @@ class RunOptions:
     hidden: Annotated[tuple[int, ...], within(1, 65_536)] = (40, 40)
     """Widths of the hidden layers of an mlp."""
     augment: bool = False
-    """Crop, flip and colour training images at random. Only for natural images, which have three
-    channels: written characters must not be flipped."""
+    """Change training images at random. Natural images, of three channels, are cropped, flipped and
+    coloured. Written characters, of one channel, are slightly turned, sheared, scaled and moved."""
     jitter: Share = 0.4
     """By how much --augment changes brightness, contrast and saturation."""
     label_smoothing: Annotated[float, within(0, 0.9)] = 0.0
