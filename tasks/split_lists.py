@@ -21,7 +21,7 @@ class Division(Generic[Inputs]):
     Args:
         parts: The train, validation and test classes, or one part of all classes.
         by: What divides them, such as "lists train.txt, val.txt, test.txt". Empty if nothing does.
-        foreign: Files that are called after all three parts, but name no class.
+        foreign: Files that are called after all three parts, but name no class and list no images.
     """
 
     parts: list[dict[str, Inputs]]
@@ -97,7 +97,7 @@ def divide_by_classes(
         for start in range(len(folders)):
             classes_called[plain_name("/".join(folders[start:]))].add(class_name)
 
-    foreign: list[PartList] = []
+    foreign = [one for one in part_lists(source, ".csv") if one.rows is None]
     for suffix in (".txt", ".json"):
         candidates = part_lists(source, suffix)
         lists = [one for one in candidates if any(line in classes_called for _, line in one.lines)]

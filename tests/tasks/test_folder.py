@@ -1,5 +1,7 @@
 """Any images sorted into folders or zips, with or without split lists."""
 
+import re
+
 import numpy as np
 import pytest
 from image_files import class_folders, red_square, write_tree, write_zip
@@ -108,6 +110,16 @@ def test_a_csv_of_another_name_is_no_list(tmp_path):
     assert len(all_classes(splits)) == 12
 
 
+def test_three_csv_files_that_are_no_lists_are_passed_over_with_a_warning(tmp_path):
+    names = ("base.csv", "valid.csv", "novel.csv")
+    files = class_folders() | dict.fromkeys(names, "image,class\nc00/0.png,c00\n")
+    with pytest.warns(
+        UserWarning, match=r"base\.csv, .* and have no columns filename,label, so th"
+    ):
+        splits = load(write_tree(tmp_path, files))
+    assert len(all_classes(splits)) == 12
+
+
 def test_a_zip_loads_as_its_tree_and_is_not_extracted(tmp_path):
     write_tree(tmp_path / "tree", class_folders())
     write_zip(tmp_path / "data.zip", class_folders(prefix="data/") | {"data/readme.txt": b"x"})
@@ -160,7 +172,8 @@ def test_what_is_wrong_with_the_files_is_named(tmp_path, files, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file;label\n", r"got columns \['file;label'\], expected filename,label"),
+        ("file;label\n", r"got columns \['file', 'label'\], expected filename,label"),
+        ("filename;label\na;b;c\n", r"line 2: .* put fields that have a semicolon into quotes"),
         ("", r"got columns \[\], expected filename,label"),
         (b"filename,label\n\xff\xfe", "got an unreadable list"),
         (csv_list(["n20.jpg"]), r"line 2: got no label for 'n20\.jpg'"),
@@ -182,6 +195,9 @@ def test_what_is_wrong_with_a_list_is_named_with_its_line(tmp_path, text, messag
 
 CSV_FORMS = {
     "spaces": lambda text: text.replace(",", " , "),
+    "semicolons": lambda text: text.replace(",", ";"),
+    "semicolons and quotes": lambda text: re.sub(r"([^,\n]+)", r'"\1"', text).replace(",", ";"),
+    "tabs": lambda text: text.replace(",", "\t"),
     "spaces at the end": lambda text: text.replace("\n", "  \n"),
     "quotes": lambda text: text.replace("n2\n", '"n2"\n'),
     "carriage returns": lambda text: text.replace("\n", "\r\n"),
