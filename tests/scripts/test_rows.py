@@ -35,6 +35,19 @@ def test_a_row_is_made_once_for_its_case(tmp_path):
     assert RowFile(None).read_or_make(case, make) == case | {"value": 3}
 
 
+def test_rows_that_another_process_stores_meanwhile_are_kept(tmp_path):
+    path = tmp_path / "rows.json"
+    mine, other = RowFile(path), RowFile(path)
+
+    def make():
+        other.read_or_make({"n": 2}, dict)
+        return {}
+
+    mine.read_or_make({"n": 1}, make)
+    other.read_or_make({"n": 3}, dict)
+    assert stored_rows(path) == [{"n": 2}, {"n": 1}, {"n": 3}]
+
+
 @pytest.mark.parametrize("text", ["[]", '{"rows": {}}', '{"rows": [1]}', '{"a": 1}'])
 def test_a_file_without_rows_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "rows.json"
