@@ -53,6 +53,8 @@ def execute(experiment: Experiment) -> str:
     set_up_cpu(experiment.threads)
 
     cases = once(experiment.cases())
+    if not cases:
+        raise ValueError("got options that ask for no run, expected a value for each of them")
     for case in cases:
         require_same_options(experiment, case)
     runs = Runs(Run(case, read_or_run(experiment, case)) for case in metered(cases, "run"))
