@@ -144,6 +144,18 @@ def test_the_studies_measure_what_is_missing(tmp_path, monkeypatch):
     assert run_both() == (robustness, drifts)
 
 
+def test_one_data_set_has_no_deviation(monkeypatch, capsys):
+    first = {"error": 0.1, "cosine": 1.0, "norm": 1.0}
+    monkeypatch.setattr(studies, "compare_with_exact", lambda *case: first)
+    monkeypatch.setattr(studies, "tune", lambda instance, variant, seed: float(seed))
+    (record, *_) = studies.study_robustness(1, RowFile(None))
+    assert (record["loss"], record["std"]) == (1.0, None)
+    assert "±" not in capsys.readouterr().out
+    (record, *_) = studies.study_robustness(3, RowFile(None))
+    assert (record["loss"], record["std"]) == (2.0, 1.0)
+    assert "2.0000 ± 1.0000" in capsys.readouterr().out
+
+
 def test_an_unknown_problem_leaves_no_folder(tmp_path, capsys):
     out = tmp_path / "out"
     line = error_line(compare.run_command, ["--problems=x", f"--out={out}"], capsys)
