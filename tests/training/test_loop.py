@@ -23,6 +23,7 @@ from metaimplicit.training import (
     read_metrics,
     save_checkpoint,
 )
+from metaimplicit.training.run_folder import RunFolder
 
 
 class CrashError(Exception):
@@ -311,6 +312,8 @@ def test_paths_may_be_strings(tmp_path):
     progress = load_checkpoint(path, *other)
     save_checkpoint(f"{out}/copy.pt", *other, progress)
     assert load_pretrained(out, other.learner.model, head="1.3").left_out == []
+    with RunFolder(out, resume=True) as folder:
+        assert folder.has_checkpoint
     plot_curves(out)
     leave_page(f"{out}/report.html", lambda: make_run_page(out, title="run"))
     assert (tmp_path / "a b" / "report.html").exists()
