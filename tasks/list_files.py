@@ -92,17 +92,25 @@ def part_lists(source: Files, suffix: str) -> list[PartList]:
         ValueError: If a CSV list cannot be read, or lists of JSON differ in length.
     """
     lists = []
-    for path in source.paths:
-        if not path.lower().endswith(suffix):
-            continue
-        stem = path.rsplit("/", 1)[-1][: -len(suffix)]
-        part = part_called(stem)
-        if part is not None:
-            rows, lines = READERS[suffix](source, path)
-            lists.append(PartList(part, path, rows, lines))
-        elif suffix == ".json" and "split" in stem.lower():
-            lists += _json_of_all_parts(source, path)
+    for part, path in part_paths(source, suffix):
+        rows, lines = READERS[suffix](source, path)
+        lists.append(PartList(part, path, rows, lines))
+    if suffix == ".json":
+        for path in source.paths:
+            if path.lower().endswith(suffix) and "split" in _stem(path, suffix).lower():
+                lists += _json_of_all_parts(source, path)
     return lists
+
+
+def part_paths(source: Files, suffix: str) -> list[tuple[int, str]]:
+    """The files of one suffix that are called after a part, each with its position in `PARTS`."""
+    files = [path for path in source.paths if path.lower().endswith(suffix)]
+    parts = [(part_called(_stem(path, suffix)), path) for path in files]
+    return [(part, path) for part, path in parts if part is not None]
+
+
+def _stem(path: str, suffix: str) -> str:
+    return path.rsplit("/", 1)[-1][: -len(suffix)]
 
 
 def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
