@@ -158,12 +158,16 @@ def _csv_rows(text: str, separator: str) -> list[tuple[int, list[str]]]:
 
 
 def _separator(text: str) -> str:
-    """What the columns of a CSV text are separated by, a comma if there is one column.
+    """What the columns of a CSV text are separated by, a comma if they are not those of a list.
 
     Spreadsheets write semicolons where numbers have a decimal comma.
     """
     head = next(iter(text.splitlines()), "")
-    return max(SEPARATORS, key=head.count)
+    for separator in SEPARATORS:
+        columns = {name.strip(' "') for name in head.split(separator)}
+        if {"filename", "label"} <= columns:
+            return separator
+    return ","
 
 
 def _text_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:

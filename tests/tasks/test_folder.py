@@ -170,7 +170,7 @@ def test_what_is_wrong_with_the_files_is_named(tmp_path, files, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file;label\n", r"got columns \['file', 'label'\], expected filename,label"),
+        ("file;label\n", r"got columns \['file;label'\], expected filename,label"),
         ("filename;label\na;b;c\n", r"line 2: .* put fields that have a semicolon into quotes"),
         ("", r"got columns \[\], expected filename,label"),
         (b"filename,label\n\xff\xfe", "got an unreadable list"),
@@ -193,6 +193,7 @@ def test_what_is_wrong_with_a_list_is_named_with_its_line(tmp_path, text, messag
 
 CSV_FORMS = {
     "spaces": lambda text: text.replace(",", " , "),
+    "a column with semicolons": lambda text: text.replace("\n", ',"a;b;c;d"\n'),
     "semicolons": lambda text: text.replace(",", ";"),
     "semicolons and quotes": lambda text: re.sub(r"([^,\n]+)", r'"\1"', text).replace(",", ";"),
     "tabs": lambda text: text.replace(",", "\t"),
