@@ -82,6 +82,13 @@ def test_split_folders_are_used_under_any_of_their_names(tmp_path, names, wrappe
     assert classes(splits) == [["c0", "c1"], ["c2", "c3"], ["c4", "c5"]]
 
 
+def test_images_have_any_of_their_suffixes_in_upper_or_lower_case(tmp_path):
+    suffixes = (".PNG", ".jpg", ".Jpeg", ".jfif", ".tif", ".BMP")
+    files = {f"c{c:02d}/1{suffix}": red_square(c) for c in range(12) for suffix in suffixes}
+    splits = load(write_tree(tmp_path, files))
+    assert splits.train.pool.counts.tolist() == [len(suffixes)] * len(splits.train.pool)
+
+
 def test_a_folder_called_train_beside_other_classes_is_a_class(tmp_path):
     files = {f"train/{i}.png": red_square(i) for i in range(3)}
     splits = load(write_tree(tmp_path, class_folders() | files))
