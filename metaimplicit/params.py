@@ -111,7 +111,13 @@ def select(names: Iterable[str], adapt: Adapt) -> list[str]:
         chosen = [name for name in names if adapt(name)]
         unmatched = [] if chosen else ["the predicate"]
     else:
-        patterns = [adapt] if isinstance(adapt, str) else list(adapt)
+        given = list(adapt) if isinstance(adapt, Iterable) else [adapt]
+        patterns = [adapt] if isinstance(adapt, str) else given
+        if not all(isinstance(p, str) for p in patterns):
+            raise ValueError(
+                f"adapt: got {adapt!r}, expected patterns of names, such as 'head.*', or a "
+                f"predicate of a name; there are {names}"
+            )
         matches = {p: [name for name in names if fnmatchcase(name, p)] for p in patterns}
         chosen = [name for name in names if any(name in m for m in matches.values())]
         unmatched = [p for p, matching in matches.items() if not matching]

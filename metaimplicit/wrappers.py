@@ -24,7 +24,8 @@ AVERAGE_HYPERGRADIENTS = (
 def reject_distributed(model: nn.Module, remedy: str = AVERAGE_AFTER_BACKWARD) -> None:
     """Raise ValueError if a part of the model averages gradients over processes by itself.
 
-    It averages those of its own backward pass. The meta-gradient is none of these.
+    It averages those of its own backward pass. The meta-gradient is none of these. What is no
+    module is refused as well.
 
     Args:
         model: The model.
@@ -33,6 +34,10 @@ def reject_distributed(model: nn.Module, remedy: str = AVERAGE_AFTER_BACKWARD) -
     Example:
         >>> reject_distributed(nn.Linear(1, 1))
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model: got {model!r}, expected a torch.nn.Module, such as nn.Linear(4, 2)"
+        )
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
             where = f" {name!r}" if name else ""

@@ -60,7 +60,7 @@ def study_robustness(data_sets: int, rows: RowFile) -> list[Record]:
     Returns:
         A record for each variant, with means over the data sets: the relative `error`, the `cosine`
         and the relative `norm` of the first hypergradient, and the validation `loss` after ten
-        outer steps, whose deviation is `std`.
+        outer steps, whose deviation is `std`. One data set has no deviation.
     """
     print(
         f"{'method':<12} {'k':>4} {'rho':>6} {'error':>9} {'cosine':>8} {'norm':>8} "
@@ -77,11 +77,12 @@ def study_robustness(data_sets: int, rows: RowFile) -> list[Record]:
         }
         record = rows.read_or_make(case, partial(measure_variant, variant, data_sets))
         records.append(record)
+        deviation = "" if record["std"] is None else f" ± {record['std']:.4f}"
         rho = "" if variant.rho is None else f"{variant.rho:g}"
         print(
             f"{variant.name:<12} {variant.k:>4} {rho:>6} {record['error']:>9.1e} "
             f"{record['cosine']:>8.4f} {record['norm']:>8.3f} "
-            f"{record['loss']:>11.4f} ± {record['std']:.4f}",
+            f"{record['loss']:>11.4f}{deviation}",
             flush=True,
         )
     return records
@@ -95,7 +96,7 @@ def measure_variant(variant: Variant, data_sets: int) -> Record:
     return {
         **{key: mean(one[key] for one in first) for key in ("error", "cosine", "norm")},
         "loss": mean(losses),
-        "std": stdev(losses) if len(losses) > 1 else 0.0,
+        "std": stdev(losses) if len(losses) > 1 else None,
     }
 
 

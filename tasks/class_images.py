@@ -39,7 +39,7 @@ class ClassImages:
         divided_by: What splits them, such as "lists train.txt, val.txt, test.txt".
         digests: What `image_digests` says of each image of the pool. Empty for features.
         paths: The file of each image of the pool. Empty for arrays.
-        foreign: Files that are called after all three parts, but name no class.
+        foreign: Files that are called after all three parts, but name no class and no image.
     """
 
     root: Path | str

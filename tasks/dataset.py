@@ -141,6 +141,10 @@ def _parts(dataset: Any) -> list[Any]:
 
 def _by_part(argument: str, values: Mapping[str, Any]) -> list[Any]:
     """The values of a dictionary in the order of `PARTS`."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{argument}: got {values!r}, expected a dictionary from {', '.join(PARTS)} to classes"
+        )
     by_part = {part_called(str(key)): value for key, value in values.items()}
     if len(values) != 3 or set(by_part) != {0, 1, 2}:
         raise ValueError(
@@ -226,6 +230,8 @@ def _read_pair(
             f"dataset: got inputs of shape {shape} and labels of shape {label_array.shape}, "
             f"expected labels ({len(inputs)},)"
         )
+    if len(inputs) == 0:
+        raise ValueError("dataset: got no examples, expected several of each class")
     # In an array of strings, a missing label would be the string "nan".
     check_labels("dataset", labels if isinstance(labels, (list, tuple)) else label_array.tolist())
     names = [plain_name(str(label)) for label in label_array.tolist()]

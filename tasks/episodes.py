@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -200,7 +201,7 @@ class EpisodeSampler(Dataset[Episodes]):
         position: The number of the batch that iteration gives next.
 
     Raises:
-        ValueError: If `tasks` or `seed` is out of range.
+        ValueError: If `family` is none, or `tasks` or `seed` is out of range.
 
     Example:
         >>> import tasks
@@ -213,7 +214,13 @@ class EpisodeSampler(Dataset[Episodes]):
     """
 
     def __init__(self, family: TaskFamily, *, tasks: int, seed: int = 0) -> None:
-        if tasks < 1:
+        if not hasattr(family, "sample"):
+            raise ValueError(
+                f"family: got {type(family).__name__}, expected a family of tasks, such as the "
+                "train, validation or test of tasks.load(…)"
+            )
+        number: Any = tasks
+        if not isinstance(number, Integral) or number < 1:
             raise ValueError(f"tasks: got {tasks}, expected at least 1 task in a batch")
         if seed < 0:
             raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")

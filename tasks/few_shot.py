@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def way_targets(tasks: int, ways: int, count: int) -> Tensor:
 
 
 def require_at_least_one(**numbers: int) -> None:
-    """Raise a ValueError that names the first of these arguments that is below 1.
+    """Raise a ValueError that names the first of these arguments that is no whole number ≥ 1.
 
     Example:
         >>> require_at_least_one(ways=5, shots=0)
@@ -142,6 +143,8 @@ def require_at_least_one(**numbers: int) -> None:
         ValueError: shots: got 0, expected at least 1
     """
     for argument, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise ValueError(f"{argument}: got {number!r}, expected a whole number")
         if number < 1:
             raise ValueError(f"{argument}: got {number}, expected at least 1")
 

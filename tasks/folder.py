@@ -130,8 +130,8 @@ def splits_of(
         if classes.foreign:
             warnings.warn(
                 f"{classes.root}: {', '.join(classes.foreign)} name no class, such as "
-                f"{classes.pool.names[0]!r}, so they do not split the classes; "
-                "for a split of your own, give one class a line",
+                f"{classes.pool.names[0]!r}, and list no images that are here (filename,label), so "
+                "they do not split the classes; for a split of your own, give one class a line",
                 stacklevel=2,
             )
     if not allow_repeats and (repeats := classes.repeats(split)):

@@ -15,6 +15,7 @@ IMAGE_SUFFIXES = (
     ".png",
     ".jpg",
     ".jpeg",
+    ".jfif",
     ".bmp",
     ".gif",
     ".webp",

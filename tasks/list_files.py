@@ -22,6 +22,7 @@ PART_WORDS = {
     **dict.fromkeys(("test", "testing", "novel", "metatest"), 2),
 }
 
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # of the columns of a CSV list
 CSV_LISTS = tuple(f"{part}.csv" for part in PARTS)
 
 Row = tuple[str, str, str]  # where a row stands, a filename, a label
@@ -72,7 +73,8 @@ def plain_name(name: str) -> str:
 def part_lists(source: Files, suffix: str) -> list[PartList]:
     """The lists in files of one suffix that are called after a part.
 
-    A CSV list has columns `filename` and `label`. A text list has a class a line. A JSON list is
+    A CSV list has columns `filename` and `label`, with commas, semicolons or tabs between them. A
+    text list has a class a line. A JSON list is
 
     - `{"image_names": [...], "image_labels": [...], "label_names": [...]}`, whose labels are names
       or positions in `label_names` (Chen et al. 2019),
@@ -90,17 +92,25 @@ def part_lists(source: Files, suffix: str) -> list[PartList]:
         ValueError: If a CSV list cannot be read, or lists of JSON differ in length.
     """
     lists = []
-    for path in source.paths:
-        if not path.lower().endswith(suffix):
-            continue
-        stem = path.rsplit("/", 1)[-1][: -len(suffix)]
-        part = part_called(stem)
-        if part is not None:
-            rows, lines = READERS[suffix](source, path)
-            lists.append(PartList(part, path, rows, lines))
-        elif suffix == ".json" and "split" in stem.lower():
-            lists += _json_of_all_parts(source, path)
+    for part, path in part_paths(source, suffix):
+        rows, lines = READERS[suffix](source, path)
+        lists.append(PartList(part, path, rows, lines))
+    if suffix == ".json":
+        for path in source.paths:
+            if path.lower().endswith(suffix) and "split" in _stem(path, suffix).lower():
+                lists += _json_of_all_parts(source, path)
     return lists
+
+
+def part_paths(source: Files, suffix: str) -> list[tuple[int, str]]:
+    """The files of one suffix that are called after a part, each with its position in `PARTS`."""
+    files = [path for path in source.paths if path.lower().endswith(suffix)]
+    parts = [(part_called(_stem(path, suffix)), path) for path in files]
+    return [(part, path) for part, path in parts if part is not None]
+
+
+def _stem(path: str, suffix: str) -> str:
+    return path.rsplit("/", 1)[-1][: -len(suffix)]
 
 
 def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
@@ -108,7 +118,8 @@ def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
-        numbered = _csv_rows(text)
+        separator = _separator(text)
+        numbered = _csv_rows(text, separator)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{source.root}: {path}: got an unreadable list ({error}), "
@@ -126,7 +137,7 @@ def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
         if len(fields) > len(columns):
             raise ValueError(
                 f"{where}: got {len(fields)} fields, expected {len(columns)}; "
-                "put fields that have a comma into quotes"
+                f"put fields that have a {SEPARATORS[separator]} into quotes"
             )
         row = dict(zip(columns, map(plain_name, fields), strict=False))
         filename = row.get("filename", "")
@@ -136,14 +147,27 @@ def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
     return rows, []
 
 
-def _csv_rows(text: str) -> list[tuple[int, list[str]]]:
+def _csv_rows(text: str, separator: str) -> list[tuple[int, list[str]]]:
     """The number of the last line of each row that is not blank, and the fields of the row."""
     limit = csv.field_size_limit(len(text))  # A field may be of any length.
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
         return [(rows.line_num, fields) for fields in rows if fields]
     finally:
         csv.field_size_limit(limit)
+
+
+def _separator(text: str) -> str:
+    """What the columns of a CSV text are separated by, a comma if they are not those of a list.
+
+    Spreadsheets write semicolons where numbers have a decimal comma.
+    """
+    head = next(iter(text.splitlines()), "")
+    for separator in SEPARATORS:
+        columns = {name.strip(' "') for name in head.split(separator)}
+        if {"filename", "label"} <= columns:
+            return separator
+    return ","
 
 
 def _text_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tasks.files import Files
-from tasks.list_files import PARTS, PartList, part_lists, plain_name
+from tasks.list_files import PARTS, PartList, part_lists, part_paths, plain_name
 
 Classes = dict[str, list[str]]  # the image files of each class, by its name
 Inputs = TypeVar("Inputs")
@@ -21,7 +21,7 @@ class Division(Generic[Inputs]):
     Args:
         parts: The train, validation and test classes, or one part of all classes.
         by: What divides them, such as "lists train.txt, val.txt, test.txt". Empty if nothing does.
-        foreign: Files that are called after all three parts, but name no class.
+        foreign: Files that are called after all three parts, but name no class and no image.
     """
 
     parts: list[dict[str, Inputs]]
@@ -97,13 +97,13 @@ def divide_by_classes(
         for start in range(len(folders)):
             classes_called[plain_name("/".join(folders[start:]))].add(class_name)
 
-    foreign: list[PartList] = []
+    foreign = part_paths(source, ".csv")
     for suffix in (".txt", ".json"):
         candidates = part_lists(source, suffix)
         lists = [one for one in candidates if any(line in classes_called for _, line in one.lines)]
         if lists:
             break
-        foreign += [one for one in candidates if one.lines]
+        foreign += [(one.part, one.path) for one in candidates if one.lines or one.rows]
     else:
         if required:
             names = [", ".join(f"{part}{suffix}" for part in PARTS) for suffix in (".csv", ".txt")]
@@ -111,8 +111,8 @@ def divide_by_classes(
                 f"split lists: {source.root} has no {names[0]}, and no {names[1]} "
                 "with a class a line (nor such lists in .json); expected three of them"
             )
-        has_all_parts = {one.part for one in foreign} == {0, 1, 2}
-        paths = tuple(one.path for one in foreign) if has_all_parts else ()
+        has_all_parts = {part for part, _ in foreign} == {0, 1, 2}
+        paths = tuple(path for _, path in foreign) if has_all_parts else ()
         return Division([dict(classes)], foreign=paths)
 
     lists = _one_of_each(source, lists, suffix, " that names a class")

@@ -217,6 +217,11 @@ def _key(name: str) -> str:
 def _by_name(learn: Learn) -> dict[str, Granularity]:
     if isinstance(learn, str):
         return {learn: "scalar"}
+    if not isinstance(learn, Iterable):
+        raise ValueError(
+            f"learn: got {learn!r}, expected the names of inner numbers, such as 'lr' or "
+            "['lr', 'proximal']; leave it out to learn none"
+        )
     return {name: learn[name] if isinstance(learn, Mapping) else "scalar" for name in learn}
 
 

@@ -19,7 +19,7 @@ from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.learnable import Learn
-from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.learner.losses import TaskLoss, check_functions
 from metaimplicit.learner.plan import make_plan
 from metaimplicit.learner.problem import step_counts
 from metaimplicit.learner.results import (
@@ -149,6 +149,9 @@ class MetaLearner(TaskBatches):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
         check_chunk_size(chunk_size)
         reject_distributed(model)
+        optional = {"query_loss": query_loss, "metric": metric}
+        given = {name: function for name, function in optional.items() if function is not None}
+        check_functions(loss=loss, **given)
         plan = make_plan(
             model,
             head=head,

@@ -29,7 +29,7 @@ from metaimplicit.tuning import Tuner
 
 
 def save_checkpoint(
-    path: Path,
+    path: str | Path,
     learner: MetaLearner,
     optimizer: torch.optim.Optimizer,
     sampler: Resumable,
@@ -70,11 +70,11 @@ def save_checkpoint(
     """
     state = collect_state(learner, optimizer, sampler, progress)
     state["identity"] = dict(identity or {})
-    write_checkpoint(path, state, is_best=is_best, log=log)
+    write_checkpoint(Path(path), state, is_best=is_best, log=log)
 
 
 def load_checkpoint(
-    path: Path,
+    path: str | Path,
     learner: MetaLearner,
     optimizer: torch.optim.Optimizer,
     sampler: Resumable,
@@ -112,6 +112,7 @@ def load_checkpoint(
         ...     load_checkpoint(path, learner, optimizer, sampler)
         Progress(step=3, seconds=0.0)
     """
+    path = Path(path)
     loaded = read_checkpoint(path, identity, _device(learner))
     progress = restore_state(
         loaded.state,
@@ -125,7 +126,7 @@ def load_checkpoint(
 
 
 def load_learner(
-    path: Path,
+    path: str | Path,
     learner: MetaLearner,
     *,
     identity: Identity | None = None,
@@ -164,12 +165,12 @@ def load_learner(
         ...     load_learner(out / "checkpoint.pt", new).step
         3
     """
-    loaded = read_checkpoint(path, identity, _device(learner), select)
+    loaded = read_checkpoint(Path(path), identity, _device(learner), select)
     return restore_learner(loaded.state, learner, source=str(loaded.path))
 
 
 def save_tuner(
-    path: Path,
+    path: str | Path,
     tuner: Tuner,
     progress: Progress,
     *,
@@ -205,10 +206,10 @@ def save_tuner(
         "tuner": tuner.state_dict(),
         "rng": random_states(tuner.method),
     }
-    write_checkpoint(path, state, log=log)
+    write_checkpoint(Path(path), state, log=log)
 
 
-def load_tuner(path: Path, tuner: Tuner, *, identity: Identity | None = None) -> Progress:
+def load_tuner(path: str | Path, tuner: Tuner, *, identity: Identity | None = None) -> Progress:
     """Load the states that `save_tuner` saved into a tuner built as that of the run.
 
     What is damaged is set aside as in `load_checkpoint`.
@@ -231,6 +232,7 @@ def load_tuner(path: Path, tuner: Tuner, *, identity: Identity | None = None) ->
         ...     load_tuner(path, tuner)
         Progress(step=3, seconds=0.0)
     """
+    path = Path(path)
     loaded = read_checkpoint(path, identity, next(iter(tuner.meta.values())).device)
     state = loaded.state
     if "tuner" not in state:

@@ -105,7 +105,7 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: str | Path, data: Any) -> None:
     """Write strict JSON atomically.
 
     Raises:
@@ -119,10 +119,10 @@ def write_json(path: Path, data: Any) -> None:
         {'x': 1}
     """
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -137,7 +137,7 @@ def read_json(path: Path) -> Any:
         [1, 2]
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: got damaged JSON ({error}), expected what a run wrote; restore or delete it"

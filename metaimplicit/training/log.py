@@ -157,7 +157,7 @@ class Log(NamedTuple):
         )
 
 
-def read_metrics(out: Path, *, complete: bool = True) -> list[dict[str, Any]]:
+def read_metrics(out: str | Path, *, complete: bool = True) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. A last line that a crash cut short is left out.
 
     Args:
@@ -183,6 +183,7 @@ def read_metrics(out: Path, *, complete: bool = True) -> list[dict[str, Any]]:
         ...     [line["step"] for line in read_metrics(out)]
         [1, 2, 3]
     """
+    out = Path(out)
     path = out / METRICS
     log = _read_log(path.read_bytes(), read_sealed_json(out / CONFIG).get("run", ""))
     if complete:

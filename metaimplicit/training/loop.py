@@ -13,7 +13,7 @@ from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.training.hyperparameters import scheduled_rates
 from metaimplicit.training.log import Values
-from metaimplicit.training.meta_step import take_step
+from metaimplicit.training.meta_step import moved_parameters, take_step
 from metaimplicit.training.metrics import Evaluation, evaluate, measure_name
 from metaimplicit.training.progress import Budget, Progress, Stopwatch, cosine
 from metaimplicit.training.rotation import Identity
@@ -46,7 +46,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
     *,
-    out: Path,
+    out: str | Path,
     budget: Budget,
     config: dict[str, Any] | None = None,
     identity: Identity | None = None,
@@ -117,7 +117,8 @@ def fit(
         LostRanksError: Another process ended. The last checkpoint stands.
         NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
             moved at this step, and the last checkpoint stands.
-        ValueError: A number is out of range. `best` asks for a metric, and there is neither a
+        ValueError: A number is out of range, or an argument is of another kind. The optimiser moves
+            no parameter of the learner. `best` asks for a metric, and there is neither a
             metric nor an accuracy. The checkpoints are damaged or belong to another run.
             Or `out` holds the metrics of a run whose checkpoint is gone.
 
@@ -134,11 +135,12 @@ def fit(
         ...     [line["step"] for line in read_metrics(out)]
         [1, 2, 3]
     """
+    _check_parts(learner, optimizer, sampler, budget=budget, validation=validation)
     _check_numbers(validate_every, checkpoint_every, clip)
     rule = selection_rule(learner, best)
     ranks = Ranks() if ranks is None else ranks
     record = RunRecord(
-        out,
+        Path(out),
         learner,
         optimizer,
         sampler=sampler,
@@ -214,6 +216,35 @@ def _agree(ranks: Ranks, progress: Progress, signals: DeferredSignals) -> bool:
     if number:
         signals.adopt(int(number))
     return number > 0
+
+
+def _check_parts(
+    learner: MetaLearner,
+    optimizer: torch.optim.Optimizer,
+    sampler: Any,
+    *,
+    budget: Any,
+    validation: Any,
+) -> None:
+    if not moved_parameters(learner, optimizer):
+        raise ValueError(
+            "optimizer: got one that moves no parameter of the learner, expected some of them; "
+            "build it from learner.parameters()"
+        )
+    missing = [name for name in ("batches", "state_dict") if not hasattr(sampler, name)]
+    if missing:
+        raise ValueError(
+            f"sampler: got {type(sampler).__name__}, which has no {' and no '.join(missing)}, "
+            "expected a stream that can be resumed; take a tasks.EpisodeSampler, or write a class "
+            "with batches, state_dict and load_state_dict"
+        )
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget: got {budget!r}, expected a Budget, such as Budget(steps=1000)")
+    if validation is not None and not callable(validation):
+        raise ValueError(
+            f"validation: got {type(validation).__name__}, expected a function that draws the "
+            "batches, such as lambda: batches"
+        )
 
 
 def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | None) -> None:

@@ -60,7 +60,7 @@ def take_step(
     device = next(learner.parameters()).device
     share = to_device(ranks.share(episodes), device)
     result = ranks.average(learner, learner.backward(share))
-    moved = _moved_parameters(learner, optimizer)
+    moved = moved_parameters(learner, optimizer)
     gradients = {name: p.grad for name, p in moved.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
     own = _read_values(result, norm, measure=measure_name(learner))
@@ -72,10 +72,16 @@ def take_step(
     return values | {"learning_rate": float(optimizer.param_groups[0]["lr"])}
 
 
-def _moved_parameters(
+def moved_parameters(
     learner: MetaLearner, optimizer: torch.optim.Optimizer
 ) -> dict[str, nn.Parameter]:
-    """The parameters of the learner that the optimiser moves, by name."""
+    """The parameters of the learner that the optimiser moves, by name.
+
+    Example:
+        >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
+        >>> list(moved_parameters(learner, torch.optim.SGD([learner.model.bias], lr=0.1)))
+        ['model.bias']
+    """
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {name: p for name, p in learner.named_parameters() if id(p) in moved}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts, read_episodes
 from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.learner.problem import step_counts
 from metaimplicit.training.queries import query_loss
 
 Measure = Literal["accuracy", "metric", "mse", "loss"]
@@ -180,10 +181,8 @@ def evaluate(
         torch.Size([2, 4])
     """
     device = next(learner.parameters()).device
-    if isinstance(steps, Sequence):
-        counts = tuple(steps)
-    else:
-        counts = tuple(range((learner.inner.steps if steps is None else steps) + 1))
+    require_several(batches)
+    counts = tuple(step_counts(steps, learner.inner))
     losses = []
     accuracies = []
     with evaluation_mode(learner):
@@ -200,6 +199,16 @@ def evaluate(
         return Evaluation(all_losses, None, counts, measure=name)
     all_accuracies = torch.cat(accuracies, dim=1)[:, :tasks]
     return Evaluation(all_losses, all_accuracies, counts, measure=measure_name(learner))
+
+
+def require_several(batches: object) -> None:
+    """Raise ValueError for one batch of tasks in the place of several.
+
+    Example:
+        >>> require_several([{"support": None, "query": None}])
+    """
+    if isinstance(batches, Mapping) or hasattr(batches, "support"):
+        raise ValueError("batches: got one batch, expected several; put it into a list")
 
 
 def measure_name(learner: MetaLearner) -> Literal["accuracy", "metric"]:

@@ -13,7 +13,7 @@ from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, read_episod
 from metaimplicit.learner.targets import Group, measure
 from metaimplicit.task_axis import map_tensors
 from metaimplicit.tensors import tensors_in
-from metaimplicit.training.metrics import Estimate, evaluation_mode, to_device
+from metaimplicit.training.metrics import Estimate, evaluation_mode, require_several, to_device
 from metaimplicit.training.queries import query_classes, query_loss
 
 
@@ -46,6 +46,7 @@ def evaluate_one_at_a_time(
         >>> evaluate_one_at_a_time(learner, [Episode.of(pair, pair)]).tasks
         4
     """
+    require_several(batches)
     device = next(learner.parameters()).device
     measured = []
     with evaluation_mode(learner), torch.no_grad():

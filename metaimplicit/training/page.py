@@ -250,7 +250,7 @@ def make_page(title: str, lead: Html, sections: Mapping[str, Html]) -> Html:
     return Html(f"<!doctype html>\n{document}\n".encode(errors="backslashreplace").decode())
 
 
-def leave_page(path: Path, make: Callable[[], str]) -> None:
+def leave_page(path: str | Path, make: Callable[[], str]) -> None:
     """Make a page and write it atomically. If that fails, warn: a page costs no run its results.
 
     Example:
@@ -263,7 +263,7 @@ def leave_page(path: Path, make: Callable[[], str]) -> None:
     """
     try:
         text = make().encode()
-        write_atomically(path, lambda file: file.write(text))
+        write_atomically(Path(path), lambda file: file.write(text))
     except Exception as error:
         warnings.warn(
             f"{path} could not be written ({type(error).__name__}: {error}); "

@@ -12,7 +12,7 @@ from metaimplicit.training.metrics import Evaluation
 from metaimplicit.training.panels import draw_fit, draw_measure, draw_progress, metric_of
 
 
-def plot_curves(out: Path) -> None:
+def plot_curves(out: str | Path) -> None:
     """Plot a run's training and validation against steps and against seconds, as curves.png.
 
     The metric is the accuracy or that of the learner, or else the loss on a logarithmic axis.
@@ -52,11 +52,11 @@ def plot_curves(out: Path) -> None:
         ax.set_xlabel(label)
     axes[0].set_ylabel(f"query {metric}")
     _legend_below(figure, axes[0])
-    _save(figure, out / "curves.png")
+    _save(figure, Path(out, "curves.png"))
 
 
 def plot_adaptation(
-    out: Path, evaluation: Evaluation, *, title: str = "", fits: Fits | None = None
+    out: str | Path, evaluation: Evaluation, *, title: str = "", fits: Fits | None = None
 ) -> None:
     """Plot the metric against the number of inner steps with its 95 % interval, as adaptation.png.
 
@@ -88,7 +88,7 @@ def plot_adaptation(
         for task, ax in enumerate(axes[1:]):
             draw_fit(ax, fits, task)
         _legend_below(figure, axes[1])
-    _save(figure, out / "adaptation.png")
+    _save(figure, Path(out, "adaptation.png"))
 
 
 def _legend_below(figure: Any, ax: Any) -> None:

@@ -43,7 +43,7 @@ class Pretrained(NamedTuple):
         return text
 
 
-def load_pretrained(path: Path, model: nn.Module, *, head: str) -> Pretrained:
+def load_pretrained(path: str | Path, model: nn.Module, *, head: str) -> Pretrained:
     """Load the parameters and buffers of the network of another run.
 
     Its last layer is left out if it has other shapes or only one of the networks has it. All other
@@ -76,6 +76,7 @@ def load_pretrained(path: Path, model: nn.Module, *, head: str) -> Pretrained:
         ...     load_pretrained(out, new, head=new.head_name).loaded
         ['0.weight', '0.bias']
     """
+    path = Path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     own = model.state_dict()
     loaded = read_checkpoint(path, None, next(iter(own.values())).device)

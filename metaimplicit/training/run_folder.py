@@ -50,12 +50,13 @@ class RunFolder:
 
     def __init__(
         self,
-        out: Path,
+        out: str | Path,
         *,
         resume: bool,
         config: Mapping[str, Any] | None = None,
         identity: Identity | None = None,
     ) -> None:
+        out = Path(out)
         require_new_run_folder(out, resume)
         self.out = out
         self.checkpoint = out / CHECKPOINT

@@ -53,7 +53,7 @@ COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def make_run_page(
-    out: Path,
+    out: str | Path,
     *,
     title: str,
     summary: Mapping[str, Any] | None = None,
@@ -83,6 +83,7 @@ def make_run_page(
         ...     "This run has not been tested." in path.read_text()
         True
     """
+    out = Path(out)
     config = read_sealed_json(out / CONFIG) if (out / CONFIG).exists() else {}
     lines = read_metrics(out, complete=False) if (out / METRICS).exists() else []
     facts = dict(summary or {})

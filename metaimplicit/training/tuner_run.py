@@ -27,7 +27,7 @@ def fit_tuner(
     train: Source,
     validation: Source,
     *,
-    out: Path,
+    out: str | Path,
     steps: int,
     config: dict[str, Any] | None = None,
     identity: Identity | None = None,
@@ -87,6 +87,7 @@ def fit_tuner(
     """
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1 step")
+    out = Path(out)
     folder = RunFolder(out, resume=resume, config=config, identity=identity)
     with DeferredSignals() as signals, folder:
         progress = _start(folder, tuner)

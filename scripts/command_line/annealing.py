@@ -7,6 +7,7 @@ from dataclasses import replace
 from command_line.build import build_method
 from command_line.options import RunOptions
 from metaimplicit import MetaLearner
+from metaimplicit.learner.learnable import REACH
 from metaimplicit.methods import FirstOrder, Unrolled
 
 LEAST = 0.03  # of 1/T, before the losses of the first steps are left out
@@ -25,6 +26,7 @@ def anneal_method(options: RunOptions, learner: MetaLearner, spent: float) -> No
 
     Raises:
         ValueError: The method does not see the inner steps, or there are none. Or both are given.
+            Or an inner number is learnt, which derivatives of first order do not reach.
     """
     if options.first_order_share:
         _anneal_order(options, learner, spent)
@@ -38,6 +40,14 @@ def _anneal_order(options: RunOptions, learner: MetaLearner, spent: float) -> No
             f"--first-order-share: got {options.first_order_share} with --method {options.method} "
             f"and --multi-step-loss {options.multi_step_loss}, expected --method unrolled and no "
             "multi-step loss"
+        )
+    # The temperature of a head acts on the start, which derivatives of first order reach.
+    unreached = [item for item in options.learn if item.partition("=")[0] in REACH]
+    if unreached:
+        raise ValueError(
+            f"--first-order-share: got {options.first_order_share} with --learn "
+            f"{' '.join(unreached)}, which derivatives of first order do not reach, expected one "
+            "of the two; leave out the other"
         )
     is_first_order = spent < options.first_order_share
     learner.method = FirstOrder() if is_first_order else build_method(options)

@@ -16,7 +16,7 @@ class RowFile:
     """The rows in a JSON file, which is replaced as soon as a row is done.
 
     A row begins with its case: what was asked for. A second call that asks for the same gets the
-    stored row. Rows of other cases stay in the file.
+    stored row. Rows of other cases stay in the file, also those of another process.
 
     Args:
         path: The file. If None, nothing is stored.
@@ -39,6 +39,9 @@ class RowFile:
             if case.items() <= row.items():
                 return row
         made = case | make()
+        if self._path is not None:
+            # Meanwhile, another process may have stored rows.
+            self._rows = _read_rows(self._path)
         self._rows.append(made)
         if self._path is not None:
             write_json(self._path, {"rows": self._rows})

@@ -8,12 +8,14 @@ from pathlib import Path
 import optuna
 import torch
 import torch.nn.functional as F
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 import tasks
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.models import MLP
 
-STUDY = Path("runs/sweep.db")
+STUDY = Path("runs/sweep.log")
 META_STEPS = 200
 
 
@@ -48,7 +50,8 @@ def main(trials: int = 12, study_file: Path = STUDY) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name="maml-sinusoid",
-        storage=f"sqlite:///{study_file}",
+        # Unlike a new SQLite file, a journal can be opened by several processes at the same time.
+        storage=JournalStorage(JournalFileBackend(str(study_file))),
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
     )

@@ -74,6 +74,7 @@ class Regularization(Experiment):
 
     name = "regularization"
     default_methods = ("hoag", "grid", "grid-warm", "random", "tpe")
+    case_options = ("data", "start")
     quick_options: ClassVar[dict[str, Any]] = {
         "data": ("breast-cancer",),
         "start": (1.0,),

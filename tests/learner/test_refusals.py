@@ -7,7 +7,7 @@ import torch
 from learner.few_shot import INPUTS, WAYS, LinearModel, draw_episodes, make_learner, make_network
 from torch import nn
 
-from metaimplicit import FromMeta, GradientDescent
+from metaimplicit import FromMeta, GradientDescent, MetaLearner
 
 
 def changed(**sets):
@@ -69,6 +69,11 @@ BAD_ARGUMENTS = [
     ({"adapt": ["2.*", "tail"]}, "adapt: 'tail' matches no parameter"),
     ({"adapt": lambda name: False}, "the predicate' matches no parameter"),
     ({"adapt": []}, "matches no parameter"),
+    ({"adapt": 2}, r"adapt: got 2, expected patterns of names, such as 'head.\*'"),
+    ({"adapt": ["2.*", 2]}, r"adapt: got \['2.\*', 2\], expected patterns of names"),
+    ({"metric": "acc"}, r"metric: got 'acc', expected a function \(outputs, targets\) -> numbers"),
+    ({"query_loss": "mse"}, r"query_loss: got 'mse', expected a function"),
+    ({"model": nn.Linear}, "model: got .*Linear.*, expected a torch.nn.Module"),
     ({"vectorize": "map"}, "vectorize: got 'map'"),
     ({"chunk_size": 0}, "chunk_size: got 0, expected a number of tasks ≥ 1, or None"),
     ({"chunk_size": 2.0}, r"chunk_size: got 2\.0, expected a number of tasks ≥ 1, or None"),
@@ -78,6 +83,7 @@ BAD_ARGUMENTS = [
         r"proximal: got FromMeta\(.*, expected a strength ≥ 0; learn=",
     ),
     ({"proximal": 0.0}, "proximal: got 0 with an implicit method"),
+    ({"learn": None}, "learn: got None, expected the names of inner numbers, such as 'lr'"),
     ({"learn": {"lr"}}, "learn 'lr': implicit cannot give its gradient.*unrolled"),
     (
         {"learn": {"proximal"}, "method": "first-order"},
@@ -119,6 +125,18 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_learner(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (None, r"loss: got None, expected a function \(outputs, targets\) -> scalar"),
+        (nn.CrossEntropyLoss, r"loss: got the class .*; make an instance of it, CrossEntropyLoss"),
+    ],
+)
+def test_a_loss_that_is_no_function_is_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
+        MetaLearner(make_network(), loss)
 
 
 def test_numbers_of_steps_that_are_not_whole_are_refused():

@@ -89,6 +89,13 @@ def test_an_order_that_cannot_be_annealed_is_refused(other):
         anneal_method(options, learner, spent=0.0)
 
 
+def test_numbers_that_first_order_does_not_reach_are_not_learnt_beside_it():
+    options, learner, _ = make_learner(inner_steps=3, first_order_share=0.5, learn=("lr",))
+    message = r"--first-order-share: got 0\.5 with --learn lr, which .* do not reach"
+    with pytest.raises(ValueError, match=message):
+        anneal_method(options, learner, spent=0.0)
+
+
 def test_without_the_option_the_method_stays():
     options, learner, _ = make_learner(inner_steps=3)
     method = learner.method

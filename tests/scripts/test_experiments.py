@@ -73,6 +73,13 @@ def test_a_run_whose_results_are_there_is_not_repeated(tmp_path):
     assert more.ran == [{"method": "cg", "seed": 2}]
 
 
+def test_a_case_that_is_asked_for_twice_counts_once(tmp_path):
+    table = execute(Sums(out=tmp_path, seeds=2, method=("cg", "none", "cg")))
+    assert table == execute(Sums(out=tmp_path, seeds=2, method=("cg", "none")))
+    assert "| `cg` | 10.50 ± 0.71 |" in table
+    assert len(rows_in(tmp_path)) == 4
+
+
 @pytest.mark.page
 def test_the_folder_has_the_rows_the_table_and_the_plot(tmp_path):
     table = execute(Sums(out=tmp_path, seeds=1))

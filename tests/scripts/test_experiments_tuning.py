@@ -201,6 +201,24 @@ def test_regularization_refuses_options_out_of_range(options, message):
         replace(CANCER, **options).check_options()
 
 
+def test_options_that_ask_for_no_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="got options that ask for no run, expected a value"):
+        execute(replace(CANCER, data=(), out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_folder_takes_further_sets_and_starts(tmp_path):
+    small = replace(
+        CANCER, method=("grid",), start=(1.0,), low=1.0, grid=2, seeds=1, tol=1e-2, out=tmp_path
+    )
+    execute(small)
+    row = (tmp_path / "grid-breast-cancer-0" / "summary.json").read_bytes()
+    table = execute(replace(small, data=("digits", "breast-cancer"), start=(2.0,)))
+    assert (tmp_path / "grid-breast-cancer-0" / "summary.json").read_bytes() == row
+    assert "| digits | `grid` |" in table
+    assert "| breast-cancer | `grid` |" in table
+
+
 def test_a_missing_package_is_named(monkeypatch):
     small = replace(CANCER, low=1.0, grid=2)
     case = {"method": "tpe", "data": "breast-cancer", "seed": 0}

@@ -35,6 +35,19 @@ def test_a_row_is_made_once_for_its_case(tmp_path):
     assert RowFile(None).read_or_make(case, make) == case | {"value": 3}
 
 
+def test_rows_that_another_process_stores_meanwhile_are_kept(tmp_path):
+    path = tmp_path / "rows.json"
+    mine, other = RowFile(path), RowFile(path)
+
+    def make():
+        other.read_or_make({"n": 2}, dict)
+        return {}
+
+    mine.read_or_make({"n": 1}, make)
+    other.read_or_make({"n": 3}, dict)
+    assert stored_rows(path) == [{"n": 2}, {"n": 1}, {"n": 3}]
+
+
 @pytest.mark.parametrize("text", ["[]", '{"rows": {}}', '{"rows": [1]}', '{"a": 1}'])
 def test_a_file_without_rows_is_refused_and_kept(tmp_path, text):
     path = tmp_path / "rows.json"
@@ -129,6 +142,18 @@ def test_the_studies_measure_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "measure_variant", refuse)
     monkeypatch.setattr(studies, "measure_drift", refuse)
     assert run_both() == (robustness, drifts)
+
+
+def test_one_data_set_has_no_deviation(monkeypatch, capsys):
+    first = {"error": 0.1, "cosine": 1.0, "norm": 1.0}
+    monkeypatch.setattr(studies, "compare_with_exact", lambda *case: first)
+    monkeypatch.setattr(studies, "tune", lambda instance, variant, seed: float(seed))
+    (record, *_) = studies.study_robustness(1, RowFile(None))
+    assert (record["loss"], record["std"]) == (1.0, None)
+    assert "±" not in capsys.readouterr().out
+    (record, *_) = studies.study_robustness(3, RowFile(None))
+    assert (record["loss"], record["std"]) == (2.0, 1.0)
+    assert "2.0000 ± 1.0000" in capsys.readouterr().out
 
 
 def test_an_unknown_problem_leaves_no_folder(tmp_path, capsys):

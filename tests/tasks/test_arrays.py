@@ -166,6 +166,15 @@ def test_one_file_without_a_split_is_shuffled_or_split_by_text_lists(tmp_path, s
     assert [family.classes for family in families(splits)] == [("0", "3"), ("7", "8"), ("24", "1")]
 
 
+def test_lists_of_images_beside_arrays_are_passed_over_with_a_warning(tmp_path):
+    lists = {f"{part}.csv": f"filename,label\n1.png,{i}\n" for i, part in enumerate(PARTS)}
+    data = npz(x=np.zeros((100, 3), np.float32), y=np.arange(100) // 4)
+    write_tree(tmp_path, lists | {"one.npz": data})
+    with pytest.warns(UserWarning, match=r"train\.csv, val\.csv .* list no images that are here"):
+        splits = load(tmp_path)
+    assert [len(family.classes) for family in families(splits)] == [16, 4, 5]
+
+
 def test_images_in_arrays_are_resized_as_files_are(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 8, 9, 14, 3), np.uint8)

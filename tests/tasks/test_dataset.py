@@ -270,6 +270,8 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
             r"got inputs uint8 \(3, 8, 8\) in train, uint8 .* in val, float32 .* in test, expected",
         ),
         (in_parts(test=torch.rand(8, 5)), {}, r"float32 \(5,\) in test, expected one type and"),
+        ((pixels()[:0], LABELS[:0]), {}, "dataset: got no examples, expected several of each"),
+        ((pixels(), LABELS), {"split": [0.6, 0.4]}, r"split: got \[0.6, 0.4\], expected a dict"),
         ((pixels(), LABELS), {"split": {"train": [1]}}, "split: got a dictionary of train, exp"),
         ((pixels(), LABELS), {"split": SPLIT | {"val": [77]}}, "split: got class '77', expected"),
         ((pixels(), LABELS), {"split": SPLIT | {"val": [3]}}, "share 1 classes, such as '3'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from episode_checks import assert_class_major, assert_no_input_twice, is_same
 
-from tasks import EpisodeSampler, FewShot, ImagePool, Splits
+from tasks import EpisodeSampler, FewShot, ImagePool, Splits, load
 from tasks.few_shot import few_shot_splits, shuffled_split
 
 COUNTS = (6, 8, 7, 6, 9, 6, 7)
@@ -88,6 +88,8 @@ def test_every_class_image_and_way_is_drawn_evenly():
     [
         ({"ways": 0}, "ways: got 0, expected at least 1"),
         ({"shots": 0}, "shots: got 0, expected at least 1"),
+        ({"shots": 1.5}, "shots: got 1.5, expected a whole number"),
+        ({"ways": "2"}, "ways: got '2', expected a whole number"),
         ({"queries": -1}, "queries: got -1, expected at least 1"),
         ({"ways": 8}, "ways: got 8, but test/train has 7 classes"),
         (
@@ -207,6 +209,10 @@ def test_the_state_of_another_stream_is_refused(key, value):
 def test_a_sampler_refuses_no_tasks_and_a_negative_seed():
     with pytest.raises(ValueError, match="tasks: got 0, expected at least 1"):
         EpisodeSampler(few_shot(), tasks=0)
+    with pytest.raises(ValueError, match=r"tasks: got 2\.0, expected at least 1"):
+        EpisodeSampler(few_shot(), tasks=2.0)
+    with pytest.raises(ValueError, match="family: got Splits, expected a family of tasks"):
+        EpisodeSampler(load("sinusoid"), tasks=2)
     with pytest.raises(ValueError, match="seed: got -1"):
         EpisodeSampler(few_shot(), tasks=1, seed=-1)
 

@@ -1,5 +1,7 @@
 """Any images sorted into folders or zips, with or without split lists."""
 
+import re
+
 import numpy as np
 import pytest
 from image_files import class_folders, red_square, write_tree, write_zip
@@ -80,6 +82,13 @@ def test_split_folders_are_used_under_any_of_their_names(tmp_path, names, wrappe
     assert classes(splits) == [["c0", "c1"], ["c2", "c3"], ["c4", "c5"]]
 
 
+def test_images_have_any_of_their_suffixes_in_upper_or_lower_case(tmp_path):
+    suffixes = (".PNG", ".jpg", ".Jpeg", ".jfif", ".tif", ".BMP")
+    files = {f"c{c:02d}/1{suffix}": red_square(c) for c in range(12) for suffix in suffixes}
+    splits = load(write_tree(tmp_path, files))
+    assert splits.train.pool.counts.tolist() == [len(suffixes)] * len(splits.train.pool)
+
+
 def test_a_folder_called_train_beside_other_classes_is_a_class(tmp_path):
     files = {f"train/{i}.png": red_square(i) for i in range(3)}
     splits = load(write_tree(tmp_path, class_folders() | files))
@@ -105,6 +114,14 @@ def test_a_csv_of_another_name_is_no_list(tmp_path):
     log = "epoch,loss\n1,2\n"
     files = class_folders() | dict.fromkeys(("my_train.csv", "training.csv", "base.csv"), log)
     splits = load(write_tree(tmp_path, files))
+    assert len(all_classes(splits)) == 12
+
+
+def test_three_csv_files_that_are_no_lists_are_passed_over_with_a_warning(tmp_path):
+    names = ("base.csv", "valid.csv", "novel.csv")
+    files = class_folders() | dict.fromkeys(names, "image,class\nc00/0.png,c00\n")
+    with pytest.warns(UserWarning, match=r"base\.csv, .* and list no images that are here"):
+        splits = load(write_tree(tmp_path, files))
     assert len(all_classes(splits)) == 12
 
 
@@ -161,6 +178,7 @@ def test_what_is_wrong_with_the_files_is_named(tmp_path, files, message):
     ("text", "message"),
     [
         ("file;label\n", r"got columns \['file;label'\], expected filename,label"),
+        ("filename;label\na;b;c\n", r"line 2: .* put fields that have a semicolon into quotes"),
         ("", r"got columns \[\], expected filename,label"),
         (b"filename,label\n\xff\xfe", "got an unreadable list"),
         (csv_list(["n20.jpg"]), r"line 2: got no label for 'n20\.jpg'"),
@@ -182,6 +200,10 @@ def test_what_is_wrong_with_a_list_is_named_with_its_line(tmp_path, text, messag
 
 CSV_FORMS = {
     "spaces": lambda text: text.replace(",", " , "),
+    "a column with semicolons": lambda text: text.replace("\n", ',"a;b;c;d"\n'),
+    "semicolons": lambda text: text.replace(",", ";"),
+    "semicolons and quotes": lambda text: re.sub(r"([^,\n]+)", r'"\1"', text).replace(",", ";"),
+    "tabs": lambda text: text.replace(",", "\t"),
     "spaces at the end": lambda text: text.replace("\n", "  \n"),
     "quotes": lambda text: text.replace("n2\n", '"n2"\n'),
     "carriage returns": lambda text: text.replace("\n", "\r\n"),

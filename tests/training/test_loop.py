@@ -14,10 +14,16 @@ from metaimplicit.training import (
     Progress,
     evaluate,
     fit,
+    leave_page,
     load_checkpoint,
     load_learner,
+    load_pretrained,
+    make_run_page,
+    plot_curves,
     read_metrics,
+    save_checkpoint,
 )
+from metaimplicit.training.run_folder import RunFolder
 
 
 class CrashError(Exception):
@@ -272,6 +278,45 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, b
     with pytest.raises(ValueError, match=next(iter(bad))):
         train(tmp_path / "run", make_parts(), **bad)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"budget": 10}, r"budget: got 10, expected a Budget, such as Budget\(steps=1000\)"),
+        ({"sampler": [1]}, "sampler: got list, which has no batches and no state_dict, expected"),
+        ({"validation": [1]}, "validation: got list, expected a function that draws the batches"),
+        (
+            {"optimizer": make_parts().optimizer},
+            "optimizer: got one that moves no parameter of the learner",
+        ),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, bad, message):
+    arguments = {**make_parts()._asdict(), "budget": Budget(steps=1), **bad}
+    with pytest.raises(ValueError, match=message):
+        fit(**arguments, out=tmp_path / "run", bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_may_be_strings(tmp_path):
+    parts = make_parts()
+    out = f"{tmp_path}/a b"
+    train(out, parts, steps=2)
+    train(out, make_parts(), steps=2, resume=True)
+    assert len(read_metrics(out)) == 2
+    path = f"{out}/checkpoint.pt"
+    other = make_parts()
+    assert load_learner(path, other.learner).step == 2
+    assert_same_weights(parts.learner, other.learner)
+    progress = load_checkpoint(path, *other)
+    save_checkpoint(f"{out}/copy.pt", *other, progress)
+    assert load_pretrained(out, other.learner.model, head="1.3").left_out == []
+    with RunFolder(out, resume=True) as folder:
+        assert folder.has_checkpoint
+    plot_curves(out)
+    leave_page(f"{out}/report.html", lambda: make_run_page(out, title="run"))
+    assert (tmp_path / "a b" / "report.html").exists()
 
 
 class Repeated:

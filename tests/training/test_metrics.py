@@ -1,5 +1,6 @@
 """Means with their intervals, and what `evaluate` counts."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,21 @@ def test_evaluate_refuses_no_batches_and_negative_steps():
         evaluate(learner, [])
     with pytest.raises(ValueError, match="steps: got -1"):
         evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]], steps=-1)
+
+
+@pytest.mark.parametrize("measure", [evaluate, evaluate_one_at_a_time])
+def test_one_batch_in_the_place_of_several_is_refused(measure):
+    batch = make_sampler(tasks_per_batch=3, seed=1)[0]
+    for one in (batch, {"support": batch.support, "query": batch.query}):
+        with pytest.raises(ValueError, match="batches: got one batch, expected several; put it in"):
+            measure(make_learner(MLP(1, 1)), one)
+
+
+def test_evaluate_takes_numbers_of_steps_in_an_array():
+    batches = [make_sampler(tasks_per_batch=3, seed=1)[0]]
+    learner = make_learner(MLP(1, 1))
+    assert evaluate(learner, batches, steps=np.array([0, 2])).steps == (0, 2)
+    assert evaluate(learner, batches, steps=np.int64(1)).steps == (0, 1)
 
 
 def test_evaluate_leaves_every_module_in_the_mode_that_it_had():
