@@ -13,6 +13,7 @@ from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
 from metaimplicit.inner.known import read_solution
 from metaimplicit.methods import Method, make_method
+from metaimplicit.methods.base import ALL_ROUTES
 from metaimplicit.methods.pullback import attach_pullback, forward_mode_error
 from metaimplicit.params import Params, detached, floating_entry, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
@@ -128,9 +129,10 @@ def argmin(
         params = attach_pullback(adaptation, method, sources)
     elif torch.is_grad_enabled():
         params = adaptation.params
-        for name in sources.keys() - find_dependencies(params.values(), sources):
-            if sources[name].requires_grad:
-                method.check_reach(name, adaptation.dependencies)
+        if method.reach != ALL_ROUTES:
+            for name in sources.keys() - find_dependencies(params.values(), sources):
+                if sources[name].requires_grad:
+                    method.check_reach(name, adaptation.dependencies)
     else:
         params = detached(adaptation.params)
     return params if batched else _squeeze(params)

@@ -100,15 +100,16 @@ def find_dependencies(
     return dependencies
 
 
-def check_differentiable(gradients: Iterable[Tensor | None]) -> None:
+def check_differentiable(gradients: Iterable[Tensor | None], ends: Iterable[Tensor] = ()) -> None:
     """Raise ValueError if `gradients` depend on an operation marked `once_differentiable`.
 
     Autograd itself says nothing: it takes the second derivative of such an operation for zero.
 
     Args:
         gradients: First derivatives with their graph (`create_graph=True`). None is skipped.
+        ends: Tensors at which the walk ends. What they were computed by is not looked at.
     """
-    for node in _nodes(g for g in gradients if g is not None):
+    for node in _nodes((g for g in gradients if g is not None), ends):
         if node.name() == "torch::autograd::Error":
             raise ValueError(
                 "inner loss: it uses an operation whose backward is once_differentiable, "
@@ -129,10 +130,10 @@ def reject_scaled_gradients(loss: Tensor) -> None:
         raise UnsupportedOperationError(SCALED_GRADIENT)
 
 
-def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """All nodes of the graph of these tensors."""
+def _nodes(tensors: Iterable[Tensor], ends: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """The nodes of the graph of these tensors, up to those of `ends`."""
     pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen = set(pending)
+    seen = {*pending, *(end.grad_fn for end in ends)}
     while pending:
         node = pending.pop()
         yield node
