@@ -41,17 +41,22 @@ def attach_pullback(
     return dict(zip(adaptation.params, values, strict=True))
 
 
-def forward_mode_error(method: str) -> RuntimeError:
+def forward_mode_error(method: str, *, name: str = "argmin") -> RuntimeError:
     """The error for tangents that do not pass through a method.
+
+    Args:
+        method: The method, or the solver of `root`.
+        name: The function that was called, `"argmin"` or `"root"`.
 
     Example:
         >>> print(forward_mode_error("sama"))
         argmin has no derivative in forward mode under sama; use 'unrolled', an implicit method \
 without finite differences, or reverse mode
     """
+    others = "'unrolled', an implicit method without finite differences, or "
     return RuntimeError(
-        f"argmin has no derivative in forward mode under {method}; use 'unrolled', an implicit "
-        "method without finite differences, or reverse mode"
+        f"{name} has no derivative in forward mode under {method}; use "
+        f"{others if name == 'argmin' else ''}reverse mode"
     )
 
 
@@ -101,7 +106,7 @@ class _MethodRule(Rule):
     def push_forward(self, x: Tensors, p: Tensors, tangents: Tensors) -> Tensors:
         """(dθ*/dφ) φ̇."""
         if self.equation is None:
-            raise forward_mode_error(self.adaptation.report.method)
+            raise forward_mode_error(self.adaptation.report.method, name=self.name)
         if self.is_exact:
             return self.equation.push_forward(x, p, tangents)
         at = [tensor.detach() for tensor in p]
