@@ -66,7 +66,7 @@ def argmin(
         ValueError: As in `hypergradient`, or the method is "reptile" or "f2sa", which do not
             differentiate θ*. A gradient that the method cannot give may raise in backward only.
         RuntimeError: A derivative that the method does not have: a second one, or one in forward
-            mode. In backward: a tensor of `meta` was changed in place.
+            mode. In backward: a tensor of `meta` or `data` was changed in place.
 
     Warns:
         RuntimeWarning: In backward: ∂f/∂θ does not vanish at θ*, as an implicit method assumes, or
@@ -126,7 +126,7 @@ def argmin(
         adaptation = method.adapt(lifted, inner, sources if method.carries_graph else variables)
 
     if adaptation.pullback is not None:
-        params = attach_pullback(adaptation, method, sources)
+        params = attach_pullback(adaptation, method, sources, data=lifted.data)
     elif torch.is_grad_enabled():
         params = adaptation.params
         if method.reach != ALL_ROUTES:

@@ -141,7 +141,7 @@ def root(
     report = Report(repr(solver), torch.zeros(len(norm), dtype=torch.int64), norm)
     dependencies = Dependencies(KnownSolution(theta))
     adaptation = Adaptation(theta, report, dependencies, Iterate(theta), pullback)
-    params = attach_pullback(adaptation, FixedPoint(solver), sources, name="root")
+    params = attach_pullback(adaptation, FixedPoint(solver), sources, data=lifted.data, name="root")
     return params if batched else {name: p.squeeze(0) for name, p in params.items()}
 
 

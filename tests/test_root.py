@@ -158,6 +158,19 @@ def test_a_solution_of_inference_mode_is_differentiated():
         assert not square_root(META, x)["x"].requires_grad
 
 
+def test_data_that_are_changed_in_place_before_backward_are_refused():
+    data = torch.tensor(1.0)
+    found = root(
+        lambda params, meta, c: {"x": params["x"].square() - c * meta["phi"]},
+        {"x": torch.tensor(3.0)},
+        META,
+        data,
+    )
+    data.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found["x"].backward()
+
+
 def test_what_vmap_cannot_transform_is_refused_with_what_to_do():
     data = torch.tensor([1.0, 4.0])
     with pytest.raises(ValueError, match="use vectorize='loop'"):

@@ -13,10 +13,16 @@ from metaimplicit.methods.base import Adaptation, Method, Stationarity
 from metaimplicit.methods.equation import Equation, Rule, Tensors
 from metaimplicit.methods.shared import warn_if_inaccurate
 from metaimplicit.params import Params
+from metaimplicit.tensors import tensors_in
 
 
 def attach_pullback(
-    adaptation: Adaptation, method: Method, meta: Params, *, name: str = "argmin"
+    adaptation: Adaptation,
+    method: Method,
+    meta: Params,
+    *,
+    data: Any,
+    name: str = "argmin",
 ) -> Params:
     """θ* as a function of φ, which autograd differentiates by the adaptation's pullback.
 
@@ -28,15 +34,17 @@ def attach_pullback(
         method: The method that made it.
         meta: φ. Gradients flow to the entries that require grad, and tangents flow from those that
             have one.
+        data: The data, which the backward pass reads again.
         name: The function that warnings name, `"argmin"` or `"root"`.
 
     Returns:
         θ*, `{name: [tasks, *shape]}`. Its backward pass raises ValueError for a gradient that the
-        method cannot give, and RuntimeError if an entry of φ was changed in place. A further
-        derivative raises RuntimeError if it does not exist.
+        method cannot give, and RuntimeError if an entry of φ or a tensor of the data was changed in
+        place. A further derivative raises RuntimeError if it does not exist.
     """
     phi = {name: m for name, m in meta.items() if is_differentiated(m)}
     rule = _MethodRule(adaptation, method, tuple(phi), name=name)
+    rule.constants = [x for x in tensors_in(data) if not x.is_inference()]
     values = rule.attach(list(adaptation.params.values()), list(phi.values()))
     return dict(zip(adaptation.params, values, strict=True))
 

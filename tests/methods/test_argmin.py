@@ -276,6 +276,40 @@ def test_meta_that_is_changed_in_place_before_backward_is_refused(method):
         params["w"].backward()
 
 
+@pytest.mark.parametrize("method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=flag_of)
+def test_data_that_are_changed_in_place_before_backward_are_refused(method):
+    a = number(1.0).requires_grad_()
+    data = {"x": number(2.0), "names": ["x"]}
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["w"] - m["a"] * d["x"]).square(),
+        zero,
+        {"a": a},
+        data,
+        inner=ONE_NEWTON_STEP,
+        method=method,
+    )
+    data["x"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        params["w"].backward()
+
+
+def test_a_batch_of_vectors_is_refused():
+    a = number(1.0).requires_grad_()
+    with pytest.raises(RuntimeError, match="leave out is_grads_batched=True"):
+        torch.autograd.functional.jacobian(
+            lambda a: argmin(
+                lambda p, m, d: 0.5 * (p["w"] - m["a"]).square(),
+                zero,
+                {"a": a},
+                None,
+                inner=ONE_NEWTON_STEP,
+                method="dense",
+            )["w"],
+            a,
+            vectorize=True,
+        )
+
+
 def test_complex_numbers_are_refused():
     message = r"meta\['a'\]: got torch.complex64, expected real numbers"
     with pytest.raises(ValueError, match=message):
