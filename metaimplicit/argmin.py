@@ -13,6 +13,7 @@ from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner import InnerLoop, KnownSolution, make_inner
 from metaimplicit.inner.known import read_solution
 from metaimplicit.methods import Method, make_method
+from metaimplicit.methods.base import ALL_ROUTES
 from metaimplicit.methods.pullback import attach_pullback, forward_mode_error
 from metaimplicit.params import Params, detached, floating_entry, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
@@ -65,7 +66,7 @@ def argmin(
         ValueError: As in `hypergradient`, or the method is "reptile" or "f2sa", which do not
             differentiate θ*. A gradient that the method cannot give may raise in backward only.
         RuntimeError: A derivative that the method does not have: a second one, or one in forward
-            mode. In backward: a tensor of `meta` was changed in place.
+            mode. In backward: a tensor of `meta` or `data` was changed in place.
 
     Warns:
         RuntimeWarning: In backward: ∂f/∂θ does not vanish at θ*, as an implicit method assumes, or
@@ -125,12 +126,13 @@ def argmin(
         adaptation = method.adapt(lifted, inner, sources if method.carries_graph else variables)
 
     if adaptation.pullback is not None:
-        params = attach_pullback(adaptation, method, sources)
+        params = attach_pullback(adaptation, method, sources, data=lifted.data)
     elif torch.is_grad_enabled():
         params = adaptation.params
-        for name in sources.keys() - find_dependencies(params.values(), sources):
-            if sources[name].requires_grad:
-                method.check_reach(name, adaptation.dependencies)
+        if method.reach != ALL_ROUTES:
+            for name in sources.keys() - find_dependencies(params.values(), sources):
+                if sources[name].requires_grad:
+                    method.check_reach(name, adaptation.dependencies)
     else:
         params = detached(adaptation.params)
     return params if batched else _squeeze(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,11 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
 from metaimplicit.captured import captured
-from metaimplicit.unsupported import FIRST_DERIVATIVES
+from metaimplicit.unsupported import (
+    FIRST_DERIVATIVES,
+    SCALED_GRADIENT,
+    UnsupportedOperationError,
+)
 
 Name = TypeVar("Name")
 
@@ -96,24 +100,43 @@ def find_dependencies(
     return dependencies
 
 
-def check_differentiable(gradients: Iterable[Tensor | None]) -> None:
+def check_differentiable(gradients: Iterable[Tensor | None], ends: Iterable[Tensor] = ()) -> None:
     """Raise ValueError if `gradients` depend on an operation marked `once_differentiable`.
 
     Autograd itself says nothing: it takes the second derivative of such an operation for zero.
 
     Args:
         gradients: First derivatives with their graph (`create_graph=True`). None is skipped.
+        ends: Tensors at which the walk ends. What they were computed by is not looked at.
     """
-    pending = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
+    for node in _nodes((g for g in gradients if g is not None), ends):
         if node.name() == "torch::autograd::Error":
             raise ValueError(
                 "inner loss: it uses an operation whose backward is once_differentiable, "
                 "so second derivatives would silently leave it out; replace it, or use "
                 + FIRST_DERIVATIVES
             )
+
+
+def reject_scaled_gradients(loss: Tensor) -> None:
+    """Raise UnsupportedOperationError if an embedding scales its gradient by frequencies.
+
+    Differences of such gradients are no second derivatives of the loss.
+
+    Args:
+        loss: The loss with its graph.
+    """
+    if any(getattr(node, "_saved_scale_grad_by_freq", False) for node in _nodes([loss])):
+        raise UnsupportedOperationError(SCALED_GRADIENT)
+
+
+def _nodes(tensors: Iterable[Tensor], ends: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """The nodes of the graph of these tensors, up to those of `ends`."""
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = {*pending, *(end.grad_fn for end in ends)}
+    while pending:
+        node = pending.pop()
+        yield node
         inputs = {n for n, _ in node.next_functions if n is not None} - seen
         seen |= inputs
         pending.extend(inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
 
 from metaimplicit.scoped import ScopedSettings
+from metaimplicit.unsupported import SCALED_GRADIENT, UnsupportedOperationError
 
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
@@ -28,7 +29,8 @@ class MendedDerivatives(ScopedSettings):
       `nn.TransformerEncoderLayer`, which have no derivative at all, are off.
     - Under `torch.vmap`, `padding_idx` of an embedding holds for every task. The batching rule of
       torch applies it to the first task alone. In forward mode, the padding row has no tangent. And
-      `scale_grad_by_freq` counts the words of each task by itself.
+      `scale_grad_by_freq` counts the words of each task by itself. A second derivative of what it
+      scales is refused: torch leaves the scales out of it.
     - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
     - `nn.utils.weight_norm` has its second derivative. That of torch 2.14 is wrong on the CPU.
     - On CUDA, recurrent networks run without cuDNN, whose kernels have first derivatives only.
@@ -96,16 +98,56 @@ def _embedding(
     if ignored is not None and padding_idx >= 0:
         ignored.append(padding_idx)
         padding_idx = -1
-    if not is_transforming():
-        return _ORIGINAL_EMBEDDING(weight, indices, padding_idx, scale_grad_by_freq, sparse)
-    if scale_grad_by_freq:
+    transforming = is_transforming()
+    if transforming and scale_grad_by_freq:
         # A weight that the tasks share becomes one for each, so that no frequency is over tasks.
         weight = weight + torch.zeros_like(indices, dtype=weight.dtype).sum()
-    if padding_idx < 0:
-        return _ORIGINAL_EMBEDDING(weight, indices, -1, scale_grad_by_freq, sparse)
-    rows = _ORIGINAL_EMBEDDING(weight, indices, -1, scale_grad_by_freq, sparse)
+    own_padding = -1 if transforming else padding_idx
+    rows = _ORIGINAL_EMBEDDING(weight, indices, own_padding, scale_grad_by_freq, sparse)
+    if scale_grad_by_freq:
+        rows = _DifferentiableOnce.apply(rows)
+    if not transforming or padding_idx < 0:
+        return rows
     is_padding = (indices == padding_idx).unsqueeze(-1)
     return torch.where(is_padding, rows.detach(), rows)
+
+
+class _Identity(torch.autograd.Function):
+    """A function that returns its argument, in every transform of `torch.func`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class _DifferentiableOnce(_Identity):
+    """The identity, through which a gradient passes, but not the derivative of that gradient."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _ScaledGradient.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+class _ScaledGradient(_Identity):
+    """The identity, without a derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise UnsupportedOperationError(SCALED_GRADIENT)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        raise UnsupportedOperationError(SCALED_GRADIENT)
 
 
 def _mse_loss(inputs: Tensor, targets: Tensor, reduction: int = 1) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.data import outside_inference_mode
 from metaimplicit.graph import find_dependencies, is_differentiated
 from metaimplicit.hypergradient import meta_leaves
 from metaimplicit.inner.known import KnownSolution, read_solution
@@ -24,10 +25,13 @@ from metaimplicit.methods.shared import warn_or_raise
 from metaimplicit.params import Params, flatten, floating_entry, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.solvers import GMRES, Solver, SolverState
+from metaimplicit.unsupported import explain_unsupported
 
 DEFAULT_SOLVER = GMRES(max_steps=50)
 
 
+@explain_unsupported()
+@outside_inference_mode()
 def root(
     residual: Callable[[Params, Params, Any], Params],
     solution: Params,
@@ -137,7 +141,7 @@ def root(
     report = Report(repr(solver), torch.zeros(len(norm), dtype=torch.int64), norm)
     dependencies = Dependencies(KnownSolution(theta))
     adaptation = Adaptation(theta, report, dependencies, Iterate(theta), pullback)
-    params = attach_pullback(adaptation, FixedPoint(solver), sources, name="root")
+    params = attach_pullback(adaptation, FixedPoint(solver), sources, data=lifted.data, name="root")
     return params if batched else {name: p.squeeze(0) for name, p in params.items()}
 
 

@@ -17,6 +17,10 @@ REVERSE_MODE = (
     "products='double-backward' in the place of 'forward-over-reverse'"
 )
 LOOP = "vectorize='loop' or 'auto'"
+SCALED_GRADIENT = (
+    "scale_grad_by_freq: an embedding that scales its gradient has that of no loss, so that it "
+    "cannot be differentiated again; use scale_grad_by_freq=False"
+)
 
 
 class UnsupportedOperationError(ValueError, RuntimeError):

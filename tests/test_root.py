@@ -6,6 +6,7 @@ import torch
 from oracles import randn, relative_error
 from scipy import optimize
 from sklearn.linear_model import LogisticRegression, Ridge
+from torch.autograd import forward_ad
 
 from metaimplicit import CG, argmin, root
 from metaimplicit.solvers import GMRES
@@ -126,6 +127,67 @@ def test_a_solver_of_symmetric_systems_is_refused():
 
 
 # Minima that were found elsewhere.
+
+
+META = {"phi": torch.tensor(9.0, requires_grad=True)}
+
+
+def square_root(meta, x):
+    return root(
+        lambda params, meta, data: {"x": params["x"].square() - meta["phi"]}, {"x": x}, meta
+    )
+
+
+def test_a_solution_of_inference_mode_is_differentiated():
+    with torch.inference_mode():
+        x = torch.tensor(3.0)
+    for found in (
+        square_root(META, x),
+        argmin(
+            lambda params, meta, data: params["x"].pow(3) / 3 - meta["phi"] * params["x"],
+            lambda meta, data: {"x": torch.ones(())},
+            META,
+            None,
+            solution={"x": x},
+            method="dense",
+        ),
+    ):
+        (slope,) = torch.autograd.grad(found["x"], META["phi"])
+        assert slope.item() == pytest.approx(1 / 6)
+    with torch.inference_mode():
+        assert not square_root(META, x)["x"].requires_grad
+
+
+def test_data_that_are_changed_in_place_before_backward_are_refused():
+    data = torch.tensor(1.0)
+    found = root(
+        lambda params, meta, c: {"x": params["x"].square() - c * meta["phi"]},
+        {"x": torch.tensor(3.0)},
+        META,
+        data,
+    )
+    data.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found["x"].backward()
+
+
+def test_what_vmap_cannot_transform_is_refused_with_what_to_do():
+    data = torch.tensor([1.0, 4.0])
+    with pytest.raises(ValueError, match="use vectorize='loop'"):
+        root(
+            lambda params, meta, c: {"x": params["x"] - meta["phi"] * float(c)},
+            {"x": 9 * data},
+            META,
+            data,
+            batched=True,
+        )
+
+
+def test_tangents_are_refused_by_the_name_of_the_function():
+    with forward_ad.dual_level():
+        phi = forward_ad.make_dual(torch.tensor(9.0), torch.tensor(1.0))
+        with pytest.raises(RuntimeError, match=r"^root has no .* GMRES\(.*\); use reverse mode$"):
+            square_root({"phi": phi}, torch.tensor(3.0))
 
 
 def test_ridge_of_scikit_learn_has_its_derivative_in_the_decay():

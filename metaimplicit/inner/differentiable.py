@@ -125,8 +125,8 @@ class _RunningLoop:
             first=steps.start,
         )
         for t in steps:
-            check = differentiated and t == steps.start
-            inspect = partial(self._inspect_gradients, t=t, check=check)
+            checked = meta if differentiated and t == steps.start else None
+            inspect = partial(self._inspect_gradients, t=t, checked=checked)
             total = self.loss(self.params, t).sum()
             variables = list(self.params.values())
             stepped = stepper.step(total, variables, grad_callback=inspect)
@@ -156,11 +156,14 @@ class _RunningLoop:
         return torch.full((len(first),), self.taken, device=first.device)
 
     def _inspect_gradients(
-        self, gradients: Sequence[Tensor | None], *, t: int, check: bool
+        self, gradients: Sequence[Tensor | None], *, t: int, checked: Params | None
     ) -> Sequence[Tensor | None]:
-        """What `higher` calls with the gradients of step t, before the update."""
-        if check:
-            check_differentiable(gradients)
+        """What `higher` calls with the gradients of step t, before the update.
+
+        They have to be differentiable in the meta-parameters `checked`, unless it is None.
+        """
+        if checked is not None:
+            check_differentiable(gradients, ends=checked.values())
         if self.tol is not None or t == self.last:
             present = {str(i): g.detach() for i, g in enumerate(gradients) if g is not None}
             self.gradient_norm = flatten(present).norm(dim=-1)

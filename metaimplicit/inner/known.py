@@ -12,6 +12,7 @@ from torch import Tensor
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, gradient_norm
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, detached
+from metaimplicit.tensors import recordable
 
 
 def read_solution(solution: Any, like: Tensor) -> Params:
@@ -39,7 +40,7 @@ def read_solution(solution: Any, like: Tensor) -> Params:
 def _read_tensor(name: str, numbers: Any, like: Tensor) -> Tensor:
     is_tensor = isinstance(numbers, Tensor)
     try:
-        tensor = numbers.detach() if is_tensor else torch.tensor(numbers)
+        tensor = recordable(numbers).detach() if is_tensor else torch.tensor(numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"solution[{name!r}]: got {type(numbers).__name__}, expected a tensor or an array of "

@@ -124,19 +124,21 @@ class Ranks:
         statistics = [b for layer in tracked_layers(learner).values() for b in layer.buffers()]
         held = [p.grad for p in learner.parameters() if p.grad is not None]
         held += [buffer for buffer in statistics if buffer.is_floating_point()]
-        measured = [step.loss] if step.accuracy is None else [step.loss, step.accuracy]
+        known = step.loss.new_zeros(()) if step.accuracy is None else step.accuracy
+        missing = step.loss.new_tensor(step.accuracy is None)
+        measured = [step.loss, known, missing]
         tasks = len(step.report.inner_steps)
         with torch.no_grad():
             means = self._weighted_means([*held, *measured], tasks)
             for tensor, mean in zip(held, means, strict=False):
                 tensor.copy_(mean)
-        loss, *accuracy = means[len(held) :]
-        return replace(step, loss=loss, accuracy=accuracy[0] if accuracy else None)
+        loss, accuracy, missing = means[len(held) :]
+        return replace(step, loss=loss, accuracy=None if bool(missing > 0) else accuracy)
 
     def means(self, numbers: Mapping[str, float | None], tasks: int) -> Numbers:
         """The means of numbers by name, weighted by the tasks of each process.
 
-        A number that is None is None in every process.
+        A number that is None in one process is None, as if that process had all tasks.
 
         Raises:
             LostRanksError: Another process ended.
@@ -145,16 +147,16 @@ class Ranks:
             >>> Ranks().means({"loss": 0.5, "accuracy": None}, tasks=4)
             {'loss': 0.5, 'accuracy': None}
         """
-        known = {name: x for name, x in numbers.items() if x is not None}
-        if self.count == 1 or not known:
+        if self.count == 1 or not numbers:
             return dict(numbers)
         own = torch.tensor(
-            list(known.values()),
+            [(0.0, 1.0) if x is None else (x, 0.0) for x in numbers.values()],
             dtype=torch.float64,
             device=_device(),
         )
         (means,) = self._weighted_means([own], tasks)
-        return dict(numbers) | dict(zip(known, means.tolist(), strict=True))
+        pairs = zip(numbers, means.tolist(), strict=True)
+        return {name: None if missing else mean for name, (mean, missing) in pairs}
 
     def largest(self, *numbers: float) -> list[float]:
         """The largest of each number over all processes, on which they can agree.

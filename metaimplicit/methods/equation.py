@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from metaimplicit.graph import tangent_of, without_graph
+from metaimplicit.unsupported import UnsupportedOperationError
 
 Tensors = Sequence[Tensor]
 
@@ -33,6 +35,10 @@ def aliases(tensors: Tensors) -> list[Tensor]:
 class Rule(ABC):
     """How autograd differentiates x as a function of p, both sequences of tensors.
 
+    Attributes:
+        constants: Further tensors that the rule reads. As with p, autograd raises an error if one
+            was changed in place before it differentiates x.
+
     Example:
         x = 3p, by a rule that holds at every order.
 
@@ -47,6 +53,8 @@ class Rule(ABC):
         >>> p.grad
         tensor(3.)
     """
+
+    constants: Tensors = ()
 
     @abstractmethod
     def pull_back(
@@ -150,13 +158,20 @@ class _Attached(torch.autograd.Function):
     def forward(ctx: Any, values: tuple[Tensor, ...], rule: Rule, *inputs: Tensor) -> Any:
         ctx.rule = rule
         ctx.values = values
-        ctx.save_for_backward(*inputs)
+        ctx.count = len(inputs)
+        ctx.save_for_backward(*inputs, *rule.constants)
         ctx.save_for_forward(*inputs)
         return tuple(value.clone() for value in values)
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> Any:
-        inputs = ctx.saved_tensors  # raises an error if one was changed in place
+        if any(is_legacy_batchedtensor(v) for v in vectors):
+            raise UnsupportedOperationError(
+                "Batching rule not implemented for argmin and root: got a batch of vectors in "
+                "backward, expected one at a time; leave out is_grads_batched=True, or "
+                "vectorize=True of torch.autograd.functional"
+            )
+        inputs = ctx.saved_tensors[: ctx.count]  # raises an error if one was changed in place
         # In forward mode, the gradient needs its tangent as well.
         tangents = [tangent_of(tensor) for tensor in (*inputs, *vectors)]
         again = torch.is_grad_enabled() or any(tangent is not None for tangent in tangents)
@@ -169,7 +184,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> Any:
-        inputs = ctx.saved_tensors
+        inputs = ctx.saved_tensors[: ctx.count]
         pairs = zip(inputs, tangents, strict=True)
         known = [torch.zeros_like(x) if t is None else t for x, t in pairs]
         with torch.enable_grad():

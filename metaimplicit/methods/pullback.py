@@ -13,10 +13,16 @@ from metaimplicit.methods.base import Adaptation, Method, Stationarity
 from metaimplicit.methods.equation import Equation, Rule, Tensors
 from metaimplicit.methods.shared import warn_if_inaccurate
 from metaimplicit.params import Params
+from metaimplicit.tensors import tensors_in
 
 
 def attach_pullback(
-    adaptation: Adaptation, method: Method, meta: Params, *, name: str = "argmin"
+    adaptation: Adaptation,
+    method: Method,
+    meta: Params,
+    *,
+    data: Any,
+    name: str = "argmin",
 ) -> Params:
     """θ* as a function of φ, which autograd differentiates by the adaptation's pullback.
 
@@ -28,30 +34,37 @@ def attach_pullback(
         method: The method that made it.
         meta: φ. Gradients flow to the entries that require grad, and tangents flow from those that
             have one.
+        data: The data, which the backward pass reads again.
         name: The function that warnings name, `"argmin"` or `"root"`.
 
     Returns:
         θ*, `{name: [tasks, *shape]}`. Its backward pass raises ValueError for a gradient that the
-        method cannot give, and RuntimeError if an entry of φ was changed in place. A further
-        derivative raises RuntimeError if it does not exist.
+        method cannot give, and RuntimeError if an entry of φ or a tensor of the data was changed in
+        place. A further derivative raises RuntimeError if it does not exist.
     """
     phi = {name: m for name, m in meta.items() if is_differentiated(m)}
     rule = _MethodRule(adaptation, method, tuple(phi), name=name)
+    rule.constants = [x for x in tensors_in(data) if not x.is_inference()]
     values = rule.attach(list(adaptation.params.values()), list(phi.values()))
     return dict(zip(adaptation.params, values, strict=True))
 
 
-def forward_mode_error(method: str) -> RuntimeError:
+def forward_mode_error(method: str, *, name: str = "argmin") -> RuntimeError:
     """The error for tangents that do not pass through a method.
+
+    Args:
+        method: The method, or the solver of `root`.
+        name: The function that was called, `"argmin"` or `"root"`.
 
     Example:
         >>> print(forward_mode_error("sama"))
         argmin has no derivative in forward mode under sama; use 'unrolled', an implicit method \
 without finite differences, or reverse mode
     """
+    others = "'unrolled', an implicit method without finite differences, or "
     return RuntimeError(
-        f"argmin has no derivative in forward mode under {method}; use 'unrolled', an implicit "
-        "method without finite differences, or reverse mode"
+        f"{name} has no derivative in forward mode under {method}; use "
+        f"{others if name == 'argmin' else ''}reverse mode"
     )
 
 
@@ -101,7 +114,7 @@ class _MethodRule(Rule):
     def push_forward(self, x: Tensors, p: Tensors, tangents: Tensors) -> Tensors:
         """(dθ*/dφ) φ̇."""
         if self.equation is None:
-            raise forward_mode_error(self.adaptation.report.method)
+            raise forward_mode_error(self.adaptation.report.method, name=self.name)
         if self.is_exact:
             return self.equation.push_forward(x, p, tangents)
         at = [tensor.detach() for tensor in p]

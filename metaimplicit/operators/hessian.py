@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.forward_mode import push_forward
-from metaimplicit.graph import check_differentiable
+from metaimplicit.graph import check_differentiable, reject_scaled_gradients
 from metaimplicit.mended import without_padding
 from metaimplicit.operators.base import LinearOperator
 from metaimplicit.operators.curvature import (
@@ -76,7 +76,9 @@ class Hessian(RetainedGraphCurvature):
             allow_unused=True,
         )
         self._set_gradient(gradients)
-        if products != "finite-differences":
+        if products == "finite-differences":
+            reject_scaled_gradients(total)
+        else:
             check_differentiable(self.gradient.values())
 
     @classmethod

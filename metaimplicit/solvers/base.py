@@ -189,7 +189,7 @@ class Solver(ABC):
         Args:
             operator: A, symmetric, shape `(tasks, n)`.
             b: Right-hand sides, `[tasks, n]`. They are normalised before the solve, so their scale
-                does not matter. Where b = 0, so is x.
+                does not matter. Where b = 0, so is x. If n = 0, there is nothing to solve.
             state: `Solution.state` of an earlier solve with this solver. A and b may have changed
                 since. If None, the solve starts from zero.
             preconditioner: r ↦ P r, `[tasks, n] -> [tasks, n]`, with P ≈ A⁻¹ symmetric positive
@@ -211,6 +211,8 @@ class Solver(ABC):
                 wide, b.float(), state=state, preconditioner=wide.widen(preconditioner)
             )
             return replace(solution, value=solution.value.to(b.dtype))
+        if b.shape[1] == 0:
+            return _nothing_solved(b)
         rhs = NormalisedRHS.of(b)
         start = _checked(state, b)
         if start.solution is not None:
@@ -267,6 +269,19 @@ class Solver(ABC):
             rayleigh=torch.minimum(solution.rayleigh, other.rayleigh),
             state=SolverState(solution=value),
         )
+
+
+def _nothing_solved(b: Tensor) -> Solution:
+    """The solution of systems without unknowns, for b of shape `[tasks, 0]`."""
+    zero = b.new_zeros(len(b))
+    return Solution(
+        value=b,
+        status=torch.full_like(zero, int(Status.CONVERGED), dtype=torch.int64),
+        residual=zero,
+        products=0,
+        needed=torch.zeros_like(zero, dtype=torch.int64),
+        rayleigh=torch.full_like(zero, torch.inf),
+    )
 
 
 def _checked(state: SolverState | None, b: Tensor) -> SolverState:

@@ -23,7 +23,7 @@ class CG(Solver):
 
     Args:
         max_steps: Steps at most, ≥ 1, with one product each. A state costs one product more, and
-            so does the check of a small residual.
+            so does the check of a residual that round-off may have touched.
         tol: The relative residual at which a task has converged, ≥ 0.
         negative: What to do at a direction of negative curvature. `"truncate"` returns the iterate
             with the smallest residual. `"raise"` raises FloatingPointError. `"minres"` continues

@@ -99,7 +99,7 @@ def conjugate_gradients(
     Args:
         system: A, b of norm one or zero, the state and the preconditioner.
         max_steps: Steps at most, one product each. A state costs one product more, and so does the
-            check of a small residual.
+            check of a residual that round-off may have touched.
         tol: The residual at which a task has converged.
 
     Example:
@@ -149,8 +149,9 @@ def conjugate_gradients(
 
     x = torch.where(indefinite, best, cg.x)
     residual = torch.where(indefinite, best_residual, residual)
-    small = residual <= max(tol, eps**0.5)
-    residual = progress.recompute_residual(system, x, residual, doubtful=small)
+    drift = eps * largest * norm(x)
+    doubtful = (residual <= max(tol, eps**0.5)) | (drift > 0.1 * residual)
+    residual = progress.recompute_residual(system, x, residual, doubtful=doubtful)
     exceptions = {
         Status.NEGATIVE_CURVATURE: indefinite & (residual > tol),
         Status.BREAKDOWN: asymmetric,

@@ -78,8 +78,8 @@ class Progress:
     ) -> Tensor:
         """‖b − Ax‖ of all tasks, `[tasks, 1]`, if one is doubtful. Otherwise `residual` itself.
 
-        Round-off makes the recurrence of a residual drift from b − Ax, so a small one is computed
-        by one product more before it is reported.
+        Round-off makes the recurrence of a residual drift from b − Ax. So one that is small, or
+        that the drift may have reached, is computed by one product more before it is reported.
         """
         if not doubtful.any():
             return residual

@@ -32,7 +32,7 @@ class MINRES(Solver):
 
     Args:
         max_steps: Steps at most, ≥ 1, with one product each. A state costs one product more, and
-            so does the check of a small residual.
+            so does the check of a residual that round-off may have touched.
         tol: The relative residual at which a task has converged, ≥ 0.
 
     Raises:
@@ -97,9 +97,11 @@ class MINRES(Solver):
             broken = broken | stalled | (exhausted & (residual > self.tol))
             progress.stop(exhausted | ~(residual > self.tol))
 
-        doubtful = (residual <= max(self.tol, eps**0.5)) | broken
+        drift = eps * (lanczos.size * norm(x)).square()
+        doubtful = (residual <= max(self.tol, eps**0.5)) | broken | (drift > 0.1 * residual)
         residual = progress.recompute_residual(system, x, residual, doubtful=doubtful)
-        exceptions = {Status.BREAKDOWN: broken & (residual > self.tol)}
+        worse_than_zero = residual > 1 + eps**0.5
+        exceptions = {Status.BREAKDOWN: (broken & (residual > self.tol)) | worse_than_zero}
         return progress.solution(x, residual, final_status(residual, self.tol, exceptions))
 
 

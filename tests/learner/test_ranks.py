@@ -99,6 +99,16 @@ def agree(ranks):
     assert means["loss"] == pytest.approx(2 / 3, rel=1e-15)
     assert means["accuracy"] is None
     assert means["bad"] != means["bad"]
+    assert ranks.means({"accuracy": 0.5 if ranks.rank else None}, tasks=1) == {"accuracy": None}
+
+    # The targets of one process alone are classes.
+    episodes = draw_episodes(tasks=2)
+    pairs = [[tuple(x[i] for x in e) for e in (episodes.support, episodes.query)] for i in (0, 1)]
+    x, y = pairs[0][1]
+    pairs[0][1] = x, F.one_hot(y, WAYS).to(x)
+    learner = make_learner()
+    step = ranks.average(learner, learner.backward(ranks.share(pairs)))
+    assert step.accuracy is None
 
 
 def lose(ranks):

@@ -1,11 +1,14 @@
 """`argmin` as a function that autograd differentiates."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from oracles import largest_error, quadratic, relative_error, ridge
 from small_problems import number, zero
+from torch.autograd.function import once_differentiable
 
 from metaimplicit import (
     CG,
@@ -273,6 +276,40 @@ def test_meta_that_is_changed_in_place_before_backward_is_refused(method):
         params["w"].backward()
 
 
+@pytest.mark.parametrize("method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=flag_of)
+def test_data_that_are_changed_in_place_before_backward_are_refused(method):
+    a = number(1.0).requires_grad_()
+    data = {"x": number(2.0), "names": ["x"]}
+    params = argmin(
+        lambda p, m, d: 0.5 * (p["w"] - m["a"] * d["x"]).square(),
+        zero,
+        {"a": a},
+        data,
+        inner=ONE_NEWTON_STEP,
+        method=method,
+    )
+    data["x"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        params["w"].backward()
+
+
+def test_a_batch_of_vectors_is_refused():
+    a = number(1.0).requires_grad_()
+    with pytest.raises(RuntimeError, match="leave out is_grads_batched=True"):
+        torch.autograd.functional.jacobian(
+            lambda a: argmin(
+                lambda p, m, d: 0.5 * (p["w"] - m["a"]).square(),
+                zero,
+                {"a": a},
+                None,
+                inner=ONE_NEWTON_STEP,
+                method="dense",
+            )["w"],
+            a,
+            vectorize=True,
+        )
+
+
 def test_complex_numbers_are_refused():
     message = r"meta\['a'\]: got torch.complex64, expected real numbers"
     with pytest.raises(ValueError, match=message):
@@ -304,3 +341,63 @@ def test_hypergradient_does_not_touch_the_grad_of_meta():
     run = partial(hypergradient, QUADRATIC.problem, meta, QUADRATIC.data, batched=True)
     run(inner=GradientDescent(steps=5, lr=0.1), method="cg")
     assert meta["phi"].grad is None
+
+
+TWO_LONG_LOOPS = """
+import threading
+import torch
+from metaimplicit import GradientDescent, argmin
+
+def approach(target):
+    return argmin(
+        lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        init=lambda meta, data: {"w": torch.zeros(())},
+        meta={"target": target},
+        data=None,
+        inner=GradientDescent(steps=400, lr=0.02),
+        method="unrolled",
+    )["w"]
+
+def free_a_graph():
+    target = torch.tensor(3.0, requires_grad=True)
+    approach(approach(target)).backward()
+    print(round(target.grad.item(), 4))
+
+threading.stack_size(2**19)  # that of threads on macOS
+thread = threading.Thread(target=free_a_graph)
+thread.start()
+thread.join()
+"""
+
+
+def test_the_graph_of_a_long_loop_can_be_freed():
+    """Torch overflows the stack when it frees a long graph whose nodes were looked at."""
+    command = [sys.executable, "-c", TWO_LONG_LOOPS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "1.0")
+
+
+def test_what_computed_an_entry_of_meta_need_not_be_differentiable_twice():
+    class Triple(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 3 * x
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, gradient):
+            return 3 * gradient
+
+    x = torch.tensor(2.0, requires_grad=True)
+    (slope,) = torch.autograd.grad(Triple.apply(x).square(), x, create_graph=True)
+    scale = torch.tensor(0.5, requires_grad=True)
+    target = argmin(
+        lambda params, meta, data: 0.5 * (params["w"] - meta["scale"] * meta["slope"]).square(),
+        lambda meta, data: {"w": torch.zeros(())},
+        {"scale": scale, "slope": slope},
+        None,
+        inner=ONE_NEWTON_STEP,
+        method="unrolled",
+    )
+    target["w"].backward(inputs=[scale])
+    assert scale.grad == 36.0

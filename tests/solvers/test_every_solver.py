@@ -50,6 +50,14 @@ def test_a_solver_that_converges_solves_each_task(solver, tolerance):
 
 
 @every_solver
+def test_a_system_without_unknowns_has_a_solution(solver):
+    solution = solve(solver, DiagonalMatrix(VALUES[:, :0]), B[:, :0])
+    assert solution.value.shape == (3, 0)
+    assert solution.status.tolist() == [Status.CONVERGED] * 3
+    assert (solution.residual == 0).all()
+
+
+@every_solver
 def test_the_reported_residual_and_products_are_the_true_ones(solver):
     operator = DiagonalMatrix(VALUES)
     solution = solve(solver, operator, B)

@@ -1,5 +1,7 @@
 """The padding row of an embedding is not trained, whoever calls the embedding, and however."""
 
+import copy
+
 import pytest
 import torch
 from reported.helpers import (
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding  # bound before anything is mended
 
-from metaimplicit import BilevelProblem, FirstOrder, MetaLearner, check_hypergradient
+from metaimplicit import BilevelProblem, FirstOrder, Implicit, MetaLearner, check_hypergradient
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.operators import Hessian
 
@@ -93,14 +95,24 @@ class Encoder(ByModule):
 MODELS = {
     "nn.Embedding": lambda: ByModule(padding_idx=2),
     "counted from the end": lambda: ByModule(padding_idx=-5),
-    "frequencies": lambda: ByModule(padding_idx=2, scale_grad_by_freq=True),
-    "frequencies without padding": lambda: ByModule(scale_grad_by_freq=True),
     "F.embedding": ByFunction,
     "imported embedding": ByImportedFunction,
     "torch.embedding": ByTorch,
     "positions": Positions,
     "tied": Tied,
     "encoder": Encoder,
+}
+SCALED = {
+    "frequencies": lambda: ByModule(padding_idx=2, scale_grad_by_freq=True),
+    "frequencies without padding": lambda: ByModule(scale_grad_by_freq=True),
+}
+DIFFERENTIATE_TWICE = {
+    "unrolled": "unrolled",
+    "forward": "forward",
+    "cg": "cg",
+    "gauss-newton": Implicit(curvature="gauss-newton"),
+    "forward-over-reverse": Implicit(products="forward-over-reverse"),
+    "finite-differences": Implicit(products="finite-differences"),
 }
 vectorized = pytest.mark.parametrize("vectorize", ["vmap", "loop", "auto"])
 
@@ -135,6 +147,46 @@ def test_the_padding_row_of_each_task_stays_where_it_was(name, vectorize):
     assert not torch.equal(rows[0, 1], rows[1, 1])
 
 
+def first_order(model, episodes):
+    """First-order MAML as a plain loop, whose gradients are those of torch."""
+    start = list(model.parameters())
+    total = [torch.zeros_like(p) for p in start]
+    for (x, y), query in split(episodes):
+        own = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(own(x), y).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        F.cross_entropy(own(query[0]), query[1]).backward()
+        total = [t + p.grad for t, p in zip(total, own.parameters(), strict=True)]
+    return [t / len(split(episodes)) for t in total]
+
+
+@vectorized
+@pytest.mark.parametrize("name", SCALED)
+def test_first_order_counts_the_words_of_each_task(name, vectorize):
+    model = SCALED[name]()
+    episodes = draw(inputs=words)
+    expected = first_order(model, episodes)
+    learner = MetaLearner(
+        model, F.cross_entropy, inner=INNER, method=FirstOrder(), vectorize=vectorize
+    )
+    learner.backward(episodes)
+    assert_same([p.grad for p in model.parameters()], expected)
+
+
+@vectorized
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("method", DIFFERENTIATE_TWICE.values(), ids=DIFFERENTIATE_TWICE)
+def test_what_frequencies_scale_has_no_second_derivative(name, method, vectorize):
+    options = {"inner": INNER, "method": method, "vectorize": vectorize, "proximal": 1.0}
+    learner = MetaLearner(SCALED[name](), F.cross_entropy, **options)
+    with refuses("scale_grad_by_freq=False"):
+        learner.backward(draw(inputs=words))
+
+
 def head_only(model, episodes, steps=3, lr=0.1):
     """MAML that adapts the head alone, as a plain loop."""
     shared = {n: p for n, p in model.named_parameters() if not n.startswith("head")}
@@ -152,9 +204,9 @@ def head_only(model, episodes, steps=3, lr=0.1):
 
 
 @vectorized
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | SCALED)
 def test_an_embedding_that_all_tasks_share_has_its_gradient(name, vectorize):
-    model = MODELS[name]()
+    model = (MODELS | SCALED)[name]()
     episodes = draw(inputs=words)
     with sdpa_kernel(SDPBackend.MATH):
         expected = head_only(model, episodes)
