@@ -25,6 +25,7 @@ from command_line import (
     load_own_checkpoint,
     parse_options,
     predict_test_curves,
+    read_plan,
     require_writable,
     run_identity,
     run_test,
@@ -142,8 +143,14 @@ def load_options(command: Evaluate, run: Path) -> RunOptions:
         test_episodes=command.episodes,
         test_steps=options.test_steps if command.steps is None else command.steps,
         select=command.select or options.select,
-        threads=command.threads or options.threads,
+        threads=command.threads or options.threads or _threads_of(run),
     ).completed()
+
+
+def _threads_of(run: Path) -> int | None:
+    """The number of CPU threads that a run has computed its steps by. None if it is not known."""
+    plan = read_plan(run)
+    return None if plan is None else plan.way.threads
 
 
 def load_run(run: Path, options: RunOptions, splits: tasks.Splits) -> tuple[MetaLearner, Progress]:

@@ -1,7 +1,8 @@
 """One meta-gradient in plain `torch.func`, written by hand for one network: the limit of a race.
 
-Nothing is checked, measured or reported. All parameters of a task are one vector, and the tasks are
-the rows of a matrix. Each function is called as often as the method needs it, and no more.
+It is what contenders are compared with: nothing is checked, measured or reported. All parameters of
+a task are one vector, and the tasks are the rows of a matrix. The iterates are kept, and each step
+is evaluated again on the way back.
 """
 
 from __future__ import annotations
@@ -117,15 +118,15 @@ def by_hand(workload: Workload, *, compile: bool) -> Step:
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
-    """Some steps of CG on A u = b for each row."""
+    """`PRODUCTS` steps of CG on A u = b from u = 0, for each row."""
     u = torch.zeros_like(b)
     residual = direction = b
     square = (b * b).sum(1, keepdim=True)
     for _ in range(PRODUCTS):
-        image = product(direction)
-        length = square / (direction * image).sum(1, keepdim=True)
+        curved = product(direction)
+        length = square / (direction * curved).sum(1, keepdim=True)
         u = u + length * direction
-        residual = residual - length * image
+        residual = residual - length * curved
         new_square = (residual * residual).sum(1, keepdim=True)
         direction = residual + new_square / square * direction
         square = new_square

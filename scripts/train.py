@@ -15,7 +15,7 @@ import startup  # isort: skip  # noqa: F401  # before what takes time to import
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,13 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
     torch.set_num_threads(options.threads or (threads if ranks.count > 1 else 1))
     rehearsal = rehearse(learner, sampler, ranks)
     can_vmap = not rehearsal.tasks_by.startswith("loop: ")  # and a reason
+    anneal_method(options, learner, spent=1.0)  # how most of the run is computed
     plan = settle_plan(
         options, learner, sampler=sampler, ranks=ranks, threads=threads, can_vmap=can_vmap
     )
+    anneal_method(options, learner, spent=0.0)
     if ranks.rank == 0:
         print(plan.table() if options.plan and plan.trials else plan.summary(), flush=True)
-    options = replace(options, threads=plan.way.threads)
     make_folder(options.folder)
     return Run(
         options, ranks, splits, learner, optimizer, sampler, budget, plan, rehearsal, identity
@@ -221,7 +222,7 @@ def train(run: Run) -> Progress:
     )
     batches = -(-options.validation_episodes // options.meta_batch)  # rounded up
     config = {"options": options.dump(), **describe(run.learner, run.rehearsal)}
-    config |= {"plan": run.plan.dump()} if run.plan.trials else {}
+    config |= {"plan": run.plan.dump()}
     progress = fit(
         run.learner,
         run.optimizer,

@@ -17,24 +17,24 @@ GREY = (0.299, 0.587, 0.114)  # the shares of red, green and blue in grey (ITU-R
 class ChangedImages(ABC):
     """A family whose images are changed at random, each in its own way.
 
-    It draws the tasks of `family` and then, from the same generator, the changes. So batch i of a
-    sampler depends on its seed and i alone, and has the tasks that it has without the changes.
+    It draws the tasks of `family` and then, from the same generator, the changes. So a batch of a
+    sampler has the tasks that it has without the changes, however many workers draw it.
 
     Args:
         family: Classification tasks of images with values in [0, 1].
         channels: The number of channels that the images have to have.
-        advice: What is expected, for the error.
+        expected: What the error says is expected.
 
     Raises:
         ValueError: The family has other inputs.
     """
 
-    def __init__(self, family: TaskFamily, *, channels: int, advice: str) -> None:
+    def __init__(self, family: TaskFamily, *, channels: int, expected: str) -> None:
         shape = family.input_shape
         if family.kind != "classification" or len(shape) != 3 or shape[0] != channels:
             raise ValueError(
                 f"augment: got {family.name}, {family.kind} of inputs of shape {tuple(shape)}, "
-                f"expected {advice}"
+                f"expected {expected}"
             )
         self.family = family
         self.name = family.name
@@ -60,7 +60,7 @@ class ChangedImages(ABC):
         inputs, targets = pair
         images = inputs.flatten(0, 1)
         low, high = (value.item() for value in images.aminmax())
-        if low < 0 or high > 1:
+        if not (low >= 0 and high <= 1):  # NaN is neither
             raise ValueError(
                 f"augment: got images of {self.name} with values from {low:.3g} to {high:.3g}, "
                 "expected values from 0 to 1; standardise them in the model"
@@ -101,11 +101,11 @@ class Augmented(ChangedImages):
     """
 
     def __init__(self, family: TaskFamily, *, padding: int = 4, jitter: float = 0.4) -> None:
-        advice = (
+        expected = (
             "natural images, (3, height, width); written characters would be other characters if "
             "they were flipped"
         )
-        super().__init__(family, channels=3, advice=advice)
+        super().__init__(family, channels=3, expected=expected)
         shortest = min(self.input_shape[1:])
         if not 0 <= padding < shortest:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from tasks.augmentation import ChangedImages
 from tasks.episodes import TaskFamily
 
-# Koch et al. 2015, section 3.4
+# Koch et al. 2015, section 3.4, but for the shift
 DEGREES = 10.0
 SHEAR = 0.3
 SCALE = 0.2
@@ -20,16 +20,15 @@ SHIFT = 2 / 28  # of a side
 class Distorted(ChangedImages):
     """A family of written characters, each distorted by an affine map of its own.
 
-    It is meant for training. A pixel of the new image at x, from the centre, has the value that the
-    image has at A x + t, between its pixels by bilinear interpolation. With angle α, shears ρ,
-    scales s and shifts t,
+    It is meant for training. The new image at x, from the centre, is the old one at A x + t,
+    interpolated bilinearly. With angle α, shears ρ, scales s (a larger one shrinks) and shifts t,
 
         A = [[cos α, −sin α], [sin α, cos α]] [[1, ρ₁], [ρ₂, 1]] diag(s₁, s₂).
 
     Each of these numbers is drawn with probability 1/2, and else leaves the image as it is: α
-    uniform in ± 10°, ρ in ± 0.3, s in 1 ± 0.2, and t in ± 2 of 28 pixels (Koch et al. 2015,
-    "Siamese neural networks for one-shot image recognition", section 3.4). Outside, an image goes
-    on as at its edge.
+    uniform in ± 10°, ρ in ± 0.3, s in 1 ± 0.2 (Koch et al. 2015, "Siamese neural networks for
+    one-shot image recognition", section 3.4), and t in ± 2/28 of a side. Outside, an image goes on
+    as at its edge.
 
     Args:
         family: Classification tasks of images with one channel and values in [0, 1].
@@ -47,7 +46,7 @@ class Distorted(ChangedImages):
     """
 
     def __init__(self, family: TaskFamily) -> None:
-        super().__init__(family, channels=1, advice="images with one channel, (1, height, width)")
+        super().__init__(family, channels=1, expected="images with one channel, (1, height, width)")
 
     def change(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """The images, distorted."""
@@ -56,7 +55,7 @@ class Distorted(ChangedImages):
 
 
 def draw_maps(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """The matrices A of `n` images, `[n, 2, 2]`, and their shifts in sides, `[n, 2]`."""
+    """The matrices A of `n` images, `[n, 2, 2]`, and their shifts t, `[n, 2]`; see `distort`."""
     is_drawn = rng.integers(0, 2, size=(7, n))
     draws = torch.from_numpy(is_drawn * rng.uniform(-1, 1, size=(7, n)))
     angle = draws[0] * np.deg2rad(DEGREES)
@@ -70,12 +69,12 @@ def draw_maps(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 
 def distort(images: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
-    """Images whose pixel at x, in pixels (right, down) from the centre, is that at A x + t.
+    """Images that at x, in pixels (right, down) from the centre, are the given ones at A x + t.
 
     Args:
         images: `[n, channels, height, width]`.
         matrices: A, `[n, 2, 2]`.
-        shifts: t in shares of the width and the height, `[n, 2]`.
+        shifts: t, in widths and heights of an image, `[n, 2]`.
 
     Example:
         >>> image = torch.tensor([[[[1.0, 2.0, 3.0]]]])
@@ -84,7 +83,7 @@ def distort(images: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     # The coordinates of torch go from −1 to 1 along either side.
-    half = torch.tensor([width / 2, height / 2], dtype=images.dtype)
+    half = torch.tensor([width / 2, height / 2], dtype=images.dtype, device=images.device)
     relative = matrices * half / half[:, None]
     maps = torch.cat([relative, 2 * shifts[:, :, None]], dim=2)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)

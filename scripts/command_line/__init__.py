@@ -15,7 +15,7 @@ from command_line.recipes import find_recipe
 from command_line.report import leave_report
 from command_line.requirements import require_package, require_writable
 from command_line.rows import RowFile
-from command_line.run_plan import read_plan, settle_plan
+from command_line.run_plan import change_way, read_plan, settle_plan
 from command_line.stop import explain_stop
 from command_line.testing import (
     Split,
@@ -40,6 +40,7 @@ __all__ = [
     "anneal_method",
     "build_learner",
     "build_optimizer",
+    "change_way",
     "check_classes",
     "default_options",
     "explain_stop",

@@ -173,7 +173,7 @@ class RunOptions:
     faster."""
     compile: Literal["auto"] | bool = "auto"
     """Whether the functions of a meta-step are compiled. With auto they are where that is faster,
-    which is tried for small networks in runs of more than three minutes."""
+    which is tried for small networks in runs of more than five minutes."""
     plan: bool = False
     """Show the ways to compute a meta-step that were timed before the first one: by vmap or a loop,
     in chunks, with the weights of convolutions in another memory format, compiled, by several CPU

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+
+import torch
 
 from command_line.options import RunOptions
 from command_line.plan import Plan, Search, Way, find_plan
@@ -25,10 +27,11 @@ def settle_plan(
 ) -> Plan:
     """The way to compute meta-steps, which the learner takes from now on.
 
-    It is the fastest of several, or what the options say. A run that is resumed keeps its own,
-    because round-off depends on it. Several processes are not timed.
+    It is the fastest of several. The options may fix parts of it. A run that is resumed on a device
+    of the same kind keeps its own, because round-off depends on it. Several processes are not
+    timed.
 
-    It leaves parameters, buffers, gradients and random state as they were.
+    Parameters, buffers and the random state keep their values. Gradients are dropped.
 
     Args:
         options: The options.
@@ -38,22 +41,25 @@ def settle_plan(
         threads: The largest number of CPU threads.
         can_vmap: Whether vmap gives what a loop gives.
     """
-    on_cuda = next(learner.parameters()).is_cuda
-    stored = read_plan(options) if options.resume else None
-    if stored is not None:
-        stored.apply(learner)
-        return Plan(stored)
+    device = next(learner.parameters()).device
+    stored = read_plan(options.folder) if options.resume else None
+    if stored is not None and stored.device == device.type:
+        way = change_way(stored.way, options)
+        if ranks.count > 1:
+            way = replace(way, threads=torch.get_num_threads())
+        way.apply(learner)
+        return replace(stored, way=way)
     if ranks.count > 1:
-        return Plan(Way.of(learner))
+        return Plan(Way.of(learner), device.type)
 
-    episodes = to_device(sampler[0], next(learner.parameters()).device)
+    episodes = to_device(sampler[0], device)
     search = Search(
         learner,
         lambda: learner.backward(episodes).loss,
-        seconds=partial(run_seconds, options),
+        run_seconds=partial(run_seconds, options),
     )
     is_fixed = {
-        "threads": options.threads is not None or on_cuda,
+        "threads": options.threads is not None or device.type == "cuda",
         "vectorize": options.vectorize != "auto" or options.chunk_size is not None or not can_vmap,
         "chunk_size": options.chunk_size is not None,
         "compile": options.compile != "auto",
@@ -66,16 +72,16 @@ def settle_plan(
     )
 
 
-def read_plan(options: RunOptions) -> Way | None:
-    """The way of a run that is resumed, but for what the options say. None if it has none."""
-    config = read_sealed_json(options.folder / CONFIG)
-    if "plan" not in config:
-        return None
-    way = Way(**config["plan"]["way"])
-    changes: dict[str, Any] = {"threads": options.threads or way.threads}
-    if options.compile != "auto":
-        changes["compile"] = options.compile
-    return replace(way, **changes)
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of a run. None if it has none."""
+    stored = read_sealed_json(folder / CONFIG).get("plan")
+    return None if stored is None else Plan.load_from(stored)
+
+
+def change_way(way: Way, options: RunOptions) -> Way:
+    """The way of a run that is resumed, changed by --threads and --compile."""
+    compile = way.compile if options.compile == "auto" else options.compile is True
+    return replace(way, threads=options.threads or way.threads, compile=compile)
 
 
 def run_seconds(options: RunOptions, of_step: float) -> float:
