@@ -65,9 +65,9 @@ def find_dependencies(
 
     Raises:
         ValueError: `outputs` depend on a leaf that requires grad, that is neither in `meta` nor in
-            `params`, and that a program holds. Its gradient would be lost. A leaf that the graph
-            alone holds was made within the functions, as by a penalty on the gradient in the
-            inputs, and nobody can ask for its gradient.
+            `params`, and that some variable of Python still holds. Its gradient would be lost. A
+            leaf that the graph alone holds was made within the functions, as by a penalty on the
+            gradient in the inputs, and nobody can ask for its gradient.
 
     Example:
         >>> a, b = torch.ones(2), torch.ones(2, requires_grad=True)

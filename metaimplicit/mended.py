@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
 
+from metaimplicit.graph import tangent_of
 from metaimplicit.scoped import ScopedSettings
 from metaimplicit.unsupported import SCALED_GRADIENT, UnsupportedOperationError
 
@@ -93,20 +94,22 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`torch.embedding`, which `F.embedding` and `nn.Embedding` call."""
+    """What `F.embedding` and `nn.Embedding` call in the place of `torch.embedding`."""
     ignored = getattr(_thread, "ignored", None)
     if ignored is not None and padding_idx >= 0:
         ignored.append(padding_idx)
         padding_idx = -1
     transforming = is_transforming()
     if transforming and scale_grad_by_freq:
-        # A weight that the tasks share becomes one for each, so that no frequency is over tasks.
+        # A weight that the tasks share becomes one for each, so that words are counted per task.
         weight = weight + torch.zeros_like(indices, dtype=weight.dtype).sum()
-    own_padding = -1 if transforming else padding_idx
+    # Neither the batching rule of torch nor its tangent knows the padding of every task.
+    masks = padding_idx >= 0 and (transforming or tangent_of(weight) is not None)
+    own_padding = -1 if masks else padding_idx
     rows = _ORIGINAL_EMBEDDING(weight, indices, own_padding, scale_grad_by_freq, sparse)
     if scale_grad_by_freq:
         rows = _DifferentiableOnce.apply(rows)
-    if not transforming or padding_idx < 0:
+    if not masks:
         return rows
     is_padding = (indices == padding_idx).unsqueeze(-1)
     return torch.where(is_padding, rows.detach(), rows)
@@ -127,7 +130,7 @@ class _Identity(torch.autograd.Function):
 
 
 class _DifferentiableOnce(_Identity):
-    """The identity, through which a gradient passes, but not the derivative of that gradient."""
+    """The identity. Its gradient passes, but cannot be differentiated again."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -300,9 +303,10 @@ def without_padding() -> Iterator[list[int]]:
         >>> torch.autograd.grad(word.sum(), weight)[0].flatten(), rows
         (tensor([0., 0., 1.]), [2])
     """
+    outside = getattr(_thread, "ignored", None)
     _thread.ignored = []
     try:
         with mended_derivatives:
             yield _thread.ignored
     finally:
-        _thread.ignored = None
+        _thread.ignored = outside

@@ -89,6 +89,7 @@ def make_plan(
     loop = make_inner(inner or head.inner)
     chosen.check_inner(loop)
     _check_head(head, chosen, proximal=proximal, query_loss=query_loss)
+    _check_names(head, model)
     adapted = _select_beside_head(head, loop, model, adapt, names=list(trainable))
     head, learnable = make_head_learnable(
         learn,
@@ -147,12 +148,22 @@ def _select_beside_head(
     return of_model
 
 
+def _check_names(head: Head, model: nn.Module) -> None:
+    """Raise ValueError if a parameter of the model is called as one of a head beside it."""
+    taken = [name for name, _ in model.named_parameters() if name in (WEIGHT, BIAS)]
+    if taken and not head.is_convex:
+        raise ValueError(
+            f"model: got a parameter {taken[0]!r}, which {type(head).__name__} has as well, "
+            "expected another name; rename the module 'head' of the model"
+        )
+
+
 def _check_head(head: Head, method: Method, *, proximal: float | None, query_loss: Any) -> None:
     """Check arguments of a learner that a head leaves no room for.
 
     Raises:
         ValueError: There is a proximal term, or a loss of the query set beside that of a convex
-            head, or an implicit method for a head that is known by its start.
+            head, or an implicit method for a head whose start has to be differentiated.
     """
     name = type(head).__name__
     if proximal:

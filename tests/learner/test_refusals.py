@@ -1,5 +1,6 @@
 """Arguments, episodes and models that the learner refuses, each with an error that says why."""
 
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,14 @@ BAD_ARGUMENTS = [
     (
         {"model": make_network().requires_grad_(False)},
         "model: got no parameter that requires grad",
+    ),
+    (
+        {
+            "model": nn.Sequential(OrderedDict(head=nn.Linear(6, 4))),
+            "head": "prototypes",
+            "proximal": None,
+        },
+        r"model: got a parameter 'head\.weight', which Prototypes has as well",
     ),
     (
         {"model": make_network().requires_grad_(False), "head": "ridge"},

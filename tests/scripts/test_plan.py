@@ -16,6 +16,7 @@ from command_line import (
     find_plan,
     read_plan,
     settle_plan,
+    undone,
 )
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -202,6 +203,14 @@ def test_without_a_compiler_the_search_goes_on(clock, monkeypatch):
     plan = run(search, fixed={"threads", "vectorize", "chunk_size", "channels_last"})
     assert (plan.way, len(plan.trials)) == (EAGER, 2)
     assert "compile: there is none; it runs eager" in plan.table()
+
+
+def test_buffers_that_no_checkpoint_holds_are_put_back():
+    learner = MetaLearner(nn.Linear(2, 3), cross_entropy)
+    learner.model.register_buffer("calls", torch.zeros(1), persistent=False)
+    with undone(learner):
+        learner.model.calls += 1
+    assert learner.model.calls == 0
 
 
 def test_a_loop_is_called_one_whatever_the_chunk_size():

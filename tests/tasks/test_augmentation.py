@@ -162,13 +162,18 @@ def test_what_is_no_natural_image_and_numbers_out_of_range_are_refused(family, o
         Augmented(family, **options)
 
 
-def test_standardised_images_are_refused():
-    class Standardised(InFloat64):
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [(lambda x: (x - 0.5) / 0.25, "from -2 to 2"), (lambda x: x * float("nan"), "from nan to nan")],
+    ids=["standardised", "NaN"],
+)
+def test_images_with_other_values_are_refused(change, values):
+    class Changed(InFloat64):
         def sample(self, number, rng):
             episodes = super().sample(number, rng)
             images, targets = episodes.support
-            return tasks.Episodes(((images - 0.5) / 0.25, targets), episodes.query)
+            return tasks.Episodes((change(images), targets), episodes.query)
 
-    family = Augmented(Standardised(few_shot()))
-    with pytest.raises(ValueError, match="images of birds/train with values from -2 to 2"):
+    family = Augmented(Changed(few_shot()))
+    with pytest.raises(ValueError, match=f"images of birds/train with values {values}"):
         family.sample(1, np.random.default_rng(0))

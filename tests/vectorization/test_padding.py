@@ -15,12 +15,14 @@ from reported.helpers import (
     split,
 )
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding  # bound before anything is mended
 
 from metaimplicit import BilevelProblem, FirstOrder, Implicit, MetaLearner, check_hypergradient
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.mended import mended_derivatives, without_padding
 from metaimplicit.operators import Hessian
 
 WORDS, WIDTH = 7, 3
@@ -294,3 +296,24 @@ def test_differences_of_gradients_refuse_a_padding_row_that_is_tied():
     hessian = Hessian(lambda p: problem.inner(p, {}, data), params, "finite-differences")
     with refuses("padding_idx", "double-backward"):
         hessian.matmat(torch.eye(hessian.shape[1]).unsqueeze(1))
+
+
+def test_the_padding_row_has_no_tangent():
+    weight, along = torch.randn(2, WORDS, WIDTH)
+    words = torch.tensor([1, 2, 2, 6])
+    with mended_derivatives, forward_ad.dual_level():
+        rows = F.embedding(words, forward_ad.make_dual(weight, along), padding_idx=2)
+        tangent = forward_ad.unpack_dual(rows).tangent
+    expected = along[words].clone()
+    expected[1:3] = 0
+    assert torch.equal(tangent, expected)
+
+
+def test_blocks_without_padding_nest():
+    words = torch.tensor([2])
+    weight = torch.randn(WORDS, WIDTH, requires_grad=True)
+    with without_padding() as outer:
+        with without_padding() as inner:
+            F.embedding(words, weight, padding_idx=2)
+        F.embedding(words, weight, padding_idx=3)
+    assert (outer, inner) == ([3], [2])
