@@ -120,6 +120,7 @@ BAD_ARGUMENTS = [
             "model": nn.Sequential(OrderedDict(head=nn.Linear(6, 4))),
             "head": "prototypes",
             "proximal": None,
+            "method": None,
         },
         r"model: got a parameter 'head\.weight', which Prototypes has as well",
     ),
