@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from command_line import (
-    Plan,
+    MeasuredPlan,
     RunOptions,
     anneal_method,
     build_learner,
@@ -80,7 +80,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     sampler: tasks.EpisodeSampler
     budget: Budget
-    plan: Plan
+    plan: MeasuredPlan
     rehearsal: Report
     identity: dict[str, Any]
 

@@ -9,7 +9,6 @@ from command_line.errors import handle_errors
 from command_line.init import load_init
 from command_line.options import RunOptions
 from command_line.parse import parse
-from command_line.plan import Plan, Search, Way, find_plan, undone
 from command_line.ranks import join_ranks, leave_ranks
 from command_line.recipes import find_recipe
 from command_line.report import leave_report
@@ -28,10 +27,11 @@ from command_line.testing import (
     summarize_test,
 )
 from command_line.usage import ABOUT_ERRORS, explain_usage, parse_options
+from command_line.ways import MeasuredPlan, Search, Way, find_plan, undone
 
 __all__ = [
     "ABOUT_ERRORS",
-    "Plan",
+    "MeasuredPlan",
     "RowFile",
     "RunOptions",
     "Search",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from command_line.options import RunOptions
-from command_line.plan import Plan, Search, Way, find_plan
+from command_line.ways import MeasuredPlan, Search, Way, find_plan
 from metaimplicit import MetaLearner
 from metaimplicit.learner import Ranks
 from metaimplicit.training import CONFIG, read_sealed_json, to_device
@@ -24,7 +24,7 @@ def settle_plan(
     ranks: Ranks,
     threads: int,
     can_vmap: bool,
-) -> Plan:
+) -> MeasuredPlan:
     """The way to compute meta-steps, which the learner takes from now on.
 
     It is the fastest of several. The options may fix parts of it. A run that is resumed on a device
@@ -50,7 +50,7 @@ def settle_plan(
         way.apply(learner)
         return replace(stored, way=way)
     if ranks.count > 1:
-        return Plan(Way.of(learner), device.type)
+        return MeasuredPlan(Way.of(learner), device.type)
 
     episodes = to_device(sampler[0], device)
     search = Search(
@@ -72,10 +72,10 @@ def settle_plan(
     )
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> MeasuredPlan | None:
     """The plan of a run. None if it has none."""
     stored = read_sealed_json(folder / CONFIG).get("plan")
-    return None if stored is None else Plan.load_from(stored)
+    return None if stored is None else MeasuredPlan.load_from(stored)
 
 
 def change_way(way: Way, options: RunOptions) -> Way:

@@ -3,12 +3,12 @@
 import warnings
 from dataclasses import replace
 
-import command_line.plan as plan_module
+import command_line.ways as ways
 import pytest
 import torch
 import train
 from command_line import (
-    Plan,
+    MeasuredPlan,
     Search,
     Way,
     build_learner,
@@ -53,7 +53,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(plan_module, "time", clock)
+    monkeypatch.setattr(ways, "time", clock)
     return clock
 
 
@@ -306,11 +306,11 @@ def test_a_resumed_run_keeps_its_way(tmp_path, capsys):
 
 
 def test_a_plan_without_trials_is_one_line():
-    assert Plan(EAGER).summary() == "plan: vmap, 1 thread"
+    assert MeasuredPlan(EAGER).summary() == "plan: vmap, 1 thread"
 
 
 def test_several_processes_are_not_timed(tmp_path):
     options = train.parse(["--steps=500", f"--out={tmp_path}"])
     learner = MetaLearner(nn.Linear(2, 3), cross_entropy)
     plan = settle_plan(options, learner, sampler=None, ranks=Ranks(0, 2), threads=2, can_vmap=True)
-    assert plan == Plan(EAGER)
+    assert plan == MeasuredPlan(EAGER)

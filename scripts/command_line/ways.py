@@ -103,7 +103,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeasuredPlan:
     """The way that was kept, and what it was compared with.
 
     Attributes:
@@ -119,7 +119,7 @@ class Plan:
     load: float | None = None
 
     @classmethod
-    def load_from(cls, stored: Mapping[str, Any]) -> Plan:
+    def load_from(cls, stored: Mapping[str, Any]) -> MeasuredPlan:
         """The inverse of `dump`."""
         trials = [Trial(**trial | {"way": Way(**trial["way"])}) for trial in stored["trials"]]
         return cls(**{**stored, "way": Way(**stored["way"]), "trials": trials})
@@ -279,7 +279,7 @@ class Search:
         return [p.grad.clone() for p in self.learner.parameters() if p.grad is not None]
 
 
-def find_plan(search: Search, *, tasks: int, threads: int, fixed: set[str]) -> Plan:
+def find_plan(search: Search, *, tasks: int, threads: int, fixed: set[str]) -> MeasuredPlan:
     """The fastest way that a search finds.
 
     Args:
@@ -299,7 +299,7 @@ def find_plan(search: Search, *, tasks: int, threads: int, fixed: set[str]) -> P
     if "compile" not in fixed and search.may_pay_to_compile:
         search.consider(compile=True)
     device = next(search.learner.parameters()).device.type
-    return Plan(search.fastest.way, device, search.trials, _load_average())
+    return MeasuredPlan(search.fastest.way, device, search.trials, _load_average())
 
 
 @contextmanager
