@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 
+import command_line.run_plan as run_plan
 import command_line.ways as ways
 import pytest
 import torch
@@ -314,3 +315,50 @@ def test_several_processes_are_not_timed(tmp_path):
     learner = MetaLearner(nn.Linear(2, 3), cross_entropy)
     plan = settle_plan(options, learner, sampler=None, ranks=Ranks(0, 2), threads=2, can_vmap=True)
     assert plan == MeasuredPlan(EAGER)
+
+
+@pytest.mark.parametrize(
+    ("options", "can_vmap", "expected"),
+    [
+        ([], True, set()),
+        (["--threads=1"], True, {"threads"}),
+        (["--vectorize=vmap"], True, {"vectorize"}),
+        (["--chunk-size=2"], True, {"vectorize", "chunk_size"}),
+        (["--compile=False"], True, {"compile"}),
+        ([], False, {"vectorize"}),
+    ],
+)
+def test_options_fix_parts_of_the_plan(options, can_vmap, expected, tmp_path, monkeypatch):
+    fixed = []
+    monkeypatch.setattr(run_plan, "Search", lambda *args, **kwargs: None)
+    monkeypatch.setattr(run_plan, "find_plan", lambda *args, **kwargs: fixed.append(kwargs))
+    settle(train.parse(["--steps=5", f"--out={tmp_path}", *options]), can_vmap=can_vmap)
+    assert fixed == [{"tasks": 8, "threads": 2, "fixed": expected}]
+
+
+def settle(options, *, can_vmap=True, ranks=None):
+    learner = MetaLearner(nn.Linear(2, 3), cross_entropy)
+    pair = (torch.zeros(2, 3, 2), torch.arange(3).expand(2, -1))
+    return settle_plan(
+        options,
+        learner,
+        sampler=[(pair, pair)],
+        ranks=ranks or Ranks(),
+        threads=2,
+        can_vmap=can_vmap,
+    )
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_what_fits(tmp_path, monkeypatch):
+    options = replace(train.parse(["--steps=5", f"--out={tmp_path}"]), resume=True)
+    stored = MeasuredPlan(replace(EAGER, vectorize="loop", threads=2))
+    monkeypatch.setattr(run_plan, "read_plan", lambda folder: stored)
+    assert settle(options) == stored
+    # Each of several processes has its own number of threads, which torchrun sets.
+    torch.set_num_threads(1)
+    assert settle(options, ranks=Ranks(0, 2)).way == replace(stored.way, threads=1)
+
+    monkeypatch.setattr(run_plan, "Search", lambda *args, **kwargs: None)
+    monkeypatch.setattr(run_plan, "find_plan", lambda *args, **kwargs: "a new plan")
+    monkeypatch.setattr(run_plan, "read_plan", lambda folder: replace(stored, device="cuda"))
+    assert settle(options) == "a new plan"
