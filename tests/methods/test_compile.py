@@ -284,10 +284,7 @@ def test_the_functions_of_the_first_two_steps_serve_any_number_of_steps(compiled
 
 
 @pytest.mark.slow
-def test_the_compiled_products_of_gauss_newton(compiled, monkeypatch):
-    # It is traced as for Inductor, whose code takes 15 seconds to build.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
+def test_the_compiled_products_of_gauss_newton(compiled):
     meta = INITIAL | {"proximal": torch.tensor(0.5).double()}
     inner = GradientDescent(steps=6, lr=0.1)
     problem = network(Proximal(FromMeta("proximal")))
