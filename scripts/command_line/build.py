@@ -35,9 +35,6 @@ def build_learner(options: RunOptions, family: TaskFamily) -> MetaLearner:
         name, _, granularity = item.partition("=")
         learn[name] = granularity or "scalar"
     model = build_model(options, family)
-    if options.head != "linear" or options.adapt == "head":
-        # Convolutions that all tasks share are faster in this format on CPUs.
-        model.to(memory_format=torch.channels_last)
     head = build_head(options, family)
     learner = MetaLearner(
         model,

@@ -271,9 +271,7 @@ class Search:
         change = _norm([new - old for new, old in pairs])
         if change <= TOLERANCE * _norm(self._gradient):
             return ""
-        return (
-            f"its meta-gradient differs by more than {TOLERANCE:.0%}, as where tasks draw numbers"
-        )
+        return f"its meta-gradient differs by {change / _norm(self._gradient):.2g} of its norm"
 
     def _read_gradient(self) -> list[Tensor]:
         return [p.grad.clone() for p in self.learner.parameters() if p.grad is not None]
