@@ -22,7 +22,7 @@ FAR_SLOWER = 2.0  # times the best way, from which on a way is not timed further
 SPREAD = 1.2  # of two times of a way, the longer over the shorter: above it, it is timed again
 ROUNDS = 3  # in which a way and the best one are timed at most
 SEARCH_SHARE = 0.05  # of the run, after which no way is begun
-TOLERANCE = 1e-2  # largest relative difference of the meta-gradients of two ways
+TOLERANCE = 1e-3  # largest relative difference of the meta-gradients of two ways
 PAYS_FROM = 300.0  # seconds of a run, from which on it may pay to compile
 LAUNCHES_DOMINATE_BELOW = 0.05  # seconds of a meta-step; compilation does not speed up arithmetic
 
