@@ -171,6 +171,28 @@ def test_data_that_are_changed_in_place_before_backward_are_refused():
         found["x"].backward()
 
 
+def test_a_solution_may_be_overwritten_before_backward():
+    """As by a solver that writes each solution to the memory of the one it starts from."""
+
+    def cube_root(phi, x):
+        return argmin(
+            lambda params, meta, data: params["x"].pow(4) / 4 - meta["phi"] * params["x"],
+            lambda meta, data: {"x": torch.ones(())},
+            {"phi": phi},
+            None,
+            solution={"x": x},
+            method="dense",
+        )
+
+    phi = torch.tensor(64.0, requires_grad=True)
+    for solve, power in ((lambda phi, x: square_root({"phi": phi}, x), 2), (cube_root, 3)):
+        buffer = phi.detach() ** (1 / power)
+        found = solve(phi, buffer)["x"]
+        buffer.fill_(1.0)
+        (slope,) = torch.autograd.grad(found, phi)
+        assert slope.item() == pytest.approx(64 ** (1 / power - 1) / power, rel=1e-4)
+
+
 def test_what_vmap_cannot_transform_is_refused_with_what_to_do():
     data = torch.tensor([1.0, 4.0])
     with pytest.raises(ValueError, match="use vectorize='loop'"):

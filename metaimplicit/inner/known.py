@@ -12,11 +12,12 @@ from torch import Tensor
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, gradient_norm
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, detached
-from metaimplicit.tensors import recordable
 
 
 def read_solution(solution: Any, like: Tensor) -> Params:
-    """A solution as tensors without a graph.
+    """A copy of a solution as tensors without a graph.
+
+    The backward pass reads it, whatever a solver has written to its own by then.
 
     Args:
         solution: `{name: numbers}`. Tensors of floating-point numbers keep their type. Arrays of
@@ -40,7 +41,7 @@ def read_solution(solution: Any, like: Tensor) -> Params:
 def _read_tensor(name: str, numbers: Any, like: Tensor) -> Tensor:
     is_tensor = isinstance(numbers, Tensor)
     try:
-        tensor = recordable(numbers).detach() if is_tensor else torch.tensor(numbers)
+        tensor = numbers.detach().clone() if is_tensor else torch.tensor(numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"solution[{name!r}]: got {type(numbers).__name__}, expected a tensor or an array of "
