@@ -186,7 +186,8 @@ def hypergradient(
     grads = {}
     for name, source in features.sources.items():
         total = _add(partial[name] if name in phi else None, through_features[name])
-        grads[name] = torch.zeros_like(source) if total is None else total.detach()
+        # A copy, because autograd may give one tensor for several entries, or an expanded one.
+        grads[name] = torch.zeros_like(source) if total is None else total.detach().clone()
 
     warn_if_useless(grads, report)
 

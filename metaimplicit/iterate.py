@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -57,9 +58,10 @@ class Iterate:
     companion: Iterate | None = None
 
     @property
+    @torch.inference_mode(False)
     def single(self) -> Params:
-        """θ_t of one problem, without the task axis, `{name: [*shape]}`."""
-        return {name: p.squeeze(0) for name, p in self.params.items()}
+        """A copy of θ_t of one problem, without the task axis, `{name: [*shape]}`."""
+        return {name: p.squeeze(0).clone() for name, p in self.params.items()}
 
     def detach(self) -> Iterate:
         """The same values without a graph."""

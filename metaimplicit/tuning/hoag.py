@@ -137,7 +137,7 @@ class HOAG:
 
     @property
     def params(self) -> Params:
-        """θ of the last inner solve, `{name: [*shape]}`.
+        """A copy of θ of the last inner solve, `{name: [*shape]}`.
 
         Raises:
             ValueError: No step has been taken.

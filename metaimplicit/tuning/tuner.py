@@ -146,7 +146,7 @@ class Tuner:
 
     @property
     def params(self) -> Params:
-        """θ after the last step, `{name: [*shape]}`.
+        """A copy of θ after the last step, `{name: [*shape]}`.
 
         Raises:
             ValueError: No step has been taken.

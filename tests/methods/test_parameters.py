@@ -88,3 +88,26 @@ def test_the_value_function_continues_from_its_own_end():
     first = run()
     second = run(start=first.end)
     assert second.grads["a"].item() == pytest.approx(first.grads["a"].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward", "cg", "f2sa"])
+def test_gradients_may_be_changed_in_place(method):
+    """Autograd gives one tensor for both terms of a sum, and an expanded one for a sum of all."""
+
+    def outer_loss(params, meta, data):
+        return params["w"].pow(3).sum() + (meta["c"] + meta["d"] + data).sum()
+
+    problem = BilevelProblem(
+        lambda m, d: {"w": torch.zeros(2)},
+        lambda p, m, d: (p["w"] - m["a"] - m["b"]).square().sum(),
+        outer_loss,
+    )
+    meta = {name: torch.ones(2) for name in "abcd"}
+    data = torch.ones(2, requires_grad=True)
+    result = hypergradient(problem, meta, data, inner=THREE_STEPS, method=method)
+    gradients = {**result.grads, "data": result.data_grads}
+    before = {name: g.clone() for name, g in gradients.items()}
+    for g in gradients.values():
+        g.mul_(2)
+    for name, g in gradients.items():
+        assert torch.equal(g, 2 * before[name])

@@ -79,6 +79,18 @@ def test_early_stopping_returns_to_the_best_measurement():
     assert torch.equal(tuner.meta["phi"], measured[1][1])
 
 
+def test_the_parameters_that_a_tuner_shows_may_be_changed_in_place():
+    ends = []
+    for changes in (False, True):
+        tuner = make_tuner()
+        tuner.fit([DATA], [DATA], steps=2)
+        if changes:
+            tuner.params["theta"].zero_()
+        tuner.fit([DATA], [DATA], steps=3)
+        ends.append(tuner.params["theta"])
+    assert torch.equal(*ends)
+
+
 def test_the_patience_that_was_used_up_is_part_of_the_state():
     values = iter([1.0, 2.0, 3.0])
     tuner = make_tuner()
