@@ -266,7 +266,7 @@ class Tuner:
             batches = [next(train_batches) for _ in range(per_step)]
             result = self.step(batches, next(validation_batches))
             if metric is not None and self.steps % every == 0 and self.end is not None:
-                value = metric(self.params, self.meta)
+                value = _read_metric(metric(self.params, self.meta))
                 self.stopping.update(value, self._position)
                 result = replace(result, metric=value)
             if callback is not None:
@@ -331,6 +331,16 @@ def _step_size(inner: InnerLoop) -> float:
     if isinstance(lr, (float, int)):
         return lr
     raise ValueError(f"schedule: got one for {inner}, expected an inner loop whose lr is a number")
+
+
+def _read_metric(value: Any) -> float:
+    """What a metric returned, as a number that a checkpoint can hold."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"metric: got {type(value).__name__}, expected one number, of which lower is better"
+        ) from error
 
 
 def _check_params(params: Params, *, like: Params) -> None:

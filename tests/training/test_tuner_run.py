@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,22 @@ def test_early_stopping_counts_on_after_a_kill(tmp_path):
     again = make_tuner()
     fit_to_stop(again, out, resume=True)
     assert again.steps == 5
+
+
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"]
+)
+def test_a_metric_of_numpy_or_torch_can_be_resumed(tmp_path, kind):
+    def metric(params, meta):
+        return kind(validation_loss(params, meta))
+
+    unbroken = make_tuner()
+    fit(unbroken, tmp_path / "unbroken", metric=metric)
+    fit(make_tuner(), tmp_path / "stopped", steps=3, metric=metric)
+    resumed = make_tuner()
+    fit(resumed, tmp_path / "stopped", metric=metric, resume=True)
+    assert_same_weights(resumed, unbroken)
+    assert resumed.stopping.best == unbroken.stopping.best
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):

@@ -214,6 +214,8 @@ def test_bad_calls_are_refused():
         tuner.fit([DATA], [DATA], steps=1, patience=3)
     with pytest.raises(ValueError, match="every: got 0, expected at least 1"):
         tuner.fit([DATA], [DATA], steps=1, every=0)
+    with pytest.raises(ValueError, match="metric: got NoneType, expected one number"):
+        make_tuner().fit([DATA], [DATA], steps=1, metric=lambda *_: None)
     with pytest.raises(ValueError, match="batches: got an iterable without any"):
         tuner.fit([], [DATA], steps=1)
     other = Tuner(
