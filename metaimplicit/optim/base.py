@@ -116,7 +116,13 @@ class SecondOrder(torch.optim.Optimizer):
     def _check_closure(self, closure: Closure | None) -> Closure:
         if not callable(closure):
             raise ValueError(f"step: got {closure!r}, expected {self.closure_signature}")
+        present = dict(self._model.named_parameters())
         for name, p in self._trainable.items():
+            if present.get(name) is not p:
+                raise ValueError(
+                    f"step: {name!r} was replaced after the optimiser was built; "
+                    "build another optimiser"
+                )
             if not p.requires_grad:
                 raise ValueError(
                     f"step: {name!r} was frozen after the optimiser was built; "

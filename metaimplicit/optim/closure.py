@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,8 +70,32 @@ class ReplayedClosure:
             current.restore()
 
     def _run(self, swapped: Mapping[str, Tensor]) -> Any:
-        with mended_recomputation, mended_derivatives:
+        with fresh_casts(), mended_recomputation, mended_derivatives:
             return torch.func.functional_call(self._module, dict(swapped), ())
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Let autocast forget the parameters that it has cast, before the block and after it.
+
+    For as long as autocast is on, it keeps those of a model in its short type: as they were when a
+    forward pass read them first, and without a graph if that pass had none.
+
+    Example:
+        >>> layer, x = nn.Linear(1, 1), torch.ones(1, 1)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     before = layer(x)
+        ...     with torch.no_grad():
+        ...         _ = layer.weight.add_(1)
+        ...     with fresh_casts():
+        ...         print(torch.equal(layer(x), before))
+        False
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class _ClosureModule(nn.Module):

@@ -102,7 +102,7 @@ class Damped(SecondOrder):
             ~g.isfinite(), f"{self._owner}: the gradient is not finite; no parameter was changed"
         )
         for name, p in self._trainable.items():
-            p.grad = operator.gradient[name].detach().squeeze(0)
+            p.grad = operator.gradient[name].detach().squeeze(0).clone()
 
         delta = -group["lr"] * self._direction(operator, g, group["damping"])
         raise_if(

@@ -186,7 +186,7 @@ class KFAC(SecondOrder):
         if updates_inverses:
             invert_factors(self._states(), group["damping"])
         for name, p in self._trainable.items():
-            p.grad = gradients[name]
+            p.grad = gradients[name].clone()
 
         delta, nu = self._change(gradients)
         if replay is None:
@@ -316,6 +316,8 @@ class KFAC(SecondOrder):
         return v
 
     def _add(self, delta: Params) -> None:
+        # Autocast would go on to use the parameters that it has cast.
+        torch.clear_autocast_cache()
         torch._foreach_add_(list(self._trainable.values()), list(delta.values()))
 
     def _predicted_reduction(

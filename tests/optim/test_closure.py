@@ -218,3 +218,60 @@ def test_a_closure_that_calls_backward_is_refused():
     message = r"closure: it has freed its graph; do not call backward\(\) in it"
     with pytest.raises(ValueError, match=message):
         Newton(model).step(closure)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Newton,
+        lambda model: GaussNewton(model, F.cross_entropy),
+        lambda model: KFAC(model, F.cross_entropy, others="gradient"),
+    ],
+    ids=["newton", "gauss-newton", "kfac"],
+)
+def test_the_gradient_of_a_parameter_may_be_changed_in_place(make):
+    """Autograd gives one tensor for both terms of a sum."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(INPUTS, CLASSES).double()
+            self.first, self.second = (
+                nn.Parameter(torch.zeros(CLASSES, dtype=torch.float64)) for _ in range(2)
+            )
+
+        def forward(self, x):
+            return self.head(x) + (self.first + self.second)
+
+    model = Shifted()
+    optimizer = make(model)
+    optimizer.step(closure_for(type(optimizer).__name__.lower(), model))
+    before = model.second.grad.clone()
+    assert before.any()
+    model.first.grad.zero_()
+    assert torch.equal(model.second.grad, before)
+
+
+def test_autocast_sees_parameters_that_have_moved():
+    """Within its block, it keeps a parameter in the short type in which it was read first."""
+    model = nn.Linear(INPUTS, CLASSES)
+    replay = ReplayedClosure(model, lambda: model(X.float()), torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = replay()
+        with torch.no_grad():
+            model.bias += 1
+            assert torch.allclose((replay() - before).float(), torch.ones(()), rtol=0.02)
+        assert replay().requires_grad
+
+
+def test_autocast_around_a_loop_sees_every_step():
+    model = tanh_network().float()
+    optimizer = KFAC(model, F.cross_entropy, lr=1.0, kl_clip=None)
+
+    def closure():
+        return model(X.float()), LABELS
+
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(closure)
+        after = F.cross_entropy(copy.deepcopy(model)(X.float()), LABELS)
+        assert optimizer.step(closure).item() == pytest.approx(after.item(), rel=1e-6)

@@ -132,6 +132,16 @@ def test_a_parameter_that_was_frozen_after_the_optimizer_was_built_is_named(name
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_that_was_replaced_after_the_optimizer_was_built_is_named(name):
+    model = tanh_network()
+    optimizer = OPTIMIZERS[name](model)
+    model[2] = nn.Linear(4, 4).double()
+    message = r"step: '2\.weight' was replaced after the optimiser was built; build another"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(closure_for(name, model))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_half_precision_is_refused(name):
     message = r"got '0\.weight' as torch\.bfloat16.*in single or double precision"
     with pytest.raises(ValueError, match=message):
