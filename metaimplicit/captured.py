@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
-from types import CodeType
+from types import CellType, CodeType, ModuleType
 from typing import Any
 
 from torch import nn
 
 
 def captured(function: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """The variables that a function sees, and those of the functions among them.
+    """The variables that a function sees, and those of the functions and objects among them.
 
     Example:
         >>> weight = 2.0
@@ -23,14 +23,15 @@ def captured(function: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
         return
     for name, value in _variables(function).items():
         yield name, value
-        if callable(value) and not isinstance(value, (type, nn.Module)):
+        if not isinstance(value, (type, ModuleType, nn.Module)):
             yield from captured(value, depth - 1)
 
 
 def _variables(function: Any) -> dict[str, Any]:
-    """The variables that a function, bound method, partial or callable object holds."""
+    """The variables that a function, bound method, partial or other object holds."""
     if inspect.isfunction(function):
-        nonlocals = inspect.getclosurevars(function).nonlocals
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        nonlocals = {name: content_of(cell) for name, cell in cells}
         module = function.__globals__
         names = global_names(function.__code__)
         return {**nonlocals, **{name: module[name] for name in names if name in module}}
@@ -41,6 +42,27 @@ def _variables(function: Any) -> dict[str, Any]:
         positional = {str(i): argument for i, argument in enumerate(function.args)}
         return {"func": function.func, **function.keywords, **positional}
     return dict(getattr(function, "__dict__", {}))
+
+
+def content_of(cell: CellType) -> Any:
+    """The variable of an outer function that a cell holds. None if it has no value yet.
+
+    Example:
+        >>> def outer():
+        ...     def inner():
+        ...         return later
+        ...
+        ...     print(content_of(inner.__closure__[0]))
+        ...     later = 3
+        ...     print(content_of(inner.__closure__[0]))
+        >>> outer()
+        None
+        3
+    """
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def global_names(code: CodeType) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass (`torch.utils.checkpoint`)."""
+"""What torch computes again, or keeps, at other parameters than those of the call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
@@ -22,18 +23,29 @@ TABLES = ("_parameters", "_buffers")  # of a module, which `torch.func.functiona
 Table = dict[str, Any]
 
 
-class _Remember(NamedTuple):
-    """The functions of torch that remember a function for the backward pass, by name."""
+class _Settings(NamedTuple):
+    """What torch computes again, and what it does not.
+
+    Attributes:
+        functions: Those that remember a function for the backward pass, by name.
+        cached_blocks: How many blocks of `torch.nn.utils.parametrize.cached` are open.
+        cached_weights: The weights that they keep.
+    """
 
     functions: dict[str, Callable[..., Any]]
+    cached_blocks: int
+    cached_weights: dict[Any, Any]
 
     @classmethod
-    def read(cls) -> _Remember:
-        return cls({name: getattr(checkpoint, name) for name in NAMES if hasattr(checkpoint, name)})
+    def read(cls) -> _Settings:
+        functions = {name: getattr(checkpoint, name) for name in NAMES if hasattr(checkpoint, name)}
+        return cls(functions, parametrize._cache_enabled, parametrize._cache)
 
     def apply(self) -> None:
         for name, function in self.functions.items():
             setattr(checkpoint, name, function)
+        parametrize._cache_enabled = self.cached_blocks
+        parametrize._cache = dict(self.cached_weights)
 
 
 def with_present_tensors(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -93,8 +105,13 @@ def _with_tensors(remember: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# A block in which `torch.utils.checkpoint(…, use_reentrant=False)` computes again at the parameters
-# of its forward pass, also in a backward pass outside of the block.
-mended_recomputation = ScopedSettings(
-    _Remember({name: _with_tensors(f) for name, f in _Remember.read().functions.items()})
-)
+def _make_settings() -> _Settings:
+    functions = {name: _with_tensors(f) for name, f in _Settings.read().functions.items()}
+    return _Settings(functions, cached_blocks=0, cached_weights={})
+
+
+# A block in which each call computes at the parameters that it is given. In the backward pass,
+# `torch.utils.checkpoint(…, use_reentrant=False)` computes again at those of its forward pass, also
+# outside of the block. A block of `torch.nn.utils.parametrize.cached` that is open around this one
+# keeps no weights in it.
+mended_recomputation = ScopedSettings(_make_settings())

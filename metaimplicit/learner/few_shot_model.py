@@ -16,6 +16,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
+from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, task_of
 from metaimplicit.tensors import with_known_types
 from metaimplicit.unsupported import explain_unsupported
@@ -148,7 +149,7 @@ class FewShotModel(nn.Module):
             _check_tasks(params, inputs)
         meta = self._detached_meta()
         outputs = self._network.outputs
-        with running_statistics(self.model):
+        with running_statistics(self.model), mended_recomputation:
             if not batched:
                 return outputs(params, meta, plain_inputs(inputs))
             if isinstance(inputs, list):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from metaimplicit.captured import global_names
+from metaimplicit.captured import content_of, global_names
 
 MAX_PARTS = 500  # many more than an ordinary loss has
 LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")
@@ -98,7 +98,7 @@ def _parts_of(value: Any) -> Iterator[Any]:
         if not _is_of_library(value):
             yield from _variables(value)
     elif isinstance(value, CellType):
-        yield _content(value)
+        yield content_of(value)
     else:
         yield from getattr(value, "__dict__", {}).values()
         kind: Any = type(value)
@@ -113,14 +113,6 @@ def _variables(function: FunctionType) -> Iterator[Any]:
     yield from (function.__kwdefaults__ or {}).values()
     names = function.__globals__
     yield from (names[name] for name in global_names(function.__code__) if name in names)
-
-
-def _content(cell: CellType) -> Any:
-    """The variable in a cell. None if it has no value yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
 
 
 @lru_cache
