@@ -166,7 +166,8 @@ def _mse_loss(inputs: Tensor, targets: Tensor, reduction: int = 1) -> Tensor:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """The weight g v/‖v‖, with the norm over all axes but `dim`, or over all if it is −1."""
-    axes = tuple(axis for axis in range(v.dim()) if axis != dim)
+    kept = dim if dim == -1 else dim % v.dim()
+    axes = tuple(axis for axis in range(v.dim()) if axis != kept)
     norm: Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1)
     return v * (g / norm)
 

@@ -49,7 +49,7 @@ def test_the_second_derivative_is_that_of_differences(layer, x, old_style):
 
 def test_values_are_those_of_torch():
     v = torch.randn(3, 2, 4).double()
-    for dim, shape in ((0, (3, 1, 1)), (1, (1, 2, 1)), (-1, ())):
+    for dim, shape in ((0, (3, 1, 1)), (1, (1, 2, 1)), (-2, (1, 2, 1)), (-1, ())):
         g = torch.rand(shape).double() + 0.5
         with mended_derivatives:
             mended = torch._weight_norm(v, g, dim)
