@@ -26,12 +26,15 @@ class BatchChecks:
         call: The model as it is, `inputs of one task -> outputs`.
         make_support_loss: Makes the loss of the support set as it is, on the CPU.
         make_query_loss: Likewise for the query set.
-        has_head: Whether a head is fitted to the support sets.
+        head_type: Tells the type of the outputs of a head that is fitted to the support sets. If
+            None, there is no head.
 
     Example:
         >>> def make_loss():
         ...     return torch.nn.functional.cross_entropy
-        >>> checks = BatchChecks(lambda inputs: inputs, make_loss, make_loss, has_head=True)
+        >>> def head_type():
+        ...     return torch.float32
+        >>> checks = BatchChecks(lambda x: x, make_loss, make_loss, head_type=head_type)
         >>> pair = Pair(torch.zeros(1, 2, 3), torch.tensor([[0, 1]]))
         >>> checks.check_episodes(Episode(pair, pair))
         Classes(leaf=0, axis=1, size=2, all_count=True)
@@ -43,13 +46,13 @@ class BatchChecks:
         make_support_loss: Callable[[], TaskLoss],
         make_query_loss: Callable[[], TaskLoss],
         *,
-        has_head: bool,
+        head_type: Callable[[], torch.dtype] | None = None,
     ) -> None:
         self._support = TargetCheck(call, make_support_loss)
         self._query = TargetCheck(call, make_query_loss)
         self._make_query_loss = make_query_loss
-        self._has_head = has_head
-        self._by_outputs: dict[int, TargetCheck] = {}
+        self._head_type = head_type
+        self._by_outputs: dict[tuple[int, torch.dtype], TargetCheck] = {}
 
     def check_support(self, name: str, pair: Pair) -> None:
         """Check a batch of support sets, called `name` in errors.
@@ -57,7 +60,7 @@ class BatchChecks:
         Raises:
             ValueError: As `TargetCheck`, or a head cannot be fitted to the targets.
         """
-        if not self._has_head:
+        if self._head_type is None:
             self._support(name, pair)
             return
         check_pair(name, pair)
@@ -72,19 +75,21 @@ class BatchChecks:
         """
         self.check_support("episodes.support", data.support)
         check = self._query
-        if self._has_head:
-            check = self._check_of(count_outputs(data.support.targets))
+        if self._head_type is not None:
+            outputs = count_outputs(data.support.targets)
+            check = self._check_of(outputs, self._head_type())
         return check("episodes.query", data.query)
 
-    def _check_of(self, outputs: int) -> TargetCheck:
-        """The check of query sets for a head with this number of outputs."""
-        if outputs not in self._by_outputs:
-            call = partial(_zeros, outputs=outputs)
-            self._by_outputs[outputs] = TargetCheck(call, self._make_query_loss)
-        return self._by_outputs[outputs]
+    def _check_of(self, outputs: int, dtype: torch.dtype) -> TargetCheck:
+        """The check of query sets for a head with this number of outputs, of this type."""
+        key = (outputs, dtype)
+        if key not in self._by_outputs:
+            call = partial(_zeros, outputs=outputs, dtype=dtype)
+            self._by_outputs[key] = TargetCheck(call, self._make_query_loss)
+        return self._by_outputs[key]
 
 
-def _zeros(inputs: Any, *, outputs: int) -> Tensor:
+def _zeros(inputs: Any, *, outputs: int, dtype: torch.dtype) -> Tensor:
     """Zeros in the place of a head's outputs for the inputs of a task."""
     first = tree_leaves(inputs)[0]
-    return torch.zeros(len(first), outputs, device=first.device)
+    return torch.zeros(len(first), outputs, dtype=dtype, device=first.device)

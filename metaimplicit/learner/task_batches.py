@@ -28,7 +28,7 @@ from metaimplicit.normalization import (
     reject_running_statistics,
     running_statistics,
 )
-from metaimplicit.params import Params, detached
+from metaimplicit.params import Params, detached, floating_entry
 from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
 from metaimplicit.vectorization import VmapRecords, explain_objection
@@ -74,7 +74,7 @@ class TaskBatches(FewShotModel):
             self._outputs,
             self._support_loss_on_cpu,
             self._query_loss_on_cpu,
-            has_head=plan.head is not None,
+            head_type=None if plan.head is None else self._type_of_model,
         )
 
     def _read(self, episodes: EpisodeBatch) -> list[Group]:
@@ -185,6 +185,10 @@ class TaskBatches(FewShotModel):
 
     def _way(self, group: Group) -> Vectorize:
         return "loop" if group.looped else self._current_way
+
+    def _type_of_model(self) -> torch.dtype:
+        """The type that the model computes in, which is that of its parameters."""
+        return floating_entry(dict(self.model.named_parameters())).dtype
 
     def _outputs(self, inputs: Any) -> Tensor:
         """The model at φ. Random numbers that it draws are drawn again later."""

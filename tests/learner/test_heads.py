@@ -413,6 +413,17 @@ def test_the_loss_of_a_head_may_be_any():
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_the_type_of_the_outputs_is_that_of_the_model(head):
+    """The loss holds weights of classes, which torch takes in the type of the outputs alone."""
+    episodes = draw_episodes()
+    body = make_body()
+    weights = torch.arange(1.0, WAYS + 1)
+    torch.set_default_dtype(torch.float32)
+    loss = MetaLearner(body, nn.CrossEntropyLoss(weight=weights), head=head).backward(episodes).loss
+    assert loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_a_task_of_fewer_classes_is_the_same_beside_one_of_more(head):
     support, queries = randn(2, 6, INPUTS, seed=1), randn(2, 6, INPUTS, seed=2)
     labels = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2]])
