@@ -130,7 +130,7 @@ REPLACEMENTS = {
 # first line of the message. {1} is a replacement of the operation, and {2} is what to use for
 # an operation without second derivatives.
 ADVICE = {
-    r"Sparse(?:CPU|CUDA)|[Ss]parse tensors?|_sparse_coo_tensor": (
+    r"Sparse(?:CPU|CUDA| ?CS[RC]|Cs[rc]|Tensor)|[Ss]parse tensors?|\(sparse|_sparse_coo_tensor": (
         "sparse tensors: torch cannot split them by task, nor differentiate them again; use "
         "sparse=False in nn.Embedding and nn.EmbeddingBag, or dense tensors"
     ),

@@ -199,7 +199,7 @@ def _power_iteration(
     for _ in range(steps):
         v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
         hv = product(v)
-        quotient = (v * hv).sum(1)
+        quotient = (v.conj() * hv).real.sum(1)
         v = shift * v - hv
     return quotient, v.norm(dim=1, keepdim=True)
 

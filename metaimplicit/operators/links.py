@@ -87,6 +87,8 @@ def find_link(loss: OutputLoss, z: Tensor, slope: Tensor) -> Link | None:
         >>> find_link(lambda z: z.square().sum((1, 2)), p, 2 * p).kind
         'softmax'
     """
+    if z.is_complex():  # they are no probabilities
+        return None
     return _find_log_softmax(z, slope) or _find_softmax(z, slope) or _find_sigmoid(loss, z)
 
 

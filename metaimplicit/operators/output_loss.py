@@ -72,7 +72,7 @@ def widen(loss: OutputLoss, z: Tensor) -> Tensor:
         torch.float64
     """
     z = z.detach()
-    wide = z.double().requires_grad_()
+    wide = z.to(torch.promote_types(z.dtype, torch.float64)).requires_grad_()
     try:
         with torch.enable_grad():
             values = loss(wide)
@@ -93,6 +93,6 @@ def random_outputs(z: Tensor, seed: int) -> Tensor:
         False
     """
     generator = torch.Generator().manual_seed(seed)
-    may_be_probabilities = bool(((z >= 0) & (z <= 1)).all())
+    may_be_probabilities = not z.is_complex() and bool(((z >= 0) & (z <= 1)).all())
     draw = torch.rand if may_be_probabilities else torch.randn
     return draw(z.shape, generator=generator, dtype=z.dtype).to(z.device)

@@ -22,7 +22,7 @@ from metaimplicit import (
 )
 from metaimplicit.optim import NaturalGradient
 from metaimplicit.tuning import WeightDecay
-from metaimplicit.unsupported import find_advice
+from metaimplicit.unsupported import UnsupportedOperationError, find_advice
 
 ONCE = "first-order.*finite-differences"
 REVERSE = "unrolled.*double-backward"
@@ -151,6 +151,19 @@ def test_sparse_gradients_are_refused(name, method, vectorize):
     options = {"inner": INNER, "method": method, "proximal": 1.0, "vectorize": vectorize}
     with refuses("Embedding", "sparse=False"):
         MetaLearner(model, F.cross_entropy, **options).backward(words())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("method", ["forward", "dense"])
+def test_what_cannot_be_done_with_sparse_data_is_said(method):
+    x = torch.eye(3).to_sparse_csr()
+    problem = BilevelProblem(
+        lambda meta, data: {"w": torch.zeros(3, 1)},
+        lambda params, meta, data: (data @ params["w"] - meta["y"]).square().sum(),
+        lambda params, meta, data: params["w"].sum(),
+    )
+    with pytest.raises(UnsupportedOperationError, match=r"^sparse tensors: .* dense tensors"):
+        hypergradient(problem, {"y": torch.ones(3, 1)}, x, inner=INNER, method=method)
 
 
 def test_running_statistics_are_refused_in_forward_mode():

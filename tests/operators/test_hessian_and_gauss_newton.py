@@ -1,5 +1,7 @@
 """The Hessian and the Gauss–Newton matrix against dense matrices by `torch.func`."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,3 +155,34 @@ def test_a_loss_that_holds_single_precision_is_checked_in_it():
 def test_an_unknown_way_of_taking_products_is_refused():
     with pytest.raises(ValueError, match="Hessian products: got 'forward', expected one of double"):
         build("forward", "cross-entropy")
+
+
+def test_complex_outputs_have_the_matrix_of_their_real_and_imaginary_parts():
+    w = {"w": randn(2, 3, seed=1)}
+    rotation = torch.complex(randn(3, 3, seed=2), randn(3, 3, seed=3))
+
+    def outputs(params):
+        return (params["w"] ** 2).to(rotation) @ rotation
+
+    def loss(z):
+        return (z.abs().square() + 1).sqrt().sum(1)
+
+    def parts(params):
+        return torch.view_as_real(outputs(params)).flatten(1)
+
+    def loss_of_parts(x):
+        return loss(torch.view_as_complex(x.unflatten(1, (3, 2))))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operator = GGN(outputs, loss, w)
+        operator.check_convex()
+    assert relative_error(dense(operator), dense(GGN(parts, loss_of_parts, w))) < 1e-12
+
+
+def test_a_loss_of_complex_outputs_that_is_not_convex_is_refused():
+    operator = GGN(
+        lambda p: p["w"] * 1j, lambda z: -z.abs().square().sum(1), {"w": randn(2, 3, seed=1)}
+    )
+    with pytest.raises(ValueError, match="not convex in the outputs"):
+        operator.check_convex()
