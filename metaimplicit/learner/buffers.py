@@ -1,11 +1,13 @@
-"""A check that the parts of a learner leave their buffers alone."""
+"""What the modules of a learner keep between two calls: their buffers, and what is no state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from metaimplicit.normalization import tracked_layers
 
@@ -46,6 +48,43 @@ before it; switch the module that changes it to evaluation mode
                 f"{part}: a forward pass changed buffer {buffer!r}, so each task would see the "
                 "ones before it; switch the module that changes it to evaluation mode"
             )
+
+
+@contextmanager
+def restored_attributes(learner: nn.Module) -> Iterator[None]:
+    """Put back attributes of modules in which a forward pass under vmap has left a tensor.
+
+    Such a tensor is dead after vmap: it can be neither read nor saved. Modules with hooks, as of
+    `torch.nn.utils.prune`, leave their weights, and others what they want to show.
+
+    Args:
+        learner: What holds the modules.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Identity()
+        >>> _ = layer.register_forward_hook(lambda layer, _, y: setattr(layer, "last", y))
+        >>> with restored_attributes(layer):
+        ...     _ = torch.vmap(layer)(torch.ones(2))
+        >>> hasattr(layer, "last")
+        False
+    """
+    before = [(module, dict(vars(module))) for module in learner.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            present = vars(module)
+            dead = [name for name, value in present.items() if _is_of_transform(value)]
+            for name in dead:
+                del present[name]
+                if name in attributes:
+                    present[name] = attributes[name]
+
+
+def _is_of_transform(value: Any) -> bool:
+    is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+    return isinstance(value, Tensor) and is_wrapped(value)
 
 
 def _buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from metaimplicit.learner.buffers import restored_attributes
 from metaimplicit.learner.forms import plain_inputs
 from metaimplicit.learner.learnable import LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
@@ -149,7 +150,7 @@ class FewShotModel(nn.Module):
             _check_tasks(params, inputs)
         meta = self._detached_meta()
         outputs = self._network.outputs
-        with running_statistics(self.model), mended_recomputation:
+        with restored_attributes(self), running_statistics(self.model), mended_recomputation:
             if not batched:
                 return outputs(params, meta, plain_inputs(inputs))
             if isinstance(inputs, list):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaimplicit.compiled import Compile
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.learner.buffers import reject_changed_buffers
+from metaimplicit.learner.buffers import reject_changed_buffers, restored_attributes
 from metaimplicit.learner.defaults import with_default_weights
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data
@@ -201,6 +201,7 @@ class MetaLearner(TaskBatches):
         with torch.inference_mode(False):
             groups = self._read(episodes)
             with (
+                restored_attributes(self),
                 notice_changed_data("episodes", groups),
                 reject_changed_buffers(self, but_tracked=self._mixes_tasks),
             ):
@@ -247,7 +248,11 @@ class MetaLearner(TaskBatches):
         counts = step_counts(steps, self.inner)
         with torch.inference_mode(False):
             groups = self._read(episodes)
-            with notice_changed_data("episodes", groups), reject_changed_buffers(self):
+            with (
+                restored_attributes(self),
+                notice_changed_data("episodes", groups),
+                reject_changed_buffers(self),
+            ):
                 of_groups = [self._measure_path(group, counts) for group in groups]
         losses, measures = zip(*of_groups, strict=True)
         return torch.cat(losses, dim=1), combine(measures, partial(torch.cat, dim=1))
@@ -276,7 +281,11 @@ class MetaLearner(TaskBatches):
         count = self.inner.steps if steps is None else step_counts([steps], self.inner)[0]
         with torch.inference_mode(False):
             groups = self._read_support(support, batched=batched)
-            with notice_changed_data("support", groups), reject_changed_buffers(self):
+            with (
+                restored_attributes(self),
+                notice_changed_data("support", groups),
+                reject_changed_buffers(self),
+            ):
                 ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
             reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}

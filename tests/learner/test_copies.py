@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from metaimplicit import GradientDescent, MetaLearner
 
@@ -79,3 +80,35 @@ def test_a_used_learner_and_its_adapted_models_are_pickled(name):
     inputs, labels = episodes["support"]
     adapted = learner.adapt((inputs[0], labels[0]))
     assert torch.equal(pickle.loads(pickle.dumps(adapted))(inputs[0]), adapted(inputs[0]))
+
+
+class Showing(nn.Module):
+    """It shows what is in front of a pruned layer, whose hook makes its weight an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.last = nn.Linear(8, 3)
+        self.shown = None
+        prune.random_unstructured(self.last, "weight", 0.5)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        self.shown = hidden.detach()
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("call", ["backward", "evaluate", "adapt", "predict"])
+def test_a_learner_is_saved_whatever_a_model_keeps_of_a_forward_pass(call):
+    learner = MetaLearner(Showing(), F.cross_entropy, inner=INNER, vectorize="vmap")
+    episodes = draw_episodes()
+    calls = {
+        "backward": lambda: learner.backward(episodes),
+        "evaluate": lambda: learner.evaluate(episodes),
+        "adapt": lambda: learner.adapt(episodes["support"], batched=True),
+        "predict": lambda: learner.adapt(episodes["support"], batched=True)(episodes["query"][0]),
+    }
+    calls[call]()
+    assert 0 < (learner.model.last.weight == 0).double().mean() < 1
+    loaded = pickle.loads(pickle.dumps(learner))
+    assert torch.equal(loaded.evaluate(episodes)[0], learner.evaluate(episodes)[0])
