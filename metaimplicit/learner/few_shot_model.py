@@ -159,7 +159,9 @@ class FewShotModel(nn.Module):
                     for task, of_task in enumerate(inputs)
                 ]
             lifted = self._lift(self.problem, plain_inputs(inputs), self._current_way)
-            return lifted.apply(lambda p, x: outputs(p, meta, x), params)
+            # Inputs that require grad keep their graph, as those of one task do.
+            with_graph = lifted.entries.restore(lifted.entries.tensors)
+            return lifted.apply(lambda p, x: outputs(p, meta, x), params, with_graph)
 
     @property
     def _current_way(self) -> Vectorize:

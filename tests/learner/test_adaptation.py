@@ -50,6 +50,19 @@ def test_a_batch_of_adapted_models_holds_one_model_for_each_task():
         one[0]
 
 
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_a_batch_of_adapted_models_is_differentiated_in_its_inputs(vectorize):
+    """As an adversary does, and as each of the models is."""
+    learner = make_learner(vectorize=vectorize)
+    data = draw_episodes()
+    inputs = data.query[0].clone().requires_grad_()
+    batch = learner.adapt(data.support, batched=True)
+    (of_batch,) = torch.autograd.grad(batch(inputs).square().sum(), inputs)
+    apart = [batch[task](inputs[task]).square().sum() for task in range(TASKS)]
+    (of_each,) = torch.autograd.grad(torch.stack(apart).sum(), inputs)
+    assert relative_error(of_batch, of_each) < 1e-12
+
+
 def test_a_slice_of_a_batch_of_adapted_models_is_the_batch_of_these_tasks():
     data = draw_episodes()
     inputs = data.query[0][:, :2]  # as many examples as the slice has tasks
