@@ -13,7 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from metaimplicit.tensors import tensors_in
 
-SHORT_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+# Those of the unsigned types but uint8 have few operations in torch.
+SHORT_INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 def has_short_integers(data: Any) -> bool:

@@ -56,8 +56,10 @@ def with_known_types(tree: Any) -> Any:
             return with_known_types(dict(leaf))
         if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "biufc":
             return leaf
-        # Torch shares the memory of arrays that are contiguous and may be written to.
-        return torch.as_tensor(np.require(leaf, requirements=["C", "W"]))
+        # Torch shares the memory of arrays that are contiguous, in the byte order of the machine,
+        # and may be written to.
+        native = leaf.dtype.newbyteorder("=")
+        return torch.as_tensor(np.require(leaf, native, requirements=["C", "W"]))
 
     return tree_map(known, tree)
 

@@ -4,6 +4,7 @@ from collections import UserDict
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from learner.plain_loop import LR, STEPS, assert_learns, assert_same, call, plain_maml
@@ -289,6 +290,8 @@ def test_arrays_become_tensors():
     support, query = stacked(tasks)
     batch = tuple((x.numpy(), y.numpy()) for x, y in (support, query))
     assert_is_the_plain_loop(make_learner(nn.Linear(FEATURES, WAYS)), batch, tasks)
+    stored = tuple((x.astype(">f8"), y.astype(np.uint16)) for x, y in batch)
+    assert_is_the_plain_loop(make_learner(nn.Linear(FEATURES, WAYS)), stored, tasks)
     learner = make_learner(nn.Linear(FEATURES, WAYS))
     expected = learner.adapt(tasks[0][0])(tasks[0][1][0])
     assert_same(learner.adapt(arrays[0][0])(tasks[0][1][0]), expected)

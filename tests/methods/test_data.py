@@ -24,6 +24,7 @@ from metaimplicit import (
     Unrolled,
     hypergradient,
 )
+from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import SAMA, ValueFunction
 
@@ -205,7 +206,7 @@ class CrossEntropy(nn.Module):
 
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 @pytest.mark.parametrize("method", ["unrolled", "forward", "first-order", "dense", "f2sa", "sama"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", SHORT_INTEGERS, ids=str)
 def test_labels_of_every_integer_type_have_the_hypergradient_of_int64(dtype, method, vectorize):
     labels = torch.randint(3, (2, 6))
     inputs = randn(2, 6, 4, seed=3)

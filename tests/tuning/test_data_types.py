@@ -32,6 +32,8 @@ CONVERSIONS = {
     "tensors of inference mode": in_inference_mode,
     "index and labels of 8 bits": lambda x: x if x.is_floating_point() else x.to(torch.uint8),
     "index and labels of 32 bits": lambda x: x if x.is_floating_point() else x.int(),
+    "unsigned index and labels": lambda x: x if x.is_floating_point() else x.to(torch.uint16),
+    "arrays of another byte order": lambda x: x.numpy().astype(x.numpy().dtype.newbyteorder()),
 }
 
 
