@@ -48,8 +48,9 @@ def name_parts(batch: Any) -> Episode | list[Episode]:
 def read_episodes(batch: Any) -> list[Episode]:
     """A batch of tasks in any accepted form, as episodes whose tensors carry the task axis first.
 
-    Lists in both the inputs and the targets of a set hold one entry for each task. A list in the
-    inputs alone holds several inputs, like a tuple. Class indices become int64.
+    Lists in both the inputs and the targets of a set hold one entry for each task, and so do nested
+    tensors. A list in the inputs alone holds several inputs, like a tuple. Class indices become
+    int64.
 
     Args:
         batch: As for `name_parts`.
@@ -95,7 +96,7 @@ def read_support(support: Any, *, batched: bool) -> list[Pair]:
     if batched and _is_list(support) and all(isinstance(pair, tuple) for pair in support):
         return [read.support for read in read_episodes([(pair, pair) for pair in support])]
     inputs, targets = _two_parts(support, PARTS, "support")
-    pair = Pair(with_known_types(inputs), with_known_types(targets))
+    pair = Pair(_with_known_types(inputs), _with_known_types(targets))
     episode = Episode(pair, pair)
     return [read.support for read in read_episodes(episode if batched else [episode])]
 
@@ -134,8 +135,15 @@ def _name_sets(value: Any) -> Episode:
     pairs = []
     for name, examples in zip(SETS[0], sets, strict=True):
         inputs, targets = _two_parts(examples, PARTS, f"episodes.{name}")
-        pairs.append(Pair(with_known_types(inputs), with_known_types(targets)))
+        pairs.append(Pair(_with_known_types(inputs), _with_known_types(targets)))
     return Episode(*pairs)
+
+
+def _with_known_types(tree: Any) -> Any:
+    """The tree with dicts and tensors in it, and a nested tensor as the list of its tensors."""
+    if isinstance(tree, Tensor) and tree.is_nested:
+        return list(tree.unbind())
+    return with_known_types(tree)
 
 
 def _two_parts(value: Any, names: Sequence[tuple[str, str]], what: str) -> tuple[Any, Any]:

@@ -206,6 +206,24 @@ def test_tasks_of_different_sizes_are_computed_one_after_another(form, method):
         assert_is_the_plain_loop(learner, form(tasks), tasks)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_hold_tasks_of_different_sizes(layout):
+    tasks = draw_tasks(5, 10, 15)
+    batch = [
+        tuple(
+            torch.nested.nested_tensor(list(part), layout=layout)
+            for part in zip(*sets, strict=True)
+        )
+        for sets in zip(*tasks, strict=True)
+    ]
+    assert_is_the_plain_loop(make_learner(nn.Linear(FEATURES, WAYS)), tuple(batch), tasks)
+    learner = make_learner(nn.Linear(FEATURES, WAYS))
+    one_by_one = [learner.adapt(support)(query[0]) for support, query in tasks]
+    adapted = learner.adapt(batch[0], batched=True)
+    assert_same(adapted([query[0] for _, query in tasks])[2], one_by_one[2])
+
+
 def test_batch_normalisation_sees_no_padding():
     tasks = draw_tasks(10, 5, 7)
     norm = nn.BatchNorm1d(FEATURES, track_running_stats=False)
