@@ -111,6 +111,30 @@ def plain_inputs(inputs: Any) -> Any:
     return _rebuild(inputs, lambda x: x)
 
 
+def may_be_batches(batch: Any, tasks: Episode) -> bool:
+    """Whether this is a list of tasks that may be batches of tasks.
+
+    Those have inputs and targets `[a, b, ...]`. So do tasks whose targets have a label for each
+    position of their inputs.
+
+    Args:
+        batch: As for `name_parts`.
+        tasks: What it was read as, with the task axis first.
+
+    Example:
+        >>> pair = (torch.zeros(4, 5, 3), torch.zeros(4, 5))
+        >>> batches = [{"support": pair, "query": pair}] * 2  # of 4 tasks
+        >>> may_be_batches(batches, *read_episodes(batches))
+        True
+    """
+    if not _is_list_of_tasks(batch):
+        return False
+    inputs, targets = tasks.support
+    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    return targets.dim() > 2 and inputs.shape[:3] == targets.shape[:3]
+
+
 def _is_list_of_tasks(batch: Any) -> bool:
     if not isinstance(batch, (list, tuple)) or not batch:
         return False

@@ -13,7 +13,7 @@ from metaimplicit.learner.batch_checks import BatchChecks
 from metaimplicit.learner.body import find_last_module
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
-from metaimplicit.learner.forms import read_episodes, read_support
+from metaimplicit.learner.forms import may_be_batches, read_episodes, read_support
 from metaimplicit.learner.head_targets import split_by_classes
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.losses import TaskLoss
@@ -31,6 +31,7 @@ from metaimplicit.normalization import (
 from metaimplicit.params import Params, detached, floating_entry
 from metaimplicit.random_state import restored_random_state
 from metaimplicit.task_axis import task_of
+from metaimplicit.unsupported import shorten
 from metaimplicit.vectorization import VmapRecords, explain_objection
 
 
@@ -80,6 +81,19 @@ class TaskBatches(FewShotModel):
     def _read(self, episodes: EpisodeBatch) -> list[Group]:
         """The tasks in groups of one shape, if nothing is wrong with them."""
         batches = read_episodes(episodes)
+        try:
+            return self._check(batches)
+        except (ValueError, RuntimeError) as error:
+            if not may_be_batches(episodes, batches[0]):
+                raise
+            raise ValueError(
+                "episodes: got a list of tasks whose inputs and targets begin with the same two "
+                "sizes; if they are batches of tasks, call it for each of them. "
+                f"{shorten(error)}"
+            ) from error
+
+    def _check(self, batches: list[Episode]) -> list[Group]:
+        """The groups of these batches, each of which has one shape."""
         if self.head is not None:
             batches = _read_for_head(self.head, batches)
         self._settle(batches[0])

@@ -376,6 +376,10 @@ REFUSED = {
         r"got lists and tensors for \[2, 3\] tasks",
     ),
     "a task without the axis of tasks": (((X[0], Y[0]), (X[0], Y[0])), r"\[tasks, examples\]"),
+    "a list of batches": (
+        [{"support": (X, Y), "query": (X, Y)}] * 2,
+        "if they are batches of tasks, call it for each of them.*which the loss refuses",
+    ),
     "an empty set in a list": ([((X[0], Y[0]), (X[0, :0], Y[0, :0]))], "neither empty"),
     "tasks of different counts in several inputs": (
         SimpleNamespace(support=((X, X[:2]), Y), query=((X, X), Y)),
