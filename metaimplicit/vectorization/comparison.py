@@ -234,7 +234,7 @@ def _gradients(name: str, total: Tensor, theta: Params, meta: Params) -> Groups:
     of_phi = zip(phi, gradients[len(theta) :], strict=True)
     return {
         f"∂{name}/∂θ": {key: g for key, g in of_theta if g is not None},
-        f"∂{name}/∂φ": {key: g.unsqueeze(0) for key, g in of_phi if g is not None},
+        f"∂{name}/∂φ": {key: g.to_dense().unsqueeze(0) for key, g in of_phi if g is not None},
     }
 
 

@@ -153,6 +153,20 @@ def test_sparse_gradients_are_refused(name, method, vectorize):
         MetaLearner(model, F.cross_entropy, **options).backward(words())
 
 
+@pytest.mark.parametrize("vectorize", ["auto", "loop", "vmap"])
+def test_an_embedding_that_does_not_adapt_may_have_sparse_gradients(vectorize):
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 6, sparse=sparse)
+        model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, 5))
+        options = {"inner": INNER, "adapt": "2.*", "vectorize": vectorize}
+        MetaLearner(model, F.cross_entropy, **options).backward(words())
+        gradients.append(embedding.weight.grad)
+    assert gradients[1].is_sparse
+    torch.testing.assert_close(gradients[1].to_dense(), gradients[0])
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("method", ["forward", "dense"])
 def test_what_cannot_be_done_with_sparse_data_is_said(method):
