@@ -13,6 +13,8 @@ from metaimplicit.training.rotation import versions
 def load_init(options: RunOptions, learner: MetaLearner) -> RunOptions:
     """Load the network that --init names into the learner of a run that has no checkpoint yet.
 
+    The checkpoint of a run that saved no step counts if it is resumed. A new run replaces it.
+
     Returns:
         The options with the digest of what was loaded, which is part of the identity of the run.
 
@@ -20,8 +22,8 @@ def load_init(options: RunOptions, learner: MetaLearner) -> RunOptions:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It does not fit the network, or is not the one that the run was started with.
     """
-    started = any(path.exists() for path in versions(options.folder / CHECKPOINT))
-    if options.init is None or started:
+    has_checkpoint = any(path.exists() for path in versions(options.folder / CHECKPOINT))
+    if options.init is None or (options.resume and has_checkpoint):
         return options
     head = str(learner.model.head_name)
     pretrained = load_pretrained(options.init, learner.model, head=head)

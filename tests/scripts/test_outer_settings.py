@@ -175,7 +175,8 @@ def test_a_run_starts_from_the_network_of_another(tmp_path, capsys):
     (first / "checkpoint-previous.pt").unlink()
     after = save_run(second).model.state_dict()
     learner.model.load_state_dict(after)
-    assert load_init(started, learner) == started
+    resumed = replace(started, resume=True)
+    assert load_init(resumed, learner) == resumed
     assert all(torch.equal(x, after[name]) for name, x in learner.model.state_dict().items())
 
 
@@ -198,6 +199,18 @@ def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
     capsys.readouterr()
     line = error_line(train, ["--resume", f"--out={second}", f"--init={tmp_path}"], capsys)
     assert "--resume: init differ from the run's" in line
+
+
+def test_a_run_that_ended_before_its_first_step_starts_from_the_network_again(tmp_path):
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    before = save_run(first).model.state_dict()
+    save_run(second)
+    given = ["--task=sinusoid", "--device=cpu", f"--init={first}", f"--out={second}"]
+    options = parse(given)
+    learner = build_learner(options, FAMILY)
+    assert len(load_init(options, learner).init_digest) == 16
+    assert all(torch.equal(x, before[name]) for name, x in learner.model.state_dict().items())
 
 
 def test_blocks_are_joined_in_conv_alone():
