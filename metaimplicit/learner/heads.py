@@ -14,6 +14,7 @@ from metaimplicit.inner import (
     ConvexLoss,
     InnerLoop,
     LinearHead,
+    Logistic,
     Newton,
     NoSteps,
     Ridge,
@@ -27,6 +28,8 @@ from metaimplicit.problem import Composite, FromMeta, Number, resolve
 
 WEIGHT = "head.weight"
 BIAS = "head.bias"
+OF_CLASSES = (Logistic, SmoothHinge, SoftmaxCrossEntropy)  # losses that have no meaning for values
+ROUNDOFF = 1e-3  # of soft labels
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,9 @@ class ConvexHead(Head):
         return outputs
 
     def target_objection(self, targets: Any) -> str:
-        """That a fixed scale other than 1 multiplies scores of classes, not values to predict."""
+        """That the targets are values, for a loss of classes or a fixed scale of their scores."""
+        if isinstance(self.loss, OF_CLASSES):
+            return _objection_to_values(type(self.loss).__name__, targets)
         is_fixed = isinstance(self.scale, (int, float)) and self.scale != 1
         if not is_fixed or not isinstance(targets, Tensor) or not targets.is_floating_point():
             return ""
@@ -219,6 +224,10 @@ class Prototypes(Head):
         """No steps."""
         return NoSteps()
 
+    def target_objection(self, targets: Any) -> str:
+        """That the targets are values, of which there is no class mean."""
+        return _objection_to_values("Prototypes", targets)
+
     def init(self, meta: Params, features: Tensor, targets: Tensor) -> Params:
         """The prototypes as a linear layer. A class without examples has the mean zero."""
         targets = targets.to(features.dtype)
@@ -256,6 +265,21 @@ def make_head(head: str | Head) -> Head:
     if head not in HEADS:
         raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}, or a Head")
     return HEADS[head]
+
+
+def _objection_to_values(name: str, targets: Any) -> str:
+    """Why a head of classes cannot be fitted to targets. Empty for indices and soft labels."""
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return ""
+    if targets.dim() != 3 or targets.numel() == 0:
+        return ""  # which is refused elsewhere
+    low, high = (value.item() for value in targets.aminmax())
+    if low >= -ROUNDOFF and high <= 1 + ROUNDOFF:
+        return ""
+    return (
+        f"head: got {name} for support targets from {low:.3g} to {high:.3g}, which are values, "
+        "expected class indices, or soft labels from 0 to 1; take a ridge head for values"
+    )
 
 
 def _linear(params: Params, features: Tensor) -> Tensor:

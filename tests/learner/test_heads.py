@@ -15,7 +15,7 @@ from oracles import randn, relative_error
 from torch import nn
 
 from metaimplicit import GradientDescent, MetaLearner
-from metaimplicit.inner import SoftmaxCrossEntropy, SquaredError
+from metaimplicit.inner import Logistic, SoftmaxCrossEntropy, SquaredError
 from metaimplicit.learner.heads import HEADS, ConvexHead, Prototypes
 from metaimplicit.normalization import describe_normalization
 
@@ -129,6 +129,27 @@ def test_methods_agree_where_the_argmin_is_exact(head):
 def test_the_factor_of_the_argmin_takes_no_products():
     report = make("ridge").backward(draw_episodes()).report
     assert (report.products, report.chosen) == (0, "Factored: the inner loop left its inverse")
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        ("logistic", "SoftmaxCrossEntropy"),
+        ("hinge", "SmoothHinge"),
+        ("prototypes", "Prototypes"),
+        (ConvexHead(Logistic()), "Logistic"),
+    ],
+)
+def test_heads_of_classes_refuse_values_and_take_soft_labels(head, name):
+    inputs, values = randn(1, 9, INPUTS, seed=1), randn(1, 9, 2, seed=2)
+    learner = MetaLearner(nn.Linear(INPUTS, FEATURES), F.mse_loss, head=head).double()
+    message = f"head: got {name} for support targets from -.* to .*, which are values, expected"
+    with pytest.raises(ValueError, match=message):
+        learner.backward({"support": (inputs, values), "query": (inputs, values)})
+    with pytest.raises(ValueError, match=message):
+        learner.adapt((inputs[0], values[0]))
+    soft = values.softmax(-1)
+    assert learner.backward({"support": (inputs, soft), "query": (inputs, soft)}).loss > 0
 
 
 def test_values_are_not_scaled_as_scores_of_classes_are():
