@@ -331,6 +331,16 @@ def test_a_run_is_neither_resumed_nor_tested_on_other_images_or_classes(tmp_path
     assert re.match(message, error_line(train, [*args, "--resume", "--steps=2"], capsys))
 
 
+def test_a_run_that_has_lost_lines_of_its_metrics_is_resumed_and_tested(run, tmp_path):
+    resumed = shutil.copytree(run, tmp_path / "run")
+    (resumed / "metrics.jsonl").unlink()
+    (resumed / "report.html").unlink()
+    with pytest.warns(UserWarning, match="lacks 4 lines .* of 4.*; the run continues"):
+        train(["--resume", "--steps=4", f"--out={resumed}"])
+    assert (resumed / "report.html").exists()
+    assert read_json(resumed / "summary.json")["meta_steps"] == 4
+
+
 @pytest.mark.slow
 def test_a_resumed_run_without_budget_says_that_it_is_only_tested(tmp_path, capsys):
     train([*SMALL, "--minutes=10", "--out", str(tmp_path / "run")])
