@@ -17,7 +17,7 @@ import torch
 from tasks.cache import progress
 from tasks.files import Files
 from tasks.images import fit_square
-from tasks.list_files import PART_WORDS, PARTS
+from tasks.list_files import PART_WORDS, PARTS, part_called
 from tasks.pickles import foreign_name, load_plain
 from tasks.pool import check_labels
 
@@ -65,9 +65,10 @@ def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
     """The inputs of each class in the files of arrays: one part, or train, validation and test.
 
     Args:
-        files: What holds the files. The words train, val (or valid, validation) and test in a
-            file's name, or else in its folder's, tell its part. Where they occur, files without
-            them, or with those of two parts, are passed over.
+        files: What holds the files. Folders called after all three parts tell the part of the
+            files in them. Without them, the words train, val (or valid, validation) and test in a
+            file's name do, or else those in its folder's. Where they occur, files without them, or
+            with those of two parts, are passed over.
         size: Pixels a side of an image.
         color: Whether images have three channels or one of grey.
 
@@ -78,8 +79,11 @@ def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
         ValueError: If a file cannot be read or does not fit, or a part has no file.
     """
     paths_of: dict[frozenset[int], list[str]] = defaultdict(list)
+    # A class in the folder train may be called test-tube.
+    folders = frozenset().union(*map(_parts_of_folders, array_paths(files)))
+    parts_of = _parts_of_folders if len(folders) == len(PARTS) else _parts_in_name
     for path in array_paths(files):
-        paths_of[_parts_in_name(path)].append(path)
+        paths_of[parts_of(path)].append(path)
     groups = [paths_of.get(frozenset([part]), []) for part in range(len(PARTS))]
     if not any(groups):
         groups = [paths_of.get(frozenset(), [])]
@@ -163,6 +167,12 @@ def class_inputs(where: str, array: np.ndarray, size: int, *, color: bool) -> np
 
 def _suffix(path: str) -> str:
     return PurePosixPath(path).suffix.lower()
+
+
+def _parts_of_folders(path: str) -> frozenset[int]:
+    """The parts that folders of a path are called after."""
+    called = map(part_called, path.split("/")[:-1])
+    return frozenset(part for part in called if part is not None)
 
 
 def _parts_in_name(path: str) -> frozenset[int]:

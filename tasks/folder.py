@@ -46,8 +46,9 @@ def load(
     lists.
 
     Where there are no image files, arrays are read: `.pkl`, `.npz`, `.npy` or `.pt` files, such as
-    `mini-imagenet-cache-train.pkl`, `…-val.pkl` and `…-test.pkl`. The words train, val and test in
-    their names tell the split. Without them, 2, 4 or 5 applies. The files of a split hold together
+    `mini-imagenet-cache-train.pkl`, `…-val.pkl` and `…-test.pkl`. Folders called train, val and
+    test, or else these words in the names of files, tell the split. Without them, 2, 4 or 5
+    applies. The files of a split hold together
 
     - one array `[n, ...]` and `class_dict`, from the name of each class to its rows,
     - or one array `[n, ...]` and the `labels` of its rows, as names or numbers,

@@ -319,6 +319,18 @@ def test_a_damaged_or_unsafe_file_of_any_kind_is_named(tmp_path, monkeypatch, na
     assert not (tmp_path / "called").exists()
 
 
+def test_a_class_that_is_called_after_another_part_stays_in_its_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    called = {
+        path: npy(rng.random((ROWS, 5), np.float32))
+        for path in ("train/test-tube.npy", "test/training_shoe.npy")
+    }
+    splits = load(write_tree(tmp_path, LAYOUTS["a file a class"] | called))
+    assert "tube" in splits.train.classes
+    assert "shoe" in splits.test.classes
+    assert [len(family.classes) for family in families(splits)] == [3, 2, 3]
+
+
 def test_a_part_without_a_file_is_named(tmp_path):
     files = {path: data for path, data in LAYOUTS["mini-ImageNet"].items() if "val" not in path}
     with pytest.raises(ValueError, match=r"mini-imagenet-cache-train\.pkl.* each of train, val"):
