@@ -103,6 +103,11 @@ def make_learnable(
         >>> learnable.logs, learnable.penalty
         ({'log_lr.weight': tensor(0.)}, None)
     """
+    if "lr" in _by_name(learn) and getattr(inner, "lr", None) is None:
+        raise ValueError(
+            f"learn 'lr': got it with {type(inner).__name__}, which has no step size, expected "
+            "another inner loop, such as gradient descent; leave 'lr' out"
+        )
     granularities = _granularities(learn, method)
     penalty = Proximal(strength) if strength > 0 else None
     logs: Params = {}

@@ -135,10 +135,21 @@ def require_same_options(experiment: Experiment, case: Case) -> bool:
         return False
     if (out / "summary.json").exists() or has_taken_steps(out / CHECKPOINT):
         raise FileExistsError(
-            f"--out: got {out}, which holds a run with other options ({stored}), expected a run "
-            "with the options given now; name another folder"
+            f"--out: got {out}, which holds a run with other options "
+            f"({describe_changes(stored, config)}), expected a run with the options given now; "
+            "name another folder"
         )
     return True
+
+
+def describe_changes(stored: dict[str, Any], config: dict[str, Any]) -> str:
+    """What of a config.json differs from what is expected there, option by option."""
+    before, now = (
+        {name: entry.get(name) for name in ("experiment", "case")} | (entry.get("options") or {})
+        for entry in (stored, config)
+    )
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{n} is {before.get(n)} there, {now.get(n)} here" for n in names)
 
 
 def case_config(experiment: Experiment, case: Case) -> dict[str, Any]:

@@ -113,5 +113,5 @@ def test_an_unknown_flag_is_refused_with_the_known_ones():
 
 
 def test_it_has_no_step_size_to_learn():
-    with pytest.raises(ValueError, match="learn 'lr': got an inner loop with lr=None"):
+    with pytest.raises(ValueError, match="learn 'lr': got it with NewtonCG, which has no step"):
         MetaLearner(nn.Linear(2, 1), F.mse_loss, inner="newton-cg", method="unrolled", learn={"lr"})

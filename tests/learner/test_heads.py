@@ -152,6 +152,12 @@ def test_heads_of_classes_refuse_values_and_take_soft_labels(head, name):
     assert learner.backward({"support": (inputs, soft), "query": (inputs, soft)}).loss > 0
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_step_size_is_not_learnt_where_there_is_none(head):
+    with pytest.raises(ValueError, match=r"learn 'lr': got it with .*, which has no step size"):
+        make(head, learn=["lr"])
+
+
 def test_values_are_not_scaled_as_scores_of_classes_are():
     inputs, values = randn(1, 9, INPUTS, seed=1), randn(1, 9, 2, seed=2)
     data = {"support": (inputs, values), "query": (inputs, values)}

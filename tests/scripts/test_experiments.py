@@ -111,7 +111,8 @@ def test_random_draws_depend_on_the_seed_alone(tmp_path):
 def test_other_options_need_another_folder(tmp_path):
     execute(Sums(out=tmp_path, seeds=1))
     other = Sums(out=tmp_path, seeds=1, number=11)
-    with pytest.raises(FileExistsError, match=r"a run with other options.*name another folder"):
+    message = r"a run with other options \(number is \d+ there, 11 here\), .*name another folder"
+    with pytest.raises(FileExistsError, match=message):
         execute(other)
     assert not other.ran
 
