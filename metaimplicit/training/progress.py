@@ -115,9 +115,11 @@ def duration(seconds: float) -> str:
     """A time in words, to two units.
 
     Example:
-        >>> duration(0.25), duration(75), duration(3725)
-        ('0.2 s', '1 min 15 s', '1 h 2 min')
+        >>> duration(0.0123), duration(0.25), duration(75), duration(3725)
+        ('12 ms', '0.2 s', '1 min 15 s', '1 h 2 min')
     """
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -21,6 +21,7 @@ from metaimplicit.training.rotation import Identity, has_taken_steps, versions
 from metaimplicit.training.sealed import read_sealed_json, write_sealed_json
 
 CHECKPOINT = "checkpoint.pt"
+SUMMARY = "summary.json"  # the result that a script leaves when its run is done
 
 
 class RunFolder:
@@ -144,7 +145,8 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
         resume: Whether the run in it is to be resumed. If so, nothing is checked.
 
     Raises:
-        FileExistsError: The folder holds a checkpoint of a step, or metrics without a checkpoint.
+        FileExistsError: The folder holds a checkpoint of a step, or metrics or a result without a
+            checkpoint.
 
     Example:
         >>> require_new_run_folder(Path("no-such-folder"), resume=False)
@@ -156,6 +158,8 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
         return
     if _holds_lines(out):
         files.append(METRICS)
+    if (out / SUMMARY).exists():
+        files.append(SUMMARY)
     if files:
         raise FileExistsError(
             f"out: {out} holds a run already ({', '.join(files)}), expected a new or empty "
