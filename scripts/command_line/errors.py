@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO
 
+from command_line.home import expand_home
 from command_line.memory import limit_memory
 from command_line.out import require_out_name
 from command_line.ranks import count_processes, ignore_launcher, own_rank, require_one_process
@@ -52,7 +53,7 @@ def handle_errors(main: Main, *, takes_ranks: bool = False) -> Callable[[list[st
                 require_one_process()
             require_out_name(args)
             with exit_on_signals():
-                main([arg for arg in args if arg != DEBUG])
+                main(expand_home([arg for arg in args if arg != DEBUG]))
             sys.stdout.flush()
         except KeyboardInterrupt:
             end("stopped", code=130)

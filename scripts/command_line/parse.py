@@ -48,7 +48,8 @@ def parse(args: list[str]) -> RunOptions:
     of the run that is resumed.
 
     Raises:
-        ValueError: An option is unknown or out of range, or differs from the resumed run's.
+        ValueError: An option is unknown or out of range, names something twice, or differs from the
+            resumed run's.
         FileExistsError: The folder holds a run, and --resume is not given.
         FileNotFoundError: The folder holds no run to resume.
     """
@@ -56,8 +57,19 @@ def parse(args: list[str]) -> RunOptions:
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)
     options = _parse_over(args, _defaults(choice)).completed()
+    _require_once("learn", options.learn)
+    _require_once("task_options", options.task_options)
     require_new_run_folder(options.folder, resume=False)
     return options
+
+
+def _require_once(option: str, items: tuple[str, ...]) -> None:
+    names = [item.partition("=")[0] for item in items]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{flag_of(option)}: got {name} twice, expected it once; leave one out"
+            )
 
 
 def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:

@@ -188,6 +188,11 @@ BAD_OPTIONS = [
         "learn 'lr': first-order cannot give its gradient",
     ),
     (["--learn", "momentum"], "learn: got ['momentum']"),
+    (["--learn", "lr", "lr=per-tensor"], "--learn: got lr twice, expected it once"),
+    (
+        ["--task-options", "seed=1", "seed=2"],
+        "--task-options: got seed twice, expected it once; leave one out",
+    ),
     (["--method=cg", "--inner-optimizer=lbfgs"], "inner: got LBFGS with a method that needs"),
     (["--method", "cg", "--rank", "20"], "--rank: got it with --method cg"),
     (["--inner-lr", "-1"], "--inner-lr: got -1.0, expected from 0 to 1e+30"),
@@ -227,6 +232,14 @@ def test_an_empty_name_is_no_folder(args, tmp_path, monkeypatch, capsys):
     message = "--out: got an empty name, expected that of a folder for the results"
     assert message in error_line(train, [*SMALL, *args], capsys)
     assert message in error_line(tune.main, ["step-size", "--quick", *args], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder_is_known_after_an_equals_sign(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(run.parent))
+    monkeypatch.chdir(tmp_path)
+    message = f"out: {run} holds a run already"
+    assert message in error_line(train, [*SMALL, f"--out=~/{run.name}"], capsys)
     assert not list(tmp_path.iterdir())
 
 
