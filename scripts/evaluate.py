@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import startup  # isort: skip  # noqa: F401  # before what takes time to import
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -207,7 +208,7 @@ def measure_against(
         "run": str(rival.run),
         "tested_meta_step": rival.progress.step,
         **{name: other.summary()[name] for name in ("mean", "interval_95", "inner_steps")},
-        "difference": {"mean": difference.mean, "interval_95": difference.interval},
+        "difference": difference.to_dict(),
     }
 
 
@@ -215,10 +216,17 @@ def describe_difference(against: Mapping[str, Any]) -> str:
     """What `measure_against` measured, as one line."""
     difference = against["difference"]
     return (
-        f"against {against['run']}: {against['mean']:.4f} ± {against['interval_95']:.4f} on the "
-        f"same tasks, difference {difference['mean']:+.4f} ± {difference['interval_95']:.4f} "
-        "(paired)"
+        f"against {against['run']}: {_decimals(against, '.4f')} on the same tasks, difference "
+        f"{_decimals(difference, '+.4f')} (paired)"
     )
+
+
+def _decimals(estimate: Mapping[str, Any], form: str) -> str:
+    """A mean in a form with its interval, of an estimate from JSON, where NaN is None."""
+    mean, interval = (
+        math.nan if estimate[name] is None else estimate[name] for name in ("mean", "interval_95")
+    )
+    return f"{mean:{form}} ± {interval:.4f}"
 
 
 def table(result: Evaluation) -> str:

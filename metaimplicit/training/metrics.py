@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -90,6 +91,16 @@ class Estimate:
             )
         return cls.of(values.double() - others.double())
 
+    def to_dict(self) -> dict[str, float | None]:
+        """The mean and half of the interval for JSON, where NaN and infinities are None.
+
+        Example:
+            >>> Estimate.of(torch.tensor([1.0, float("inf")])).to_dict()
+            {'mean': None, 'interval_95': None}
+        """
+        numbers = {"mean": self.mean, "interval_95": self.interval}
+        return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+
     def __str__(self) -> str:
         """The mean and half of the interval, with four decimals."""
         return f"{self.mean:.4f} ± {self.interval:.4f}"
@@ -135,17 +146,19 @@ class Evaluation:
         return [Estimate.of(row) for row in self.values]
 
     def summary(self) -> dict[str, Any]:
-        """The metric after the last number of steps, and after each, for JSON."""
+        """The metric after the last number of steps, and after each, for JSON.
+
+        Means that are not finite are None.
+        """
         curve = self.curve()
         last = curve[-1]
         after_steps = [
-            {"steps": steps, "mean": estimate.mean, "interval_95": estimate.interval}
+            {"steps": steps, **estimate.to_dict()}
             for steps, estimate in zip(self.steps, curve, strict=True)
         ]
         return {
             "metric": self.metric,
-            "mean": last.mean,
-            "interval_95": last.interval,
+            **last.to_dict(),
             "inner_steps": self.steps[-1],
             "episodes": last.tasks,
             "after_steps": after_steps,

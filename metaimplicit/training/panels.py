@@ -90,8 +90,9 @@ def draw_fit(ax: Any, fits: Fits, task: int) -> None:
 
 
 def draw_histogram(ax: Any, evaluation: Evaluation) -> None:
-    """How many tasks have which metric after the last inner step."""
-    ax.hist(evaluation.values[-1].tolist(), bins=20, color="C0", alpha=0.8)
+    """How many tasks have which metric after the last inner step. Those that are NaN have none."""
+    values = evaluation.values[-1]
+    ax.hist(values[values.isfinite()].tolist(), bins=20, color="C0", alpha=0.8)
     ax.set(xlabel=f"query {evaluation.metric} of a task", ylabel="tasks")
     ax.grid(alpha=0.3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -34,13 +35,26 @@ PLOTTED_QUERIES = 200
 def run_test(
     learner: MetaLearner, family: tasks.TaskFamily, options: RunOptions, *, seed: int
 ) -> Evaluation:
-    """Evaluate a learner on `options.test_episodes` tasks of a family, and show how far it is."""
-    return evaluate(
+    """Evaluate a learner on `options.test_episodes` tasks of a family, and show how far it is.
+
+    A line on standard error says so if a query loss is not finite.
+    """
+    result = evaluate(
         learner,
         _test_batches(family, options, seed),
         steps=options.test_steps,
         tasks=options.test_episodes,
     )
+    lost = int((~result.losses[-1].isfinite()).sum())
+    if lost:
+        print(
+            f"warning: the query loss of {lost} of {options.test_episodes} tasks is not finite "
+            f"after {options.test_steps} inner steps; take fewer steps or a smaller step size, or "
+            "clean the data",
+            file=sys.stderr,
+            flush=True,
+        )
+    return result
 
 
 def summarize_test(
@@ -67,7 +81,7 @@ def summarize_test(
                 steps=options.test_steps,
                 tasks=options.test_episodes,
             )
-        summary["one_at_a_time"] = {"mean": alone.mean, "interval_95": alone.interval}
+        summary["one_at_a_time"] = alone.to_dict()
     return summary
 
 

@@ -354,6 +354,25 @@ def test_a_run_that_has_lost_lines_of_its_metrics_is_resumed_and_tested(run, tmp
     assert read_json(resumed / "summary.json")["meta_steps"] == 4
 
 
+@pytest.mark.page
+@pytest.mark.filterwarnings("ignore:the meta-gradient has the norm:RuntimeWarning")
+def test_a_test_that_diverges_leaves_its_files_and_says_so(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    train([*SMALL, "--inner-lr=3", "--test-steps=60", f"--out={out}"])
+    message = "warning: the query loss of 10 of 10 tasks is not finite after 60 inner steps"
+    assert message in capsys.readouterr().err
+    rows = read_json(out / "summary.json")["after_steps"]
+    assert rows[-1] == {"steps": 60, "mean": None, "interval_95": None}
+    assert rows[0]["mean"] > 0
+    assert "nan ± nan" in read_page((out / "report.html").read_text()).text
+    evaluate([str(out), f"--against={run}", "--episodes=4"])
+    captured = capsys.readouterr()
+    assert "of 4 of 4 tasks is not finite" in captured.err
+    assert "difference +nan ± nan (paired)" in captured.out
+    difference = {"mean": None, "interval_95": None}
+    assert read_json(out / "evaluation.json")["against"]["difference"] == difference
+
+
 @pytest.mark.slow
 def test_a_resumed_run_without_budget_says_that_it_is_only_tested(tmp_path, capsys):
     train([*SMALL, "--minutes=10", "--out", str(tmp_path / "run")])
