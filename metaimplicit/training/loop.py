@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -122,6 +123,9 @@ def fit(
             metric nor an accuracy. The checkpoints are damaged or belong to another run.
             Or `out` holds the metrics of a run whose checkpoint is gone.
 
+    Warns:
+        RuntimeWarning: The loss of a validation is not finite.
+
     Example:
         >>> import tempfile
         >>> import tasks
@@ -176,6 +180,7 @@ def fit(
                 stops = _agree(ranks, progress, signals)
                 if result is not None and not stops:
                     values = _read_values(result, ranks, measure=measure_name(learner))
+                    _warn_if_not_finite(values)
                     value = score(values, rule)
                     record.write_validation(values)
                     is_best = progress.note_score(value, rule)
@@ -281,6 +286,17 @@ def _read_values(result: Evaluation, ranks: Ranks, measure: str) -> Values:
         measure: None if accuracies is None else accuracies.mean().item(),
     }
     return ranks.means(own, tasks=len(losses))
+
+
+def _warn_if_not_finite(validation: Values) -> None:
+    loss = validation["loss"]
+    if loss is None or not math.isfinite(loss):
+        warnings.warn(
+            "the validation loss is not finite, so that the validation may say nothing; clean its "
+            "data, or lower the inner step size",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _until_stopped(

@@ -253,6 +253,22 @@ def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path)
     assert (last["split"], last["step"]) == ("validation", progress.step)
 
 
+def test_a_validation_that_is_not_finite_is_warned_of(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    spoilt = spoil_support(sampler[1000])
+    with pytest.warns(RuntimeWarning, match="the validation loss is not finite"):
+        fit(
+            learner,
+            optimizer,
+            sampler,
+            out=tmp_path,
+            budget=Budget(steps=1),
+            bar=False,
+            validation=lambda: [spoilt],
+        )
+    assert read_metrics(tmp_path)[-1]["loss"] is None
+
+
 def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(tmp_path):
     train(tmp_path, make_parts(), steps=1, config={"a": 1})
     config = (tmp_path / "config.json").read_bytes()
