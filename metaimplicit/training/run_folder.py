@@ -21,7 +21,7 @@ from metaimplicit.training.rotation import Identity, has_taken_steps, versions
 from metaimplicit.training.sealed import read_sealed_json, write_sealed_json
 
 CHECKPOINT = "checkpoint.pt"
-SUMMARY = "summary.json"  # the result that a script leaves when its run is done
+RESULTS = ("summary.json", "report.html")  # what a script leaves when its run is done
 
 
 class RunFolder:
@@ -158,8 +158,7 @@ def require_new_run_folder(out: Path, resume: bool) -> None:
         return
     if _holds_lines(out):
         files.append(METRICS)
-    if (out / SUMMARY).exists():
-        files.append(SUMMARY)
+    files += [name for name in RESULTS if (out / name).exists()]
     if files:
         raise FileExistsError(
             f"out: {out} holds a run already ({', '.join(files)}), expected a new or empty "

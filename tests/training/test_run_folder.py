@@ -307,11 +307,12 @@ def test_a_run_that_saved_no_step_gives_its_place_to_a_new_one(tmp_path):
         train(tmp_path, make_parts(), steps=2, identity=IDENTITY)
 
 
-def test_the_result_of_an_experiment_without_checkpoints_is_not_overwritten(tmp_path):
-    (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"holds a run already \(summary.json\)"):
+@pytest.mark.parametrize("name", ["summary.json", "report.html"])
+def test_the_result_of_an_experiment_without_checkpoints_is_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=rf"holds a run already \({name}\)"):
         train(tmp_path, make_parts(), steps=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_damaged_checkpoint_of_no_step_is_not_overwritten(tmp_path):
