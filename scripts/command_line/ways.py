@@ -269,9 +269,11 @@ class Search:
         """How the gradient of the last step differs from the first one. Empty if it does not."""
         pairs = zip(self._read_gradient(), self._gradient, strict=True)
         change = _norm([new - old for new, old in pairs])
-        if change <= TOLERANCE * _norm(self._gradient):
+        norm = _norm(self._gradient)
+        if change <= TOLERANCE * norm:
             return ""
-        return f"its meta-gradient differs by {change / _norm(self._gradient):.2g} of its norm"
+        share = change / norm if norm > 0 else math.inf
+        return f"its meta-gradient differs by {share:.2g} of its norm"
 
     def _read_gradient(self) -> list[Tensor]:
         return [p.grad.clone() for p in self.learner.parameters() if p.grad is not None]
