@@ -141,14 +141,15 @@ def test_the_factor_of_the_argmin_takes_no_products():
     ],
 )
 def test_heads_of_classes_refuse_values_and_take_soft_labels(head, name):
-    inputs, values = randn(1, 9, INPUTS, seed=1), randn(1, 9, 2, seed=2)
+    inputs = randn(1, 9, INPUTS, seed=1)
+    soft = randn(1, 9, 2, seed=2).softmax(-1)
     learner = MetaLearner(nn.Linear(INPUTS, FEATURES), F.mse_loss, head=head).double()
-    message = f"head: got {name} for support targets from -.* to .*, which are values, expected"
-    with pytest.raises(ValueError, match=message):
-        learner.backward({"support": (inputs, values), "query": (inputs, values)})
-    with pytest.raises(ValueError, match=message):
-        learner.adapt((inputs[0], values[0]))
-    soft = values.softmax(-1)
+    message = f"head: got {name} for support targets from .* to .*, which are values, expected"
+    for values in (2 * soft, -soft):
+        with pytest.raises(ValueError, match=message):
+            learner.backward({"support": (inputs, values), "query": (inputs, values)})
+        with pytest.raises(ValueError, match=message):
+            learner.adapt((inputs[0], values[0]))
     assert learner.backward({"support": (inputs, soft), "query": (inputs, soft)}).loss > 0
 
 
