@@ -61,6 +61,14 @@ IMAGES: Settings = FEATURES | {
     "validate_every": 1000,
     "validation_episodes": 1000,
 }
+# In place of the four convolutions: residual blocks, of a quarter or half of the usual widths.
+RESNET: Settings = {
+    "network": "resnet-12",
+    "activation": "leaky-relu",
+    "pool": False,
+    "joined_blocks": 1,
+    "augment": True,
+}
 # iMAML: Rajeswaran et al. 2019, table 2, which has MAML's numbers as well. Prototypes: Snell et al.
 # 2017. R2D2: Bertinetto et al. 2019, which has those of MAML and prototypes on CIFAR-FS.
 CIFAR_FS_5W1S = {"MAML": "58.9", "prototypes": "55.5", "R2D2": "65.3"}
@@ -74,6 +82,19 @@ OMNIGLOT_20W1S = {"MAML": "95.8", "iMAML": "96.2", "prototypes": "96.0"}
 RECIPES: dict[str, Recipe] = {
     "omniglot-5w1s-ridge": Recipe(
         "omniglot", OMNIGLOT_5W1S, head="ridge", settings=FEATURES | {"minutes": 15.0}
+    ),
+    "omniglot-5w1s-resnet": Recipe(
+        "omniglot",
+        OMNIGLOT_5W1S,
+        head="ridge",
+        settings=FEATURES
+        | RESNET
+        | {
+            "filters": (16, 32, 64, 128),
+            "minutes": 60.0,
+            "validate_every": 500,
+            "validation_episodes": 1000,
+        },
     ),
     "omniglot-5w5s-ridge": Recipe(
         "omniglot",
@@ -92,6 +113,19 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cifar-fs-5w5s-ridge": Recipe(
         "cifar-fs", CIFAR_FS_5W5S, head="ridge", settings=IMAGES | {"shots": 5, "train_shots": 3}
+    ),
+    "cifar-fs-5w1s-resnet": Recipe(
+        "cifar-fs",
+        CIFAR_FS_5W1S,
+        head="ridge",
+        settings=IMAGES
+        | RESNET
+        | {
+            "filters": (32, 64, 128, 256),
+            "train_shots": 1,
+            "minutes": 108.0,
+            "validation_episodes": 400,
+        },
     ),
     "mini-imagenet-5w1s-ridge": Recipe(
         "mini-imagenet", MINI_IMAGENET_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}
