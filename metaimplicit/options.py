@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -88,7 +89,7 @@ def with_options(value: Value, values: dict[str, Any]) -> Value:
 def _walk(value: Any, path: tuple[str, ...]) -> Iterator[Option]:
     if not is_dataclass(value) or isinstance(value, type):
         return
-    hints = get_type_hints(type(value))
+    hints = _hints(type(value))
     for f in fields(value):
         if not f.init:
             continue
@@ -99,6 +100,11 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[Option]:
             yield from _walk(current, (*path, f.name))
         elif name is not None and kind is not None:
             yield Option(name, (*path, f.name), kind, current, _help(type(value), f.name))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _flag(f: Field[Any]) -> str | None:
@@ -115,6 +121,7 @@ def _plain_type(hint: Any) -> Any:
     return Union[tuple(plain)]  # noqa: UP007  # a union of parts that are known at run time
 
 
+@cache
 def _help(kind: type, name: str) -> str:
     """The text of an argument in the docstring of a class, or of one that it inherits from."""
     for ancestor in kind.__mro__:

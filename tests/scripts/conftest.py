@@ -1,15 +1,17 @@
-"""Made-up images in the place of real data sets, and runs without pages where none is looked at."""
+"""Made-up images in the place of real data sets, and nothing drawn that no test looks at."""
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import tasks
 
 
 @pytest.fixture(autouse=True)
-def _no_pages(request, monkeypatch):
-    """Pages stay empty, but for tests that are marked as looking at them."""
-    if request.node.get_closest_marker("page") is None:
+def _empty_drawings(request, monkeypatch):
+    """Pages and plots stay empty, but for tests that are marked as looking at them."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
         for module in ("command_line.report", "experiments.runner"):
             monkeypatch.setattr(f"{module}.leave_page", lambda path, make: path.write_text(""))
 

@@ -80,7 +80,7 @@ def test_a_case_that_is_asked_for_twice_counts_once(tmp_path):
     assert len(rows_in(tmp_path)) == 4
 
 
-@pytest.mark.page
+@pytest.mark.drawn
 def test_the_folder_has_the_rows_the_table_and_the_plot(tmp_path):
     table = execute(Sums(out=tmp_path, seeds=1))
     first = rows_in(tmp_path)[0]

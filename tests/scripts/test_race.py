@@ -150,6 +150,7 @@ def apart(monkeypatch, tmp_path):
     return names
 
 
+@pytest.mark.drawn
 def test_the_same_command_races_those_that_are_missing(apart, tmp_path, capsys):
     args = ["--task=glyphs", "--minutes=2", f"--out={tmp_path}", "--contenders"]
     race.run_command([*args, "ridge"])

@@ -105,7 +105,7 @@ def test_the_config_says_what_the_solver_auto_chose(tmp_path):
     assert config["options"]["method_options"] == {"solver_steps": 10}
 
 
-@pytest.mark.page
+@pytest.mark.drawn
 @pytest.mark.slow
 def test_a_run_with_a_head_trains_on_other_tasks_than_it_is_tested_on(tmp_path):
     out = tmp_path / "run"
@@ -354,7 +354,7 @@ def test_a_run_that_has_lost_lines_of_its_metrics_is_resumed_and_tested(run, tmp
     assert read_json(resumed / "summary.json")["meta_steps"] == 4
 
 
-@pytest.mark.page
+@pytest.mark.drawn
 @pytest.mark.filterwarnings("ignore:the meta-gradient has the norm:RuntimeWarning")
 def test_a_test_that_diverges_leaves_its_files_and_says_so(run, tmp_path, capsys):
     out = tmp_path / "run"
