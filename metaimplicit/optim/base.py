@@ -115,7 +115,8 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _check_closure(self, closure: Closure | None) -> Closure:
         if not callable(closure):
-            raise ValueError(f"step: got {closure!r}, expected {self.closure_signature}")
+            got = None if closure is None else type(closure).__name__
+            raise ValueError(f"step: got {got}, expected {self.closure_signature}")
         present = dict(self._model.named_parameters())
         for name, p in self._trainable.items():
             if present.get(name) is not p:

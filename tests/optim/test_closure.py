@@ -138,10 +138,11 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(name):
     assert all(state.keys() <= {"momentum"} for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize(("closure", "got"), [(None, "None"), (torch.ones(9), "Tensor")])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_without_a_closure_says_what_it_expects(name):
-    with pytest.raises(ValueError, match=r"step: got None, expected closure\(\) -> "):
-        OPTIMIZERS[name](tanh_network()).step()
+def test_a_step_without_a_closure_says_what_it_expects(name, closure, got):
+    with pytest.raises(ValueError, match=rf"step: got {got}, expected closure\(\) -> "):
+        OPTIMIZERS[name](tanh_network()).step(closure)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
