@@ -1,6 +1,7 @@
 """Evaluate a run on tasks it has never seen: accuracy or mean squared error after inner steps.
 
 python scripts/evaluate.py runs/glyphs-ridge-0 --episodes 2000
+python scripts/evaluate.py runs/glyphs-ridge-0 --ways 20 --shots 5
 python scripts/evaluate.py runs/glyphs-ridge-0 --against runs/glyphs-cg-0
 """
 
@@ -50,6 +51,7 @@ from metaimplicit.training import (
 )
 
 EVALUATION = "evaluation.json"
+OF_TASKS = ("ways", "shots", "queries")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class Evaluate:
     """Folder of a run of scripts/train.py."""
     episodes: Annotated[int, within(2, 1_000_000)] = 600
     """Tasks."""
+    ways: Annotated[int | None, within(1, 10_000)] = None
+    """Classes of a task. By default those of the run's own test. A linear layer has one number."""
+    shots: Annotated[int | None, within(1, 10_000)] = None
+    """Support examples of each class. By default those of the run's own test."""
+    queries: Annotated[int | None, within(1, 10_000)] = None
+    """Query examples of each class. By default those of the run's own test."""
     steps: Annotated[int | None, within(0, 100_000)] = None
     """Inner steps. By default those of the run's own test."""
     seed: Annotated[int | None, within(0, 2**32 - 1)] = None
@@ -86,24 +94,26 @@ def main(args: list[str]) -> None:
     options = load_options(command, command.run)
     require_writable(command.run / EVALUATION)
     set_up_cpu(options.threads)
-    splits = tasks.load(**options.task_arguments())
-    learner, progress = load_run(command.run, options, splits)
-    rival = None if command.against is None else load_rival(command, options, splits)
+    tested = with_tasks_of(command, command.run, options)
+    family = split_family(tasks.load(**tested.task_arguments()), command.split)
+    learner, progress = load_run(command.run, options)
+    rival = None if command.against is None else load_rival(command, tested)
 
-    family = split_family(splits, command.split)
     seed = options.test_seed if command.seed is None else command.seed
-    result = run_test(learner, family, options, seed=seed)
+    result = run_test(learner, family, tested, seed=seed)
     about: dict[str, Any] = {"split": command.split, "tested_meta_step": progress.step}
+    about |= {name: getattr(tested, name) for name in OF_TASKS}
     if rival is not None:
         about["against"] = measure_against(rival, result, family, seed=seed)
-    summary = summarize_test(learner, result, family, options, seed=seed) | about
+    summary = summarize_test(learner, result, family, tested, seed=seed) | about
     write_json(command.run / EVALUATION, summary)
 
-    fits = predict_test_curves(learner, options, command.split, seed=seed)
+    fits = predict_test_curves(learner, tested, command.split, seed=seed)
     title = f"{options.task}, {options.approach}"
     plot_adaptation(command.run, result, title=title, fits=fits)
+    kind = f"{tested.ways}-way {tested.shots}-shot " if family.kind == "classification" else ""
     print(
-        f"{command.run}: {command.split} {result.metric} of {options.test_episodes} tasks, "
+        f"{command.run}: {command.split} {result.metric} of {tested.test_episodes} {kind}tasks, "
         "mean and 95 % interval"
     )
     print(table(result), flush=True)
@@ -113,7 +123,7 @@ def main(args: list[str]) -> None:
         command.run / "evaluation.html",
         learner,
         family,
-        options,
+        tested,
         evaluation=result,
         summary=summary,
         fits=fits,
@@ -154,12 +164,28 @@ def _threads_of(run: Path) -> int | None:
     return None if plan is None else plan.way.threads
 
 
-def load_run(run: Path, options: RunOptions, splits: tasks.Splits) -> tuple[MetaLearner, Progress]:
+def with_tasks_of(command: Evaluate, run: Path, options: RunOptions) -> RunOptions:
+    """The options of a run, with the tasks that the command asks for.
+
+    Raises:
+        ValueError: The run's network has a linear layer for another number of classes.
+    """
+    if options.head == "linear" and command.ways not in (None, options.ways):
+        raise ValueError(
+            f"--ways: got {command.ways}, but {run} has --head linear and {options.ways} ways, "
+            f"expected {options.ways}, or a run with another head; leave it out"
+        )
+    chosen = {name: getattr(command, name) for name in OF_TASKS}
+    return replace(options, **{name: n for name, n in chosen.items() if n is not None})
+
+
+def load_run(run: Path, options: RunOptions) -> tuple[MetaLearner, Progress]:
     """The trained learner of a run, and how long it was trained.
 
     Raises:
-        ValueError: The splits are not those of the run, or no checkpoint is whole.
+        ValueError: The data are not those of the run, or no checkpoint is whole.
     """
+    splits = tasks.load(**options.task_arguments())
     check_classes(run, splits)
     learner = build_learner(options, splits.test)
     identity = run_identity(options, splits)
@@ -176,8 +202,12 @@ class Rival:
     progress: Progress
 
 
-def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> Rival:
+def load_rival(command: Evaluate, options: RunOptions) -> Rival:
     """The run of --against, with options that draw the tasks of the run that is evaluated.
+
+    Args:
+        command: The command.
+        options: Those of the run that is evaluated, with the tasks of the command.
 
     Raises:
         ValueError: It is that run itself, or has other tasks.
@@ -185,17 +215,18 @@ def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> 
     run = command.against or command.run
     if run.resolve() == command.run.resolve():
         raise ValueError(f"--against: got {run}, the run itself, expected another run")
-    own = load_options(command, run)
+    own = replace(load_options(command, run), data_root=options.data_root)
+    tested = with_tasks_of(command, run, own)
     for name in ("task", "ways", "shots", "task_options"):
-        theirs, ours = getattr(own, name), getattr(options, name)
+        theirs, ours = getattr(tested, name), getattr(options, name)
         if theirs != ours:
             raise ValueError(
                 f"--against: {run} has {name} {theirs}, but {command.run} has {ours}; expected a "
                 "run with the same tasks"
             )
-    learner, progress = load_run(run, own, splits)
+    learner, progress = load_run(run, own)
     # Which tasks a seed gives depends on how many are drawn at a time.
-    return Rival(run, replace(own, meta_batch=options.meta_batch), learner, progress)
+    return Rival(run, replace(tested, meta_batch=options.meta_batch), learner, progress)
 
 
 def measure_against(
