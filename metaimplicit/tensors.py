@@ -39,6 +39,20 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
         found += [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
+def copied_tensors(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of plain containers with a copy of each tensor.
+
+    Example:
+        >>> state = {"w": torch.zeros(1), "steps": 3}
+        >>> copy = copied_tensors(state)
+        >>> state["w"] += 1
+        >>> copy
+        {'w': tensor([0.]), 'steps': 3}
+    """
+    copied: dict[str, Any] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+    return copied
+
+
 def with_known_types(tree: Any) -> Any:
     """A pytree with its mappings as dicts, which pytrees know, and its arrays as tensors.
 

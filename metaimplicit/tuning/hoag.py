@@ -16,6 +16,7 @@ from metaimplicit.methods import Implicit
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.solvers import CG, SolverState
+from metaimplicit.tensors import copied_tensors
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.line_search import LineSearch, Trial
@@ -184,6 +185,30 @@ class HOAG:
             accepted=accepted,
             report=result.report,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to resume to the same bits: φ, θ, the solver and the line search."""
+        state = {
+            "free": {name: free.detach() for name, free in self.free.tensors.items()},
+            "end": None if self.end is None else self.end.to_dict(),
+            "state": self.state.to_dict(),
+            "steps": self.steps,
+            "line_search": self.line_search.to_dict(),
+        }
+        return copied_tensors(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to where `state_dict` was taken.
+
+        Raises:
+            ValueError: The state has hyperparameters of other names or shapes. Nothing changes.
+        """
+        state = copied_tensors(state)
+        self.free.load(state["free"])
+        self.end = None if state["end"] is None else Iterate.from_dict(state["end"])
+        self.state = SolverState.from_dict(state["state"])
+        self.steps = state["steps"]
+        self.line_search = LineSearch.from_dict(state["line_search"])
 
     def _tolerance_of_step(self, k: int) -> float:
         first = next(iter(self.free.tensors.values()))

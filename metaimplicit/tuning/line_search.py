@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from metaimplicit.params import Params
 from metaimplicit.tuning.free_meta import total_norm
@@ -27,6 +29,15 @@ class Trial:
     gradient: Params
     loss: float
     tolerance: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers of tensors and numbers, which `torch.load(weights_only=True)` reads."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Trial:
+        """The inverse of `to_dict`."""
+        return cls(**stored)
 
 
 class LineSearch:
@@ -77,6 +88,24 @@ class LineSearch:
         self.lipschitz = math.nan
         self.accepted: Trial | None = None
         self.rejected: list[Trial] = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers of tensors and numbers, which `torch.load(weights_only=True)` reads."""
+        return {
+            "lipschitz": self.lipschitz,
+            "accepted": None if self.accepted is None else self.accepted.to_dict(),
+            "rejected": [trial.to_dict() for trial in self.rejected],
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> LineSearch:
+        """The inverse of `to_dict`."""
+        search = cls()
+        search.lipschitz = stored["lipschitz"]
+        accepted = stored["accepted"]
+        search.accepted = None if accepted is None else Trial.from_dict(accepted)
+        search.rejected = [Trial.from_dict(trial) for trial in stored["rejected"]]
+        return search
 
     def add(self, trial: Trial) -> bool:
         """Accept or reject a trial at `next_point()`, and update L. Returns whether it accepts."""

@@ -20,6 +20,7 @@ from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
 from metaimplicit.solvers import SolverState
+from metaimplicit.tensors import copied_tensors
 from metaimplicit.tuning.batches import Source, holds_tensors_directly, read_batches
 from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss_newton
 from metaimplicit.tuning.domains import Domain
@@ -302,11 +303,11 @@ class Tuner:
             "end": None if self.end is None else self.end.to_dict(),
             "state": self.state.to_dict(),
         }
-        return _copy_tensors(position)
+        return copied_tensors(position)
 
     def _return_to(self, position: dict[str, Any]) -> None:
         # Optimisers of torch change in place the state that they have loaded.
-        position = _copy_tensors(position)
+        position = copied_tensors(position)
         self._free.check(position["free"])
         end = self._read_end(position["end"])
         state = SolverState.from_dict(position["state"])
@@ -355,8 +356,3 @@ def _check_params(params: Params, *, like: Params) -> None:
                 f"state: got {got} for the parameter {name!r}, expected {expected}; build the "
                 "model as the run did"
             )
-
-
-def _copy_tensors(tree: dict[str, Any]) -> dict[str, Any]:
-    copied: dict[str, Any] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
-    return copied

@@ -56,6 +56,39 @@ def run(steps, **options):
     return hoag, [hoag.step() for _ in range(steps)]
 
 
+@pytest.mark.parametrize("steps", [0, 1, 7], ids="after {} steps".format)
+def test_a_run_resumes_from_its_file_to_the_same_bits(steps, tmp_path):
+    hoag, _ = run(steps)
+    torch.save(hoag.state_dict(), tmp_path / "hoag.pt")
+    resumed, _ = run(2)  # another state, which is replaced
+    resumed.load_state_dict(torch.load(tmp_path / "hoag.pt", weights_only=True))
+    for _ in range(6):
+        mine, theirs = resumed.step(), hoag.step()
+        assert (mine.outer_loss, mine.norm, mine.tolerance, mine.lipschitz, mine.accepted) == (
+            *(theirs.outer_loss, theirs.norm, theirs.tolerance),
+            *(theirs.lipschitz, theirs.accepted),
+        )
+    assert torch.equal(resumed.meta["decay"], hoag.meta["decay"])
+
+
+def test_later_steps_do_not_change_a_state_that_was_taken():
+    hoag, _ = run(3)
+    state = hoag.state_dict()
+    decay = state["free"]["decay"].item()
+    hoag.step()
+    assert state["free"]["decay"].item() == decay != hoag.state_dict()["free"]["decay"].item()
+
+
+def test_the_state_of_other_hyperparameters_is_refused():
+    hoag, _ = run(1)
+    state = hoag.state_dict()
+    state["free"] = {"decay": torch.zeros(2)}
+    before = hoag.state_dict()
+    with pytest.raises(ValueError, match="state: got hyperparameters"):
+        hoag.load_state_dict(state)
+    assert hoag.state_dict()["free"] == before["free"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", ["quadratic", "cubic", lambda k: 0.5**k], ids=["quadratic", "cubic", "halving"]
