@@ -218,7 +218,8 @@ def _classes(where: str, content: Content) -> ClassArrays:
     """The raw inputs of each class, from any of the three forms in `ARRAY_LAYOUT`."""
     arrays = {name: _array(value) for name, value in content.items()}
     large = {name: array for name, array in arrays.items() if array.ndim >= 2}
-    labels = [name for name in arrays if name.lower() in LABELS]
+    called_labels = [name for name in arrays if name.lower() in LABELS]
+    labels = [name for name in called_labels if not _is_class(arrays[name], large)]
     if "class_dict" not in content and not labels:
         if len(large) < 2:
             raise ValueError(f"{where}: got {sorted(content)}; {ARRAY_LAYOUT}")
@@ -236,6 +237,12 @@ def _classes(where: str, content: Content) -> ClassArrays:
         rows = _rows_of_labels(where, content[labels[0]], len(inputs))
     _check_rows(where, rows, len(inputs))
     return {name: _rows(inputs, numbers) for name, numbers in rows.items()}
+
+
+def _is_class(array: np.ndarray, large: ClassArrays) -> bool:
+    """Whether an array that is called as labels are is a class, such as y among the letters."""
+    kinds = {(other.dtype, other.shape[1:]) for other in large.values()}
+    return array.ndim >= 2 and len(large) > 2 and len(kinds) == 1
 
 
 def _rows(inputs: np.ndarray, numbers: np.ndarray) -> np.ndarray:

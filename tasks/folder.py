@@ -8,6 +8,7 @@ from pathlib import Path
 from tasks.class_images import ClassImages, read_class_images
 from tasks.episodes import Splits
 from tasks.few_shot import few_shot_splits, shuffled_split
+from tasks.list_files import PARTS
 from tasks.split_folders import LAYOUT
 
 
@@ -87,6 +88,12 @@ def load(
         color=color,
         split_lists=split_lists,
     )
+    if len(classes.pool) < len(PARTS):
+        names = ", ".join(map(repr, classes.pool.names))
+        raise ValueError(
+            f"data_root: got images or features of {len(classes.pool)} classes ({names}), expected "
+            f"one class or more for each of {', '.join(PARTS)}; {LAYOUT}"
+        )
     return splits_of(
         "folder",
         classes,

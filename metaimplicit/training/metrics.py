@@ -61,7 +61,10 @@ class Estimate:
             )
         values = values.double()
         n = len(values)
-        return cls(values.mean().item(), 1.96 * values.std().item() / n**0.5, n)
+        # Without the first value, equal values are zeros, whose mean has no round-off.
+        first = values[0].nan_to_num(0.0, 0.0, 0.0)
+        rest = values - first
+        return cls((first + rest.mean()).item(), 1.96 * rest.std().item() / n**0.5, n)
 
     @classmethod
     def of_difference(cls, values: Tensor, others: Tensor) -> Estimate:

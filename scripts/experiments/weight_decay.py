@@ -186,7 +186,7 @@ class WeightDecay(TuningExperiment):
         return tuner.meta
 
     def table(self, runs: Runs) -> str:
-        """One table at the paper's outer step, one at the best outer step of each method."""
+        """One table at the paper's outer step, if it ran, one at the best step of each method."""
         columns = {
             "method": METHOD,
             "outer step": outer_step,
@@ -197,22 +197,27 @@ class WeightDecay(TuningExperiment):
             "norm ratio": mean_over_steps("ratios", 3),
         }
         tried = ", ".join(f"{lr:g}" for lr in self.outer_lrs)
-        at_paper = markdown_table(columns, runs_at_paper_step(runs).groups("method"))
         at_best = markdown_table(columns, runs_at_best_step(runs).groups("method"))
+        text = f"At each method's best outer step of {tried}, by mean validation loss:\n\n{at_best}"
+        if PAPER_STEP not in self.outer_lrs:
+            return text
+        at_paper = markdown_table(columns, runs_at_paper_step(runs).groups("method"))
         return (
-            f"At the outer step of Hataya & Yamada's code, {PAPER_STEP:g}:\n\n{at_paper}\n\n"
-            f"At each method's best outer step of {tried}, by mean validation loss:\n\n{at_best}"
+            f"At the outer step of Hataya & Yamada's code, {PAPER_STEP:g}:\n\n{at_paper}\n\n{text}"
         )
 
     def plot(self, runs: Runs, figure: Figure) -> None:
         """Validation loss against outer steps, at the paper's outer step and at the best ones."""
         figure.set_size_inches(8, 5)
-        left, right = figure.subplots(1, 2, sharey=True)
         tuned = Runs(run for run in runs if run.case["method"] != "none")
-        plot_losses(left, runs_at_paper_step(tuned))
-        plot_losses(right, runs_at_best_step(tuned))
-        left.set(title=f"outer step {PAPER_STEP:g}", ylabel="validation loss")
-        right.set(title="best outer step of each method")
+        panels = {"best outer step of each method": runs_at_best_step(tuned)}
+        if PAPER_STEP in self.outer_lrs:
+            panels = {f"outer step {PAPER_STEP:g}": runs_at_paper_step(tuned), **panels}
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (title, shown) in zip(axes, panels.items(), strict=True):
+            plot_losses(ax, shown)
+            ax.set(title=title)
+        axes[0].set(ylabel="validation loss")
 
 
 def cosine_and_ratio(exact: Tensor, other: Tensor) -> tuple[float, float]:

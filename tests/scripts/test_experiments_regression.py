@@ -150,6 +150,13 @@ def test_a_smoke_test_leaves_rows_a_table_and_a_plot(experiment, cases, tmp_path
         assert f"`{method}`" in table
 
 
+def test_the_papers_outer_step_is_left_out_if_it_does_not_run(tmp_path):
+    options = {"method": ("none", "dense"), "seeds": 1, "outer_steps": 1, "test": 10}
+    table = execute(WeightDecay(**options, outer_lrs=(0.3,), out=tmp_path))
+    assert table.startswith("At each method's best outer step of 0.3,")
+    assert "Hataya" not in table
+
+
 def test_outer_steps_can_be_added_later(tmp_path):
     sizes = {"method": ("dense",), "seeds": 1, "outer_steps": 1, "test": 10, "out": tmp_path}
     execute(WeightDecay(outer_lrs=(1.0,), **sizes))

@@ -150,6 +150,13 @@ def test_every_layout_gives_the_inputs_of_its_classes(tmp_path, layout, write):
             assert torch.equal(rows // ROWS, ids - 2 * part)
 
 
+def test_a_class_may_be_called_as_labels_are(tmp_path):
+    letters = [*"abcdefghijklmnopqrstuvwxyz", "label"]
+    write_tree(tmp_path, {f"{name}.npy": npy(images(0)[:4] + i) for i, name in enumerate(letters)})
+    splits = load(tmp_path)
+    assert sorted(name for part in families(splits) for name in part.classes) == sorted(letters)
+
+
 @pytest.mark.parametrize("suffix", ["npz", "pt", "pkl"])
 def test_one_file_without_a_split_is_shuffled_or_split_by_text_lists(tmp_path, suffix):
     content = {"x": torch.rand(25 * 4, 3), "y": torch.arange(25).repeat_interleave(4)}

@@ -127,6 +127,11 @@ def test_a_shuffled_split_has_every_class_once_and_depends_on_its_seed_alone(see
     assert len(set(names)) == len(names) == classes
 
 
+def test_a_shuffle_by_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed: got -1, expected an integer ≥ 0"):
+        shuffled_split(10, seed=-1)
+
+
 def test_splits_that_share_a_class_are_refused():
     whole = numbered_pool()
     families = [

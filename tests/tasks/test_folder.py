@@ -164,6 +164,11 @@ def test_images_have_the_size_and_the_channels_asked_for(tmp_path):
         (without(mini_imagenet(), "val.csv"), r"split lists: .* has no val\.csv"),
         (class_folders(6), "ways: got 2, but folder/validation has 1 classes"),
         (
+            {f"images/{i}.png": red_square(i) for i in range(9)} | {"labels.csv": b"id,label"},
+            r"data_root: got images or features of 1 classes \('images'\), expected one class or "
+            "more for each of train, val, test; expected class/image files",
+        ),
+        (
             class_folders(count=2),
             r"shots \+ queries: got 1 \+ 2 = 3, but class 'c\d\d' of folder/train has 2 images",
         ),

@@ -1,5 +1,8 @@
 """Means with their intervals, and what `evaluate` counts."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +30,20 @@ def test_the_interval_is_196_standard_errors_of_the_sample_deviation():
     assert estimate.tasks == 4
     with pytest.raises(ValueError, match=r"values: got shape \(1,\), expected \[n\]"):
         Estimate.of(torch.ones(1))
+
+
+@pytest.mark.parametrize("value", [1 / 3, 0.1, 1e30, -7.7])
+@pytest.mark.parametrize("tasks", [2, 7, 600])
+def test_equal_values_have_no_deviation(value, tasks):
+    estimate = Estimate.of(torch.full((tasks,), value, dtype=torch.float64))
+    assert (estimate.mean, estimate.interval) == (value, 0.0)
+
+
+def test_a_mean_of_what_is_not_finite_is_not_finite():
+    for first, second in itertools.permutations([1.0, math.inf, -math.inf, math.nan], 2):
+        estimate = Estimate.of(torch.tensor([first, second]))
+        assert not math.isfinite(estimate.mean)
+        assert not math.isfinite(estimate.interval)
 
 
 def test_a_paired_interval_is_that_of_the_differences_of_the_tasks():
