@@ -222,11 +222,12 @@ class EpisodeSampler(Dataset[Episodes]):
         number: Any = tasks
         if not isinstance(number, Integral) or number < 1:
             raise ValueError(f"tasks: got {tasks}, expected at least 1 task in a batch")
-        if seed < 0:
+        number = seed
+        if not isinstance(number, Integral) or number < 0:
             raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")
         self.family = family
-        self.tasks = tasks
-        self.seed = seed
+        self.tasks = int(tasks)  # NumPy has integers, too
+        self.seed = int(seed)
         self.position = 0
 
     def __getitem__(self, index: int) -> Episodes:

@@ -19,6 +19,7 @@ LAYERS = (
         "compiled",
         "forward_mode",
         "options",
+        "plain_state",
         "random_state",
         "recomputation",
         "scoped",

@@ -17,6 +17,7 @@ from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import read_episodes
 from metaimplicit.learner.results import Step
 from metaimplicit.normalization import tracked_layers
+from metaimplicit.plain_state import load_plain
 from metaimplicit.task_axis import count_tasks, map_tensors, task_of
 
 Value = TypeVar("Value")
@@ -204,7 +205,7 @@ class Ranks:
             return value
         if message[0] is None:
             raise LostRanksError("ranks: the first process failed, whose error says why")
-        received: Value = torch.load(io.BytesIO(message[0]), map_location="cpu", weights_only=True)
+        received: Value = load_plain(message[0], "cpu")
         return received
 
     def _weighted_means(self, tensors: Sequence[Tensor], tasks: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,6 +103,34 @@ def set_aside(path: Path) -> Path:
         aside = path.with_name(f"{path.name}.damaged-{count}")
     os.replace(path, aside)
     return aside
+
+
+def json_types(argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in the types that JSON has: tuples, arrays and tensors as lists or numbers.
+
+    Args:
+        argument: What they are, for the message.
+        values: Values by name.
+
+    Raises:
+        ValueError: A value is of another type, such as a path.
+
+    Example:
+        >>> import numpy as np
+        >>> json_types("config", {"seed": np.int64(3), "shape": (2, 5)})
+        {'seed': 3, 'shape': [2, 5]}
+    """
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        raise ValueError(
+            f"{argument}: got a {type(value).__name__}, expected types that JSON has; "
+            "give a string in its place"
+        )
+
+    converted: dict[str, Any] = json.loads(json.dumps(dict(values), default=plain))
+    return converted
 
 
 def write_json(path: str | Path, data: Any) -> None:

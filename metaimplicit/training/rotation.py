@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from metaimplicit.training.files import previous, set_aside, write_atomically
+from metaimplicit.plain_state import load_plain
+from metaimplicit.training.files import json_types, previous, set_aside, write_atomically
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.sealed import DamagedFileError, read_sealed, write_sealed
 
@@ -62,12 +63,17 @@ def write_checkpoint(
         state: What it holds, in plain containers of tensors, numbers and strings.
         is_best: Whether to write it to `best(path)` as well.
         log: What has to be on the disk before the checkpoint that counts its lines.
+
+    Raises:
+        ValueError: The state holds what could not be read again. The first checkpoint is tried.
     """
     buffer = io.BytesIO()
     # As text, because torch.save looks at each object of the state for its tensors.
-    identity = json.dumps(state["identity"])
+    identity = json.dumps(json_types("identity", state["identity"]))
     torch.save(state | {"format": FORMAT, "identity": identity}, buffer)
     payload = buffer.getbuffer()
+    if not path.exists():
+        _require_readable(buffer.getvalue())
     if is_best:
         # A run that is killed between the two writes takes the best step again.
         write_sealed(best(path), payload)
@@ -146,15 +152,22 @@ def repair(path: Path, loaded: Loaded) -> None:
         write_atomically(path, lambda file: file.write(content))
 
 
+def _require_readable(payload: bytes) -> None:
+    try:
+        load_plain(payload, "cpu")
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint: the state of the run could not be read again ({error}), expected "
+            "containers of tensors, numbers, strings and arrays; change what the state_dict of "
+            "the sampler or the optimiser returns"
+        ) from error
+
+
 def _read(path: Path, identity: Identity | None, device: torch.device) -> State:
     payload = read_sealed(path)
     try:
-        state = torch.load(
-            io.BytesIO(payload),
-            map_location=device,
-            weights_only=True,
-        )
-    except Exception as error:  # the bytes decide which one
+        state = load_plain(payload, device)
+    except ValueError as error:
         raise DamagedFileError(f"checkpoint: {path} is no checkpoint ({error})") from error
     if not (isinstance(state, dict) and set(state) >= MEMBERS):
         raise DamagedFileError(f"checkpoint: {path} is no checkpoint of a run")
@@ -170,7 +183,7 @@ def _read(path: Path, identity: Identity | None, device: torch.device) -> State:
 
 
 def _require_same_identity(stored: Identity, given: Identity, path: Path) -> None:
-    given = json.loads(json.dumps(dict(given)))  # a tuple comes back from JSON as a list
+    given = json_types("identity", given)
     names = [name for name in {**stored, **given} if stored.get(name) != given.get(name)]
     if not names:
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metaimplicit.training.files import previous
+from metaimplicit.training.files import json_types, previous
 from metaimplicit.training.lock import only_writer
 from metaimplicit.training.log import CONFIG, METRICS
 from metaimplicit.training.progress import Progress
@@ -46,7 +46,8 @@ class RunFolder:
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False. Or another process writes to it.
-        ValueError: config.json is damaged. Or `out` has a run's metrics, but no checkpoint.
+        ValueError: `config` or `identity` holds what JSON has not. Or config.json is damaged. Or
+            `out` has a run's metrics, but no checkpoint.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class RunFolder:
         self.out = out
         self.checkpoint = out / CHECKPOINT
         self._resume = resume
-        self._config = dict(config or {})
-        self._given = dict(identity or {})
+        self._config = json_types("config", config or {})
+        self._given = json_types("identity", identity or {})
         self._stack = ExitStack()
         self._progress: Progress | None = None
 

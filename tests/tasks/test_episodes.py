@@ -127,6 +127,15 @@ def test_a_shuffled_split_has_every_class_once_and_depends_on_its_seed_alone(see
     assert len(set(names)) == len(names) == classes
 
 
+def test_a_sampler_takes_integers_of_numpy():
+    family = few_shot(numbered_pool((6,) * 7))
+    sampler = EpisodeSampler(family, tasks=np.int64(2), seed=np.int64(5))
+    plain = EpisodeSampler(family, tasks=2, seed=5)
+    assert [type(value) for value in sampler.state_dict().values()] == [str, int, int, int]
+    for batch, expected in zip(sampler.batches(2), plain.batches(2), strict=True):
+        assert torch.equal(batch.query[0], expected.query[0])
+
+
 def test_a_shuffle_by_a_negative_seed_is_refused():
     with pytest.raises(ValueError, match="seed: got -1, expected an integer ≥ 0"):
         shuffled_split(10, seed=-1)

@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
-from training.sinusoid_run import make_parts, train
+from training.sinusoid_run import assert_same_weights, make_parts, no_decay, train
 
 from metaimplicit.training import (
     DamagedFileError,
@@ -69,6 +71,47 @@ def test_damaged_checkpoints_are_refused(path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DamagedFileError, match="got no checksum at the end"):
         load_learner(path, parts.learner)
+
+
+class CountingSampler:
+    """A sampler whose state has an entry more."""
+
+    def __init__(self, sampler, entry):
+        self.batches = sampler.batches
+        self.load_state_dict = sampler.load_state_dict
+        self._sampler = sampler
+        self._entry = entry
+
+    def state_dict(self):
+        return self._sampler.state_dict() | {"entry": self._entry}
+
+
+def numpy_parts():
+    """The parts of a run whose states hold numbers and arrays of NumPy."""
+    learner, _, sampler = make_parts()
+    rate, momentum = np.logspace(-3, -1, 3), np.float32(0.5)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=rate[1], momentum=momentum)
+    entry = {"number": np.int64(3), "state": np.random.RandomState(0).get_state()}
+    return learner, optimizer, CountingSampler(sampler, entry)
+
+
+def test_numbers_and_arrays_of_numpy_are_resumed(tmp_path):
+    unbroken = numpy_parts()
+    train(tmp_path / "unbroken", unbroken, steps=4, schedule=no_decay)
+    train(tmp_path / "stopped", numpy_parts(), steps=2, schedule=no_decay)
+    resumed = numpy_parts()
+    train(tmp_path / "stopped", resumed, steps=4, schedule=no_decay, resume=True)
+    assert_same_weights(resumed[0], unbroken[0])
+    other = make_parts().learner
+    assert load_learner(tmp_path / "stopped" / "checkpoint.pt", other).step == 4
+
+
+def test_a_state_that_could_not_be_read_again_is_refused_before_the_first_step(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    sampler = CountingSampler(sampler, deque([1]))
+    with pytest.raises(ValueError, match=r"could not be read again \(it holds a collections.deque"):
+        train(tmp_path, (learner, optimizer, sampler))
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path, monkeypatch):

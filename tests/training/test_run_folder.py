@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training.sinusoid_run import assert_same_weights, make_parts, make_sampler, no_decay, train
@@ -190,6 +191,23 @@ def test_what_a_resumed_run_may_not_change_is_named(out, changed, message):
     with pytest.raises(ValueError, match=message):
         train_further(out, steps=4, identity=IDENTITY | changed)
     assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_config_and_identity_take_numbers_of_numpy_and_torch(tmp_path):
+    numbers = {
+        "seed": np.int64(3),
+        "lr": np.float64(0.1),
+        "rows": np.arange(2),
+        "t": torch.ones(()),
+    }
+    train_further(tmp_path, steps=1, config=numbers, identity=numbers)
+    plain = {"seed": 3, "lr": 0.1, "rows": [0, 1], "t": 1.0}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: config[name] for name in plain} == plain
+    _, progress = train_further(tmp_path, steps=2, identity=plain)
+    assert progress.step == 2
+    with pytest.raises(ValueError, match="identity: got a PosixPath, expected types that JSON has"):
+        train_further(tmp_path, steps=3, identity={"data": tmp_path})
 
 
 def test_an_edited_config_is_noticed(tmp_path):
