@@ -95,10 +95,13 @@ def main(args: list[str]) -> None:
     require_writable(command.run / EVALUATION)
     set_up_cpu(options.threads)
     tested = with_tasks_of(command, command.run, options)
-    family = split_family(tasks.load(**tested.task_arguments()), command.split)
-    learner, progress = load_run(command.run, options)
-    rival = None if command.against is None else load_rival(command, tested)
+    splits = tasks.load(**options.task_arguments())
+    learner, progress = load_run(command.run, options, splits)
+    if tested != options:
+        splits = tasks.load(**tested.task_arguments())
+    rival = None if command.against is None else load_rival(command, tested, splits)
 
+    family = split_family(splits, command.split)
     seed = options.test_seed if command.seed is None else command.seed
     result = run_test(learner, family, tested, seed=seed)
     about: dict[str, Any] = {"split": command.split, "tested_meta_step": progress.step}
@@ -108,7 +111,7 @@ def main(args: list[str]) -> None:
     summary = summarize_test(learner, result, family, tested, seed=seed) | about
     write_json(command.run / EVALUATION, summary)
 
-    fits = predict_test_curves(learner, tested, command.split, seed=seed)
+    fits = predict_test_curves(learner, family, tested, command.split, seed=seed)
     title = f"{options.task}, {options.approach}"
     plot_adaptation(command.run, result, title=title, fits=fits)
     kind = f"{tested.ways}-way {tested.shots}-shot " if family.kind == "classification" else ""
@@ -179,13 +182,12 @@ def with_tasks_of(command: Evaluate, run: Path, options: RunOptions) -> RunOptio
     return replace(options, **{name: n for name, n in chosen.items() if n is not None})
 
 
-def load_run(run: Path, options: RunOptions) -> tuple[MetaLearner, Progress]:
+def load_run(run: Path, options: RunOptions, splits: tasks.Splits) -> tuple[MetaLearner, Progress]:
     """The trained learner of a run, and how long it was trained.
 
     Raises:
-        ValueError: The data are not those of the run, or no checkpoint is whole.
+        ValueError: The splits are not those of the run, or no checkpoint is whole.
     """
-    splits = tasks.load(**options.task_arguments())
     check_classes(run, splits)
     learner = build_learner(options, splits.test)
     identity = run_identity(options, splits)
@@ -202,12 +204,13 @@ class Rival:
     progress: Progress
 
 
-def load_rival(command: Evaluate, options: RunOptions) -> Rival:
+def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> Rival:
     """The run of --against, with options that draw the tasks of the run that is evaluated.
 
     Args:
         command: The command.
         options: Those of the run that is evaluated, with the tasks of the command.
+        splits: These tasks.
 
     Raises:
         ValueError: It is that run itself, or has other tasks.
@@ -215,7 +218,7 @@ def load_rival(command: Evaluate, options: RunOptions) -> Rival:
     run = command.against or command.run
     if run.resolve() == command.run.resolve():
         raise ValueError(f"--against: got {run}, the run itself, expected another run")
-    own = replace(load_options(command, run), data_root=options.data_root)
+    own = load_options(command, run)
     tested = with_tasks_of(command, run, own)
     for name in ("task", "ways", "shots", "task_options"):
         theirs, ours = getattr(tested, name), getattr(options, name)
@@ -224,7 +227,7 @@ def load_rival(command: Evaluate, options: RunOptions) -> Rival:
                 f"--against: {run} has {name} {theirs}, but {command.run} has {ours}; expected a "
                 "run with the same tasks"
             )
-    learner, progress = load_run(run, own)
+    learner, progress = load_run(run, own, splits)
     # Which tasks a seed gives depends on how many are drawn at a time.
     return Rival(run, replace(tested, meta_batch=options.meta_batch), learner, progress)
 

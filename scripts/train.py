@@ -266,7 +266,7 @@ def test(run: Run, progress: Progress) -> None:
 
     name = options.recipe or f"{options.task}, {options.approach}"
     plot_curves(out)
-    fits = predict_test_curves(run.learner, options, "test", seed=options.test_seed)
+    fits = predict_test_curves(run.learner, family, options, "test", seed=options.test_seed)
     plot_adaptation(out, result, title=name, fits=fits)
     print(
         f"{name}: test {result.metric} {result.curve()[-1]} (95 %, {options.test_episodes} tasks, "

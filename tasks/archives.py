@@ -27,6 +27,9 @@ ENCRYPTED = 1 << 0
 UTF8_NAME = 1 << 11
 WINDOWS = (0, 10)  # made on FAT or NTFS
 
+# What the folder of a training run holds.
+RUN_FILES = {"config.json", "checkpoint.pt", "metrics.jsonl"}
+
 
 class Source(Protocol):
     """Files below one root."""
@@ -251,7 +254,11 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """The path of every file, relative to `root`. Every real folder is entered once."""
+    """The path of every file, relative to `root`. Every real folder is entered once.
+
+    Folders of training runs are passed over. `runs` stands in the data where a run is started
+    there.
+    """
     real_of: dict[PurePosixPath, Path] = {}
     path_of: dict[Path, PurePosixPath] = {}
     # Links wait at the end, so that folders are entered by their own paths first.
@@ -269,7 +276,10 @@ def _walk(root: Path) -> Iterator[str]:
             )
         real_of[folder] = real
         path_of[real] = folder
-        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+        entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        if folder.parts and {entry.name for entry in entries} >= RUN_FILES:
+            continue  # Its plots are no images of the data.
+        for entry in entries:
             if _is_hidden(entry.name):
                 continue
             path = f"{folder}/{entry.name}".removeprefix("./")

@@ -17,9 +17,10 @@ from tasks.images import IMAGE_SUFFIXES, decode
 class Files:
     """The files below a folder, or in a zip or tar archive, with their relative paths.
 
-    Names that start with a dot and macOS's `__MACOSX` folders are left out. In a folder, links are
-    followed, except a link to a folder that contains it. Two paths to one folder are refused, as is
-    an archive with links, devices or paths that leave it.
+    Names that start with a dot and macOS's `__MACOSX` folders are left out. In a folder, so are
+    folders of training runs, whose plots are no data. Links are followed, except a link to a folder
+    that contains it. Two paths to one folder are refused, as is an archive with links, devices or
+    paths that leave it.
 
     Args:
         root: A folder, or a zip or tar archive. The tar may be compressed by gzip, bzip2 or xz.

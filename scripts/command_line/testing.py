@@ -86,10 +86,14 @@ def summarize_test(
 
 
 def predict_test_curves(
-    learner: MetaLearner, options: RunOptions, split: Split, *, seed: int
+    learner: MetaLearner,
+    family: tasks.TaskFamily,
+    options: RunOptions,
+    split: Split,
+    *,
+    seed: int,
 ) -> Fits | None:
     """Predictions for three tasks of a split, if they have one input and one output, else None."""
-    family = split_family(tasks.load(**options.task_arguments()), split)
     if family.kind != "regression" or family.input_shape != (1,):
         return None
     arguments = options.task_arguments() | {"queries": PLOTTED_QUERIES}

@@ -319,6 +319,20 @@ def write_images(root, classes, blue=0):
 
 
 @pytest.mark.slow
+def test_a_run_may_stand_among_its_data(tmp_path, monkeypatch):
+    write_images(tmp_path, 20)
+    monkeypatch.chdir(tmp_path)
+    args = ["--task=folder", "--data-root=.", "--ways=2", "--queries=2", "--filters=4"]
+    args += ["--steps=1", "--test-episodes=2", "--validation-episodes=2", "--task-options=size=8"]
+    train(args)
+    run = tmp_path / "runs" / "folder-ridge-0"
+    assert (run / "report.html").exists()
+    evaluate([str(run), "--episodes", "2"])
+    train(["--resume", f"--out={run}", "--steps=2"])
+    train([*args, "--seed=1"])
+
+
+@pytest.mark.slow
 def test_a_run_is_neither_resumed_nor_tested_on_other_images_or_classes(tmp_path, capsys):
     """One more class changes how all of them are shuffled."""
     data = tmp_path / "data"

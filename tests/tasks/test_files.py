@@ -22,6 +22,17 @@ def test_a_zip_has_the_files_of_its_tree_without_hidden_ones(tmp_path):
         assert tree.read(path) == zipped.read(path) == data
 
 
+def test_the_plots_of_a_training_run_are_no_data(tmp_path):
+    files = class_folders(2)
+    run = dict.fromkeys(["config.json", "checkpoint.pt", "metrics.jsonl", "curves.png"], b"x")
+    in_data = {f"runs/folder-ridge-0/{name}": data for name, data in run.items()}
+    assert Files(write_tree(tmp_path / "tree", files | in_data)).paths == sorted(files)
+    # Of a class, some of these names may be those of other files.
+    others = {"c00/config.json": b"x", "c00/checkpoint.pt": b"x"}
+    assert Files(write_tree(tmp_path / "other", files | others)).paths == sorted(files | others)
+    assert Files(write_tree(tmp_path / "run", run)).paths == sorted(run)
+
+
 def test_image_paths_end_in_a_known_suffix_of_either_case(tmp_path):
     names = ["a.png", "b.JPG", "c.txt", "d", "e.tiff"]
     files = Files(write_tree(tmp_path, dict.fromkeys(names, b"x")))
