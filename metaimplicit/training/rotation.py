@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from metaimplicit.plain_state import load_plain
 from metaimplicit.training.files import json_types, previous, set_aside, write_atomically
@@ -67,13 +69,14 @@ def write_checkpoint(
     Raises:
         ValueError: The state holds what could not be read again. The first checkpoint is tried.
     """
-    buffer = io.BytesIO()
     # As text, because torch.save looks at each object of the state for its tensors.
     identity = json.dumps(json_types("identity", state["identity"]))
-    torch.save(state | {"format": FORMAT, "identity": identity}, buffer)
-    payload = buffer.getbuffer()
+    state = state | {"format": FORMAT, "identity": identity}
     if not path.exists():
-        _require_readable(buffer.getvalue())
+        _require_readable(state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
     if is_best:
         # A run that is killed between the two writes takes the best step again.
         write_sealed(best(path), payload)
@@ -152,9 +155,12 @@ def repair(path: Path, loaded: Loaded) -> None:
         write_atomically(path, lambda file: file.write(content))
 
 
-def _require_readable(payload: bytes) -> None:
+def _require_readable(state: State) -> None:
+    buffer = io.BytesIO()
+    # Tensors can be read. They may be large.
+    torch.save(tree_map_only(Tensor, lambda tensor: torch.empty(0), state), buffer)
     try:
-        load_plain(payload, "cpu")
+        load_plain(buffer.getvalue(), "cpu")
     except ValueError as error:
         raise ValueError(
             f"checkpoint: the state of the run could not be read again ({error}), expected "
