@@ -1,5 +1,7 @@
 """Pools of images and of features: from sorted tensors, from datasets, and their subsets."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,16 @@ def test_any_dataset_of_pairs_is_a_pool_sorted_by_label(kind):
             [torch.as_tensor(dataset[row][0]) for row in by_name[name.removeprefix("class ")]]
         )
         assert torch.equal(pool.images_of(position), expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_features_that_are_not_finite_are_named(value, dtype):
+    features = torch.zeros(7, 2, 3, dtype=dtype)
+    features[5, 1, 2] = value
+    message = "images: got NaN or Inf in input 1 of class 'dog', expected finite numbers"
+    with pytest.raises(ValueError, match=message):
+        ImagePool.from_sorted(features, counts=[4, 0, 3], names=["cat", "none", "dog"])
 
 
 @pytest.mark.parametrize(
