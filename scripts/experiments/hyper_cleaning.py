@@ -93,6 +93,16 @@ class HyperCleaning(TuningExperiment):
         "rank": 3,
     }
 
+    def check_options(self) -> None:
+        """Raise ValueError if a baseline has no example."""
+        super().check_options()
+        clean = [method for method in self.methods if method.startswith("clean")]
+        if self.share == 1 and clean:
+            raise ValueError(
+                f"--share: got {self.share:g} with --method {clean[0]}, which trains on the right "
+                "labels, expected less than 1; or leave that method out"
+            )
+
     def method_options(self, flag: str) -> dict[str, Any]:
         """The options of the solvers. The step of `t1-t2` is a gradient step of the inner loop."""
         return {
@@ -131,7 +141,10 @@ class HyperCleaning(TuningExperiment):
         )
         measured = [line for line in read_metrics(out) if line["split"] == "validation"]
         weights = tuner.meta["example_weights"]
-        remaining = joined(split.train.take(weights >= THRESHOLD), split.validation)
+        kept = weights >= THRESHOLD
+        remaining = split.validation
+        if kept.any():
+            remaining = joined(split.train.take(kept), split.validation)
         return detection(weights < THRESHOLD, wrong) | {
             "accuracy": balanced_accuracy(model, split.test, tuner.params),
             "retrained": self.train_without_weights(remaining, split.test, seed),

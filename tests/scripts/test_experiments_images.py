@@ -60,6 +60,17 @@ def test_wrong_labels_are_those_that_were_changed():
     assert torch.equal(clean.validation.targets, corrupted.validation.targets)
 
 
+def test_all_labels_may_be_wrong_but_for_the_baselines_on_the_right_ones(tmp_path):
+    sizes = {"training": 12, "validation": 8, "steps": 6, "inner_steps": 20, "device": "cpu"}
+    cleaning = HyperCleaning(share=1.0, decay=1.0, outer_lr=2.0, **sizes)
+    row = cleaning.run({"method": "cg", "seed": 0}, tmp_path)
+    assert row["recall"] == 1.0
+    assert row["retrained"] > 0.9  # it is trained on the validation set alone
+    with pytest.raises(ValueError, match="--share: got 1 with --method clean, which trains on"):
+        cleaning.check_options()
+    replace(cleaning, method=("none", "cg")).check_options()
+
+
 @pytest.mark.parametrize("method", ["cg", "truncated"])
 def test_every_wrong_label_loses_its_weight(tmp_path, method):
     """The blobs are separable and the decay is large: no label is misjudged by either method."""
