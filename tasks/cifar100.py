@@ -78,7 +78,8 @@ def read_cifar_classes(
     classes = _read(source, size)
     if split_lists is None:
         return classes
-    return divide(classes, Files(Path(split_lists)), required=True)
+    # On the command line, the name 2024 of a folder is read as a number.
+    return divide(classes, Files(Path(str(split_lists))), required=True)
 
 
 def _find(root: Path) -> Path | None:

@@ -129,7 +129,8 @@ def read_class_images(
         raise ValueError(f"size: got {size}, expected at least 1 pixel a side")
     root = Path(data_root)
     files = Files(root, is_one_file=root.suffix.lower() in READERS)
-    lists = files if split_lists is None else Files(Path(split_lists))
+    # On the command line, the name 2024 of a folder is read as a number.
+    lists = files if split_lists is None else Files(Path(str(split_lists)))
     required = split_lists is not None
     images = files.image_paths
     if images:

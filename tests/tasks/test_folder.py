@@ -110,6 +110,15 @@ def test_lists_may_lie_elsewhere_and_name_paths(tmp_path):
     assert splits.test.pool.images_of(0)[:, 0, 0, 0].tolist() == [30, 31, 32]
 
 
+def test_lists_may_lie_in_a_folder_whose_name_is_a_number(tmp_path, monkeypatch):
+    images = {path: data for path, data in mini_imagenet().items() if path.endswith(".jpg")}
+    lists = {path: data for path, data in mini_imagenet().items() if path.endswith(".csv")}
+    root = write_tree(tmp_path / "data", images)
+    write_tree(tmp_path / "2024", lists)
+    monkeypatch.chdir(tmp_path)
+    assert classes(load(root, split_lists=2024)) == classes(load(root, split_lists="2024"))
+
+
 def test_a_csv_of_another_name_is_no_list(tmp_path):
     log = "epoch,loss\n1,2\n"
     files = class_folders() | dict.fromkeys(("my_train.csv", "training.csv", "base.csv"), log)
