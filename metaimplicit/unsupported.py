@@ -140,6 +140,10 @@ ADVICE = {
     r"derivative for '?(?:aten::)?_*([\w.]+)'? is not implemented": (
         "{0}: torch has no derivative of it; replace it, or detach its inputs"
     ),
+    r"is not differentiable with respect to argument": (
+        "an argument of an operation has no derivative, but requires grad ({0}); detach it, or use "
+        "it outside of the operation, as weights of classes after reduction='none'"
+    ),
     r"aot_autograd does not currently support double backward|donated buffers": (
         "torch.compile: a compiled function has no second derivative; use the function that was "
         "compiled (a module has it in _orig_mod), vectorize='vmap', or {2}"

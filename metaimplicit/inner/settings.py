@@ -149,9 +149,24 @@ def constant_choices(setting: Any) -> list[Any]:
         >>> constant_choices({"weight": [0.1, FromMeta("lr")], "*": 0.3})
         [0.1, 0.3]
     """
+    return [
+        value
+        for value in values_in(setting)
+        if not any(isinstance(number, (Tensor, FromMeta)) for number in numbers_in(value))
+    ]
+
+
+def values_in(setting: Any) -> Iterator[Any]:
+    """The values that a parameter may get at some step: numbers, or tuples of them.
+
+    Example:
+        >>> list(values_in({"weight": [(0.9, 0.99), (0.8, 0.99)], "*": (0.5, 0.9)}))
+        [(0.9, 0.99), (0.8, 0.99), (0.5, 0.9)]
+    """
     if isinstance(setting, Mapping):
         setting = list(setting.values())
-    if isinstance(setting, list):
-        return [choice for entry in setting for choice in constant_choices(entry)]
-    learnt = any(isinstance(number, (Tensor, FromMeta)) for number in numbers_in(setting))
-    return [] if learnt else [setting]
+    if not isinstance(setting, list):
+        yield setting
+        return
+    for entry in setting:
+        yield from values_in(entry)

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from metaimplicit.inner.optimizers import RULES
 from metaimplicit.inner.rules import Group, clip_factor
-from metaimplicit.inner.settings import at_step, constant_choices, resolve_setting
+from metaimplicit.inner.settings import (
+    at_step,
+    constant_choices,
+    resolve_setting,
+    values_in,
+)
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import FromMeta, Number, resolve
@@ -76,6 +81,7 @@ class DifferentiableStep:
             )
         for option, setting in self.options.items():
             _check_numbers(option, setting)
+            _check_tuples(option, setting)
         _ = self.defaults  # torch checks the range of constants
         limit = self.max_grad_norm
         if limit is not None and (isinstance(limit, (list, Mapping)) or not _is_number(limit)):
@@ -90,12 +96,6 @@ class DifferentiableStep:
     def defaults(self) -> dict[str, Any]:
         """All options of the optimiser. Options that depend on tensors have stand-ins."""
         choices = {key: constant_choices(setting) for key, setting in self.options.items()}
-        for key, values in choices.items():
-            if key not in PAIRS and any(isinstance(value, tuple) for value in values):
-                raise ValueError(
-                    f"{key}: got {self.options[key]}, expected a number, a dict of numbers by "
-                    "parameter, or a list of numbers by step"
-                )
         if "momentum" in choices and not choices["momentum"]:
             # A stand-in, because torch refuses Nesterov's momentum without a number.
             choices["momentum"] = [0.5]
@@ -168,6 +168,22 @@ def _check_numbers(option: str, setting: Any) -> None:
             f"{option}: got {setting!r}, expected a number, a tensor or FromMeta, a dict of these "
             "by parameter, or a list by step"
         )
+
+
+def _check_tuples(option: str, setting: Any) -> None:
+    """Raise ValueError unless a setting has a tuple of two where torch does, and only there."""
+    for value in values_in(setting):
+        is_pair = isinstance(value, tuple) and len(value) == 2
+        if option in PAIRS and not (is_pair or isinstance(value, (Tensor, FromMeta))):
+            raise ValueError(
+                f"{option}: got {setting!r}, expected a tuple of two numbers, a dict of these "
+                "by parameter, or a list of these by step"
+            )
+        if option not in PAIRS and isinstance(value, tuple):
+            raise ValueError(
+                f"{option}: got {setting!r}, expected a number, a dict of numbers by parameter, or "
+                "a list of numbers by step"
+            )
 
 
 def _is_number(value: Any) -> bool:

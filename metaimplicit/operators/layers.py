@@ -63,8 +63,9 @@ def record_layers(
 
         return hook
 
+    # These hooks go first, because those of the user may change the output.
     handles = [
-        layer.register_forward_hook(make_hook(name), with_kwargs=True)
+        layer.register_forward_hook(make_hook(name), with_kwargs=True, prepend=True)
         for name, layer in layers.items()
     ]
     try:

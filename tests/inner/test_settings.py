@@ -252,6 +252,12 @@ REFUSED = [
         "Invalid beta",
     ),
     (
+        lambda: TorchOptimizer(torch.optim.Adam, betas=[0.9, 0.99], steps=2),
+        r"betas: got \[0.9, 0.99\], expected a tuple of two numbers",
+    ),
+    (lambda: TorchOptimizer(torch.optim.Adam, betas={"*": (0.9,)}), "betas: .* a tuple of two"),
+    (lambda: TorchOptimizer(torch.optim.Rprop, etas=0.5), "etas: got 0.5, expected a tuple of two"),
+    (
         lambda: resolve_setting({"head": 0.1}, {}, "body.weight", option="lr"),
         r"lr: got a dict with the keys \['head'\], expected one that fits .*'body.weight'",
     ),

@@ -290,6 +290,10 @@ def test_a_model_that_averages_gradients_itself_is_refused(tmp_path):
         ("derivative for aten::_cudnn_rnn_backward is not implemented", ["cudnn.flags", ONCE]),
         ("the derivative for 'made_up_backward' is not implemented.", ["made_up", ONCE]),
         ("derivative for aten::made_up is not implemented", ["made_up: torch has no derivative"]),
+        (
+            "The function 'made_up' is not differentiable with respect to argument 'weight'.",
+            ["'made_up'", "argument 'weight'", "reduction='none'"],
+        ),
         ("Trying to use forward AD with _made_up that does not support it", ["made_up", REVERSE]),
         ("Batching rule not implemented for mine::made_up; the fallback", ["mine::made_up", LOOP]),
         ("vmap: we do not yet support aten::made_up. Please file", ["aten::made_up", LOOP]),

@@ -184,6 +184,17 @@ def test_for_one_layer_and_one_example_it_is_fishers_matrix(likelihood, expectat
 
 
 @pytest.mark.parametrize("corrected", [False, True])
+def test_a_hook_of_the_user_belongs_to_what_follows_the_layer(corrected):
+    layer = nn.Linear(5, CLASSES).double()
+    layer.register_forward_hook(lambda _, given, output: 3 * output.sin())
+    params = {n: torch.stack([p.detach(), 2 * p.detach()]) for n, p in layer.named_parameters()}
+    actual = dense(kfac(layer, X[:, :1], params, corrected=corrected))
+    lift = lifted(layer, X[:, :1])
+    exact = dense(Fisher(lambda p: lift(lambda call, q: call(q), p), cross_entropy, params))
+    assert relative_error(actual, exact) < 1e-12
+
+
+@pytest.mark.parametrize("corrected", [False, True])
 def test_the_inverse_is_exact_and_rho_is_added_to_the_shift(corrected):
     operator = kfac(corrected=corrected)
     b = randn(*operator.shape, seed=3)
