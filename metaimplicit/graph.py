@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metaimplicit.captured import captured
 from metaimplicit.unsupported import (
@@ -98,6 +98,37 @@ def find_dependencies(
         seen.update(inputs)
         pending.extend(inputs)
     return dependencies
+
+
+def find_leaves(
+    starts: Iterable[GradientEdge],
+    leaves: Mapping[Name, Tensor],
+    *,
+    ends: Iterable[GradientEdge],
+) -> set[Name]:
+    """The names of the leaves that are reached from `starts` by ways that pass no edge of `ends`.
+
+    Example:
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> middle = a.exp()
+        >>> start, end = get_gradient_edge(middle * b), get_gradient_edge(middle)
+        >>> find_leaves([start], {"a": a, "b": b}, ends=[end])
+        {'b'}
+    """
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    seen: set[tuple[Any, int]] = {(edge.node, edge.output_nr) for edge in ends}
+    following: list[tuple[Any, int]] = [(edge.node, edge.output_nr) for edge in starts]
+    found = set()
+    while following:
+        edge = following.pop()
+        if edge in seen or edge[0] is None:
+            continue
+        seen.add(edge)
+        leaf = getattr(edge[0], "variable", None)
+        if id(leaf) in names:
+            found.add(names[id(leaf)])
+        following.extend(edge[0].next_functions)
+    return found
 
 
 def check_differentiable(gradients: Iterable[Tensor | None], ends: Iterable[Tensor] = ()) -> None:

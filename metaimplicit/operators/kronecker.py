@@ -12,7 +12,7 @@ from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.curvature import Curvature, LossParts
 from metaimplicit.operators.hessian import Hessian
 from metaimplicit.operators.kronecker_block import make_block
-from metaimplicit.operators.layers import Layers, is_supported
+from metaimplicit.operators.layers import Layers, is_supported, parameters_of
 from metaimplicit.operators.likelihood import Expectation, Likelihood
 from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.operators.output_loss import Checked, OutputLoss
@@ -60,8 +60,9 @@ class KroneckerFactored(Curvature, Invertible):
 
     Raises:
         ValueError: The loss is −log p of no such likelihood. A parameter of another kind of layer
-            adapts, or of two layers. A layer is called twice, or not at all, is grouped, or is
-            padded with anything but zeros. The outputs do not have the shape [tasks, m, d].
+            adapts, or of two layers, or one that is read outside of its layer, too. A layer is
+            called twice, or not at all, is grouped, or is padded with anything but zeros. The
+            outputs do not have the shape [tasks, m, d].
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -206,7 +207,6 @@ def _adapted_layers(
 ) -> Layers:
     """The linear and convolutional layers whose weights adapt, by name."""
     layers: Layers = {}
-    covered = set()
     names: dict[int, str] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(p), name)
@@ -224,8 +224,7 @@ def _adapted_layers(
                 "forward is its own; use curvature='gauss-newton'"
             )
         layers[name] = layer
-        covered |= {f"{prefix}weight", f"{prefix}bias"}
-    unknown = sorted(set(params) - covered)
+    unknown = sorted(set(params) - parameters_of(layers))
     if unknown and others == "raise":
         raise ValueError(
             f"KFAC: {unknown[0]!r} belongs to no linear or 2-d convolutional layer whose weight "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -77,6 +77,30 @@ def record_layers(
     if missing:
         raise ValueError(f"KFAC: layer {missing[0]!r} adapts but is not called; {advice}")
     return result
+
+
+def parameters_of(layers: Iterable[str]) -> set[str]:
+    """The names that the weights and biases of layers have in the model.
+
+    Example:
+        >>> sorted(parameters_of(["head"]))
+        ['head.bias', 'head.weight']
+    """
+    prefixes = [f"{name}." if name else "" for name in layers]
+    return {f"{prefix}{own}" for prefix in prefixes for own in ("weight", "bias")}
+
+
+def reject_reads_outside(names: Iterable[str], advice: str) -> None:
+    """Raise ValueError if there is a parameter that the model reads outside of its layer, too.
+
+    Example:
+        >>> reject_reads_outside([], "freeze it")
+    """
+    for name in sorted(names):
+        raise ValueError(
+            f"KFAC: {name!r} is read outside of its layer, too, so its block of F is no G ⊗ A; "
+            f"{advice}"
+        )
 
 
 def is_supported(layer: nn.Module) -> bool:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.operators.layers import Layers, record_layers
+from metaimplicit.graph import find_dependencies
+from metaimplicit.operators.layers import (
+    Layers,
+    parameters_of,
+    record_layers,
+    reject_reads_outside,
+)
 from metaimplicit.operators.output_loss import Checked
 from metaimplicit.params import Params
 
@@ -68,7 +74,8 @@ def record_with_probes(
         checked: Where the shapes are kept for the next call.
 
     Raises:
-        ValueError: A layer is called twice, or not at all.
+        ValueError: A layer is called twice, or not at all. A parameter of a layer is read outside
+            of it, too.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -81,14 +88,18 @@ def record_with_probes(
         torch.Size([1, 1, 3, 1])
     """
 
-    def layer_outputs(call: Call, own: Params) -> Params:
+    def parts(call: Call, own: Params) -> tuple[Params, list[Tensor]]:
+        """The layers' outputs, and what the model computes between the layers."""
         outputs: Params = {}
+        between: list[Tensor] = []
 
-        def record(name: str, _: Tensor, output: Tensor) -> None:
-            outputs[name] = output
+        def record(name: str, layer_input: Tensor, output: Tensor) -> Tensor:
+            outputs[name] = output.detach()
+            between.append(layer_input)
+            return outputs[name]
 
-        record_layers(layers, lambda: call(own), record, advice=advice)
-        return outputs
+        between.append(record_layers(layers, lambda: call(own), record, advice=advice))
+        return outputs, between
 
     def outputs_and_inputs(
         call: Call,
@@ -124,8 +135,12 @@ def record_with_probes(
             return run(checked[key])
         except _ShapeError:  # the batch differs in size from the one before
             pass
-    with torch.no_grad():
-        checked[key] = {name: out.shape for name, out in lift(layer_outputs, params).items()}
+    with torch.enable_grad():
+        own = {name: p.detach().requires_grad_() for name, p in params.items()}
+        outputs, between = lift(parts, own)
+    factored = {name: own[name] for name in parameters_of(layers) if name in own}
+    reject_reads_outside(find_dependencies(between, factored), advice)
+    checked[key] = {name: output.shape for name, output in outputs.items()}
     return run(checked[key])
 
 

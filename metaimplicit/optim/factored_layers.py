@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from metaimplicit.operators.layers import is_supported
+from metaimplicit.graph import find_leaves
+from metaimplicit.operators.layers import is_supported, reject_reads_outside
 from metaimplicit.params import Params
 
 ADVICE = "use optim.GaussNewton, or freeze it (requires_grad_(False))"
@@ -109,20 +110,34 @@ class LayerRecording:
     Attributes:
         inputs: The input of each layer, `{layer: [m, …]}`.
         shapes: The shape of each layer's output.
+        input_edges: Where the inputs of layers stand in the graph.
         edges: Where each layer's output stands in the graph. An edge serves where the tensor would
             not, because an activation may change that in place.
     """
 
     inputs: Params = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
+    input_edges: list[GradientEdge] = field(default_factory=list)
     edges: dict[str, GradientEdge] = field(default_factory=dict)
 
     def record(self, name: str, layer_input: Tensor, output: Tensor) -> None:
         """Note the input and the output of the layer `name`."""
         self.inputs[name] = layer_input.detach()
         self.shapes[name] = output.shape
+        if layer_input.requires_grad:
+            self.input_edges.append(get_gradient_edge(layer_input))
         if output.requires_grad:
             self.edges[name] = get_gradient_edge(output)
+
+    def reject_reads_outside(
+        self, outputs: Tensor, layers: Mapping[str, FactoredLayer], trainable: Mapping[str, Tensor]
+    ) -> None:
+        """Raise ValueError if the model reads a parameter of a layer outside of it, too."""
+        names = {layer.weight for layer in layers.values()}
+        names |= {layer.bias for layer in layers.values() if layer.bias is not None}
+        starts = [get_gradient_edge(outputs), *self.input_edges]
+        own = {name: trainable[name] for name in names}
+        reject_reads_outside(find_leaves(starts, own, ends=self.edges.values()), ADVICE)
 
     def output_gradients(self, outputs: Tensor, scores: Tensor) -> dict[str, Tensor]:
         """The gradients of sᵀ outputs in each layer's output, for each s of `scores`.

@@ -220,6 +220,7 @@ class KFAC(SecondOrder):
             )
             scores, weights, probes = self._scores(outputs.detach(), targets, rows)
             output_gradients = recording.output_gradients(outputs, scores)
+            recording.reject_reads_outside(outputs, self._layers, self._trainable)
             probe_gradients = None
             if probes is not None:
                 probe_gradients = recording.output_gradients(outputs, probes)

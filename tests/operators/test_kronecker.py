@@ -253,6 +253,20 @@ class Shared(nn.Module):
         return self.layer(self.layer(x))[:, :CLASSES]
 
 
+class Tied(nn.Module):
+    """An encoder whose decoder is its transpose, or where `first`, a decoder whose encoder is."""
+
+    def __init__(self, *, first=False):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+        self.first = first
+
+    def forward(self, x):
+        if self.first:
+            return self.layer(F.linear(x, self.layer.weight.T))[:, :CLASSES]
+        return F.linear(self.layer(x), self.layer.weight.T)[:, :CLASSES]
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -276,6 +290,8 @@ DOUBLED = nn.Sequential(Doubled(5, CLASSES)).double()
         (SHARED, X, "layer", "layer 'layer' is called twice"),
         (SHARED, X, "unused", "layer 'unused' adapts but is not called"),
         (GROUPED, IMAGES, "", "layer '0' is grouped"),
+        (Tied().double(), X, "", "'layer.weight' is read outside of its layer"),
+        (Tied(first=True).double(), X, "", "'layer.weight' is read outside of its layer"),
         (DOUBLED, X, "", "layer '0' .* or its forward is its own"),
         (SEQUENCE, X, "", r"got outputs of shape \(\d+, \d+, 1, \d+\), expected \[tasks, m, d\]"),
     ],

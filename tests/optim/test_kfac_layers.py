@@ -133,6 +133,26 @@ def test_a_parameter_of_two_layers_is_named():
         KFAC(model, F.cross_entropy, others="gradient")
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: F.linear(self.second(self.first(x)), self.first.weight),
+        lambda self, x: self.second(self.first(F.linear(x, self.first.weight).relu_()).relu_()),
+        lambda self, x: self.second(self.first(x)) / self.first.weight.norm(),
+    ],
+    ids=["after", "before", "norm"],
+)
+def test_a_parameter_that_is_read_outside_of_its_layer_is_named(forward):
+    model = TwoLayers(forward)
+    x = torch.randn(5, 4)
+    message = "KFAC: 'first.weight' is read outside of its layer, too"
+    with pytest.raises(ValueError, match=message):
+        KFAC(model, F.cross_entropy).step(lambda: (model(x), torch.arange(5).remainder(4)))
+    model.first.weight.requires_grad_(False)
+    model.first.bias.requires_grad_(False)
+    KFAC(model, F.cross_entropy).step(lambda: (model(x), torch.arange(5).remainder(4)))
+
+
 def call_and_ignore_second(self, x):
     self.second(x)
     return self.first(x)
