@@ -127,7 +127,9 @@ class LayerRecording:
         if layer_input.requires_grad:
             self.input_edges.append(get_gradient_edge(layer_input))
         if output.requires_grad:
-            self.edges[name] = get_gradient_edge(output)
+            # Where an activation changes a view in place, its own edge leaves the graph.
+            whole = output if output._base is None else output._base
+            self.edges[name] = get_gradient_edge(whole)
 
     def reject_reads_outside(
         self, outputs: Tensor, layers: Mapping[str, FactoredLayer], trainable: Mapping[str, Tensor]
@@ -164,7 +166,7 @@ class LayerRecording:
         output_gradients = {}
         for name, gradient in zip(self.edges, gradients, strict=True):
             if gradient is not None:
-                output_gradients[name] = gradient if is_batched else gradient.unsqueeze(0)
+                output_gradients[name] = gradient.reshape(len(scores), *self.shapes[name])
         unused = [name for name in self.inputs if name not in output_gradients]
         if unused:
             raise ValueError(f"KFAC: the outputs do not depend on layer {unused[0]!r}; {ADVICE}")

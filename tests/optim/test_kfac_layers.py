@@ -203,6 +203,21 @@ def test_a_layer_that_is_called_by_keyword_is_recorded():
     assert torch.equal(vector(model), vector(other))
 
 
+@pytest.mark.parametrize("rows", [(), (5,), (5, 2)])
+def test_an_activation_in_place_changes_no_step(rows):
+    inputs = randn(6, *rows, 4, seed=3)
+    labels = VECTOR_LABELS.reshape(-1, *[1] * len(rows)).expand(6, *rows)
+
+    def moved(in_place):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(in_place), nn.Linear(5, CLASSES)).double()
+        optimizer = KFAC(model, F.cross_entropy, expectation="exact", kl_clip=None)
+        optimizer.step(lambda: (model(inputs).movedim(-1, 1), labels))
+        return vector(model)
+
+    assert torch.equal(moved(in_place=True), moved(in_place=False))
+
+
 def test_a_factor_that_is_singular_in_its_precision_changes_no_parameter():
     model = tanh_network().float()
     start = vector(model)
