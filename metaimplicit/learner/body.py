@@ -18,6 +18,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.normalization import tracked_layers
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, StartAtMeta
+from metaimplicit.random_state import RandomState
 
 IMAGES_PER_CHUNK = 120  # that share a pass, and the statistics of layers that track them
 
@@ -176,17 +177,24 @@ class LastModule:
         """
         theta = leaves({name: meta[name] for name in adapted})
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
+        before = RandomState.read(next(iter(theta.values())).device)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
             outputs = call_model(self.model, of_model | theta, inputs)
         objection = _objection_to(calls, outputs)
         if objection:
             return f"{self.name!r} {objection}"
         features = calls[0].args[0]
-        if find_dependencies([features], theta):
-            return f"the input of {self.name!r} depends on parameters that adapt"
         again = self.outputs(theta, meta, features)
         if not torch.equal(again, outputs):
             return f"{self.name!r} has another output when it is called again"
+        # A model may read what adapts without a graph, as by detach(), so a value has to tell.
+        others = {name: p.detach() + 0.5 * p.detach().abs() + 0.1 for name, p in theta.items()}
+        before.restore()
+        with _recorded_calls(self.module) as calls:
+            call_model(self.model, of_model | others, inputs)
+        moved = len(calls) != 1 or not torch.equal(calls[0].args[0], features)
+        if moved or find_dependencies([features], theta):
+            return f"the input of {self.name!r} depends on parameters that adapt"
         return ""
 
 

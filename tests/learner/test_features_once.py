@@ -130,6 +130,11 @@ class DependsOnHead(Variant):
         return self.head(self.body(x) * self.head.bias)
 
 
+class DependsOnDetachedHead(Variant):
+    def forward(self, x):
+        return self.head(F.dropout(self.body(x), 0.1) / self.head.weight.detach().norm())
+
+
 class Pair(Variant):
     def __init__(self):
         super().__init__()
@@ -169,6 +174,7 @@ class Dropping(Variant):
         (Scaled, "'head' has an output that is not the model's"),
         (Functional, "'head' does not run as a module"),
         (DependsOnHead, "the input of 'head' depends on parameters that adapt"),
+        (DependsOnDetachedHead, "the input of 'head' depends on parameters that adapt"),
         (Pair, "'head' takes other inputs than one tensor"),
         (Dropping, "'head' has another output when it is called again"),
     ],
