@@ -41,7 +41,8 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
         like: `{name: [tasks, *shape]}`, which gives the names, their order and their shapes.
 
     Returns:
-        `{name: [..., tasks, *shape]}`, views of `vector`.
+        `{name: [..., tasks, *shape]}`, views of `vector`, but copies of pairs of numbers, `[…, 2]`:
+        `torch.view_as_complex` takes no view of them that begins anywhere.
 
     Example:
         >>> like = {"weight": torch.ones(1, 2, 2), "bias": torch.zeros(1)}
@@ -51,10 +52,12 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
     batch = vector.shape[:-1]
     sizes = [p[0].numel() for p in like.values()]
     parts = torch.split(vector, sizes, dim=-1)
-    return {
-        name: part.reshape(*batch, *p.shape[1:])
-        for part, (name, p) in zip(parts, like.items(), strict=True)
-    }
+    params = {}
+    for part, (name, p) in zip(parts, like.items(), strict=True):
+        if p.dim() > 1 and p.shape[-1] == 2:
+            part = part.clone(memory_format=torch.contiguous_format)
+        params[name] = part.reshape(*batch, *p.shape[1:])
+    return params
 
 
 def detached(tensors: Mapping[str, Tensor]) -> Params:

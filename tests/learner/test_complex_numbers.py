@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit import GradientDescent, Implicit, MetaLearner
 
 LR = 0.1
 
@@ -53,3 +53,39 @@ def test_complex_outputs_are_no_scores_of_classes(targets):
     expected = torch.autograd.grad(torch.stack(losses).mean(), theta)
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+class Filter(nn.Module):
+    """A filter of frequencies, whose complex numbers are pairs of real ones."""
+
+    def __init__(self, to_complex):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1, dtype=torch.float64)
+        self.pairs = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+        self.to_complex = to_complex
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x, dim=1) * self.to_complex(self.pairs)
+        return self.layer(torch.fft.irfft(spectrum, n=4, dim=1))
+
+
+@pytest.mark.parametrize("vectorize", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    "method",
+    ["dense", "cg", "sama", "forward", Implicit(products="finite-differences")],
+    ids=lambda method: method if isinstance(method, str) else "differences",
+)
+def test_pairs_of_parameters_may_be_viewed_as_complex_numbers(method, vectorize):
+    x = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    task = (x, x.sum(2, keepdim=True).sin())
+
+    def gradients(to_complex):
+        options = {"method": method, "proximal": 0.5, "vectorize": vectorize}
+        learner = MetaLearner(Filter(to_complex), squared_error, **options)
+        learner.backward((task, task))
+        return [p.grad for p in learner.model.parameters()]
+
+    expected = gradients(lambda pairs: torch.complex(pairs[..., 0], pairs[..., 1]))
+    for actual, right in zip(gradients(torch.view_as_complex), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-6, atol=1e-9)
