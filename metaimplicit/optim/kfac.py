@@ -169,8 +169,8 @@ class KFAC(SecondOrder):
         Raises:
             FloatingPointError: The loss or its gradient is not finite, or a damped factor is
                 singular to working precision. No parameter was changed.
-            ValueError: The closure does not return what it should, or a layer is called twice or
-                not at all.
+            ValueError: The closure does not return what it should, a layer is called twice or not
+                at all, or one of its parameters is read outside of it, too.
         """
         closure = self._check_closure(closure)
         group = self.param_groups[0]
