@@ -133,7 +133,7 @@ def _verdict(check: Check, method: Method, tolerance: float, unsettled: str) -> 
             "Wrong: the solve is fine, but θ_T is no stationary point "
             f"(‖∂f/∂θ‖ = {check.inner_gradient_norm:.1e}); {unsettled}."
         )
-    if method.curvature_name != "hessian" or method.damping > 0:
+    if not method.is_hessian or method.damping > 0:
         return (
             f"Wrong by {check.error:.1e}: solved and stationary, so it is A "
             f"({method.curvature_name}, damping {method.damping})."

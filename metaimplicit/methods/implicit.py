@@ -32,8 +32,10 @@ from metaimplicit.methods.shared import (
 )
 from metaimplicit.operators import (
     CurvatureClass,
+    Hessian,
     Invertible,
     Products,
+    as_flag,
     find_curvature,
     invertible_curvatures,
 )
@@ -113,6 +115,8 @@ class Implicit(Method):
 
     def __post_init__(self) -> None:
         find_curvature(self.curvature or "hessian")
+        if self.curvature is not None:
+            object.__setattr__(self, "curvature", as_flag(self.curvature))
         if self.preconditioner is not None:
             kind, _ = find_curvature(self.preconditioner, argument="preconditioner")
             if not issubclass(kind, Invertible):
@@ -137,12 +141,17 @@ class Implicit(Method):
 
     @property
     def curvature_name(self) -> str:
-        """The flag of the curvature, or the name of its class in lower case."""
+        """The flag of the curvature, or the name of its class in lower case if it has none."""
         if isinstance(self.curvature, str):
             return self.curvature
         if self.curvature is None:
             return "hessian"
         return find_curvature(self.curvature)[0].__name__.lower()
+
+    @property
+    def is_hessian(self) -> bool:
+        """Whether A is made of the Hessian itself."""
+        return find_curvature(self.curvature or "hessian")[0] is Hessian
 
     @property
     def second_derivatives(self) -> bool:
@@ -162,7 +171,7 @@ class Implicit(Method):
         """Whether A is other than the Hessian or Gauss–Newton, or known without products."""
         if self.microbatch is not None:
             return "microbatches are not compiled"
-        if self.curvature_name not in ("hessian", "gauss-newton"):
+        if self.curvature not in (None, "hessian", "gauss-newton"):
             return f"the curvature {self.curvature_name!r} has no compiled products"
         if self.products != "double-backward":
             return f"products={self.products!r} are not compiled"
@@ -290,8 +299,7 @@ class Implicit(Method):
             warn_if_inaccurate("argmin", completed.judged())
             return unflatten(solution.value, params)
 
-        is_hessian = self.curvature_name == "hessian" or system.known is not None
-        is_exact = is_hessian and self.damping == 0
+        is_exact = (self.is_hessian or system.known is not None) and self.damping == 0
         return Stationarity(residual, solve, is_exact)
 
     def _system(self, hessian: Invertible | None) -> CurvatureSystem:

@@ -123,13 +123,21 @@ def dependencies_of_loss(
         it does not depend on.
 
     Raises:
-        ValueError: It depends on a tensor that requires grad and is not in `meta`.
+        ValueError: It depends on no parameter. Or on a tensor that requires grad and is not in
+            `meta`.
     """
     of_params = {("params", name): p for name, p in params.items()}
     of_meta = {("meta", name): m for name, m in meta.items()}
     found = find_dependencies([losses], of_params | of_meta, functions=[problem.problem.inner_loss])
     in_loss = {name for kind, name in found if kind == "meta"}
-    return in_loss, {name for name in params if ("params", name) not in found}
+    unread = {name for name in params if ("params", name) not in found}
+    if unread and len(unread) == len(params):
+        first = next(iter(params))
+        raise ValueError(
+            f"inner loss: it depends on no adapted parameter, such as {first!r}, so no step would "
+            "move one; compute it from them, without detach() or no_grad()"
+        )
+    return in_loss, unread
 
 
 def retry_under_vmap(function: Callable[[LiftedProblem], Result], problem: LiftedProblem) -> Result:

@@ -67,6 +67,20 @@ def find_curvature(
     return value, options
 
 
+def as_flag(curvature: str | CurvatureClass) -> str | CurvatureClass:
+    """The flag of a curvature that has one; any other as it is.
+
+    Example:
+        >>> as_flag(GGN)
+        'gauss-newton'
+    """
+    if isinstance(curvature, str):
+        return curvature
+    kind, options = find_curvature(curvature)
+    flags = [flag for flag, known in CURVATURES.items() if known is kind and not options]
+    return flags[0] if flags else curvature
+
+
 def invertible_curvatures() -> list[str]:
     """The flags of the curvatures that know their inverse, so that they can precondition.
 
@@ -95,6 +109,7 @@ __all__ = [
     "Products",
     "Scaled",
     "Sum",
+    "as_flag",
     "central_difference",
     "find_curvature",
     "invertible_curvatures",

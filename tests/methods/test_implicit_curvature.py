@@ -21,7 +21,7 @@ from metaimplicit import (
     Proximal,
     hypergradient,
 )
-from metaimplicit.operators import Fisher
+from metaimplicit.operators import GGN, Diagonal, Fisher, Hessian
 from metaimplicit.solvers import Factored
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
@@ -46,6 +46,19 @@ def test_the_fisher_matrix_is_a_curvature():
     # The mean square counts each output with a weight of its own, not as a unit variance would.
     gauss_newton = run_network(Implicit(Dense(), curvature="gauss-newton"))
     assert relative_error(fisher.grads["0.weight"], gauss_newton.grads["0.weight"]) < 1e-12
+
+
+def test_a_class_of_curvature_that_has_a_flag_is_the_same_as_its_flag():
+    for flag, kind in (("hessian", Hessian), ("gauss-newton", GGN), ("diagonal", Diagonal)):
+        assert Implicit(curvature=kind) == Implicit(curvature=partial(kind))
+        assert Implicit(curvature=kind) == Implicit(curvature=flag)
+
+
+def test_a_class_that_is_called_hessian_is_not_taken_for_the_hessian():
+    impostor = type("Hessian", (GGN,), {})
+    assert not Implicit(curvature=impostor).is_hessian
+    assert Implicit(curvature=partial(Hessian, products="double-backward")).is_hessian
+    assert Implicit().is_hessian
 
 
 def split(flat):

@@ -27,6 +27,21 @@ PROXIMAL = network(Proximal(0.1))
 run = partial(hypergradient, data=DATA, inner=THREE_STEPS, batched=True)
 
 
+@pytest.mark.parametrize("method", ["unrolled", "cg", "forward", "fixed-point", "reptile", "sama"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda params, meta, data: meta["0.weight"].square().mean(),
+        lambda params, meta, data: F.mse_loss(forward(params, data[0]).detach(), data[1]),
+    ],
+    ids=["of the meta-parameters alone", "detached"],
+)
+def test_an_inner_loss_that_depends_on_no_parameter_is_refused(loss, method):
+    problem = BilevelProblem(network().init, loss, outer)
+    with pytest.raises(ValueError, match="inner loss: it depends on no adapted parameter, such as"):
+        run(problem, INITIAL, method=method)
+
+
 # Tensors that a function captures.
 
 SECRET = torch.ones(1).double().requires_grad_()

@@ -92,6 +92,7 @@ def test_models_without_parameters_of_one_type_are_refused(make_model, message):
     ("make", "loss", "options", "message"),
     [
         (GaussNewton, "mse", {}, "loss: got 'mse', expected a function"),
+        (KFAC, nn.MSELoss, {}, "loss: got the class MSELoss, .*make an instance of it"),
         (GaussNewton, nn.MSELoss(reduction="none"), {}, "loss: got reduction='none'"),
         (
             NaturalGradient,
