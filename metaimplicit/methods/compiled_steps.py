@@ -193,6 +193,8 @@ class CompiledSteps(StepFunctions):
 def settings_of(value: Any) -> Any:
     """What tells a loop from others, apart from the number of its steps: a hashable value.
 
+    Tensors count by identity, and so do functions that hold values of their own.
+
     Example:
         >>> from metaimplicit import GradientDescent
         >>> settings_of(GradientDescent(steps=1)) == settings_of(GradientDescent(steps=5))
@@ -205,9 +207,10 @@ def settings_of(value: Any) -> Any:
         return tuple((key, settings_of(entry)) for key, entry in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(settings_of(entry) for entry in value)
-    is_plain = isinstance(value, FunctionType) and not (value.__closure__ or value.__defaults__)
-    if is_plain:
-        return value.__code__  # a lambda that is written again in a loop is the same
+    if isinstance(value, FunctionType):
+        held = (value.__closure__, value.__defaults__, value.__kwdefaults__)
+        if not any(held):  # a lambda that is written again in a loop is the same
+            return (value.__code__, id(value.__globals__))
     is_known = isinstance(value, Hashable) and not isinstance(value, Tensor)
     return value if is_known else id(value)
 

@@ -179,7 +179,8 @@ class GroupLasso(TuningExperiment):
         """Learn the memberships from the start of a seed.
 
         Returns:
-            The memberships, `[groups, features]`; g of one regression before each outer step.
+            The memberships, `[groups, features]`, and g divided by the number of regressions,
+            before each outer step.
         """
         tuner = self.make_tuner(
             self.problem(self.strength, seed),
@@ -194,6 +195,7 @@ class GroupLasso(TuningExperiment):
             out=out,
             steps=self.outer_steps,
             resume=True,
+            identity={"seed": seed},
         )
         losses = [line["loss"] / self.regressions for line in read_metrics(out)]
         return tuner.meta["groups"], losses

@@ -32,6 +32,7 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.inner import L1Norm, ProximalGradient
+from metaimplicit.methods.compiled_steps import settings_of
 from metaimplicit.operators import GGN
 from metaimplicit.tuning import WeightDecay, tuning_problem
 
@@ -294,3 +295,13 @@ def test_the_compiled_products_of_gauss_newton(compiled):
     assert_equal(problem, meta, inner=inner, method=as_a_class)
     assert compiled["stats"]["unique_graphs"] == 4
     assert not compiled["graph_break"]
+
+
+def test_functions_that_hold_or_see_other_values_are_told_apart():
+    written_again = [lambda t: 0.1 * t for _ in range(2)]
+    assert settings_of(written_again[0]) == settings_of(written_again[1])
+    defaults = [lambda t, *, rate=rate: rate * t for rate in (0.1, 0.2)]
+    assert settings_of(defaults[0]) != settings_of(defaults[1])
+    modules = [{"RATE": rate} for rate in (0.1, 0.2)]
+    seeing = [eval("lambda t: RATE * t", module) for module in modules]
+    assert settings_of(seeing[0]) != settings_of(seeing[1])
