@@ -141,7 +141,7 @@ class Implicit(Method):
 
     @property
     def curvature_name(self) -> str:
-        """The flag of the curvature, or the name of its class in lower case if it has none."""
+        """The flag of the curvature. A `partial` or another class has its name, in lower case."""
         if isinstance(self.curvature, str):
             return self.curvature
         if self.curvature is None:
