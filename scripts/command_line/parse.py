@@ -89,8 +89,8 @@ def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
     changed = options.differences(stored)
     if changed:
         raise ValueError(
-            f"--resume: {', '.join(changed)} differ from the run's; leave them out, or start a "
-            "new run"
+            f"--resume: got another {', another '.join(changed)} than the run's; leave that out, "
+            "or start a new run"
         )
     return options
 

@@ -198,7 +198,7 @@ def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
     load_main("evaluate")([str(second), "--episodes=2"])
     capsys.readouterr()
     line = error_line(train, ["--resume", f"--out={second}", f"--init={tmp_path}"], capsys)
-    assert "--resume: init differ from the run's" in line
+    assert "--resume: got another init than the run's; leave that out" in line
 
 
 def test_a_run_that_ended_before_its_first_step_starts_from_the_network_again(tmp_path):
