@@ -16,6 +16,7 @@ from metaimplicit.tuning.batch_shapes import count_examples, read_labels, signat
 from metaimplicit.tuning.example_losses import Count, are_ignored, cancellation, is_plain_mean
 from metaimplicit.tuning.loss_checks import Difference, relative_error
 from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
+from metaimplicit.tuning.versions import version_of
 
 
 class Counting:
@@ -49,8 +50,7 @@ class Counting:
         """What `measure` returns, remembered while the targets live and stay as they are."""
         if not isinstance(targets, Tensor) or is_transformed(targets):
             return self.measure(outputs, targets)
-        version = None if targets.is_inference() else targets._version
-        key = (version, signature(outputs))
+        key = (version_of(targets), signature(outputs))
         known = self._counts.get(targets)
         if known is None or known[0] != key:
             known = (key, self.measure(outputs, targets))

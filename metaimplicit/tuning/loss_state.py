@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from metaimplicit.captured import content_of, global_names
+from metaimplicit.tuning.versions import version_of
 
 MAX_PARTS = 500  # many more than an ordinary loss has
 LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")
@@ -22,6 +23,10 @@ CONSTANTS = (type, ModuleType, BuiltinFunctionType, str, bytes, int, float, type
 
 class LossState:
     """What a loss reads beside its arguments: attributes, parameters, buffers, captured variables.
+
+    Another tensor, list or object is a change, and so is a tensor that was written to, even if the
+    values are equal. Numbers and strings are compared by value. `version_of` says which ways to
+    write to a tensor are seen.
 
     Args:
         loss: A function, a module or another callable object.
@@ -42,7 +47,10 @@ class LossState:
         self._parts = _read(loss)
 
     def has_changed(self) -> bool:
-        """Whether it differs from what it was at the last call, or is too large to be compared."""
+        """Whether it has changed since the last call, at first since it was made.
+
+        It also is True if the loss has more than `MAX_PARTS` parts, which are not compared.
+        """
         parts = _read(self._loss)
         before, self._parts = self._parts, parts
         if before is None or parts is None or len(before) != len(parts):
@@ -74,7 +82,7 @@ def _read(loss: Any) -> list[Any] | None:
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            parts.append(0 if value.is_inference() else value._version)
+            parts.extend(version_of(value))
         elif isinstance(value, np.ndarray):
             parts.append(value.tobytes())
         else:

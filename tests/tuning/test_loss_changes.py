@@ -106,6 +106,16 @@ CHANGES = {
         lambda loss: loss.weight.copy_(CLASS_WEIGHTS),
         right_weighted,
     ),
+    "weights in place, past autograd": (
+        nn.CrossEntropyLoss(ones()),
+        lambda loss: loss.weight.data.copy_(CLASS_WEIGHTS),
+        right_weighted,
+    ),
+    "weights replaced past autograd": (
+        nn.CrossEntropyLoss(ones()),
+        lambda loss: setattr(loss.weight, "data", CLASS_WEIGHTS.clone()),
+        right_weighted,
+    ),
     "weights of a closure": (
         weighted(SHARED),
         lambda loss: SHARED.copy_(CLASS_WEIGHTS),
@@ -136,6 +146,18 @@ def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
         vars(loss).update(original)
         if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
             loss.weight.fill_(1.0)
+
+
+def test_labels_that_are_written_to_past_autograd_count_as_they_are():
+    case = draw()
+    problem, meta, _ = tuning_problem(case.model, nn.CrossEntropyLoss(), [ExampleWeights(M)])
+    params = problem.init(meta, None)
+    y = torch.where(torch.arange(M) == 0, -100, Y)
+    batch = (case.x, y, torch.arange(M))
+    for _ in range(2):
+        got = problem.inner_loss(params, meta, batch)
+        torch.testing.assert_close(got, F.cross_entropy(case.model(case.x), y))
+        y.numpy()[1:3] = -100
 
 
 def test_a_loss_that_holds_too_much_to_compare_is_always_looked_at_again():
