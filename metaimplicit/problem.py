@@ -258,6 +258,8 @@ class BilevelProblem:
             "inner_loss": "(params, meta, data) -> scalar",
             "outer_loss": "(params, meta, data) -> scalar",
         }
+        if self.features is not None:
+            functions["features"] = "(meta, data) -> pytree of tensors, or None"
         for name, signature in functions.items():
             value = getattr(self, name)
             if not callable(value):

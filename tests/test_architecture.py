@@ -16,6 +16,7 @@ LAYERS = (
     (
         "params",
         "captured",
+        "counts",
         "compiled",
         "forward_mode",
         "options",

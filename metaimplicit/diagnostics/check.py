@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.diagnostics.differences import (
     dot,
     extrapolated_differences,
@@ -79,8 +80,7 @@ def check_hypergradient(
         >>> check_hypergradient(problem, meta, None, inner="newton-cg", method="dense").verdict
         'Right: it agrees with finite differences.'
     """
-    if directions < 1:
-        raise ValueError(f"directions: got {directions}, expected at least 1")
+    check_count("directions", directions)
     if isinstance(method, Unrolled) and method.iterates:
         raise ValueError(
             "method: got Unrolled(iterates=True), expected a method whose outer loss "

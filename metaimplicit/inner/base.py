@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.inner.settings import numbers_in
 from metaimplicit.iterate import Iterate, OptimizerState
 from metaimplicit.lifted import LiftedProblem
@@ -215,8 +216,7 @@ class InnerLoop(ABC):
 
     def check(self) -> None:
         """Raise ValueError if `steps` or `tol` is out of range."""
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1 inner step")
+        check_count("steps", self.steps, unit=" inner step")
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"tol: got {self.tol}, expected a gradient norm > 0, or None")
 

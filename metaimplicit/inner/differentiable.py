@@ -83,9 +83,11 @@ class _RunningLoop:
         tol: ‖∂f/∂θ‖ at which a task stops, if it is not None.
         keep_iterates: Whether `iterates` are kept.
         iterates: θ_0 … θ_t.
-        active: The tasks that go on, `[tasks]`, bool. With a `tol` only.
-        taken: The number of steps that each task took, `[tasks]`, or all tasks if none can stop.
-        gradient_norm: ‖∂f/∂θ‖ of each task, where it was last computed, `[tasks]`.
+        active: Which tasks go on, `[tasks]`, bool. It exists only if there is a `tol`.
+        taken: The number of steps that each task took, `[tasks]`. Without a `tol`, no task stops
+            early, and this is one number for all.
+        gradient_norm: ‖∂f/∂θ‖ of each task at the start of its step, `[tasks]`. It is set by every
+            step if there is a `tol`, else only by the last one, and does not exist before.
     """
 
     step: DifferentiableStep

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, gradient_norm
 from metaimplicit.inner.convex_losses import ConvexLoss, SquaredError
 from metaimplicit.inner.head_curvature import HeadHessian, HeadLayout, solve
@@ -222,8 +223,7 @@ class Newton(ExactLoop):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.max_steps < 1:
-            raise ValueError(f"Newton max_steps: got {self.max_steps}, expected at least 1 step")
+        check_count("Newton max_steps", self.max_steps, unit=" step")
 
     def check_loss(self, loss: ConvexLoss) -> None:
         """Every convex loss will do."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metaimplicit.counts import check_count
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.params import Params, flatten, leaves
@@ -48,8 +49,7 @@ class LBFGS(InnerLoop):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.history < 1:
-            raise ValueError(f"LBFGS history: got {self.history}, expected at least 1 pair")
+        check_count("LBFGS history", self.history, unit=" pair")
 
     def run(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.inner.base import (
     InnerLoop,
     StepLoss,
@@ -83,8 +84,7 @@ class NewtonCG(InnerLoop):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.cg_steps < 1:
-            raise ValueError(f"NewtonCG cg_steps: got {self.cg_steps}, expected at least 1 product")
+        check_count("NewtonCG cg_steps", self.cg_steps, unit=" product")
         if not self.radius > 0:
             raise ValueError(f"NewtonCG radius: got {self.radius}, expected a number > 0")
         if self.forcing is not None and not 0 <= self.forcing < 1:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
@@ -49,8 +50,9 @@ class FixedPoint(Method):
             records them and a warning is given.
 
     Raises:
-        ValueError: The solver needs a symmetric matrix. On adapting: the step of the inner loop is
-            not differentiable at its fixed point, or the loss draws random numbers.
+        ValueError: The solver needs a symmetric matrix, or `radius_steps` is negative. On adapting:
+            the step of the inner loop is not differentiable at its fixed point, or the loss draws
+            random numbers.
         FloatingPointError: On solving, if `strict`.
 
     Example:
@@ -83,6 +85,7 @@ class FixedPoint(Method):
     )
 
     def __post_init__(self) -> None:
+        check_count("FixedPoint radius_steps", self.radius_steps, least=0)
         check_solver("FixedPoint", self.solver)
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:

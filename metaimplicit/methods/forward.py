@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from metaimplicit.counts import check_count
 from metaimplicit.forward_mode import push_forward
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
@@ -51,8 +52,8 @@ class Forward(Method):
             is raised before anything is allocated.
 
     Raises:
-        ValueError: There are too many hyperparameters for `memory`, or `start` carries the
-            derivative with respect to other hyperparameters.
+        ValueError: The chunk is below 1. On adapting: there are too many hyperparameters for
+            `memory`, or `start` carries the derivative with respect to other hyperparameters.
 
     Example:
         >>> from metaimplicit import BilevelProblem, GradientDescent
@@ -79,10 +80,8 @@ class Forward(Method):
     flag = "forward"
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(
-                f"Forward chunk: got {self.chunk}, expected at least 1 tangent, or None"
-            )
+        if self.chunk is not None:
+            check_count("Forward chunk", self.chunk, unit=" tangent, or None")
 
     def adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
         """Run the inner loop, and carry ∂(θ, optimiser state)/∂φ along."""

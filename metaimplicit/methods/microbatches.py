@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaimplicit.counts import check_count
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.methods.examples import count_examples, map_rows, rows
 from metaimplicit.methods.linearize import reject_random_numbers
@@ -82,8 +83,8 @@ def check_size(size: int | None) -> None:
     Example:
         >>> check_size(1)
     """
-    if size is not None and not size >= 1:
-        raise ValueError(f"microbatch: got {size}, expected at least 1 example, or None for all")
+    if size is not None:
+        check_count("microbatch", size, unit=" example, or None for all")
 
 
 def check_curvature(

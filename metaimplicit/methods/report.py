@@ -25,14 +25,15 @@ class Report:
     Attributes:
         method: The method as it was used, with its solver.
         inner_steps: The steps that each task took.
-        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for `Implicit` (whose theorem requires 0) and `SAMA`,
-            at θ_{T−1} for all others.
+        inner_gradient_norm: ‖∂f/∂θ‖, at θ_T for `Implicit` (whose theorem requires 0), `FixedPoint`
+            and `SAMA`. For the others, where the inner loop took it last: at θ_{T−1} for loops of
+            gradient steps.
         drift: What keeps the inner loop from settling where the method assumes it to end, in words,
             such as decoupled weight decay. If empty, nothing does.
         curvature: What A is made of.
         chosen: What the solver `Auto` chose, and why.
         products: The products with A that were executed, each over all tasks.
-        residual: ‖v − Au‖/‖v‖. `ValueFunction` has one if its loop drifts, with u = λ(z − y).
+        residual: ‖v − Au‖/‖v‖. That of `ValueFunction` has u = λ(z − y).
         hessian_residual: ‖v − Hu‖/‖v‖ with the Hessian H = ∂²f/∂θ², whatever A is: the error of
             the curvature, once the `residual` is small. None unless `Implicit(check_curvature)`.
         status: Members of `Status`. `judged` sets NOT_STATIONARY.

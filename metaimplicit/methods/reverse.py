@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import ALL_ROUTES, Adaptation, Method
@@ -172,8 +173,7 @@ class Truncated(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"Truncated steps: got {self.steps}, expected at least 0")
+        check_count("Truncated steps", self.steps, least=0)
 
     @property
     def reach(self) -> frozenset[str]:

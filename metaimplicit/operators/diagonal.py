@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.curvature import Curvature, LossParts
 from metaimplicit.operators.gauss_newton import GGN
@@ -49,8 +50,8 @@ class Diagonal(Curvature, Invertible):
         semidefinite: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        if samples is not None and samples < 1:
-            raise ValueError(f"Diagonal samples: got {samples}, expected at least 1, or None")
+        if samples is not None:
+            check_count("Diagonal samples", samples, unit=", or None")
         self.shape = operator.shape
         self.dtype = operator.dtype
         self.device = operator.device

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.operators.curvature import LossParts
 from metaimplicit.operators.cut import Cut
 from metaimplicit.operators.gauss_newton import GGN
@@ -70,8 +71,7 @@ class Fisher(GGN):
         if likelihood is not None:
             _check_word("likelihood", likelihood, get_args(Likelihood))
         _check_word("expectation", expectation, get_args(Expectation))
-        if samples < 1:
-            raise ValueError(f"Fisher samples: got {samples}, expected at least 1")
+        check_count("Fisher samples", samples)
         checked = {} if checked is None else checked
         super().__init__(outputs, loss, params, checked=checked)
 

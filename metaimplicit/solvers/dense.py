@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import LinearSystem, Solution, Solver
 from metaimplicit.solvers.direct import direct_solution, solve_by_eigenvalues
@@ -26,7 +27,10 @@ class Dense(Solver):
     Args:
         max_size: The largest n that it accepts. A task's matrix takes n² numbers, and n³/3
             operations.
-        chunk: The columns of A that are computed at a time.
+        chunk: The columns of A that are computed at a time, ≥ 1.
+
+    Raises:
+        ValueError: The chunk is below 1. On a solve: n exceeds `max_size`.
 
     Example:
         >>> from metaimplicit.operators import Identity
@@ -37,6 +41,9 @@ class Dense(Solver):
 
     max_size: int = 4096
     chunk: int = 256
+
+    def __post_init__(self) -> None:
+        check_count("Dense chunk", self.chunk)
 
     def solve_unit(self, system: LinearSystem) -> Solution:
         """Solve for right-hand sides of norm one or zero."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.solvers.arithmetic import divisor, dot, norm
 from metaimplicit.solvers.base import LinearSystem, Solution, SolverState
 from metaimplicit.solvers.status import Status
@@ -204,7 +205,6 @@ def check_limits(name: str, max_steps: int, tol: float) -> None:
         Traceback (most recent call last):
         ValueError: CG max_steps: got 0, expected at least 1
     """
-    if max_steps < 1:
-        raise ValueError(f"{name} max_steps: got {max_steps}, expected at least 1")
+    check_count(f"{name} max_steps", max_steps)
     if not tol >= 0:
         raise ValueError(f"{name} tol: got {tol}, expected a number ≥ 0")

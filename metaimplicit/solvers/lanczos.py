@@ -213,7 +213,10 @@ class _KrylovSpace:
         self.residual = torch.where(self.active, residual, self.residual)
 
     def _orthogonalise(self, w: Tensor) -> Tensor:
-        """The part of w that is orthogonal to the basis, by Gram–Schmidt's process run twice."""
+        """The part of w, `[tasks, n]`, that is orthogonal to the basis, whose norms are 1 or 0.
+
+        Gram–Schmidt's process is run twice, because once leaves round-off.
+        """
         basis = torch.stack(self.basis)
         for _ in range(2):
             coordinates = torch.einsum("ktn,tn->kt", basis, w)

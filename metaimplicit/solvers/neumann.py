@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import (
     divisor,
@@ -56,12 +57,10 @@ class Neumann(Solver):
     takes_asymmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.terms < 1:
-            raise ValueError(f"Neumann terms: got {self.terms}, expected at least 1")
+        check_count("Neumann terms", self.terms)
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"Neumann scale: got {self.scale}, expected a number > 0")
-        if self.power_steps < 1:
-            raise ValueError(f"Neumann power_steps: got {self.power_steps}, expected at least 1")
+        check_count("Neumann power_steps", self.power_steps)
 
     def with_budget(self, products: int) -> Neumann:
         """The same solver with the terms that are left beside the products for its scale."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.operators import LinearOperator
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import norm
@@ -63,8 +64,8 @@ class Nystrom(SketchingSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"Nystrom chunk: got {self.chunk}, expected at least 1, or None")
+        if self.chunk is not None:
+            check_count("Nystrom chunk", self.chunk, unit=", or None")
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"Nystrom tol: got {self.tol}, expected a number > 0, or None")
         if self.chunk is not None and (self.tol is not None or self.refresh > 1):

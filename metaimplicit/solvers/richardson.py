@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.options import option
 from metaimplicit.solvers.arithmetic import (
     divisor,
@@ -58,8 +59,7 @@ class Richardson(Solver):
     takes_asymmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Richardson steps: got {self.steps}, expected at least 1")
+        check_count("Richardson steps", self.steps)
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"Richardson scale: got {self.scale}, expected a number > 0")
 

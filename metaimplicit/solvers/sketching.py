@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from metaimplicit.counts import check_count
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import LinearSystem, SolverState
 from metaimplicit.solvers.core import CoreSolver
@@ -37,8 +38,7 @@ class SketchingSolver(CoreSolver):
         name = type(self).__name__
         for argument in ("rank", "refresh"):
             value = getattr(self, argument)
-            if value < 1:
-                raise ValueError(f"{name} {argument}: got {value}, expected at least 1")
+            check_count(f"{name} {argument}", value)
         self.check_rho()
         if self.sketch not in ("columns", "gaussian"):
             raise ValueError(

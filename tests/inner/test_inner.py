@@ -209,6 +209,10 @@ def test_undifferentiated_steps_leave_no_graph():
     ("make", "message"),
     [
         (lambda: GradientDescent(steps=0), "steps: got 0, expected at least 1"),
+        (
+            lambda: LBFGS(steps=2.5),
+            "steps: got 2.5, expected a whole number, at least 1 inner step",
+        ),
         (lambda: GradientDescent(tol=0.0), "tol: got 0.0, expected a gradient norm > 0"),
         (lambda: GradientDescent(lr=-0.1), "Invalid learning rate"),
         (lambda: LBFGS(history=0), "LBFGS history: got 0, expected at least 1 pair"),

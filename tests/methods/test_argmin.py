@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from metaimplicit import (
     CG,
+    BilevelProblem,
     Dense,
     Forward,
     GradientDescent,
@@ -321,6 +322,12 @@ def test_complex_numbers_are_refused():
             inner=ONE_NEWTON_STEP,
             method="cg",
         )
+
+
+def test_features_that_are_no_function_are_refused():
+    loss = torch.nn.functional.mse_loss
+    with pytest.raises(TypeError, match=r"^features: got int, expected a function \(meta, data\)"):
+        BilevelProblem(lambda meta, data: {}, loss, loss, features=3)
 
 
 def test_a_start_that_is_no_function_is_refused():

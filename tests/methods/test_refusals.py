@@ -10,8 +10,11 @@ from tanh_network import DATA, GAUSS_NEWTON, INITIAL, XQ, YQ, X, Y, forward, net
 from torch import nn
 
 from metaimplicit import (
+    CG,
     BilevelProblem,
     Composite,
+    Dense,
+    FixedPoint,
     FromMeta,
     GradientDescent,
     Implicit,
@@ -180,6 +183,13 @@ def test_a_bad_argument_of_hypergradient_is_refused(arguments, message):
     ("construct", "message"),
     [
         (partial(Truncated, -1), "Truncated steps: got -1, expected at least 0"),
+        (partial(Truncated, 1.5), "Truncated steps: got 1.5, expected a whole number"),
+        (
+            partial(CG, max_steps=10.0),
+            "CG max_steps: got 10.0, expected a whole number, at least 1",
+        ),
+        (partial(Dense, chunk=0), "Dense chunk: got 0, expected at least 1"),
+        (partial(FixedPoint, radius_steps=-1), "radius_steps: got -1, expected at least 0"),
         (partial(Implicit, curvature="fisher"), "curvature: got 'fisher', expected one of"),
         (partial(Implicit, damping=-1.0), "damping: got -1.0, expected a number ≥ 0"),
         (partial(Proximal, -1.0), "Proximal strength: got -1.0, expected a number ≥ 0"),

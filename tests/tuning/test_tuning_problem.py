@@ -1,5 +1,7 @@
 """The problem that `tuning_problem` makes: its curvature, its use by the tuner, bad arguments."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,9 +178,14 @@ def test_a_start_outside_its_domain_is_refused():
             lambda: WeightDecay("layer"),
             "scope: got 'layer', expected one of scalar, tensor, element",
         ),
+        (
+            lambda: SyntheticData(torch.zeros(1, 5), torch.tensor(0)),
+            "SyntheticData labels: got a tensor without axes, expected",
+        ),
         (lambda: WeightDecay(center="meta"), "center: got 'meta'"),
         (lambda: Augmentation(kinds=("hue",)), "kinds: got 'hue'"),
         (lambda: GroupStructure("w", 1), "GroupStructure groups: got 1, expected at least 2"),
+        (lambda: GroupStructure("w", math.nan), "GroupStructure groups: got nan"),
         (
             lambda: GroupStructure("w", 2, strength=-1.0),
             "GroupStructure strength: got -1.0, expected a number ≥ 0",

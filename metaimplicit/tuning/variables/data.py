@@ -106,8 +106,7 @@ class SyntheticData(Variable):
         labels: Their labels, `[n]`, on the model's device. They are constant.
 
     Raises:
-        ValueError: There are not as many labels as inputs, or they are on another device than the
-            model.
+        ValueError: There are not as many labels as inputs.
 
     Example:
         >>> distilled = SyntheticData(torch.zeros(2, 5), torch.tensor([0, 1]))
@@ -119,6 +118,12 @@ class SyntheticData(Variable):
     labels: Tensor
 
     def __post_init__(self) -> None:
+        for name, tensor in (("data", self.data), ("labels", self.labels)):
+            if not tensor.dim():
+                raise ValueError(
+                    f"SyntheticData {name}: got a tensor without axes, expected [n, …], with one "
+                    "entry for each example"
+                )
         if len(self.data) != len(self.labels):
             raise ValueError(
                 f"SyntheticData labels: got {len(self.labels)}, expected {len(self.data)}, "
@@ -126,7 +131,11 @@ class SyntheticData(Variable):
             )
 
     def meta(self, params: Params) -> Params:
-        """`{"synthetic": [n, *shape]}`."""
+        """`{"synthetic": [n, *shape]}`.
+
+        Raises:
+            ValueError: The labels are on another device than the model.
+        """
         like = prototype(params)
         if self.labels.device != like.device:
             raise ValueError(

@@ -96,7 +96,7 @@ class GroupStructure(Variable):
             groups would have the same gradient.
 
     Raises:
-        ValueError: A number is out of range, or the model has no parameter of that name.
+        ValueError: A number is out of range.
 
     Example:
         >>> groups = GroupStructure("w", groups=2, strength=1.0, smoothing=1e-6)
@@ -112,7 +112,7 @@ class GroupStructure(Variable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.groups < 2:
+        if not self.groups >= 2:
             raise ValueError(f"GroupStructure groups: got {self.groups}, expected at least 2")
         if not self.strength >= 0:
             raise ValueError(f"GroupStructure strength: got {self.strength}, expected a number ≥ 0")
@@ -122,7 +122,11 @@ class GroupStructure(Variable):
             )
 
     def meta(self, params: Params) -> Params:
-        """`{"groups": [groups, features]}`, whose columns sum to 1."""
+        """`{"groups": [groups, features]}`, whose columns sum to 1.
+
+        Raises:
+            ValueError: The model has no parameter of that name.
+        """
         if self.parameter not in params:
             known = sorted(params)
             raise ValueError(
