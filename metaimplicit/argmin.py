@@ -38,10 +38,10 @@ def argmin(
 ) -> Params:
     """θ*(φ) = argmin_θ f(θ, φ) as a differentiable function of φ and of the data.
 
-    Compose it with any torch code and call `.backward()`. With `unrolled`, and with an implicit
-    method whose A is the Hessian without damping, the result can be differentiated any number of
-    times, with other methods once. The derivative of an implicit method's solve is again a solve.
-    The same methods, and those with another A, pass tangents in forward mode
+    Compose it with any torch code and call `.backward()`. With `unrolled`, `truncated`, and an
+    implicit method whose A is the Hessian without damping, the result can be differentiated any
+    number of times, with other methods once. The derivative of an implicit method's solve is again
+    a solve. The same methods, and implicit ones with another A, pass tangents in forward mode
     (`torch.autograd.forward_ad`): (dθ*/dφ) φ̇ = −A⁻¹ (∂²f/∂θ∂φ) φ̇. A minimum that was found
     elsewhere, by scipy, say, is differentiated if it is passed as the `solution`.
 

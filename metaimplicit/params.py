@@ -38,7 +38,8 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:
 
     Args:
         vector: `[..., tasks, n]`.
-        like: `{name: [tasks, *shape]}`, which gives the names, their order and their shapes.
+        like: `{name: [any, *shape]}`, which gives the names, their order and their shapes. The
+            number of tasks is that of `vector`.
 
     Returns:
         `{name: [..., tasks, *shape]}`, views of `vector`, but copies of pairs of numbers, `[…, 2]`:

@@ -63,7 +63,7 @@ def root(
             Gradients flow to those that require grad.
         solver: `GMRES`, `Neumann` or `Richardson`. It warns if it fails.
         batched: Whether `data` is a batch of tasks. If not, there is one task.
-        vectorize: As for `hypergradient`.
+        vectorize: `"vmap"` over the tasks, or `"loop"`: one call per task.
         chunk_size: As for `hypergradient`.
 
     Returns:

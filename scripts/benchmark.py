@@ -84,7 +84,14 @@ def run_command(args: list[str]) -> None:
 
 
 def main(settings: Benchmark) -> None:
-    """Measure everything and print a table."""
+    """Measure the methods, with --towers towers or with --race a race, and print tables.
+
+    Raises:
+        ImportError: --towers compares with a package that is not installed.
+        OSError: The file of --out cannot be written.
+        RuntimeError: A process that measured a row ended before it was done.
+        ValueError: A setting is out of range or unknown, or the file of --out holds no rows.
+    """
     check_settings(settings)
     rows = RowFile(settings.out)
     if settings.towers:
@@ -100,7 +107,8 @@ def check_settings(settings: Benchmark) -> None:
 
     Raises:
         ImportError: --towers compares with a package that is not installed.
-        ValueError: A number is out of range, or a method or the device is unknown.
+        ValueError: A number is out of range, a method or the device is unknown, or a setting does
+            not fit --race.
     """
     check_ranges(settings)
     find_device(settings.device)
@@ -120,7 +128,8 @@ def check_race(settings: Benchmark) -> None:
     """Check the settings of a race.
 
     Raises:
-        ValueError: A workload is unknown, nothing is timed, or the device is not the CPU.
+        ValueError: A workload is unknown, nothing is timed, the device is not the CPU, or towers
+            are asked for, too.
     """
     for name in settings.workloads:
         if name not in WORKLOADS:

@@ -34,9 +34,9 @@ class Taskset:
     learn2learn draws from the global generators of Python, NumPy and PyTorch (CPU). Each draw seeds
     them from `rng` and restores them afterwards.
 
-    A first task transform that draws classes from outside `taskset.dataset` is restricted to those
-    inside: learn2learn 0.2.0 builds the transforms of its Omniglot benchmark on the undivided
-    dataset, so that its own training tasks hold test classes.
+    A first task transform whose `filter_labels` name classes from outside `taskset.dataset` is
+    restricted to those inside: learn2learn 0.2.0 builds the transforms of its Omniglot benchmark on
+    the undivided dataset, so that its own training tasks hold test classes.
 
     Args:
         taskset: The taskset.

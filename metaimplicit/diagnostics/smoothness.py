@@ -57,6 +57,7 @@ def has_kink(loss: Callable[[Params], Tensor], params: Params) -> bool:
 
 
 def _gradient(loss: Callable[[Params], Tensor], params: Params) -> Tensor:
+    """∂f/∂θ of each task, `[tasks, n]`, without a graph. Where f does not depend on θ, it is 0."""
     point = leaves(params)
     total = loss(point).sum()
     gradients = torch.autograd.grad(

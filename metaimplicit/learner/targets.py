@@ -241,7 +241,10 @@ def output_slopes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Tensor | Non
 
 
 def _candidates(outputs: Tensor, leaves: list[Any]) -> Iterator[tuple[int, int]]:
-    """The integers among the targets, and the axes without which the outputs have their shape."""
+    """Pairs (position, axis): which of the targets may be class indices, and the classes' axis.
+
+    That is each int64 tensor among the leaves whose shape is that of the outputs without the axis.
+    """
     if outputs.is_complex():  # complex numbers have no largest one, so they are no scores
         return
     for position, leaf in enumerate(leaves):

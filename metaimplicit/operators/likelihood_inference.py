@@ -154,16 +154,18 @@ def _candidates(likelihood: Likelihood | None, dims: int) -> list[Family]:
 def _find_family(
     loss: OutputLoss, z: Tensor, families: Sequence[Family], *, draws: int
 ) -> Family | None:
-    """The first family that has the Hessian of the loss as a multiple of its Fisher matrix.
+    """The first family whose Fisher matrices F fit the loss: ∂²ℓ/∂zᵢ² = wᵢ F(zᵢ) with wᵢ ≥ 0.
 
-    The loss is looked at in the model's outputs z, and in so many draws of unit size.
+    This is looked at along one random direction at each of `draws` random z of unit size, where
+    round-off is all that may differ, and at the model's outputs z. It is None if no family fits,
+    as for every loss without second derivatives, or with infinite ones at a random z.
     """
     z = widen(loss, z)
     with torch.no_grad():
         eps = max(torch.finfo(x.dtype).eps for x in (z, loss(z)))
     tol = eps**0.5
     points = [(random_outputs(z, 1 + draw), 100 * eps) for draw in range(draws)]
-    # Torch's softplus drops e⁻²⁰ far from zero, where a model's own outputs may be.
+    # A model's outputs may be far from zero, where torch's softplus leaves out terms up to e⁻²⁰.
     points.append((z, tol))
     evidence = []
     try:

@@ -12,10 +12,13 @@ Best = Literal["lowest loss", "highest metric", "lowest metric"]
 
 
 def selection_rule(learner: MetaLearner, best: Best | None) -> Best | None:
-    """How the best validation is selected: `best`, or else by the loss if there is a metric.
+    """How the best validation is selected: by `best`, or by the loss if there is only a metric.
 
-    Of a metric, nobody but the user knows which way is better. If the rule is None, it is the
-    highest accuracy, or the lowest loss where there is no accuracy.
+    Of a metric, nobody but the user knows which way is better.
+
+    Returns:
+        The rule for `score`. None stands for the highest accuracy, or the lowest loss where there
+        is no accuracy.
 
     Raises:
         ValueError: `best` has another value.
@@ -30,6 +33,12 @@ def selection_rule(learner: MetaLearner, best: Best | None) -> Best | None:
 
 def score(validation: Values, rule: Best | None) -> float:
     """The number by which a validation is selected, of which more is better.
+
+    A loss of None, one that was not finite, is worse than every number.
+
+    Args:
+        validation: `"loss"`, and `"metric"` or `"accuracy"` if the learner measures one.
+        rule: What counts. If None, the accuracy, or the lowest loss where there is none.
 
     Raises:
         ValueError: The rule asks for a metric, and there is neither a metric nor an accuracy.

@@ -49,7 +49,9 @@ class ShapeRecord:
 
 
 class VmapRecords:
-    """The record of each shape of data.
+    """The record of each kind of data: of the shapes and dtypes of its tensors, in their order.
+
+    How the tensors are nested does not count. A `Stream` counts as its first data, `fn(0)`.
 
     Example:
         >>> import torch
@@ -62,7 +64,7 @@ class VmapRecords:
         self._records: dict[Hashable, ShapeRecord] = {}
 
     def next_call(self, data: Any) -> ShapeRecord:
-        """The record of the shape of `data`, in which a call is counted."""
+        """The record of the kind of `data`, in which this call is counted."""
         if isinstance(data, Stream):
             data = data.fn(0)
         key = tuple((x.shape, x.dtype) for x in tensors_in(data))

@@ -103,7 +103,9 @@ def build_model(options: RunOptions, family: TaskFamily) -> Network:
     network = options.network or ("conv" if len(shape) == 3 else "mlp")
     joined = options.joined_blocks
     if joined > 1 and network != "conv":
-        raise ValueError(f"--joined-blocks: got {joined} with --network {network}, expected conv")
+        raise ValueError(
+            f"--joined-blocks: got {joined} for the network {network}, expected 1, or conv"
+        )
     if network == "mlp":
         return MLP(shape, outputs, hidden=options.hidden)
     settings: Any = {

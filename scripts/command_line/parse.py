@@ -64,11 +64,16 @@ def parse(args: list[str]) -> RunOptions:
 
 
 def _require_once(option: str, items: tuple[str, ...]) -> None:
+    """Check that no two of the items, NAME or NAME=VALUE, have one name.
+
+    Raises:
+        ValueError: Two have.
+    """
     names = [item.partition("=")[0] for item in items]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"{flag_of(option)}: got {name} twice, expected it once; leave one out"
+                f"{flag_of(option)}: got {name} {names.count(name)} times, expected it once"
             )
 
 

@@ -215,5 +215,5 @@ def test_a_run_that_ended_before_its_first_step_starts_from_the_network_again(tm
 
 def test_blocks_are_joined_in_conv_alone():
     options = RunOptions(network="resnet-12", joined_blocks=2)
-    with pytest.raises(ValueError, match="--joined-blocks: got 2 with --network resnet-12"):
+    with pytest.raises(ValueError, match="--joined-blocks: got 2 for the network resnet-12"):
         build_model(options, tasks.load("glyphs").train)

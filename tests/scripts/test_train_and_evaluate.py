@@ -188,10 +188,10 @@ BAD_OPTIONS = [
         "learn 'lr': first-order cannot give its gradient",
     ),
     (["--learn", "momentum"], "learn: got ['momentum']"),
-    (["--learn", "lr", "lr=per-tensor"], "--learn: got lr twice, expected it once"),
+    (["--learn", "lr", "lr=per-tensor"], "--learn: got lr 2 times, expected it once"),
     (
         ["--task-options", "seed=1", "seed=2"],
-        "--task-options: got seed twice, expected it once; leave one out",
+        "--task-options: got seed 2 times, expected it once",
     ),
     (["--method=cg", "--inner-optimizer=lbfgs"], "inner: got LBFGS with a method that needs"),
     (["--method", "cg", "--rank", "20"], "--rank: got it with --method cg"),
