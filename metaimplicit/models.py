@@ -10,6 +10,7 @@ from math import gcd, prod
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.counts import check_count
 from metaimplicit.normalization import BatchNorm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -284,8 +285,8 @@ def _check_arguments(
             f"input_shape: got {tuple(input_shape)}, expected (channels, height, width)"
         )
     for name, number in {"outputs": outputs, "blocks": blocks}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1")
+        if number is not None:
+            check_count(name, number)
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: got {activation!r}, expected one of {known}")
@@ -295,12 +296,12 @@ def _check_arguments(
 
 def _channels_of_blocks(filters: int | Sequence[int], blocks: int) -> list[int]:
     """The number of channels of each block."""
-    channels = [filters] * blocks if isinstance(filters, int) else list(filters)
+    channels = list(filters) if isinstance(filters, Sequence) else [filters] * blocks
     if len(channels) != blocks:
         raise ValueError(
             f"filters: got {len(channels)} numbers, expected one for each of {blocks} blocks, or "
             "one for all"
         )
-    if min(channels) < 1:
-        raise ValueError(f"filters: got {filters}, expected at least 1")
+    for number in channels:
+        check_count("filters", number)
     return channels

@@ -231,7 +231,13 @@ class EpisodeSampler(Dataset[Episodes]):
         self.position = 0
 
     def __getitem__(self, index: int) -> Episodes:
-        """Batch `index` ≥ 0 of the stream. The position stays where it is."""
+        """Batch `index` ≥ 0 of the stream. The position stays where it is.
+
+        Raises:
+            ValueError: If the index is negative: the stream has no end to count from.
+        """
+        if index < 0:
+            raise ValueError(f"index: got {index}, expected a batch number ≥ 0")
         entropy = [self.seed, index, *self.family.name.encode()]
         return self.family.sample(self.tasks, np.random.default_rng(entropy))
 

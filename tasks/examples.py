@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -123,9 +124,10 @@ class Batches:
         seed: int,
         shuffle: bool = True,
     ) -> None:
-        if size is not None and not 1 <= size <= len(examples):
+        is_whole = size is None or isinstance(size, Integral)
+        if not is_whole or (size is not None and not 1 <= size <= len(examples)):
             raise ValueError(
-                f"size: got {size}, expected 1 … {len(examples)}, "
+                f"size: got {size!r}, expected 1 … {len(examples)}, "
                 "the number of examples; None is the whole set"
             )
         random_stream(seed)  # raises for a negative seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ def per_class(examples: Examples, count: int, seed: int) -> tuple[Examples, Exam
         >>> validation.counts(), train.counts()
         ([2, 2, 2], [8, 8, 8])
     """
-    if count < 1:
-        raise ValueError(f"count: got {count}, expected at least 1 of each class")
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"count: got {count!r}, expected at least 1 of each class")
     counts = [count] * len(_class_sizes(examples))
     order = random_stream(seed, "per_class").permutation(len(examples))
     drawn = _first_of_each_class(examples, counts, order, argument="count")

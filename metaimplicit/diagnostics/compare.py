@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.diagnostics.starting_point import RecordingDense, StartingPoint, solve_inner
-from metaimplicit.inner import InnerLoop
+from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.methods import METHODS, Curvature, Implicit
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem
@@ -135,7 +135,7 @@ def compare(
     meta: Params,
     data: Any,
     *,
-    inner: InnerLoop,
+    inner: str | InnerLoop,
     curvature: Curvature = "hessian",
     damping: float = 0.0,
     methods: Sequence[str] | None = None,
@@ -176,6 +176,7 @@ def compare(
         >>> compare(problem, meta, None, inner=inner, products=[1]).error("cg", 1) < 1e-6
         True
     """
+    inner = make_inner(inner)
     chosen = _choose_methods(methods, problem)
     if seeds < 1 or min(products) < 1:
         raise ValueError(f"seeds, products: got {seeds}, {tuple(products)}, expected at least 1")

@@ -102,6 +102,7 @@ class AdaptedModel:
         """The model of one task of the batch, or for a slice the batch of these tasks.
 
         Raises:
+            IndexError: There is no task of that number.
             TypeError: The model is not batched, or the index is neither a number nor a slice.
         """
         if not self._batched:

@@ -219,11 +219,12 @@ def _trainable_parameters(owner: str, model: nn.Module) -> Params:
         )
     first = next(iter(trainable.values()))
     for name, p in trainable.items():
-        is_alike = (p.dtype, p.device) == (first.dtype, first.device)
-        if not is_alike or p.dtype not in (torch.float32, torch.float64):
+        got = f"{owner} model: got {name!r} as {p.dtype} on {p.device}"
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{got}, expected single or double precision; convert the model first")
+        if (p.dtype, p.device) != (first.dtype, first.device):
             raise ValueError(
-                f"{owner} model: got {name!r} as {p.dtype} on {p.device}, expected {first.dtype} "
-                f"on {first.device} of every parameter, in single or double precision; convert "
-                "the model first"
+                f"{got}, expected {first.dtype} on {first.device} of every parameter; convert the "
+                "model first"
             )
     return trainable

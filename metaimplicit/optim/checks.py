@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit import counts
 from metaimplicit.operators import Expectation, Likelihood
 
 
@@ -63,20 +64,19 @@ def check_fraction(owner: str, **numbers: float) -> None:
             raise ValueError(f"{owner} {name}: got {value}, expected a number in [0, 1)")
 
 
-def check_count(owner: str, unit: str, **counts: int) -> None:
-    """Raise ValueError unless every count is at least 1.
+def check_count(owner: str, unit: str, **numbers: int) -> None:
+    """Raise ValueError unless every count is a whole number, at least 1.
 
     Args:
         owner: The class that has the counts, for the message.
         unit: What is counted, for the message.
-        counts: The counts by argument.
+        numbers: The counts by argument.
 
     Example:
         >>> check_count("KFAC", "step", update_every=5)
     """
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{owner} {name}: got {value}, expected at least 1 {unit}")
+    for name, value in numbers.items():
+        counts.check_count(f"{owner} {name}", value, unit=f" {unit}")
 
 
 def _is_finite(value: Any) -> bool:

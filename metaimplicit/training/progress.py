@@ -93,7 +93,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("budget: got neither steps nor minutes, expected at least one of them")
-        if self.steps is not None and self.steps < 1:
+        if self.steps is not None and not self.steps >= 1:
             raise ValueError(f"steps: got {self.steps}, expected at least 1 meta-step")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes: got {self.minutes}, expected a time > 0")

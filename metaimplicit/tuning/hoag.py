@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from metaimplicit.hypergradient import Hypergradient, hypergradient
-from metaimplicit.inner import LBFGS, InnerLoop
+from metaimplicit.inner import LBFGS, InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.methods import Implicit
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Stream
-from metaimplicit.solvers import CG, SolverState
+from metaimplicit.solvers import CG, Solver, SolverState
 from metaimplicit.tensors import copied_tensors
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
@@ -50,7 +50,8 @@ class HOAG:
         meta: φ to start from, `{name: tensor}`.
         train: The data of the inner loss and of its curvature.
         validation: The data of the outer loss.
-        inner: An inner loop that stops at a tolerance, which is set here. If None, `LBFGS()`.
+        inner: An inner loop that stops at a tolerance, which is set here, or its flag. If None,
+            `LBFGS()`.
         schedule: ε_k/`tolerance` as a function of k ≥ 1: `"exponential"` 0.9ᵏ, `"quadratic"` 1/k²,
             `"cubic"` 1/k³, or a function of k. ε_k is at least 4√ε, where ε is the unit round-off
             of φ: below it the line search of the inner loop cannot compare losses.
@@ -67,8 +68,8 @@ class HOAG:
         steps: The number of steps taken.
 
     Raises:
-        ValueError: An option is out of range, the inner loop has no tolerance, a value lies outside
-            its domain, or no entry of `meta` is a floating-point tensor.
+        ValueError: An option is out of range, the inner loop or the solver has no tolerance, a
+            value lies outside its domain, or no entry of `meta` is a floating-point tensor.
 
     Example:
         The minimiser of f = (w − 2)² + λw² is w = 2/(1 + λ), so g = (w − 1)² is minimal at λ = 1.
@@ -100,10 +101,10 @@ class HOAG:
         train: Any,
         validation: Any,
         *,
-        inner: InnerLoop | None = None,
+        inner: str | InnerLoop | None = None,
         schedule: Literal["exponential", "quadratic", "cubic"] | Callable[[int], float] = "cubic",
         tolerance: float = 0.1,
-        solver: CG | None = None,
+        solver: Solver | None = None,
         domains: Mapping[str, Domain] | None = None,
     ) -> None:
         if not callable(schedule) and schedule not in SCHEDULES:
@@ -116,13 +117,20 @@ class HOAG:
         self.problem = problem
         self.train = train
         self.validation = validation
-        self.inner = inner or LBFGS()
+        self.inner = LBFGS() if inner is None else make_inner(inner)
         if self.inner.exact or not _takes_tolerance(self.inner):
             raise ValueError(
                 f"inner: got {type(self.inner).__name__}, expected a loop of steps that stops at a "
                 "`tol`, which HOAG sets, such as LBFGS or GradientDescent"
             )
-        self.solver = solver or CG(max_steps=100)
+        self.solver: Any = CG(max_steps=100) if solver is None else solver
+        # The tolerance of `Nystrom`, None unless given, is that of its sketch.
+        has_tolerance = getattr(self.solver, "tol", None) is not None
+        if not isinstance(self.solver, Solver) or not has_tolerance:
+            raise ValueError(
+                f"solver: got {solver!r}, expected one with a tolerance, which HOAG sets, such as "
+                "CG(max_steps=100)"
+            )
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         self.tolerance = tolerance
         self.free = FreeMeta(meta, domains).require_coordinates()

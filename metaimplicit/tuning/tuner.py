@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metaimplicit.hypergradient import Hypergradient, hypergradient
-from metaimplicit.inner import InnerLoop
+from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import SeveralOutputsError
 from metaimplicit.methods import Method, make_method
@@ -46,7 +46,7 @@ class Tuner:
     Args:
         problem: Its inner loss receives training batches, its outer loss validation batches.
         meta: φ to start from, `{name: tensor}`.
-        inner: The inner loop. Its `steps` are K.
+        inner: The inner loop, or its flag. Its `steps` are K.
         method: How the hypergradient is taken, a `Method` or its flag. If it is implicit and names
             no batch, it takes its curvature on an additional training batch. If it names no
             curvature and the inner loss is that of a network, it uses Gauss–Newton, or the Hessian
@@ -98,7 +98,7 @@ class Tuner:
         problem: BilevelProblem,
         meta: Params,
         *,
-        inner: InnerLoop,
+        inner: str | InnerLoop,
         method: str | Method = "cg",
         optimizer: Optimizer = lambda free: torch.optim.Adam(free, lr=0.01),
         domains: Mapping[str, Domain] | None = None,
@@ -108,6 +108,7 @@ class Tuner:
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
+        inner = make_inner(inner)
         if inner.exact:
             raise ValueError(
                 f"inner: got {type(inner).__name__}, which takes one batch for all its steps, "
@@ -127,6 +128,11 @@ class Tuner:
         self.schedule = schedule
         self.on_nonfinite = on_nonfinite
         self._free = FreeMeta(meta, domains).require_coordinates()
+        if not callable(optimizer):
+            raise ValueError(
+                f"optimizer: got {type(optimizer).__name__}, expected a function of the "
+                "coordinates of φ, such as partial(torch.optim.Adam, lr=0.01)"
+            )
         self.optimizer = optimizer(list(self._free.tensors.values()))
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:

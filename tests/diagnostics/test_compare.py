@@ -246,6 +246,7 @@ def test_methods_of_fixed_curvature_need_a_module():
     [
         ({"methods": ["cg", "gmres"]}, "methods: got gmres, expected some of cg, "),
         ({"methods": ["unrolled"]}, "methods: got unrolled"),
+        ({"inner": "sgd"}, "inner: got 'sgd', expected one of gradient-descent"),
         ({"seeds": 0}, "seeds, products: got 0"),
         ({"products": (0, 3)}, "expected at least 1"),
     ],

@@ -75,6 +75,7 @@ def test_the_conv_net_has_the_activation_that_is_named(name, function):
         ),
         ((784,), {}, r"input_shape: got \(784,\), expected \(channels, height, width\)"),
         ((1, 28, 28), {"filters": 0}, "filters: got 0, expected at least 1"),
+        ((1, 28, 28), {"filters": 2.5}, "filters: got 2.5, expected a whole number, at least 1"),
         (
             (1, 28, 28),
             {"activation": "tanh"},

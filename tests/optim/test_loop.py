@@ -143,7 +143,7 @@ def test_a_parameter_that_was_replaced_after_the_optimizer_was_built_is_named(na
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_half_precision_is_refused(name):
-    message = r"got '0\.weight' as torch\.bfloat16.*in single or double precision"
+    message = r"got '0\.weight' as torch\.bfloat16.*single or double precision"
     with pytest.raises(ValueError, match=message):
         OPTIMIZERS[name](network().bfloat16())
 

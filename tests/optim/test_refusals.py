@@ -57,6 +57,7 @@ def test_numbers_out_of_range_are_refused(make, options, message):
         ({"momentum": 1.0}, r"momentum: got 1.0, expected a number in \[0, 1\)"),
         ({"decay": -0.1}, r"decay: got -0.1, expected a number in \[0, 1\)"),
         ({"update_every": 0}, "update_every: got 0, expected at least 1 step"),
+        ({"update_every": 1.5}, "update_every: got 1.5, expected a whole number"),
         ({"invert_every": 0}, "invert_every: got 0, expected at least 1 step"),
         ({"adapt_every": 0}, "adapt_every: got 0, expected at least 1 step"),
         ({"others": "zero"}, "others: got 'zero', expected 'raise' or 'gradient'"),

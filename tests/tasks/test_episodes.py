@@ -231,6 +231,12 @@ def test_a_sampler_refuses_no_tasks_and_a_negative_seed():
         EpisodeSampler(few_shot(), tasks=1, seed=-1)
 
 
+def test_a_stream_has_no_batch_before_its_first():
+    sampler = EpisodeSampler(load("sinusoid").train, tasks=2, seed=0)
+    with pytest.raises(ValueError, match="index: got -1, expected a batch number ≥ 0"):
+        sampler[-1]
+
+
 def test_moved_episodes_keep_their_labels_where_they_are():
     episodes = few_shot().sample(2, np.random.default_rng(0))
     moved = episodes.to("meta")

@@ -151,6 +151,7 @@ def test_everything_is_the_same_on_a_gpu():
             r"size: got 0, expected 1 … 10, the number of examples; None is the whole set",
         ),
         ({"size": 11}, r"size: got 11, expected 1 … 10"),
+        ({"size": 2.5}, r"size: got 2.5, expected 1 … 10"),
         ({"seed": -1}, "seed: got -1, expected an integer ≥ 0"),
     ],
 )

@@ -173,6 +173,7 @@ def test_a_class_without_examples_is_named(draw):
             "count: class 1 needs 26 examples and has 25; lower count",
         ),
         (lambda e: tasks.per_class(e, 0, 0), "count: got 0, expected at least 1 of each class"),
+        (lambda e: tasks.per_class(e, 1.5, 0), "count: got 1.5, expected at least 1 of each class"),
         (
             lambda e: tasks.per_class(numbered(5, 5), 5, 0),
             "count: got 5 of each class, which leaves no others",

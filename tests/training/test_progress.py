@@ -1,5 +1,7 @@
 """How long a run lasts, and the schedules of its learning rate."""
 
+import math
+
 import pytest
 
 from metaimplicit.training import Budget, Progress, constant, cosine
@@ -19,6 +21,7 @@ def test_the_share_of_a_budget_is_the_larger_one_of_steps_and_minutes():
     [
         ({}, "budget: got neither steps nor minutes"),
         ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"steps": math.nan}, "steps: got nan, expected at least 1"),
         ({"minutes": 0.0}, "minutes: got 0.0, expected a time > 0"),
     ],
 )

@@ -10,7 +10,9 @@ from metaimplicit import (
     LBFGS,
     BilevelProblem,
     Composite,
+    Dense,
     FromMeta,
+    Nystrom,
     Positive,
     Proximal,
     ProximalGradient,
@@ -196,6 +198,9 @@ def test_bad_options_are_refused():
         run(0, schedule="linear")
     with pytest.raises(ValueError, match="tolerance: got 0, expected a number > 0"):
         run(0, tolerance=0)
+    for solver in ("cg", Dense(), Nystrom()):
+        with pytest.raises(ValueError, match=r"solver: got .*, expected one with a tolerance"):
+            run(0, solver=solver)
     with pytest.raises(ValueError, match="params: there are none before the first step"):
         _ = run(0)[0].params
     with pytest.raises(ValueError, match="next_point: got no trial yet"):

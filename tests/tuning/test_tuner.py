@@ -194,6 +194,8 @@ def test_integer_entries_of_meta_are_constant():
             r"meta\['phi'\]: hyperparameter: got -?[\d.]+, expected numbers from 9.0 to inf",
         ),
         ({"on_nonfinite": "ignore"}, "on_nonfinite: got 'ignore', expected 'raise' or 'skip'"),
+        ({"optimizer": "adam"}, "optimizer: got str, expected a function of the coordinates"),
+        ({"inner": "sgd"}, "inner: got 'sgd', expected one of gradient-descent"),
         ({"inner": Ridge()}, "inner: got Ridge, which takes one batch for all its steps"),
         ({"inner": Newton()}, "inner: got Newton, which takes one batch for all its steps"),
         ({"optimizer": torch.optim.LBFGS}, "optimizer: got LBFGS, which evaluates the outer loss"),

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.params import Params
 from metaimplicit.problem import FromMeta, Proximal
 from metaimplicit.tuning.domains import Domain, Positive, Simplex
@@ -112,8 +113,7 @@ class GroupStructure(Variable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.groups >= 2:
-            raise ValueError(f"GroupStructure groups: got {self.groups}, expected at least 2")
+        check_count("GroupStructure groups", self.groups, least=2)
         if not self.strength >= 0:
             raise ValueError(f"GroupStructure strength: got {self.strength}, expected a number ≥ 0")
         if not self.smoothing > 0:
