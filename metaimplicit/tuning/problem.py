@@ -3,7 +3,7 @@
 # This module does not import `annotations` from `__future__`. That would turn the types of the
 # fields of a NamedTuple into strings that documentation tools cannot resolve.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -139,9 +139,9 @@ def tuning_problem(
         penalty: A penalty that is not a hyperparameter, or reads its strength by `FromMeta`.
 
     Raises:
-        ValueError: There is no hyperparameter, two have one name, two variables make the inputs, no
-            parameter requires grad, a batch norm tracks running statistics, or the model is wrapped
-            in DistributedDataParallel.
+        ValueError: There is no hyperparameter, two have one name, two variables make the inputs,
+            `variables` holds something else, no parameter requires grad, a batch norm tracks
+            running statistics, or the model is wrapped in DistributedDataParallel.
 
     Example:
         >>> from torch.nn import functional as F
@@ -261,6 +261,10 @@ def _collect_entries(
     variables: Sequence[Variable], start: Params
 ) -> tuple[Params, dict[str, Domain]]:
     """φ to start from, and the domains of its entries."""
+    if not isinstance(variables, Iterable) or not all(isinstance(v, Variable) for v in variables):
+        raise ValueError(
+            f"variables: got {variables!r}, expected a list of variables, such as [WeightDecay()]"
+        )
     meta: Params = {}
     domains: dict[str, Domain] = {}
     for variable in variables:

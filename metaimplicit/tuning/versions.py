@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from metaimplicit.tuning.trial_outputs import is_transformed
 
-MAX_NUMBERS = 10_000  # of a tensor that is compared by value: more than there are classes
+MAX_BYTES = 80_000  # of a tensor that is compared by value: more than class weights have
 
 
 def version_of(tensor: Tensor) -> tuple[int, bytes | None]:
     """What differs once the tensor has been written to: torch's count of that, and its numbers.
 
     The count misses `.data`, inference mode, and arrays that share the memory. The numbers are read
-    of small tensors on the CPU alone.
+    of small tensors on the CPU alone, as bytes of their memory.
 
     Example:
         >>> x = torch.zeros(2)
@@ -26,6 +28,10 @@ def version_of(tensor: Tensor) -> tuple[int, bytes | None]:
     """
     count = 0 if tensor.is_inference() else tensor._version
     is_plain = tensor.layout == torch.strided and not is_transformed(tensor)
-    if tensor.device.type != "cpu" or tensor.numel() > MAX_NUMBERS or not is_plain:
+    if tensor.device.type != "cpu" or not is_plain:
         return count, None
-    return count, tensor.detach().flatten().view(torch.uint8).numpy().tobytes()
+    memory = tensor.untyped_storage()
+    if memory.nbytes() > MAX_BYTES:
+        return count, None
+    # No operation of torch is called, because one within a transform has no numbers to read.
+    return count, ctypes.string_at(memory.data_ptr(), memory.nbytes())

@@ -67,7 +67,8 @@ class RunOptions:
     """Meta-train a few-shot learner, and test it on tasks it has never seen."""
 
     recipe: str | None = None
-    """A row of the published tables: one of the recipes above. What else is given replaces it."""
+    """A row of the published tables: one of the recipes above. Options that are given replace
+    its own."""
     task: str = "glyphs"
     """Where tasks come from: one of the tasks listed above."""
     ways: Annotated[int, within(1, 10_000)] = 5
@@ -120,12 +121,12 @@ class RunOptions:
     """auto (CUDA if there is any), cpu, cuda, cuda:1 …"""
     data_root: Path | None = None
     """Where the data is: a folder or archive of images or features, or Omniglot's zips or tree.
-    Omniglot is downloaded without it."""
+    Omniglot and CIFAR-100 are downloaded without it."""
     out: Path | None = None
     """Folder for the files of the run. By default runs/NAME-SEED, where NAME says what runs."""
     resume: bool = False
-    """Continue the run in --out with its options.
-    Only limits, workers, threads and device may change."""
+    """Continue the run in --out with its options. Only --steps, --minutes, --device, --data-root,
+    --workers, --threads, --compile, --plan and options of the test may change."""
     learn: tuple[str, ...] = ()
     """Inner numbers to learn as well: lr, proximal, lr=per-tensor, lr=per-element (Meta-SGD).
     Heads have lambda, temperature and scale."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tuning_loop import INDEX, INNER, C, Y, draw, moved, plain_hypergradient
 
 from metaimplicit import Tuner, tuning_problem
-from metaimplicit.tuning import ClassWeights, ExampleWeights, WeightDecay
+from metaimplicit.tuning import ClassWeights, ExampleWeights, WeightDecay, WeightNetwork
 from metaimplicit.tuning.batches import split_batch
 
 
@@ -129,6 +129,7 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(name):
     [
         (ExampleWeights(4), "ExampleWeights: got numbers from 1 to 15, expected 0 to 3"),
         (ClassWeights(2), "ClassWeights: got numbers from 0 to 2, expected 0 to 1"),
+        (WeightNetwork(3, classes=2), "WeightNetwork: got numbers from 0 to 2, expected 0 to 1"),
     ],
 )
 def test_a_number_without_a_weight_is_named(variable, message):

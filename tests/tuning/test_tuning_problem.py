@@ -211,6 +211,7 @@ DATA = SyntheticData(TRAIN["inputs"], TRAIN["targets"])
         ([], MODEL, "variables: got none"),
         ([ClassWeights(3), ClassWeights(3)], MODEL, r"got \['class_weights'\] twice"),
         ([Augmentation(), DATA], MODEL, "variables: got 2 that make the inputs"),
+        ([WeightDecay], MODEL, "variables: got .*expected a list of variables, such as"),
         ([GroupStructure("w", 2)], MODEL, "GroupStructure parameter: got 'w'"),
         ([ClassWeights(3)], BATCH_NORM, "BatchNorm1d.*tracks running statistics"),
         ([ClassWeights(3)], network().requires_grad_(False), "no parameter that requires grad"),
@@ -219,6 +220,11 @@ DATA = SyntheticData(TRAIN["inputs"], TRAIN["targets"])
 def test_a_bad_problem_is_refused(variables, model, message):
     with pytest.raises(ValueError, match=message):
         make_problem(*variables, model=model)
+
+
+def test_a_variable_in_the_place_of_a_list_is_refused():
+    with pytest.raises(ValueError, match=r"variables: got ExampleWeights.*expected a list"):
+        tuning_problem(MODEL, F.cross_entropy, ExampleWeights(9))
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def example_index(variable: Variable, batch: Batch) -> Tensor:
 
 
 def select_entries(variable: Variable, values: Tensor, index: Tensor) -> Tensor:
-    """The entries of `values`, `[n]`, with these numbers.
+    """The entries of `values`, `[n, …]`, with these numbers.
 
     Raises:
         IndexError: A number is negative, or n or more.
@@ -142,7 +142,7 @@ def select_entries(variable: Variable, values: Tensor, index: Tensor) -> Tensor:
         low, high = (int(bound) for bound in index.aminmax())
         raise IndexError(
             f"{type(variable).__name__}: got numbers from {low} to {high}, expected 0 to "
-            f"{len(values) - 1}, of which each has a weight"
+            f"{len(values) - 1}"
         ) from error
 
 

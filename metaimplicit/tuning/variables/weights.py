@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaimplicit.params import Params
 from metaimplicit.tuning.batches import Batch, batch_entry
@@ -163,7 +163,12 @@ class WeightNetwork(Variable):
         }
 
     def weights(self, meta: Params, losses: Tensor, batch: Batch) -> Tensor:
-        """wᵢ in (0, 2), `[m]`."""
+        """wᵢ in (0, 2), `[m]`.
+
+        Raises:
+            ValueError: With `classes`, the targets are not one tensor that says them.
+            IndexError: A label that counts is negative, or `classes` or more.
+        """
         features = losses[:, None].to(meta["weight_network.in"])
         if self.classes is not None:
             features = torch.cat([features, self._scores(batch, features)], 1)
@@ -182,7 +187,9 @@ class WeightNetwork(Variable):
                 )
             scores = targets.to(like)
             return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
-        one_hot = nn.functional.one_hot(_counted_labels(targets, batch), self.classes).to(like)
+        labels = _counted_labels(targets, batch)
+        rows = torch.eye(self.classes, dtype=like.dtype, device=like.device)
+        one_hot = select_entries(self, rows, labels.flatten()).reshape(*labels.shape, -1)
         counted = batch.get("counted")
         if counted is not None:
             one_hot = one_hot * counted.reshape(targets.shape).unsqueeze(-1)
