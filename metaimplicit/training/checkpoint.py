@@ -149,7 +149,8 @@ def load_learner(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: No checkpoint is whole, or they belong to another run or learner.
+        ValueError: No checkpoint is whole, they belong to another run or learner, or `select` is
+            something else.
 
     Example:
         >>> import tempfile

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from metaimplicit.counts import check_count
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.training.hyperparameters import scheduled_rates
@@ -139,7 +140,8 @@ def fit(
         ...     [line["step"] for line in read_metrics(out)]
         [1, 2, 3]
     """
-    _check_parts(learner, optimizer, sampler, budget=budget, validation=validation)
+    _check_parts(learner, optimizer, sampler, budget=budget, config=config, ranks=ranks)
+    _check_functions(validation=validation, before_step=before_step, schedule=schedule)
     _check_numbers(validate_every, checkpoint_every, clip)
     rule = selection_rule(learner, best)
     ranks = Ranks() if ranks is None else ranks
@@ -229,7 +231,8 @@ def _check_parts(
     sampler: Any,
     *,
     budget: Any,
-    validation: Any,
+    config: Any,
+    ranks: Any,
 ) -> None:
     if not moved_parameters(learner, optimizer):
         raise ValueError(
@@ -245,11 +248,22 @@ def _check_parts(
         )
     if not isinstance(budget, Budget):
         raise ValueError(f"budget: got {budget!r}, expected a Budget, such as Budget(steps=1000)")
-    if validation is not None and not callable(validation):
-        raise ValueError(
-            f"validation: got {type(validation).__name__}, expected a function that draws the "
-            "batches, such as lambda: batches"
-        )
+    if not isinstance(config, Mapping | None):
+        raise ValueError(f"config: got {type(config).__name__}, expected a dict, or None")
+    if not isinstance(ranks, Ranks | None):
+        raise ValueError(f"ranks: got {type(ranks).__name__}, expected Ranks.of_group(), or None")
+
+
+def _check_functions(**functions: Any) -> None:
+    expected = {
+        "validation": "that draws the batches, such as lambda: batches",
+        "before_step": "of the share of the budget that is spent",
+        "schedule": "of the share of the budget that is spent, such as cosine",
+    }
+    for name, function in functions.items():
+        if not callable(function) and (function is not None or name == "schedule"):
+            got = type(function).__name__
+            raise ValueError(f"{name}: got {got}, expected a function {expected[name]}")
 
 
 def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | None) -> None:
@@ -257,8 +271,7 @@ def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | Non
         ("validate_every", validate_every),
         ("checkpoint_every", checkpoint_every),
     ):
-        if number < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1 step")
+        check_count(name, number, unit=" step")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metaimplicit.counts import check_count
 from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, name_parts, read_episodes
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.problem import step_counts
@@ -185,10 +186,10 @@ def evaluate(
         batches: Batches of tasks, on any device.
         steps: Measure after 0, 1, …, `steps` inner steps, or after each number of steps of a
             sequence. If None, measure after 0 … T steps, T being those of the inner loop.
-        tasks: The number of tasks that count, the first ones. If None, all.
+        tasks: The number of tasks that count, ≥ 1, the first ones. If None, all.
 
     Raises:
-        ValueError: There is no batch, or a number of steps is negative.
+        ValueError: There is no batch, a number of steps is negative, or `tasks` is below 1.
 
     Example:
         >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
@@ -198,6 +199,8 @@ def evaluate(
     """
     device = next(learner.parameters()).device
     require_several(batches)
+    if tasks is not None:
+        check_count("tasks", tasks)
     counts = tuple(step_counts(steps, learner.inner))
     losses = []
     accuracies = []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
 from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, read_episodes
 from metaimplicit.learner.targets import Group, measure
 from metaimplicit.task_axis import map_tensors
@@ -33,11 +34,11 @@ def evaluate_one_at_a_time(
         learner: The learner of a classification, or one with a `metric`.
         batches: Batches of tasks, on any device, as for `evaluate`.
         steps: The number of inner steps. If None, those of the inner loop.
-        tasks: The number of tasks that count, the first ones. If None, all.
+        tasks: The number of tasks that count, ≥ 2, the first ones. If None, all.
 
     Raises:
         ValueError: There is no batch. The loss treats no targets as classes, and there is no
-            metric. Or an input has no axis of examples.
+            metric. An input has no axis of examples, or `tasks` is below 2.
 
     Example:
         >>> from torch import nn
@@ -47,6 +48,8 @@ def evaluate_one_at_a_time(
         4
     """
     require_several(batches)
+    if tasks is not None:
+        check_count("tasks", tasks, least=2)
     device = next(learner.parameters()).device
     measured = []
     with evaluation_mode(learner), torch.no_grad():

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -36,12 +36,17 @@ class Loaded(NamedTuple):
 def versions(path: Path, select: Select = "last") -> list[Path]:
     """The files of a checkpoint in the order in which they are tried.
 
+    Raises:
+        ValueError: `select` is something else.
+
     Example:
         >>> [version.name for version in versions(Path("checkpoint.pt"))]
         ['checkpoint.pt', 'checkpoint-previous.pt', 'checkpoint-best.pt']
         >>> versions(Path("checkpoint.pt"), "best")[0].name
         'checkpoint-best.pt'
     """
+    if select not in get_args(Select):
+        raise ValueError(f"select: got {select!r}, expected 'last' or 'best'")
     last = [path, previous(path)]
     return [*last, best(path)] if select == "last" else [best(path), *last]
 

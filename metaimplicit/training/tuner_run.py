@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metaimplicit.counts import check_count
 from metaimplicit.params import Params
 from metaimplicit.solvers import Status
 from metaimplicit.training.checkpoint import load_tuner, save_tuner
@@ -85,8 +86,7 @@ def fit_tuner(
         ...     fit_tuner(tuner, loader, loader, out=Path(out), steps=3, bar=False).step
         3
     """
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1 step")
+    check_count("checkpoint_every", checkpoint_every, unit=" step")
     out = Path(out)
     folder = RunFolder(out, resume=resume, config=config, identity=identity)
     with DeferredSignals() as signals, folder:

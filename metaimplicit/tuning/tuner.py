@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from metaimplicit.counts import check_count
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
@@ -263,8 +264,8 @@ class Tuner:
         if patience is not None and metric is None:
             raise ValueError(f"patience: got {patience} without a metric, expected both or neither")
         for name, number in {"every": every, "patience": patience}.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: got {number}, expected at least 1")
+            if number is not None:
+                check_count(name, number)
         per_step = self.inner.steps + 1
         train_batches = read_batches(train, first=self.steps * per_step)
         validation_batches = read_batches(validation, first=self.steps)

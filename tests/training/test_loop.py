@@ -302,6 +302,14 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, b
         ({"budget": 10}, r"budget: got 10, expected a Budget, such as Budget\(steps=1000\)"),
         ({"sampler": [1]}, "sampler: got list, which has no batches and no state_dict, expected"),
         ({"validation": [1]}, "validation: got list, expected a function that draws the batches"),
+        ({"schedule": 0.1}, "schedule: got float, expected a function of the share of the budget"),
+        ({"before_step": 1}, "before_step: got int, expected a function of the share of the bu"),
+        ({"config": 1}, "config: got int, expected a dict, or None"),
+        ({"ranks": 2}, r"ranks: got int, expected Ranks.of_group\(\), or None"),
+        (
+            {"validate_every": 1.5},
+            "validate_every: got 1.5, expected a whole number, at least 1",
+        ),
         (
             {"optimizer": make_parts().optimizer},
             "optimizer: got one that moves no parameter of the learner",
@@ -324,6 +332,8 @@ def test_paths_may_be_strings(tmp_path):
     path = f"{out}/checkpoint.pt"
     other = make_parts()
     assert load_learner(path, other.learner).step == 2
+    with pytest.raises(ValueError, match="select: got 'first', expected 'last' or 'best'"):
+        load_learner(path, other.learner, select="first")
     assert_same_weights(parts.learner, other.learner)
     progress = load_checkpoint(path, *other)
     save_checkpoint(f"{out}/copy.pt", *other, progress)

@@ -118,6 +118,8 @@ def test_evaluate_refuses_no_batches_and_negative_steps():
         evaluate(learner, [])
     with pytest.raises(ValueError, match="steps: got -1"):
         evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]], steps=-1)
+    with pytest.raises(ValueError, match="tasks: got 0, expected at least 1"):
+        evaluate(learner, [make_sampler(tasks_per_batch=3, seed=1)[0]], tasks=0)
 
 
 @pytest.mark.parametrize("measure", [evaluate, evaluate_one_at_a_time])
