@@ -90,7 +90,7 @@ class Solution:
         value: x ≈ A⁻¹b, `[tasks, n]`. It is NaN where the status is NON_FINITE, so that nothing
             trains on it.
         status: Members of `Status`, `[tasks]`, int64.
-        residual: ‖b − Ax‖/‖b‖ for each task, `[tasks]`. It is 0 where b = 0.
+        residual: ‖b − Ax‖/‖b‖ for each task, `[tasks]`. It is 0 where b is 0 or not finite.
         products: The operator products that were executed, each over all tasks.
         needed: The products that each task needed before it ended, `[tasks]`.
         rayleigh: The smallest vᵀAv/vᵀv that was seen, `[tasks]`. It is +inf if none was.

@@ -12,6 +12,7 @@ from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.base import LinearSystem, Solution, Solver
 from metaimplicit.solvers.direct import direct_solution, solve_by_eigenvalues
 from metaimplicit.solvers.iteration import is_asymmetric
+from metaimplicit.solvers.power_iteration import fixed_direction
 from metaimplicit.solvers.status import Status
 
 
@@ -58,10 +59,10 @@ class Dense(Solver):
         matrix = torch.where(finite[:, None, None], matrix, eye)
 
         factor, info = torch.linalg.cholesky_ex(matrix)
-        # The smallest squared pivot is ≥ λ_min, and the largest is ≤ λ_max.
-        pivots = factor.diagonal(dim1=1, dim2=2).square()
-        singular = pivots.amin(-1) <= n * torch.finfo(b.dtype).eps * pivots.amax(-1)
-        failed = (info > 0) | singular
+        # Only the eigenvalues tell exactly which matrices are singular to working precision.
+        least = _smallest_eigenvalue(factor)
+        regular = least > n * torch.finfo(b.dtype).eps * matrix.norm(dim=(1, 2))
+        failed = (info > 0) | ~regular
         x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
         smallest = None
         deficient = torch.zeros_like(finite)
@@ -96,3 +97,15 @@ class Dense(Solver):
         units = torch.split(eye[:, None, :].expand(-1, tasks, -1), self.chunk)
         columns = torch.cat([core.matmat(part) for part in units])
         return columns.transpose(0, 1) + sigma * eye
+
+
+def _smallest_eigenvalue(factor: Tensor) -> Tensor:
+    """λ_min of A = LLᵀ, `[tasks]`, slightly above it, by two steps of inverse iteration.
+
+    The pivots of L may all be far above λ_min.
+    """
+    v = fixed_direction(factor[..., 0]).expand_as(factor[..., 0]).unsqueeze(-1)
+    for _ in range(2):
+        v = torch.cholesky_solve(v / v.norm(dim=1, keepdim=True), factor)
+    least: Tensor = 1 / v.norm(dim=(1, 2))
+    return least
