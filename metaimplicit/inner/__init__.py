@@ -59,7 +59,7 @@ def make_inner(inner: str | InnerLoop) -> InnerLoop:
     """
     if isinstance(inner, InnerLoop):
         return inner
-    if inner not in INNER_LOOPS:
+    if not isinstance(inner, str) or inner not in INNER_LOOPS:
         known = ", ".join(INNER_LOOPS)
         raise ValueError(f"inner: got {inner!r}, expected one of {known}, or an InnerLoop")
     return INNER_LOOPS[inner]()

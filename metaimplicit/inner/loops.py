@@ -146,7 +146,7 @@ class TorchOptimizer(_StepwiseLoop):
 
     Args:
         optimizer: `torch.optim.SGD`, `Adam`, `AdamW`, `NAdam`, `RAdam`, `Adadelta`, `Adagrad`,
-            `Adamax`, `ASGD`, `RMSprop` or `Rprop`.
+            `Adamax`, `ASGD`, `RMSprop` or `Rprop`, or `metaimplicit.inner.SGDW`.
         steps: T ≥ 1.
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes T steps.
         max_grad_norm: The gradient of a task is scaled down to this norm if it is larger, as by

@@ -70,7 +70,8 @@ class DifferentiableStep:
         if self.optimizer not in RULES:
             known = ", ".join(sorted(cls.__name__ for cls in RULES))
             raise ValueError(
-                f"optimizer: got {self.optimizer!r}, expected one of torch.optim's {known}"
+                f"optimizer: got {self.optimizer!r}, expected one of {known}, such as "
+                "torch.optim.Adam"
             )
         tested = RULES[self.optimizer].options
         unknown = sorted(set(self.options) - tested)

@@ -64,7 +64,9 @@ class TransposedJacobian(LinearOperator):
 
 
 def check_solver(name: str, solver: Solver) -> None:
-    """Raise ValueError if a solver needs a symmetric matrix, which ∂F/∂s is not."""
+    """Raise ValueError for what is no solver, or needs a symmetric matrix, which ∂F/∂s is not."""
+    if not isinstance(solver, Solver):
+        raise ValueError(f"{name} solver: got {solver!r}, expected a solver, such as GMRES()")
     if not solver.takes_asymmetric:
         raise ValueError(
             f"{name} solver: got {type(solver).__name__}, which needs a symmetric matrix, "

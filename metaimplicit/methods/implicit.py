@@ -82,11 +82,11 @@ class Implicit(Method):
             evaluates the loss again. If None, all examples are evaluated at once.
 
     Raises:
-        ValueError: A number is out of range, the curvature or preconditioner is unknown, or
-            `products` are asked for a curvature other than the Hessian. On solving: the loss lacks
-            a part that the curvature needs, draws random numbers, or is not convex where the
-            curvature assumes it; the `batch` does not suit the data;
-            or the losses or the data allow no `microbatch`.
+        ValueError: A number is out of range, the solver is none, the curvature or preconditioner is
+            unknown, or `products` are asked for a curvature other than the Hessian. On solving: the
+            loss lacks a part that the curvature needs, draws random numbers, or is not convex where
+            the curvature assumes it; the `batch` does not suit the data; or the losses or the data
+            allow no `microbatch`.
         FloatingPointError: On solving, if `strict`.
 
     Example:
@@ -114,6 +114,8 @@ class Implicit(Method):
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise ValueError(f"solver: got {self.solver!r}, expected a solver, such as CG()")
         find_curvature(self.curvature or "hessian")
         if self.curvature is not None:
             object.__setattr__(self, "curvature", as_flag(self.curvature))

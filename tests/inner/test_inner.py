@@ -216,7 +216,7 @@ def test_undifferentiated_steps_leave_no_graph():
         (lambda: GradientDescent(tol=0.0), "tol: got 0.0, expected a gradient norm > 0"),
         (lambda: GradientDescent(lr=-0.1), "Invalid learning rate"),
         (lambda: LBFGS(history=0), "LBFGS history: got 0, expected at least 1 pair"),
-        (lambda: TorchOptimizer(torch.optim.LBFGS), "expected one of torch.optim's ASGD, Adadelta"),
+        (lambda: TorchOptimizer(torch.optim.LBFGS), "expected one of ASGD, Adadelta"),
         (
             lambda: TorchOptimizer(torch.optim.SGD, lr=0.1, maximize=True),
             r"SGD options: got \['maximize'\]",

@@ -189,6 +189,11 @@ def test_a_bad_argument_of_hypergradient_is_refused(arguments, message):
             "CG max_steps: got 10.0, expected a whole number, at least 1",
         ),
         (partial(Dense, chunk=0), "Dense chunk: got 0, expected at least 1"),
+        (partial(Implicit, "cg"), r"solver: got 'cg', expected a solver, such as CG\(\)"),
+        (
+            partial(FixedPoint, "gmres"),
+            "FixedPoint solver: got 'gmres', expected a solver, such as",
+        ),
         (partial(FixedPoint, radius_steps=-1), "radius_steps: got -1, expected at least 0"),
         (partial(Implicit, curvature="fisher"), "curvature: got 'fisher', expected one of"),
         (partial(Implicit, damping=-1.0), "damping: got -1.0, expected a number ≥ 0"),
