@@ -35,7 +35,11 @@ class FromMeta:
     transform: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, meta: Params, parameter: str | None = None) -> Tensor:
-        """The transformed entry: that of `parameter` if `meta` has one, else the shared one."""
+        """The transformed entry: that of `parameter` if `meta` has one, else the shared one.
+
+        Raises:
+            ValueError: `meta` has neither.
+        """
         key = f"{self.name}.{parameter}"
         if parameter is None or key not in meta:
             key = self.name
@@ -85,7 +89,11 @@ class Proximal:
             raise ValueError(f"Proximal strength: got {self.strength}, expected a number ≥ 0")
 
     def __call__(self, params: Params, meta: Params) -> Tensor:
-        """The penalty at `params`, a scalar."""
+        """The penalty at `params`, a scalar.
+
+        Raises:
+            ValueError: `meta` lacks an entry of the center or the strength.
+        """
         missing = sorted(set(params) - set(meta))
         if self.center == "meta" and missing:
             raise ValueError(

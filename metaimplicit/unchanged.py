@@ -12,7 +12,7 @@ from metaimplicit.tensors import tensors_in
 
 @contextmanager
 def notice_changed_data(name: str, data: Any) -> Iterator[None]:
-    """Say so if a tensor of some data is written to in place within the block.
+    """Warn if a tensor of the data is written to in place within the block.
 
     The losses are evaluated many times, so each evaluation may see other data. It does not if the
     write leaves the data of the first one as they are, as a clamp does.

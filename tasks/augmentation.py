@@ -85,8 +85,8 @@ class Augmented(ChangedImages):
         family: Classification tasks of images with three channels and values in [0, 1]. Written
             characters have one channel, and would be other characters if they were flipped; see
             `Distorted`.
-        padding: Pixels, 0 … the smaller side of an image − 1.
-        jitter: From 0 to 1.
+        padding: The margin in pixels, below the smaller side of an image, ≥ 0.
+        jitter: How far the factors may be from 1, from 0 to 1.
 
     Raises:
         ValueError: The family has other inputs, or a number is out of range.

@@ -62,7 +62,7 @@ def load(
             are shuffled by `seed` into 64 % train, 16 % validation and 20 % test.
         size: Pixels a side.
         color: Whether images have three channels or one of grey.
-        seed: Of the shuffle.
+        seed: The seed of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
             If False, a warning names images that stand twice in a class. Float inputs
             `[1 or 3, height, width]` are images, too. Features of other shapes may always repeat.

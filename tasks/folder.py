@@ -68,7 +68,7 @@ def load(
         color: Whether images have three channels or one of grey.
         split_lists: The folder or archive with the three lists. If None, they are looked for among
             the images.
-        seed: Of the shuffle.
+        seed: The seed of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
             If False, a warning names images that stand twice in a class. Float inputs
             `[1 or 3, height, width]` are images, too. Features of other shapes may always repeat.

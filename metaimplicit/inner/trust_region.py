@@ -61,8 +61,8 @@ class NewtonCG(InnerLoop):
             `Trajectory.gradient_norm` is that at θ_T.
 
     Raises:
-        ValueError: A number out of range. On a run: a method that differentiates the steps, or
-            parameters of several types.
+        ValueError: A number is out of range. On a run: the method differentiates the steps, or the
+            parameters have several types.
 
     Example:
         >>> start = {"x": torch.tensor([[3.0]])}

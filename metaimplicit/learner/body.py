@@ -62,7 +62,7 @@ class Body:
 
         Args:
             meta: φ.
-            data: A batch of tasks, of an `Episode` or any pair (support, query) of pairs.
+            data: A batch of tasks: an `Episode` or any pair (support, query) of pairs.
             vectorize: How sets are batched if tasks are not mixed.
             chunk_size: The number of tasks that are vmapped at a time. If None, all.
         """

@@ -46,9 +46,10 @@ class Unrolled(Method):
             `MetaLearner`, whose weights are then 1/(T+1).
 
     Raises:
-        ValueError: `memory` is neither. All iterates of an inner loop with a tolerance, whose T
-            varies. Weights without `iterates`, or another number of weights than of iterates. On
-            adapting: an inner loop whose steps cannot be taken again.
+        ValueError: `memory` is neither. There are weights without `iterates`. On adapting: the
+            outer loss is to receive all iterates, and T varies because the inner loop has a
+            tolerance; there is not one weight for each iterate; or the steps of the inner loop
+            cannot be taken again.
 
     Example:
         >>> from metaimplicit import BilevelProblem, GradientDescent

@@ -65,7 +65,7 @@ class GaussNewton(_GeneralisedGaussNewton):
 
     Raises:
         ValueError: A number is out of range, the loss is no function, or the model has no
-            parameters in single or double precision.
+            parameters, or some of several types or in half precision.
 
     Example:
         >>> import torch
@@ -141,8 +141,8 @@ class NaturalGradient(_GeneralisedGaussNewton):
         seed: The seed of the draws.
 
     Raises:
-        ValueError: A number is out of range, or the model has no parameters in single or double
-            precision. On a step: the loss is −log p of no such likelihood.
+        ValueError: A number is out of range, or the model has no parameters, or some of several
+            types or in half precision. On a step: the loss is −log p of no such likelihood.
 
     Example:
         >>> import torch

@@ -43,7 +43,7 @@ class Newton(Damped):
         solver: How the system is solved. If None, the number of parameters decides.
 
     Raises:
-        ValueError: A number out of range. On a step: a closure that is not
+        ValueError: A number is out of range. On a step: the closure is not
             `closure() -> scalar loss`.
 
     Example:

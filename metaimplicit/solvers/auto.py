@@ -44,7 +44,7 @@ class Auto(Solver):
         memory: The bytes that a basis may take at its peak, where there are four copies of it.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> from metaimplicit.operators import Identity

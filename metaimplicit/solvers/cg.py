@@ -30,7 +30,7 @@ class CG(Solver):
             from that iterate with as many steps of `MINRES`.
 
     Raises:
-        ValueError: A number out of range, or an unknown `negative`.
+        ValueError: A number is out of range, or `negative` is unknown.
 
     Example:
         >>> import torch

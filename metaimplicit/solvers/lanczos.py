@@ -45,7 +45,7 @@ class Lanczos(Solver):
             each task.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> from metaimplicit.operators import Identity

@@ -36,7 +36,7 @@ class MINRES(Solver):
         tol: The relative residual at which a task has converged, ≥ 0.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> from metaimplicit.operators import Identity

@@ -41,7 +41,7 @@ class Neumann(Solver):
         power_steps: The number of power iterations with `scale=None`, ≥ 1.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> from metaimplicit.operators import Identity

@@ -49,8 +49,8 @@ class Nystrom(SketchingSolver):
             None, the rank is `rank`.
 
     Raises:
-        ValueError: A number out of range, or `chunk` beside `tol` or `refresh`. On a solve:
-            σ + ρ ≤ 0.
+        ValueError: A number is out of range, or `chunk` is given beside `tol` or `refresh`. On a
+            solve: σ + ρ ≤ 0.
 
     Example:
         >>> from metaimplicit.operators import Identity
@@ -172,7 +172,7 @@ class NystromCG(SketchingSolver):
         tol: The relative residual at which a task has converged, ≥ 0.
 
     Raises:
-        ValueError: A number out of range. On a solve: σ + ρ ≤ 0.
+        ValueError: A number is out of range. On a solve: σ + ρ ≤ 0.
 
     Example:
         >>> from metaimplicit.operators import Identity

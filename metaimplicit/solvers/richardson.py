@@ -40,7 +40,7 @@ class Richardson(Solver):
         warm: Whether to start from the state. If False, every solve starts from zero.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number is out of range.
 
     Example:
         >>> from metaimplicit.operators import Identity

@@ -21,7 +21,7 @@ def leftover_share(report: Report, loss: Tensor) -> Tensor | None:
     went on to its minimum.
 
     Args:
-        report: Of a hypergradient. Its `leftover` is `[tasks]`.
+        report: The report of a hypergradient. Its `leftover` is `[tasks]`.
         loss: g, the mean outer loss, a scalar.
 
     Returns:

@@ -27,7 +27,7 @@ class BatchLoss:
         loss: `(outputs, targets) -> Tensor`, a function or a module.
 
     Attributes:
-        name: Of the loss, for messages.
+        name: What messages call the loss.
         takes_single_examples: Whether ℓᵢ is the loss of example i by itself.
 
     Example:

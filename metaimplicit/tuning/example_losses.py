@@ -96,7 +96,7 @@ def may_leave_out_labels(losses: Tensor, targets: Any) -> bool:
 
     Args:
         losses: ℓ, `[m]` or `[m, *positions]`.
-        targets: Of the m examples.
+        targets: The targets of the m examples.
 
     Example:
         >>> labels = torch.zeros(2, 3, dtype=torch.int64)

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
 
     Attributes:
         moves_classes: Whether the last axis of the outputs becomes axis 1.
-        dtype: Of the targets.
+        dtype: The type of the targets.
     """
 
     moves_classes: bool

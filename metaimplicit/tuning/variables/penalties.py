@@ -27,7 +27,7 @@ class WeightDecay(Variable):
         start: The value of every λ to start from.
         center: c: `"zero"`, or `"start"`, the parameters with which the model came (Li et al. 2018,
             L²-SP).
-        domain: Of every λ.
+        domain: The domain of every λ.
 
     Raises:
         ValueError: The scope or the center is unknown.
@@ -91,10 +91,10 @@ class GroupStructure(Variable):
         parameter: The name of w, `[…, features]`. The penalty is summed over its leading axes, such
             as one of several regressions that share the groups.
         groups: The number of groups, ≥ 2.
-        strength: Of the penalty, ≥ 0.
+        strength: The factor of the penalty, ≥ 0.
         smoothing: ε > 0, which makes the norm differentiable at 0.
-        seed: Of the memberships to start from. They are drawn near the uniform ones, where all
-            groups would have the same gradient.
+        seed: The seed of the memberships to start from. They are drawn near the uniform ones, where
+            all groups would have the same gradient.
 
     Raises:
         ValueError: A number is out of range.

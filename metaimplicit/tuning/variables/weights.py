@@ -30,7 +30,7 @@ class ExampleWeights(Variable):
     Args:
         count: The number of training examples.
         start: The value of every weight to start from.
-        domain: Of the weights: `Box(0.0)`, or `Interval(0, 1)`, in which no weight vanishes.
+        domain: That of the weights: `Box(0.0)`, or `Interval(0, 1)`, where no weight vanishes.
 
     Example:
         >>> variable = ExampleWeights(4)
@@ -136,7 +136,7 @@ class WeightNetwork(Variable):
         classes: The number of classes. If given, V sees the example's class, too, one-hot, or its
             scores of the classes, `[m, classes]`. Where an example has several labels, it sees the
             mean over those that count. If None, it sees the loss alone.
-        seed: Of the hidden layer's weights to start from.
+        seed: The seed of the hidden layer's weights to start from.
 
     Example:
         >>> variable = WeightNetwork(hidden=5)
