@@ -36,6 +36,23 @@ def without_graph(tensor: Tensor) -> Tensor:
     return dual
 
 
+def as_variable(tensor: Tensor) -> Tensor:
+    """The tensor if it requires grad, or else one without a graph that does, with its tangent.
+
+    Example:
+        >>> as_variable(torch.ones(1))
+        tensor([1.], requires_grad=True)
+    """
+    if tensor.requires_grad:
+        return tensor
+    tangent = tangent_of(tensor)
+    leaf = tensor.detach().requires_grad_()
+    if tangent is None:
+        return leaf
+    dual: Tensor = forward_ad.make_dual(leaf, tangent)
+    return dual
+
+
 def is_differentiated(tensor: Tensor) -> bool:
     """Whether derivatives with respect to a tensor are taken, in reverse or in forward mode.
 

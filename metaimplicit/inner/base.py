@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.counts import check_count
+from metaimplicit.graph import is_differentiated
 from metaimplicit.inner.settings import numbers_in
 from metaimplicit.iterate import Iterate, OptimizerState
 from metaimplicit.lifted import LiftedProblem
@@ -296,7 +297,7 @@ def straight_through(params: Params, start: Params) -> Params:
     for name, p in params.items():
         result[name] = p.detach()
         initial = start[name]
-        if initial.requires_grad:
+        if is_differentiated(initial):
             # This difference is zero, and its derivative in θ_0 is the identity.
             result[name] = result[name] + (initial - initial.detach())
     return result

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import check_differentiable
+from metaimplicit.graph import as_variable, check_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
 from metaimplicit.inner.optimizers import RULES
 from metaimplicit.inner.settings import at_step
@@ -228,11 +228,8 @@ class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]
 
 
 def _require_grad(params: Params) -> Params:
-    """The same tensors; those that do not require grad are replaced by leaves that do."""
-    variables = {}
-    for name, p in params.items():
-        variables[name] = p if p.requires_grad else p.detach().requires_grad_()
-    return variables
+    """The same tensors; those that do not require grad are replaced by variables that do."""
+    return {name: as_variable(p) for name, p in params.items()}
 
 
 def _choose(active: Tensor, new: Tensor, old: Tensor) -> Tensor:

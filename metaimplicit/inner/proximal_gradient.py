@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.graph import as_variable
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory, straight_through
 from metaimplicit.inner.regularizers import Regularizer
 from metaimplicit.inner.settings import (
@@ -263,10 +264,8 @@ def _values(regularizer: Regularizer, meta: Params, parameter: str) -> dict[str,
 
 
 def _variables(params: Params) -> Params:
-    """The same tensors; those that do not require grad are replaced by leaves that do."""
-    return {
-        name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()
-    }
+    """The same tensors; those that do not require grad are replaced by variables that do."""
+    return {name: as_variable(p) for name, p in params.items()}
 
 
 def _gradients(total: Tensor, params: Params, *, create_graph: bool) -> Params:

@@ -21,10 +21,13 @@ from metaimplicit import (
     Implicit,
     NewtonCG,
     Proximal,
+    ProximalGradient,
     TorchOptimizer,
+    Truncated,
     Unrolled,
     argmin,
 )
+from metaimplicit.inner import L1Norm
 from metaimplicit.methods import SAMA
 
 TASKS, M, N = 2, 8, 3
@@ -405,3 +408,27 @@ def test_unrolled_has_tangents_as_well():
         tangent = jvp(function, number(0.0), number(1.0))
     expected = differences(function)
     assert relative_error(tangent.detach(), expected.detach()) < 1e-7
+
+
+@pytest.mark.parametrize("method", ["unrolled", Truncated(2)], ids=["unrolled", "truncated"])
+@pytest.mark.parametrize(
+    "inner", [GradientDescent(5, 0.1), ProximalGradient(L1Norm(0.1), steps=5, lr=0.1)], ids=repr
+)
+def test_a_start_that_requires_no_grad_has_its_tangent(inner, method):
+    def end(start):
+        return argmin(
+            lambda params, meta, data: (params["w"] - 1).pow(4).sum(),
+            init=lambda meta, data: {"w": meta["start"]},
+            meta={"start": start},
+            data=None,
+            inner=inner,
+            method=method,
+        )["w"]
+
+    start = torch.tensor([0.3, -0.8, 1.9], dtype=torch.float64)
+    direction = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    with forward_ad.dual_level():
+        tangent = jvp(end, start, direction)
+    variable = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(end(variable).sum(), variable)
+    torch.testing.assert_close(tangent.detach(), gradient * direction)  # the elements are apart
