@@ -119,14 +119,20 @@ def check_hypergradient(
         noise=relative_error(differences.half_step, differences.extrapolated),
         dense_error=None if dense is None else dense.error,
         cosine=None if dense is None else dense.cosine,
-        residual=None if report.residual is None else float(report.residual.max()),
+        residual=_largest(report.residual),
         inner_gradient_norm=float(report.inner_gradient_norm.max()),
+        leftover=_largest(report.relative_leftover),
         negative_curvature=report.share(Status.NEGATIVE_CURVATURE),
     )
     kinked = isinstance(method, Implicit) and has_kink(
         lambda p: lifted.inner(p, values, lifted.at(inner.steps - 1)), params
     )
     return judge(check, method, inner, kinked=kinked, tolerance=tolerance)
+
+
+def _largest(values: Tensor | None) -> float | None:
+    """The largest value of a task, if there are any."""
+    return None if values is None else float(values.max())
 
 
 def _entries(meta: Params) -> Params:

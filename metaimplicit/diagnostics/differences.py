@@ -25,7 +25,10 @@ def find_padding(problem: LiftedProblem, meta: Params, *, last_step: int) -> Par
         f = problem.inner(theta, phi, problem.at(0))
         g, _ = problem.outer(theta, phi, problem.at(last_step))
         targets = {name: m for name, m in phi.items() if m.requires_grad}
-        values = torch.autograd.grad(f.sum() + g.sum(), list(targets.values()), allow_unused=True)
+        total = f.sum() + g.sum()
+        if not total.requires_grad:  # the losses read φ without a graph, or not at all
+            return {}
+        values = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
         return {n: g for n, g in zip(targets, values, strict=True) if g is not None}
 
     with torch.enable_grad():

@@ -11,13 +11,15 @@ from metaimplicit.params import Params, flatten, leaves, unflatten
 
 LENGTH = 1.0  # of the ray that is searched, relative to 1 + ‖θ‖
 BISECTIONS = 22
+LAST = 3  # bisections that divide the change of a smooth gradient by eight
 
 
 def has_kink(loss: Callable[[Params], Tensor], params: Params) -> bool:
     """Whether ∂f/∂θ jumps near θ, on the way down.
 
     A ray from θ along −∂f/∂θ is bisected, always towards the half in which the gradient changes
-    more. On what is left of the ray, the gradient of a smooth loss hardly changes.
+    more. The change of a smooth gradient is halved by every bisection in the end, and that at a
+    kink is not.
 
     Args:
         loss: f, `{name: [tasks, *shape]} -> [tasks]`.
@@ -43,7 +45,9 @@ def has_kink(loss: Callable[[Params], Tensor], params: Params) -> bool:
     far = theta - length * gradient / torch.where(size > 0, size, 1.0)
     at_near = gradient
     at_far = gradient_at(far)
+    changes = []
     for _ in range(BISECTIONS):
+        changes.append((at_far - at_near).norm(dim=-1, keepdim=True))
         middle = (near + far) / 2
         at_middle = gradient_at(middle)
         first = (at_middle - at_near).norm(dim=-1, keepdim=True)
@@ -53,7 +57,7 @@ def has_kink(loss: Callable[[Params], Tensor], params: Params) -> bool:
         far = torch.where(first < second, far, middle)
         at_far = torch.where(first < second, at_far, at_middle)
     jump = (at_far - at_near).norm(dim=-1, keepdim=True)
-    return bool((jump > 0.05 * size).any())
+    return bool(((jump > 0.05 * size) & (jump > 0.25 * changes[-LAST])).any())
 
 
 def _gradient(loss: Callable[[Params], Tensor], params: Params) -> Tensor:

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from oracles import quadratic
+from oracles import quadratic, randn
 from small_problems import number, scalar_problem
 from tanh_network import DATA, INITIAL, network
 
@@ -146,3 +146,43 @@ def test_meta_without_a_floating_point_entry_is_refused():
     problem = scalar_problem(lambda w, m: (w - m["n"]).square(), lambda w, m: w.square())
     with pytest.raises(ValueError, match=r"meta: got \['n'\], expected a floating-point entry"):
         check_hypergradient(problem, {"n": torch.tensor(1)}, None, inner=SHORT, method="unrolled")
+
+
+def ridge_problem(scale=1.0, hidden=False):
+    """Ridge regression in φ = log λ, whose losses may hide φ from autograd."""
+    x, y = randn(20, 4, seed=1), randn(20, seed=2)
+    validation = randn(20, 4, seed=3)
+
+    def inner_loss(params, meta, data):
+        log_strength = meta["log_strength"].detach() if hidden else meta["log_strength"]
+        error = (x @ params["w"] - y).square().mean()
+        return scale * (error + log_strength.exp() * params["w"].square().sum())
+
+    return BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(4, dtype=torch.float64)},
+        inner_loss=inner_loss,
+        outer_loss=lambda params, meta, data: (validation @ params["w"] - 1).square().mean(),
+    )
+
+
+META = {"log_strength": number(-1.0)}
+
+
+@pytest.mark.parametrize("method", ["dense", "unrolled", "forward"])
+def test_a_detach_is_looked_for_where_the_method_is_exact(method):
+    """Nothing else reads φ, so that neither loss has a graph to it."""
+    inner = GradientDescent(steps=200, lr=0.1)
+    result = check_hypergradient(ridge_problem(hidden=True), META, None, inner=inner, method=method)
+    assert result.verdict.startswith("Wrong by 1.0e+00, although")
+    assert "such as a detach()" in result.verdict
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
+def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
+    check = partial(check_hypergradient, ridge_problem(scale), META, None)
+    short = check(inner=GradientDescent(steps=5, lr=0.1 / scale), method="dense")
+    assert NOT_STATIONARY in short.verdict
+    settled = GradientDescent(steps=200, lr=0.1 / scale)
+    assert check(inner=settled, method="dense").verdict.startswith("Right")
+    damped = check(inner=settled, method=Implicit(CG(20), damping=0.3 * scale))
+    assert "so it is A (hessian, damping" in damped.verdict

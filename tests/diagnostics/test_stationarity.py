@@ -230,3 +230,14 @@ def test_a_smooth_loss_has_no_kink(term):
     torch.manual_seed(0)
     for scale in (0.01, 1.0, 10.0):
         assert not has_kink(loss, {"w": scale * torch.randn(5, N, dtype=torch.float64)})
+
+
+def test_a_smooth_loss_has_no_kink_next_to_its_minimum():
+    """There ∂f/∂θ is so small that it changes by all its size on any ray."""
+
+    def loss(params):
+        return 1e4 * (params["w"] - 1).square().sum(1)
+
+    for distance in (1e-4, 1e-6, 1e-8):
+        w = torch.full((1, N), 1 + distance, dtype=torch.float64)
+        assert not has_kink(loss, {"w": w})
