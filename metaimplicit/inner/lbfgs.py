@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from metaimplicit.counts import check_count
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
@@ -17,9 +18,11 @@ from metaimplicit.params import Params, flatten, leaves
 class LBFGS(InnerLoop):
     """Limited-memory BFGS with a strong Wolfe line search, that of torch.
 
-    The tasks are solved as one problem: they share the line search. The loop ends at a point with
-    ‖∂f/∂θ‖ ≤ tol in every task. If it ends without one, its result is the point with the lowest sum
-    of losses. The steps are not differentiable, so the loop serves implicit methods only.
+    The tasks are solved as one problem: they share the line search. A task whose loss or gradient
+    is not finite at its start ends as NaN, and the others are solved without it. The loop ends at a
+    point with ‖∂f/∂θ‖ ≤ tol in every task. If it ends without one, its result is the point with the
+    lowest sum of losses. The steps are not differentiable, so the loop serves implicit methods
+    only.
 
     Args:
         steps: The largest number of gradient evaluations, ≥ 1. `Report.inner_steps` is their
@@ -99,8 +102,9 @@ class _Objective:
 
     Attributes:
         calls: The number of evaluations.
-        best: The point to return: one that meets the tolerance, or the one with the lowest loss.
-        gradient_norm: ‖∂f/∂θ‖ of each task at `best`, `[tasks]`.
+        best: The point to return: one that meets the tolerance, or the one with the lowest loss. It
+            is NaN for a task that is not finite at its start.
+        gradient_norm: ‖∂f/∂θ‖ of each task at `best`, `[tasks]`. It is NaN likewise.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class _Objective:
         self.calls = 0
         self.best = points
         self.gradient_norm = torch.full((len(first),), torch.inf, device=first.device)
+        self._finite: Tensor | None = None  # at the start, `[tasks]`
 
     def evaluate(self) -> float:
         """The loss at `points`, with its gradient in `.grad`.
@@ -129,24 +134,39 @@ class _Objective:
         """
         variables = list(self._points.values())
         with torch.enable_grad():
-            value = self._loss(self._points, self.calls).sum()
-            gradients = torch.autograd.grad(value, variables, allow_unused=True)
+            losses = self._loss(self._points, self.calls)
+            gradients = torch.autograd.grad(losses.sum(), variables, allow_unused=True)
         self.calls += 1
         slopes = {}
         for (name, p), gradient in zip(self._points.items(), gradients, strict=True):
             slopes[name] = torch.zeros_like(p) if gradient is None else gradient
-            p.grad = slopes[name].contiguous()  # torch views it as a vector
 
-        total = value.item()
         norm = flatten(slopes).norm(dim=-1)
-        solved = self._tol is not None and bool((norm <= self._tol).all())
+        if self._finite is None:
+            self._finite = losses.detach().isfinite() & norm.isfinite()
+        finite = self._finite
+        for name, p in self._points.items():
+            slope = torch.where(_like(finite, p), slopes[name], 0.0)
+            p.grad = slope.contiguous()  # torch views it as a vector
+
+        total = torch.where(finite, losses.detach(), 0.0).sum().item()
+        solved = self._tol is not None and bool((~finite | (norm <= self._tol)).all())
+        norm = torch.where(finite, norm, torch.nan)
         if solved or total < self._lowest:
             self._lowest = total
-            self.best = {name: p.detach().clone() for name, p in self._points.items()}
+            self.best = {
+                name: torch.where(_like(finite, p), p.detach(), torch.nan)
+                for name, p in self._points.items()
+            }
             self.gradient_norm = norm
         if solved or self.calls == self._steps:
             raise _Finished
         return total
+
+
+def _like(tasks: Tensor, p: Tensor) -> Tensor:
+    """A mask `[tasks]` with the axes of a parameter, `[tasks, *shape]`."""
+    return tasks.reshape(-1, *(1,) * (p.dim() - 1))
 
 
 class _Finished(Exception):  # noqa: N818

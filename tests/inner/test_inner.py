@@ -248,6 +248,25 @@ def test_lbfgs_takes_gradients_in_any_memory_layout():
     assert (gradient_norm(end.params) <= 1e-6).all()
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("by", [torch.mul, torch.add], ids=["gradient", "value"])
+def test_lbfgs_solves_the_other_tasks_beside_one_that_is_not_finite(broken, by):
+    """They share a line search, which a sum that is not finite leads astray."""
+    factor = torch.ones(3, dtype=torch.float64)
+
+    def quadratic_loss(params, t):
+        wrong = torch.where(torch.tensor([False, True, False]), broken, factor)
+        return by((params["w"] - 3).square().sum(1), wrong)
+
+    start = {"w": torch.zeros(3, 2, dtype=torch.float64)}
+    end = LBFGS(steps=50, tol=1e-8).run(quadratic_loss, start, {}, differentiated_steps=0)
+    others = [0, 2]
+    assert relative_error(end.params["w"][others], torch.full((2, 2), 3.0).double()) < 1e-8
+    assert (end.gradient_norm[others] <= 1e-8).all()
+    assert end.params["w"][1].isnan().all()
+    assert end.gradient_norm[1].isnan()
+
+
 def test_lbfgs_without_a_solution_returns_the_point_with_the_lowest_loss():
     """Rosenbrock's valley, where a line search may end at a point that is not the best."""
 
