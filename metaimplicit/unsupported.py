@@ -57,14 +57,16 @@ derivative of it; use 'first-order' or ...
         yield
     except UnsupportedOperationError:
         raise
-    except RuntimeError as error:
-        advice = find_advice(error, first_derivatives)
+    except (RuntimeError, AssertionError) as error:
+        # The assertions of others are not torch's.
+        of_torch = isinstance(error, RuntimeError) or "flat_bdims" in str(error)
+        advice = find_advice(error, first_derivatives) if of_torch else None
         if advice is None:
             raise
         raise UnsupportedOperationError(advice) from error
 
 
-def find_advice(error: RuntimeError, first_derivatives: str = FIRST_DERIVATIVES) -> str | None:
+def find_advice(error: Exception, first_derivatives: str = FIRST_DERIVATIVES) -> str | None:
     """What an error of torch means and what to do, by its message. None for any other error.
 
     Args:
@@ -168,6 +170,10 @@ ADVICE = {
     r"must override the setup_context|does not have vmap support": (
         "torch.autograd.Function: torch.func cannot transform one without setup_context and "
         "generate_vmap_rule = True; add them, or use " + LOOP + " and " + REVERSE_MODE
+    ),
+    r"implement the jvp function for custom autograd|flat_bdims must not be None": (
+        "torch.autograd.Function: torch has no forward-mode derivative of one without jvp; add it, "
+        "or use " + REVERSE_MODE
     ),
     r"saved tensor hooks|tensor may have escaped|data pointer of Tensor that doesn't": (
         "torch.func cannot transform checkpointing, nor code that reads the memory of a tensor "

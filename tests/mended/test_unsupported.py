@@ -325,3 +325,45 @@ def test_data_of_another_type_than_the_model_are_named(make):
 @pytest.mark.parametrize("message", ["size mismatch", "CUDA out of memory"])
 def test_other_errors_have_no_advice(message):
     assert find_advice(RuntimeError(message)) is None
+
+
+class SquareWithoutTangent(torch.autograd.Function):
+    """A function that torch can vmap, but that has no `jvp`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize(
+    "method", [Forward(), Implicit(CG(2), products="forward-over-reverse")], ids=["forward", "cg"]
+)
+def test_a_function_without_jvp_is_refused_in_forward_mode(method, vectorize):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(2)},
+        inner_loss=lambda params, meta, data: (
+            SquareWithoutTangent.apply(params["w"] - data).sum() * meta["a"]
+        ),
+        outer_loss=lambda params, meta, data: params["w"].sum(),
+    )
+    with pytest.raises(UnsupportedOperationError, match="without jvp; add it, or use reverse mode"):
+        hypergradient(
+            problem,
+            {"a": torch.tensor(0.5)},
+            torch.ones(3, 2),
+            inner=INNER,
+            method=method,
+            batched=True,
+            vectorize=vectorize,
+        )
