@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from metaimplicit.captured import captured
+from metaimplicit.captured import captured, content_of
 from metaimplicit.unsupported import (
     FIRST_DERIVATIVES,
     SCALED_GRADIENT,
@@ -19,6 +20,12 @@ from metaimplicit.unsupported import (
 )
 
 Name = TypeVar("Name")
+
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__  # of all that are so marked
+_NO_SECOND_DERIVATIVE = (
+    "inner loss: it uses an operation whose backward is once_differentiable, so second "
+    f"derivatives would silently leave it out; replace it, or use {FIRST_DERIVATIVES}"
+)
 
 
 def tangent_of(tensor: Tensor) -> Tensor | None:
@@ -159,11 +166,53 @@ def check_differentiable(gradients: Iterable[Tensor | None], ends: Iterable[Tens
     """
     for node in _nodes((g for g in gradients if g is not None), ends):
         if node.name() == "torch::autograd::Error":
-            raise ValueError(
-                "inner loss: it uses an operation whose backward is once_differentiable, "
-                "so second derivatives would silently leave it out; replace it, or use "
-                + FIRST_DERIVATIVES
-            )
+            raise ValueError(_NO_SECOND_DERIVATIVE)
+
+
+def check_twice_differentiable(
+    losses: Iterable[Tensor], params: Iterable[Tensor], ends: Iterable[Tensor] = ()
+) -> None:
+    """Raise ValueError if a way from losses to θ passes an operation marked `once_differentiable`.
+
+    Right below a loss, what such an operation pulls back is a constant. So is what it returns, and
+    the graph of the gradient, which `check_differentiable` looks at, has no trace of it.
+
+    Args:
+        losses: With their graph.
+        params: θ, at which the walk ends.
+        ends: Other tensors at which the walk ends. What they were computed by is not looked at.
+    """
+    variables = [p for p in params if p.requires_grad]
+    places = [_place(p) for p in variables]
+    for node in _nodes(losses, [*variables, *ends]):
+        function = getattr(type(node), "_forward_cls", None)
+        if _is_once_differentiable(function) and _reaches(node, places):
+            raise ValueError(_NO_SECOND_DERIVATIVE)
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    """Whether this is an `autograd.Function` so marked, or one that torch made of it for vmap."""
+    backward = getattr(function, "backward", None)
+    if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
+        return True
+    held = [content_of(cell) for cell in getattr(backward, "__closure__", None) or ()]
+    originals = [x for x in held if isinstance(x, type) and x is not function]
+    return any(_is_once_differentiable(original) for original in originals)
+
+
+def _reaches(node: Any, places: Collection[Any]) -> bool:
+    """Whether a way down the graph leads to one of the places."""
+    pending = [node]
+    seen = {node}
+    while pending:
+        for edge in pending.pop().next_functions:
+            following, _ = edge
+            if edge in places or id(getattr(following, "variable", None)) in places:
+                return True
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return False
 
 
 def reject_scaled_gradients(loss: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import as_variable, check_differentiable
+from metaimplicit.graph import as_variable, check_differentiable, check_twice_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
 from metaimplicit.inner.optimizers import RULES
 from metaimplicit.inner.settings import at_step
@@ -131,6 +131,8 @@ class _RunningLoop:
             inspect = partial(self._inspect_gradients, t=t, checked=checked)
             total = self.loss(self.params, t).sum()
             variables = list(self.params.values())
+            if checked is not None:
+                check_twice_differentiable([total], variables, ends=checked.values())
             stepped = stepper.step(total, variables, grad_callback=inspect)
             params = dict(zip(self.params, stepped, strict=True))
 

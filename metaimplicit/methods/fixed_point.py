@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.counts import check_count
+from metaimplicit.graph import check_twice_differentiable
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
@@ -163,8 +164,15 @@ class _LinearizedStep:
     ) -> None:
         tensors = slot_tensors(end)
         leaves = {slot: x.detach().requires_grad_() for slot, x in tensors.items()}
+
+        @reject_random_numbers
+        def loss(params: Params) -> Tensor:
+            losses = problem.inner(params, meta, data)
+            check_twice_differentiable([losses], params.values(), ends=meta.values())
+            return losses
+
         next_end, self.gradient = differentiable_step(
-            reject_random_numbers(lambda p: problem.inner(p, meta, data)),
+            loss,
             inner,
             with_slot_tensors(end, leaves),
             meta,

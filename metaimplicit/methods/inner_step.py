@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.graph import check_twice_differentiable
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import OptimizerState
 from metaimplicit.lifted import LiftedProblem
@@ -82,11 +83,13 @@ def read_by_loss(
         does not depend on.
 
     Raises:
-        ValueError: It depends on a tensor that requires grad and is not in `meta`.
+        ValueError: It depends on a tensor that requires grad and is not in `meta`. Or it has no
+            second derivative in θ.
     """
     variables = leaves(params)
     with restored_random_state(next(iter(params.values())).device):
         losses = problem.inner(variables, meta, data)
+    check_twice_differentiable([losses], variables.values(), ends=meta.values())
     return dependencies_of_loss(problem, losses, variables, meta=meta)
 
 

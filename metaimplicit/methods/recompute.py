@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metaimplicit.graph import check_differentiable, find_dependencies
+from metaimplicit.graph import (
+    check_differentiable,
+    check_twice_differentiable,
+    find_dependencies,
+)
 
 Tensors = Sequence[Any]  # tensors, and whatever else passes through
 
@@ -147,4 +151,5 @@ def _vjp(
     )
     if again:
         check_differentiable(gradients)
+        check_twice_differentiable([values[i] for i in variable], at)
     return list(gradients)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import check_differentiable
+from metaimplicit.graph import check_differentiable, check_twice_differentiable
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
@@ -131,8 +131,15 @@ class EagerSteps(StepFunctions):
         """Pull λ back through the step."""
         point = {slot: x.detach().requires_grad_() for slot, x in slot_tensors(at).items()}
         data = self.problem.at(t)
+
+        def loss(theta: Params) -> Tensor:
+            losses = self.problem.inner(theta, self.meta, data)
+            if not self._is_checked:
+                check_twice_differentiable([losses], theta.values(), ends=self.meta.values())
+            return losses
+
         end, gradients = differentiable_step(
-            lambda theta: self.problem.inner(theta, self.meta, data),
+            loss,
             self.inner,
             with_slot_tensors(at, point),
             self.meta,

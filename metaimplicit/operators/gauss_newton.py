@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.graph import check_differentiable, find_dependencies
+from metaimplicit.graph import (
+    check_differentiable,
+    check_twice_differentiable,
+    find_dependencies,
+)
 from metaimplicit.operators.curvature import (
     LossParts,
     RetainedGraphCurvature,
@@ -98,6 +102,7 @@ class GGN(RetainedGraphCurvature):
         )
         self._set_gradient(gradients)
         check_differentiable(gradients)
+        check_twice_differentiable([total], [self._outputs])
         if cut.is_linear:
             self._warn_of_zero()
 

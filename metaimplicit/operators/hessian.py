@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from metaimplicit.forward_mode import push_forward
-from metaimplicit.graph import check_differentiable, reject_scaled_gradients
+from metaimplicit.graph import (
+    check_differentiable,
+    check_twice_differentiable,
+    reject_scaled_gradients,
+)
 from metaimplicit.mended import without_padding
 from metaimplicit.operators.base import LinearOperator
 from metaimplicit.operators.curvature import (
@@ -80,6 +84,7 @@ class Hessian(RetainedGraphCurvature):
             reject_scaled_gradients(total)
         else:
             check_differentiable(self.gradient.values())
+            check_twice_differentiable([total], targets)
 
     @classmethod
     def from_loss(cls, parts: LossParts, **options: Any) -> Hessian:

@@ -17,6 +17,7 @@ from metaimplicit import (
     GradientDescent,
     Implicit,
     Proximal,
+    Unrolled,
     hypergradient,
 )
 from metaimplicit.solvers import MINRES, NystromCG, Status
@@ -118,6 +119,26 @@ class OnceDifferentiableTanh(torch.autograd.Function):
         return grad * (1 - tanh.square())
 
 
+class OnceDifferentiableSquare(torch.autograd.Function):
+    """The square without a second derivative, as a fused loss may have it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
 def run_without_second_derivative(method, tanh=OnceDifferentiableTanh.apply):
     def inner_loss(params, meta, data):
         fit = F.mse_loss(tanh(data[0] @ params["w"]), data[1][:, 0])
@@ -153,6 +174,52 @@ def test_a_missing_second_derivative_is_refused(method):
     message = "inner loss: it uses an operation whose backward is once_differentiable"
     with pytest.raises(ValueError, match=message):
         run_without_second_derivative(method)
+
+
+BY_DIFFERENCES = Implicit(Dense(), products="finite-differences")
+TWICE = {
+    **{method: method for method in ("dense", "unrolled", "fixed-point")},
+    "replay": Unrolled(memory="replay"),
+    "gauss-newton": Implicit(Dense(), curvature="gauss-newton"),
+}
+
+
+def decay_gradient(method, *, loss_square=torch.square, penalty_square=torch.square, **options):
+    """That of the strength of a penalty, in ridge regression from zero."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(1, 2).double()},
+        inner_loss=Composite(
+            outputs=lambda params, meta, data: F.linear(data[0], params["w"]) - data[1],
+            loss=lambda z, data: loss_square(z).mean(),
+            penalty=lambda params, meta: penalty_square(meta["decay"]) * params["w"].square().sum(),
+        ),
+        outer_loss=lambda params, meta, data: F.mse_loss(F.linear(data[2], params["w"]), data[3]),
+    )
+    meta = {"decay": torch.tensor(0.3).double()}
+    result = hypergradient(
+        problem, meta, DATA, inner=THREE_STEPS, method=method, batched=True, **options
+    )
+    return result.grads["decay"]
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("method", TWICE.values(), ids=TWICE)
+def test_an_operation_right_below_the_loss_needs_its_second_derivative(method, vectorize):
+    """What it returns there is a constant, so nothing in the gradient's graph tells of it."""
+    once = OnceDifferentiableSquare.apply
+    with pytest.raises(ValueError, match="whose backward is once_differentiable"):
+        decay_gradient(method, loss_square=once, vectorize=vectorize)
+
+
+@pytest.mark.parametrize("method", TWICE.values(), ids=TWICE)
+def test_an_operation_on_meta_parameters_needs_its_first_derivative_only(method):
+    once = decay_gradient(method, penalty_square=OnceDifferentiableSquare.apply)
+    assert relative_error(once, decay_gradient(method)) < 1e-12
+
+
+def test_differences_need_the_first_derivative_only_of_an_operation_right_below_the_loss():
+    once = decay_gradient(BY_DIFFERENCES, loss_square=OnceDifferentiableSquare.apply)
+    assert relative_error(once, decay_gradient("dense")) < 1e-6
 
 
 def test_a_model_that_draws_random_numbers_is_refused():
