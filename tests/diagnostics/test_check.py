@@ -177,7 +177,7 @@ def test_a_detach_is_looked_for_where_the_method_is_exact(method):
     assert "such as a detach()" in result.verdict
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
     check = partial(check_hypergradient, ridge_problem(scale), META, None)
     short = check(inner=GradientDescent(steps=5, lr=0.1 / scale), method="dense")

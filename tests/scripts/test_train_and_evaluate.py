@@ -165,10 +165,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(run, tmp_pa
         return error_line(train, ["--out", run, *args], capsys)
 
     assert "holds a run already" in message(*SMALL)
-    assert "--resume: inner_lr, momentum differ" in message(
+    assert "--resume: got another inner_lr, another momentum than the run's" in message(
         "--resume", "--inner-lr", "1.0", "--inner-momentum", "0.5"
     )
-    assert "--resume: method, rank differ" in message("--resume", "--method=nystrom", "--rank=3")
+    line = message("--resume", "--method=nystrom", "--rank=3")
+    assert "--resume: got another method, another rank than the run's; leave that out" in line
     assert "--rank: got it with --method unrolled" in message("--resume", "--rank", "3")
     assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     missing = ["--out", tmp_path / "none", "--resume"]
