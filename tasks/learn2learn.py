@@ -18,7 +18,8 @@ from tasks.taskset import Taskset, UncutTask, root_dataset, seeded_globals
 
 RECIPE = (
     "pip install torch torchvision cython setuptools wheel && "
-    "pip install --no-build-isolation --use-pep517 -C--global-option=build_ext learn2learn==0.2.0"
+    "pip install --no-build-isolation --use-pep517 --config-settings=--global-option=build_ext "
+    "learn2learn==0.2.0"
 )
 
 
