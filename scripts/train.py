@@ -151,11 +151,19 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
 
 
 def load_splits(options: RunOptions, ranks: Ranks) -> tasks.Splits:
-    """The tasks of the run. The first process reads them before the others, and may download."""
+    """The tasks of the run. The first process reads them before the others, and may download.
+
+    Raises:
+        ValueError: The data do not suit the options, or hold NaN or Inf.
+    """
     arguments = options.task_arguments()
     loaded: list[tasks.Splits] = []
     ranks.from_first(lambda: loaded.append(tasks.load(**arguments)))
-    return loaded[0] if loaded else tasks.load(**arguments)
+    splits = loaded[0] if loaded else tasks.load(**arguments)
+    for family in (splits.train, splits.validation, splits.test):
+        if isinstance(family, tasks.FewShot):
+            family.pool.require_finite()
+    return splits
 
 
 def training_family(family: tasks.TaskFamily, options: RunOptions) -> tasks.TaskFamily:

@@ -60,8 +60,8 @@ class ImagePool:
             names: The name of each class.
 
         Raises:
-            ValueError: If the images have another type or shape, or hold NaN or Inf, or if counts,
-                names and images disagree about the number of classes or images.
+            ValueError: If the images have another type or shape, or if counts, names and images
+                disagree about the number of classes or images.
         """
         counts = np.asarray(counts, dtype=np.int64)
         names = tuple(names)
@@ -79,12 +79,9 @@ class ImagePool:
                 f"expected {len(names)} classes (names) "
                 f"of {len(images)} images (images)"
             )
-        starts = np.cumsum(counts) - counts
-        if is_feature:
-            _check_finite(images, starts, names)
         return cls(
             images,
-            starts=starts,
+            starts=np.cumsum(counts) - counts,
             counts=counts,
             names=names,
             ids=np.arange(len(names)),
@@ -159,19 +156,21 @@ class ImagePool:
         start = self.starts[position]
         return self.images[start : start + self.counts[position]]
 
+    def require_finite(self) -> None:
+        """Check that no feature is NaN or Inf, for models that do not fill them in.
 
-def _check_finite(features: Tensor, starts: np.ndarray, names: Sequence[str]) -> None:
-    """Raise a ValueError that names the first input with NaN or Inf."""
-    # Unlike `isfinite` of all elements, this takes no memory.
-    if features.numel() == 0 or all(bool(end.isfinite()) for end in features.aminmax()):
-        return
-    row = next(i for i, x in enumerate(features) if not bool(x.isfinite().all()))
-    # Of several classes that start at one row, all but the last are empty.
-    position = int(np.searchsorted(starts, row, side="right")) - 1
-    raise ValueError(
-        f"images: got NaN or Inf in input {row - starts[position]} of class {names[position]!r}, "
-        "expected finite numbers; leave it out, or fill it in"
-    )
+        Raises:
+            ValueError: One is. The message names the class, and the input among those of the class.
+        """
+        if not self.images.is_floating_point():
+            return
+        for position, name in enumerate(self.names):
+            is_finite = self.images_of(position).flatten(1).isfinite().all(1)
+            if not is_finite.all():
+                raise ValueError(
+                    f"images: got NaN or Inf in input {int(is_finite.long().argmin())} of class "
+                    f"{name!r}, expected finite numbers; leave it out, or fill it in"
+                )
 
 
 def input_and_label(item: Any, *, number: int) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 import tune
@@ -406,3 +407,14 @@ def test_a_run_says_that_its_inner_loops_end_far_from_a_minimum(
     train(["--method=cg", f"--inner-lr={step_size}", *small, *tests, f"--out={tmp_path}"])
     message = "warning: the inner loop ended far from a minimum"
     assert (message in capsys.readouterr().err) == warned
+
+
+def test_features_that_are_not_finite_end_a_run_before_it_starts(tmp_path, capsys):
+    inputs = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    inputs[-1, 0] = np.nan
+    np.savez(tmp_path / "features.npz", inputs=inputs, labels=np.repeat(np.arange(15), 4))
+    options = ["--task=folder", f"--data-root={tmp_path}/features.npz", "--ways=2", "--queries=2"]
+    out = tmp_path / "run"
+    line = error_line(train, [*options, "--train-ways=2", "--steps=1", f"--out={out}"], capsys)
+    assert "got NaN or Inf in input 3 of class '14', expected finite numbers" in line
+    assert not out.exists()

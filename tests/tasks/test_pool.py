@@ -102,8 +102,10 @@ def test_features_that_are_not_finite_are_named(value, dtype):
     features = torch.zeros(7, 2, 3, dtype=dtype)
     features[5, 1, 2] = value
     message = "images: got NaN or Inf in input 1 of class 'dog', expected finite numbers"
+    pool = ImagePool.from_sorted(features, counts=[4, 0, 3], names=["cat", "none", "dog"])
     with pytest.raises(ValueError, match=message):
-        ImagePool.from_sorted(features, counts=[4, 0, 3], names=["cat", "none", "dog"])
+        pool.require_finite()
+    pool.subset([0, 1]).require_finite()
 
 
 @pytest.mark.parametrize(
