@@ -17,6 +17,7 @@ LAYERS = (
         "params",
         "captured",
         "counts",
+        "functions",
         "compiled",
         "forward_mode",
         "options",

@@ -14,28 +14,6 @@ from metaimplicit.params import Params
 TaskLoss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> scalar
 
 
-def check_functions(**functions: Any) -> None:
-    """Raise ValueError if a loss or the metric of a learner is no function.
-
-    Example:
-        >>> check_functions(loss=nn.MSELoss)
-        Traceback (most recent call last):
-        ...
-        ValueError: loss: got the class MSELoss, expected a function (outputs, targets) -> scalar; \
-make an instance of it, MSELoss()
-    """
-    for name, function in functions.items():
-        result = "numbers" if name == "metric" else "scalar"
-        expected = f"expected a function (outputs, targets) -> {result}"
-        if isinstance(function, type):
-            kind = function.__name__
-            raise ValueError(
-                f"{name}: got the class {kind}, {expected}; make an instance of it, {kind}()"
-            )
-        if not callable(function):
-            raise ValueError(f"{name}: got {function!r}, {expected}")
-
-
 class MetaLoss:
     """A loss whose parameters, if it is a module that has some, are entries of φ.
 

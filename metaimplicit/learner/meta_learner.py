@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.compiled import Compile
+from metaimplicit.functions import check_function
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.buffers import reject_changed_buffers, restored_attributes
@@ -19,7 +20,7 @@ from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.learnable import Learn
-from metaimplicit.learner.losses import TaskLoss, check_functions
+from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.plan import make_plan
 from metaimplicit.learner.problem import step_counts
 from metaimplicit.learner.results import (
@@ -149,9 +150,11 @@ class MetaLearner(TaskBatches):
             raise ValueError(f"vectorize: got {vectorize!r}, expected 'auto', 'vmap' or 'loop'")
         check_chunk_size(chunk_size)
         reject_distributed(model)
-        optional = {"query_loss": query_loss, "metric": metric}
-        given = {name: function for name, function in optional.items() if function is not None}
-        check_functions(loss=loss, **given)
+        check_function("loss", loss, "(outputs, targets) -> scalar")
+        if query_loss is not None:
+            check_function("query_loss", query_loss, "(outputs, targets) -> scalar")
+        if metric is not None:
+            check_function("metric", metric, "(outputs, targets) -> numbers")
         plan = make_plan(
             model,
             head=head,

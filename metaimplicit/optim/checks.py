@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit import counts
+from metaimplicit.functions import check_function
 from metaimplicit.operators import Expectation, Likelihood
 
 
@@ -86,21 +87,10 @@ def _is_finite(value: Any) -> bool:
 def check_loss(owner: str, loss: Any) -> None:
     """Raise ValueError if `loss` is no function, or is known to return one number per example.
 
-    A class is no loss, because a call makes an instance of it.
-
     Example:
         >>> check_loss("GaussNewton", torch.nn.MSELoss())
     """
-    if isinstance(loss, type):
-        kind = loss.__name__
-        raise ValueError(
-            f"{owner} loss: got the class {kind}, expected a function (outputs, targets) -> "
-            f"scalar; make an instance of it, {kind}()"
-        )
-    if not callable(loss):
-        raise ValueError(
-            f"{owner} loss: got {loss!r}, expected a function (outputs, targets) -> scalar"
-        )
+    check_function(f"{owner} loss", loss, "(outputs, targets) -> scalar")
     if getattr(loss, "reduction", "mean") == "none":
         raise ValueError(
             f"{owner} loss: got reduction='none', expected a scalar; use reduction='mean'"

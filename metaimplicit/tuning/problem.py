@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.functions import check_function
 from metaimplicit.normalization import reject_running_statistics
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Proximal
@@ -140,8 +141,9 @@ def tuning_problem(
 
     Raises:
         ValueError: There is no hyperparameter, two have one name, two variables make the inputs,
-            `variables` holds something else, no parameter requires grad, a batch norm tracks
-            running statistics, or the model is wrapped in DistributedDataParallel.
+            `variables` holds something else, the loss is no function, no parameter requires grad, a
+            batch norm tracks running statistics, or the model is wrapped in
+            DistributedDataParallel.
 
     Example:
         >>> from torch.nn import functional as F
@@ -151,6 +153,7 @@ def tuning_problem(
         >>> meta, domains
         ({'class_weights': tensor([1., 1., 1.])}, {'class_weights': Positive()})
     """
+    check_function("loss", loss, "(outputs, targets) -> scalar or losses of examples")
     reject_distributed(model, AVERAGE_HYPERGRADIENTS)
     reject_running_statistics(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

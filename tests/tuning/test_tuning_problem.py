@@ -222,6 +222,18 @@ def test_a_bad_problem_is_refused(variables, model, message):
         make_problem(*variables, model=model)
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.MSELoss, r"loss: got the class MSELoss, .*make an instance of it, MSELoss\(\)"),
+        ("mse", "loss: got 'mse', expected a function"),
+    ],
+)
+def test_a_loss_that_is_no_function_is_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
+        tuning_problem(MODEL, loss, [ClassWeights(3)])
+
+
 def test_a_variable_in_the_place_of_a_list_is_refused():
     with pytest.raises(ValueError, match=r"variables: got ExampleWeights.*expected a list"):
         tuning_problem(MODEL, F.cross_entropy, ExampleWeights(9))
