@@ -1,5 +1,6 @@
 """Every test starts from the same random state. Workers side by side have a thread each."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ def float64() -> Iterator[None]:
 
 SLOW_FOLDERS = {"scripts", "fuzz", "mended", "vectorization", "zoo"}
 SLOW_FILES = {
-    *("test_stationarity", "test_fixed_point", "test_inner_decay"),
+    *("test_argmin", "test_argmin_orders", "test_auxiliary_losses", "test_compile", "test_forward"),
+    *("test_stationarity", "test_fixed_point", "test_inner_decay", "test_learnable"),
     *("test_targets", "test_precision", "test_losses", "test_modes", "test_forms"),
 }
 
@@ -42,3 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in SLOW_FOLDERS or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look at torch and 7,000 tests again and again."""
+    gc.freeze()
