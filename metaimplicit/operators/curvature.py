@@ -6,16 +6,20 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.mended import mended_derivatives
 from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.recomputation import mended_recomputation
 
 Operator = TypeVar("Operator", bound="Curvature")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,25 @@ class RetainedGraphCurvature(Curvature):
     def _set_gradient(self, gradients: Sequence[Tensor | None]) -> None:
         pairs = zip(self.params.items(), gradients, strict=True)
         self.gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+
+def mended(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, which runs where the derivatives of torch are mended.
+
+    A method runs its losses there in any case, but an operator may be made of any function.
+
+    Example:
+        >>> mended(lambda x: x + 1)(torch.ones(2))
+        tensor([2., 2.])
+    """
+
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with mended_recomputation, mended_derivatives:
+            return function(*args, **kwargs)
+
+    return call
 
 
 def vjp(

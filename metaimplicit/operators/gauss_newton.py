@@ -18,6 +18,7 @@ from metaimplicit.operators.curvature import (
     LossParts,
     RetainedGraphCurvature,
     flat_vjp,
+    mended,
     vjp,
 )
 from metaimplicit.operators.cut import Cut, cut_before_log_softmax
@@ -77,7 +78,7 @@ class GGN(RetainedGraphCurvature):
         checked: Checked | None = None,
     ) -> None:
         super().__init__(params)
-        self._outputs = outputs(self.params)
+        self._outputs = mended(outputs)(self.params)
         total = loss(self._outputs)
         _check_reads_outputs_alone(total, self._outputs, self.params)
         cut = cut_before_log_softmax(

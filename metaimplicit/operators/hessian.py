@@ -21,6 +21,7 @@ from metaimplicit.operators.curvature import (
     LossParts,
     RetainedGraphCurvature,
     flat_vjp,
+    mended,
 )
 from metaimplicit.params import Params, flatten, leaves, unflatten
 from metaimplicit.random_state import restored_random_state
@@ -66,9 +67,9 @@ class Hessian(RetainedGraphCurvature):
             raise ValueError(f"Hessian products: got {products!r}, expected one of {known}")
         super().__init__(params)
         self.products = products
-        self._loss = loss
+        self._loss = mended(loss)
 
-        total = loss(self.params).sum()
+        total = self._loss(self.params).sum()
         targets = list(self.params.values())
         if not total.requires_grad:  # a constant
             self._set_gradient([None] * len(targets))

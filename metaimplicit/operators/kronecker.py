@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.operators.base import Invertible, LinearOperator
-from metaimplicit.operators.curvature import Curvature, LossParts
+from metaimplicit.operators.curvature import Curvature, LossParts, mended
 from metaimplicit.operators.hessian import Hessian
 from metaimplicit.operators.kronecker_block import make_block
 from metaimplicit.operators.layers import Layers, is_supported, parameters_of
@@ -110,7 +110,9 @@ class KroneckerFactored(Curvature, Invertible):
 
         layers = _adapted_layers(module, self.params, others)
         checked = {} if checked is None else checked
-        recording = record_with_probes(layers, lift, self.params, advice=ADVICE, checked=checked)
+        recording = record_with_probes(
+            layers, mended(lift), self.params, advice=ADVICE, checked=checked
+        )
         if recording.outputs.dim() != 3:
             raise ValueError(
                 f"KFAC: got outputs of shape {tuple(recording.outputs.shape)}, expected "

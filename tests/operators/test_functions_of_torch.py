@@ -1,0 +1,90 @@
+"""Operators of plain functions, whose operations torch differentiates wrongly or not at all."""
+
+import pytest
+import torch
+from oracles import dense, relative_error
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from metaimplicit.operators import GGN, Hessian
+from metaimplicit.params import flatten, unflatten
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Attention(nn.Module):
+    """Attention, which torch runs by a fused kernel if it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(self.layer(x), x, x).flatten(1)
+
+
+class Recomputed(nn.Module):
+    """A layer that runs again in the backward pass, at the parameters that it has then."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=False).flatten(1)
+
+
+MODELS = {
+    "weight norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Tanh()),
+    "attention": Attention,
+    "checkpoint": Recomputed,
+}
+
+
+def make(name):
+    """The outputs and the loss of a model for one task, as functions of θ, and θ itself."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    x, y = torch.randn(1, 4, 3), torch.randn(12)
+    params = {name: p.detach()[None] + 0.1 for name, p in model.named_parameters()}
+
+    def outputs(params):
+        own = {name: p[0] for name, p in params.items()}
+        return torch.func.functional_call(model, own, (x,)).reshape(1, -1)
+
+    return outputs, lambda z: F.mse_loss(z, y[None]).reshape(1), params
+
+
+def differences(outputs, loss, params):
+    return dense(Hessian(lambda p: loss(outputs(p)), params, products="finite-differences"))
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [
+        *((name, "double-backward") for name in MODELS),
+        ("weight norm", "forward-over-reverse"),
+        ("attention", "forward-over-reverse"),  # there are no checkpoints in forward mode
+    ],
+)
+def test_the_hessian_is_that_of_differences(name, products):
+    outputs, loss, params = make(name)
+    hessian = Hessian(lambda p: loss(outputs(p)), params, products=products)
+    assert relative_error(dense(hessian), differences(outputs, loss, params)) < 1e-7
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gauss_newton_matrix_is_that_of_a_jacobian_by_differences(name):
+    outputs, loss, params = make(name)
+    z = outputs(params).detach()
+    steps = 1e-5 * torch.eye(sum(p.numel() for p in params.values()))
+
+    def outputs_at(step):
+        moved = flatten(params) + step
+        return outputs(unflatten(moved, params)).detach()[0]
+
+    jacobian = torch.stack([(outputs_at(s) - outputs_at(-s)) / 2e-5 for s in steps], 1)
+    expected = 2 / z.numel() * jacobian.T @ jacobian
+    assert relative_error(dense(GGN(outputs, loss, params))[0], expected) < 1e-7
