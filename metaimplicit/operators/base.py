@@ -36,7 +36,7 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def matvec(self, vector: Tensor) -> Tensor:
-        """A v for each task, `[tasks, n] -> [tasks, n]`."""
+        """A v for each task, `[tasks, n] -> [tasks, n]`. It leaves v as it is."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """A V for each task, k vectors at once: `[k, tasks, n] -> [k, tasks, n]`."""
@@ -210,6 +210,12 @@ class Scaled(LinearOperator):
         self.device = operator.device
         self.factor = factor
         self.operator = operator
+        self.semidefinite = operator.semidefinite and bool(factor >= 0)
+        self.setup_products = operator.setup_products
+
+    def check_convex(self) -> None:
+        """Check A."""
+        self.operator.check_convex()
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with A, times c."""

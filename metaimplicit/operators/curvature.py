@@ -134,9 +134,13 @@ class RetainedGraphCurvature(Curvature):
     Attributes:
         params: The point θ, as leaves of autograd.
         gradient: ∂ℓ/∂θ, `{name: [tasks, *shape]}`, with the graph to further derivatives.
+
+    Raises:
+        ValueError: θ is no point at which a loss has derivatives; see `check_point`.
     """
 
     def __init__(self, params: Params) -> None:
+        check_point(params)
         self.params = leaves(params)
         first = next(iter(params.values()))
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
@@ -175,6 +179,37 @@ class RetainedGraphCurvature(Curvature):
     def _set_gradient(self, gradients: Sequence[Tensor | None]) -> None:
         pairs = zip(self.params.items(), gradients, strict=True)
         self.gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+
+def check_point(params: Params) -> None:
+    """Raise ValueError unless these are real numbers over one task axis.
+
+    Example:
+        >>> check_point({"w": torch.ones(2, 3), "b": torch.ones(1)})
+        Traceback (most recent call last):
+        ValueError: params: got 'b' of shape (1,), expected [2, …], as the first has 2 tasks
+    """
+    if not isinstance(params, dict) or not params:
+        raise ValueError(
+            f"params: got {params if params == {} else type(params).__name__}, expected a dict of "
+            "tensors by name, {name: [tasks, *shape]}"
+        )
+    tasks = None
+    for name, p in params.items():
+        if not p.is_floating_point():
+            raise ValueError(
+                f"params: got {name!r} in {p.dtype}, expected real floating-point numbers"
+            )
+        if p.dim() == 0 or len(p) == 0:
+            raise ValueError(
+                f"params: got {name!r} of shape {tuple(p.shape)}, expected [tasks, …] with a task"
+            )
+        tasks = tasks or len(p)
+        if len(p) != tasks:
+            raise ValueError(
+                f"params: got {name!r} of shape {tuple(p.shape)}, expected [{tasks}, …], as the "
+                f"first has {tasks} tasks"
+            )
 
 
 def mended(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

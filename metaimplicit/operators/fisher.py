@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from metaimplicit.counts import check_count
 from metaimplicit.operators.curvature import LossParts
 from metaimplicit.operators.cut import Cut
 from metaimplicit.operators.gauss_newton import GGN
-from metaimplicit.operators.likelihood import Expectation, Likelihood
+from metaimplicit.operators.likelihood import Expectation, Likelihood, check_fisher_options
 from metaimplicit.operators.likelihood_inference import infer_likelihood
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.params import Params
@@ -68,9 +68,7 @@ class Fisher(GGN):
         generator: torch.Generator | None = None,
         checked: Checked | None = None,
     ) -> None:
-        if likelihood is not None:
-            _check_word("likelihood", likelihood, get_args(Likelihood))
-        _check_word("expectation", expectation, get_args(Expectation))
+        check_fisher_options("Fisher", likelihood=likelihood, expectation=expectation)
         check_count("Fisher samples", samples)
         checked = {} if checked is None else checked
         super().__init__(outputs, loss, params, checked=checked)
@@ -128,9 +126,3 @@ class Fisher(GGN):
         axis = self._likelihood.family.axis
         terms = [score * (score * tangent).sum(axis, keepdim=True) for score in self._scores]
         return torch.stack(terms).sum(0)
-
-
-def _check_word(argument: str, word: str, known: tuple[str, ...]) -> None:
-    if word not in known:
-        expected = ", ".join(known)
-        raise ValueError(f"Fisher {argument}: got {word!r}, expected one of {expected}")

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.counts import check_count
 from metaimplicit.operators.base import Invertible, LinearOperator
-from metaimplicit.operators.curvature import Curvature, LossParts, mended
+from metaimplicit.operators.curvature import Curvature, LossParts, check_point, mended
 from metaimplicit.operators.hessian import Hessian
 from metaimplicit.operators.kronecker_block import make_block
 from metaimplicit.operators.layers import Layers, is_supported, parameters_of
-from metaimplicit.operators.likelihood import Expectation, Likelihood
+from metaimplicit.operators.likelihood import Expectation, Likelihood, check_fisher_options
 from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.operators.probes import Lift, record_with_probes
@@ -59,9 +60,10 @@ class KroneckerFactored(Curvature, Invertible):
         gradient: ∂ℓ/∂θ with its graph. Only `from_loss` sets it.
 
     Raises:
-        ValueError: The loss is −log p of no such likelihood. A parameter of another kind of layer
-            adapts, or of two layers, or one that is read outside of its layer, too. A layer is
-            called twice, or not at all, is grouped, or is padded with anything but zeros. The
+        ValueError: The loss is −log p of no such likelihood, or an option is unknown. A parameter
+            of another kind of layer adapts, or of two layers, or one that is read outside of its
+            layer, too. A layer is called twice, or not at all, is grouped, or is padded with
+            anything but zeros. The
             outputs do not have the shape [tasks, m, d].
 
     Example:
@@ -102,6 +104,9 @@ class KroneckerFactored(Curvature, Invertible):
     ) -> None:
         if others not in ("raise", "zero"):
             raise ValueError(f"KFAC others: got {others!r}, expected 'raise' or 'zero'")
+        check_fisher_options("KFAC", likelihood=likelihood, expectation=expectation)
+        check_count("KFAC samples", samples)
+        check_point(params)
         first = next(iter(params.values()))
         self.params = {name: p.detach() for name, p in params.items()}
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))

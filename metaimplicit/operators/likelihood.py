@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Likelihood = Literal["softmax", "gaussian", "sigmoid"]
 Expectation = Literal["exact", "monte-carlo", "empirical"]
+
+
+def check_fisher_options(owner: str, *, likelihood: str | None, expectation: str) -> None:
+    """Raise ValueError if one of the options of a Fisher matrix is unknown.
+
+    Args:
+        owner: The class that has the options, for the message.
+        likelihood: p(y|z), one of `Likelihood`, or None.
+        expectation: How the expectation over y is taken, one of `Expectation`.
+
+    Example:
+        >>> check_fisher_options("KFAC", likelihood=None, expectation="exact")
+    """
+    if likelihood is not None:
+        _check_word(owner, "likelihood", likelihood, known=get_args(Likelihood))
+    _check_word(owner, "expectation", expectation, known=get_args(Expectation))
+
+
+def _check_word(owner: str, argument: str, word: str, *, known: tuple[str, ...]) -> None:
+    if word not in known:
+        expected = ", ".join(known)
+        raise ValueError(f"{owner} {argument}: got {word!r}, expected one of {expected}")
 
 
 @dataclass(frozen=True)

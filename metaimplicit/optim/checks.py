@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaimplicit import counts
 from metaimplicit.functions import check_function
-from metaimplicit.operators import Expectation, Likelihood
 
 
 def raise_if(
@@ -95,28 +94,6 @@ def check_loss(owner: str, loss: Any) -> None:
         raise ValueError(
             f"{owner} loss: got reduction='none', expected a scalar; use reduction='mean'"
         )
-
-
-def check_fisher_options(owner: str, *, likelihood: str | None, expectation: str) -> None:
-    """Raise ValueError if one of the options of a Fisher matrix is unknown.
-
-    Args:
-        owner: The class that has the options, for the message.
-        likelihood: p(y|z), one of `Likelihood`, or None.
-        expectation: How the expectation over y is taken, one of `Expectation`.
-
-    Example:
-        >>> check_fisher_options("KFAC", likelihood=None, expectation="exact")
-    """
-    if likelihood is not None:
-        _check_word(owner, "likelihood", likelihood, known=get_args(Likelihood))
-    _check_word(owner, "expectation", expectation, known=get_args(Expectation))
-
-
-def _check_word(owner: str, argument: str, word: str, *, known: tuple[str, ...]) -> None:
-    if word not in known:
-        expected = ", ".join(known)
-        raise ValueError(f"{owner} {argument}: got {word!r}, expected one of {expected}")
 
 
 def check_pair(result: Any, signature: str, *, min_dims: int) -> tuple[Tensor, Any]:

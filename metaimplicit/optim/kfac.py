@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from metaimplicit.operators import Expectation, Fisher, Likelihood
 from metaimplicit.operators.layers import record_layers
+from metaimplicit.operators.likelihood import check_fisher_options
 from metaimplicit.operators.loss_scores import LossScores, loss_scores
 from metaimplicit.optim.base import BatchLoss, Loss, SecondOrder
 from metaimplicit.optim.checks import (
     check_count,
     check_finite,
-    check_fisher_options,
     check_fraction,
     check_loss,
     check_positive,

@@ -15,8 +15,9 @@ from metaimplicit.operators import (
     Identity,
     Likelihood,
 )
+from metaimplicit.operators.likelihood import check_fisher_options
 from metaimplicit.optim.base import BatchLoss, Loss
-from metaimplicit.optim.checks import check_fisher_options, check_loss, check_scalar
+from metaimplicit.optim.checks import check_loss, check_scalar
 from metaimplicit.optim.closure import ReplayedClosure
 from metaimplicit.optim.damped import Damped
 from metaimplicit.solvers import Solver

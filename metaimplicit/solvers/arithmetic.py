@@ -51,7 +51,7 @@ def reciprocal(x: Tensor, where: Tensor) -> Tensor:
 def rayleigh_quotient(v: Tensor, av: Tensor) -> Tensor:
     """The quotient vᵀAv/vᵀv for each task, `[tasks, 1]`.
 
-    It is +inf where v = 0, and NaN where Av is not finite.
+    It is +inf where v = 0, and NaN where v or Av is not finite.
 
     Args:
         v: `[tasks, n]`.
@@ -64,4 +64,4 @@ def rayleigh_quotient(v: Tensor, av: Tensor) -> Tensor:
     vv = dot(v, v)
     quotient = dot(v, av) / divisor(vv)
     quotient = torch.where(quotient.isfinite(), quotient, torch.nan)
-    return torch.where(vv > 0, quotient, torch.inf)
+    return torch.where(vv == 0, torch.inf, quotient)

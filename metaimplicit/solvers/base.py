@@ -193,12 +193,22 @@ class Solver(ABC):
             state: `Solution.state` of an earlier solve with this solver. A and b may have changed
                 since. If None, the solve starts from zero.
             preconditioner: r ↦ P r, `[tasks, n] -> [tasks, n]`, with P ≈ A⁻¹ symmetric positive
-                definite, for solvers that take one.
+                definite, for solvers that take one. It leaves r as it is.
 
         Raises:
-            ValueError: `b` or the state does not have the shape of the operator, or this solver
-                takes no preconditioner.
+            ValueError: `operator` or `b` is of another kind, `b` or the state does not have the
+                shape of the operator, or this solver takes no preconditioner.
         """
+        if not isinstance(operator, LinearOperator):
+            raise ValueError(
+                f"operator: got {type(operator).__name__}, expected a LinearOperator; write a "
+                "subclass with `matvec`"
+            )
+        if not isinstance(b, Tensor) or not b.is_floating_point():
+            got = b.dtype if isinstance(b, Tensor) else type(b).__name__
+            raise ValueError(
+                f"b: got {got}, expected a tensor of real floating-point numbers, [tasks, n]"
+            )
         if b.shape != operator.shape:
             raise ValueError(
                 f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's"

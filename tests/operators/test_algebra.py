@@ -92,6 +92,16 @@ def test_a_sum_adds_flags_and_counts():
     assert (definite + indefinite).setup_products == 5
 
 
+def test_a_multiple_has_the_flags_and_counts_of_its_operator():
+    definite = Diagonal(Matrix(symmetric([[1.0, 2.0]])), samples=3, semidefinite=True)
+    assert (2.0 * definite).semidefinite
+    assert not (-2.0 * definite).semidefinite
+    assert (2.0 * definite).setup_products == 3
+    concave = GGN(outputs, lambda z: -z.square().mean((1, 2)), PARAMS)
+    with pytest.raises(ValueError, match="not convex"):
+        (2.0 * concave).check_convex()
+
+
 def test_a_sum_checks_that_both_terms_are_convex():
     concave = GGN(outputs, lambda z: -z.square().mean((1, 2)), PARAMS)
     convex = GGN(outputs, lambda z: z.square().mean((1, 2)), PARAMS)
@@ -104,6 +114,28 @@ def test_a_sum_checks_that_both_terms_are_convex():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"operator sum: got shapes \(1, 2\) and \(1, 3\)"):
         Matrix(symmetric([[1.0, 2.0]])) + Identity(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, r"params: got \{\}, expected a dict of tensors by name"),
+        ([torch.ones(1, 2)], "params: got list, expected a dict of tensors by name"),
+        ({"w": torch.ones(1, 2) + 0j}, "params: got 'w' in torch.complex64, expected real"),
+        ({"w": torch.ones(1, 2, dtype=torch.int64)}, "params: got 'w' in torch.int64, expected"),
+        ({"w": torch.tensor(1.0)}, r"params: got 'w' of shape \(\), expected \[tasks, …\] with"),
+        ({"w": torch.ones(0, 2)}, r"params: got 'w' of shape \(0, 2\), expected \[tasks, …\] with"),
+        ({"w": torch.ones(2), "b": torch.ones(1)}, r"got 'b' of shape \(1,\), expected \[2, …\]"),
+    ],
+)
+def test_what_is_no_point_is_refused(params, message):
+    def loss(params):
+        return torch.stack([p.flatten(1).square().sum(1) for p in params.values()]).sum(0)
+
+    with pytest.raises(ValueError, match=message):
+        Hessian(loss, params)
+    with pytest.raises(ValueError, match=message):
+        GGN(loss, lambda z: z.square(), params)
 
 
 # what every operator is

@@ -338,6 +338,12 @@ def test_a_loss_without_the_parts_is_refused(missing, message):
 def test_an_unknown_option_is_refused():
     with pytest.raises(ValueError, match="KFAC others: got 'skip', expected 'raise' or 'zero'"):
         kfac(others="skip")
+    with pytest.raises(ValueError, match="KFAC expectation: got 'emperical', expected one of"):
+        kfac(expectation="emperical")
+    with pytest.raises(ValueError, match="KFAC likelihood: got 'normal', expected one of"):
+        kfac(likelihood="normal")
+    with pytest.raises(ValueError, match="KFAC samples: got 0, expected at least 1"):
+        kfac(expectation="monte-carlo", samples=0)
 
 
 def test_a_factored_solve_needs_a_core_with_an_inverse_and_a_positive_shift():

@@ -41,6 +41,14 @@ def test_a_preconditioner_changes_the_krylov_space(steps):
         assert relative_error(solution.value[task], root @ inner) < 1e-10
 
 
+def test_a_preconditioner_that_is_not_finite_is_no_negative_curvature():
+    matrix, b, exact = positive_systems()
+    scale = torch.tensor([[1.0], [torch.nan], [torch.inf]], dtype=torch.float64)
+    solution = CG(30).solve(Matrix(matrix), b, preconditioner=lambda r: scale * r)
+    assert solution.status.tolist() == [Status.CONVERGED, *[Status.NON_FINITE] * 2]
+    assert relative_error(solution.value[0], exact[0]) < 1e-5
+
+
 def test_it_counts_what_each_task_needed():
     few = torch.full((12,), 3.0)
     many = SPECTRA[1]

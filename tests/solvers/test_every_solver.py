@@ -144,6 +144,11 @@ def test_arguments_that_do_not_fit_are_refused(solver):
     operator = DiagonalMatrix(VALUES)
     with pytest.raises(ValueError, match=r"b: got shape \(12,\), expected \(3, 12\)"):
         solver.solve(operator, B[0])
+    for b, got in ((B.long(), "torch.int64"), (B + 0j, "torch.complex128"), ([B], "list")):
+        with pytest.raises(ValueError, match=f"b: got {got}, expected a tensor of real floating"):
+            solver.solve(operator, b)
+    with pytest.raises(ValueError, match="operator: got function, expected a LinearOperator"):
+        solver.solve(lambda v: v, B)
     with pytest.raises(ValueError, match=r"state: got dict, expected a SolverState"):
         solver.solve(operator, B, state={})
     with pytest.raises(ValueError, match=r"state: got a solution of shape \(1, 5\), expected"):
