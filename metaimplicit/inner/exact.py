@@ -200,8 +200,8 @@ class Newton(ExactLoop):
     promises, up to round-off. A task ends at the tolerance, or after two steps that change f by
     round-off alone.
 
-    Under `Unrolled`, two Newton steps from V* carry the graph: the first with a constant A makes
-    the first derivative exact, and the second makes those up to the third exact.
+    Under `Unrolled`, three steps from V* carry the graph, with the constant A at V*. The k-th of
+    them makes the k-th derivatives exact.
 
     Args:
         max_steps: The largest number of steps, ≥ 1.
@@ -252,9 +252,13 @@ class Newton(ExactLoop):
         return Minimum(v, steps, {})
 
     def argmin(self, objective: HeadObjective, minimum: Tensor) -> Tensor:
-        """The values of V*, with the graph of two Newton steps from there."""
-        v = minimum - _newton_direction(objective.detach(), minimum, objective.gradient(minimum))
-        v = v - _newton_direction(objective, v, objective.gradient(v))
+        """The values of V*, with the graph of three steps from there."""
+        constants = objective.detach()
+        curvature = constants.curvature(minimum)
+        factor = curvature.factorise(constants.strength)
+        v = minimum
+        for _ in range(3):
+            v = v - curvature.inverse(objective.gradient(v), factor, constants.strength)
         return minimum + (v - v.detach())
 
 

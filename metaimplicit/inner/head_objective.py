@@ -61,6 +61,11 @@ class HeadObjective:
         features, targets = problem.apply(
             lambda _, d: (head.features(meta, d), head.targets(meta, d)), {}, data
         )
+        for name, numbers in {"features": features, "targets": targets}.items():
+            if numbers.is_complex() or (name == "features" and not numbers.is_floating_point()):
+                raise ValueError(
+                    f"LinearHead {name}: got {numbers.dtype}, expected real floating-point numbers"
+                )
         tasks, outputs, p = params[head.weight].shape
         if features.dim() != 3 or features.shape[-1] != p:
             raise ValueError(
@@ -113,8 +118,8 @@ def _positive(name: str, number: Any, *, like: Tensor) -> Tensor:
 
 def _check_classes(targets: Tensor, outputs: int) -> None:
     """Raise ValueError for class indices that have no output."""
-    if targets.is_floating_point():
-        return
+    if targets.is_floating_point() or targets.dim() != 2 or targets.numel() == 0:
+        return  # numbers, or no examples
     low, high = (int(bound) for bound in targets.aminmax())
     if low < 0 or high >= outputs:
         raise ValueError(

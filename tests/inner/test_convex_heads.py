@@ -326,6 +326,52 @@ def test_targets_may_be_numbers_and_depend_on_meta():
     assert largest_error(solve(case, Newton(), "unrolled", meta=meta).grads, result.grads) < 1e-10
 
 
+@pytest.mark.parametrize(("p", "m"), [(3, 5), (8, 5)], ids=["primal", "dual"])
+def test_an_example_of_weight_zero_has_derivatives(p, m):
+    """The root of the Hessian has an infinite derivative there, and the Hessian has none."""
+    x, labels = randn(m, p, seed=1), torch.arange(m) % CLASSES
+    one_hot = torch.nn.functional.one_hot(labels, CLASSES)
+    head = LinearHead(
+        lambda meta, data: x,
+        lambda meta, data: meta["weights"].unsqueeze(-1) * one_hot,
+        loss=SoftmaxCrossEntropy(),
+        strength=0.5,
+        bias=None,
+    )
+
+    def derivatives(method):
+        weights = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+        start = {"weight": torch.zeros(CLASSES, p, dtype=torch.float64)}
+        end = argmin(
+            head, lambda *_: start, {"weights": weights}, None, inner=Newton(), method=method
+        )
+        (slope,) = torch.autograd.grad(end["weight"].pow(3).sum(), weights, create_graph=True)
+        rows = [torch.autograd.grad(part, weights, retain_graph=True)[0] for part in slope]
+        return {"slope": slope.detach(), "curvature": torch.stack(rows)}
+
+    assert largest_error(derivatives("unrolled"), derivatives("auto")) < 1e-12
+
+
+@pytest.mark.parametrize("targets", [torch.arange(5)[:, None] - 1, torch.zeros(5, 1).bool()])
+def test_whole_numbers_are_targets_as_good_as_any(targets):
+    x = randn(5, 2, seed=1)
+
+    def fit(targets, x=x):
+        head = LinearHead(
+            lambda meta, data: x,
+            lambda meta, data: targets,
+            loss=SquaredError(),
+            strength=0.5,
+            bias=None,
+        )
+        start = {"weight": torch.zeros(1, 2, dtype=torch.float64)}
+        meta = {"unused": torch.zeros(())}
+        return argmin(head, lambda *_: start, meta, None, inner=Ridge(), method="auto")["weight"]
+
+    assert torch.equal(fit(targets), fit(targets.double()))
+    assert fit(torch.arange(0), x[:0]).abs().max() == 0  # there are no classes without examples
+
+
 # Refusals.
 
 
@@ -372,6 +418,10 @@ def change(case, name):
         case.head.temperature = torch.zeros(())
     elif name == "features":
         case.head.features = lambda meta, data: data[0]
+    elif name == "whole features":
+        case.head.features = lambda meta, data: body(meta, data[0]).round().long()
+    elif name == "complex targets":
+        case.head.targets = lambda meta, data: data[1] + 0j
     else:
         case.head.bias = None
 
@@ -384,6 +434,8 @@ def change(case, name):
         ("strength", "LinearHead strength: got -1.0, expected one number > 0"),
         ("temperature", "LinearHead temperature: got 0.0, expected one number > 0"),
         ("features", r"features: got shape \(5, 4\), expected \[m, 8\]"),
+        ("whole features", "features: got torch.int64, expected real floating-point numbers"),
+        ("complex targets", "targets: got torch.complex.*, expected real floating-point numbers"),
         ("bias", r"got the parameters \['bias', 'weight'\], expected \['weight'\]"),
     ],
 )
