@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaimplicit.counts import check_count
 from metaimplicit.diagnostics.differences import (
+    cosine,
     dot,
     extrapolated_differences,
     find_padding,
@@ -67,8 +68,9 @@ def check_hypergradient(
         seed: Seeds the random directions.
 
     Raises:
-        ValueError: As in `hypergradient`; `meta` has no floating-point entry; `directions` is less
-            than 1; the outer loss receives all iterates; a loss has another value in a second call.
+        ValueError: As in `hypergradient`; `meta` has no floating-point entry; `directions` or
+            `tolerance` is out of range; the outer loss receives all iterates; a loss has another
+            value in a second call.
 
     Example:
         >>> problem = BilevelProblem(
@@ -81,6 +83,8 @@ def check_hypergradient(
         'Right: it agrees with finite differences.'
     """
     check_count("directions", directions)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance}, expected a number ≥ 0")
     if isinstance(method, Unrolled) and method.iterates:
         raise ValueError(
             "method: got Unrolled(iterates=True), expected a method whose outer loss "
@@ -116,7 +120,7 @@ def check_hypergradient(
         slopes=slopes,
         differences=differences.extrapolated,
         error=relative_error(slopes, differences.extrapolated),
-        noise=relative_error(differences.half_step, differences.extrapolated),
+        noise=differences.noise,
         dense_error=None if dense is None else dense.error,
         cosine=None if dense is None else dense.cosine,
         residual=_largest(report.residual),
@@ -179,7 +183,7 @@ class _Procedure:
             "outer loss": (self.outer_loss(meta), self.outer_loss(meta)),
         }
         for name, (first, second) in both.items():
-            if not torch.equal(first, second):
+            if not torch.equal(first.nan_to_num(), second.nan_to_num()):  # NaN is as random as 0
                 raise ValueError(
                     f"{name}: got two values in two calls, expected one; "
                     "fix the seed, or switch dropout off"
@@ -214,8 +218,7 @@ def _compare_with_dense(
     names = list(_entries(meta))
     gradient = torch.cat([result.grads[name].flatten() for name in names])
     expected = torch.cat([exact.grads[name].flatten() for name in names])
-    cosine = torch.nn.functional.cosine_similarity(gradient, expected, dim=0)
-    return _DenseComparison(relative_error(gradient, expected), float(cosine))
+    return _DenseComparison(relative_error(gradient, expected), cosine(gradient, expected))
 
 
 def _with_task_axis(result: Hypergradient, batched: bool) -> Params:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.counts import check_count
+from metaimplicit.diagnostics.differences import cosine, relative_error
 from metaimplicit.diagnostics.memory import LiveBytes
 from metaimplicit.diagnostics.starting_point import RecordingDense, StartingPoint, solve_inner
 from metaimplicit.inner import InnerLoop, make_inner
@@ -33,7 +35,7 @@ class Row:
             Neumann takes five for its scale, so it takes at least six. Methods whose curvature is
             fixed take as many as that needs, for any P.
         error: ‖h − h*‖/‖h*‖ of the hypergradient h, where h* is that of a dense solve of the same
-            system at the same θ.
+            system at the same θ. It is ‖h‖ if h* is zero.
         cosine: That of the angle between h and h*.
         residual: The largest ‖v − Au‖/‖v‖ over the tasks, with the method's own A.
         status: The names of the tasks' statuses, the most frequent first.
@@ -178,8 +180,8 @@ def compare(
     """
     inner = make_inner(inner)
     chosen = _choose_methods(methods, problem)
-    if seeds < 1 or min(products) < 1:
-        raise ValueError(f"seeds, products: got {seeds}, {tuple(products)}, expected at least 1")
+    budgets = _check_budgets(products)
+    check_count("seeds", seeds)
     exact_solver = RecordingDense()
     exact = Implicit(exact_solver, curvature=curvature, damping=damping)
     lifted = lift(problem, meta, data, inner=inner, method=exact, batched=batched, vectorize="auto")
@@ -189,7 +191,7 @@ def compare(
     n = flatten(point.adaptation.params).shape[1]
 
     rows = []
-    for budget in products:
+    for budget in budgets:
         methods_at_budget = {
             flag: _with_budget(method, budget, curvature=curvature, damping=damping)
             for flag, method in chosen.items()
@@ -205,7 +207,7 @@ def compare(
         size=n,
         tasks=point.problem.tasks,
         curvature=exact.curvature_name,
-        direct=float((point.direct() - expected).norm() / expected.norm()),
+        direct=relative_error(point.direct(), expected),
         smallest=float(exact_solver.eigenvalues.min()),
         largest=float(exact_solver.eigenvalues.max()),
         inner_gradient_norm=float(exact_run.report.inner_gradient_norm.max()),
@@ -218,12 +220,23 @@ def _choose_methods(methods: Sequence[str] | None, problem: BilevelProblem) -> d
     if methods is None:
         has_module = getattr(problem.inner_loss, "module", None) is not None
         return {flag: m for flag, m in comparable.items() if has_module or _takes_budget(m)}
+    methods = [methods] if isinstance(methods, str) else methods
     unknown = sorted(set(methods) - set(comparable))
     if unknown:
         raise ValueError(
             f"methods: got {', '.join(unknown)}, expected some of {', '.join(comparable)}"
         )
     return {flag: comparable[flag] for flag in methods}
+
+
+def _check_budgets(products: Sequence[int]) -> list[int]:
+    """The numbers of products. ValueError if one of them is out of range, or there are none."""
+    budgets = list(products) if isinstance(products, Iterable) else []
+    if not budgets:
+        raise ValueError(f"products: got {products!r}, expected numbers, such as [10, 30]")
+    for budget in budgets:
+        check_count("products", budget)
+    return budgets
 
 
 def _takes_budget(method: Implicit) -> bool:
@@ -261,13 +274,11 @@ def _measure(
     for seed in range(seeds if warmup.is_random else 1):
         start = time.perf_counter()
         run = point.run(method, seed=seed)
-        difference = float((run.hypergradient - expected).norm())  # waits for the device
+        errors.append(relative_error(run.hypergradient, expected))  # waits for the device
         seconds.append(time.perf_counter() - start)
-        errors.append(difference / float(expected.norm()))
         runs.append(run)
 
-    similarity = torch.nn.functional.cosine_similarity
-    cosines = [float(similarity(run.hypergradient, expected, dim=0)) for run in runs]
+    cosines = [cosine(run.hypergradient, expected) for run in runs]
     residuals = [float(torch.as_tensor(run.report.residual).max()) for run in runs]
     statuses = Counter(
         Status(int(status)).name for run in runs for status in torch.as_tensor(run.report.status)

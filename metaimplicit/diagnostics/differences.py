@@ -11,6 +11,7 @@ from torch import Tensor
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.mended import without_padding
 from metaimplicit.params import Params
+from metaimplicit.solvers.arithmetic import divisor
 
 
 def find_padding(problem: LiftedProblem, meta: Params, *, last_step: int) -> Params:
@@ -69,10 +70,18 @@ class Differences:
     Attributes:
         extrapolated: (4 D_{h/2} − D_h) / 3, with an error of O(h⁴).
         half_step: D_{h/2}, the central differences of half the step, with an error of O(h²).
+        roundoff: What the round-off of F may add to an entry of `extrapolated`.
     """
 
     extrapolated: Tensor
     half_step: Tensor
+    roundoff: float
+
+    @property
+    def noise(self) -> float:
+        """The relative error that `extrapolated` may have: that of `half_step`, or by round-off."""
+        off = self.extrapolated + self.roundoff
+        return max(relative_error(x, self.extrapolated) for x in (self.half_step, off))
 
 
 def extrapolated_differences(
@@ -83,9 +92,19 @@ def extrapolated_differences(
     step: float,
 ) -> Differences:
     """Central differences at two steps, h = `step` and h/2, and Richardson's extrapolation."""
-    whole_step = _central_differences(function, meta, directions, step=step)
-    half_step = _central_differences(function, meta, directions, step=step / 2)
-    return Differences((4 * half_step - whole_step) / 3, half_step)
+    sizes = []
+
+    def measured(meta: Params) -> Tensor:
+        value = function(meta)
+        sizes.append(value.abs())
+        return value
+
+    whole_step = _central_differences(measured, meta, directions, step=step)
+    half_step = _central_differences(measured, meta, directions, step=step / 2)
+    # Two values that are each off by ε|F|/2 make D_{h/2} off by ε|F|/h, and D_h by half of that.
+    size = torch.stack(sizes).max()
+    roundoff = 1.5 * torch.finfo(size.dtype).eps * float(size) / step
+    return Differences((4 * half_step - whole_step) / 3, half_step, roundoff)
 
 
 def _central_differences(
@@ -115,6 +134,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖, or the absolute error if `expected` is zero."""
     size = float(expected.norm())
     return float((actual - expected).norm()) / (size if size > 0 else 1.0)
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """That of the angle between two vectors of any size. It is 0 if one of them is zero."""
+    a, b = (v.double() / divisor(v.double().norm()) for v in (first, second))
+    return float((a * b).sum())
 
 
 def _norm(entries: Params) -> Tensor:

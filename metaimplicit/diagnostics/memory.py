@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,14 +44,30 @@ class LiveBytes(TorchDispatchMode):
             if reference.expired():
                 del self._live[address]
         for address, storage in _storages(result).items():
-            # The result of a view or an in-place operation has the storage of an input.
-            if address not in of_inputs:
+            # The result of a view or an in-place operation has the storage of an input, whose size
+            # may be another now.
+            if address not in of_inputs or address in self._live:
                 self._live[address] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result
 
 
+# The methods that return the parts of a sparse tensor, by its layout.
+_BY_ROWS = ("crow_indices", "col_indices", "values")
+_BY_COLUMNS = ("ccol_indices", "row_indices", "values")
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS,
+    torch.sparse_csc: _BY_COLUMNS,
+    torch.sparse_bsc: _BY_COLUMNS,
+}
+
+
 def _storages(tree: Any) -> dict[int, UntypedStorage]:
     """The storages of all tensors in a pytree, by address."""
-    storages = [tensor.untyped_storage() for tensor in tensors_in(tree)]
+    storages = []
+    for tensor in tensors_in(tree):
+        parts = [getattr(tensor, name)() for name in _PARTS.get(tensor.layout, ())]
+        storages += [part.untyped_storage() for part in parts or [tensor]]
     return {storage._cdata: storage for storage in storages}

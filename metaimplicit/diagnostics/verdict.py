@@ -25,8 +25,8 @@ class Check:
             `[directions]`.
         differences: The same by finite differences of the whole procedure, inner loop included.
         error: ‖slopes − differences‖ / ‖differences‖.
-        noise: The relative difference of `differences` from those of one step size. An error below
-            it says nothing.
+        noise: The relative error that `differences` may have: their difference from those of one
+            step size, or the round-off of the outer loss. An error below it says nothing.
         dense_error: The error of the gradient against that of a dense solve of the same system.
             None if the method has no system, or one that is too large.
         cosine: That of the angle between these two gradients. None in the same cases.
@@ -126,6 +126,13 @@ def _verdict(
     """The first reason that applies for an error above the tolerance, and what to do."""
     if check.error <= tolerance:
         return "Right: it agrees with finite differences."
+    if not bool(check.slopes.isfinite().all()):
+        return "Wrong: it is not finite; lower the inner step size, or look at the losses."
+    if not bool(check.differences.isfinite().all()):
+        return (
+            "Undecided: the finite differences are not finite, as the losses are not near φ; "
+            "lower the inner step size, or look at the losses."
+        )
     if check.noise > tolerance:
         return (
             f"Undecided: the finite differences are known to {check.noise:.1e} only; "

@@ -17,6 +17,10 @@ from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.recomputation import mended_recomputation
 
+# What torch says of operations that allow no batch, such as `argmin`, and products with sparse
+# matrices.
+NO_BATCH = ("Batching rule not implemented", "expand is unsupported for Sparse")
+
 Operator = TypeVar("Operator", bound="Curvature")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -281,8 +285,8 @@ def _all_at_once(
     try:
         return pull_back(vectors, is_grads_batched=True)
     except RuntimeError as error:
-        if "Batching rule not implemented" not in str(error):
-            raise  # `argmin` is such an operation
+        if not any(message in str(error) for message in NO_BATCH):
+            raise
     rows = [pull_back(row) for row in zip(*vectors, strict=True)]
     columns = zip(*rows, strict=True)
     return [None if column[0] is None else torch.stack(column) for column in columns]

@@ -130,9 +130,32 @@ def test_an_inner_loss_that_draws_random_numbers_is_refused():
         check_hypergradient(problem, INITIAL, DATA, inner=SHORT, method="unrolled", batched=True)
 
 
-def test_no_directions_are_refused():
+@pytest.mark.parametrize("method", ["dense", "unrolled"])
+def test_a_hypergradient_that_is_not_finite_is_wrong_and_no_random_number(method):
+    problem = scalar_problem(lambda w, m: (w - m["a"]).square(), lambda w, m: w * m["a"].log())
+    with pytest.warns(RuntimeWarning):
+        result = check_hypergradient(problem, {"a": number(-1.0)}, None, inner=SHORT, method=method)
+    assert result.verdict.startswith("Wrong: it is not finite; lower the inner step size")
+
+
+def test_differences_that_are_not_finite_decide_nothing():
+    problem = scalar_problem(lambda w, m: (w - m["a"]).square(), lambda w, m: w + m["a"].sqrt())
+    meta = {"a": number(1e-12)}  # differences need roots of numbers below zero
+    result = check_hypergradient(problem, meta, None, inner=SHORT, method="unrolled")
+    assert result.verdict.startswith("Undecided: the finite differences are not finite")
+
+
+def test_round_off_that_hides_the_differences_decides_nothing():
+    problem = scalar_problem(lambda w, m: (w - m["a"]).square(), lambda w, m: 1e13 + w.square())
+    result = check_hypergradient(problem, {"a": number(1.0)}, None, inner=SHORT, method="unrolled")
+    assert result.verdict.startswith("Undecided: the finite differences are known to")
+
+
+def test_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match="directions: got 0, expected at least 1"):
         check(inner=SHORT, method="dense", directions=0)
+    with pytest.raises(ValueError, match="tolerance: got nan, expected a number ≥ 0"):
+        check(inner=SHORT, method="dense", tolerance=float("nan"))
 
 
 def test_an_outer_loss_of_all_iterates_is_refused():

@@ -40,6 +40,16 @@ def compare_quadratic(inner=SOLVED, **options):
     return compare(oracle.problem, oracle.meta, oracle.data, inner=inner, batched=True, **options)
 
 
+def problem_of_one(outer):
+    """A problem of one number, with its φ and data."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(())},
+        inner_loss=lambda params, meta, data: (params["w"] - meta["target"]).square(),
+        outer_loss=lambda params, meta, data: outer(params["w"]),
+    )
+    return problem, {"target": torch.ones(())}, None
+
+
 def methods_of(comparison, products):
     return {row.method for row in comparison.rows if row.products == products}
 
@@ -232,6 +242,33 @@ def test_the_memory_of_lanczos_is_that_of_its_basis():
 
 
 @pytest.mark.slow
+def test_a_hypergradient_of_zero_has_absolute_errors():
+    comparison = compare(*problem_of_one(lambda w: 0 * w), inner=SHORT, products=[1], methods="cg")
+    assert comparison.direct == comparison.error("cg", 1) == 0
+
+
+def test_a_small_hypergradient_has_its_cosine():
+    comparison = compare(
+        *problem_of_one(lambda w: 1e-20 * w), inner=SHORT, products=iter([1, 2]), methods="cg"
+    )
+    assert [row.products for row in comparison.rows] == [1, 2]
+    assert [row.cosine for row in comparison.rows] == pytest.approx([1, 1])
+
+
+def test_a_loss_may_multiply_by_sparse_matrices():
+    graph = torch.eye(3).to_sparse()
+
+    def inner_loss(params, meta, data):
+        return (graph @ params["w"][:, None] - meta["target"]).square().sum()
+
+    problem = BilevelProblem(
+        lambda meta, data: {"w": torch.zeros(3)}, inner_loss, lambda p, m, d: p["w"].sum()
+    )
+    meta = {"target": torch.ones(3, 1)}
+    comparison = compare(problem, meta, None, inner=SHORT, products=[1], methods="cg")
+    assert comparison.error("cg", 1) < 1e-6
+
+
 def test_methods_of_fixed_curvature_need_a_module():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)
@@ -247,8 +284,10 @@ def test_methods_of_fixed_curvature_need_a_module():
         ({"methods": ["cg", "gmres"]}, "methods: got gmres, expected some of cg, "),
         ({"methods": ["unrolled"]}, "methods: got unrolled"),
         ({"inner": "sgd"}, "inner: got 'sgd', expected one of gradient-descent"),
-        ({"seeds": 0}, "seeds, products: got 0"),
-        ({"products": (0, 3)}, "expected at least 1"),
+        ({"seeds": 0}, "seeds: got 0, expected at least 1"),
+        ({"products": (0, 3)}, "products: got 0, expected at least 1"),
+        ({"products": ()}, r"products: got \(\), expected numbers"),
+        ({"products": 3}, "products: got 3, expected numbers"),
     ],
 )
 def test_a_bad_argument_is_refused(options, message):

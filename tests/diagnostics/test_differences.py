@@ -5,6 +5,7 @@ import torch
 from oracles import randn
 
 from metaimplicit.diagnostics.differences import (
+    cosine,
     dot,
     extrapolated_differences,
     random_directions,
@@ -26,6 +27,25 @@ def test_directions_have_norm_one_and_the_shapes_of_the_entries():
         norm = torch.cat([d.flatten() for d in direction.values()]).norm()
         assert float(norm) == pytest.approx(1.0)
     assert not torch.equal(DIRECTIONS[0]["a"], DIRECTIONS[1]["a"])
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 10.0), (torch.float64, 1e9)])
+def test_the_round_off_of_a_large_value_is_noise(dtype, offset):
+    """Differences of one step size may agree with those of another by chance."""
+    meta = {name: m.to(dtype) for name, m in META.items()}
+    directions = random_directions(meta, count=5, seed=1)
+    differences = extrapolated_differences(
+        lambda meta: offset + power(2)(meta), meta, directions, step=1e-4
+    )
+    expected = torch.stack([dot({n: 2 * m for n, m in meta.items()}, d) for d in directions])
+    assert 0 < relative_error(differences.extrapolated, expected) <= differences.noise < 2
+
+
+def test_the_cosine_is_that_of_vectors_of_any_size():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    for size in (1e-30, 1.0, 1e30):
+        assert cosine(size * a, b) == pytest.approx(0.5**0.5)
+    assert cosine(0 * a, b) == 0
 
 
 def test_extrapolation_is_exact_for_a_cubic_function_at_any_step():

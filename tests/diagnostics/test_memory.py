@@ -35,6 +35,23 @@ def test_views_and_operations_in_place_take_no_memory():
     assert memory.peak == 0
 
 
+def test_a_tensor_that_grows_takes_what_it_has_grown_to():
+    with LiveBytes() as memory:
+        out = torch.zeros(0)
+        torch.add(torch.zeros(1), torch.zeros(1000), out=out)
+    assert memory.peak == 4 + 4000 + 4000
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_tensor_takes_what_its_parts_take(layout):
+    matrix = torch.eye(50).to_sparse(layout=layout)
+    with LiveBytes() as memory:
+        doubled = 2 * matrix
+    values = doubled.to_sparse_coo().coalesce().values()
+    assert values.nbytes <= memory.peak <= 3 * 8 * 51 + values.nbytes
+
+
 def test_the_backward_pass_is_counted():
     matrix = torch.randn(50, 50, requires_grad=True)
     with LiveBytes() as memory:

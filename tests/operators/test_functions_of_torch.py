@@ -75,6 +75,23 @@ def test_the_hessian_is_that_of_differences(name, products):
     assert relative_error(dense(hessian), differences(outputs, loss, params)) < 1e-7
 
 
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_products_with_sparse_matrices_have_no_batch(layout):
+    graph = torch.randn(3, 3)
+
+    def hessian(graph):
+        def loss(params):
+            return (graph @ params["w"][0]).pow(3).sum().reshape(1)
+
+        return Hessian(loss, {"w": torch.arange(3.0).reshape(1, 3, 1)})
+
+    sparse, expected = hessian(graph.to_sparse(layout=layout)), hessian(graph)
+    assert relative_error(dense(sparse), dense(expected)) < 1e-14
+    index = torch.tensor([2, 0])
+    assert relative_error(sparse.columns(index), expected.columns(index)) < 1e-14
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gauss_newton_matrix_is_that_of_a_jacobian_by_differences(name):
     outputs, loss, params = make(name)
