@@ -132,6 +132,7 @@ def comparable_methods() -> dict[str, Implicit]:
 
 
 @explain_unsupported()
+@torch.inference_mode(False)
 def compare(
     problem: BilevelProblem,
     meta: Params,

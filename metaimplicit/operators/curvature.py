@@ -16,6 +16,7 @@ from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.recomputation import mended_recomputation
+from metaimplicit.tensors import recordable
 
 # What torch says of operations that allow no batch, such as `argmin`, and products with sparse
 # matrices.
@@ -145,7 +146,7 @@ class RetainedGraphCurvature(Curvature):
 
     def __init__(self, params: Params) -> None:
         check_point(params)
-        self.params = leaves(params)
+        self.params = leaves({name: recordable(p) for name, p in params.items()})
         first = next(iter(params.values()))
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
         self.dtype = first.dtype

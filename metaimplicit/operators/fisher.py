@@ -56,6 +56,8 @@ class Fisher(GGN):
         tensor([[ 0.2500, -0.2500]])
     """
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def __init__(
         self,
         outputs: Callable[[Params], Tensor],

@@ -69,6 +69,8 @@ class GGN(RetainedGraphCurvature):
 
     semidefinite = True
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def __init__(
         self,
         outputs: Callable[[Params], Tensor],

@@ -56,6 +56,8 @@ class Hessian(RetainedGraphCurvature):
 
     needs_outputs = False
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def __init__(
         self,
         loss: Callable[[Params], Tensor],
@@ -92,6 +94,7 @@ class Hessian(RetainedGraphCurvature):
         """The Hessian of a loss; `options` may hold `products`."""
         return cls(parts.total, parts.params, **options)
 
+    @torch.inference_mode(False)
     def matvec(self, vector: Tensor) -> Tensor:
         """Hv, `[tasks, n] -> [tasks, n]`."""
         if self.products == "double-backward":
@@ -104,6 +107,7 @@ class Hessian(RetainedGraphCurvature):
         product = push_forward(gradient, (point,), tangents)[1]
         return flatten(product).detach()
 
+    @torch.inference_mode(False)
     def matmat(self, vectors: Tensor) -> Tensor:
         """HV, `[k, tasks, n] -> [k, tasks, n]`. Finite differences take one vector at a time."""
         if self.products == "double-backward":

@@ -19,6 +19,7 @@ from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.operators.probes import Lift, record_with_probes
 from metaimplicit.params import Params, flatten, unflatten
+from metaimplicit.tensors import recordable
 
 ADVICE = "use curvature='gauss-newton', or choose other parameters by adapt="
 
@@ -86,6 +87,8 @@ class KroneckerFactored(Curvature, Invertible):
 
     semidefinite = True
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def __init__(
         self,
         module: nn.Module,
@@ -108,7 +111,7 @@ class KroneckerFactored(Curvature, Invertible):
         check_count("KFAC samples", samples)
         check_point(params)
         first = next(iter(params.values()))
-        self.params = {name: p.detach() for name, p in params.items()}
+        self.params = {name: recordable(p).detach() for name, p in params.items()}
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
         self.dtype = first.dtype
         self.device = first.device

@@ -255,6 +255,13 @@ def test_a_small_hypergradient_has_its_cosine():
     assert [row.cosine for row in comparison.rows] == pytest.approx([1, 1])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_no_gradients_are_recorded(mode):
+    with mode():
+        comparison = compare(*problem_of_one(lambda w: w), inner=SHORT, products=[1], methods="cg")
+    assert comparison.error("cg", 1) < 1e-6
+
+
 def test_a_loss_may_multiply_by_sparse_matrices():
     graph = torch.eye(3).to_sparse()
 

@@ -1,5 +1,8 @@
 """Operators of plain functions, whose operations torch differentiates wrongly or not at all."""
 
+from functools import partial
+from typing import get_args
+
 import pytest
 import torch
 from oracles import dense, relative_error
@@ -8,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from metaimplicit.operators import GGN, Hessian
+from metaimplicit.operators import GGN, Fisher, Hessian, Products
 from metaimplicit.params import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -73,6 +76,38 @@ def test_the_hessian_is_that_of_differences(name, products):
     outputs, loss, params = make(name)
     hessian = Hessian(lambda p: loss(outputs(p)), params, products=products)
     assert relative_error(dense(hessian), differences(outputs, loss, params)) < 1e-7
+
+
+WITHOUT_GRADIENTS = [torch.no_grad, torch.inference_mode]
+
+
+def curvatures():
+    """Each kind of curvature at one point, as functions of no arguments."""
+    outputs, loss, params = make("attention")
+
+    def whole(params):
+        return loss(outputs(params))
+
+    def fisher():
+        return Fisher(lambda p: outputs(p).reshape(1, 4, 3), lambda z: loss(z.flatten(1)), params)
+
+    hessians = {
+        products: partial(Hessian, whole, params, products) for products in get_args(Products)
+    }
+    return hessians | {"gauss-newton": partial(GGN, outputs, loss, params), "fisher": fisher}
+
+
+@pytest.mark.parametrize("mode", WITHOUT_GRADIENTS)
+@pytest.mark.parametrize("kind", [*get_args(Products), "gauss-newton", "fisher"])
+def test_a_curvature_is_the_same_where_no_gradients_are_recorded(kind, mode):
+    make_curvature = curvatures()[kind]
+    expected = dense(make_curvature())
+    assert expected.abs().max() > 0
+    with mode():
+        operator = make_curvature()
+        inside = dense(operator)
+    for matrix in (inside, dense(operator)):
+        assert relative_error(matrix, expected) < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
