@@ -6,7 +6,7 @@ import contextlib
 import io
 import pickle
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,7 +18,7 @@ from tasks.cache import progress
 from tasks.files import Files
 from tasks.images import fit_square
 from tasks.list_files import PART_WORDS, PARTS, part_called
-from tasks.pickles import foreign_name, load_plain
+from tasks.pickles import foreign_name, load_plain, numpy_stand_ins
 from tasks.pool import check_labels
 
 LABELS = ("labels", "label", "targets", "target", "y", "label_specific")
@@ -37,11 +37,14 @@ def _load_numpy(data: bytes) -> Any:
 
 def _load_torch(data: bytes) -> Any:
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numpy_stand_ins()):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch advises to load the file without this check, which would run its code.
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise foreign_name(name[1]) from error
+        if reason := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
+            raise pickle.UnpicklingError(reason[1]) from error
         raise
 
 
@@ -68,7 +71,8 @@ def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
         files: What holds the files. Folders called after all three parts tell the part of the
             files in them. Without them, the words train, val (or valid, validation) and test in a
             file's name do, or else those in its folder's. Where they occur, files without them, or
-            with those of two parts, are passed over.
+            with those of two parts, are passed over. One of them in the name of a single file among
+            several is that of an ordinary class.
         size: Pixels a side of an image.
         color: Whether images have three channels or one of grey.
 
@@ -85,10 +89,12 @@ def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
     for path in array_paths(files):
         paths_of[parts_of(path)].append(path)
     groups = [paths_of.get(frozenset([part]), []) for part in range(len(PARTS))]
-    if not any(groups):
+    named = [path for paths in groups for path in paths]
+    if not named:
         groups = [paths_of.get(frozenset(), [])]
+    elif len(named) == 1 and len(array_paths(files)) > len(PARTS):
+        groups = [array_paths(files)]
     if not all(groups):
-        named = [path for paths in groups for path in paths]
         raise ValueError(
             f"data_root: got files of arrays {named or array_paths(files)} in {files.root}, "
             f"expected one or more of each of {', '.join(PARTS)}"
@@ -96,8 +102,10 @@ def array_classes(files: Files, size: int, *, color: bool) -> list[ClassArrays]:
 
     parts = []
     for paths in groups:
-        where = f"{files.root}: {', '.join(paths)}"
-        classes = _classes(where, _content(files, paths))
+        listed = ", ".join(paths if len(paths) <= 3 else [paths[0], "…", paths[-1]])
+        where = f"{files.root}: {listed}"
+        content = _content(files, paths, is_part=len(groups) == len(PARTS))
+        classes = _classes(where, content)
         parts.append(
             {
                 name: class_inputs(f"{where}: class {name!r}", array, size, color=color)
@@ -185,22 +193,56 @@ def _parts_in_name(path: str) -> frozenset[int]:
     return frozenset()
 
 
-def _content(files: Files, paths: Sequence[str]) -> Content:
+def _content(files: Files, paths: Sequence[str], *, is_part: bool) -> Content:
     """The entries of some files together."""
+    entries = [
+        (path, name, value)
+        for path in paths
+        for name, value in _entries(files, path, is_part=is_part)
+    ]
+    if not any(name == "class_dict" or _is_called_labels(name) for _, name, _ in entries):
+        _check_one_array_a_class(files, Counter(path for path, _, _ in entries))
     content: Content = {}
-    for path in paths:
-        for name, value in _entries(files, path):
-            if name in content:
-                raise ValueError(
-                    f"{files.root}: {path}: {name!r} is in another file too, "
-                    "expected it once; move one of them"
-                )
-            content[name] = value
+    for path, name, value in entries:
+        if name in content:
+            raise ValueError(
+                f"{files.root}: {path}: {name!r} is in another file too, "
+                "expected it once; move one of them"
+            )
+        content[name] = value
     return content
 
 
-def _entries(files: Files, path: str) -> Iterator[tuple[str, Any]]:
-    """The named values in one file. A single array has the name of its file."""
+def _check_one_array_a_class(files: Files, arrays_in: Mapping[str, int]) -> None:
+    """Raise if several folders hold several arrays, as where each example has a file of its own.
+
+    The rows of an example would be taken for the examples of a class.
+
+    Args:
+        files: For the message.
+        arrays_in: How many arrays each file holds.
+    """
+    paths_in: dict[str, list[str]] = defaultdict(list)
+    for path, number in arrays_in.items():
+        if number == 1:
+            paths_in[path.rpartition("/")[0]].append(path)
+    crowded = [paths for paths in paths_in.values() if len(paths) > 1]
+    if len(crowded) > 1:
+        raise ValueError(
+            f"{files.root}: got several arrays in each of several folders, such as "
+            f"{crowded[0][0]} and {crowded[1][0]}, expected one array [n, ...] for each class; "
+            "stack those of a class into one file, or put the arrays of all classes into one folder"
+        )
+
+
+def _entries(files: Files, path: str, *, is_part: bool) -> Iterator[tuple[str, Any]]:
+    """The named values in one file. A single array has the name of its file.
+
+    Args:
+        files: What holds the file.
+        path: The file.
+        is_part: Whether words in names tell the part, so that they are no part of a class's name.
+    """
     value = read_file(files, path, READERS[_suffix(path)])
     if isinstance(value, Mapping):
         for name, entry in value.items():
@@ -210,7 +252,7 @@ def _entries(files: Files, path: str) -> Iterator[tuple[str, Any]]:
         yield "labels", value[1]
     else:
         words = re.split(r"[-_.\s]+", PurePosixPath(path).stem)
-        kept = [word for word in words if word.lower() not in PART_WORDS]
+        kept = [word for word in words if not (is_part and word.lower() in PART_WORDS)]
         yield "_".join(kept) or "inputs", value
 
 
@@ -218,7 +260,7 @@ def _classes(where: str, content: Content) -> ClassArrays:
     """The raw inputs of each class, from any of the three forms in `ARRAY_LAYOUT`."""
     arrays = {name: _array(value) for name, value in content.items()}
     large = {name: array for name, array in arrays.items() if array.ndim >= 2}
-    called_labels = [name for name in arrays if name.lower() in LABELS]
+    called_labels = [name for name in arrays if _is_called_labels(name)]
     labels = [name for name in called_labels if not _is_class(arrays[name], large)]
     if "class_dict" not in content and not labels:
         if len(large) < 2:
@@ -234,9 +276,25 @@ def _classes(where: str, content: Content) -> ClassArrays:
     if "class_dict" in content:
         rows = _rows_of_dict(where, content["class_dict"])
     else:
+        _check_one_labelling(where, {name: arrays[name] for name in labels})
         rows = _rows_of_labels(where, content[labels[0]], len(inputs))
     _check_rows(where, rows, len(inputs))
     return {name: _rows(inputs, numbers) for name, numbers in rows.items()}
+
+
+def _is_called_labels(name: str) -> bool:
+    return name.lower() in LABELS
+
+
+def _check_one_labelling(where: str, labels: ClassArrays) -> None:
+    """Raise if arrays that are called as labels are differ."""
+    first, *others = labels
+    for other in others:
+        if not np.array_equal(labels[first], labels[other]):
+            raise ValueError(
+                f"{where}: got labels in {first!r} and others in {other!r}, expected one of them; "
+                "leave one out, or rename it"
+            )
 
 
 def _is_class(array: np.ndarray, large: ClassArrays) -> bool:

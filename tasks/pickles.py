@@ -60,6 +60,23 @@ def foreign_name(name: str) -> pickle.UnpicklingError:
     return pickle.UnpicklingError(f"it names {name}, which is no plain data and was not called")
 
 
+def numpy_stand_ins() -> list[Any]:
+    """What `torch.serialization.safe_globals` takes, to read arrays as `load_plain` does.
+
+    Example:
+        >>> import torch
+        >>> file = io.BytesIO()
+        >>> torch.save({"cat": np.arange(3)}, file)
+        >>> with torch.serialization.safe_globals(numpy_stand_ins()):
+        ...     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        >>> np.asarray(loaded["cat"])
+        array([0, 1, 2])
+    """
+    named = _PlainUnpickler(io.BytesIO()).numpy_names()
+    renamed = {name.replace("numpy.core.", "numpy._core."): value for name, value in named.items()}
+    return [*((value, name) for name, value in {**named, **renamed}.items()), _Array, _Dtype]
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Gives plain types, and its own methods in place of NumPy's functions.
 
@@ -68,19 +85,22 @@ class _PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        known = PLAIN_TYPES | {
-            "numpy.ndarray": self._nothing,
-            "numpy.dtype": self._dtype,
-            "numpy.core.multiarray._reconstruct": self._empty_array,
-            "numpy.core.multiarray.scalar": self._scalar,
-            "numpy.core.numeric._frombuffer": self._from_buffer,
-            "_codecs.encode": self._encode,
-        }
+        known = PLAIN_TYPES | self.numpy_names() | {"_codecs.encode": self._encode}
         # NumPy 2 renamed the module `core` to `_core`.
         full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         if full_name not in known:
             raise foreign_name(f"{module}.{name}")
         return known[full_name]
+
+    def numpy_names(self) -> dict[str, Callable[..., Any]]:
+        """What stands for each of NumPy's names."""
+        return {
+            "numpy.ndarray": self._nothing,
+            "numpy.dtype": self._dtype,
+            "numpy.core.multiarray._reconstruct": self._empty_array,
+            "numpy.core.multiarray.scalar": self._scalar,
+            "numpy.core.numeric._frombuffer": self._from_buffer,
+        }
 
     def _nothing(self) -> None:
         """The class of the arrays, which `_empty_array` is given and does not need."""

@@ -348,3 +348,63 @@ def test_an_entry_in_two_files_is_refused(tmp_path):
     files = LAYOUTS["mini-ImageNet"] | {"train_copy.pkl": cache(0)}
     with pytest.raises(ValueError, match=r"train_copy\.pkl: 'image_data' is in another file too"):
         load(write_tree(tmp_path, files))
+
+
+def test_a_class_may_be_called_after_a_part_that_no_other_file_is_called_after(tmp_path):
+    rng = np.random.default_rng(0)
+    called = ["train", "boat", *"abcdefgh"]
+    files = {f"{name}.npy": npy(rng.random((ROWS, 5), np.float32)) for name in called}
+    splits = load(write_tree(tmp_path, files), ways=1)
+    assert {name for family in families(splits) for name in family.classes} == set(called)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (20, 30), (16,)])
+@pytest.mark.parametrize("part", ["", "{}/"])
+def test_a_file_for_each_example_is_refused(tmp_path, shape, part):
+    """The rows of an image or a spectrogram were taken for the examples of a class."""
+    kind = np.uint8 if shape[-1] == 3 else np.float32
+    files = {
+        f"{part.format(split)}{split}-{label}/{split}{label}_{i}.npy": npy(np.ones(shape, kind))
+        for split in PARTS
+        for label in "ab"
+        for i in range(4)
+    }
+    with pytest.raises(ValueError, match="several arrays in each of several folders, such as"):
+        load(write_tree(tmp_path, files))
+
+
+def test_two_arrays_of_labels_that_differ_are_refused(tmp_path):
+    fine = np.concatenate([labels(part) for part in range(3)])
+    inputs = np.concatenate([features(part) for part in range(3)])
+    coarse = np.array([name[:-1] for name in fine])
+    for number, other in enumerate((fine, coarse)):
+        root = write_tree(tmp_path / str(number), {"x.npz": npz(x=inputs, labels=fine, y=other)})
+        if number == 0:
+            assert len(load(root, ways=1).train.classes) == 4
+            continue
+        with pytest.raises(ValueError, match="labels in 'labels' and others in 'y', expected one"):
+            load(root, ways=1)
+
+
+def test_a_pt_file_may_hold_arrays_of_numpy(tmp_path):
+    for kind, values in (("f4", features), ("u1", images)):
+        files = of_parts(
+            "{}.pt",
+            lambda part, kind=kind, values=values: pt(
+                {"x": np.asfortranarray(values(part).astype(kind)), "y": labels(part)}
+            ),
+        )
+        splits = load(write_tree(tmp_path / kind, files))
+        expected = torch.from_numpy(values(0).astype(kind))
+        expected = expected if kind == "f4" else expected.permute(0, 3, 1, 2)
+        assert torch.equal(splits.train.pool.images[:8], expected)
+        assert splits.train.classes == ("train0", "train1")
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([{}], object), np.zeros(2, [("a", "i4")])], ids=["objects", "records"]
+)
+def test_a_pt_file_with_other_arrays_is_refused_without_torchs_advice(tmp_path, value):
+    root = write_tree(tmp_path, {"x.pt": pt({"x": value})})
+    with pytest.raises(ValueError, match=r"\(it has an array of '[OV]\d', expected numbers or te"):
+        load(root)
