@@ -221,9 +221,13 @@ def _read_pair(
     color: bool,
 ) -> tuple[np.ndarray, list[str]]:
     """What `_read` returns, of inputs and labels in arrays or lists."""
-    label_array = as_array(labels)
-    if not isinstance(inputs, (list, tuple)):
-        inputs = as_array(inputs)
+    try:
+        label_array = as_array(labels)
+        if not isinstance(inputs, (list, tuple)):
+            inputs = as_array(inputs)
+    except ValueError as error:  # they are ragged
+        kinds = f"{type(inputs).__name__} and {type(labels).__name__}"
+        raise ValueError(f"dataset: got a tuple of {kinds}, {EXPECTED}") from error
     if label_array.shape != (len(inputs),):
         shape = getattr(inputs, "shape", (len(inputs),))
         raise ValueError(
@@ -306,6 +310,8 @@ def _divided(classes: ClassImages, split: Mapping[str, Iterable[Any]]) -> ClassI
     parts = []
     for values in _by_part("split", split):
         values = as_array(values).tolist() if hasattr(values, "__array__") else values
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ValueError(f"split: got {values!r} for a part, expected a list of its classes")
         names = [plain_name(str(value)) for value in values]
         unknown = [name for name in names if name not in class_called]
         if unknown:

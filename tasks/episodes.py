@@ -262,7 +262,13 @@ class EpisodeSampler(Dataset[Episodes]):
             count: How many batches.
             workers: The number of processes that draw them. If 0, this process draws them.
             pin_memory: Whether they come in page-locked memory.
+
+        Raises:
+            ValueError: If a number is not whole, or negative.
         """
+        for name, number in (("count", count), ("workers", workers)):
+            if not isinstance(number, Integral) or number < 0:
+                raise ValueError(f"{name}: got {number!r}, expected a whole number ≥ 0")
         indices = range(self.position, self.position + count)
         # Without a generator, the loader would draw a seed from the global one.
         generator = torch.Generator().manual_seed(self.seed)

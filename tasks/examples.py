@@ -193,16 +193,16 @@ def random_stream(seed: int, *names: int | str) -> np.random.Generator:
         names: What the numbers are for. Different names give independent streams of one seed.
 
     Raises:
-        ValueError: If the seed is negative.
+        ValueError: If the seed is no integer, or negative.
 
     Example:
         >>> same = random_stream(0, "split"), random_stream(0, "split")
         >>> same[0].random() == same[1].random()
         True
     """
-    if seed < 0:
+    if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")
-    entropy = [seed]
+    entropy = [int(seed)]
     for name in names:
         entropy.extend(name.encode() if isinstance(name, str) else [name])
     return np.random.default_rng(entropy)

@@ -163,13 +163,13 @@ def shuffled_split(
         Three arrays of positions, int64, in shuffled order. Any of them may be empty.
 
     Raises:
-        ValueError: If the seed is negative.
+        ValueError: If the seed is no integer, or negative.
 
     Example:
         >>> [len(part) for part in shuffled_split(25, seed=0)]
         [16, 4, 5]
     """
-    if seed < 0:
+    if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed: got {seed}, expected an integer ≥ 0")
     boundaries = np.round(np.cumsum(shares) * classes).astype(int)
     order = np.random.default_rng(seed).permutation(classes)

@@ -115,9 +115,8 @@ def _stem(path: str, suffix: str) -> str:
 
 def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
     data = source.read(path)
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = data.decode(_encoding(data))
         separator = _separator(text)
         numbered = _csv_rows(text, separator)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -147,6 +146,12 @@ def _csv_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
     return rows, []
 
 
+def _encoding(data: bytes) -> str:
+    """The encoding of a list: UTF-8, or UTF-16 if it begins as that does, as Windows may write."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
+
+
 def _csv_rows(text: str, separator: str) -> list[tuple[int, list[str]]]:
     """The number of the last line of each row that is not blank, and the fields of the row."""
     limit = csv.field_size_limit(len(text))  # A field may be of any length.
@@ -171,11 +176,12 @@ def _separator(text: str) -> str:
 
 
 def _text_list(source: Files, path: str) -> tuple[list[Row] | None, list[Line]]:
+    data = source.read(path)
     # Bytes that are not UTF-8 are kept as they are in the names of files.
-    text = source.read(path).decode("utf-8-sig", errors="surrogateescape")
+    text = data.decode(_encoding(data), errors="surrogateescape")
     numbered = enumerate(io.StringIO(text, newline=None), start=1)
     lines = [
-        (f"{source.root}: {path}, line {number}", plain_name(line.strip().strip("/")))
+        (f"{source.root}: {path}, line {number}", plain_name(line.strip().rstrip("/\\")))
         for number, line in numbered
         if line.strip()
     ]

@@ -100,7 +100,7 @@ def divide_by_classes(
     foreign = part_paths(source, ".csv")
     for suffix in (".txt", ".json"):
         candidates = part_lists(source, suffix)
-        lists = [one for one in candidates if any(line in classes_called for _, line in one.lines)]
+        lists = [one for one in candidates if _names_any_class(one, classes_called)]
         if lists:
             break
         foreign += [(one.part, one.path) for one in candidates if one.lines or one.rows]
@@ -120,7 +120,7 @@ def divide_by_classes(
     for one in lists:
         part = {}
         for where, line in one.lines:
-            matches = classes_called.get(line, set())
+            matches = classes_called.get(_known_end(line, classes_called), set())
             if len(matches) != 1:
                 raise ValueError(
                     f"{where}: {len(matches)} classes are called {line!r}, "
@@ -151,19 +151,23 @@ def _names_any(one: PartList, images_called: Mapping[str, object]) -> bool:
     return any(_known_end(filename, images_called) in images_called for _, filename, _ in rows)
 
 
-def _known_end(filename: str, images_called: Mapping[str, object]) -> str:
-    """The filename as images are called, or itself if no image is called so.
+def _names_any_class(one: PartList, classes_called: Mapping[str, object]) -> bool:
+    return any(_known_end(line, classes_called) in classes_called for _, line in one.lines)
+
+
+def _known_end(path: str, called: Mapping[str, object]) -> str:
+    """A path as images or classes are called, or itself if none is called so.
 
     It may begin with "./", or have the separators of Windows. If it is a path from the root of
     another file system, it is the longest end that is known.
     """
-    if filename in images_called:
-        return filename
-    path = filename.replace("\\", "/").removeprefix("./")
-    is_absolute = path.startswith("/") or ":" in path[:2]
-    folders = path.split("/")
+    if path in called:
+        return path
+    plain = path.replace("\\", "/").removeprefix("./")
+    is_absolute = plain.startswith("/") or ":" in plain[:2]
+    folders = plain.split("/")
     ends = ("/".join(folders[start:]) for start in range(len(folders) if is_absolute else 1))
-    return next((end for end in ends if end in images_called), filename)
+    return next((end for end in ends if end in called), path)
 
 
 def _one_of_each(

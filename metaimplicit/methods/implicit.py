@@ -36,8 +36,8 @@ from metaimplicit.operators import (
     Invertible,
     Products,
     as_flag,
+    check_preconditioner,
     find_curvature,
-    invertible_curvatures,
 )
 from metaimplicit.options import option
 from metaimplicit.params import Params, flatten, unflatten
@@ -120,13 +120,7 @@ class Implicit(Method):
         if self.curvature is not None:
             object.__setattr__(self, "curvature", as_flag(self.curvature))
         if self.preconditioner is not None:
-            kind, _ = find_curvature(self.preconditioner, argument="preconditioner")
-            if not issubclass(kind, Invertible):
-                known = ", ".join(invertible_curvatures())
-                raise ValueError(
-                    f"preconditioner: got {self.preconditioner!r}, expected one of {known}, or a "
-                    "class of curvature that knows its inverse"
-                )
+            check_preconditioner(self.preconditioner)
         if self.products not in get_args(Products):
             known = ", ".join(get_args(Products))
             raise ValueError(f"products: got {self.products!r}, expected one of {known}")

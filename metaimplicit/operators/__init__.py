@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -35,14 +36,11 @@ CURVATURES: dict[str, CurvatureClass] = {
 }
 
 
-def find_curvature(
-    curvature: str | CurvatureClass, *, argument: str = "curvature"
-) -> tuple[type[Curvature], dict[str, Any]]:
+def find_curvature(curvature: str | CurvatureClass) -> tuple[type[Curvature], dict[str, Any]]:
     """The class of curvature and its options that a flag, a class or a `partial` of a class means.
 
     Args:
         curvature: A key of `CURVATURES`, a subclass of `Curvature`, or a `partial` of one.
-        argument: The name of the argument in an error's message.
 
     Raises:
         ValueError: The flag is unknown, or the object is no class of curvature.
@@ -62,7 +60,7 @@ def find_curvature(
     if not (isinstance(value, type) and issubclass(value, Curvature)):
         known = ", ".join(CURVATURES)
         raise ValueError(
-            f"{argument}: got {curvature!r}, expected one of {known}, or a class of curvature"
+            f"curvature: got {curvature!r}, expected one of {known}, or a class of curvature"
         )
     return value, options
 
@@ -91,6 +89,25 @@ def invertible_curvatures() -> list[str]:
     return [flag for flag in CURVATURES if issubclass(find_curvature(flag)[0], Invertible)]
 
 
+def check_preconditioner(preconditioner: str | CurvatureClass) -> None:
+    """Check that this means a curvature that knows its inverse.
+
+    Raises:
+        ValueError: It is another curvature, or none.
+
+    Example:
+        >>> check_preconditioner("diagonal")
+    """
+    with suppress(ValueError):
+        if issubclass(find_curvature(preconditioner)[0], Invertible):
+            return
+    known = ", ".join(invertible_curvatures())
+    raise ValueError(
+        f"preconditioner: got {preconditioner!r}, expected one of {known}, or a class of curvature "
+        "that knows its inverse"
+    )
+
+
 __all__ = [
     "CURVATURES",
     "GGN",
@@ -111,6 +128,7 @@ __all__ = [
     "Sum",
     "as_flag",
     "central_difference",
+    "check_preconditioner",
     "find_curvature",
     "invertible_curvatures",
 ]

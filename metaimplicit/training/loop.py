@@ -142,7 +142,7 @@ def fit(
     """
     _check_parts(learner, optimizer, sampler, budget=budget, config=config, ranks=ranks)
     _check_functions(validation=validation, before_step=before_step, schedule=schedule)
-    _check_numbers(validate_every, checkpoint_every, clip)
+    _check_numbers(validate_every, checkpoint_every, workers, clip)
     rule = selection_rule(learner, best)
     ranks = Ranks() if ranks is None else ranks
     record = RunRecord(
@@ -266,12 +266,15 @@ def _check_functions(**functions: Any) -> None:
             raise ValueError(f"{name}: got {got}, expected a function {expected[name]}")
 
 
-def _check_numbers(validate_every: int, checkpoint_every: int, clip: float | None) -> None:
+def _check_numbers(
+    validate_every: int, checkpoint_every: int, workers: int, clip: float | None
+) -> None:
     for name, number in (
         ("validate_every", validate_every),
         ("checkpoint_every", checkpoint_every),
     ):
         check_count(name, number, unit=" step")
+    check_count("workers", workers, least=0)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a norm > 0, or None")
 

@@ -216,7 +216,8 @@ def test_kfac_of_a_plain_function_is_refused():
 
 
 def test_an_unknown_preconditioner_is_refused():
-    with pytest.raises(ValueError, match="preconditioner: got 'jacobi'"):
+    message = "preconditioner: got 'jacobi', expected one of kfac, ekfac, diagonal, or a class"
+    with pytest.raises(ValueError, match=message):
         Implicit(CG(), preconditioner="jacobi")
 
 

@@ -220,9 +220,9 @@ def test_a_flag_names_a_class_and_its_options(flag):
 
 @pytest.mark.parametrize("curvature", ["newton", int, None, Matrix])
 def test_what_is_no_curvature_is_refused(curvature):
-    message = "preconditioner: got .*, expected one of hessian, .*, or a class of curvature"
+    message = "curvature: got .*, expected one of hessian, .*, or a class of curvature"
     with pytest.raises(ValueError, match=message):
-        find_curvature(curvature, argument="preconditioner")
+        find_curvature(curvature)
 
 
 def test_a_preconditioner_needs_an_inverse():

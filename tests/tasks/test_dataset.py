@@ -273,6 +273,13 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
         ((pixels()[:0], LABELS[:0]), {}, "dataset: got no examples, expected several of each"),
         ((pixels(), LABELS), {"split": [0.6, 0.4]}, r"split: got \[0.6, 0.4\], expected a dict"),
         ((pixels(), LABELS), {"split": {"train": [1]}}, "split: got a dictionary of train, exp"),
+        ((pixels(), LABELS), {"split": SPLIT | {"val": 3}}, "split: got 3 for a part, expected a"),
+        ((pixels(), LABELS), {"split": SPLIT | {"val": "34"}}, "split: got '34' for a part, exp"),
+        (
+            (Pairs(pixels()), Pairs(pixels())),
+            {},
+            "dataset: got a tuple of Pairs and Pairs, expected a map-style dataset of pairs",
+        ),
         ((pixels(), LABELS), {"split": SPLIT | {"val": [77]}}, "split: got class '77', expected"),
         ((pixels(), LABELS), {"split": SPLIT | {"val": [3]}}, "share 1 classes, such as '3'"),
         (

@@ -137,8 +137,9 @@ def test_a_sampler_takes_integers_of_numpy():
 
 
 def test_a_shuffle_by_a_negative_seed_is_refused():
-    with pytest.raises(ValueError, match="seed: got -1, expected an integer ≥ 0"):
-        shuffled_split(10, seed=-1)
+    for seed in (-1, 0.5):
+        with pytest.raises(ValueError, match=f"seed: got {seed}, expected an integer ≥ 0"):
+            shuffled_split(10, seed=seed)
 
 
 def test_splits_that_share_a_class_are_refused():
@@ -198,6 +199,20 @@ def test_the_loader_draws_the_stream_and_leaves_the_global_generator_alone(worke
     loaded += list(sampler.batches(3, workers=workers))
     assert all(is_same(x, y) for x, y in zip(expected, loaded, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"count": -1}, "count: got -1"),
+        ({"count": 2.0}, "count: got 2.0"),
+        ({"count": 2, "workers": -1}, "workers: got -1"),
+        ({"count": 2, "workers": 0.5}, "workers: got 0.5"),
+    ],
+)
+def test_numbers_of_batches_and_workers_are_whole(numbers, message):
+    with pytest.raises(ValueError, match=f"{message}, expected a whole number ≥ 0"):
+        next(EpisodeSampler(few_shot(), tasks=3).batches(**numbers))
 
 
 def test_a_state_taken_between_two_loaded_batches_resumes_at_the_second():

@@ -153,6 +153,7 @@ def test_everything_is_the_same_on_a_gpu():
         ({"size": 11}, r"size: got 11, expected 1 … 10"),
         ({"size": 2.5}, r"size: got 2.5, expected 1 … 10"),
         ({"seed": -1}, "seed: got -1, expected an integer ≥ 0"),
+        ({"seed": 1.0}, "seed: got 1.0, expected an integer ≥ 0"),
     ],
 )
 def test_a_size_or_seed_out_of_range_is_refused(options, message):

@@ -39,6 +39,11 @@ LAYOUTS = {
         for part, name in {"train": "TRAIN.txt", "val": "Valid.TXT", "test": "test.txt"}.items()
     },
     "slashes": class_folders() | text_lists(line="{}/"),
+    "from here": class_folders() | text_lists(line="./{}/"),
+    "absolute paths": class_folders() | text_lists(line="/home/someone/data/{}"),
+    "the separators of Windows": class_folders(prefix="a/b/") | text_lists(line="C:\\b\\{}\\"),
+    "UTF-16": class_folders()
+    | {path: text.encode("utf-16") for path, text in text_lists(end="\r\n").items()},
     "other lists that name no class": class_folders()
     | text_lists()
     | text_lists("docs/", line="see {}"),

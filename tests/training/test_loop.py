@@ -310,6 +310,8 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, b
             {"validate_every": 1.5},
             "validate_every: got 1.5, expected a whole number, at least 1",
         ),
+        ({"workers": -1}, "workers: got -1, expected at least 0"),
+        ({"workers": 1.5}, "workers: got 1.5, expected a whole number, at least 0"),
         (
             {"optimizer": make_parts().optimizer},
             "optimizer: got one that moves no parameter of the learner",
