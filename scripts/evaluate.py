@@ -28,6 +28,7 @@ from command_line import (
     parse_options,
     predict_test_curves,
     read_plan,
+    require_no_ways,
     require_writable,
     run_identity,
     run_test,
@@ -94,8 +95,10 @@ def main(args: list[str]) -> None:
     options = load_options(command, command.run)
     require_writable(command.run / EVALUATION)
     set_up_cpu(options.threads)
-    tested = with_tasks_of(command, command.run, options)
     splits = tasks.load(**options.task_arguments())
+    if splits.test.kind == "regression":
+        require_no_ways(options.task, ways=command.ways)
+    tested = with_tasks_of(command, command.run, options)
     learner, progress = load_run(command.run, options, splits)
     if tested != options:
         splits = tasks.load(**tested.task_arguments())
@@ -105,7 +108,7 @@ def main(args: list[str]) -> None:
     seed = options.test_seed if command.seed is None else command.seed
     result = run_test(learner, family, tested, seed=seed)
     about: dict[str, Any] = {"split": command.split, "tested_meta_step": progress.step}
-    about |= {name: getattr(tested, name) for name in OF_TASKS}
+    about |= {name: getattr(tested, name) for name in numbers_of_tasks(family)}
     if rival is not None:
         about["against"] = measure_against(rival, result, family, seed=seed)
     summary = summarize_test(learner, result, family, tested, seed=seed) | about
@@ -131,6 +134,11 @@ def main(args: list[str]) -> None:
         summary=summary,
         fits=fits,
     )
+
+
+def numbers_of_tasks(family: tasks.TaskFamily) -> list[str]:
+    """Those of `OF_TASKS` that say what tasks are. Those of regression have no classes."""
+    return [name for name in OF_TASKS if name != "ways" or family.kind == "classification"]
 
 
 def load_options(command: Evaluate, run: Path) -> RunOptions:
@@ -220,7 +228,8 @@ def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> 
         raise ValueError(f"--against: got {run}, the run itself, expected another run")
     own = load_options(command, run)
     tested = with_tasks_of(command, run, own)
-    for name in ("task", "ways", "shots", "task_options"):
+    sizes = [name for name in numbers_of_tasks(splits.test) if name != "queries"]
+    for name in ("task", *sizes, "task_options"):
         theirs, ours = getattr(tested, name), getattr(options, name)
         if theirs != ours:
             raise ValueError(

@@ -38,6 +38,7 @@ from command_line import (
     load_own_checkpoint,
     parse,
     predict_test_curves,
+    require_no_ways,
     run_identity,
     run_test,
     set_up_cpu,
@@ -154,7 +155,8 @@ def load_splits(options: RunOptions, ranks: Ranks) -> tasks.Splits:
     """The tasks of the run. The first process reads them before the others, and may download.
 
     Raises:
-        ValueError: The data do not suit the options, or hold NaN or Inf.
+        ValueError: The data do not suit the options, or hold NaN or Inf. Or a number of classes is
+            given for regression.
     """
     arguments = options.task_arguments()
     loaded: list[tasks.Splits] = []
@@ -163,6 +165,9 @@ def load_splits(options: RunOptions, ranks: Ranks) -> tasks.Splits:
     for family in (splits.train, splits.validation, splits.test):
         if isinstance(family, tasks.FewShot):
             family.pool.require_finite()
+    if splits.train.kind == "regression" and not options.resume:
+        ways = None if options.ways == RunOptions.ways else options.ways
+        require_no_ways(options.task, ways=ways, train_ways=options.train_ways)
     return splits
 
 

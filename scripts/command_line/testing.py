@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import tasks
 from command_line.options import RunOptions
+from command_line.task_options import flag_of
 from metaimplicit import MetaLearner
 from metaimplicit.normalization import describe_normalization, is_transductive
 from metaimplicit.training import (
@@ -105,6 +106,24 @@ def predict_test_curves(
 def split_family(splits: tasks.Splits, split: Split) -> tasks.TaskFamily:
     """The tasks to test on, or those to validate on."""
     return splits.test if split == "test" else splits.validation
+
+
+def require_no_ways(task: str, **ways: int | None) -> None:
+    """Check that no number of classes is given for tasks of regression.
+
+    Args:
+        task: What the tasks are called.
+        ways: An option, None if it is not given.
+
+    Raises:
+        ValueError: One is given.
+    """
+    for name, number in ways.items():
+        if number is not None:
+            raise ValueError(
+                f"{flag_of(name)}: got {number} for {task}, which is regression and has no "
+                "classes, expected none; leave it out"
+            )
 
 
 def run_identity(options: RunOptions, splits: tasks.Splits) -> dict[str, Any]:

@@ -67,10 +67,28 @@ def test_runs_of_other_tasks_are_compared_on_the_ones_that_are_asked_for(run, te
 
 def test_a_linear_layer_has_one_number_of_classes(run, tmp_path, capsys):
     linear = tmp_path / "linear"
-    train([*SMALL, "--steps=1", "--out", str(linear)])
+    train(["--method=first-order", *OPTIONS, "--steps=1", "--out", str(linear)])
     capsys.readouterr()
     line = error_line(evaluate, [linear, "--ways=7"], capsys)
     assert line.startswith(f"error: --ways: got 7, but {linear} has --head linear and 5 ways")
+
+
+def test_regression_has_no_classes(tmp_path, capsys):
+    one, other = (tmp_path / name for name in ("one", "other"))
+    for option in ("--ways=7", "--train-ways=7"):
+        line = error_line(train, [*SMALL, "--head=ridge", option, f"--out={one}"], capsys)
+        name = option.split("=")[0]
+        assert line.startswith(f"error: {name}: got 7 for sinusoid, which is regression and has no")
+    train([*SMALL, "--head=ridge", f"--out={one}"])
+    train([*SMALL, f"--out={other}"])
+    capsys.readouterr()
+    for run in (one, other):
+        line = error_line(evaluate, [run, "--ways=7"], capsys)
+        assert line.startswith("error: --ways: got 7 for sinusoid, which is regression and has no")
+    evaluate([str(one), "--against", str(other), "--shots=6", "--episodes=4"])
+    stored = json.loads((one / "evaluation.json").read_text())
+    assert "ways" not in stored
+    assert (stored["shots"], stored["queries"]) == (6, 5)
 
 
 def test_more_classes_than_the_data_have_are_refused(run, capsys):
