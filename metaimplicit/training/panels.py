@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,9 +113,11 @@ def draw_alone(draw: Callable[[Any], object]) -> Any:
 
 
 def set_log_scale(ax: Any) -> None:
-    """A logarithmic y axis with plain numbers, 2 rather than 2 × 10⁰."""
+    """A logarithmic y axis with plain numbers, 2 rather than 2 × 10⁰, if a value is positive."""
     from matplotlib.ticker import LogFormatter
 
+    if not math.isfinite(ax.dataLim.minposy):
+        return
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(LogFormatter())
     ax.yaxis.set_minor_formatter(LogFormatter())

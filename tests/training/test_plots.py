@@ -17,6 +17,7 @@ from metaimplicit.training import (
     write_sealed_json,
 )
 from metaimplicit.training.log import RunLog
+from metaimplicit.training.panels import draw_progress
 
 NUMBERS = ("loss", "accuracy")
 
@@ -105,3 +106,14 @@ def test_the_curves_show_training_with_its_running_mean_and_validation(tmp_path,
     assert by_step.get_ylabel() == f"query {metric}"
     assert legend_texts(figures[0]) == ["training, mean of 2 steps", "validation"]
     assert_legend_is_outside_the_panels(figures[0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("losses", "scale"), [((0.0, 0.0), "linear"), ((0.0, 2.0), "log")])
+def test_losses_of_zero_have_no_logarithmic_axis(losses, scale):
+    """Those of a task with one class are zero. Matplotlib warned of them."""
+    ax = Figure().subplots()
+    lines = [{"split": "train", "step": s, "loss": loss} for s, loss in enumerate(losses, start=1)]
+    draw_progress(ax, lines, x="step", y="loss")
+    ax.figure.canvas.draw()
+    assert ax.get_yscale() == scale
