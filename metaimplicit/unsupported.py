@@ -187,6 +187,11 @@ ADVICE = {
         "torch.func cannot transform a write to a buffer, as of running statistics ({0}); call "
         "model.eval(), use track_running_stats=False, or use " + LOOP + " and " + REVERSE_MODE
     ),
+    r"element 0 of tensors does not require grad": (
+        "a gradient has no graph ({0}): the model or a loss is behind detach() or no_grad(), or it "
+        "calls torch.autograd.grad where vmap, forward mode or K-FAC record none; use "
+        "torch.func.grad in it, or " + LOOP + " and " + REVERSE_MODE
+    ),
     r"(?i)vmap|functorch|batching operators": (
         "torch.func cannot transform the model or a loss ({0}); use "
         + LOOP

@@ -98,6 +98,10 @@ NOT_VMAPPED = {
     "in place": (lambda x: torch.zeros(len(x), 6).add_(x), "in-place"),
     "numpy": (lambda x: x * float(x.detach().numpy().mean()), "memory of a tensor"),
     "autograd.Function": (Square.apply, "torch.autograd.Function"),
+    "autograd.grad": (
+        lambda x: torch.autograd.grad(x.sin().sum(), x, create_graph=True)[0],
+        r"torch\.func\.grad",
+    ),
 }
 
 

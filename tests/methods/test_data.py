@@ -243,6 +243,11 @@ def slope_by_a_leaf(params, x):
     return torch.autograd.grad(forward(params, x).sum(), x, create_graph=True)[0]
 
 
+def slope_in_place(params, x):
+    x.requires_grad_()
+    return torch.autograd.grad(forward(params, x).sum(), x, create_graph=True)[0]
+
+
 def slope_by_a_transform(params, x):
     return torch.func.grad(lambda x: forward(params, x).sum())(x)
 
@@ -263,3 +268,23 @@ def test_a_loss_may_differentiate_in_its_inputs(method):
         return hypergradient(problem, meta, DATA, **options).grads
 
     assert largest_error(grads(slope_by_a_leaf), grads(slope_by_a_transform)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["unrolled", Unrolled(memory="replay"), "dense"], ids=repr)
+def test_inputs_that_a_loss_makes_require_grad_are_new_in_every_call(method):
+    """As models of energies do, whose outputs are forces, without a batch of tasks."""
+
+    def grads(slope):
+        def roughness(params, meta, data):
+            return slope(params, data).square().mean() + meta["decay"] * sum(
+                p.square().sum() for p in params.values()
+            )
+
+        problem = BilevelProblem(lambda meta, data: INITIAL, roughness, roughness)
+        data = X[0].clone()
+        options = {"inner": TWO_STEPS, "method": method}
+        found = hypergradient(problem, {"decay": number(0.5)}, data, **options).grads
+        assert not data.requires_grad
+        return found
+
+    assert largest_error(grads(slope_in_place), grads(slope_by_a_transform)) < 1e-12
