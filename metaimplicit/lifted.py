@@ -22,7 +22,7 @@ from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState
 from metaimplicit.recomputation import mended_recomputation
-from metaimplicit.task_axis import count_tasks, map_tensors, task_of
+from metaimplicit.task_axis import count_tasks, map_tensors, new_views, task_of
 from metaimplicit.tensors import tensors_in
 
 Vectorize = Literal["vmap", "loop"]
@@ -297,7 +297,7 @@ class LiftedProblem:
     def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):
             single = {name: p.squeeze(0) for name, p in params.items()}
-            return map_tensors(lambda x: x.unsqueeze(0), function(single, _seen_anew(data)))
+            return map_tensors(lambda x: x.unsqueeze(0), function(single, new_views(data)))
         if not self.batched:
             data = map_tensors(lambda x: x.unsqueeze(0), data)
         if self.vectorize == "loop":
@@ -323,23 +323,6 @@ class LiftedProblem:
 
         lifted = torch.vmap(of_tensors, randomness=self._randomness, chunk_size=self.chunk_size)
         return lifted(*params.values(), *compress(leaves, is_tensor))
-
-
-def _seen_anew(data: Any) -> Any:
-    """The same data in new views, as a loop over tasks hands them out.
-
-    A model may call `requires_grad_()` on its inputs, to differentiate in them. Such a call holds
-    for the view alone, and neither for the caller's tensor nor for the next step.
-    """
-    if torch.compiler.is_compiling():
-        return data
-
-    def view(x: Tensor) -> Tensor:
-        if x.requires_grad or not x.is_floating_point() or x.layout != torch.strided:
-            return x
-        return x.view_as(x)
-
-    return map_tensors(view, data)
 
 
 def _aux_tensor(leaf: Any) -> Tensor:

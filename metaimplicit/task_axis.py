@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,6 +20,29 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         {'label': tensor([-3, -4]), 'name': 'digits'}
     """
     return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def new_views(tree: Any) -> Any:
+    """The same tensors in new views, as `task_of` makes them.
+
+    A model may call `requires_grad_()` on its inputs, to differentiate in them. Such a call holds
+    for the view alone, and neither for the caller's tensor nor for the next step.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2)
+        >>> new_views([x])[0].requires_grad_().requires_grad, x.requires_grad
+        (True, False)
+    """
+    if torch.compiler.is_compiling():
+        return tree
+
+    def view(x: Tensor) -> Tensor:
+        if x.requires_grad or not x.is_floating_point() or x.layout != torch.strided:
+            return x
+        return x.view_as(x)
+
+    return map_tensors(view, tree)
 
 
 def task_of(tree: Any, index: int) -> Any:

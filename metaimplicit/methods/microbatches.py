@@ -21,6 +21,7 @@ from metaimplicit.methods.recompute import recomputed
 from metaimplicit.operators import GGN, CurvatureClass, Hessian, Products, find_curvature
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite
+from metaimplicit.task_axis import new_views
 from metaimplicit.tensors import with_known_types
 from metaimplicit.unsupported import UnsupportedOperationError, shorten
 
@@ -156,8 +157,9 @@ class _Slices:
         structures: list[Any] = []
 
         def of_leaves(at: Sequence[Any]) -> list[Any]:
+            params, meta, data = tree_unflatten(at, structure)
             with mended_derivatives:
-                result = self.function(*tree_unflatten(at, structure))
+                result = self.function(params, meta, new_views(data))
             outputs, of_result = tree_flatten(result)
             structures[:] = [of_result]
             return outputs

@@ -270,7 +270,11 @@ def test_a_loss_may_differentiate_in_its_inputs(method):
     assert largest_error(grads(slope_by_a_leaf), grads(slope_by_a_transform)) < 1e-12
 
 
-@pytest.mark.parametrize("method", ["unrolled", Unrolled(memory="replay"), "dense"], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    ["unrolled", Unrolled(memory="replay"), "dense", Implicit(Dense(), microbatch=4)],
+    ids=["unrolled", "replay", "dense", "microbatch"],
+)
 def test_inputs_that_a_loss_makes_require_grad_are_new_in_every_call(method):
     """As models of energies do, whose outputs are forces, without a batch of tasks."""
 
