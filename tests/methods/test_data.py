@@ -243,6 +243,7 @@ def slope_by_a_leaf(params, x):
     return torch.autograd.grad(forward(params, x).sum(), x, create_graph=True)[0]
 
 
+@torch.enable_grad()
 def slope_in_place(params, x):
     x.requires_grad_()
     return torch.autograd.grad(forward(params, x).sum(), x, create_graph=True)[0]
