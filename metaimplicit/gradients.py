@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import Tensor
 
 from metaimplicit.methods import Report
 from metaimplicit.params import Params
@@ -30,7 +31,7 @@ def warn_if_useless(gradients: Params, report: Report | None = None) -> None:
         >>> str(caught[0].message).split(";")[0]
         "the meta-gradient of 'weight' is not finite"
     """
-    gradients = {name: g for name, g in gradients.items() if g.is_floating_point()}
+    gradients = {name: _entries(g) for name, g in gradients.items() if g.is_floating_point()}
     if not gradients or any(g.is_meta for g in gradients.values()):
         return  # they hold no numbers
     norm = float(torch.nn.utils.get_total_norm(gradients.values()))
@@ -50,3 +51,8 @@ def warn_if_useless(gradients: Params, report: Report | None = None) -> None:
         RuntimeWarning,
         stacklevel=6,
     )
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """Those that a sparse tensor holds, since torch before 2.9 has no norm of one."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

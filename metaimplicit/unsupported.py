@@ -59,7 +59,7 @@ derivative of it; use 'first-order' or ...
         raise
     except (RuntimeError, AssertionError) as error:
         # The assertions of others are not torch's.
-        of_torch = isinstance(error, RuntimeError) or "flat_bdims" in str(error)
+        of_torch = isinstance(error, RuntimeError) or "flat_bdims" in _message(error)
         advice = find_advice(error, first_derivatives) if of_torch else None
         if advice is None:
             raise
@@ -79,7 +79,7 @@ def find_advice(error: Exception, first_derivatives: str = FIRST_DERIVATIVES) ->
         >>> find_advice(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
         True
     """
-    message = str(error)
+    message = _message(error)
     for pattern, advice in ADVICE.items():
         match = re.search(pattern, message)
         if match is not None:
@@ -87,6 +87,13 @@ def find_advice(error: Exception, first_derivatives: str = FIRST_DERIVATIVES) ->
             replacement = "".join(text for part, text in REPLACEMENTS.items() if part in name)
             return advice.format(name, replacement, first_derivatives)
     return None
+
+
+def _message(error: Exception) -> str:
+    """What an error says. An assertion that says nothing is its line, as in older versions."""
+    if str(error) or error.__traceback__ is None:
+        return str(error)
+    return traceback.extract_tb(error.__traceback__)[-1].line or ""
 
 
 def shorten(error: BaseException) -> str:
@@ -171,7 +178,7 @@ ADVICE = {
         "torch.autograd.Function: torch.func cannot transform one without setup_context and "
         "generate_vmap_rule = True; add them, or use " + LOOP + " and " + REVERSE_MODE
     ),
-    r"implement the jvp function for custom autograd|flat_bdims must not be None": (
+    r"implement the jvp function for custom autograd|flat_bdims (?:must|is) not": (
         "torch.autograd.Function: torch has no forward-mode derivative of one without jvp; add it, "
         "or use " + REVERSE_MODE
     ),

@@ -100,7 +100,7 @@ class ProximalGradient(InnerLoop):
         See `InnerLoop.gradient_point`.
         """
         moved = {name: params[name] + d for name, d in self._momenta(state).items()}
-        return params | moved
+        return {**params, **moved}
 
     def take_step(
         self,

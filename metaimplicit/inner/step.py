@@ -112,7 +112,7 @@ class DifferentiableStep:
             key: resolve_setting(setting, meta, parameter, option=key)
             for key, setting in self.options.items()
         }
-        return self.defaults | given
+        return {**self.defaults, **given}
 
     def clipped(self, gradients: Params, meta: Params) -> Params:
         """The gradients of each task, scaled as `torch.nn.utils.clip_grad_norm_` does.

@@ -179,7 +179,7 @@ class LastModule:
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
         before = RandomState.read(next(iter(theta.values())).device)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
-            outputs = call_model(self.model, of_model | theta, inputs)
+            outputs = call_model(self.model, {**of_model, **theta}, inputs)
         objection = _objection_to(calls, outputs)
         if objection:
             return f"{self.name!r} {objection}"
@@ -191,7 +191,7 @@ class LastModule:
         others = {name: p.detach() + 0.5 * p.detach().abs() + 0.1 for name, p in theta.items()}
         before.restore()
         with _recorded_calls(self.module) as calls:
-            call_model(self.model, of_model | others, inputs)
+            call_model(self.model, {**of_model, **others}, inputs)
         moved = len(calls) != 1 or not torch.equal(calls[0].args[0], features)
         if moved or find_dependencies([features], theta):
             return f"the input of {self.name!r} depends on parameters that adapt"

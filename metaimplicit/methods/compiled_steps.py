@@ -146,7 +146,8 @@ class CompiledSteps(StepFunctions):
         def take_step(
             tensors: SlotTensors, numbers: SlotTensors, phi: Params, fixed: Params, data: Any
         ) -> Any:
-            at = _as_iterate(tensors | numbers)
+            # Torch before 2.9 cannot trace the union of dicts by `|`, here and in what is called.
+            at = _as_iterate({**tensors, **numbers})
             params, state, norm = take_inner_step(
                 at.params,
                 at.state,

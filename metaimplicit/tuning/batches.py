@@ -66,7 +66,7 @@ def split_batch(data: Any) -> Batch:
         return _split_entries(entries)
     if isinstance(data, (tuple, list)) and len(data) in (2, 3):
         parts = [_plain(part) for part in data]
-        batch = dict(zip(("inputs", "targets", "index"), parts, strict=False))
+        batch = dict(zip(("inputs", "targets", "index")[: len(parts)], parts, strict=True))
         if len(data) == 3:
             batch["index"] = _read_index(batch["index"])
         return batch
@@ -180,7 +180,7 @@ def _split_entries(entries: dict[str, Any]) -> Batch:
     # Without an entry "inputs", every entry that is left is an input.
     if entries and "inputs" not in entries:
         entries = {"inputs": NamedInputs(entries)}
-    return batch | entries
+    return {**batch, **entries}
 
 
 def _read_index(index: Any) -> Tensor:

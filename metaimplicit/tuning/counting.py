@@ -145,7 +145,7 @@ class Counting:
         """
         trial = self._trial_outputs(outputs, order=1)
         m = count_examples(outputs, targets)
-        unbalanced = targets[torch.arange(m, device=targets.device).square() // m]
+        unbalanced = targets.long()[torch.arange(m, device=targets.device).square() // m]
         try:
             losses = self._loss.of_examples(trial, targets)
             alone = self._loss.one_by_one(trial, targets)

@@ -77,7 +77,7 @@ class Augmentation(Variable):
                 f"Augmentation: got inputs of {x.dtype}, expected real numbers, which normal draws "
                 "can be added to; convert the inputs before, as by x.float() / 255"
             )
-        generator = np.random.default_rng(index.tolist())
+        generator = np.random.default_rng(_as_list(index))
         one_each = (len(x), *[1] * (x.dim() - 1))
         # All three are drawn, in this order, so that no kind depends on which others are used.
         shapes = {"brightness": one_each, "contrast": one_each, "noise": x.shape}
@@ -93,6 +93,14 @@ class Augmentation(Variable):
             if kind in scaled:
                 x = x + scaled[kind]
         return x
+
+
+def _as_list(index: Tensor) -> list[int]:
+    try:
+        numbers: list[int] = index.tolist()
+    except RuntimeError:  # under torch.func, older versions read single numbers alone
+        numbers = [int(i) for i in index]
+    return numbers
 
 
 @dataclass(frozen=True, eq=False)
