@@ -21,6 +21,7 @@ from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.line_search import LineSearch, Trial
 from metaimplicit.tuning.results import HOAGStep
+from metaimplicit.tuning.stored_end import moved_tensors, read_end
 
 SCHEDULES: dict[str, Callable[[int], float]] = {  # of k = 1, 2, …; each has a finite sum
     "exponential": lambda k: 0.9**k,
@@ -94,6 +95,7 @@ class HOAG:
         1.0
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         problem: BilevelProblem,
@@ -160,6 +162,7 @@ class HOAG:
         """L of the line search; NaN before the first step."""
         return self.line_search.lipschitz
 
+    @torch.inference_mode(False)
     def step(self) -> HOAGStep:
         """Solve the inner problem at φ once, and move φ.
 
@@ -205,18 +208,24 @@ class HOAG:
         }
         return copied_tensors(state)
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Return to where `state_dict` was taken.
+        """Return to where `state_dict` was taken. θ goes to the device of the model.
 
         Raises:
-            ValueError: The state has hyperparameters of other names or shapes. Nothing changes.
+            ValueError: The state has hyperparameters of other names or shapes, or parameters other
+                than those of the model. Nothing changes.
         """
         state = copied_tensors(state)
-        self.free.load(state["free"])
-        self.end = None if state["end"] is None else Iterate.from_dict(state["end"])
+        self.free.check(state["free"])
+        end = read_end(state["end"], self.problem, self.meta)
+        device = next(iter(self.free.tensors.values())).device
+        line_search = LineSearch.from_dict(moved_tensors(state["line_search"], device))
         self.state = SolverState.from_dict(state["state"])
         self.steps = state["steps"]
-        self.line_search = LineSearch.from_dict(state["line_search"])
+        self.free.load(state["free"])
+        self.end = end
+        self.line_search = line_search
 
     def _tolerance_of_step(self, k: int) -> float:
         first = next(iter(self.free.tensors.values()))

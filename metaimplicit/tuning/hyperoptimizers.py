@@ -77,11 +77,13 @@ class Hyperoptimizer(torch.optim.Optimizer):
         tensor(0.6000)
     """
 
+    @torch.inference_mode(False)
     def __init__(self, params: Iterable[Any], tower: Level) -> None:
         self.tower = tower
         self._towers: list[RunningLevel] = []  # one for each param group
         super().__init__(params, dict(tower.initial_values))
 
+    @torch.inference_mode(False)
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own tower.
 
@@ -111,6 +113,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
         self._read_groups()
         return [[level.values for level in tower.levels()] for tower in self._towers]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters, then the parameters.
@@ -163,6 +166,7 @@ class Hyperoptimizer(torch.optim.Optimizer):
         self._read_groups()
         return {**super().state_dict(), "towers": [tower.state() for tower in self._towers]}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`, to the same bits.
 

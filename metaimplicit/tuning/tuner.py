@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from metaimplicit.counts import check_count
 from metaimplicit.hypergradient import Hypergradient, hypergradient
@@ -29,6 +28,7 @@ from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
+from metaimplicit.tuning.stored_end import read_end
 from metaimplicit.unchanged import notice_changed_data
 from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
@@ -312,26 +312,17 @@ class Tuner:
         }
         return copied_tensors(position)
 
+    @torch.inference_mode(False)
     def _return_to(self, position: dict[str, Any]) -> None:
         # Optimisers of torch change in place the state that they have loaded.
         position = copied_tensors(position)
         self._free.check(position["free"])
-        end = self._read_end(position["end"])
+        end = read_end(position["end"], self.problem, self.meta)
         state = SolverState.from_dict(position["state"])
         self.optimizer.load_state_dict(position["optimizer"])
         self._free.load(position["free"])
         self.end = end
         self.state = state
-
-    def _read_end(self, stored: dict[str, Any] | None) -> Iterate | None:
-        """Where the inner loop stood, if its parameters are those of the model."""
-        if stored is None or not isinstance(self.problem, ModelProblem):
-            return None if stored is None else Iterate.from_dict(stored)
-        start = self.problem.init(self.meta, None)
-        _check_params(Iterate.from_dict(stored).single, like=start)
-        device = next(iter(start.values())).device
-        moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored)
-        return Iterate.from_dict(moved)
 
 
 def _step_size(inner: InnerLoop) -> float:
@@ -349,17 +340,3 @@ def _read_metric(value: Any) -> float:
         raise ValueError(
             f"metric: got {type(value).__name__}, expected one number, of which lower is better"
         ) from error
-
-
-def _check_params(params: Params, *, like: Params) -> None:
-    """Raise ValueError unless θ has the names, shapes and types of `like`."""
-    for name in params | like:
-        got, expected = (
-            f"{p.dtype} {list(p.shape)}" if p is not None else "nothing"
-            for p in (params.get(name), like.get(name))
-        )
-        if got != expected:
-            raise ValueError(
-                f"state: got {got} for the parameter {name!r}, expected {expected}; build the "
-                "model as the run did"
-            )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracles import quadratic, relative_error, ridge
+from torch import nn
 
 from metaimplicit import (
     LBFGS,
@@ -19,7 +20,7 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.inner import L1Norm, Newton, Ridge
-from metaimplicit.tuning import HOAG, Box
+from metaimplicit.tuning import HOAG, Box, GroupStructure, Real, WeightDecay, tuning_problem
 from metaimplicit.tuning.line_search import LineSearch, Trial
 
 X, Y, X_VALIDATION, Y_VALIDATION = (x[0] for x in ridge(tasks=1, m=12, n=8, seed=3).data)
@@ -89,6 +90,57 @@ def test_the_state_of_other_hyperparameters_is_refused():
     with pytest.raises(ValueError, match="state: got hyperparameters"):
         hoag.load_state_dict(state)
     assert hoag.state_dict()["free"] == before["free"]
+
+
+DECAYS = WeightDecay("tensor", start=0.5)
+GROUPS = GroupStructure("2.weight", groups=2)
+
+
+def hoag_of_a_network(width=3, device="cpu", variables=(DECAYS, GROUPS)):
+    """HOAG in hyperparameters of a small network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2))
+    problem, meta, domains = tuning_problem(
+        model.to(device, torch.float64), nn.functional.cross_entropy, variables
+    )
+    data = (X[:, :2].to(device), (Y > 0).long().to(device))
+    return HOAG(problem, meta, data, data, domains=domains)
+
+
+def test_the_state_of_another_model_changes_nothing():
+    other = hoag_of_a_network(width=4)
+    other.step()
+    hoag = hoag_of_a_network()
+    before = hoag.meta
+    with pytest.raises(ValueError, match=r"for the parameter .* expected"):
+        hoag.load_state_dict(other.state_dict() | {"free": hoag.state_dict()["free"]})
+    assert all(torch.equal(value, before[name]) for name, value in hoag.meta.items())
+    assert hoag.steps == 0
+
+
+def test_a_state_goes_to_the_device_of_the_model():
+    decay = WeightDecay(start=0.5, domain=Real())
+    hoag = hoag_of_a_network(variables=[decay])
+    hoag.step()
+    elsewhere = hoag_of_a_network(device="meta", variables=[decay])
+    elsewhere.load_state_dict(hoag.state_dict())
+    trial = elsewhere.line_search.accepted
+    tensors = [*elsewhere.params.values(), *trial.point.values(), *trial.gradient.values()]
+    assert {x.device.type for x in tensors} == {"meta"}
+
+
+def test_a_run_within_inference_mode_is_that_outside():
+    outside = hoag_of_a_network()
+    for _ in range(3):
+        outside.step()
+    with torch.inference_mode():
+        inside = hoag_of_a_network()
+        inside.step()
+        state = inside.state_dict()
+        inside.load_state_dict(state)
+        inside.step()
+    inside.step()  # goes on outside
+    assert all(torch.equal(value, outside.meta[name]) for name, value in inside.meta.items())
 
 
 @pytest.mark.slow

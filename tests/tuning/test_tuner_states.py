@@ -182,3 +182,14 @@ def test_a_state_goes_to_the_device_of_the_model():
     assert {p.device.type for p in tuner.params.values()} == {"meta"}
     slots = [x for slots in tuner.end.state.values() for x in slots.values()]
     assert {x.device.type for x in slots if isinstance(x, torch.Tensor)} == {"meta"}
+
+
+def test_a_state_may_be_taken_and_loaded_within_inference_mode():
+    batch = (torch.randn(4, 2).double(), torch.tensor([0, 1, 1, 0]))
+    tuner, resumed = make_model_tuner(), make_model_tuner()
+    tuner.step(batch, batch)
+    with torch.inference_mode():
+        resumed.load_state_dict(tuner.state_dict())
+    for t in (tuner, resumed):
+        t.step(batch, batch)
+    assert torch.equal(tuner.meta["weight_decay"], resumed.meta["weight_decay"])
