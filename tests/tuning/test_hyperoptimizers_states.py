@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from tower_network import TOWERS, learnt, learnt_values, network, parameter, step_with, train
+from tower_network import (
+    TOWERS,
+    learnt,
+    learnt_values,
+    loss,
+    network,
+    parameter,
+    step_with,
+    train,
+)
 
 from metaimplicit import Hyperoptimizer
 from metaimplicit.tuning import Interval, Positive
@@ -39,6 +48,27 @@ def test_a_stopped_tower_resumes_to_the_same_bits(name):
     for a, b in zip(whole.hyperparameters[0], after.hyperparameters[0], strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_within_inference_mode_is_that_outside(name):
+    inside, outside = network(), network()
+    expected = Hyperoptimizer(outside.parameters(), TOWERS[name])
+    train(outside, expected, 4)
+
+    with torch.inference_mode():
+        optimizer = Hyperoptimizer(inside.parameters(), TOWERS[name])
+    train(inside, optimizer, 1)
+    for i in range(1, 4):
+        optimizer.zero_grad()
+        loss(inside, i).backward()
+        with torch.inference_mode():
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+    train(inside, optimizer, 2, first=4)
+    train(outside, expected, 2, first=4)
+    for a, b in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_two_towers_can_load_one_state_in_memory():
