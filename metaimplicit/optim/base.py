@@ -55,9 +55,7 @@ class SecondOrder(torch.optim.Optimizer):
         self._owner = type(self).__name__
         self._model = model
         self._trainable = _trainable_parameters(self._owner, model)
-        first = next(iter(self._trainable.values()))
-        self._dtype = first.dtype
-        self._device = first.device
+        self._dtype, self._device = _common_kind(self._owner, self._trainable)
         self._random: torch.Generator | None = None
         if seed is not None:
             self._random = torch.Generator().manual_seed(seed)
@@ -92,6 +90,7 @@ class SecondOrder(torch.optim.Optimizer):
             state["random"] = self._random.get_state()
         return state
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the result of `state_dict`.
 
@@ -129,7 +128,25 @@ class SecondOrder(torch.optim.Optimizer):
                     f"step: {name!r} was frozen after the optimiser was built; "
                     "build another optimiser"
                 )
+        for name, p in present.items():
+            if p.requires_grad and name not in self._trainable:
+                raise ValueError(
+                    f"step: {name!r} was added or unfrozen after the optimiser was built, which "
+                    "would not move it; build another optimiser"
+                )
+        self._follow_model()
         return closure
+
+    def _follow_model(self) -> None:
+        """Take the type and the device that the model has now, as after `model.double()`."""
+        kind = _common_kind(self._owner, self._trainable)
+        if kind == (self._dtype, self._device):
+            return
+        self._dtype, self._device = kind
+        self._checked.clear()
+        for slots in self.state.values():
+            for name, value in slots.items():
+                slots[name] = value.to(self._device, self._dtype)
 
     def _unpack(self, result: Any) -> tuple[Tensor, Any]:
         """The outputs and targets that the closure returned."""
@@ -217,6 +234,11 @@ def _trainable_parameters(owner: str, model: nn.Module) -> Params:
         raise ValueError(
             f"{owner} model: got no parameter that requires grad, expected at least one"
         )
+    return trainable
+
+
+def _common_kind(owner: str, trainable: Params) -> tuple[torch.dtype, torch.device]:
+    """The one type and the one device of the parameters, if the optimisers can work with them."""
     first = next(iter(trainable.values()))
     for name, p in trainable.items():
         got = f"{owner} model: got {name!r} as {p.dtype} on {p.device}"
@@ -227,4 +249,4 @@ def _trainable_parameters(owner: str, model: nn.Module) -> Params:
                 f"{got}, expected {first.dtype} on {first.device} of every parameter; convert the "
                 "model first"
             )
-    return trainable
+    return first.dtype, first.device

@@ -74,6 +74,7 @@ class Damped(SecondOrder):
             return Dense()
         return CG(max_steps=50, tol=1e-3)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     @explain_torch_errors
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]

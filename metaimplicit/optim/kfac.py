@@ -155,6 +155,7 @@ class KFAC(SecondOrder):
         self._draws_targets = expectation == "monte-carlo"
         self._layers = find_factored_layers(model, self._trainable, others=others)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     @explain_torch_errors
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]

@@ -142,6 +142,57 @@ def test_a_parameter_that_was_replaced_after_the_optimizer_was_built_is_named(na
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_that_the_optimizer_would_not_move_is_named(name):
+    model = tanh_network()
+    model[0].requires_grad_(False)
+    optimizer = OPTIMIZERS[name](model)
+    optimizer.step(closure_for(name, model))
+    message = r"step: '{}\.weight' was added or unfrozen after the optimiser was built"
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=message.format(0)):
+        optimizer.step(closure_for(name, model))
+    model[0].requires_grad_(False)
+    model.append(nn.Linear(4, 4).double())
+    with pytest.raises(ValueError, match=message.format(3)):
+        optimizer.step(closure_for(name, model))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_that_changes_its_type_goes_on_as_if_its_state_were_loaded(name):
+    model = tanh_network().float()
+    optimizer = OPTIMIZERS[name](model)
+    for _ in range(2):
+        optimizer.step(closure_for(name, model, X.float(), LABELS))
+    model.double()
+    other = copy.deepcopy(model)
+    loaded = OPTIMIZERS[name](other)
+    loaded.load_state_dict(optimizer.state_dict())
+    for _ in range(4):
+        optimizer.step(closure_for(name, model))
+        loaded.step(closure_for(name, other))
+    assert torch.equal(vector(model), vector(other))
+
+    model.half()
+    with pytest.raises(ValueError, match="expected single or double precision"):
+        optimizer.step(closure_for(name, model, X.half(), LABELS))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_within_inference_mode_is_that_outside(name):
+    inside, outside = tanh_network(), tanh_network()
+    optimizer, expected = OPTIMIZERS[name](inside), OPTIMIZERS[name](outside)
+    with torch.inference_mode():
+        for _ in range(2):
+            optimizer.step(closure_for(name, inside))
+            optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad(set_to_none=False)  # in place, which torch refuses for its tensors
+    optimizer.step(closure_for(name, inside))
+    for _ in range(3):
+        expected.step(closure_for(name, outside))
+    assert torch.equal(vector(inside), vector(outside))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_half_precision_is_refused(name):
     message = r"got '0\.weight' as torch\.bfloat16.*single or double precision"
     with pytest.raises(ValueError, match=message):
