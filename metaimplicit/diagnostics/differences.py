@@ -49,7 +49,7 @@ def random_directions(
     for _ in range(count):
         direction = {}
         for name, m in entries.items():
-            direction[name] = torch.randn(m.shape, generator=generator).to(m)
+            direction[name] = torch.randn(m.shape, generator=generator, device="cpu").to(m)
             if fixed is not None and name in fixed:
                 direction[name].masked_fill_(fixed[name], 0.0)
         norm = _norm(direction)

@@ -86,10 +86,11 @@ an example of each class for a head that is fitted to them; number the classes o
     if not _are_labels(targets):
         return
     labels = targets.long().cpu()
-    has_class = torch.zeros(len(labels), int(labels.max()) + 1, dtype=torch.bool)
+    has_class = labels.new_zeros(len(labels), int(labels.max()) + 1, dtype=torch.bool)
     has_class.scatter_(1, labels, True)
     # A class is missing if it has no example, but a larger one has.
-    misses = ~has_class & (torch.arange(has_class.shape[1]) < labels.amax(1, keepdim=True))
+    classes = torch.arange(has_class.shape[1], device=labels.device)
+    misses = ~has_class & (classes < labels.amax(1, keepdim=True))
     if misses.any():
         task, missing = misses.nonzero()[0].tolist()
         raise ValueError(

@@ -164,7 +164,8 @@ class RetainedGraphCurvature(Curvature):
             position = inside.nonzero().squeeze(-1)
             if len(position):
                 unit = p.new_zeros(len(position), size)
-                unit[torch.arange(len(position)), index[position] - start] = 1.0
+                rows = torch.arange(len(position), device=index.device)
+                unit[rows, index[position] - start] = 1.0
                 vectors = unit.reshape(-1, 1, *p.shape[1:]).expand(-1, *p.shape)
                 parts.append(self._product({name: vectors}, batched=True))
                 positions.append(position)

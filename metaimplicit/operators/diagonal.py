@@ -90,9 +90,9 @@ class Diagonal(Curvature, Invertible):
 
 def _exact(operator: LinearOperator) -> Tensor:
     parts = []
-    for index in torch.arange(operator.shape[1]).split(CHUNK):
+    for index in torch.arange(operator.shape[1], device="cpu").split(CHUNK):
         columns = operator.columns(index)
-        parts.append(columns[torch.arange(len(index)), :, index])
+        parts.append(columns[torch.arange(len(index), device="cpu"), :, index])
     return torch.cat(parts).T
 
 
@@ -102,7 +102,7 @@ def _estimate(
     generator: torch.Generator | None,
 ) -> Tensor:
     tasks, n = operator.shape
-    bits = torch.randint(2, (samples, 1, n), generator=generator)
+    bits = torch.randint(2, (samples, 1, n), generator=generator, device="cpu")
     signs = 1 - 2 * bits.to(operator.device, operator.dtype)
     signs = signs.expand(-1, tasks, -1)
     return (signs * operator.matmat(signs)).mean(0)

@@ -146,7 +146,8 @@ class GGN(RetainedGraphCurvature):
             return hv.reshape(len(z), -1)
 
         generator = torch.Generator().manual_seed(0)
-        draws = torch.randn(2, *z.shape[1:], generator=generator, dtype=z.dtype).to(z.device)
+        shape = (2, *z.shape[1:])
+        draws = torch.randn(shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
         first, second = (draw.expand(z.shape).reshape(len(z), -1) for draw in draws)
         # The largest |λ| comes first. Then |λ|_max I − ∂²ℓ/∂z² has its largest eigenvalue at the
         # smallest λ.

@@ -142,7 +142,7 @@ def _is_normalised(
     z: Tensor, slope: Tensor, axis: int, excess: Callable[[Tensor, int], Tensor]
 ) -> bool:
     # Rounding z by ε|z| changes log Σ exp z by ε Σ p|log p| at most, which is ε log d.
-    size = torch.tensor(float(z.shape[axis]))
+    size = torch.tensor(float(z.shape[axis]), device="cpu")
     roundoff = 10 * torch.finfo(z.dtype).eps * (1 + size.log().item())
     is_one = excess(z, axis).abs() <= roundoff
     is_unread = (slope == 0).all(axis)

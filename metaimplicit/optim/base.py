@@ -109,7 +109,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _make_generator(self) -> torch.Generator:
         """A generator on the parameters' device. Only the CPU generator that seeds it is state."""
-        seed = int(torch.randint(2**62, (), generator=self._random))
+        seed = int(torch.randint(2**62, (), generator=self._random, device="cpu"))
         return torch.Generator(self._device).manual_seed(seed)
 
     def _check_closure(self, closure: Closure | None) -> Closure:

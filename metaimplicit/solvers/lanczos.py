@@ -239,7 +239,7 @@ class _KrylovSpace:
         values, vectors = torch.linalg.eigh(t)
         definite = self.definite & (values[:, :1] > cutoff * values[:, -1:])
         # Galerkin's y solves T y = ‖r‖e₁.
-        eye = torch.eye(t.shape[-1]).to(t)
+        eye = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
         galerkin = torch.linalg.solve(torch.where(definite.unsqueeze(-1), t, eye), right)
         # Least squares: y minimises the distance of (T; β eᵀ) y to ‖r‖e₁.
         tall = torch.cat([t, _joined(last_betas).unsqueeze(-2)], dim=-2)

@@ -49,9 +49,9 @@ class Probes:
         self._seed = 0
         if sketch == "columns":
             # A copy, since a slice would hold all n numbers.
-            self._columns = torch.randperm(n, generator=generator)[:most].clone()
+            self._columns = torch.randperm(n, generator=generator, device="cpu")[:most].clone()
         else:
-            self._seed = int(torch.randint(2**62, (), generator=generator))
+            self._seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` … `stop` − 1 of Ωᵀ, `[stop − start, n]`."""
@@ -59,7 +59,7 @@ class Probes:
             chosen = self._columns[start:stop]
             return torch.nn.functional.one_hot(chosen, self._n).to(self._like)
         generators = [torch.Generator().manual_seed(self._seed + i) for i in range(start, stop)]
-        rows = [torch.randn(self._n, generator=generator) for generator in generators]
+        rows = [torch.randn(self._n, generator=generator, device="cpu") for generator in generators]
         return torch.nn.functional.normalize(torch.stack(rows).to(self._like))
 
     def products(

@@ -84,6 +84,6 @@ def fixed_direction(like: Tensor) -> Tensor:
         1.0
     """
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(like.shape[1], generator=generator).to(like)
+    v = torch.randn(like.shape[1], generator=generator, device="cpu").to(like)
     unit: Tensor = v / v.norm()
     return unit

@@ -82,7 +82,7 @@ class Level(ABC):
         self._check_names("domains", self.domains)
         self._check_granularity()
         for name in self.granularity:
-            start = torch.tensor(self.initial_values[name])
+            start = torch.tensor(self.initial_values[name], device="cpu")
             try:
                 self.domain(name).free(start)
             except ValueError as error:

@@ -237,7 +237,7 @@ class RunningLevel:
     def _free_coordinates(self, initial_values: dict[str, float]) -> FreeMeta:
         """The learnt hyperparameters, each of the shape of its granularity."""
         start = {
-            name: torch.tensor(initial_values[name], dtype=self._prototype.dtype)
+            name: torch.tensor(initial_values[name], dtype=self._prototype.dtype, device="cpu")
             for name in self._granularity
         }
         free = FreeMeta(start, {name: self.level.domain(name) for name in start})

@@ -154,7 +154,7 @@ class WeightNetwork(Variable):
         like = prototype(params)
         width = 1 + (self.classes or 0)
         generator = torch.Generator().manual_seed(self.seed)
-        draw = torch.randn(self.hidden, width, generator=generator)
+        draw = torch.randn(self.hidden, width, generator=generator, device="cpu")
         return {
             "weight_network.in": draw.to(like) / math.sqrt(width),
             "weight_network.bias": like.new_zeros(self.hidden),

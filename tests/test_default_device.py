@@ -1,0 +1,98 @@
+"""`torch.set_default_device` changes nothing: draws of seeded generators stay on the CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from second_order import LABELS, OPTIMIZERS, X, closure_for, tanh_network, vector
+from tower_network import TOWERS, network, train
+
+from metaimplicit import GradientDescent, Hyperoptimizer, MetaLearner, check_hypergradient
+from metaimplicit.hypergradient import hypergradient
+from metaimplicit.methods import METHODS
+from metaimplicit.tuning import GroupStructure, Tuner, WeightDecay, WeightNetwork, tuning_problem
+
+# Tensors on it hold no numbers, so what is made there without need ends in an error.
+ELSEWHERE = torch.device("meta")
+
+
+def here_and_elsewhere(compute):
+    """What a function computes by itself, and with another default device."""
+    torch.manual_seed(0)
+    expected = compute()
+    torch.manual_seed(0)
+    with ELSEWHERE:
+        return expected, compute()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_second_order_optimizers(name):
+    ends = []
+    models = [tanh_network(), tanh_network()]
+
+    def run():
+        model = models.pop()
+        optimizer = OPTIMIZERS[name](model)
+        for _ in range(3):
+            optimizer.step(closure_for(name, model))
+        ends.append(vector(model))
+
+    here_and_elsewhere(run)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers(name):
+    model, other = network(), network()
+    train(other, Hyperoptimizer(other.parameters(), TOWERS[name]), 3)
+    with ELSEWHERE:
+        optimizer = Hyperoptimizer(model.parameters(), TOWERS[name])
+        optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 3)
+    assert torch.equal(vector(model), vector(other))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"first-order", "reptile"}))
+def test_methods(method):
+    problem, meta, _ = tuning_problem(tanh_network(), F.cross_entropy, [WeightDecay(start=0.5)])
+    inner = GradientDescent(steps=3, lr=0.1)
+
+    def compute():
+        return hypergradient(problem, meta, (X, LABELS), inner=inner, method=method).grads
+
+    expected, got = here_and_elsewhere(compute)
+    assert torch.equal(got["weight_decay"], expected["weight_decay"])
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [WeightNetwork(5, classes=4), GroupStructure("0.weight", groups=2)],
+    ids=["weight network", "groups"],
+)
+def test_a_tuner_of_a_network(variable):
+    models = [tanh_network(), tanh_network()]
+    batch = (X, LABELS)
+
+    def run():
+        variables = [variable, WeightDecay(start=0.5)]
+        problem, meta, domains = tuning_problem(models.pop(), F.cross_entropy, variables)
+        inner = GradientDescent(steps=2, lr=0.1)
+        tuner = Tuner(problem, meta, inner=inner, domains=domains)
+        tuner.step(batch, batch)
+        check = check_hypergradient(problem, meta, batch, inner=inner, method="unrolled")
+        return tuner.meta, check.verdict
+
+    (expected, _), (got, verdict) = here_and_elsewhere(run)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert verdict.startswith("Right")
+
+
+def test_a_learner_with_a_head():
+    bodies = [tanh_network(), tanh_network()]
+    task = (X.unsqueeze(0), LABELS.unsqueeze(0))
+
+    def run():
+        learner = MetaLearner(bodies.pop(), F.cross_entropy, head="ridge")
+        return learner.backward((task, task)).loss
+
+    assert torch.equal(*here_and_elsewhere(run))
