@@ -269,7 +269,7 @@ def vjp(
         )
         connected_vectors = [vectors[name] for name in connected]
         if batched:
-            products = _all_at_once(pull_back, connected_vectors)
+            products = all_at_once(pull_back, connected_vectors)
         else:
             products = pull_back(connected_vectors)
     lead = next(iter(vectors.values())).shape[:1] if batched else ()
@@ -280,10 +280,25 @@ def vjp(
     }
 
 
-def _all_at_once(
+def all_at_once(
     pull_back: Callable[..., Sequence[Tensor | None]], vectors: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    """Products with k vectors in one batch, or in a loop if an operation allows no batch."""
+    """Products with k vectors in one batch, or in a loop if an operation allows no batch.
+
+    Args:
+        pull_back: `torch.autograd.grad` as a function of its `grad_outputs`. It retains the graph.
+        vectors: One for each output, `[k, …]`.
+
+    Returns:
+        One for each input, `[k, …]`, or None where nothing connects it.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> pull_back = partial(torch.autograd.grad, [x.square()], [x], retain_graph=True)
+        >>> all_at_once(pull_back, [torch.eye(2)])[0]
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
     try:
         return pull_back(vectors, is_grads_batched=True)
     except RuntimeError as error:

@@ -139,12 +139,14 @@ class KroneckerFactored(Curvature, Invertible):
         )
         both = scores if probes is None else torch.cat([scores, probes])
         gradients = recording.output_gradients(both)
+        inputs = recording.inputs
+        del recording  # with the graph
         self.blocks = [
             make_block(
                 name,
                 layer,
                 self.params,
-                inputs=recording.inputs[name],
+                inputs=inputs[name],
                 gradients=gradients[name][: len(scores)],
                 probes=None if probes is None else gradients[name][len(scores) :],
                 weights=weights,

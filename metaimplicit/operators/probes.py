@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaimplicit.graph import find_dependencies
+from metaimplicit.operators.curvature import all_at_once
 from metaimplicit.operators.layers import (
     Layers,
     parameters_of,
@@ -48,9 +50,11 @@ class ProbedPass:
         Returns:
             `{layer: [count, tasks, m, …]}`.
         """
-        probes = list(self.probes.values())
-        gradients = torch.autograd.grad(self.outputs, probes, scores, is_grads_batched=True)
-        return dict(zip(self.probes, gradients, strict=True))
+        pull_back = partial(
+            torch.autograd.grad, [self.outputs], list(self.probes.values()), retain_graph=True
+        )
+        gradients = all_at_once(pull_back, [scores])
+        return {name: g for name, g in zip(self.probes, gradients, strict=True) if g is not None}
 
 
 def record_with_probes(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metaimplicit.graph import find_leaves
+from metaimplicit.operators.curvature import all_at_once
 from metaimplicit.operators.layers import is_supported, reject_reads_outside
 from metaimplicit.params import Params
 
@@ -154,15 +156,15 @@ class LayerRecording:
         Raises:
             ValueError: The outputs do not depend on a layer.
         """
-        is_batched = len(scores) > 1
-        gradients = torch.autograd.grad(
-            outputs,
+        pull_back = partial(
+            torch.autograd.grad,
+            [outputs],
             list(self.edges.values()),
-            scores if is_batched else scores[0],
-            is_grads_batched=is_batched,
             retain_graph=True,
             allow_unused=True,
         )
+        is_batched = len(scores) > 1
+        gradients = all_at_once(pull_back, [scores]) if is_batched else pull_back([scores[0]])
         output_gradients = {}
         for name, gradient in zip(self.edges, gradients, strict=True):
             if gradient is not None:

@@ -9,9 +9,10 @@ from oracles import dense, relative_error
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from metaimplicit.operators import GGN, Fisher, Hessian, Products
+from metaimplicit.operators import GGN, Fisher, Hessian, KroneckerFactored, Products
 from metaimplicit.params import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -125,6 +126,28 @@ def test_products_with_sparse_matrices_have_no_batch(layout):
     assert relative_error(dense(sparse), dense(expected)) < 1e-14
     index = torch.tensor([2, 0])
     assert relative_error(sparse.columns(index), expected.columns(index)) < 1e-14
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_the_factors_of_a_graph_network_may_have_a_sparse_graph():
+    """Its derivative takes the scores of the classes one at a time."""
+    graph, x = torch.rand(4, 4), torch.randn(4, 3)
+    layer = nn.Linear(3, 2)
+    params = {name: p.detach()[None] for name, p in layer.named_parameters()}
+
+    def factors(graph):
+        def call(own):
+            return graph @ torch.func.functional_call(layer, own, (x,))
+
+        def lift(function, params):
+            parts = function(call, {name: p[0] for name, p in params.items()})
+            return tree_map(lambda part: part[None], parts)
+
+        labels = torch.tensor([0, 1, 1, 0])
+        loss = lambda z: F.cross_entropy(z[0], labels).reshape(1)  # noqa: E731
+        return KroneckerFactored(layer, lift, loss, params)
+
+    assert relative_error(dense(factors(graph.to_sparse())), dense(factors(graph))) < 1e-14
 
 
 @pytest.mark.parametrize("name", MODELS)

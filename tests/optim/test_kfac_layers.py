@@ -203,6 +203,30 @@ def test_a_layer_that_is_called_by_keyword_is_recorded():
     assert torch.equal(vector(model), vector(other))
 
 
+class SparseProduct(nn.Module):
+    """A product with the identity, whose derivative takes one vector at a time."""
+
+    def forward(self, x):
+        return torch.sparse.mm(torch.eye(x.shape[1], dtype=x.dtype).to_sparse(), x.T).T
+
+
+def test_what_takes_one_vector_at_a_time_changes_no_step():
+    model, other = network(SparseProduct()), network(nn.Identity())
+    for net in (model, other):
+        optimizer = KFAC(net, F.cross_entropy, expectation="exact")
+        optimizer.step(lambda net=net: (net(X), LABELS))
+    assert relative_error(vector(model), vector(other)) < 1e-14
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_anomalies_may_be_looked_for():
+    model, other = network(), network()
+    with torch.autograd.detect_anomaly():
+        KFAC(model, F.cross_entropy, expectation="exact").step(lambda: (model(X), LABELS))
+    KFAC(other, F.cross_entropy, expectation="exact").step(lambda: (other(X), LABELS))
+    assert torch.equal(vector(model), vector(other))
+
+
 @pytest.mark.parametrize("rows", [(), (5,), (5, 2)])
 def test_an_activation_in_place_changes_no_step(rows):
     inputs = randn(6, *rows, 4, seed=3)
