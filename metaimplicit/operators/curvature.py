@@ -18,9 +18,13 @@ from metaimplicit.params import Params, flatten, leaves
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.tensors import recordable
 
-# What torch says of operations that allow no batch, such as `argmin`, and products with sparse
-# matrices.
-NO_BATCH = ("Batching rule not implemented", "expand is unsupported for Sparse")
+# What torch says of operations that allow no batch, such as `argmin`, products with sparse
+# matrices, and dropout in a block that is computed again in the backward pass.
+NO_BATCH = (
+    "Batching rule not implemented",
+    "expand is unsupported for Sparse",
+    "random operations inside of vmap",
+)
 
 Operator = TypeVar("Operator", bound="Curvature")
 Arguments = ParamSpec("Arguments")

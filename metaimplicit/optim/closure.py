@@ -98,6 +98,33 @@ def fresh_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+@contextmanager
+def explain_freed_graph() -> Iterator[None]:
+    """Say what to do if the block goes back through a graph that the closure has freed.
+
+    Raises:
+        ValueError: It does.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> y = x.square()
+        >>> y.backward()
+        >>> with explain_freed_graph():
+        ...     y.backward()
+        Traceback (most recent call last):
+        ValueError: closure: it has freed its graph; do not call backward() in it, because step() \
+does
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ValueError(
+            "closure: it has freed its graph; do not call backward() in it, because step() does"
+        ) from error
+
+
 class _ClosureModule(nn.Module):
     """A module around the model that calls the closure, so that parameters can be swapped in it."""
 

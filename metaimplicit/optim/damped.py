@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from metaimplicit.operators import Curvature, Identity
 from metaimplicit.optim.base import SecondOrder
 from metaimplicit.optim.checks import check_nonnegative, check_positive, raise_if
-from metaimplicit.optim.closure import Closure, ReplayedClosure, explain_torch_errors
+from metaimplicit.optim.closure import (
+    Closure,
+    ReplayedClosure,
+    explain_freed_graph,
+    explain_torch_errors,
+)
 from metaimplicit.optim.damping import (
     levenberg_marquardt,
     predicted_reduction,
@@ -97,7 +102,8 @@ class Damped(SecondOrder):
         group = self.param_groups[0]
         closure = self._check_closure(closure)
         evaluate = ReplayedClosure(self._model, closure, self._device)
-        operator, loss = self._curvature_and_loss(evaluate)
+        with torch.enable_grad(), explain_freed_graph():
+            operator, loss = self._linearise(evaluate)
         g = flatten(operator.gradient).detach()
         raise_if(
             ~g.isfinite(), f"{self._owner}: the gradient is not finite; no parameter was changed"
@@ -127,17 +133,6 @@ class Damped(SecondOrder):
             floor=torch.finfo(self._dtype).eps * self.defaults["damping"],
         )
         return loss
-
-    def _curvature_and_loss(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
-        try:
-            with torch.enable_grad():
-                return self._linearise(evaluate)
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise ValueError(
-                "closure: it has freed its graph; do not call backward() in it, because step() does"
-            ) from error
 
     def _try_change(
         self,

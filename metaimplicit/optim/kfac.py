@@ -21,7 +21,12 @@ from metaimplicit.optim.checks import (
     check_scalar,
     raise_if,
 )
-from metaimplicit.optim.closure import Closure, ReplayedClosure, explain_torch_errors
+from metaimplicit.optim.closure import (
+    Closure,
+    ReplayedClosure,
+    explain_freed_graph,
+    explain_torch_errors,
+)
 from metaimplicit.optim.damping import (
     levenberg_marquardt,
     predicted_reduction,
@@ -183,7 +188,8 @@ class KFAC(SecondOrder):
         if group["adapt_every"] is not None and (step + 1) % group["adapt_every"] == 0:
             replay = ReplayedClosure(self._model, closure, self._device)
 
-        loss, gradients = self._linearise(replay or closure, updates_factors=updates_factors)
+        with explain_freed_graph():
+            loss, gradients = self._linearise(replay or closure, updates_factors=updates_factors)
         if updates_inverses:
             invert_factors(self._states(), group["damping"])
         for name, p in self._trainable.items():

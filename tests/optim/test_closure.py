@@ -2,10 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import relative_error
 from second_order import (
     CLASSES,
     INPUTS,
@@ -19,6 +21,7 @@ from second_order import (
     vector,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient, Newton
 from metaimplicit.optim.closure import ReplayedClosure
@@ -208,17 +211,47 @@ def test_a_parameter_that_is_read_without_calling_the_model_is_named():
     Newton(model).step(inside)
 
 
-def test_a_closure_that_calls_backward_is_refused():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_closure_that_calls_backward_is_refused(name):
     model = tanh_network()
+    closure = closure_for(name, model)
 
-    def closure():
-        loss = F.cross_entropy(model(X), LABELS)
+    def goes_back():
+        result = closure()
+        loss = result if isinstance(result, torch.Tensor) else F.cross_entropy(*result)
         loss.backward()
-        return loss
+        return result
 
     message = r"closure: it has freed its graph; do not call backward\(\) in it"
     with pytest.raises(ValueError, match=message):
-        Newton(model).step(closure)
+        OPTIMIZERS[name](model).step(goes_back)
+
+
+class Recomputed(nn.Module):
+    """A network with dropout in a block that runs again in the backward pass."""
+
+    def __init__(self, run):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5))
+        self.head = nn.Linear(4, 4)
+        self.run = run
+
+    def forward(self, x):
+        return self.head(self.run(self.block, x))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dropout_in_a_checkpoint_draws_what_it_does_outside(name):
+    ends = []
+    for run in (lambda block, x: block(x), partial(checkpoint, use_reentrant=False)):
+        model = Recomputed(run).double()
+        optimizer = OPTIMIZERS[name](model)
+        torch.manual_seed(5)
+        for _ in range(3):
+            optimizer.step(closure_for(name, model))
+        ends.append(vector(model))
+    assert relative_error(ends[1], ends[0]) < 1e-9
 
 
 @pytest.mark.parametrize(
