@@ -10,7 +10,13 @@ from torch.nn import functional as F
 from tuning_loop import INDEX, INNER, C, Y, draw, moved, plain_hypergradient
 
 from metaimplicit import Tuner, tuning_problem
-from metaimplicit.tuning import ClassWeights, ExampleWeights, WeightDecay, WeightNetwork
+from metaimplicit.tuning import (
+    ClassWeights,
+    ExampleWeights,
+    SyntheticData,
+    WeightDecay,
+    WeightNetwork,
+)
 from metaimplicit.tuning.batches import split_batch
 
 
@@ -71,6 +77,17 @@ def test_a_batch_of_these_types_is_that_of_tensors(name):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_a_step_is_the_same_in_any_mode_of_autograd(mode):
     assert_step_is_that_of_the_plain_loop(lambda x: x, mode)
+
+
+def test_synthetic_data_may_be_made_in_inference_mode():
+    case, norms = draw(), []
+    for convert in (lambda x: x, in_inference_mode):
+        tuned = tuning_problem(
+            case.model, F.cross_entropy, [SyntheticData(convert(case.x), convert(Y))]
+        )
+        tuner = Tuner(tuned.problem, tuned.meta, inner=INNER, method="unrolled")
+        norms.append(tuner.step((case.x, Y), (case.x_valid, Y)).norm)
+    assert norms[0] == norms[1] > 0
 
 
 def test_arrays_of_text_stay_as_they_are():

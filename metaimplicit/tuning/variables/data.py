@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.params import Params
+from metaimplicit.tensors import recordable
 from metaimplicit.tuning.batches import Batch, NamedInputs, batch_entry
 from metaimplicit.tuning.domains import Domain, Positive
 from metaimplicit.tuning.variables.base import Variable, check_choice, example_index, prototype
@@ -157,4 +158,5 @@ class SyntheticData(Variable):
 
     def targets(self, batch: Batch) -> Tensor:
         """The labels, `[n]`."""
-        return self.labels
+        labels: Tensor = recordable(self.labels)
+        return labels
