@@ -58,11 +58,17 @@ class _LongLabels(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (F.cross_entropy, F.nll_loss):
             if "target" in kwargs:
-                kwargs["target"] = _long(kwargs["target"])
+                kwargs["target"] = widened(kwargs["target"])
             else:
-                args = (args[0], _long(args[1]), *args[2:])
+                args = (args[0], widened(args[1]), *args[2:])
         return func(*args, **kwargs)
 
 
-def _long(target: Tensor) -> Tensor:
-    return target.long() if target.dtype in SHORT_INTEGERS else target
+def widened(labels: Tensor) -> Tensor:
+    """Labels as int64, if they are of a shorter type of integers.
+
+    Example:
+        >>> widened(torch.ones(1, dtype=torch.uint8)).dtype, widened(torch.ones(1).bool()).dtype
+        (torch.int64, torch.bool)
+    """
+    return labels.long() if labels.dtype in SHORT_INTEGERS else labels

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from metaimplicit.labels import SHORT_INTEGERS
+from metaimplicit.labels import widened
 from metaimplicit.tuning.batch_shapes import count_examples, has_axis_of_examples, shapes_of
 from metaimplicit.tuning.example_losses import align
 from metaimplicit.tuning.loss_checks import Difference
@@ -121,6 +121,4 @@ class BatchLoss:
 
 def _widen(targets: Any) -> Any:
     """Labels as int64, which losses of torch ask for."""
-    if isinstance(targets, Tensor) and targets.dtype in SHORT_INTEGERS:
-        return targets.long()
-    return targets
+    return widened(targets) if isinstance(targets, Tensor) else targets

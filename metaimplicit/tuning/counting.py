@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from metaimplicit.labels import widened
 from metaimplicit.tensors import tensors_in
 from metaimplicit.tuning.batch_loss import BatchLoss
 from metaimplicit.tuning.batch_shapes import count_examples, read_labels, signature
@@ -145,7 +146,7 @@ class Counting:
         """
         trial = self._trial_outputs(outputs, order=1)
         m = count_examples(outputs, targets)
-        unbalanced = targets.long()[torch.arange(m, device=targets.device).square() // m]
+        unbalanced = widened(targets)[torch.arange(m, device=targets.device).square() // m]
         try:
             losses = self._loss.of_examples(trial, targets)
             alone = self._loss.one_by_one(trial, targets)
