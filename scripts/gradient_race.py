@@ -8,7 +8,6 @@ affect all alike, and the better number of threads counts.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 import warnings
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from gradient_contenders import CONTENDERS, WORKLOADS, Step
 
-from metaimplicit.training import keep_freed_memory
+from metaimplicit.training import keep_freed_memory, peak_memory
 
 SHORTEST = 0.05  # seconds that one measurement takes at least
 
@@ -122,7 +121,7 @@ def serve(pipe: Connection, workload: str, contender: str, threads: int) -> None
             elif what == "time":
                 pipe.send(_seconds(step))
             else:
-                pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+                pipe.send(peak_memory(torch.device("cpu")))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -276,7 +277,7 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that was held so far, in MiB.
 
     On CUDA, this counts the tensors that torch allocated on the device. On the CPU, it is the
-    resident size of the process.
+    resident size of the process, without that of the process that started it.
 
     Example:
         >>> peak_memory(torch.device("cpu")) > 1.0
@@ -284,7 +285,12 @@ def peak_memory(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    if sys.platform == "linux":
+        # A process that another one starts inherits its ru_maxrss.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (size,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))  # in KiB
+        return int(size) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 

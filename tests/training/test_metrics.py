@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import tasks
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.models import MLP
 from metaimplicit.normalization import BatchNorm
-from metaimplicit.training import Estimate, evaluate, evaluate_one_at_a_time
+from metaimplicit.training import Estimate, evaluate, evaluate_one_at_a_time, peak_memory
 
 
 def make_learner(model):
@@ -269,3 +271,10 @@ def test_queries_that_are_no_classes_or_have_no_axis_of_their_own_are_refused_on
     with_shared = (inputs | {"mask": torch.ones(1, 5)}, targets)
     with pytest.raises(ValueError, match=r"shapes \[\(1, 5, 5\), \(1, 1, 5\)\], expected each"):
         evaluate_one_at_a_time(learner, [[(episode[0], with_shared)]])
+
+
+def test_the_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    held = b"x" * 2**29
+    ask = "import metaimplicit.training as t, torch; print(t.peak_memory(torch.device('cpu')))"
+    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True)
+    assert float(answer.stdout) < peak_memory(torch.device("cpu")) - len(held) / 2**21
