@@ -18,7 +18,8 @@ NOT_COMPARED = {"params", "foreach", "fused", "capturable", "differentiable", "l
 def scheduled_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Note each group's learning rate for a schedule, and put it back at the end.
 
-    A group that has an `initial_lr`, as a scheduler of torch leaves it, keeps it.
+    A group that has an `initial_lr`, as a scheduler of torch leaves it, keeps it. One that is added
+    meanwhile is noted by `set_rates`.
     """
     is_new = [INITIAL_RATE not in group for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -27,9 +28,33 @@ def scheduled_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         # A later change of "lr" would have no effect if the note stayed.
-        for group, noted_here in zip(optimizer.param_groups, is_new, strict=False):
-            if noted_here:
+        for number, group in enumerate(optimizer.param_groups):
+            if (number >= len(is_new) or is_new[number]) and INITIAL_RATE in group:
                 group["lr"] = group.pop(INITIAL_RATE)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rate of each group to a multiple of the one that is noted for it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault(INITIAL_RATE, group["lr"]) * factor
+
+
+@contextmanager
+def unchanged_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Refuse a change of a learning rate within the block, which `set_rates` would undo.
+
+    Raises:
+        ValueError: A learning rate is another one at the end.
+    """
+    before = [float(group["lr"]) for group in optimizer.param_groups]
+    yield
+    for rate, group in zip(before, optimizer.param_groups, strict=False):
+        if float(group["lr"]) != rate:
+            raise ValueError(
+                f"before_step: changed a learning rate from {rate:.6g} to "
+                f"{float(group['lr']):.6g}, expected it to stay, as schedule sets it; leave "
+                "torch's scheduler out, and give schedule=, such as lambda spent: 0.1**spent"
+            )
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str) -> None:

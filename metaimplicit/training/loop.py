@@ -13,7 +13,7 @@ import torch
 from metaimplicit.counts import check_count
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
-from metaimplicit.training.hyperparameters import scheduled_rates
+from metaimplicit.training.hyperparameters import scheduled_rates, set_rates, unchanged_rates
 from metaimplicit.training.log import Values
 from metaimplicit.training.meta_step import moved_parameters, take_step
 from metaimplicit.training.metrics import Evaluation, evaluate, measure_name
@@ -101,7 +101,7 @@ def fit(
         checkpoint_every: The number of steps between checkpoints, ≥ 1. There is one before the
             first step and one after the last as well.
         before_step: Is called with the share of the budget that is spent, to change the learner as
-            training goes on. If None, nothing is called.
+            training goes on. If None, nothing is called. Learning rates are not for it to change.
         schedule: Maps the share of the budget that is spent to a factor on the learning rate of
             each group of the optimiser.
         clip: The largest norm of the meta-gradient of what the optimiser moves, > 0. If None, it is
@@ -120,7 +120,8 @@ def fit(
         NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
             moved at this step, and the last checkpoint stands.
         ValueError: A number is out of range, or an argument is of another kind. The optimiser moves
-            no parameter of the learner. `best` asks for a metric, and there is neither a
+            no parameter of the learner. The sampler's batches end before the budget.
+            `before_step` changes a learning rate. `best` asks for a metric, and there is neither a
             metric nor an accuracy. The checkpoints are damaged or belong to another run.
             Or `out` holds the metrics of a run whose checkpoint is gone.
 
@@ -168,7 +169,7 @@ def fit(
         progress = record.progress
         count = ENDLESS if budget.steps is None else max(budget.steps - progress.step, 0)
         on_cuda = next(learner.parameters()).is_cuda
-        stream = sampler.batches(count, workers, pin_memory=on_cuda)
+        stream = iter(sampler.batches(count, workers, pin_memory=on_cuda))
         stopwatch = Stopwatch(progress)
         while True:
             stops = _agree(ranks, progress, signals)
@@ -195,14 +196,22 @@ def fit(
 
             spent = budget.spent(progress)
             if before_step is not None:
-                before_step(spent)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(spent)
+                with unchanged_rates(optimizer):
+                    before_step(spent)
+            set_rates(optimizer, schedule(spent))
+            episodes = next(stream, None)
+            if episodes is None:
+                if not record.is_saved:
+                    record.save(is_best=False)
+                raise ValueError(
+                    f"sampler: its batches ended at step {progress.step}, which {CHECKPOINT} "
+                    "holds, expected as many as it is asked for; begin again where they end"
+                )
             number = progress.step + 1
             values = take_step(
                 learner,
                 optimizer,
-                next(stream),
+                episodes,
                 ranks=ranks,
                 clip=clip,
                 step=number,
@@ -239,7 +248,8 @@ def _check_parts(
             "optimizer: got one that moves no parameter of the learner, expected some of them; "
             "build it from learner.parameters()"
         )
-    missing = [name for name in ("batches", "state_dict") if not hasattr(sampler, name)]
+    needed = ("batches", "state_dict", "load_state_dict")
+    missing = [name for name in needed if not hasattr(sampler, name)]
     if missing:
         raise ValueError(
             f"sampler: got {type(sampler).__name__}, which has no {' and no '.join(missing)}, "

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from numbers import Real
+
+from metaimplicit.counts import check_count
 
 
 @dataclass
@@ -93,10 +96,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("budget: got neither steps nor minutes, expected at least one of them")
-        if self.steps is not None and not self.steps >= 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1 meta-step")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: got {self.minutes}, expected a time > 0")
+        if self.steps is not None:
+            check_count("steps", self.steps, unit=" meta-step")
+        if self.minutes is not None and not (isinstance(self.minutes, Real) and self.minutes > 0):
+            raise ValueError(f"minutes: got {self.minutes!r}, expected a time > 0")
 
     def spent(self, progress: Progress) -> float:
         """The share of the budget that is used, from 0 to 1; training ends at 1.

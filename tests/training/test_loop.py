@@ -204,6 +204,52 @@ def test_a_learning_rate_that_is_set_between_two_runs_is_that_of_the_second(tmp_
     assert [line["learning_rate"] for line in read_metrics(tmp_path / "second")] == [1e-5, 1e-5]
 
 
+def test_a_scheduler_of_torch_before_a_step_is_refused(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def halve(spent):
+        if spent > 0:
+            scheduler.step()
+
+    message = r"before_step: changed a learning rate from 0\.01 to 0\.005, expected it to stay"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, (learner, optimizer, sampler), before_step=halve)
+
+
+def test_a_group_that_is_added_before_a_step_is_trained_and_scheduled(tmp_path):
+    learner, _, sampler = make_parts(noisy=False)
+    first, *others = learner.parameters()
+    optimizer = torch.optim.SGD([first], lr=0.01)
+    before = [p.detach().clone() for p in others]
+
+    def add(spent):
+        if spent == 0.5:
+            optimizer.add_param_group({"params": others, "lr": 0.1})
+
+    train(tmp_path, (learner, optimizer, sampler), steps=4, before_step=add)
+    assert not any(torch.equal(p, old) for p, old in zip(others, before, strict=True))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.1]
+    assert not any("initial_lr" in group for group in optimizer.param_groups)
+
+
+def test_the_steps_of_a_sampler_that_ends_are_saved(tmp_path):
+    learner, optimizer, sampler = make_parts()
+
+    class ShortSampler(FaultySampler):
+        def batches(self, count, workers=0, pin_memory=False):
+            return list(self.sampler.batches(2, workers, pin_memory))
+
+    message = "sampler: its batches ended at step 2, which checkpoint.pt holds, expected as many"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, (learner, optimizer, ShortSampler(sampler, at=None)))
+    unbroken = make_parts()
+    train(tmp_path / "unbroken", unbroken)
+    resumed = make_parts()
+    train(tmp_path, resumed, resume=True)
+    assert_same_weights(resumed.learner, unbroken.learner)
+
+
 def test_a_scheduled_learning_rate_is_put_back_when_a_run_fails_and_when_it_is_resumed(tmp_path):
     learner, optimizer, sampler = make_parts()
     with pytest.raises(CrashError):
@@ -300,7 +346,7 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, b
     ("bad", "message"),
     [
         ({"budget": 10}, r"budget: got 10, expected a Budget, such as Budget\(steps=1000\)"),
-        ({"sampler": [1]}, "sampler: got list, which has no batches and no state_dict, expected"),
+        ({"sampler": [1]}, "sampler: got list, which has no batches and no state_dict and no load"),
         ({"validation": [1]}, "validation: got list, expected a function that draws the batches"),
         ({"schedule": 0.1}, "schedule: got float, expected a function of the share of the budget"),
         ({"before_step": 1}, "before_step: got int, expected a function of the share of the bu"),
@@ -358,6 +404,9 @@ class Repeated:
 
     def state_dict(self):
         return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def draw_set(examples):

@@ -21,8 +21,10 @@ def test_the_share_of_a_budget_is_the_larger_one_of_steps_and_minutes():
     [
         ({}, "budget: got neither steps nor minutes"),
         ({"steps": 0}, "steps: got 0, expected at least 1"),
-        ({"steps": math.nan}, "steps: got nan, expected at least 1"),
+        ({"steps": math.nan}, "steps: got nan, expected a whole number, at least 1 meta-step"),
+        ({"steps": "3"}, "steps: got '3', expected a whole number, at least 1 meta-step"),
         ({"minutes": 0.0}, "minutes: got 0.0, expected a time > 0"),
+        ({"minutes": "1"}, "minutes: got '1', expected a time > 0"),
     ],
 )
 def test_a_budget_needs_a_positive_limit(limits, message):
