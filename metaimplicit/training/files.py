@@ -23,7 +23,8 @@ def write_atomically(
     """Write a file so that readers see the old file or the new one, never a part of it.
 
     A temporary file in the same folder is filled, flushed to disk and renamed. Missing folders are
-    made. If `write` raises, the temporary file is removed and the old file stays.
+    made. If `write` raises, the temporary file is removed and the old file stays. An `OSError`
+    names the file.
 
     Args:
         path: The file.
@@ -54,11 +55,15 @@ def write_atomically(
             before_rename()
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives no rights to anybody else
         if keep is not None and path.exists():
-            os.replace(path, keep)
+            _keep(path, keep)
         os.replace(partial, path)
+    except OSError as error:
+        _remove(partial)
+        if error.errno is not None and error.filename is None:  # as where the disk is full
+            error.filename = str(path)
+        raise
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+        _remove(partial)
         raise
 
 
@@ -170,6 +175,20 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(
             f"{path}: got damaged JSON ({error}), expected what a run wrote; restore or delete it"
         ) from error
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """Give a file a second name, so that it has its own until another file takes that."""
+    keep.unlink(missing_ok=True)
+    try:
+        os.link(path, keep)
+    except OSError:  # Some file systems have no second names.
+        os.replace(path, keep)
+
+
+def _remove(partial: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(partial)
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ import torch
 
 from metaimplicit.training.files import json_types, previous
 from metaimplicit.training.lock import only_writer
-from metaimplicit.training.log import CONFIG, METRICS
+from metaimplicit.training.log import ASIDE, CONFIG, METRICS
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.provenance import changed_versions, describe_sitting
 from metaimplicit.training.rotation import Identity, has_taken_steps, versions
@@ -47,7 +47,7 @@ class RunFolder:
     Raises:
         FileExistsError: `out` holds a run, and `resume` is False. Or another process writes to it.
         ValueError: `config` or `identity` holds what JSON has not. Or config.json is damaged. Or
-            `out` has a run's metrics, but no checkpoint.
+            `out` has a run's metrics, but no checkpoint. Or a folder has the name of a file.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class RunFolder:
             require_new_run_folder(self.out, self._resume)
             if not self._resume:
                 remove_unsaved_run(self.out)
+            self._require_files()
             self.has_checkpoint = any(path.exists() for path in versions(self.checkpoint))
             if not self.has_checkpoint and _holds_lines(self.out):
                 raise ValueError(
@@ -124,6 +125,14 @@ class RunFolder:
         self._stored |= self._config | {"run": self.run, "sittings": [*sittings, sitting]}
         self._write_config()
         self._progress = progress
+
+    def _require_files(self) -> None:
+        """Check that nothing stands where the run writes its files."""
+        names = (CONFIG, previous(Path(CONFIG)), METRICS, ASIDE)
+        paths = [*versions(self.checkpoint), *(self.out / name for name in names)]
+        for path in paths:
+            if path.is_dir():
+                raise ValueError(f"out: {path} is a folder, expected a file or nothing; move it")
 
     def _read_config(self) -> dict[str, Any]:
         path = self.out / CONFIG

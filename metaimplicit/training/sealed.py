@@ -116,7 +116,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         ...     read_sealed_json(path)
         {'seed': 1}
     """
-    data = unseal(path.read_bytes().removesuffix(b"\n"))
+    data = unseal(_read_file(path).removesuffix(b"\n"))
     if data is None:
         raise DamagedFileError(
             f"{path}: got a file that was changed or damaged after it was written, or that an "
@@ -153,7 +153,7 @@ def read_sealed(path: Path) -> bytes:
         FileNotFoundError: There is no such file.
         DamagedFileError: The file is not what was written.
     """
-    content = path.read_bytes()
+    content = _read_file(path)
     length = len(_last_line(b""))
     payload, last_line = content[:-length], content[-length:]
     if not last_line.startswith(LINE):
@@ -176,6 +176,12 @@ def digest(content: bytes | memoryview) -> bytes:
         b'e3b0c44298fc1c14'
     """
     return hashlib.sha256(content).hexdigest()[:DIGITS].encode()
+
+
+def _read_file(path: Path) -> bytes:
+    if path.is_dir():
+        raise DamagedFileError(f"{path}: got a folder, expected the file that a run wrote")
+    return path.read_bytes()
 
 
 def _last_line(payload: bytes | memoryview) -> bytes:

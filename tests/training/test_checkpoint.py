@@ -1,7 +1,9 @@
 """Checkpoints and other files of a run: they are whole, and what does not fit is explained."""
 
+import errno
 import json
 import math
+import os
 from collections import deque
 
 import numpy as np
@@ -18,6 +20,7 @@ from metaimplicit.training import (
     write_atomically,
     write_json,
 )
+from metaimplicit.training.files import previous
 from metaimplicit.training.rotation import write_checkpoint
 from metaimplicit.training.sealed import write_sealed
 
@@ -52,10 +55,35 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint_and_nothing_else(path, 
     assert load_checkpoint(path, *parts) == Progress(1, 1.0)
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_name_of_a_checkpoint_is_never_free(path, monkeypatch, has_links):
+    parts = make_parts()
+    save_checkpoint(path, *parts, Progress(1))
+    rename = os.replace
+
+    def look(source, target):
+        assert path.exists()
+        rename(source, target)
+
+    def refuse(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if has_links:
+        monkeypatch.setattr(os, "replace", look)
+    else:
+        monkeypatch.setattr(os, "link", refuse)
+    for step in (2, 3):
+        save_checkpoint(path, *parts, Progress(step))
+    assert load_learner(path, parts.learner).step == 3
+    assert load_learner(previous(path), parts.learner).step == 2
+
+
 def test_a_missing_checkpoint_is_named(path):
     parts = make_parts()
     with pytest.raises(FileNotFoundError, match="checkpoint: found no"):
         load_learner(path, parts.learner)
+    with pytest.raises(DamagedFileError, match="got a folder, expected the file that a run wrote"):
+        load_learner(path.parent, parts.learner)
 
 
 def test_damaged_checkpoints_are_refused(path):

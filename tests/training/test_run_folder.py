@@ -274,7 +274,7 @@ def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(out):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: '.*/checkpoint\.pt'"):
             train_further(out, steps=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -283,6 +283,16 @@ def test_a_full_disk_ends_the_run_and_leaves_its_last_checkpoint(out):
     resumed, _ = train_further(out, steps=5)
     unbroken, _ = train_further(out / "unbroken", steps=5)
     assert_same_weights(resumed.learner, unbroken.learner)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "config-previous.json", "checkpoint.pt", "metrics.jsonl"]
+)
+def test_a_folder_in_the_place_of_a_file_is_named(out, name):
+    (out / name).unlink(missing_ok=True)
+    (out / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} is a folder, expected a file or nothing"):
+        train_further(out, steps=5)
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(tmp_path, monkeypatch):
