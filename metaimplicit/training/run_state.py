@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
@@ -83,12 +86,15 @@ def restore_learner(state: State, learner: MetaLearner, source: str) -> Progress
 
 
 def random_states(method: Method) -> dict[str, Any]:
-    """The states of torch's generators and of that of a method's solver."""
+    """The states of the generators of torch, NumPy and Python, and of that of a method's solver."""
     generator = solver_generator(method)
     # Asking for the state of CUDA would initialise it.
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
+        "numpy": tree_map_only(np.ndarray, np.ndarray.tolist, np.random.get_state(legacy=False)),
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
         "cuda": torch.cuda.get_rng_state_all() if cuda else [],
         "solver": None if generator is None else generator.get_state(),
     }
@@ -97,6 +103,10 @@ def random_states(method: Method) -> dict[str, Any]:
 def set_random_states(states: dict[str, Any], method: Method) -> None:
     """Make the states that `random_states` returned the present ones."""
     torch.set_rng_state(states["torch"].cpu())
+    if "numpy" in states:  # not in the states of earlier versions
+        np.random.set_state(states["numpy"])
+        python = states["python"]
+        random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     generator = solver_generator(method)
     if generator is not None and states.get("solver") is not None:
         generator.set_state(states["solver"].cpu())

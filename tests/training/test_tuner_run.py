@@ -1,6 +1,7 @@
 """A tuner's run on disk: its files, and that a killed run ends at the same bits."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -111,18 +112,28 @@ def test_a_killed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, method):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_resumed_run_draws_the_random_numbers_that_an_unbroken_one_does(tmp_path):
+@pytest.mark.parametrize(
+    "noise",
+    [lambda: torch.randn(6, 4), lambda: torch.tensor(np.random.randn(6, 4)).float(), random.random],
+    ids=["torch", "numpy", "python"],
+)
+def test_a_resumed_run_draws_the_random_numbers_that_an_unbroken_one_does(tmp_path, noise):
     def noisy_batch(i):
         batch = TRAIN(i)
-        return batch | {"inputs": batch["inputs"] + torch.randn(6, 4)}
+        return batch | {"inputs": batch["inputs"] + noise()}
+
+    def make_seeded_tuner(seed):
+        tuner = make_tuner()
+        for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+            set_seed(seed)
+        return tuner
 
     options = {"steps": 4, "train": noisy_batch, "checkpoint_every": 1}
-    unbroken = make_tuner()
+    unbroken = make_seeded_tuner(1)
     fit(unbroken, tmp_path / "unbroken", **options)
     with pytest.raises(KilledError):
-        fit(make_tuner(), tmp_path / "killed", callback=kill_after(2), **options)
-    resumed = make_tuner()
-    torch.manual_seed(3)
+        fit(make_seeded_tuner(1), tmp_path / "killed", callback=kill_after(2), **options)
+    resumed = make_seeded_tuner(3)
     fit(resumed, tmp_path / "killed", resume=True, **options)
     assert_same_weights(resumed, unbroken)
 
