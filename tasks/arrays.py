@@ -7,7 +7,7 @@ import io
 import pickle
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -247,13 +247,22 @@ def _entries(files: Files, path: str, *, is_part: bool) -> Iterator[tuple[str, A
     if isinstance(value, Mapping):
         for name, entry in value.items():
             yield str(name), entry
-    elif isinstance(value, tuple) and len(value) == 2:
+    elif _is_pair(value):
         yield "inputs", value[0]
         yield "labels", value[1]
     else:
         words = re.split(r"[-_.\s]+", PurePosixPath(path).stem)
         kept = [word for word in words if not (is_part and word.lower() in PART_WORDS)]
         yield "_".join(kept) or "inputs", value
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether this is inputs and their labels. A list may also be the two examples of a class."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    inputs, labels = map(_array, value)
+    are_alike = inputs.ndim >= 2 and labels.shape == inputs.shape[:1]
+    return isinstance(value, tuple) or are_alike
 
 
 def _classes(where: str, content: Content) -> ClassArrays:
@@ -263,6 +272,7 @@ def _classes(where: str, content: Content) -> ClassArrays:
     called_labels = [name for name in arrays if _is_called_labels(name)]
     labels = [name for name in called_labels if not _is_class(arrays[name], large)]
     if "class_dict" not in content and not labels:
+        _check_no_parts(where, arrays)
         if len(large) < 2:
             raise ValueError(f"{where}: got {sorted(content)}; {ARRAY_LAYOUT}")
         return large
@@ -280,6 +290,19 @@ def _classes(where: str, content: Content) -> ClassArrays:
         rows = _rows_of_labels(where, content[labels[0]], len(inputs))
     _check_rows(where, rows, len(inputs))
     return {name: _rows(inputs, numbers) for name, numbers in rows.items()}
+
+
+def _check_no_parts(where: str, names: Iterable[str]) -> None:
+    """Raise if names are those of the labels of a part, such as y_train."""
+    for name in names:
+        words = re.split(r"[-_.\s]+", name)
+        kept = [word for word in words if word.lower() not in PART_WORDS]
+        if len(kept) < len(words) and _is_called_labels("_".join(kept)):
+            raise ValueError(
+                f"{where}: got {name!r}, the labels of one of several parts, expected inputs and "
+                "labels of one part in a file; save each part in a file of its own, such as "
+                f"{', '.join(f'{part}.npz' for part in PARTS)}"
+            )
 
 
 def _is_called_labels(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 from tasks.arrays import as_array, class_inputs
 from tasks.cache import cache_dir, download, progress
@@ -22,6 +23,7 @@ from tasks.list_files import PARTS, part_called, plain_name
 from tasks.pool import ImagePool, check_labels, input_and_label
 from tasks.repeats import image_digests
 
+PROBES = 8  # inputs that are read twice, to see that they stay the same
 EXPECTED = (
     "expected a map-style dataset of pairs (input, label), a pair of arrays (inputs, labels), "
     "a dictionary of either for train, val and test, "
@@ -46,7 +48,8 @@ def load(
 
     Images, of Pillow or of uint8, become `[3, size, size]` or `[1, size, size]`. Inputs of a float
     type stay as they are, in float32. A label is the name of its class, or its position in the list
-    `dataset.classes`, unless all labels stand in this list themselves.
+    `dataset.classes`, unless all labels stand in this list themselves. Of a `ConcatDataset`, each
+    dataset has its own list. Without lists, equal numbers are one class.
 
     Args:
         ways: The number of classes in a task.
@@ -168,7 +171,36 @@ def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str
         value, label = input_and_label(dataset[number], number=number)
         rows.append(_input(value, number, size, color=color))
         labels.append(label)
-    return _stacked(rows), _class_names(labels, getattr(dataset, "classes", ()))
+    _warn_if_random(dataset, rows, size, color=color)
+    return _stacked(rows), _names(dataset, labels)
+
+
+def _warn_if_random(dataset: Any, rows: Sequence[np.ndarray], size: int, *, color: bool) -> None:
+    """Warn if an input is another one when it is read again."""
+    for number, row in enumerate(rows[:PROBES]):
+        value, _ = input_and_label(dataset[number], number=number)
+        again = _input(value, number, size, color=color)
+        if again.tobytes() != row.tobytes():
+            warnings.warn(
+                f"dataset: input {number} is another one when it is read again, as by a random "
+                "transform; each input is read once, and stays as it was then: leave random "
+                "transforms out, and give the families to tasks.Augmented or tasks.Distorted",
+                stacklevel=4,
+            )
+            return
+
+
+def _names(dataset: Any, labels: Sequence[Any]) -> list[str]:
+    """The name of the class of each label. Datasets that are joined each have their own classes."""
+    if not isinstance(dataset, ConcatDataset) or hasattr(dataset, "classes"):
+        return _class_names(labels, getattr(dataset, "classes", ()))
+    names: list[str] = []
+    for part, end in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
+        own = labels[len(names) : end]
+        while isinstance(part, Subset):
+            part = part.dataset
+        names += _class_names(own, getattr(part, "classes", ()))
+    return names
 
 
 def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:

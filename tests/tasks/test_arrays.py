@@ -386,6 +386,28 @@ def test_two_arrays_of_labels_that_differ_are_refused(tmp_path):
             load(root, ways=1)
 
 
+@pytest.mark.parametrize("names", [("x_{}", "y_{}"), ("{}_images", "{}_labels")])
+def test_several_parts_in_one_file_are_refused(tmp_path, names):
+    inputs, targets = names
+    content = {inputs.format(part): features(i) for i, part in enumerate(PARTS)}
+    content |= {targets.format(part): labels(i) for i, part in enumerate(PARTS)}
+    root = write_tree(tmp_path, {"x.npz": npz(**content)})
+    message = rf"got '{targets.format('train')}', the labels of one of several parts, .* train\.npz"
+    with pytest.raises(ValueError, match=message):
+        load(root)
+
+
+@pytest.mark.parametrize("form", [tuple, list])
+def test_a_file_may_hold_a_pair_of_inputs_and_labels(tmp_path, form):
+    def content(part):
+        numbers = torch.arange(2 * part, 2 * part + 2).repeat_interleave(ROWS)
+        return pt(form([torch.tensor(features(part)).float(), numbers]))
+
+    splits = load(write_tree(tmp_path, of_parts("{}.pt", content)))
+    assert torch.equal(splits.train.pool.images[: 2 * ROWS], torch.tensor(features(0)).float())
+    assert splits.test.classes == ("4", "5")
+
+
 def test_a_pt_file_may_hold_arrays_of_numpy(tmp_path):
     for kind, values in (("f4", features), ("u1", images)):
         files = of_parts(

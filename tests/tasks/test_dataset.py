@@ -5,7 +5,7 @@ import pytest
 import torch
 from image_files import encode, no_network, write_tree
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import tasks
 
@@ -199,6 +199,27 @@ def test_labels_are_the_classes_where_classes_are_no_names(classes):
 def test_names_by_position_are_those_of_a_list(classes):
     expected = load(Pairs(pixels(), classes=NAMES), size=8).content_digests
     assert load(Pairs(pixels(), classes=classes), size=8).content_digests == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: Subset(x, range(len(x)))])
+def test_joined_datasets_have_their_own_classes(wrap):
+    others = [f"other {c}" for c in range(CLASSES)]
+    parts = [Pairs(pixels(), classes=NAMES), Pairs(255 - pixels(), classes=others)]
+    splits = load(ConcatDataset(map(wrap, parts)), size=8)
+    assert {name for family in families(splits) for name in family.classes} == {*NAMES, *others}
+    same = ConcatDataset([wrap(Pairs(255 - pixels(), classes=NAMES)), parts[0]])
+    assert {name for family in families(load(same, size=8)) for name in family.classes} == {*NAMES}
+
+
+def test_a_random_transform_is_warned_of():
+    class RandomPairs(Pairs):
+        def __getitem__(self, number):
+            inputs, label = super().__getitem__(number)
+            return inputs + rng.random(5), label
+
+    rng = np.random.default_rng(0)
+    with pytest.warns(UserWarning, match="dataset: input 0 is another one when it is read again"):
+        load(RandomPairs(np.zeros((len(LABELS), 5))))
 
 
 @pytest.mark.parametrize("numbers", [LABELS + 1, 3 * LABELS])
