@@ -24,7 +24,7 @@ from metaimplicit.methods import Adaptation, Gradients, Method, Report, make_met
 from metaimplicit.methods.base import Dependencies
 from metaimplicit.outer import OuterGradients, outer_gradients
 from metaimplicit.params import Params, detached, leaves
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.problem import BilevelProblem, check_problem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import recordable
 from metaimplicit.unchanged import notice_changed_data
@@ -133,6 +133,7 @@ def hypergradient(
         >>> result.params, result.grads  # θ* = target, so dg/dφ = 2 target
         ({'w': tensor(3.)}, {'target': tensor(6.)})
     """
+    check_problem(problem)
     inner = make_inner(inner)
     method = make_method(method)
     method.check_inner(inner)

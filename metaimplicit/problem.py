@@ -294,3 +294,18 @@ class Stream:
     """
 
     fn: Callable[[int], Any]
+
+
+def check_problem(problem: Any) -> None:
+    """Raise ValueError unless this is a `BilevelProblem`.
+
+    Example:
+        >>> check_problem(None)
+        Traceback (most recent call last):
+        ...
+        ValueError: problem: got NoneType, expected a BilevelProblem
+    """
+    if not isinstance(problem, BilevelProblem):
+        holds_one = isinstance(getattr(problem, "problem", None), BilevelProblem)
+        hint = "; pass its .problem" if holds_one else ""
+        raise ValueError(f"problem: got {type(problem).__name__}, expected a BilevelProblem{hint}")

@@ -138,7 +138,7 @@ def root(
         )
 
     norm = flatten({name: value.detach() for name, value in values.items()}).norm(dim=-1)
-    report = Report(repr(solver), torch.zeros(len(norm), dtype=torch.int64), norm)
+    report = Report(repr(solver), torch.zeros_like(norm, dtype=torch.int64), norm)
     dependencies = Dependencies(KnownSolution(theta))
     adaptation = Adaptation(theta, report, dependencies, Iterate(theta), pullback)
     params = attach_pullback(adaptation, FixedPoint(solver), sources, data=lifted.data, name="root")

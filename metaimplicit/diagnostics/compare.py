@@ -19,7 +19,7 @@ from metaimplicit.diagnostics.starting_point import RecordingDense, StartingPoin
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.methods import METHODS, Curvature, Implicit
 from metaimplicit.params import Params, flatten
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.problem import BilevelProblem, check_problem
 from metaimplicit.solvers import Status
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import lift
@@ -179,6 +179,7 @@ def compare(
         >>> compare(problem, meta, None, inner=inner, products=[1]).error("cg", 1) < 1e-6
         True
     """
+    check_problem(problem)
     inner = make_inner(inner)
     chosen = _choose_methods(methods, problem)
     budgets = _check_budgets(products)
@@ -280,9 +281,11 @@ def _measure(
         runs.append(run)
 
     cosines = [cosine(run.hypergradient, expected) for run in runs]
-    residuals = [float(torch.as_tensor(run.report.residual).max()) for run in runs]
+    residuals = [float(torch.as_tensor(run.report.residual, device="cpu").max()) for run in runs]
     statuses = Counter(
-        Status(int(status)).name for run in runs for status in torch.as_tensor(run.report.status)
+        Status(int(status)).name
+        for run in runs
+        for status in torch.as_tensor(run.report.status, device="cpu")
     )
     return Row(
         method=flag,

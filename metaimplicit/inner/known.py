@@ -41,7 +41,7 @@ def read_solution(solution: Any, like: Tensor) -> Params:
 def _read_tensor(name: str, numbers: Any, like: Tensor) -> Tensor:
     is_tensor = isinstance(numbers, Tensor)
     try:
-        tensor = numbers.detach().clone() if is_tensor else torch.tensor(numbers)
+        tensor = numbers.detach().clone() if is_tensor else torch.tensor(numbers, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"solution[{name!r}]: got {type(numbers).__name__}, expected a tensor or an array of "

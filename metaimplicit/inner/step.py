@@ -100,7 +100,7 @@ class DifferentiableStep:
         if "momentum" in choices and not choices["momentum"]:
             # A stand-in, because torch refuses Nesterov's momentum without a number.
             choices["momentum"] = [0.5]
-        parameter = torch.zeros((), requires_grad=True)
+        parameter = torch.zeros((), device="cpu", requires_grad=True)
         for row in range(max([1, *map(len, choices.values())])):
             constants = {key: x[min(row, len(x) - 1)] for key, x in choices.items() if x}
             defaults = self.optimizer([parameter], **constants).defaults

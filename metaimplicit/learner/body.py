@@ -87,7 +87,7 @@ class Body:
         chunks = -(-tasks * images // IMAGES_PER_CHUNK)  # rounded up
 
         outputs = []
-        for index in torch.arange(tasks * images).tensor_split(chunks):
+        for index in torch.arange(tasks * images, device="cpu").tensor_split(chunks):
             start, end = int(index[0]), int(index[-1]) + 1
             chunk = tree_map(lambda x, a=start, b=end: x.flatten(0, 1)[a:b], by_task)
             outputs.append(self.call(meta, chunk))

@@ -116,7 +116,7 @@ class CompiledSteps(StepFunctions):
         for name, slots in at.state.items():
             for key, x in slots.items():
                 if not isinstance(x, Tensor):
-                    tensors[name, key] = torch.tensor(float(x), dtype=torch.float64)
+                    tensors[name, key] = torch.tensor(float(x), dtype=torch.float64, device="cpu")
                     self._numbers.add((name, key))
         return _as_iterate(in_one_layout(tensors))
 

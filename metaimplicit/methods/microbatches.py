@@ -182,7 +182,7 @@ class _Slices:
         """
         seen = min(count, 2 * self.size)
         first = max(1, seen // 3)
-        chosen = torch.arange(seen) * count // seen
+        chosen = torch.arange(seen, device="cpu") * count // seen
         data = map_rows(lambda x: x[chosen.to(x.device)], data)
         parts = [data, rows(data, 0, first), rows(data, first, seen)]
         # What holds at θ may hold by chance there, as where all outputs are zero.

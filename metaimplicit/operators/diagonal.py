@@ -102,7 +102,8 @@ def _estimate(
     generator: torch.Generator | None,
 ) -> Tensor:
     tasks, n = operator.shape
-    bits = torch.randint(2, (samples, 1, n), generator=generator, device="cpu")
+    device = "cpu" if generator is None else generator.device
+    bits = torch.randint(2, (samples, 1, n), generator=generator, device=device)
     signs = 1 - 2 * bits.to(operator.device, operator.dtype)
     signs = signs.expand(-1, tasks, -1)
     return (signs * operator.matmat(signs)).mean(0)

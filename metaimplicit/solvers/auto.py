@@ -149,4 +149,4 @@ class Auto(Solver):
 def _record(solution: Solution) -> Tensor:
     """The largest residual of a task, and the most products that a task needed, `[2]`, float64."""
     numbers = [float(solution.residual.max()), int(solution.needed.max())]
-    return torch.tensor(numbers).double()
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")

@@ -47,11 +47,12 @@ class Probes:
         self._like = like
         self._columns: Tensor | None = None
         self._seed = 0
+        device = "cpu" if generator is None else generator.device
         if sketch == "columns":
             # A copy, since a slice would hold all n numbers.
-            self._columns = torch.randperm(n, generator=generator, device="cpu")[:most].clone()
+            self._columns = torch.randperm(n, generator=generator, device=device)[:most].clone()
         else:
-            self._seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+            self._seed = int(torch.randint(2**62, (), generator=generator, device=device))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` … `stop` − 1 of Ωᵀ, `[stop − start, n]`."""

@@ -14,7 +14,7 @@ from metaimplicit.inner import LBFGS, InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.methods import Implicit
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Stream
+from metaimplicit.problem import BilevelProblem, Stream, check_problem
 from metaimplicit.solvers import CG, Solver, SolverState
 from metaimplicit.tensors import copied_tensors
 from metaimplicit.tuning.domains import Domain
@@ -109,6 +109,7 @@ class HOAG:
         solver: Solver | None = None,
         domains: Mapping[str, Domain] | None = None,
     ) -> None:
+        check_problem(problem)
         if not callable(schedule) and schedule not in SCHEDULES:
             known = ", ".join(SCHEDULES)
             raise ValueError(

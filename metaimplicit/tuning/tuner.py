@@ -18,7 +18,7 @@ from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import SeveralOutputsError
 from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.problem import BilevelProblem, Composite, Stream, check_problem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import copied_tensors
 from metaimplicit.tuning.batches import Source, holds_tensors_directly, read_batches
@@ -107,6 +107,7 @@ class Tuner:
         schedule: Callable[[int], float] | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
+        check_problem(problem)
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
         inner = make_inner(inner)

@@ -59,6 +59,38 @@ def test_every_call_is_the_same_in_any_mode_of_autograd(mode, method, vectorize,
         assert not p.is_inference()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "unrolled", "proximal": 0.0},
+        {"method": "cg"},
+        {"method": "nystrom-gaussian"},
+        {"method": "kfac"},
+        {"method": "diagonal"},
+        *(
+            {"head": head, "inner": None, "method": None, "proximal": None}
+            for head in ("ridge", "logistic", "prototypes")
+        ),
+    ],
+    ids=lambda options: options.get("head") or options["method"],
+)
+def test_another_default_device_than_that_of_the_model_changes_nothing(options):
+    def run():
+        torch.manual_seed(0)
+        step = learner.backward(data)
+        gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+        learner.zero_grad()
+        adapted = learner.adapt((data.support[0][0], data.support[1][0]))
+        return [step.loss, *gradients, learner.evaluate(data)[0], adapted(data.query[0][0])]
+
+    learner = make_learner(**options)
+    data = draw_episodes()
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(map(torch.equal, got, expected))
+
+
 def test_a_learner_trains_after_it_was_evaluated_in_inference_mode():
     learner = make_learner(method="unrolled")
     with torch.inference_mode():

@@ -1,16 +1,19 @@
-"""Every door within `inference_mode` and `no_grad`, and with tensors that were made there."""
+"""Every door within `inference_mode`, `no_grad` and a default device, and tensors made there."""
 
+import numpy as np
 import pytest
 import torch
 from oracles import randn
 
 from metaimplicit import (
+    METHODS,
     BilevelProblem,
     GradientDescent,
     argmin,
     check_hypergradient,
     hypergradient,
 )
+from metaimplicit.diagnostics import compare
 
 TASKS = 3
 MODES = [torch.no_grad, torch.inference_mode]
@@ -64,6 +67,45 @@ def test_argmin_and_its_check_are_the_same_in_any_mode(mode):
         assert not got[0].requires_grad
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:OneStep ended")
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"kfac", "ekfac", "diagonal"}))
+def test_another_default_device_than_that_of_the_tensors_changes_nothing(method):
+    def run():
+        torch.manual_seed(0)
+        result = hypergradient(
+            PROBLEM, meta, data, inner=INNER, method=method, batched=True, vectorize="vmap"
+        )
+        return result.grads["w"]
+
+    meta, data = make_inputs()
+    expected = run()
+    with torch.device("meta"):
+        assert torch.equal(run(), expected)
+
+
+def test_checks_and_known_solutions_do_not_follow_the_default_device():
+    def run():
+        options = {"inner": INNER, "batched": True}
+        check = check_hypergradient(PROBLEM, meta, data, method="unrolled", **options)
+        rows = compare(PROBLEM, meta, data, products=[1], seeds=1, methods=["cg"], **options).rows
+        known = argmin(
+            inner_loss,
+            PROBLEM.init,
+            meta,
+            data,
+            solution={"w": np.full(TASKS, 0.2)},
+            method="dense",
+            batched=True,
+        )
+        return check.slopes, torch.as_tensor(rows[0].error, device="cpu"), known["w"]
+
+    meta, data = make_inputs()
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])

@@ -1,6 +1,7 @@
 """Inputs that are refused, and what the errors say."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,13 @@ from metaimplicit import (
     Proximal,
     Stream,
     Truncated,
+    Tuner,
     Unrolled,
+    check_hypergradient,
     hypergradient,
 )
+from metaimplicit.diagnostics import compare
+from metaimplicit.tuning import HOAG
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
 PROXIMAL = network(Proximal(0.1))
@@ -204,6 +209,26 @@ def test_a_bad_argument_of_hypergradient_is_refused(arguments, message):
 def test_a_bad_argument_of_a_constructor_is_refused(construct, message):
     with pytest.raises(ValueError, match=message):
         construct()
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [
+        run,
+        partial(check_hypergradient, data=DATA, inner=THREE_STEPS, method="cg"),
+        partial(compare, data=DATA, inner=THREE_STEPS),
+        partial(Tuner, inner=THREE_STEPS),
+        partial(HOAG, train=DATA, validation=DATA),
+    ],
+    ids=["hypergradient", "check_hypergradient", "compare", "Tuner", "HOAG"],
+)
+def test_a_problem_that_is_none_is_refused(enter):
+    options = {"method": "cg"} if enter is run else {}
+    with pytest.raises(ValueError, match=r"problem: got str, expected a BilevelProblem$"):
+        enter("problem", meta=INITIAL, **options)
+    tuning = SimpleNamespace(problem=PROXIMAL)
+    with pytest.raises(ValueError, match=r"got SimpleNamespace.*; pass its \.problem$"):
+        enter(tuning, meta=INITIAL, **options)
 
 
 def test_a_negative_proximal_strength_from_meta_is_refused():
