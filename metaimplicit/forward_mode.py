@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+
+# The levels of forward mode are those of the process. Of two threads in it, each would end the
+# level of the other, and lose its tangents.
+_ONE_THREAD = threading.RLock()
 
 
 def push_forward(
@@ -16,7 +21,7 @@ def push_forward(
     """The value f(x) and its tangent (∂f/∂x) ẋ, as `torch.func.jvp` gives them.
 
     The first call of that function in a process warns, in some versions of torch, that torch itself
-    uses a deprecated function. This one does not.
+    uses a deprecated function. This one does not. It may be called in several threads.
 
     Args:
         function: f.
@@ -29,7 +34,8 @@ def push_forward(
         (tensor(9.), tensor(6.))
     """
     _load_rules()
-    result: Any = torch.func.jvp(function, primals, tangents)
+    with _ONE_THREAD:
+        result: Any = torch.func.jvp(function, primals, tangents)
     return result[0], result[1]
 
 

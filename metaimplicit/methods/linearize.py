@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.equation import aliases
@@ -209,7 +210,9 @@ def reject_random_numbers(
         device = next(iter(params.values())).device
         before = _random_state(device)
         result = function(params)
-        if not torch.equal(before, _random_state(device)):
+        # The state is that of the process, and another thread may have moved it.
+        moved = not torch.equal(before, _random_state(device))
+        if moved and _draws_random_numbers(function, params):
             raise ValueError(
                 f"{name}: it draws random numbers (dropout?), so its derivatives are not those of "
                 "the function that was solved; switch the model to evaluation mode, or use "
@@ -218,6 +221,28 @@ def reject_random_numbers(
         return result
 
     return checked
+
+
+class _Draws(TorchDispatchMode):
+    """Notices operations of this thread that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            self.found = True
+        return function(*args, **(kwargs or {}))
+
+
+def _draws_random_numbers(function: Callable[[Params], Any], params: Params) -> bool:
+    draws = _Draws()
+    with draws:
+        function(params)
+    return draws.found
 
 
 def _random_state(device: torch.device) -> Tensor:

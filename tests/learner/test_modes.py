@@ -59,6 +59,24 @@ def test_every_call_is_the_same_in_any_mode_of_autograd(mode, method, vectorize,
         assert not p.is_inference()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("method", ["unrolled", "cg", "nystrom", "dense", "kfac", "ekfac"])
+def test_anomaly_detection_changes_nothing(method, vectorize):
+    def run():
+        torch.manual_seed(0)
+        learner.zero_grad()
+        learner.backward(draw_episodes())
+        return [p.grad for p in learner.parameters()]
+
+    learner = make_learner(method=method, vectorize=vectorize)
+    expected = run()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        got = run()
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     "options",
     [

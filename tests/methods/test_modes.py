@@ -1,14 +1,19 @@
 """Every door within `inference_mode`, `no_grad` and a default device, and tensors made there."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
 from oracles import randn
 
 from metaimplicit import (
+    CG,
     METHODS,
     BilevelProblem,
     GradientDescent,
+    Implicit,
     argmin,
     check_hypergradient,
     hypergradient,
@@ -106,6 +111,64 @@ def test_checks_and_known_solutions_do_not_follow_the_default_device():
     with torch.device("meta"):
         got = run()
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "forward",
+        "cg",
+        Implicit(CG(max_steps=5), products="forward-over-reverse"),
+        "sama",
+    ],
+    ids=["forward", "cg", "forward-over-reverse", "sama"],
+)
+def test_threads_do_not_disturb_one_another(method):
+    """The levels of forward mode are those of the process."""
+
+    def run(w):
+        result = hypergradient(
+            PROBLEM,
+            meta | {"w": w},
+            data,
+            inner=INNER,
+            method=method,
+            batched=True,
+            vectorize="vmap",
+        )
+        return result.grads["w"]
+
+    meta, data = make_inputs()
+    points = [torch.tensor(0.1 * i, dtype=torch.float64) for i in range(4)]
+    expected = [run(w) for w in points]
+    with ThreadPoolExecutor(len(points)) as pool:
+        got = list(pool.map(run, points * 10))
+    for mine, theirs in zip(got, expected * 10, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("method", ["cg", "fixed-point"])
+def test_random_numbers_of_another_thread_are_not_those_of_the_loss(method):
+    def loss_beside_a_thread(params, meta, data):
+        thread = Thread(target=torch.rand, args=(1,))
+        thread.start()
+        thread.join()
+        return inner_loss(params, meta, data)
+
+    meta, data = make_inputs()
+    results = [
+        hypergradient(
+            BilevelProblem(PROBLEM.init, loss, PROBLEM.outer_loss),
+            meta,
+            data,
+            inner=INNER,
+            method=method,
+            batched=True,
+            vectorize="vmap",
+        )
+        for loss in (inner_loss, loss_beside_a_thread)
+    ]
+    assert torch.equal(results[0].grads["w"], results[1].grads["w"])
 
 
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])

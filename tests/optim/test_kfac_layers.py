@@ -359,3 +359,38 @@ def test_all_tensors_are_on_the_device_of_the_parameters(monkeypatch):
         for state in optimizer.state.values():
             tensors += state.values()
         assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+class Doubling(torch.autograd.Function):
+    """2x, with a backward that reads a number, which torch cannot vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g if float(g.abs().max()) < 1e9 else g
+
+
+class Doubled(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_a_backward_that_torch_cannot_vmap_is_called_score_by_score():
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(8) % 3
+    weights = []
+    for function in (Doubling.apply, lambda x: 2 * x):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), Doubled(function), nn.Linear(5, 3))
+        optimizer = KFAC(model, F.cross_entropy, expectation="exact")
+        for _ in range(3):
+            optimizer.step(lambda model=model: (model(x), y))
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(*weights)
