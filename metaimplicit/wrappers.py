@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from threading import get_ident
 from typing import Any
 
@@ -63,6 +64,30 @@ torch.view_as_real of it, and use torch.view_as_complex in the model
             raise ValueError(
                 f"model: got the parameter {name!r} in {p.dtype}, expected real numbers; keep "
                 "torch.view_as_real of it, and use torch.view_as_complex in the model"
+            )
+
+
+def reject_inference_tensors(model: nn.Module) -> None:
+    """Raise ValueError for a model that was made within `torch.inference_mode`.
+
+    Autograd can record none of its tensors, the frozen ones included.
+
+    Example:
+        >>> import torch
+        >>> with torch.inference_mode():
+        ...     model = nn.Linear(1, 1)
+        >>> reject_inference_tensors(model)
+        Traceback (most recent call last):
+        ...
+        ValueError: model: got 'weight' from within torch.inference_mode, expected a tensor that \
+autograd can record; build, load and move the model outside of that mode, or within torch.no_grad
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: got {name!r} from within torch.inference_mode, expected a tensor that "
+                "autograd can record; build, load and move the model outside of that mode, or "
+                "within torch.no_grad"
             )
 
 

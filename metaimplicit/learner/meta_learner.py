@@ -129,6 +129,7 @@ class MetaLearner(TaskBatches):
         'Factored: the inner loop left its inverse'
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,

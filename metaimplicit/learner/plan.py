@@ -19,7 +19,7 @@ from metaimplicit.learner.learnable import (
 )
 from metaimplicit.methods import Method, make_method
 from metaimplicit.params import Adapt, Params, select
-from metaimplicit.wrappers import reject_complex
+from metaimplicit.wrappers import reject_complex, reject_inference_tensors
 
 
 class Plan(NamedTuple):
@@ -74,6 +74,7 @@ def make_plan(
             "model.requires_grad_(), or learn the numbers of a head, as by learn=['lambda']"
         )
     reject_complex(trainable)
+    reject_inference_tensors(model)
     if head is None:
         chosen = with_default_curvature(make_method(method or "unrolled"))
         loop = make_inner(inner or "gradient-descent")

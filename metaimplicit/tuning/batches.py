@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -108,6 +108,24 @@ def holds_tensors_directly(data: Any) -> bool:
         (True, False)
     """
     return isinstance(data, list) and any(isinstance(part, (Tensor, np.ndarray)) for part in data)
+
+
+def check_source(name: str, source: Any) -> None:
+    """Raise ValueError for what is one batch, or nothing that has batches.
+
+    Example:
+        >>> check_source("train", {"x": torch.ones(2)})
+        Traceback (most recent call last):
+        ...
+        ValueError: train: got dict, expected a loader, a list of batches, or a function of a \
+batch's number; wrap one batch that serves all steps in a list, [batch]
+    """
+    is_batch = isinstance(source, (Mapping, Tensor, np.ndarray))
+    if is_batch or not (callable(source) or isinstance(source, Iterable)):
+        raise ValueError(
+            f"{name}: got {type(source).__name__}, expected a loader, a list of batches, or a "
+            "function of a batch's number; wrap one batch that serves all steps in a list, [batch]"
+        )
 
 
 def read_batches(source: Source, *, first: int) -> Iterator[Any]:

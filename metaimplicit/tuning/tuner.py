@@ -21,7 +21,7 @@ from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream, check_problem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import copied_tensors
-from metaimplicit.tuning.batches import Source, holds_tensors_directly, read_batches
+from metaimplicit.tuning.batches import Source, check_source, holds_tensors_directly, read_batches
 from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss_newton
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.early_stopping import EarlyStopping
@@ -260,13 +260,16 @@ class Tuner:
             The best measurement of all calls, infinite if there was none. None without a metric.
 
         Raises:
-            ValueError: `patience` without a metric, a number below 1, or a loader without batches.
+            ValueError: `patience` without a metric, a number below 1, a loader without batches, or
+                one batch in the place of a loader.
         """
         if patience is not None and metric is None:
             raise ValueError(f"patience: got {patience} without a metric, expected both or neither")
         for name, number in {"every": every, "patience": patience}.items():
             if number is not None:
                 check_count(name, number)
+        check_source("train", train)
+        check_source("validation", validation)
         per_step = self.inner.steps + 1
         train_batches = read_batches(train, first=self.steps * per_step)
         validation_batches = read_batches(validation, first=self.steps)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from learner.few_shot import draw_episodes, make_learner
+from learner.few_shot import draw_episodes, make_learner, make_network
 from torch import nn
 
 from metaimplicit import (
@@ -107,6 +107,41 @@ def test_another_default_device_than_that_of_the_model_changes_nothing(options):
     with torch.device("meta"):
         got = run()
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "unrolled", "proximal": 0.0, "learn": "lr"},
+        {
+            "head": "ridge",
+            "inner": None,
+            "method": None,
+            "proximal": None,
+            "learn": ["lambda", "temperature"],
+        },
+    ],
+    ids=["lr", "ridge"],
+)
+def test_a_learner_that_is_made_in_inference_mode_is_the_same(options):
+    model = make_network()
+    gradients = []
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            learner = make_learner(model, **options)
+        learner.zero_grad()
+        learner.backward(draw_episodes())
+        gradients.append([p.grad.clone() for p in learner.parameters() if p.grad is not None])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_that_is_made_in_inference_mode_is_refused(frozen):
+    with torch.inference_mode():
+        body = nn.Linear(6, 6).double().requires_grad_(not frozen)
+    with pytest.raises(ValueError, match=r"model: got '0.weight' from within torch.inference_mode"):
+        make_learner(nn.Sequential(body, make_network()))
 
 
 def test_a_learner_trains_after_it_was_evaluated_in_inference_mode():

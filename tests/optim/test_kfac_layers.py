@@ -394,3 +394,18 @@ def test_a_backward_that_torch_cannot_vmap_is_called_score_by_score():
             optimizer.step(lambda model=model: (model(x), y))
         weights.append(model[0].weight.detach())
     torch.testing.assert_close(*weights)
+
+
+def test_a_step_in_inference_mode_is_the_same():
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(8) % 3
+    weights = []
+    for mode in (torch.inference_mode, torch.enable_grad):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = KFAC(model, F.cross_entropy)
+        with mode():
+            for _ in range(3):
+                optimizer.step(lambda model=model: (model(x), y))
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)

@@ -220,6 +220,11 @@ def test_bad_calls_are_refused():
         make_tuner().fit([DATA], [DATA], steps=1, metric=lambda *_: None)
     with pytest.raises(ValueError, match="batches: got an iterable without any"):
         tuner.fit([], [DATA], steps=1)
+    for batch in ({"x": DATA}, torch.ones(3), None):
+        with pytest.raises(ValueError, match=r"train: got .*wrap one batch that serves all steps"):
+            tuner.fit(batch, [DATA], steps=1)
+        with pytest.raises(ValueError, match=r"validation: got .*wrap one batch that serves"):
+            tuner.fit([DATA], batch, steps=1)
     other = Tuner(
         ORACLE.problem,
         {"psi": torch.ones(2)},
