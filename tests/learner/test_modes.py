@@ -128,7 +128,7 @@ def test_a_learner_that_is_made_in_inference_mode_is_the_same(options):
     gradients = []
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode():
-            learner = make_learner(model, **options)
+            learner = make_learner(model, **options, vectorize="auto")
         learner.zero_grad()
         learner.backward(draw_episodes())
         gradients.append([p.grad.clone() for p in learner.parameters() if p.grad is not None])
