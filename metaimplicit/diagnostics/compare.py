@@ -21,6 +21,7 @@ from metaimplicit.methods import METHODS, Curvature, Implicit
 from metaimplicit.params import Params, flatten
 from metaimplicit.problem import BilevelProblem, check_problem
 from metaimplicit.solvers import Status
+from metaimplicit.tensors import recordable
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import lift
 
@@ -181,6 +182,7 @@ def compare(
     """
     check_problem(problem)
     inner = make_inner(inner)
+    meta = {name: recordable(m) for name, m in meta.items()}
     chosen = _choose_methods(methods, problem)
     budgets = _check_budgets(products)
     check_count("seeds", seeds)

@@ -90,6 +90,13 @@ def test_another_default_device_than_that_of_the_tensors_changes_nothing(method)
         assert torch.equal(run(), expected)
 
 
+def test_compare_takes_tensors_of_inference_mode():
+    options = {"inner": INNER, "batched": True, "products": [1], "seeds": 1, "methods": ["cg"]}
+    expected = compare(PROBLEM, *make_inputs(), **options).error("cg", 1)
+    with torch.inference_mode():
+        assert compare(PROBLEM, *make_inputs(), **options).error("cg", 1) == expected
+
+
 def test_checks_and_known_solutions_do_not_follow_the_default_device():
     def run():
         options = {"inner": INNER, "batched": True}
