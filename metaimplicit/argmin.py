@@ -41,9 +41,10 @@ def argmin(
     Compose it with any torch code and call `.backward()`. With `unrolled`, `truncated`, and an
     implicit method whose A is the Hessian without damping, the result can be differentiated any
     number of times, with most other methods once. `unrolled` with the loop `Newton` has three
-    derivatives. The derivative of an implicit method's solve is again a solve. The same methods, and implicit ones with another A, pass tangents in forward mode
-    (`torch.autograd.forward_ad`): (dθ*/dφ) φ̇ = −A⁻¹ (∂²f/∂θ∂φ) φ̇. A minimum that was found
-    elsewhere, by scipy, say, is differentiated if it is passed as the `solution`.
+    derivatives. The derivative of an implicit method's solve is again a solve. The same methods,
+    and implicit ones with another A, pass tangents in forward mode (`torch.autograd.forward_ad`):
+    (dθ*/dφ) φ̇ = −A⁻¹ (∂²f/∂θ∂φ) φ̇. A minimum that was found elsewhere, by scipy, say, is
+    differentiated if it is passed as the `solution`.
 
     Args:
         inner_loss: f, of one task: `(params, meta, data) -> scalar`, a function or a `Composite`.
