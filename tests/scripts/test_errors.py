@@ -228,7 +228,8 @@ def test_a_file_that_cannot_be_written_is_noticed_before_any_work(tmp_path, monk
 def test_a_config_that_cannot_be_read_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").mkdir()
     line = error_line(load_main("evaluate"), [tmp_path], capsys)
-    assert line.startswith("error: [Errno 21] Is a directory")
+    config = tmp_path / "config.json"
+    assert line == f"error: {config}: got a folder, expected the file that a run wrote"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the limits of Linux")
@@ -254,7 +255,8 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", fsync)
     args = [*SMALL, "--out", str(tmp_path / "run")]
     line = error_line(load_main("train"), args, capsys)
-    assert line == "error: [Errno 28] No space left on device"
+    config = tmp_path / "run" / "config.json"
+    assert line == f"error: [Errno 28] No space left on device: {str(config)!r}"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
