@@ -92,7 +92,7 @@ def test_a_learner_with_a_head():
     task = (X.unsqueeze(0), LABELS.unsqueeze(0))
 
     def run():
-        learner = MetaLearner(bodies.pop(), F.cross_entropy, head="ridge")
+        learner = MetaLearner(bodies.pop(), F.cross_entropy, head="ridge", vectorize="vmap")
         return learner.backward((task, task)).loss
 
     assert torch.equal(*here_and_elsewhere(run))
