@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -128,12 +129,16 @@ class SecondOrder(torch.optim.Optimizer):
                     f"step: {name!r} was frozen after the optimiser was built; "
                     "build another optimiser"
                 )
-        for name, p in present.items():
-            if p.requires_grad and name not in self._trainable:
-                raise ValueError(
-                    f"step: {name!r} was added or unfrozen after the optimiser was built, which "
-                    "would not move it; build another optimiser"
-                )
+        unmoved = [n for n, p in present.items() if p.requires_grad and n not in self._trainable]
+        if unmoved:
+            # Between here and the caller of `step` are its decorators.
+            warnings.warn(
+                f"step: {', '.join(map(repr, unmoved))} were added or unfrozen after the optimiser "
+                "was built, and do not move; build another optimiser, unless another one moves "
+                "them",
+                RuntimeWarning,
+                stacklevel=7,
+            )
         self._follow_model()
         return closure
 
