@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -199,10 +199,10 @@ def check_point(params: Params) -> None:
         Traceback (most recent call last):
         ValueError: params: got 'b' of shape (1,), expected [2, …], as the first has 2 tasks
     """
-    if not isinstance(params, dict) or not params:
+    if not isinstance(params, Mapping) or not params:
+        got = type(params).__name__ if params else "nothing"
         raise ValueError(
-            f"params: got {params if params == {} else type(params).__name__}, expected a dict of "
-            "tensors by name, {name: [tasks, *shape]}"
+            f"params: got {got}, expected a dict of tensors by name, {{name: [tasks, *shape]}}"
         )
     tasks = None
     for name, p in params.items():

@@ -64,8 +64,7 @@ class KroneckerFactored(Curvature, Invertible):
         ValueError: The loss is −log p of no such likelihood, or an option is unknown. A parameter
             of another kind of layer adapts, or of two layers, or one that is read outside of its
             layer, too. A layer is called twice, or not at all, is grouped, or is padded with
-            anything but zeros. The
-            outputs do not have the shape [tasks, m, d].
+            anything but zeros. The outputs do not have the shape [tasks, m, d].
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)

@@ -286,10 +286,11 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "linux":
-        # A process that another one starts inherits its ru_maxrss.
+        # A process that another one starts inherits its ru_maxrss. Some sandboxes lack VmHWM.
         lines = Path("/proc/self/status").read_text().splitlines()
-        (size,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))  # in KiB
-        return int(size) / 1024
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024  # KiB
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
