@@ -346,8 +346,9 @@ def test_an_example_of_weight_zero_has_derivatives(p, m):
             head, lambda *_: start, {"weights": weights}, None, inner=Newton(), method=method
         )
         (slope,) = torch.autograd.grad(end["weight"].pow(3).sum(), weights, create_graph=True)
-        rows = [torch.autograd.grad(part, weights, retain_graph=True)[0] for part in slope]
-        return {"slope": slope.detach(), "curvature": torch.stack(rows)}
+        (second,) = torch.autograd.grad(slope @ randn(m, seed=2), weights, create_graph=True)
+        (third,) = torch.autograd.grad(second @ randn(m, seed=3), weights)
+        return {"slope": slope.detach(), "second": second.detach(), "third": third}
 
     assert largest_error(derivatives("unrolled"), derivatives("auto")) < 1e-12
 
