@@ -200,7 +200,7 @@ def check_point(params: Params) -> None:
         ValueError: params: got 'b' of shape (1,), expected [2, …], as the first has 2 tasks
     """
     if not isinstance(params, Mapping) or not params:
-        got = type(params).__name__ if params else "nothing"
+        got = "an empty one" if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
             f"params: got {got}, expected a dict of tensors by name, {{name: [tasks, *shape]}}"
         )

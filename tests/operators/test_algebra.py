@@ -119,8 +119,9 @@ def test_shapes_that_differ_are_refused():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({}, r"params: got \{\}, expected a dict of tensors by name"),
+        ({}, "params: got an empty one, expected a dict of tensors by name"),
         ([torch.ones(1, 2)], "params: got list, expected a dict of tensors by name"),
+        (torch.ones(2, 2), "params: got Tensor, expected a dict of tensors by name"),
         ({"w": torch.ones(1, 2) + 0j}, "params: got 'w' in torch.complex64, expected real"),
         ({"w": torch.ones(1, 2, dtype=torch.int64)}, "params: got 'w' in torch.int64, expected"),
         ({"w": torch.tensor(1.0)}, r"params: got 'w' of shape \(\), expected \[tasks, …\] with"),
