@@ -43,5 +43,5 @@ def push_forward(
 def _load_rules() -> None:
     """Let torch load its rules of forward mode, which it does at its first use."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
         torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))

@@ -20,7 +20,7 @@ from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
-from metaimplicit.random_state import RandomState
+from metaimplicit.random_state import RandomState, UnfusedDropout
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, map_tensors, new_views, task_of
 from metaimplicit.tensors import tensors_in
@@ -344,7 +344,8 @@ def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Call
 
     def repeating(*args: Any) -> Any:
         state.restore()
-        return function(*args)
+        with UnfusedDropout():  # type: ignore[no-untyped-call]
+            return function(*args)
 
     return repeating
 

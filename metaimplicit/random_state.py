@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,30 @@ def restored_random_state(device: torch.device) -> Iterator[RandomState]:
         yield state
     finally:
         state.restore()
+
+
+class UnfusedDropout(TorchDispatchMode):
+    """A block in which dropout on CUDA draws the numbers that it draws in `torch.vmap`.
+
+    In `torch.vmap` with `randomness="same"`, torch draws a mask for the tensor of one task. Outside
+    of it, a fused kernel draws other numbers from the same state. That is so for dropout within
+    attention and recurrent networks, too.
+
+    Example:
+        >>> with UnfusedDropout():
+        ...     torch.dropout(torch.ones(2), p=1.0, train=True)
+        tensor([0., 0.])
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operation of torch, and dropout by plain ones."""
+        if function is not torch.ops.aten.native_dropout.default:
+            return function(*args, **(kwargs or {}))
+        x, p, train = args
+        if not train:
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        mask = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - p)
+        scale = 1 / (1 - p) if p < 1 else 0.0
+        return x * mask * scale, mask.bool()

@@ -77,7 +77,13 @@ def test_a_tuner_of_a_network(variable):
         variables = [variable, WeightDecay(start=0.5)]
         problem, meta, domains = tuning_problem(models.pop(), F.cross_entropy, variables)
         inner = GradientDescent(steps=2, lr=0.1)
-        tuner = Tuner(problem, meta, inner=inner, domains=domains)
+        tuner = Tuner(
+            problem,
+            meta,
+            inner=inner,
+            domains=domains,
+            optimizer=lambda free: torch.optim.SGD(free, lr=0.1),
+        )
         tuner.step(batch, batch)
         check = check_hypergradient(problem, meta, batch, inner=inner, method="unrolled")
         return tuner.meta, check.verdict

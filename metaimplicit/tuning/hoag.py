@@ -199,7 +199,10 @@ class HOAG:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to resume to the same bits: φ, θ, the solver and the line search."""
+        """All that a run needs to resume to the same bits: φ, θ, the solver and the line search.
+
+        It holds neither batches nor the states of random generators.
+        """
         state = {
             "free": {name: free.detach() for name, free in self.free.tensors.items()},
             "end": None if self.end is None else self.end.to_dict(),

@@ -290,8 +290,8 @@ class Tuner:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to resume to the same bits: φ, θ, both optimisers and the solver.
 
-        It holds neither batches nor torch's random state, from which a sketch without a `generator`
-        is drawn.
+        It holds neither batches nor the states of random generators, from which sketches are drawn:
+        neither torch's own nor that of a solver's `generator`. `training.save_tuner` holds both.
         """
         return self._position() | {"steps": self.steps, "stopping": self.stopping.to_dict()}
 

@@ -21,6 +21,7 @@ from metaimplicit import (
     tuning_problem,
 )
 from metaimplicit.optim import NaturalGradient
+from metaimplicit.training import to_device
 from metaimplicit.tuning import WeightDecay
 from metaimplicit.unsupported import UnsupportedOperationError, find_advice
 
@@ -233,9 +234,10 @@ def test_a_model_whose_parameters_cannot_be_replaced_is_refused(name, method):
 def test_a_part_that_is_wrapped_still_works(wrap):
     torch.manual_seed(0)
     inside = nn.Linear(6, 5)
-    wrapped = nn.Sequential(nn.Linear(4, 6), wrap(inside))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of DataParallel
+    wrapped = nn.Sequential(nn.Linear(4, 6), wrap(inside.to(device))).to(device)
     plain = nn.Sequential(wrapped[0], inside)
-    episodes = draw(tasks=2)
+    episodes = to_device(draw(tasks=2), device)
     gradients = []
     for model in (wrapped, plain):
         model.zero_grad()

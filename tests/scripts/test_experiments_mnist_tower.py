@@ -11,7 +11,14 @@ from experiments.runner import execute
 from metaimplicit import Hyperoptimizer
 
 pytestmark = pytest.mark.usefixtures("blob_mnist")
-SMALL = {"seeds": 1, "batch": 50, "hidden": 4, "height_epochs": 1, "threads": 1}
+SMALL = {
+    "seeds": 1,
+    "batch": 50,
+    "hidden": 4,
+    "height_epochs": 1,
+    "threads": 1,
+    "device": "cpu",
+}
 
 
 def rows_by_method(folder):

@@ -178,7 +178,7 @@ def test_the_first_way_of_a_run_is_accurate_in_single_precision():
     """In channels-last format, batch statistics of glyphs on black are not."""
     family = tasks.load("glyphs", ways=20, shots=1, queries=5).train
     batch = tasks.EpisodeSampler(family, tasks=2)[0]
-    learner = build_learner(parse([]), family)
+    learner = build_learner(parse(["--device", "cpu"]), family)
     gradients = []
     for dtype in (torch.float32, torch.float64):
         learner.to(dtype).zero_grad()

@@ -50,7 +50,7 @@ PUBLISHED_NAMES = {"lr": "alpha", "beta1": "beta1", "beta2": "beta2"}
 
 
 def network():
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 

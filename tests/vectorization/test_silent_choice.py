@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vectorization.problems import meta_of, network, problem_of
 from vectorization.wrong_rules import WrongValue
 
-from metaimplicit import Unrolled, hypergradient
+from metaimplicit import MetaLearner, Unrolled, hypergradient
 
 
 class Function(nn.Module):
@@ -168,6 +168,47 @@ def test_vmap_is_kept_without_a_word_where_it_is_right(name):
     assert torch.equal(after_vmap, after_auto)  # the comparison consumes no random numbers
     if name != "noise of a generator":
         torch.testing.assert_close(auto.grads, vmap.grads, rtol=0, atol=0, equal_nan=True)
+
+
+class Attentive(nn.Module):
+    """Self-attention over the numbers of an example, in training with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.3, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.unflatten(-1, (3, 2))).flatten(1)
+
+
+FUSED_DROPOUT = {
+    "dropout": lambda: nn.Dropout(0.5),
+    "dropout of all": lambda: nn.Dropout(1.0),
+    "dropout in attention": Attentive,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", FUSED_DROPOUT)
+def test_dropout_on_cuda_is_no_difference_of_vmap(name):
+    """Outside of vmap a fused kernel draws its mask, and other numbers."""
+    model = network(FUSED_DROPOUT[name]()).to("cuda")
+    episodes = draw()
+    data = [tuple(x.to("cuda") for x in part) for part in (episodes.support, episodes.query)]
+    learner = MetaLearner(model, F.cross_entropy, inner=INNER, vectorize="vmap")
+    assert learner.backward(tuple(data)).report.tasks_by == "vmap"  # a warning is an error here
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_wrong_rule_beside_dropout_is_named_on_cuda():
+    model = network(nn.Sequential(nn.Dropout(0.5), WrongValue())).to("cuda")
+    episodes = draw()
+    data = [tuple(x.to("cuda") for x in part) for part in (episodes.support, episodes.query)]
+    learner = MetaLearner(model, F.cross_entropy, inner=INNER, vectorize="vmap")
+    with pytest.warns(RuntimeWarning, match=r"WrongValue.*: vmap differs from a loop by"):
+        learner.backward(tuple(data))
 
 
 def test_half_precision_in_the_model_hides_no_wrong_rule():
