@@ -160,6 +160,17 @@ ADVICE = {
     r"forward AD with _*([\w.]+?)(?:_forward)? that does not support it": (
         "{0}: torch has no forward-mode derivative of it; use {1}" + REVERSE_MODE
     ),
+    r"cudnn RNN backward can only be called in training mode": (
+        "cudnn_rnn: it has no derivative in evaluation mode; use "
+        "torch.backends.cudnn.flags(enabled=False), or model.train()"
+    ),
+    r"expected input and grad types to match": (
+        "softmax: torch cannot vmap its gradient within an autocast to bfloat16 ({0}); use " + LOOP
+    ),
+    r"on the same device|found two different devices|torch\.cuda\.\w+Tensor": (
+        "tensors on different devices meet ({0}); move the model, the data and what the losses "
+        "hold to one device by .to(device)"
+    ),
     r"must have the same dtype|expected scalar type|type \([\w.]+\) and \w+ type \([\w.]+\)": (
         "tensors of different types meet ({0}); convert the data, or the model, by .to(dtype), or "
         "if the parameters differ in type use 'unrolled' or curvature='gauss-newton'"

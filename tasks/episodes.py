@@ -280,7 +280,9 @@ class EpisodeSampler(Dataset[Episodes]):
             generator=generator,
             worker_init_fn=_ignore_signals,
         )
-        for episodes in loader:
+        with torch.device("cpu"):  # where its generator draws, whatever the default device is
+            batches = iter(loader)
+        for episodes in batches:
             self.position += 1
             yield episodes
 

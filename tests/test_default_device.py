@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from second_order import LABELS, OPTIMIZERS, X, closure_for, tanh_network, vector
 from tower_network import TOWERS, network, train
 
+import tasks
 from metaimplicit import GradientDescent, Hyperoptimizer, MetaLearner, check_hypergradient
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.methods import METHODS
@@ -102,3 +103,13 @@ def test_a_learner_with_a_head():
         return learner.backward((task, task)).loss
 
     assert torch.equal(*here_and_elsewhere(run))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_batches_of_a_sampler(workers):
+    def draw():
+        sampler = tasks.EpisodeSampler(tasks.load("sinusoid", shots=5).train, tasks=2)
+        return next(sampler.batches(1, workers=workers)).support
+
+    for got, expected in zip(*here_and_elsewhere(draw), strict=True):
+        assert torch.equal(got, expected)

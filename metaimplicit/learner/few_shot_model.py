@@ -198,13 +198,15 @@ class FewShotModel(nn.Module):
         return problem
 
     def _lift(self, problem: BilevelProblem, data: Any, vectorize: Vectorize) -> LiftedProblem:
+        # In evaluation mode, the kernels of cuDNN for recurrent networks have no derivative at all.
+        is_recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         return LiftedProblem(
             problem,
             data,
             batched=True,
             vectorize=vectorize,
             chunk_size=self.chunk_size,
-            second_derivatives=self.inner.second_derivatives,
+            second_derivatives=self.inner.second_derivatives or is_recurrent,
         )
 
     def _query_loss(self) -> TaskLoss:

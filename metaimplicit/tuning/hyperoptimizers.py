@@ -127,8 +127,8 @@ class Hyperoptimizer(torch.optim.Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            ValueError: No parameter has a gradient, one has a sparse gradient, or a value that was
-                written into a group is out of range.
+            ValueError: No parameter has a gradient, one has a sparse gradient, the model was moved
+                to another device, or a value that was written into a group is out of range.
             FloatingPointError: A hyperparameter is not finite, is negative, or is a decay of 1. No
                 parameter has moved. On CUDA the check is made every 8 steps, so up to 7 steps may
                 have used the value.
@@ -146,8 +146,9 @@ class Hyperoptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "step: got no gradient in any parameter, expected loss.backward() before step()"
             )
-        for group, _ in moving:
+        for group, tower in moving:
             _check_dense(group["params"])
+            tower.check_device(group["params"][0])
 
         self._read_groups()
         # All hyperparameters before any parameter: if one fails, no parameter has moved.

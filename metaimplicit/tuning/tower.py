@@ -274,6 +274,15 @@ class RunningLevel:
             for name, x in stored.items()
         }
 
+    def check_device(self, variable: Tensor) -> None:
+        """Raise ValueError for a variable on another device than the state of this tower."""
+        device = self._prototype.device
+        if variable.device != device:
+            raise ValueError(
+                f"step: got parameters on {variable.device}, expected them on {device}, where they "
+                "were when the optimiser was made; make it after model.to(device)"
+            )
+
     def _check_values(self, above: Level) -> None:
         """Raise FloatingPointError for a value with which no step can be made."""
         for name, value in self.values.items():

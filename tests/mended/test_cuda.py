@@ -5,7 +5,9 @@ import torch
 from oracles import randn, relative_error
 from torch import nn
 
+from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.mended import mended_derivatives
+from metaimplicit.unsupported import UnsupportedOperationError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,6 +19,17 @@ NETWORKS = {
     "tanh": lambda: nn.RNN(3, 4, batch_first=True),
     "relu": lambda: nn.RNN(3, 4, batch_first=True, nonlinearity="relu"),
 }
+
+
+class Last(nn.Module):
+    """The last outputs of a recurrent network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)[0][:, -1]
 
 
 def hessian_product(name, device):
@@ -52,4 +65,28 @@ def test_running_statistics_work_under_vmap(affine):
         outputs, slopes = torch.vmap(norm)(images), torch.vmap(slope)(images)
     for i, x in enumerate(images):
         assert relative_error(outputs[i].detach(), norm(x).detach()) < 1e-12
-        assert relative_error(slopes[i], expected[i].sum(dim=(0, 1, 2, 3))) < 1e-12
+        assert relative_error(slopes[i].detach(), expected[i].sum(dim=(0, 1, 2, 3))) < 1e-12
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recurrent_networks_adapt_in_evaluation_mode(name):
+    """There, the kernels of cuDNN have no derivative."""
+    accuracies = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = Last(NETWORKS[name]()).double().to(device)
+        inner = GradientDescent(steps=2, lr=0.1)
+        learner = MetaLearner(model, nn.functional.mse_loss, inner=inner, vectorize="loop").eval()
+        support, query = ((randn(2, 6, 5, 3, seed=i), randn(2, 6, 4, seed=i + 2)) for i in (0, 1))
+        task = [tuple(x.to(device) for x in part) for part in (support, query)]
+        accuracies.append(learner.evaluate(tuple(task))[0].cpu())
+    assert relative_error(*reversed(accuracies)) < 1e-10
+
+
+@pytest.mark.parametrize("elsewhere", ["inputs", "targets"])
+def test_data_on_another_device_are_named(elsewhere):
+    learner = MetaLearner(nn.Linear(3, 4).cuda(), nn.functional.mse_loss)
+    part = {"inputs": randn(2, 6, 3, seed=0).float(), "targets": randn(2, 6, 4, seed=1).float()}
+    part = tuple(x if name == elsewhere else x.cuda() for name, x in part.items())
+    with pytest.raises(UnsupportedOperationError, match=r"different devices meet \(.*\.to"):
+        learner.backward((part, part))

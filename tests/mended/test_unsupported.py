@@ -372,3 +372,17 @@ def test_a_function_without_jvp_is_refused_in_forward_mode(method, vectorize):
             batched=True,
             vectorize=vectorize,
         )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Expected all tensors to be on the same device, but got mat1 is on cpu, different from "
+        "other tensors on cuda:0",
+        "Input type (torch.FloatTensor) and weight type (torch.cuda.FloatTensor) should be the "
+        "same or input should be a MKLDNN tensor and weight is a dense tensor",
+    ],
+)
+def test_what_torch_says_of_two_devices_is_explained(message):
+    advice = find_advice(RuntimeError(message))
+    assert advice.startswith(f"tensors on different devices meet ({message}")

@@ -186,3 +186,15 @@ def test_a_failure_of_many_step_sizes_names_the_worst():
     with pytest.raises(FloatingPointError, match=r"SGD lr: got -1\.9 after") as error:
         optimizer.step()
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_that_moved_to_another_device_is_refused():
+    model = nn.Linear(2, 1)
+    optimizer = Hyperoptimizer(model.parameters(), SGD(0.1, optimizer=SGD(0.1)))
+    model.to("cuda")
+    model(torch.ones(3, 2, device="cuda")).sum().backward()
+    message = r"step: got parameters on cuda:0, expected them on cpu, .*after model.to\(device\)"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
