@@ -177,7 +177,7 @@ def digits(decay: float, curvature: Curvature = "hessian", seed: int = 0) -> Ins
     bunch = load_digits()
     images = torch.as_tensor(bunch.data / 16.0)
     labels = torch.as_tensor(bunch.target)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
     minimise(model, images[:1000], labels[:1000], decay=decay)
@@ -236,7 +236,7 @@ def episodes(data_root: Path | None, curvature: Curvature, meta_steps: int = 100
     """
     name = "omniglot" if data_root else "glyphs"
     family = load(name, ways=5, shots=1, queries=5, data_root=data_root).train
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = ConvNet(family.input_shape, family.outputs, filters=8)
     learner = MetaLearner(

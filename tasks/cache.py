@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 Arrays = dict[str, np.ndarray]
@@ -68,7 +69,8 @@ def load_or_build(name: str, build: Callable[[], Arrays], stamp: str = "") -> Ar
     path = cache_dir() / f"{name}.arrays"
     with contextlib.suppress(OSError, ValueError):  # The file is absent or damaged.
         return _load(path, stamp)
-    arrays = build()
+    with torch.device("cpu"):  # whatever the default device is
+        arrays = build()
     # A read-only or full disk costs time, but does not end the run.
     with contextlib.suppress(OSError, ValueError):
         _save(path, stamp, arrays)

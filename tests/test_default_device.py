@@ -11,6 +11,7 @@ from metaimplicit import GradientDescent, Hyperoptimizer, MetaLearner, check_hyp
 from metaimplicit.hypergradient import hypergradient
 from metaimplicit.methods import METHODS
 from metaimplicit.tuning import GroupStructure, Tuner, WeightDecay, WeightNetwork, tuning_problem
+from tasks.cache import load_or_build
 
 # Tensors on it hold no numbers, so what is made there without need ends in an error.
 ELSEWHERE = torch.device("meta")
@@ -113,3 +114,10 @@ def test_the_batches_of_a_sampler(workers):
 
     for got, expected in zip(*here_and_elsewhere(draw), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_data_that_are_built_for_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ELSEWHERE:
+        arrays = load_or_build("ones", lambda: {"ones": torch.ones(3).numpy()})
+    assert arrays["ones"].tolist() == [1.0] * 3

@@ -35,17 +35,19 @@ def reject_changed_buffers(learner: nn.Module, *, but_tracked: bool = False) -> 
         ValueError: loss: a forward pass changed buffer 'count', so each task would see the ones \
 before it; switch the module that changes it to evaluation mode
     """
-    before = _buffer_versions(learner)
+    # The buffers themselves are kept, because the address of one that is gone may be used again.
+    before = {name: (x, x._version) for name, x in learner.named_buffers()}
     yield
     tracked = tracked_layers(learner) if but_tracked else {}
-    for name, version in _buffer_versions(learner).items():
+    for name, buffer in learner.named_buffers():
         if name.rpartition(".")[0] in tracked:
             continue
         # A buffer that did not exist before (of a lazy module) has not changed.
-        if before.get(name, version) != version:
-            part, _, buffer = name.partition(".")
+        old, version = before.get(name, (buffer, buffer._version))
+        if buffer is not old or buffer._version != version:
+            part, _, path = name.partition(".")
             raise ValueError(
-                f"{part}: a forward pass changed buffer {buffer!r}, so each task would see the "
+                f"{part}: a forward pass changed buffer {path!r}, so each task would see the "
                 "ones before it; switch the module that changes it to evaluation mode"
             )
 
@@ -85,8 +87,3 @@ def restored_attributes(learner: nn.Module) -> Iterator[None]:
 def _is_of_transform(value: Any) -> bool:
     is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
     return isinstance(value, Tensor) and is_wrapped(value)
-
-
-def _buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each buffer is, and how often it was written to in place."""
-    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}

@@ -99,15 +99,15 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
 
 
 def layout_of_cross_entropy(outputs: Tensor, targets: Any) -> Classes | None:
-    """Where torch's losses read class indices, for a loss that cannot be asked.
+    """Where torch's losses read class indices, for a loss that cannot be asked on the CPU.
 
     Example:
         >>> layout_of_cross_entropy(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))
-        Classes(leaf=0, axis=1, size=5, all_count=True)
+        Classes(leaf=0, axis=1, size=5, all_count=False)
     """
     if (0, 1) not in _candidates(outputs, tree_leaves(targets)):
         return None
-    return Classes(leaf=0, axis=1, size=outputs.shape[1], all_count=True)
+    return Classes(leaf=0, axis=1, size=outputs.shape[1], all_count=False)
 
 
 def measure(

@@ -42,7 +42,7 @@ class Fisher(GGN):
             that has none of them, wᵢ = 1/n for each of the n examples that it reads, and a warning
             says so.
         samples: Draws for each example, ≥ 1, with `"monte-carlo"`.
-        generator: A generator of the draws, on the device of the outputs. If None, torch's default.
+        generator: A generator of the draws, which are made on its device. If None, torch's default.
         checked: What earlier checks of this loss have found. If None, they are made again.
 
     Raises:

@@ -118,7 +118,7 @@ class OutputLikelihood:
             expectation: E over y, as in `Fisher`.
             slope: ∂ℓ/∂z, in the shape of z, for `"empirical"`.
             samples: The number of draws for each example, for `"monte-carlo"`.
-            generator: The generator of the draws, on the device of z.
+            generator: The generator of the draws, which are made on its device.
 
         Returns:
             `[count, *z.shape]`. The count is 1 with `"empirical"`, `samples` with `"monte-carlo"`,
@@ -149,7 +149,12 @@ class OutputLikelihood:
 
     def _draw_scores(self, samples: int, generator: torch.Generator | None) -> Tensor:
         """μ − y for y drawn from p(y|z)."""
-        mean = self.mean
+        mean = self.mean if generator is None else self.mean.to(generator.device)
+        return self._scores_of_draws(mean, samples, generator).to(self.mean.device)
+
+    def _scores_of_draws(
+        self, mean: Tensor, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
         shape = (samples, *mean.shape)
         if self.family.name == "gaussian":
             return torch.randn(

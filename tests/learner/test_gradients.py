@@ -20,6 +20,7 @@ from torch import nn
 
 from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, Truncated
 from metaimplicit.learner import Episode, Pair
+from metaimplicit.learner.buffers import reject_changed_buffers
 from metaimplicit.methods import known_options, make_method
 
 DERIVATIVES = [flag for flag in METHODS if flag != "reptile"]
@@ -285,6 +286,29 @@ def test_adapting_to_a_task_does_not_change_buffers_either(call):
     }
     with pytest.raises(ValueError, match="model: a forward pass changed buffer 'mean'"):
         run[call]()
+
+
+class Replacing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self):
+        self.mean = torch.zeros(2)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_a_buffer_that_was_replaced_is_noticed_though_its_address_is_used_again(passes):
+    """Of two replacements, the second is where the first buffer was."""
+    model = nn.ModuleDict({"model": Replacing()})
+
+    def run():
+        with reject_changed_buffers(model):
+            for _ in range(passes):
+                model["model"]()
+
+    with pytest.raises(ValueError, match="model: a forward pass changed buffer 'mean'"):
+        run()
 
 
 class RunningCentre(nn.Module):

@@ -1,7 +1,7 @@
 """Targets of every kind: what the learner computes, and what it measures, against a plain loop."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -332,6 +332,26 @@ def test_other_targets_have_the_gradient_of_a_plain_loop_and_no_accuracy(name):
     assert learner.evaluate(stacked(tasks))[1] is None
 
 
+@pytest.mark.parametrize("name", ["the last class without weight", "a class without weight"])
+def test_a_loss_that_runs_on_its_own_device_alone_counts_its_examples_all_the_same(name):
+    """Its targets cannot be tried on the CPU before they are on the device of its weights."""
+    kind = CLASSES[name]
+    tried = []
+
+    def loss(outputs, targets):
+        if len(tried) < 4:  # twice for the support set, and for the query set
+            tried.append(outputs)
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return kind.loss(outputs, targets)
+
+    tasks = stacked(kind.draw())
+    learner = make_learner(replace(kind, loss=loss), vectorize="loop")
+    expected = make_learner(kind, vectorize="loop")
+    expected.model.load_state_dict(learner.model.state_dict())
+    assert torch.equal(learner.evaluate(tasks)[1], expected.evaluate(tasks)[1])
+    assert len(tried) == 4
+
+
 @pytest.mark.parametrize("name", ["ignore_index", "words", "a class without weight", "one number"])
 def test_implicit_methods_take_the_same_targets(name):
     kind = (CLASSES | NUMBERS)[name]
@@ -458,7 +478,7 @@ def test_a_loss_that_cannot_be_tried_on_the_cpu_is_taken_for_cross_entropy():
     check = TargetCheck(call=lambda x: x, make_loss=lambda: elsewhere)
     scores = torch.randn(2, 3, WAYS)
     labels = torch.tensor([[0, 1, -100], [1, 2, 3]])
-    assert check("query", Pair(scores, labels.abs() % WAYS)) == (0, 1, WAYS, True)
+    assert check("query", Pair(scores, labels.abs() % WAYS)) == (0, 1, WAYS, False)
     assert check("query", Pair(scores, labels)) == (0, 1, WAYS, False)
     with pytest.raises(ValueError, match="query labels: got 9, expected class indices from 0 to 4"):
         check("query", Pair(scores, labels.clamp(0) + 6))

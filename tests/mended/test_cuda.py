@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from oracles import randn, relative_error
+from oracles import dense, randn, relative_error
 from torch import nn
 
 from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.mended import mended_derivatives
+from metaimplicit.operators import Fisher
 from metaimplicit.unsupported import UnsupportedOperationError
 
 pytestmark = [
@@ -90,3 +91,23 @@ def test_data_on_another_device_are_named(elsewhere):
     part = tuple(x if name == elsewhere else x.cuda() for name, x in part.items())
     with pytest.raises(UnsupportedOperationError, match=r"different devices meet \(.*\.to"):
         learner.backward((part, part))
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid", "gaussian"])
+def test_targets_are_drawn_on_the_device_of_the_generator(likelihood):
+    losses = {
+        "softmax": lambda z: nn.functional.cross_entropy(z[0], torch.zeros(4).long().to(z.device)),
+        "sigmoid": lambda z: nn.functional.binary_cross_entropy_with_logits(z[0], 0 * z[0]),
+        "gaussian": lambda z: nn.functional.mse_loss(z[0], 0 * z[0]),
+    }
+    matrices = []
+    for device in ("cpu", "cuda"):
+        fisher = Fisher(
+            lambda p: p["z"],
+            lambda z: losses[likelihood](z).unsqueeze(0),
+            {"z": randn(1, 4, 3, seed=0).to(device)},
+            expectation="monte-carlo",
+            generator=torch.Generator().manual_seed(0),
+        )
+        matrices.append(dense(fisher)[0].cpu())
+    assert relative_error(*reversed(matrices)) < 1e-12
