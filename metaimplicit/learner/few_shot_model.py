@@ -79,7 +79,7 @@ class FewShotModel(nn.Module):
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self._last_problem: tuple[tuple[Any, ...], BilevelProblem] | None = None
-        self._checked: dict[int, dict[Any, Any]] = {}  # by loss, see `Composite`
+        self._checked: tuple[Any, dict[Any, Any]] = (None, {})  # of a loss, see `Composite`
         of_phi = [name for name, p in model.named_parameters() if p.requires_grad]
         self._network = Network(model, of_phi, plan.head)
         if plan.head is not None and not self.adapted:
@@ -93,7 +93,7 @@ class FewShotModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: all but what belongs to the objects of the original."""
-        return self.__dict__ | {"_last_problem": None, "_checked": {}}
+        return self.__dict__ | {"_last_problem": None, "_checked": (None, {})}
 
     @property
     def problem(self) -> BilevelProblem:
@@ -183,13 +183,15 @@ class FewShotModel(nn.Module):
             before, problem = self._last_problem
             if all(old is new for old, new in zip(before, parts, strict=True)):
                 return problem
+        if self._checked[0] is not self.loss:
+            self._checked = (self.loss, {})
         loss, query_loss = self._losses()
         problem = network.problem(
             loss,
             query_loss,
             adapted=self.adapted,
             penalty=self.penalty,
-            checked=self._checked.setdefault(id(self.loss), {}),
+            checked=self._checked[1],
             vectorize=vectorize,
             chunk_size=self.chunk_size,
         )
