@@ -349,3 +349,13 @@ def test_the_problem_takes_plain_pairs_and_gives_the_gradient_of_backward():
     )
     for name, p in learner.model.named_parameters():
         assert relative_error(result.grads[name], p.grad) < 1e-12
+
+
+def test_nothing_that_is_known_of_a_loss_is_taken_for_known_of_another():
+    """Losses that are gone leave their addresses to later ones."""
+    learner = make_learner()
+    for _ in range(20):
+        learner.loss = lambda outputs, labels: F.cross_entropy(outputs, labels)
+        assert not learner.problem.inner_loss.checked
+        learner.backward(draw_episodes())
+        assert learner.problem.inner_loss.checked
