@@ -99,7 +99,13 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[Option]:
         if is_dataclass(current):
             yield from _walk(current, (*path, f.name))
         elif name is not None and kind is not None:
-            yield Option(name, (*path, f.name), kind, current, _help(type(value), f.name))
+            yield Option(
+                name,
+                (*path, f.name),
+                kind,
+                current,
+                _help(type(value), f.name),
+            )
 
 
 @cache

@@ -48,7 +48,13 @@ def outer_gradients(
             grad and is not in `meta`.
     """
     if problem.compiler is not None:
-        return _compiled_outer_gradients(problem.compiler, problem, params, meta, data=data)
+        return _compiled_outer_gradients(
+            problem.compiler,
+            problem,
+            params,
+            meta,
+            data=data,
+        )
     theta = leaves(params)
     losses, aux = problem.outer(theta, meta, data)
     functions = [problem.problem.outer_loss]

@@ -189,7 +189,15 @@ def measure_methods(settings: Benchmark, rows: RowFile) -> None:
                 "threads": settings.threads,
                 "device": settings.device,
             }
-            row = rows.read_or_make(case, partial(measure_apart, settings, method, steps))
+            row = rows.read_or_make(
+                case,
+                partial(
+                    measure_apart,
+                    settings,
+                    method,
+                    steps,
+                ),
+            )
             mebibytes = row["mebibytes"]
             smallest = smallest or mebibytes
             print(

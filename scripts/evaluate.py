@@ -199,7 +199,12 @@ def load_run(run: Path, options: RunOptions, splits: tasks.Splits) -> tuple[Meta
     check_classes(run, splits)
     learner = build_learner(options, splits.test)
     identity = run_identity(options, splits)
-    return learner, load_own_checkpoint(run, learner, identity, select=options.select)
+    return learner, load_own_checkpoint(
+        run,
+        learner,
+        identity,
+        select=options.select,
+    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,12 @@ def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> 
             )
     learner, progress = load_run(run, own, splits)
     # Which tasks a seed gives depends on how many are drawn at a time.
-    return Rival(run, replace(tested, meta_batch=options.meta_batch), learner, progress)
+    return Rival(
+        run,
+        replace(tested, meta_batch=options.meta_batch),
+        learner,
+        progress,
+    )
 
 
 def measure_against(

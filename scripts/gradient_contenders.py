@@ -64,7 +64,12 @@ class Workload:
         generator = torch.Generator().manual_seed(1)
 
         def draw_set(count: int) -> tuple[Tensor, Tensor]:
-            inputs = torch.randn(self.tasks, count, *self.shape, generator=generator)
+            inputs = torch.randn(
+                self.tasks,
+                count,
+                *self.shape,
+                generator=generator,
+            )
             if self.ways:
                 labels = torch.arange(count) % self.ways
                 return inputs, labels.expand(self.tasks, -1).contiguous()

@@ -18,7 +18,14 @@ IDENTITY = torch.eye(SIZE, dtype=torch.float64)
 
 # H has the eigenvalues 1 … 8 and random eigenvectors.
 _draw = torch.Generator().manual_seed(0)
-_basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=_draw, dtype=torch.float64)).Q
+_basis = torch.linalg.qr(
+    torch.randn(
+        SIZE,
+        SIZE,
+        generator=_draw,
+        dtype=torch.float64,
+    )
+).Q
 H = _basis @ torch.diag(torch.arange(1.0, SIZE + 1, dtype=torch.float64)) @ _basis.T
 V = torch.randn(SIZE, generator=_draw, dtype=torch.float64)
 # The Hessian of a network with a dead unit has a row and a column of zeros.

@@ -88,7 +88,16 @@ def main(settings: Race) -> None:
     rows = []
     for name in names:
         case = describe_case(name, course, data)
-        row = stored.read_or_make(case, partial(run_apart, run_race, name, course, name=name))
+        row = stored.read_or_make(
+            case,
+            partial(
+                run_apart,
+                run_race,
+                name,
+                course,
+                name=name,
+            ),
+        )
         rows.append(row)
     leave_results(settings, rows, missing)
 

@@ -39,14 +39,36 @@ class Variant(NamedTuple):
 def robustness_variants() -> list[Variant]:
     """The exact hypergradient at several outer steps; CG, auto, Nyström, Neumann at every knob."""
     exact = Implicit(Dense())
-    variants = [Variant(f"exact ×{lr}", exact, k=100, outer_lr=lr) for lr in EXACT_STEPS]
+    variants = [
+        Variant(
+            f"exact ×{lr}",
+            exact,
+            k=100,
+            outer_lr=lr,
+        )
+        for lr in EXACT_STEPS
+    ]
     variants += [Variant("cg", Implicit(CG(k, tol=0.0)), k=k) for k in COUNTS]
     variants += [Variant("auto", Implicit(Auto(k, tol=0.0, dense=0)), k=k) for k in COUNTS]
     grid = [(k, rho) for k in COUNTS for rho in RHOS]
     for k, rho in grid:
-        variants.append(Variant("nystrom", Implicit(Nystrom(k, rho)), k=k, rho=rho))
+        variants.append(
+            Variant(
+                "nystrom",
+                Implicit(Nystrom(k, rho)),
+                k=k,
+                rho=rho,
+            )
+        )
     for k, rho in grid:
-        variants.append(Variant("neumann", Implicit(Neumann(k, scale=rho)), k=k, rho=rho))
+        variants.append(
+            Variant(
+                "neumann",
+                Implicit(Neumann(k, scale=rho)),
+                k=k,
+                rho=rho,
+            )
+        )
     return variants
 
 

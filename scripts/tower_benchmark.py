@@ -163,9 +163,22 @@ def residual_network(rounds: int = 25, batch_size: int = 128) -> str:
     The table has each height's time over that of height 0, and the cost of a level.
     """
     with seeded(0):
-        batch = (torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,)))
+        batch = (
+            torch.randn(
+                batch_size,
+                3,
+                32,
+                32,
+            ),
+            torch.randint(10, (batch_size,)),
+        )
     model = resnet20(0)
-    sgd = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    sgd = torch.optim.SGD(
+        model.parameters(),
+        0.01,
+        momentum=0.9,
+        weight_decay=1e-4,
+    )
     candidates = {"torch SGD": training_step(model, batch, sgd)}
     for height in range(4):
         model = resnet20(0)

@@ -168,7 +168,12 @@ def _load(path: Path, stamp: str) -> Arrays:
         # A private map: what is written to an array does not reach the file.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return {
-        key: np.ndarray(shape, np.dtype(dtype), buffer=content, offset=first + start)
+        key: np.ndarray(
+            shape,
+            np.dtype(dtype),
+            buffer=content,
+            offset=first + start,
+        )
         for key, (dtype, shape, start) in header["arrays"].items()
     }
 

@@ -103,7 +103,13 @@ def _read(source: Path, size: int) -> ClassImages:
     def read() -> Arrays:
         (names,) = _entries(files, path_of["meta"], "fine_label_names")
         parts = [
-            _entries(files, path_of[name], "data", "fine_labels") for name in ("train", "test")
+            _entries(
+                files,
+                path_of[name],
+                "data",
+                "fine_labels",
+            )
+            for name in ("train", "test")
         ]
         pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.argsort(labels, kind="stable")

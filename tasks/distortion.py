@@ -87,7 +87,12 @@ def distort(images: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
     relative = matrices * half / half[:, None]
     maps = torch.cat([relative, 2 * shifts[:, :, None]], dim=2)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    distorted: Tensor = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    distorted: Tensor = F.grid_sample(
+        images,
+        grid,
+        padding_mode="border",
+        align_corners=False,
+    )
     return distorted
 
 

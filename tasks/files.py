@@ -96,7 +96,12 @@ class Files:
         self._check_once(paths)
         channels = 3 if color else 1
         # PyTorch has the channels first. So they are in memory, and need not be copied later.
-        decoded = np.empty((len(paths), channels, size, size), np.uint8).transpose(0, 2, 3, 1)
+        decoded = np.empty((len(paths), channels, size, size), np.uint8).transpose(
+            0,
+            2,
+            3,
+            1,
+        )
         rows = {path: row for row, path in enumerate(paths)}
         contents = self.contents(paths)
         for path, data in progress(contents, f"decoding {self.root.name}", total=len(paths)):

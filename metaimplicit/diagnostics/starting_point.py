@@ -90,7 +90,12 @@ def solve_inner(
     with torch.enable_grad():
         phi = meta_leaves(meta)
         adaptation = method.adapt(problem, inner, phi)
-        outer = outer_gradients(problem, adaptation.params, phi, data=problem.at(inner.steps))
+        outer = outer_gradients(
+            problem,
+            adaptation.params,
+            phi,
+            data=problem.at(inner.steps),
+        )
     return StartingPoint(problem, phi, adaptation, outer)
 
 

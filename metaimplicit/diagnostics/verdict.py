@@ -89,7 +89,13 @@ def judge(
         tolerance: The relative error up to which the verdict is "Right".
     """
     unsettled = _why_unsettled(inner, kinked)
-    verdict = _verdict(check, method, inner, tolerance=tolerance, unsettled=unsettled)
+    verdict = _verdict(
+        check,
+        method,
+        inner,
+        tolerance=tolerance,
+        unsettled=unsettled,
+    )
     far = not _is_near(check, THETA_TOLERANCE)
     if kinked and far and unsettled not in verdict:
         # The steps may have the derivative that was given, but the argmin has another.

@@ -145,4 +145,9 @@ class NoSteps(InnerLoop):
         """The start, and ‖∂f/∂θ‖ there; see `InnerLoop.run`."""
         norm = gradient_norm(loss, start)
         steps = torch.zeros(len(norm), dtype=torch.int64, device=norm.device)
-        return Trajectory(start, steps, norm, iterates=(start,) if keep_iterates else ())
+        return Trajectory(
+            start,
+            steps,
+            norm,
+            iterates=(start,) if keep_iterates else (),
+        )

@@ -72,7 +72,13 @@ class _StepwiseLoop(InnerLoop):
         step: int | None = None,
     ) -> tuple[Params, OptimizerState]:
         """One step as a pure function; see `InnerLoop.take_step`."""
-        return self._step.take(params, gradients, state=state, meta=meta, step=step)
+        return self._step.take(
+            params,
+            gradients,
+            state=state,
+            meta=meta,
+            step=step,
+        )
 
     @property
     def compile_objection(self) -> str:

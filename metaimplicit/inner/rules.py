@@ -44,7 +44,12 @@ def sgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
 
 def sgdw(group: Group, state: Slots, p: Value, g: Value) -> Value:
     """SGD with decoupled weight decay; see `SGDW`."""
-    return sgd(group, state, p * (1 - group["lr"] * group["decoupled_weight_decay"]), g)
+    return sgd(
+        group,
+        state,
+        p * (1 - group["lr"] * group["decoupled_weight_decay"]),
+        g,
+    )
 
 
 def adam(group: Group, state: Slots, p: Value, g: Value) -> Value:

@@ -39,7 +39,15 @@ def resolve_setting(value: Any, meta: Params, parameter: str, *, option: str) ->
         entry = value[key_of(value, parameter, option)]
         return resolve_setting(entry, meta, parameter, option=option)
     if isinstance(value, list):
-        return [resolve_setting(entry, meta, parameter, option=option) for entry in value]
+        return [
+            resolve_setting(
+                entry,
+                meta,
+                parameter,
+                option=option,
+            )
+            for entry in value
+        ]
     return resolve(value, meta, parameter)
 
 

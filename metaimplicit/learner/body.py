@@ -74,7 +74,12 @@ class Body:
             features = self._of_one_batch(meta, sets)
         else:
             features = [
-                self._of_each_set(meta, inputs, vectorize=vectorize, chunk_size=chunk_size)
+                self._of_each_set(
+                    meta,
+                    inputs,
+                    vectorize=vectorize,
+                    chunk_size=chunk_size,
+                )
                 for inputs in sets
             ]
         return Episode(Pair(features[0], support.targets), Pair(features[-1], query.targets))

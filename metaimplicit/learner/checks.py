@@ -166,7 +166,13 @@ broadcast against each other in the loss, expected one shape; reshape the target
                 continue
             is_alone = leaf is targets and leaf.dim() != outputs.dim()
             if leaf.numel() == outputs.numel() > 1 or is_alone:
-                broadcasts |= _is_broadcast(loss, outputs, targets, leaf, value=value)
+                broadcasts |= _is_broadcast(
+                    loss,
+                    outputs,
+                    targets,
+                    leaf,
+                    value=value,
+                )
     if broadcasts:
         raise ValueError(
             f"{name}: {shapes}, which broadcast against each other in the loss, expected one "

@@ -82,7 +82,13 @@ def make_plan(
         adapted = _select_parameters(model, list(trainable), adapt)
         strength = proximal_strength(proximal, chosen)
         params = {name: trainable[name] for name in adapted}
-        learnable = make_learnable(learn, loop, strength, method=chosen, params=params)
+        learnable = make_learnable(
+            learn,
+            loop,
+            strength,
+            method=chosen,
+            params=params,
+        )
         return Plan(chosen, adapted, learnable, None)
 
     head = make_head(head)

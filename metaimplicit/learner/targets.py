@@ -94,7 +94,12 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
             every_class = size <= MAX_PROBES * leaves[position].numel()
             complete = every_class and all(bool(c.all()) for c in known)
             # Further tensors may be masks, which differ from batch to batch.
-            return Classes(position, axis, size, all_count=complete and len(leaves) == 1)
+            return Classes(
+                position,
+                axis,
+                size,
+                all_count=complete and len(leaves) == 1,
+            )
     return None
 
 

@@ -227,7 +227,12 @@ class TaskBatches(FewShotModel):
 
     def _measure(self, group: Group, outputs: Tensor) -> Tensor | None:
         """The metric or the accuracy of each task, `[tasks]`. None if there is neither."""
-        return measure(group, outputs, metric=self.metric, make_loss=self._query_loss)
+        return measure(
+            group,
+            outputs,
+            metric=self.metric,
+            make_loss=self._query_loss,
+        )
 
 
 def _read_for_head(head: Head, batches: list[Episode]) -> list[Episode]:

@@ -60,7 +60,13 @@ def compiled_linearization(
     def product(v: Tensor) -> Tensor:
         make = partial(_make_product, problem, curvature)
         name = "the product with the curvature"
-        result: Tensor = compiler.call(name, curvature, make, *point, in_one_layout({"v": v})["v"])
+        result: Tensor = compiler.call(
+            name,
+            curvature,
+            make,
+            *point,
+            in_one_layout({"v": v})["v"],
+        )
         return result
 
     def mixed_product(u: Tensor) -> tuple[Params, Params]:
@@ -72,7 +78,12 @@ def compiled_linearization(
         return result
 
     check = None if curvature == "hessian" else lambda: look().core
-    core = CompiledOperator(product, params, semidefinite=semidefinite, check=check)
+    core = CompiledOperator(
+        product,
+        params,
+        semidefinite=semidefinite,
+        check=check,
+    )
     return Linearization(core, {}, sigma, None, mixed_product)
 
 

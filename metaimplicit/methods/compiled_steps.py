@@ -77,7 +77,13 @@ class CompiledSteps(StepFunctions):
         self._compiler = compiler
         self._key = settings_of(inner)
         self.dependencies, read = compiler.remember(
-            ("dependencies", self._key), lambda: _find_dependencies(problem, inner, initial, meta)
+            ("dependencies", self._key),
+            lambda: _find_dependencies(
+                problem,
+                inner,
+                initial,
+                meta,
+            ),
         )
         constants = detached(meta)
         self._phi = {name: m for name, m in constants.items() if name in read}

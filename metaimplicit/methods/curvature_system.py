@@ -99,7 +99,12 @@ class CurvatureSystem:
         if preconditioner is not None:
             inverse = partial(preconditioner.inverse, shift=sigma)
         shifted = point.core + Identity(point.core, sigma)
-        solution = self.solver.solve(shifted, v, state=state, preconditioner=inverse)
+        solution = self.solver.solve(
+            shifted,
+            v,
+            state=state,
+            preconditioner=inverse,
+        )
         if bool((solution.rayleigh < 0.999 * sigma).any()):
             point.core.check_convex()
         warn_or_raise(self.solver, solution, strict=self.strict)

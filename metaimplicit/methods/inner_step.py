@@ -58,7 +58,13 @@ def take_inner_step(
     # torch.func.grad gives zeros for unread parameters, which weight decay would still move.
     used = {name: g for name, g in gradients.items() if name not in unread}
     state = {name: state.get(name, {}) for name in params}
-    next_params, next_state = inner.take_step(params, used, state, meta, step=number)
+    next_params, next_state = inner.take_step(
+        params,
+        used,
+        state,
+        meta,
+        step=number,
+    )
     if inner.tol is not None and active is not None:
         moves = active & ~(norm.detach() <= inner.tol)
         for name, p in next_params.items():

@@ -100,7 +100,15 @@ def linearize(
     f = problem.problem.inner_loss
     penalties = [f.penalty if isinstance(f, Composite) else None, decay]
     for penalty in filter(None, penalties):
-        hessian = Hessian(partial(_lifted_penalty, problem, penalty, meta), params)
+        hessian = Hessian(
+            partial(
+                _lifted_penalty,
+                problem,
+                penalty,
+                meta,
+            ),
+            params,
+        )
         # All gradients belong to copies of θ at one point, so their sum is ∂f/∂θ.
         gradient = {name: g + hessian.gradient[name] for name, g in gradient.items()}
         multiple = known_multiple(penalty, meta)
@@ -185,12 +193,26 @@ def _take_apart(problem: LiftedProblem, params: Params, meta: Params, data: Any)
 
     return LossParts(
         params,
-        outputs=reject_random_numbers(lambda p: problem.outputs(f, p, meta, data)),
+        outputs=reject_random_numbers(
+            lambda p: problem.outputs(
+                f,
+                p,
+                meta,
+                data,
+            )
+        ),
         loss=lambda z: problem.output_loss(f, z, meta, data),
         module=f.module,
         apply_model=apply_model,
         checked=f.checked,
-        whole=reject_random_numbers(lambda p: problem.unpenalised(f, p, meta, data)),
+        whole=reject_random_numbers(
+            lambda p: problem.unpenalised(
+                f,
+                p,
+                meta,
+                data,
+            )
+        ),
     )
 
 

@@ -66,7 +66,15 @@ def replay(
             cotangents, of_meta = _pull_back(functions, run.moments, seeds)
         functions.warn_if_replay_differed()
         of_start = {name: v for (name, key), v in cotangents.items() if not key and v is not None}
-        return _add(of_meta, _pull_start_back(problem, initial, of_start, meta)), report
+        return _add(
+            of_meta,
+            _pull_start_back(
+                problem,
+                initial,
+                of_start,
+                meta,
+            ),
+        ), report
 
     params = run.end.params
     if iterates:
@@ -81,7 +89,12 @@ def run_by_steps(problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Inne
     functions = make_steps(problem, inner, meta, initial)
     run = _run(functions, _start(problem, initial), differentiated_steps=0)
     end = run.end
-    trajectory = Trajectory(end.params, run.taken, run.gradient_norm, state=end.state)
+    trajectory = Trajectory(
+        end.params,
+        run.taken,
+        run.gradient_norm,
+        state=end.state,
+    )
     return InnerRun(initial, trajectory, functions.dependencies)
 
 

@@ -56,4 +56,10 @@ class Reptile(Method):
             directions = {name: (start[name] - p) / problem.tasks for name, p in params.items()}
             return vector_jacobian_product(run.start, meta, directions), report
 
-        return Adaptation(params, report, run.dependencies, trajectory.end, pullback)
+        return Adaptation(
+            params,
+            report,
+            run.dependencies,
+            trajectory.end,
+            pullback,
+        )

@@ -144,7 +144,14 @@ class Unrolled(Method):
                 f"{inner.replay_objection}, expected 'graph'"
             )
         steps = inner.steps
-        return replay(self, problem, inner, meta, steps=steps, iterates=self.iterates)
+        return replay(
+            self,
+            problem,
+            inner,
+            meta,
+            steps=steps,
+            iterates=self.iterates,
+        )
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,12 @@ def run_inner(
     def loss(params: Params, t: int) -> Tensor:
         losses = problem.inner(params, meta, problem.at(t))
         if t == 0 or isinstance(problem.data, Stream):
-            in_loss, unread = dependencies_of_loss(problem, losses, params, meta=meta)
+            in_loss, unread = dependencies_of_loss(
+                problem,
+                losses,
+                params,
+                meta=meta,
+            )
             dependencies.loss.update(in_loss)
             if t == 0:
                 dependencies.idle.update(unread)

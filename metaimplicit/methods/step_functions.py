@@ -189,7 +189,12 @@ class EagerSteps(StepFunctions):
     def _note_dependencies(self, losses: Tensor, theta: Params, t: int) -> None:
         if t > 0 and not isinstance(self.problem.data, Stream):
             return
-        in_loss, unread = dependencies_of_loss(self.problem, losses, theta, meta=self.meta)
+        in_loss, unread = dependencies_of_loss(
+            self.problem,
+            losses,
+            theta,
+            meta=self.meta,
+        )
         self.dependencies.loss.update(in_loss)
         if t == 0:
             self.dependencies.idle.update(unread)
@@ -213,7 +218,13 @@ def differentiable_step(
         number: t. None stands for a step that belongs to no loop.
     """
     gradients = inner_gradients(loss(point.params), point.params, create_graph=True)
-    params, state = inner.take_step(point.params, gradients, point.state, meta, step=number)
+    params, state = inner.take_step(
+        point.params,
+        gradients,
+        point.state,
+        meta,
+        step=number,
+    )
     return Iterate(params, state), gradients
 
 

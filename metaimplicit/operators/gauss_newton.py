@@ -142,18 +142,33 @@ class GGN(RetainedGraphCurvature):
 
         def product(v: Tensor) -> Tensor:
             """(∂²ℓ/∂z²) v, `[tasks, size] -> [tasks, size]`."""
-            (hv,) = torch.autograd.grad(slope, z, v.reshape(z.shape), retain_graph=True)
+            (hv,) = torch.autograd.grad(
+                slope,
+                z,
+                v.reshape(z.shape),
+                retain_graph=True,
+            )
             return hv.reshape(len(z), -1)
 
         generator = torch.Generator().manual_seed(0)
         shape = (2, *z.shape[1:])
-        draws = torch.randn(shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
+        draws = torch.randn(
+            shape,
+            generator=generator,
+            dtype=z.dtype,
+            device="cpu",
+        ).to(z.device)
         first, second = (draw.expand(z.shape).reshape(len(z), -1) for draw in draws)
         # The largest |λ| comes first. Then |λ|_max I − ∂²ℓ/∂z² has its largest eigenvalue at the
         # smallest λ.
         zero = z.new_zeros(len(z), 1)
         _, largest = _power_iteration(product, first, shift=zero, steps=steps)
-        smallest, _ = _power_iteration(product, second, shift=largest, steps=steps)
+        smallest, _ = _power_iteration(
+            product,
+            second,
+            shift=largest,
+            steps=steps,
+        )
         roundoff = 1e-3 * largest.squeeze(1) + 1e-13
         if bool((smallest < -roundoff).any()):
             raise ValueError(
@@ -189,7 +204,12 @@ class GGN(RetainedGraphCurvature):
         tangent = vjp(gradient, {"r": self._slope}, vector, batched=batched)["r"]
         cotangent = self._output_hessian_product(tangent, batched)
         outputs = {"outputs": self._outputs}
-        return flat_vjp(outputs, self.params, {"outputs": cotangent}, batched=batched)
+        return flat_vjp(
+            outputs,
+            self.params,
+            {"outputs": cotangent},
+            batched=batched,
+        )
 
     def _output_hessian_product(
         self,

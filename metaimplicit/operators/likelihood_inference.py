@@ -171,7 +171,14 @@ def _find_family(
     try:
         for seed, (at, slack) in enumerate(points):
             v = random_outputs(z, 3 + seed)
-            evidence.append(_Evidence(at, v, *output_hessian_product(loss, at, v), slack))
+            evidence.append(
+                _Evidence(
+                    at,
+                    v,
+                    *output_hessian_product(loss, at, v),
+                    slack,
+                )
+            )
     except NoSecondDerivativeError:
         return None
     if not all(bool(seen.product.isfinite().all()) for seen in evidence[:draws]):

@@ -94,7 +94,12 @@ def loss_scores(
     inferred = infer_likelihood(
         loss, z, owner=owner, likelihood=likelihood, checked=checked, otherwise=otherwise
     )
-    scores = inferred.scores(expectation, slope=slope, samples=samples, generator=generator)
+    scores = inferred.scores(
+        expectation,
+        slope=slope,
+        samples=samples,
+        generator=generator,
+    )
     weights = inferred.example_weights()
     if rows is not None and expectation != "monte-carlo" and rows < weights[0].numel():
         scores = _separate_positions(scores, inferred.family.axis, owner)

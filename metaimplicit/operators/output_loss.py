@@ -95,4 +95,9 @@ def random_outputs(z: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     may_be_probabilities = not z.is_complex() and bool(((z >= 0) & (z <= 1)).all())
     draw = torch.rand if may_be_probabilities else torch.randn
-    return draw(z.shape, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
+    return draw(
+        z.shape,
+        generator=generator,
+        dtype=z.dtype,
+        device="cpu",
+    ).to(z.device)

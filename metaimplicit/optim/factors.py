@@ -67,7 +67,12 @@ def update_factors(
         probe = None
         if probes is not None:
             gradients = probes[name].to(dtype).unsqueeze(1)
-            _, probe = layer_patches(layer.module, inputs[name].unsqueeze(0), gradients, bias=False)
+            _, probe = layer_patches(
+                layer.module,
+                inputs[name].unsqueeze(0),
+                gradients,
+                bias=False,
+            )
         batch_a, batch_g = second_moments(a, g, weights, probe)
         for key, batch in (("A", batch_a[0]), ("G", batch_g[0])):
             if key in state:

@@ -100,7 +100,12 @@ class GaussNewton(_GeneralisedGaussNewton):
         )
 
     def _make_curvature(self, batch: BatchLoss) -> Curvature:
-        return GGN(batch.outputs, batch.loss, self._task_params(), checked=self._checked)
+        return GGN(
+            batch.outputs,
+            batch.loss,
+            self._task_params(),
+            checked=self._checked,
+        )
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         solution = self.solver.solve(operator + Identity(operator, damping), g)

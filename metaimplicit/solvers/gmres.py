@@ -84,7 +84,12 @@ class GMRES(Solver):
 
         x = start + arnoldi.combine(qr.coordinates())
         doubtful = (residual <= max(self.tol, eps**0.5)) | broken
-        residual = progress.recompute_residual(system, x, residual, doubtful=doubtful)
+        residual = progress.recompute_residual(
+            system,
+            x,
+            residual,
+            doubtful=doubtful,
+        )
         worse_than_zero = residual > 1 + eps**0.5
         exceptions = {Status.BREAKDOWN: (broken & (residual > self.tol)) | worse_than_zero}
         return progress.solution(x, residual, final_status(residual, self.tol, exceptions))

@@ -52,7 +52,14 @@ class Probes:
             # A copy, since a slice would hold all n numbers.
             self._columns = torch.randperm(n, generator=generator, device=device)[:most].clone()
         else:
-            self._seed = int(torch.randint(2**62, (), generator=generator, device=device))
+            self._seed = int(
+                torch.randint(
+                    2**62,
+                    (),
+                    generator=generator,
+                    device=device,
+                )
+            )
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` … `stop` − 1 of Ωᵀ, `[stop − start, n]`."""

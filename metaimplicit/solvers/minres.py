@@ -99,7 +99,12 @@ class MINRES(Solver):
 
         drift = eps * (lanczos.size * norm(x)).square()
         doubtful = (residual <= max(self.tol, eps**0.5)) | broken | (drift > 0.1 * residual)
-        residual = progress.recompute_residual(system, x, residual, doubtful=doubtful)
+        residual = progress.recompute_residual(
+            system,
+            x,
+            residual,
+            doubtful=doubtful,
+        )
         worse_than_zero = residual > 1 + eps**0.5
         exceptions = {Status.BREAKDOWN: (broken & (residual > self.tol)) | worse_than_zero}
         return progress.solution(x, residual, final_status(residual, self.tol, exceptions))

@@ -91,7 +91,12 @@ class Neumann(Solver):
             progress.stop(~(residual > eps))
 
         tol = eps**0.5
-        residual = progress.recompute_residual(system, x, residual, doubtful=residual <= tol)
+        residual = progress.recompute_residual(
+            system,
+            x,
+            residual,
+            doubtful=residual <= tol,
+        )
         exceptions = {
             Status.BREAKDOWN: grew,
             Status.NEGATIVE_CURVATURE: progress.rayleigh <= 0,

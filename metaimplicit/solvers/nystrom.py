@@ -85,7 +85,12 @@ class Nystrom(SketchingSolver):
         state = SolverState()
         rank = min(self.rank, core.shape[1])
         if self.chunk is not None and self.chunk < rank:
-            x, smallest, indefinite = self._stream(core, b, shift, chunk=self.chunk)
+            x, smallest, indefinite = self._stream(
+                core,
+                b,
+                shift,
+                chunk=self.chunk,
+            )
             products = 2 * rank + 2
         else:
             error = None if self.tol is None else self.tol * shift

@@ -111,7 +111,12 @@ class Richardson(Solver):
             start = system.state.direction.to(system.b)
             steps = 1
             random_part = 0.1
-        size, direction = largest_eigenvalue(system.operator, start, steps, random_part=random_part)
+        size, direction = largest_eigenvalue(
+            system.operator,
+            start,
+            steps,
+            random_part=random_part,
+        )
         return 1 / divisor(size), steps, direction
 
 

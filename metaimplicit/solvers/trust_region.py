@@ -94,7 +94,12 @@ def truncated_cg(
 
     # With r = b − As, m(0) − m(s) = bᵀs − ½ sᵀAs = ½ sᵀ(b + r).
     reduction = 0.5 * dot(cg.x, b + cg.r)
-    return TruncatedStep(cg.x, reduction, at_boundary=at_boundary, curvature=curvature)
+    return TruncatedStep(
+        cg.x,
+        reduction,
+        at_boundary=at_boundary,
+        curvature=curvature,
+    )
 
 
 def _length_to_boundary(s: Tensor, p: Tensor, radius: Tensor) -> Tensor:

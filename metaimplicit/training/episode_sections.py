@@ -61,7 +61,15 @@ def _episode(predictions: Predictions, task: int) -> Html:
     heading = f"Task {task + 1}: {int(right.sum())} of {int((right | wrong).sum())} right"
     if len(shown) < ways:
         heading += f"; the {len(shown)} of {ways} classes with most errors"
-    rows = (_way(predictions, task=task, way=way, episode=episode) for way in shown)
+    rows = (
+        _way(
+            predictions,
+            task=task,
+            way=way,
+            episode=episode,
+        )
+        for way in shown
+    )
     return element("div", element("h3", heading), *rows, class_="episode")
 
 
@@ -74,7 +82,12 @@ def _way(predictions: Predictions, *, task: int, way: int, episode: Episode) -> 
     queries = ((episode.query.targets == way) & is_counted).nonzero().flatten()
     wrong_first = queries[right[queries].int().argsort(stable=True)][:MOST_QUERIES]
     answers = [
-        _answer(predictions, task=task, query=int(i), image=episode.query.inputs[i])
+        _answer(
+            predictions,
+            task=task,
+            query=int(i),
+            image=episode.query.inputs[i],
+        )
         for i in wrong_first.sort().values
     ]
     return element(
@@ -93,7 +106,12 @@ def _answer(predictions: Predictions, *, task: int, query: int, image: Tensor) -
     name = predictions.name_of(task, choice)
     if predictions.right[task, query]:
         says = element("figcaption", f"✓\N{NO-BREAK SPACE}{sure}", class_="says")
-        return _shot(image, f"rightly taken for {name}, {sure}", says, kind="right")
+        return _shot(
+            image,
+            f"rightly taken for {name}, {sure}",
+            says,
+            kind="right",
+        )
     says = element(
         "figcaption", f"✗\N{NO-BREAK SPACE}{sure} ", element("span", name), class_="says"
     )
@@ -129,7 +147,12 @@ def _matrix(predictions: Predictions, confusion: Confusion) -> Html:
         "Rows are the right classes, columns the chosen ones. A number is the percentage of the "
         "queries of its row that were taken for its column, in tasks that have both classes."
     )
-    content = element("table", element("thead", head), element("tbody", *rows), class_="matrix")
+    content = element(
+        "table",
+        element("thead", head),
+        element("tbody", *rows),
+        class_="matrix",
+    )
     return join([note(words), element("div", content, class_="scroll")])
 
 
@@ -143,7 +166,16 @@ def _pairs(predictions: Predictions, confusion: Confusion) -> Html:
         if count := int(wrong[i, j]):
             true, chosen = (_class(predictions, int(confusion.numbers[k])) for k in (i, j))
             words = f"taken for the other in {count} of {int(confusion.chances[i, j])} queries"
-            pairs.append(element("div", true, "→", chosen, element("span", words), class_="pair"))
+            pairs.append(
+                element(
+                    "div",
+                    true,
+                    "→",
+                    chosen,
+                    element("span", words),
+                    class_="pair",
+                )
+            )
     if not pairs:
         return note("No query was taken for one of another class.")
     words = (

@@ -45,7 +45,14 @@ def draw_progress(ax: Any, lines: Sequence[Line], *, x: str, y: str) -> None:
         if split == "train":
             draw_running_mean(ax, at, values, color="C0", label="training")
         else:
-            ax.plot(at, values, "o-", color="C1", markersize=3, label="validation")
+            ax.plot(
+                at,
+                values,
+                "o-",
+                color="C1",
+                markersize=3,
+                label="validation",
+            )
     if x == "step":
         ax.xaxis.get_major_locator().set_params(integer=True)
     if y == "loss":
@@ -83,7 +90,13 @@ def draw_fit(ax: Any, fits: Fits, task: int) -> None:
     truth = fits.query.targets[task][order]
     steps = "1 step" if fits.steps == 1 else f"{fits.steps} steps"
     ax.plot(inputs[order], truth, color="0.6", linewidth=3, label="truth")
-    ax.plot(fits.grid, fits.before[task], ":", color="C1", label="before adaptation")
+    ax.plot(
+        fits.grid,
+        fits.before[task],
+        ":",
+        color="C1",
+        label="before adaptation",
+    )
     ax.plot(fits.grid, fits.after[task], color="C0", label=f"after {steps}")
     support = (fits.support.inputs[task], fits.support.targets[task])
     ax.plot(*support, "^", color="k", markersize=5, label="support")

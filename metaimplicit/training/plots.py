@@ -95,7 +95,12 @@ def _legend_below(figure: Any, ax: Any) -> None:
     """A legend of one panel's lines, below all panels and outside the data."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(handles),
+        )
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -151,5 +151,10 @@ class RunRecord:
         device = next(self._parts[0].parameters()).device
         folder.begin_sitting(progress, device, processes=self._ranks.count)
         if not folder.has_checkpoint:
-            save_checkpoint(folder.checkpoint, *self._parts, progress, identity=folder.identity)
+            save_checkpoint(
+                folder.checkpoint,
+                *self._parts,
+                progress,
+                identity=folder.identity,
+            )
         return progress

@@ -58,7 +58,12 @@ class ModelCall:
         }
         positional, by_name = self._arguments(inputs)
         try:
-            return torch.func.functional_call(self.model, {**frozen, **params}, positional, by_name)
+            return torch.func.functional_call(
+                self.model,
+                {**frozen, **params},
+                positional,
+                by_name,
+            )
         except TypeError as error:
             if by_name or self._takes(*positional):
                 raise

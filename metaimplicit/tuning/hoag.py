@@ -186,7 +186,14 @@ class HOAG:
         self.steps += 1
 
         point = {name: x.detach().clone() for name, x in self.free.tensors.items()}
-        accepted = self.line_search.add(Trial(point, gradient, loss=loss, tolerance=epsilon))
+        accepted = self.line_search.add(
+            Trial(
+                point,
+                gradient,
+                loss=loss,
+                tolerance=epsilon,
+            )
+        )
         self.free.load(self.line_search.next_point())
         self.free.project()
         return HOAGStep(

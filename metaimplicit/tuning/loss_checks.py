@@ -74,7 +74,13 @@ def outputs_near(outputs: Any) -> Any:
         if not z.is_floating_point():
             return z
         z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-        share = torch.linspace(0, 1, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
+        share = torch.linspace(
+            0,
+            1,
+            z.numel(),
+            dtype=z.dtype,
+            device=z.device,
+        ).view_as(z)
         return z * (1 - 1e-3 * share)
 
     return map_tensors(move, outputs)

@@ -46,7 +46,12 @@ def leave_report(
     def make() -> str:
         predictions = None
         if family.kind == "classification":
-            predictions = predict_test_classes(learner, family, options, summary["episode_seed"])
+            predictions = predict_test_classes(
+                learner,
+                family,
+                options,
+                summary["episode_seed"],
+            )
         return make_run_page(
             path.parent,
             title=f"{options.task}, {options.approach}",

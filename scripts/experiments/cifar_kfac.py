@@ -121,7 +121,16 @@ def network(side: int, seed: int) -> nn.Sequential:
     channels = 3
     with seeded(seed):
         for width in (16, 32, 32):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [
+                nn.Conv2d(
+                    channels,
+                    width,
+                    3,
+                    padding=1,
+                ),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
             channels = width
         features = channels * (side // 8) ** 2
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 10))

@@ -125,7 +125,14 @@ class Block(nn.Module):
         self.stride = width // channels
         self.new_channels = width - channels
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, stride=self.stride, padding=1, bias=False),
+            nn.Conv2d(
+                channels,
+                width,
+                3,
+                stride=self.stride,
+                padding=1,
+                bias=False,
+            ),
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1, bias=False),

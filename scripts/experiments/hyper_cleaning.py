@@ -181,7 +181,12 @@ class HyperCleaning(TuningExperiment):
         return self.make_tuner(
             tuning_problem(model, F.cross_entropy, [weights], penalty=decay),
             flag,
-            inner=TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9),
+            inner=TorchOptimizer(
+                torch.optim.SGD,
+                steps=self.inner_steps,
+                lr=self.lr,
+                momentum=0.9,
+            ),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
         )
 

@@ -124,7 +124,13 @@ class MnistTower(Experiment):
         learnt = row["levels"][0] if row["diverged"] is None else {}
         # No plain optimiser has a step size for each tensor.
         if learnt and all(isinstance(value, float) for value in learnt.values()):
-            fixed = replace(tower, optimizer=None, learn=None, domains={}, **learnt)
+            fixed = replace(
+                tower,
+                optimizer=None,
+                learn=None,
+                domains={},
+                **learnt,
+            )
             row["reused_error"] = self.train(fixed, case["seed"], self.epochs)["error"]
         return row
 

@@ -115,7 +115,16 @@ class OptimizerComparison(Experiment):
         steps = min((history["step"][-1] for history in ends), default=0)
         seconds = min((history["seconds"][-1] for history in ends), default=0.0)
         lines = Runs(
-            Run(case, row | summarise(row, steps, seconds, goal=self.goal(best, case["seed"])))
+            Run(
+                case,
+                row
+                | summarise(
+                    row,
+                    steps,
+                    seconds,
+                    goal=self.goal(best, case["seed"]),
+                ),
+            )
             for case, row in best
         )
         columns = {

@@ -58,12 +58,28 @@ def plant_regressions(
     group = (torch.arange(features) % groups)[torch.randperm(features, generator=draw)]
     chosen = torch.rand(regressions, groups, generator=draw).argsort(1)[:, :active]
     is_active = torch.zeros(regressions, groups, dtype=torch.float64).scatter_(1, chosen, 1.0)
-    normal = torch.randn(regressions, features, generator=draw, dtype=torch.float64)
+    normal = torch.randn(
+        regressions,
+        features,
+        generator=draw,
+        dtype=torch.float64,
+    )
     weights = is_active[:, group] * normal
 
     def draw_points(n: int) -> Points:
-        x = torch.randn(regressions, n, features, generator=draw, dtype=torch.float64)
-        error = noise * torch.randn(regressions, n, generator=draw, dtype=torch.float64)
+        x = torch.randn(
+            regressions,
+            n,
+            features,
+            generator=draw,
+            dtype=torch.float64,
+        )
+        error = noise * torch.randn(
+            regressions,
+            n,
+            generator=draw,
+            dtype=torch.float64,
+        )
         return x, torch.einsum("tnp,tp->tn", x, weights) + error
 
     train, validation, test = (draw_points(n) for n in points)

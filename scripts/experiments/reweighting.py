@@ -140,7 +140,12 @@ class Reweighting(TuningExperiment):
         if case["method"] == "none+validation":
             train_set = joined(split.train, split.validation)
         batches = tasks.Batches(train_set, min(self.batch, len(train_set)), seed)
-        model = conv_net(3, 10, filters=self.filters, seed=seed).to(self.torch_device)
+        model = conv_net(
+            3,
+            10,
+            filters=self.filters,
+            seed=seed,
+        ).to(self.torch_device)
         row: Row = {"examples": len(train_set), "parameters": parameter_count(model)}
 
         if case["method"] in self.baselines:
@@ -169,7 +174,12 @@ class Reweighting(TuningExperiment):
         """A long-tailed training set, a balanced validation set of other images, the test set."""
         whole, test = tasks.cifar10(self.data_root)
         validation, others = tasks.per_class(whole, self.validation, seed)
-        train_set = tasks.long_tailed(others, imbalance, seed, largest=self.largest)
+        train_set = tasks.long_tailed(
+            others,
+            imbalance,
+            seed,
+            largest=self.largest,
+        )
         tasks.check_disjoint(train_set, validation)
         if self.test < 1000:
             test, _ = tasks.per_class(test, self.test, 0)
@@ -184,14 +194,24 @@ class Reweighting(TuningExperiment):
             "examples": ExampleWeights(examples),
         }
         decay = Proximal(self.decay, center="zero")
-        return tuning_problem(model, F.cross_entropy, [variables[self.variable]], penalty=decay)
+        return tuning_problem(
+            model,
+            F.cross_entropy,
+            [variables[self.variable]],
+            penalty=decay,
+        )
 
     def tuner(self, problem: TuningProblem, flag: str) -> Tuner:
         """A tuner that goes on with the training at each outer step."""
         return self.make_tuner(
             problem,
             flag,
-            inner=TorchOptimizer(torch.optim.SGD, steps=self.inner_steps, lr=self.lr, momentum=0.9),
+            inner=TorchOptimizer(
+                torch.optim.SGD,
+                steps=self.inner_steps,
+                lr=self.lr,
+                momentum=0.9,
+            ),
             optimizer=partial(torch.optim.Adam, lr=self.outer_lr),
             schedule=self.cosine,
         )

@@ -93,7 +93,12 @@ def run_race(name: str, course: Course) -> Row:
     """
     splits = course.load()
     entry = find_entry(name, course.task)
-    threads, seconds_per_step = choose_threads(name, entry, splits.train, course=course)
+    threads, seconds_per_step = choose_threads(
+        name,
+        entry,
+        splits.train,
+        course=course,
+    )
     set_up_cpu(threads)
     torch.manual_seed(course.seed)
     np.random.seed(course.seed)  # learn2learn initialises linear layers by scipy
@@ -106,7 +111,14 @@ def run_race(name: str, course: Course) -> Row:
     curve, best = train(
         contender,
         training_sampler(entry, splits.train, course),
-        lambda: measure(contender, validation, course.validation_tasks, "validation").mean,
+        lambda: (
+            measure(
+                contender,
+                validation,
+                course.validation_tasks,
+                "validation",
+            ).mean
+        ),
         times=clock_times(course.seconds),
         name=name,
     )

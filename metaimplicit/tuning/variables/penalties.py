@@ -134,7 +134,12 @@ class GroupStructure(Variable):
             )
         w = params[self.parameter]
         generator = torch.Generator().manual_seed(self.seed)
-        draw = torch.randn(self.groups, w.shape[-1], generator=generator, device="cpu")
+        draw = torch.randn(
+            self.groups,
+            w.shape[-1],
+            generator=generator,
+            device="cpu",
+        )
         return {"groups": (0.1 * draw).softmax(0).to(w)}
 
     def domains(self, names: Iterable[str]) -> dict[str, Domain]:
