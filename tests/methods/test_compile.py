@@ -263,7 +263,7 @@ def test_the_problem_of_a_model_and_its_batches_is_compiled(monkeypatch):
 @pytest.mark.slow
 def test_the_functions_of_the_first_two_steps_serve_any_number_of_steps(compiled, monkeypatch):
     """Beside the outer loss, these are a step and a pull without a momentum, and with one."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     episodes = ((X[..., :1], Y), (XQ[..., :1], YQ))
     gradients = {}
