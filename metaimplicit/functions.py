@@ -1,8 +1,11 @@
-"""Arguments that are functions, such as losses."""
+"""Arguments that are functions, such as losses, and optimisers that want one."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from torch.optim import Optimizer
 
 
 def check_function(argument: str, value: Any, signature: str) -> None:
@@ -31,3 +34,16 @@ make an instance of it, MSELoss()
         )
     if not callable(value):
         raise ValueError(f"{argument}: got {value!r}, {expected}")
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether a step needs a closure, by which it evaluates the loss several times.
+
+    Example:
+        >>> import torch
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> needs_closure(torch.optim.SGD([p])), needs_closure(torch.optim.LBFGS([p]))
+        (False, True)
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty

@@ -99,6 +99,10 @@ class LiftedProblem:
         self.objection = ""
         self.compiler: Compiler | None = None
 
+        if not isinstance(start, Iterate | None):
+            raise ValueError(
+                f"start: got {type(start).__name__}, expected an Iterate, the `end` of a result"
+            )
         if start is not None:
             sizes = {len(p) for p in start.params.values()}
             if sizes != {self.tasks}:

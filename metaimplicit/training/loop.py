@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from metaimplicit.counts import check_count
+from metaimplicit.functions import needs_closure
 from metaimplicit.learner import EpisodeBatch, MetaLearner, Ranks
 from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.training.hyperparameters import scheduled_rates, set_rates, unchanged_rates
@@ -120,9 +121,9 @@ def fit(
         NonFiniteError: The data, the loss or the meta-gradient holds NaN or Inf. No parameter has
             moved at this step, and the last checkpoint stands.
         ValueError: A number is out of range, or an argument is of another kind. The optimiser moves
-            no parameter of the learner. The sampler's batches end before the budget.
-            `before_step` changes a learning rate. `best` asks for a metric, and there is neither a
-            metric nor an accuracy. The checkpoints are damaged or belong to another run.
+            no parameter of the learner, or needs a closure. The sampler's batches end before the
+            budget. `before_step` changes a learning rate. `best` asks for a metric, and there is
+            neither a metric nor an accuracy. The checkpoints are damaged or belong to another run.
             Or `out` holds the metrics of a run whose checkpoint is gone.
 
     Warns:
@@ -247,6 +248,11 @@ def _check_parts(
         raise ValueError(
             "optimizer: got one that moves no parameter of the learner, expected some of them; "
             "build it from learner.parameters()"
+        )
+    if needs_closure(optimizer):
+        raise ValueError(
+            f"optimizer: got {type(optimizer).__name__}, which evaluates the loss several times a "
+            "step, expected one that steps by a gradient, such as torch.optim.Adam"
         )
     needed = ("batches", "state_dict", "load_state_dict")
     missing = [name for name in needed if not hasattr(sampler, name)]

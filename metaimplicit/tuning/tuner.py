@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.counts import check_count
+from metaimplicit.functions import needs_closure
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
@@ -136,8 +136,7 @@ class Tuner:
                 "coordinates of φ, such as partial(torch.optim.Adam, lr=0.01)"
             )
         self.optimizer = optimizer(list(self._free.tensors.values()))
-        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
+        if needs_closure(self.optimizer):
             raise ValueError(
                 f"optimizer: got {type(self.optimizer).__name__}, which evaluates the outer loss "
                 "several times a step, expected one that steps by a gradient, such as "

@@ -306,6 +306,11 @@ def test_a_start_with_the_derivative_in_other_hyperparameters_is_refused():
         run_logistic(Forward(carry=True), inner=inner, start=end)
 
 
+def test_a_start_that_is_no_iterate_is_refused():
+    with pytest.raises(ValueError, match="start: got dict, expected an Iterate, the `end` of a re"):
+        run_logistic(Forward(), start={"w": torch.zeros(1)})
+
+
 def test_a_start_with_another_number_of_tasks_is_refused():
     end = run_logistic(Forward()).end
     with pytest.raises(ValueError, match=r"start: got leading sizes \[1\], expected 3"):

@@ -371,6 +371,14 @@ def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, bad, 
     assert not (tmp_path / "run").exists()
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
+    parts = make_parts()._asdict()
+    parts["optimizer"] = torch.optim.LBFGS(parts["learner"].parameters())
+    with pytest.raises(ValueError, match="optimizer: got LBFGS, .*expected one that steps by a gr"):
+        fit(**parts, budget=Budget(steps=1), out=tmp_path / "run", bar=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_paths_may_be_strings(tmp_path):
     parts = make_parts()
     out = f"{tmp_path}/a b"
