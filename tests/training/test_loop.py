@@ -374,7 +374,9 @@ def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, bad, 
 def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
     parts = make_parts()._asdict()
     parts["optimizer"] = torch.optim.LBFGS(parts["learner"].parameters())
-    with pytest.raises(ValueError, match="optimizer: got LBFGS, .*expected one that steps by a gr"):
+    with pytest.raises(
+        ValueError, match=r"optimizer: got LBFGS, .*expected one that steps by a gr"
+    ):
         fit(**parts, budget=Budget(steps=1), out=tmp_path / "run", bar=False)
     assert not (tmp_path / "run").exists()
 
