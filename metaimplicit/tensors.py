@@ -90,3 +90,13 @@ def recordable(leaf: Any) -> Any:
     if torch.compiler.is_compiling():  # which `is_inference` would end
         return leaf
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform such as vmap wraps the tensor.
+
+    Example:
+        >>> is_transformed(torch.zeros(2))
+        False
+    """
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -26,6 +26,8 @@ class BatchChecks:
         call: The model as it is, `inputs of one task -> outputs`.
         make_support_loss: Makes the loss of the support set as it is, on the CPU.
         make_query_loss: Likewise for the query set.
+        read_support_loss: Returns the loss of the support set as it was given.
+        read_query_loss: Likewise for the query set.
         head_type: Tells the type of the outputs of a head that is fitted to the support sets. If
             None, there is no head.
 
@@ -46,11 +48,14 @@ class BatchChecks:
         make_support_loss: Callable[[], TaskLoss],
         make_query_loss: Callable[[], TaskLoss],
         *,
+        read_support_loss: Callable[[], TaskLoss] | None = None,
+        read_query_loss: Callable[[], TaskLoss] | None = None,
         head_type: Callable[[], torch.dtype] | None = None,
     ) -> None:
-        self._support = TargetCheck(call, make_support_loss)
-        self._query = TargetCheck(call, make_query_loss)
+        self._support = TargetCheck(call, make_support_loss, read_support_loss)
+        self._query = TargetCheck(call, make_query_loss, read_query_loss)
         self._make_query_loss = make_query_loss
+        self._read_query_loss = read_query_loss
         self._head_type = head_type
         self._by_outputs: dict[tuple[int, torch.dtype], TargetCheck] = {}
 
@@ -85,7 +90,7 @@ class BatchChecks:
         key = (outputs, dtype)
         if key not in self._by_outputs:
             call = partial(_zeros, outputs=outputs, dtype=dtype)
-            self._by_outputs[key] = TargetCheck(call, self._make_query_loss)
+            self._by_outputs[key] = TargetCheck(call, self._make_query_loss, self._read_query_loss)
         return self._by_outputs[key]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from metaimplicit.normalization import tracked_layers
+from metaimplicit.tensors import is_transformed
 
 
 @contextmanager
@@ -85,5 +85,4 @@ def restored_attributes(learner: nn.Module) -> Iterator[None]:
 
 
 def _is_of_transform(value: Any) -> bool:
-    is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
-    return isinstance(value, Tensor) and is_wrapped(value)
+    return isinstance(value, Tensor) and is_transformed(value)

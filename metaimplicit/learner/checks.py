@@ -23,6 +23,7 @@ from metaimplicit.learner.targets import (
     fixed_random_state,
     layout_of_cross_entropy,
 )
+from metaimplicit.loss_state import LossState
 from metaimplicit.task_axis import task_of
 
 # What torch's losses say of targets that broadcast, and why a trial may fail on the CPU alone.
@@ -38,9 +39,12 @@ class TargetCheck:
     its tensors, apart from the numbers of tasks and examples. Only the range of class indices is
     checked in every batch.
 
+    Once the loss is another one, or has changed as `LossState` sees it, all is found out anew.
+
     Args:
         call: The model as it is, `inputs of one task -> outputs`.
         make_loss: Makes the loss of the set as it is, on the CPU.
+        read_loss: Returns that loss as it was given. If None, that is what `make_loss` returns.
 
     Example:
         >>> check = TargetCheck(
@@ -53,11 +57,22 @@ class TargetCheck:
 of the model; convert targets that are not class indices to float
     """
 
-    def __init__(self, call: Callable[[Any], Tensor], make_loss: Callable[[], TaskLoss]) -> None:
+    def __init__(
+        self,
+        call: Callable[[Any], Tensor],
+        make_loss: Callable[[], TaskLoss],
+        read_loss: Callable[[], TaskLoss] | None = None,
+    ) -> None:
         self._call = call
         self._make_loss = make_loss
+        self._read_loss = make_loss if read_loss is None else read_loss
+        self._state: LossState | None = None
         self._classes: dict[Any, Classes | None] = {}
         self._ignored: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but what belongs to the loss of the original."""
+        return self.__dict__ | {"_state": None}
 
     def __call__(self, name: str, pair: Pair) -> Classes | None:
         """Check a batch.
@@ -74,6 +89,7 @@ of the model; convert targets that are not class indices to float
                 the outputs, or a class index is out of range and the loss does not ignore it.
         """
         check_pair(name, pair)
+        self._forget_another_loss()
         kind = _kind(pair)
         if kind in self._classes:
             classes = self._classes[kind]
@@ -89,6 +105,14 @@ of the model; convert targets that are not class indices to float
         check_loss(name, loss, outputs, targets, has_classes=classes is not None)
         self._classes[kind] = classes
         return checked
+
+    def _forget_another_loss(self) -> None:
+        loss = self._read_loss()
+        if self._state is not None and self._state.loss is loss and not self._state.has_changed():
+            return
+        self._state = LossState(loss)
+        self._classes.clear()
+        self._ignored.clear()
 
     def _call_task(self, pair: Pair, index: int) -> tuple[Tensor, Any]:
         """The outputs and the targets of one task, on the CPU."""

@@ -211,6 +211,12 @@ class FewShotModel(nn.Module):
             second_derivatives=self.inner.second_derivatives or is_recurrent,
         )
 
+    def _given_loss(self) -> TaskLoss:
+        return self.loss
+
+    def _given_query_loss(self) -> TaskLoss:
+        return self.loss if self.query_loss is None else self.query_loss
+
     def _query_loss(self) -> TaskLoss:
         """The loss of the query set at φ, as a constant."""
         return self._losses()[1].at(self._detached_meta())

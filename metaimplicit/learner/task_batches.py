@@ -75,6 +75,8 @@ class TaskBatches(FewShotModel):
             self._outputs,
             self._support_loss_on_cpu,
             self._query_loss_on_cpu,
+            read_support_loss=self._given_loss,
+            read_query_loss=self._given_query_loss,
             head_type=None if plan.head is None else self._type_of_model,
         )
 

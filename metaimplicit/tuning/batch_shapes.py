@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaimplicit.tensors import tensors_in
-from metaimplicit.tuning.trial_outputs import is_transformed
+from metaimplicit.tensors import is_transformed, tensors_in
 
 
 def signature(tree: Any) -> Any:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from metaimplicit.labels import widened
-from metaimplicit.tensors import tensors_in
+from metaimplicit.tensors import is_transformed, tensors_in
 from metaimplicit.tuning.batch_loss import BatchLoss
 from metaimplicit.tuning.batch_shapes import count_examples, read_labels, signature
 from metaimplicit.tuning.example_losses import Count, are_ignored, cancellation, is_plain_mean
 from metaimplicit.tuning.loss_checks import Difference, relative_error
-from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
-from metaimplicit.tuning.versions import version_of
+from metaimplicit.tuning.trial_outputs import TrialOutputs, of_one_task
+from metaimplicit.versions import version_of
 
 
 class Counting:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metaimplicit.task_axis import map_tensors
+from metaimplicit.tensors import is_transformed
 from metaimplicit.tuning.batch_shapes import signature
-from metaimplicit.tuning.trial_outputs import TrialOutputs, is_transformed, of_one_task
+from metaimplicit.tuning.trial_outputs import TrialOutputs, of_one_task
 
 Value = Callable[[Any, Any], Tensor]
 Result = TypeVar("Result")

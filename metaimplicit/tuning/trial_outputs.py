@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metaimplicit.task_axis import map_tensors
+from metaimplicit.tensors import is_transformed
 from metaimplicit.tuning.example_losses import align
 
 FREQUENCIES = (math.sqrt(2), math.sqrt(3), math.sqrt(5), math.sqrt(7))
@@ -68,16 +69,6 @@ class TrialOutputs:
         if waves.numel() <= 2**16 and not is_transformed(waves):
             self._kept[key] = waves
         return waves
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether a transform such as vmap wraps the tensor.
-
-    Example:
-        >>> is_transformed(torch.zeros(2))
-        False
-    """
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def of_one_task(tree: Any) -> Any:

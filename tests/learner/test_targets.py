@@ -332,6 +332,43 @@ def test_other_targets_have_the_gradient_of_a_plain_loop_and_no_accuracy(name):
     assert learner.evaluate(stacked(tasks))[1] is None
 
 
+WEIGHTS = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+
+
+def replace_loss(learner):
+    learner.loss = nn.CrossEntropyLoss(weight=WEIGHTS)
+
+
+def replace_query_loss(learner):
+    learner.query_loss = nn.CrossEntropyLoss(weight=WEIGHTS)
+
+
+def replace_weights(learner):
+    learner.loss.weight = WEIGHTS
+
+
+def write_weights(learner):
+    learner.loss.weight[2] = 0.0
+
+
+@pytest.mark.parametrize(
+    "change", [replace_loss, replace_query_loss, replace_weights, write_weights]
+)
+def test_the_accuracy_counts_the_examples_of_the_present_loss(change):
+    tasks = stacked(CLASSES["a class without weight"].draw())
+    weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    learner = make_learner(replace(CLASSES["int64"], loss=nn.CrossEntropyLoss(weight=weight)))
+    before = learner.evaluate(tasks)[1]
+    change(learner)
+    expected = make_learner(CLASSES["a class without weight"])
+    expected.model.load_state_dict(learner.model.state_dict())
+    if change is replace_query_loss:
+        expected.query_loss, expected.loss = expected.loss, learner.loss
+    after = learner.evaluate(tasks)[1]
+    assert torch.equal(after, expected.evaluate(tasks)[1])
+    assert not torch.equal(after, before)
+
+
 @pytest.mark.parametrize("name", ["the last class without weight", "a class without weight"])
 def test_a_loss_that_runs_on_its_own_device_alone_counts_its_examples_all_the_same(name):
     """Its targets cannot be tried on the CPU before they are on the device of its weights."""

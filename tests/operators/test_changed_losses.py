@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.loss_state import LossState
 from metaimplicit.optim import KFAC, NaturalGradient
-from metaimplicit.tuning.loss_state import LossState
 
 GAMMA = 0.0
 

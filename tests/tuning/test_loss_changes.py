@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from tuning_loop import C, M, Y, draw
 
 from metaimplicit import tuning_problem
+from metaimplicit.loss_state import LossState
 from metaimplicit.tuning import ExampleWeights, WeightDecay
-from metaimplicit.tuning.loss_state import LossState
 
 W = torch.linspace(0.5, 2, M, dtype=torch.float64)
 CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)

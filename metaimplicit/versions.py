@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from metaimplicit.tuning.trial_outputs import is_transformed
+from metaimplicit.tensors import is_transformed
 
 MAX_BYTES = 80_000  # of a tensor that is compared by value: more than class weights have
 

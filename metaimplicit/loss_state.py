@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from metaimplicit.captured import content_of, global_names
-from metaimplicit.tuning.versions import version_of
+from metaimplicit.versions import version_of
 
 MAX_PARTS = 500  # many more than an ordinary loss has
 LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")
@@ -28,8 +28,8 @@ class LossState:
     values are equal. Numbers and strings are compared by value. `version_of` says which ways to
     write to a tensor are seen.
 
-    Args:
-        loss: A function, a module or another callable object.
+    Attributes:
+        loss: The function, module or other callable object.
 
     Example:
         >>> from torch import nn
@@ -43,7 +43,7 @@ class LossState:
     """
 
     def __init__(self, loss: Callable[..., Any]) -> None:
-        self._loss = loss
+        self.loss = loss
         self._parts = _read(loss)
 
     def has_changed(self) -> bool:
@@ -51,7 +51,7 @@ class LossState:
 
         It also is True if the loss has more than `MAX_PARTS` parts, which are not compared.
         """
-        parts = _read(self._loss)
+        parts = _read(self.loss)
         before, self._parts = self._parts, parts
         if before is None or parts is None or len(before) != len(parts):
             return True
