@@ -8,12 +8,14 @@ from typing import Any, Literal
 from torch import nn
 
 from metaimplicit.learner.buffers import restored_attributes
+from metaimplicit.learner.defaults import with_default_curvature
 from metaimplicit.learner.forms import plain_inputs
 from metaimplicit.learner.learnable import LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
 from metaimplicit.learner.network import Network
 from metaimplicit.learner.plan import Plan
 from metaimplicit.lifted import LiftedProblem, Vectorize
+from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import BilevelProblem
@@ -94,6 +96,15 @@ class FewShotModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: all but what belongs to the objects of the original."""
         return self.__dict__ | {"_last_problem": None, "_checked": (None, {})}
+
+    @property
+    def method(self) -> Method:
+        """The method. One that is set gets the curvature that the constructor gives."""
+        return self._method
+
+    @method.setter
+    def method(self, method: str | Method) -> None:
+        self._method = with_default_curvature(make_method(method))
 
     @property
     def problem(self) -> BilevelProblem:

@@ -359,3 +359,16 @@ def test_nothing_that_is_known_of_a_loss_is_taken_for_known_of_another():
         assert not learner.problem.inner_loss.checked
         learner.backward(draw_episodes())
         assert learner.problem.inner_loss.checked
+
+
+@pytest.mark.parametrize("method", ["cg", Implicit(CG(max_steps=5)), "unrolled"])
+def test_a_method_that_is_set_later_is_the_one_that_the_constructor_takes(method):
+    """An implicit method without a curvature takes the Gauss–Newton matrix."""
+    changed = make_learner(method="first-order")
+    changed.method = method
+    gradients = []
+    for learner in (changed, make_learner(method=method)):
+        learner.backward(draw_episodes())
+        gradients.append([p.grad for p in learner.model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
