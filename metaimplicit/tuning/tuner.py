@@ -124,8 +124,7 @@ class Tuner:
             reject_distributed(loss.module, AVERAGE_HYPERGRADIENTS)
         self.problem = problem
         self.inner = inner
-        self._method_as_given = make_method(method)
-        self.method = default_to_gauss_newton(self._method_as_given, problem)
+        self.method = method
         self.warm_start = warm_start
         self.schedule = schedule
         self.on_nonfinite = on_nonfinite
@@ -207,7 +206,7 @@ class Tuner:
             except SeveralOutputsError:
                 if self.method is self._method_as_given:
                     raise
-                self.method = self._method_as_given  # takes the Hessian
+                self._method = self._method_as_given  # takes the Hessian
                 result = evaluate()
         loss = result.outer_loss.item()
         gradients = self._free.pull_back(result.grads)
@@ -285,6 +284,16 @@ class Tuner:
         if patience is not None and self.stopping.snapshot:
             self._return_to(self.stopping.snapshot)
         return None if metric is None else self.stopping.best
+
+    @property
+    def method(self) -> Method:
+        """The method. One that is set gets the curvature that the constructor gives."""
+        return self._method
+
+    @method.setter
+    def method(self, method: str | Method) -> None:
+        self._method_as_given = make_method(method)
+        self._method = default_to_gauss_newton(self._method_as_given, self.problem)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to resume to the same bits: φ, θ, both optimisers and the solver.

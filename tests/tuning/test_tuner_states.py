@@ -193,3 +193,29 @@ def test_a_state_may_be_taken_and_loaded_within_inference_mode():
     for t in (tuner, resumed):
         t.step(batch, batch)
     assert torch.equal(tuner.meta["weight_decay"], resumed.meta["weight_decay"])
+
+
+def test_a_method_that_is_set_later_is_the_one_that_the_constructor_takes():
+    """That of a model without a curvature takes the Gauss–Newton matrix."""
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(0)).double()
+    batch = (x, torch.arange(12) % 2)
+    ends = []
+    for at_first in ("cg", "unrolled"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        problem, meta, domains = tuning_problem(
+            model, nn.functional.cross_entropy, [WeightDecay(start=0.1)]
+        )
+        tuner = Tuner(
+            problem,
+            meta,
+            domains=domains,
+            inner=GradientDescent(steps=2, lr=0.1),
+            method=at_first,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+        )
+        if at_first != "cg":
+            tuner.method = "cg"
+        tuner.step(batch, batch)
+        ends.append(tuner.meta["weight_decay"])
+    assert torch.equal(*ends)
