@@ -65,8 +65,9 @@ def solve(model, loss, params, pair, task, shift):
         return functional_call(model, unflat(vector, params), (inputs,))
 
     z = outputs(theta).detach()
-    jacobian = torch.autograd.functional.jacobian(outputs, theta).reshape(z.numel(), -1)
-    hessian = torch.autograd.functional.hessian(lambda x: loss(x, targets), z)
+    jacobian = torch.autograd.functional.jacobian(outputs, theta, vectorize=True)
+    jacobian = jacobian.reshape(z.numel(), -1)
+    hessian = torch.autograd.functional.hessian(lambda x: loss(x, targets), z, vectorize=True)
     core = jacobian.T @ hessian.reshape(z.numel(), z.numel()) @ jacobian
     a = core + (PROXIMAL + shift) * torch.eye(len(theta))
     return torch.linalg.solve(a, query_gradient(model, loss, params, task))
@@ -83,7 +84,7 @@ def hessian(model, loss, support, query):
         def f(vector, params=params, anchor=anchor, pair=pair):
             return inner_loss(model, loss, unflat(vector, params), anchor, pair)
 
-        a = torch.autograd.functional.hessian(f, theta)
+        a = torch.autograd.functional.hessian(f, theta, vectorize=True)
         total = total + PROXIMAL * torch.linalg.solve(a, query_gradient(model, loss, params, task))
     return total / len(support)
 

@@ -1,7 +1,9 @@
 """Real architectures under five methods: right against plain loops, with and without vmap."""
 
 import warnings
+from functools import cache
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,9 +30,22 @@ def normalized(v, g, dim=0):
     return v * g / v.flatten(1).norm(dim=1).reshape(g.shape)
 
 
-def episodes_of(make_data):
+def start_of(name):
+    """The same model and episodes at each call."""
+    make_model, make_data, _ = ZOO[name]
+    torch.manual_seed(0)
+    model = make_model()
     support, query = make_data(), make_data()
-    return SimpleNamespace(support=support, query=query)
+    return model, SimpleNamespace(support=support, query=query)
+
+
+@cache
+def meta_gradient(name, oracle):
+    model, episodes = start_of(name)
+    loss = ZOO[name][2]
+    pairs = [list(zip(*pair, strict=True)) for pair in (episodes.support, episodes.query)]
+    with patch("torch._weight_norm", normalized), sdpa_kernel(SDPBackend.MATH):
+        return oracle(model, loss, *pairs)
 
 
 # In a loop, the methods share what the model takes part in, so two of them suffice.
@@ -40,16 +55,18 @@ CASES = [(method, "vmap") for method in METHODS] + [("unrolled", "loop"), ("cg",
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("method", "vectorize"), CASES)
 @pytest.mark.parametrize("name", ZOO)
-def test_the_meta_gradient_is_that_of_a_plain_loop(name, method, vectorize, monkeypatch):
-    make_model, make_data, loss = ZOO[name]
-    torch.manual_seed(0)
-    model = make_model()
-    episodes = episodes_of(make_data)
+def test_the_meta_gradient_is_that_of_a_plain_loop(name, method, vectorize):
+    model, episodes = start_of(name)
     make_method, oracle = METHODS[method]
     chosen = make_method(sum(p.numel() for p in model.parameters()))
     inner = GradientDescent(steps=plain.STEPS, lr=plain.LR)
     learner = MetaLearner(
-        model, loss, inner=inner, method=chosen, proximal=plain.PROXIMAL, vectorize=vectorize
+        model,
+        ZOO[name][2],
+        inner=inner,
+        method=chosen,
+        proximal=plain.PROXIMAL,
+        vectorize=vectorize,
     )
     if name in RECURRENT and vectorize == "vmap":
         with pytest.raises(Exception, match="vectorize='loop'"):
@@ -60,10 +77,7 @@ def test_the_meta_gradient_is_that_of_a_plain_loop(name, method, vectorize, monk
         warnings.filterwarnings("ignore", message="There is a performance drop")  # of torch
         step = learner.backward(episodes)
     result = plain.flat(p.grad for p in model.parameters())
-    pairs = [list(zip(*pair, strict=True)) for pair in (episodes.support, episodes.query)]
-    monkeypatch.setattr(torch, "_weight_norm", normalized)
-    with sdpa_kernel(SDPBackend.MATH):
-        right = oracle(model, loss, *pairs)
+    right = meta_gradient(name, oracle)
     error = (result - right).norm() / right.norm()
     # A rank of n leaves out columns that are zero to half of the digits.
     assert error < (1e-5 if method == "nystrom" else 1e-8), step.report
