@@ -12,7 +12,7 @@ from metaimplicit import CG, METHODS, Dense, GradientDescent, Implicit, Nystrom,
 from metaimplicit.methods import make_method
 from metaimplicit.solvers import Status
 
-STEPS = 96
+STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Case:
 
 
 CASES = {
-    "quadratic": Case(quadratic([[1.0, 1.5, 2.0, 4.0], [1.0, 2.0, 3.0, 3.5]]), lr=0.4),
-    "ridge": Case(ridge(), lr=0.55),
+    "quadratic": Case(quadratic([[1.0, 1.5, 2.0, 3.0], [1.0, 2.0, 2.5, 3.0]]), lr=0.5),
+    "ridge": Case(ridge(m=60), lr=0.68),
 }
 
 # What makes a method exact where the inner problem is solved.
@@ -47,12 +47,12 @@ SOLVED = {
     "real-time": {},
     "cg": {"solver_steps": 50, "tol": 1e-13},
     "auto": {},
-    "neumann": {"solver_steps": 150, "scale": 0.4},
+    "neumann": {"solver_steps": 50, "scale": 0.5},
     "nystrom-cg": {"rank": 2, "solver_steps": 50, "tol": 1e-13},
     "lanczos": {"solver_steps": 50, "tol": 1e-13},
     "minres": {"solver_steps": 50, "tol": 1e-13},
     "dense": {},
-    "amigo": {"solver_steps": 150, "scale": 0.4},
+    "amigo": {"solver_steps": 50, "scale": 0.5},
 }
 SLOW = {"forward", "real-time"}
 # These are exact for a damped system, for other curvatures or in other limits, or never. By the
