@@ -1,5 +1,7 @@
 """Attention of every kind has the derivatives of torch's math kernel, through every door."""
 
+from functools import cache
+
 import pytest
 import torch
 from reported.helpers import (
@@ -121,15 +123,22 @@ def by_math(function, *args):
         return function(*args)
 
 
+@cache
+def by_plain_loop(kind, training=True):
+    """A model, its episodes, their loss and the meta-gradients."""
+    model = network(kind, training)
+    episodes = sequences()
+    return model, episodes, by_math(plain_maml, model, split(episodes))
+
+
 # The learner calls the model once as it is, for the number of classes.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @vectorized
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @kinds
 def test_the_learner_has_the_meta_gradient_of_a_plain_loop(kind, training, vectorize):
-    model = network(kind, training)
-    episodes = sequences()
-    expected = by_math(plain_maml, model, split(episodes))
+    model, episodes, expected = by_plain_loop(kind, training)
+    model.zero_grad()
     assert_learns(expected, model, episodes, vectorize=vectorize)
 
 
@@ -137,17 +146,14 @@ def test_the_learner_has_the_meta_gradient_of_a_plain_loop(kind, training, vecto
 @vectorized
 @kinds
 def test_forward_mode_has_the_meta_gradient_of_a_plain_loop(kind, vectorize):
-    model = network(kind)
-    episodes = sequences()
-    expected = by_math(plain_maml, model, split(episodes))
+    model, episodes, expected = by_plain_loop(kind)
+    model.zero_grad()
     assert_learns(expected, model, episodes, method=Forward(), vectorize=vectorize)
 
 
 @kinds
 def test_hypergradient_has_the_meta_gradient_of_a_plain_loop(kind):
-    model = network(kind)
-    episodes = sequences()
-    expected = by_math(plain_maml, model, split(episodes))
+    model, episodes, expected = by_plain_loop(kind)
     assert_hypergradient(expected, model, episodes)
 
 
@@ -173,10 +179,20 @@ def implicit_gradient(model, strength=1.0, steps=3, lr=0.1):
         slope = torch.autograd.functional.jacobian(
             lambda theta: cross_entropy(model, unpack(theta), query), theta
         )
-        hessian = torch.autograd.functional.hessian(f, theta)
+        hessian = torch.autograd.functional.hessian(f, theta, vectorize=True)
         return strength * torch.linalg.solve(hessian, slope)
 
     return gradient
+
+
+@cache
+def by_dense_algebra(kind):
+    """A model, its episodes and their meta-gradient."""
+    model = network(kind)
+    episodes = sequences()
+    gradient = implicit_gradient(model)
+    pairs = split(episodes)
+    return model, episodes, by_math(lambda: sum(gradient(*pair) for pair in pairs) / len(pairs))
 
 
 @pytest.mark.slow
@@ -185,11 +201,8 @@ def implicit_gradient(model, strength=1.0, steps=3, lr=0.1):
 )
 @pytest.mark.parametrize("kind", ["function", "heads", "encoder", "decoder"])
 def test_an_implicit_method_has_the_meta_gradient_of_dense_algebra(kind, products, vectorize):
-    model = network(kind)
-    episodes = sequences()
-    gradient = implicit_gradient(model)
-    pairs = split(episodes)
-    expected = by_math(lambda: torch.stack([gradient(*pair) for pair in pairs]).mean(0))
+    model, episodes, expected = by_dense_algebra(kind)
+    model.zero_grad()
     learner = MetaLearner(
         model,
         F.cross_entropy,
