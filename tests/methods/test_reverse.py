@@ -46,16 +46,26 @@ def test_unrolled_equals_finite_differences_of_the_whole_procedure(name):
     # Its outer loss is the same, and takes less time.
     shortest = "unrolled" if name in BY_STEP else Truncated(1)
     assert relative_error(result.outer_loss, run(meta, method=shortest).outer_loss) < 1e-14
-    for key, value in meta.items():
-        direction = torch.ones_like(value) if value.dim() == 0 else randn(*value.shape, seed=20)
+    # The whole initialisation is displaced at once, in a direction without a zero.
+    shift = {
+        key: randn(*value.shape, seed=20 + i) for i, (key, value) in enumerate(INITIAL.items())
+    }
+    directions = {"the initialisation": shift}
+    directions |= {key: {key: torch.tensor(1.0)} for key in meta if key not in INITIAL}
+    for name, direction in directions.items():
+
+        def outer_loss(h, direction=direction):
+            displaced = {key: meta[key] + h * d for key, d in direction.items()}
+            return run(meta | displaced, method=shortest).outer_loss
+
         expected = finite_difference(
-            lambda v, key=key: run(meta | {key: v}, method=shortest).outer_loss,
-            at=value,
-            direction=direction,
-            step=2e-5 if key in loop.numbers else 1e-3,
+            outer_loss,
+            at=torch.tensor(0.0).double(),
+            direction=torch.tensor(1.0).double(),
+            step=2e-5,
         )
-        slope = float((result.grads[key] * direction).sum())
-        assert slope == pytest.approx(float(expected), rel=1e-6, abs=1e-9), key
+        slope = sum(float((result.grads[key] * d).sum()) for key, d in direction.items())
+        assert slope == pytest.approx(float(expected), rel=1e-6, abs=1e-9), name
 
 
 def test_a_step_size_per_tensor_is_one_per_element_that_is_shared():
