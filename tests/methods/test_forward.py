@@ -1,6 +1,6 @@
 """Forward mode against reverse mode, finite differences and the implicit function theorem."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -44,19 +44,26 @@ def run_logistic(method, inner=LOOP, meta=META, data=POINT, **options):
         pytest.param(Unrolled(), id="unrolled"),
     ],
 )
-@pytest.mark.parametrize("name", META)
-def test_momentum_sgd_agrees_with_finite_differences(method, name):
+def test_momentum_sgd_agrees_with_finite_differences(method):
+    result = run_logistic(method)
+    assert relative_error(result.outer_loss, run_logistic(Truncated(1)).outer_loss) < 1e-14
+    for name in META:
+        direction, expected = slope_by_differences(name)
+        slope = (result.grads[name] * direction).sum()
+        assert float((slope - expected).abs()) < 1e-7 * float(expected.abs()), name
+
+
+@cache
+def slope_by_differences(name):
+    """A direction of this entry, and the derivative of the outer loss along it."""
     value = META[name]
-    direction = 1 + 0.5 * torch.arange(value.numel()).reshape(value.shape)
+    direction = 1 + 0.5 * torch.arange(value.numel()).reshape(value.shape).to(value)
     expected = finite_difference(
         lambda m: run_logistic(Truncated(1), meta=META | {name: m}).outer_loss,
         at=value,
-        direction=direction.to(value),
+        direction=direction,
     )
-    result = run_logistic(method)
-    assert relative_error(result.outer_loss, run_logistic(Truncated(1)).outer_loss) < 1e-14
-    slope = (result.grads[name] * direction).sum()
-    assert float((slope - expected).abs()) < 1e-7 * float(expected.abs())
+    return direction, expected
 
 
 def test_momentum_sgd_agrees_with_reverse_mode():
@@ -68,23 +75,25 @@ def test_momentum_sgd_agrees_with_reverse_mode():
     assert relative_error(*norms) < 1e-10
 
 
-@pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("name", LEARNT_LOOPS)
-def test_every_optimiser_agrees_with_reverse_mode(name, chunk):
+def test_every_optimiser_agrees_with_reverse_mode(name):
     loop = LEARNT_LOOPS[name]
     run = partial(
         hypergradient, network(), INITIAL | loop.meta, DATA, inner=loop.inner, batched=True
     )
-    forward = run(method=Forward(chunk))
-    assert largest_error(forward.grads, run(method=Unrolled()).grads) < 1e-12
+    reverse = run(method=Unrolled())
+    # A step does not know of the chunks, but each of them passes the numbers of a state on.
+    for chunk in (None, 10) if name in ("sgd", "adam", "nadam", "by step") else (None,):
+        assert largest_error(run(method=Forward(chunk)).grads, reverse.grads) < 1e-12, chunk
 
 
 @pytest.mark.slow
 def test_momentum_sgd_at_convergence_agrees_with_the_implicit_function_theorem():
-    forward = run_logistic(Forward(), inner=LOOP.updated(steps=200))
+    fast = {"eta": torch.tensor(0.9).double(), "mu": torch.tensor(0.3).double()}
+    forward = run_logistic(Forward(), inner=LOOP.updated(steps=60), meta=META | fast)
     implicit = run_logistic(
         Implicit(Dense()),
-        inner=GradientDescent(steps=200, lr=0.4, momentum=0.6),
+        inner=GradientDescent(steps=60, lr=0.9, momentum=0.3),
         meta={name: META[name] for name in ("decay", "weights")},
     )
     assert largest_error(forward.grads, implicit.grads) < 1e-6
@@ -115,9 +124,9 @@ def test_mse_loss_has_a_forward_derivative_with_and_without_a_task_axis(method, 
     run = partial(
         hypergradient,
         problem,
-        {"decay": torch.tensor(1.0, dtype=torch.float64)},
+        {"decay": torch.tensor(4.0, dtype=torch.float64)},
         {name: x.unsqueeze(0) for name, x in data.items()} if batched else data,
-        inner=GradientDescent(steps=60, lr=0.4),
+        inner=GradientDescent(steps=16, lr=0.2),
         batched=batched,
         vectorize="loop",
     )
@@ -236,12 +245,12 @@ def test_two_halves_of_a_loop_end_where_the_whole_loop_ends(name):
 def test_memory_does_not_grow_with_the_steps():
     peaks = {}
     for method in (Forward(), Unrolled()):
-        for steps in (5, 40):
+        for steps in (3, 15):
             with LiveBytes() as memory:
                 run_logistic(method, inner=LOOP.updated(steps=steps))
             peaks[method.flag, steps] = memory.peak
-    assert peaks["forward", 40] == peaks["forward", 5]
-    assert peaks["unrolled", 40] > 3 * peaks["unrolled", 5]
+    assert peaks["forward", 15] == peaks["forward", 3]
+    assert peaks["unrolled", 15] > 3 * peaks["unrolled", 3]
 
 
 def test_an_entry_that_does_not_require_grad_takes_no_tangents():
