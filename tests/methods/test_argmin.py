@@ -23,9 +23,9 @@ from metaimplicit import (
 )
 from metaimplicit.methods import SAMA
 
-QUADRATIC = quadratic([[0.5, 1.0, 2.0], [1.0, 1.5, 3.0]])
-RIDGE = ridge()
-TO_CONVERGENCE = GradientDescent(steps=400, lr=0.3)
+QUADRATIC = quadratic([[1.0, 1.2, 2.0], [1.0, 1.5, 2.5]])
+RIDGE = ridge(m=60)
+TO_CONVERGENCE = GradientDescent(steps=50, lr=0.6)
 ONE_NEWTON_STEP = GradientDescent(steps=1, lr=1.0)  # for f = ½(w − …)²
 
 
