@@ -38,14 +38,14 @@ META = {"s": torch.tensor(1.3, dtype=torch.float64)}
 
 # Each converges to round-off on this problem.
 LOOPS = {
-    "sgd": partial(TorchOptimizer, SGD, steps=600, lr=0.3),
-    "momentum": partial(TorchOptimizer, SGD, steps=800, lr=0.05, momentum=0.9),
-    "nesterov": partial(TorchOptimizer, SGD, steps=800, lr=0.05, momentum=0.9, nesterov=True),
-    "adam": partial(TorchOptimizer, Adam, steps=1500, lr=0.05, eps=0.5),
-    "rmsprop": partial(TorchOptimizer, RMSprop, steps=1500, lr=0.05, eps=0.5),
-    "adagrad": partial(TorchOptimizer, Adagrad, steps=1500, lr=0.3, eps=0.5),
-    "adamax": partial(TorchOptimizer, Adamax, steps=1500, lr=0.05, eps=0.5),
-    "adadelta": partial(TorchOptimizer, Adadelta, steps=1500, lr=0.3, eps=0.05),
+    "sgd": partial(TorchOptimizer, SGD, steps=40, lr=0.65),
+    "momentum": partial(TorchOptimizer, SGD, steps=60, lr=0.4, momentum=0.3),
+    "nesterov": partial(TorchOptimizer, SGD, steps=60, lr=0.4, momentum=0.3, nesterov=True),
+    "adam": partial(TorchOptimizer, Adam, steps=80, lr=0.3, eps=0.5, betas=(0.5, 0.9)),
+    "rmsprop": partial(TorchOptimizer, RMSprop, steps=60, lr=0.3, eps=0.5),
+    "adagrad": partial(TorchOptimizer, Adagrad, steps=60, lr=0.6, eps=0.5),
+    "adamax": partial(TorchOptimizer, Adamax, steps=80, lr=0.3, eps=0.5, betas=(0.5, 0.9)),
+    "adadelta": partial(TorchOptimizer, Adadelta, steps=60, lr=0.6, eps=0.05),
 }
 
 
