@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 X = torch.randn(2, 10, 4, dtype=torch.float64)
 Y = (torch.arange(10) % 5).repeat(2, 1)
 EPISODES = ((X, Y), (X.flip(1), Y))
-STRENGTH = 0.5
+STRENGTH = 1.0
 
 
 class Auxiliary(nn.Module):
@@ -35,7 +35,7 @@ def make_learner(model, curvature, vectorize):
     return MetaLearner(
         model,
         lambda z, y: F.cross_entropy(z, y) + model.penalty,
-        inner=GradientDescent(steps=400, lr=0.5),
+        inner=GradientDescent(steps=60, lr=0.5),
         proximal=STRENGTH,
         method=Implicit(CG(max_steps=200, tol=1e-13), curvature=curvature),
         vectorize=vectorize,
@@ -69,7 +69,7 @@ def test_the_hessian_is_that_of_the_whole_loss(vectorize):
     expected = torch.zeros_like(phi)
     for x, query in zip(X, X.flip(1), strict=True):
         theta = phi
-        for _ in range(400):
+        for _ in range(60):
             slope = torch.func.grad(loss_at)(theta, x, Y[0]) + STRENGTH * (theta - phi)
             theta = theta - 0.5 * slope
         hessian = torch.autograd.functional.hessian(lambda t, x=x: loss_at(t, x, Y[0]), theta)
