@@ -23,10 +23,12 @@ from metaimplicit import (
 
 DECAY = 0.5
 LAMBDA = 0.25  # the proximal strength
-SGD = TorchOptimizer(torch.optim.SGD, steps=300, lr=0.2, weight_decay=DECAY)
-MOMENTUM = TorchOptimizer(torch.optim.SGD, steps=800, lr=0.05, momentum=0.9, weight_decay=DECAY)
+SGD = TorchOptimizer(torch.optim.SGD, steps=100, lr=0.35, weight_decay=DECAY)
+MOMENTUM = TorchOptimizer(torch.optim.SGD, steps=100, lr=0.2, momentum=0.4, weight_decay=DECAY)
 # With a large eps Adam converges linearly, to round-off.
-ADAM = TorchOptimizer(torch.optim.Adam, steps=800, lr=0.05, eps=0.5, weight_decay=DECAY)
+ADAM = TorchOptimizer(
+    torch.optim.Adam, steps=150, lr=0.15, betas=(0.5, 0.9), eps=0.5, weight_decay=DECAY
+)
 
 
 def regression():
