@@ -129,14 +129,14 @@ def test_a_coordinate_with_zero_gradients_has_a_finite_hypergradient(optimizer, 
 @pytest.mark.slow
 def test_a_tolerance_stops_each_task_by_itself():
     def run(tol):
-        loop = GradientDescent(steps=1500, lr=0.1, tol=tol)
+        loop = GradientDescent(steps=750, lr=0.2, tol=tol)
         return loop.run(loss, START, {}, differentiated_steps=0, keep_iterates=True)
 
     free = run(None)
     stopped = run(1e-3)
     assert len(set(stopped.steps.tolist())) == TASKS
     # The iterates are θ_0, one for each step, and one for the gradient that ended the loop.
-    assert len(stopped.iterates) == int(stopped.steps.max()) + 2 < 1501
+    assert len(stopped.iterates) == int(stopped.steps.max()) + 2 < 751
     for task, steps in enumerate(stopped.steps.tolist()):
         for name in START:
             expected = free.iterates[steps][name][task]
