@@ -65,7 +65,7 @@ def episodes():
 
 def meta_gradient(way, method):
     net = Net(way)
-    inner = GradientDescent(steps=5, lr=0.5)
+    inner = GradientDescent(steps=3, lr=0.5)
     learner = MetaLearner(net, F.cross_entropy, inner=inner, method=method, vectorize="loop")
     loss = learner.backward(episodes()).loss
     after = learner.evaluate(episodes())[0][-1].mean()

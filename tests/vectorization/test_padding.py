@@ -130,7 +130,7 @@ def words(*shape):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_meta_gradient_is_that_of_a_plain_loop(name, vectorize):
     model = MODELS[name]()
-    episodes = draw(inputs=words)
+    episodes = draw(tasks=2, inputs=words)
     with sdpa_kernel(SDPBackend.MATH):
         expected = plain_maml(model, split(episodes))
     assert_learns(expected, model, episodes, vectorize=vectorize)
@@ -186,7 +186,7 @@ def test_what_frequencies_scale_has_no_second_derivative(name, method, vectorize
     options = {"inner": INNER, "method": method, "vectorize": vectorize, "proximal": 1.0}
     learner = MetaLearner(SCALED[name](), F.cross_entropy, **options)
     with refuses("scale_grad_by_freq=False"):
-        learner.backward(draw(inputs=words))
+        learner.backward(draw(tasks=2, inputs=words))
 
 
 def head_only(model, episodes, steps=3, lr=0.1):
@@ -209,7 +209,7 @@ def head_only(model, episodes, steps=3, lr=0.1):
 @pytest.mark.parametrize("name", MODELS | SCALED)
 def test_an_embedding_that_all_tasks_share_has_its_gradient(name, vectorize):
     model = (MODELS | SCALED)[name]()
-    episodes = draw(inputs=words)
+    episodes = draw(tasks=2, inputs=words)
     with sdpa_kernel(SDPBackend.MATH):
         expected = head_only(model, episodes)
     assert_learns(expected, model, episodes, vectorize=vectorize, adapt="head.*")

@@ -94,7 +94,7 @@ IMPOSSIBLE = {
 def test_the_loop_is_kept_without_a_word_where_vmap_is_impossible(name):
     make, module = IMPOSSIBLE[name]
     model = nn.Sequential(nn.Linear(4, 6), make(), nn.Linear(6, 5))
-    episodes = draw()
+    episodes = draw(tasks=2, examples=5)
     expected = plain_maml(model, split(episodes))
     learner = assert_learns(expected, model, episodes, vectorize="auto")
     assert learner.vectorize == "loop"
