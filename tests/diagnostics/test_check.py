@@ -21,9 +21,9 @@ from metaimplicit import (
     check_hypergradient,
 )
 
-SOLVED = GradientDescent(steps=90, lr=0.2)
+SOLVED = GradientDescent(steps=16, lr=0.12, momentum=0.2)
 SHORT = GradientDescent(steps=3, lr=0.1)
-PROBLEM = network(Proximal(1.0))
+PROBLEM = network(Proximal(4.0))
 check = partial(check_hypergradient, PROBLEM, INITIAL, DATA, batched=True, directions=2)
 
 
@@ -194,7 +194,7 @@ META = {"log_strength": number(-1.0)}
 @pytest.mark.parametrize("method", ["dense", "unrolled", "forward"])
 def test_a_detach_is_looked_for_where_the_method_is_exact(method):
     """Nothing else reads φ, so that neither loss has a graph to it."""
-    inner = GradientDescent(steps=200, lr=0.1)
+    inner = GradientDescent(steps=30, lr=0.3)
     result = check_hypergradient(ridge_problem(hidden=True), META, None, inner=inner, method=method)
     assert result.verdict.startswith("Wrong by 1.0e+00, although")
     assert "such as a detach()" in result.verdict
@@ -205,7 +205,7 @@ def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
     check = partial(check_hypergradient, ridge_problem(scale), META, None)
     short = check(inner=GradientDescent(steps=5, lr=0.1 / scale), method="dense")
     assert NOT_STATIONARY in short.verdict
-    settled = GradientDescent(steps=200, lr=0.1 / scale)
+    settled = GradientDescent(steps=30, lr=0.3 / scale)
     assert check(inner=settled, method="dense").verdict.startswith("Right")
     damped = check(inner=settled, method=Implicit(CG(20), damping=0.3 * scale))
     assert "so it is A (hessian, damping" in damped.verdict
