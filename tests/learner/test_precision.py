@@ -3,6 +3,7 @@
 A meta-gradient may lose as many digits as the plain gradient of the query loss does, times five.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from metaimplicit import METHODS, GradientDescent, MetaLearner
 from metaimplicit.operators import Identity
 
-LABELS = torch.arange(8).remainder(4).expand(3, 8)
+LABELS = torch.arange(8).remainder(4).expand(2, 8)
 HALF = [torch.bfloat16, torch.float16]
 DIFFERENCES = {"f2sa", "reptile"}  # they subtract nearly equal numbers
 FORWARD = {"forward", "real-time"}  # they take a tangent for each of the parameters
@@ -26,7 +27,7 @@ def build_model(dtype):
 
 def draw_episodes(dtype):
     torch.manual_seed(1)
-    support, query = torch.randn(2, 3, 8, 6)
+    support, query = torch.randn(2, 2, 8, 6)
     return SimpleNamespace(support=(support.to(dtype), LABELS), query=(query.to(dtype), LABELS))
 
 
@@ -43,10 +44,15 @@ def plain_gradient(dtype):
 
 def meta_gradient(flag, dtype, vectorize):
     model = build_model(dtype)
-    inner = GradientDescent(steps=4, lr=0.1)
+    inner = GradientDescent(steps=3, lr=0.1)
     learner = MetaLearner(model, F.cross_entropy, inner=inner, method=flag, vectorize=vectorize)
     learner.backward(draw_episodes(dtype))
     return gradient_of(model)
+
+
+@cache
+def single_precision(flag):
+    return meta_gradient(flag, torch.float32, "loop")
 
 
 def distance(a, b):
@@ -59,8 +65,8 @@ def distance(a, b):
 @pytest.mark.parametrize("flag", [flag for flag in METHODS if flag not in DIFFERENCES | FORWARD])
 def test_a_meta_gradient_loses_as_few_digits_as_a_gradient(flag, dtype, vectorize):
     of_gradient = distance(plain_gradient(dtype), plain_gradient(torch.float32))
-    single = meta_gradient(flag, torch.float32, vectorize)
-    assert distance(meta_gradient(flag, dtype, vectorize), single) < 5 * of_gradient
+    gradient = meta_gradient(flag, dtype, vectorize)
+    assert distance(gradient, single_precision(flag)) < 5 * of_gradient
 
 
 @pytest.mark.filterwarnings("ignore:.* ended with:RuntimeWarning")
@@ -69,7 +75,7 @@ def test_a_meta_gradient_loses_as_few_digits_as_a_gradient(flag, dtype, vectoriz
 )
 def test_autocast_loses_as_few_digits_as_a_gradient(flag):
     exact = plain_gradient(torch.float32)
-    single = meta_gradient(flag, torch.float32, "vmap")
+    single = single_precision(flag)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         of_gradient = distance(plain_gradient(torch.float32), exact)
         assert of_gradient > 1e-4
