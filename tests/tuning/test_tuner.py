@@ -13,7 +13,7 @@ from metaimplicit.inner import Newton, Ridge
 from metaimplicit.methods import known_options, make_method
 from metaimplicit.tuning import Box
 
-ORACLE = quadratic([[0.5, 1.0, 1.5, 2.0, 3.0]])
+ORACLE = quadratic([[1.5, 2.0, 2.5, 3.0, 3.5]])
 H, B, T = (x[0] for x in ORACLE.data)
 DATA = (H, B, T)
 SGD = partial(torch.optim.SGD, lr=0.06)
@@ -47,9 +47,9 @@ def make_tuner(method="cg", steps=4, optimizer=SGD, **options):
 )
 def test_four_inner_steps_between_outer_steps_suffice_to_reach_the_optimum(method, tolerance):
     options = known_options(method, penalty=1e5, scale=0.3)
-    faster = partial(torch.optim.SGD, lr=0.2)
+    faster = partial(torch.optim.SGD, lr=0.5)
     tuner = make_tuner(make_method(method, **options), optimizer=faster)
-    tuner.fit([DATA], [DATA], steps=100)
+    tuner.fit([DATA], [DATA], steps=30)
     assert relative_error(tuner.meta["phi"], optimum()) < tolerance
     assert relative_error(tuner.params["theta"], torch.linalg.solve(H, B @ optimum())) < tolerance
 
