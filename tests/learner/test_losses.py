@@ -178,7 +178,7 @@ def test_the_parameters_of_a_loss_are_learnt(name, vectorize):
 def test_implicit_methods_learn_the_parameters_of_a_loss(name):
     """At convergence, their gradient is that of the unrolled loop."""
     tasks = stacked(draw())
-    options = {"inner": GradientDescent(steps=300, lr=0.3), "proximal": 1.0}
+    options = {"inner": GradientDescent(steps=40, lr=0.3), "proximal": 2.0}
     implicit = make_learner(
         LEARNT[name](), method=Implicit(Dense(), curvature="hessian"), **options
     )
@@ -195,7 +195,7 @@ def test_implicit_methods_learn_the_parameters_of_a_loss(name):
 def test_gauss_newton_sees_the_loss_at_its_parameters():
     """For a linear model, Gauss–Newton is the Hessian, whatever convex loss is learnt."""
     tasks = stacked(draw())
-    options = {"inner": GradientDescent(steps=300, lr=0.3), "proximal": 1.0}
+    options = {"inner": GradientDescent(steps=40, lr=0.3), "proximal": 2.0}
     gradients = []
     loss = Temperature(2.5)
     model = nn.Linear(FEATURES, WAYS)
