@@ -39,7 +39,7 @@ def test_the_step_size_of_an_optimiser_of_torch_is_learnt():
 
 @pytest.mark.slow
 def test_an_implicit_method_learns_the_proximal_strength_as_unrolling_to_the_argmin_does():
-    options = {"inner": GradientDescent(steps=500, lr=0.3), "learn": {"proximal"}, "proximal": 1.0}
+    options = {"inner": GradientDescent(steps=50, lr=0.3), "learn": {"proximal"}, "proximal": 2.0}
     exact = Implicit(CG(max_steps=60, tol=1e-12), curvature="hessian")
     implicit = make_learner(method=exact, **options)
     unrolled = make_learner(method="unrolled", **options)
