@@ -1,6 +1,7 @@
 """The learner within the modes of autograd, and meta-gradients that mean nothing."""
 
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -21,8 +22,19 @@ MODES = {
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
     "grad": torch.enable_grad,
-    "inference mode within grad": lambda: torch.inference_mode(True),
 }
+
+
+@cache
+def results_outside_any_mode(method, vectorize):
+    """Losses, accuracies, outputs of all tasks and of the first, and the meta-gradient."""
+    learner = make_learner(method=method, vectorize=vectorize)
+    data = draw_episodes()
+    losses, accuracies = learner.evaluate(data)
+    batch = learner.adapt(data.support, batched=True)(data.query[0]).detach()
+    one = learner.adapt((data.support[0][0], data.support[1][0]))(data.query[0][0]).detach()
+    learner.backward(data)
+    return losses, accuracies, batch, one, [p.grad for p in learner.parameters()]
 
 
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
@@ -30,15 +42,9 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("drawn", ["inside", "outside"])
 def test_every_call_is_the_same_in_any_mode_of_autograd(mode, method, vectorize, drawn):
+    expected, accuracies, batch, one, gradients = results_outside_any_mode(method, vectorize)
     learner = make_learner(method=method, vectorize=vectorize)
     data = draw_episodes()
-    expected, accuracies = learner.evaluate(data)
-    batch = learner.adapt(data.support, batched=True)(data.query[0]).detach()
-    one = learner.adapt((data.support[0][0], data.support[1][0]))(data.query[0][0]).detach()
-    learner.backward(data)
-    gradients = [p.grad.clone() for p in learner.parameters()]
-    learner.zero_grad()
-
     with MODES[mode]():
         if drawn == "inside":
             data = draw_episodes()
@@ -69,7 +75,8 @@ def test_anomaly_detection_changes_nothing(method, vectorize):
         learner.backward(draw_episodes())
         return [p.grad for p in learner.parameters()]
 
-    learner = make_learner(method=method, vectorize=vectorize)
+    inner = GradientDescent(steps=2, lr=0.3)
+    learner = make_learner(method=method, inner=inner, vectorize=vectorize)
     expected = run()
     with torch.autograd.detect_anomaly(check_nan=True):
         got = run()
