@@ -32,7 +32,7 @@ from scripts.running import load_main  # noqa: E402
 import tasks.cache  # noqa: E402
 from metaimplicit.training import read_metrics  # noqa: E402
 
-OPTIONS = ["--task=sinusoid", "--schedule=constant", "--vectorize=vmap", "--meta-batch=4"]
+OPTIONS = ["--task=sinusoid", "--schedule=constant", "--vectorize=loop", "--meta-batch=2"]
 OPTIONS += ["--checkpoint-every=2", "--validate-every=2", "--validation-episodes=4"]
 OPTIONS += ["--test-episodes=4", "--test-steps=1", "--hidden", "8", "--device=cpu"]
 STEPS = 6
@@ -91,8 +91,12 @@ CHANGES = [flip_bits, truncate, zero_block, edit_number]
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Print no results, and draw no figures, which takes most of the time."""
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(Figure, "savefig"):
+    """Print no results, draw no figures and leave no pages, which takes most of the time."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(Figure, "savefig"),
+        mock.patch("command_line.report.leave_page"),
+    ):
         yield
 
 
