@@ -57,10 +57,9 @@ def assert_tunes(model, loss, variables, train, validation, *, inner_loss, outer
     assert_close(list(result.grads.values()), list(expected), rtol=1e-11, atol=1e-12 * scale)
     assert scale > 1e-4
 
-    for method in ("unrolled", "forward"):
-        tuner = Tuner(problem, meta, domains=domains, inner=INNER, method=method)
-        step = tuner.step(train, validation)
-        assert_close(step.outer_loss, value.item(), rtol=1e-6, atol=0)
+    tuner = Tuner(problem, meta, domains=domains, inner=INNER, method="forward")
+    step = tuner.step(train, validation)
+    assert_close(step.outer_loss, value.item(), rtol=1e-6, atol=0)
 
 
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
