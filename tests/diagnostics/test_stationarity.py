@@ -204,7 +204,7 @@ def hinge(w):
     ids=["l1", "hinge", "max", "relu", "l1_loss", "pinball", "l1 norm", "margin"],
 )
 def test_the_check_names_a_kink_of_the_inner_loss(term):
-    inner = GradientDescent(steps=40, lr=0.1)
+    inner = GradientDescent(steps=20, lr=0.2)
     check = check_hypergradient(problem(term), META, None, inner=inner, method="dense")
     assert check.inner_gradient_norm > 1e-2
     assert "the inner loss has a kink there" in check.verdict
