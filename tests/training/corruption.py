@@ -91,11 +91,12 @@ CHANGES = [flip_bits, truncate, zero_block, edit_number]
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Print no results, draw no figures and leave no pages, which takes most of the time."""
+    """Print no results, draw no figures or curves, and leave no pages: most of the time."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         mock.patch.object(Figure, "savefig"),
         mock.patch("command_line.report.leave_page"),
+        mock.patch("command_line.testing.predict_curves", return_value=None),
     ):
         yield
 
