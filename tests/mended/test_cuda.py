@@ -86,8 +86,8 @@ def test_recurrent_networks_adapt_in_evaluation_mode(name):
 
 @pytest.mark.parametrize("elsewhere", ["inputs", "targets"])
 def test_data_on_another_device_are_named(elsewhere):
-    learner = MetaLearner(nn.Linear(3, 4).cuda(), nn.functional.mse_loss)
-    part = {"inputs": randn(2, 6, 3, seed=0).float(), "targets": randn(2, 6, 4, seed=1).float()}
+    learner = MetaLearner(nn.Linear(3, 4).double().cuda(), nn.functional.mse_loss)
+    part = {"inputs": randn(2, 6, 3, seed=0), "targets": randn(2, 6, 4, seed=1)}
     part = tuple(x if name == elsewhere else x.cuda() for name, x in part.items())
     with pytest.raises(UnsupportedOperationError, match=r"different devices meet \(.*\.to"):
         learner.backward((part, part))
