@@ -67,19 +67,17 @@ class UnfusedDropout(TorchDispatchMode):
 
     Example:
         >>> with UnfusedDropout():
-        ...     torch.dropout(torch.ones(2), p=1.0, train=True)
-        tensor([0., 0.])
+        ...     torch.native_dropout(torch.ones(2), p=1.0, train=True)
+        (tensor([0., 0.]), tensor([False, False]))
     """
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run one operation of torch, and dropout by plain ones."""
-        if function is not torch.ops.aten.native_dropout.default:
+        """Run an operation of torch, and dropout in training by plain ones."""
+        if function is not torch.ops.aten.native_dropout.default or args[2] is False:
             return function(*args, **(kwargs or {}))
-        x, p, train = args
-        if not train:
-            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        x, p, _ = args
         mask = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - p)
         scale = 1 / (1 - p) if p < 1 else 0.0
         return x * mask * scale, mask.bool()

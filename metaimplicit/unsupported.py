@@ -167,7 +167,8 @@ ADVICE = {
     r"expected input and grad types to match": (
         "softmax: torch cannot vmap its gradient within an autocast to bfloat16 ({0}); use " + LOOP
     ),
-    r"on the same device|found two different devices|torch\.cuda\.\w+Tensor": (
+    r"on the same device|type \(torch\.[A-Z]\w+\) and \w+ type \(torch\.cuda|"
+    r"type \(torch\.cuda\.\w+\) and \w+ type \(torch\.[A-Z]": (
         "tensors on different devices meet ({0}); move the model, the data and what the losses "
         "hold to one device by .to(device)"
     ),

@@ -155,6 +155,7 @@ class OutputLikelihood:
     def _scores_of_draws(
         self, mean: Tensor, samples: int, generator: torch.Generator | None
     ) -> Tensor:
+        """μ − y, `[samples, *μ.shape]`, on the device of the generator, where μ is."""
         shape = (samples, *mean.shape)
         if self.family.name == "gaussian":
             return torch.randn(

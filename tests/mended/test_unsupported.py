@@ -374,9 +374,19 @@ def test_a_function_without_jvp_is_refused_in_forward_mode(method, vectorize):
         )
 
 
+def test_tensors_of_two_types_on_one_device_are_no_tensors_of_two_devices():
+    of_convolution = (
+        "Input type (torch.cuda.DoubleTensor) and weight type (torch.cuda.FloatTensor) should be "
+        "the same"
+    )
+    assert find_advice(RuntimeError(of_convolution)).startswith("tensors of different types meet")
+
+
 @pytest.mark.parametrize(
     "message",
     [
+        "Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the "
+        "same or input should be a MKLDNN tensor and weight is a dense tensor",
         "Expected all tensors to be on the same device, but got mat1 is on cpu, different from "
         "other tensors on cuda:0",
         "Input type (torch.FloatTensor) and weight type (torch.cuda.FloatTensor) should be the "

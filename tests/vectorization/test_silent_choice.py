@@ -11,6 +11,7 @@ from vectorization.problems import meta_of, network, problem_of
 from vectorization.wrong_rules import WrongValue
 
 from metaimplicit import MetaLearner, Unrolled, hypergradient
+from metaimplicit.random_state import UnfusedDropout
 
 
 class Function(nn.Module):
@@ -186,6 +187,24 @@ FUSED_DROPOUT = {
     "dropout of all": lambda: nn.Dropout(1.0),
     "dropout in attention": Attentive,
 }
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("train", [True, None, False])
+def test_dropout_that_is_not_fused_has_the_numbers_and_slopes_of_vmap(p, train):
+    x = torch.randn(4, 7)
+
+    def value(x):
+        return torch.native_dropout(x, p, train)[0].square().sum()
+
+    value_and_slope = torch.func.grad_and_value(value)
+    torch.manual_seed(0)
+    of_vmap = torch.vmap(value_and_slope, randomness="same")(x)
+    for i, of_task in enumerate(x):
+        torch.manual_seed(0)
+        with UnfusedDropout():
+            slope, loss = value_and_slope(of_task)
+        torch.testing.assert_close((slope, loss), (of_vmap[0][i], of_vmap[1][i]))
 
 
 @pytest.mark.gpu
