@@ -28,8 +28,13 @@ class LossState:
     values are equal. Numbers and strings are compared by value. `version_of` says which ways to
     write to a tensor are seen.
 
+    Args:
+        loss: A function, a module or another callable object.
+        but_trained: Whether a tensor that requires grad may be written to without being a change,
+            as each step of training does.
+
     Attributes:
-        loss: The function, module or other callable object.
+        loss: The same.
 
     Example:
         >>> from torch import nn
@@ -42,16 +47,17 @@ class LossState:
         (True, False)
     """
 
-    def __init__(self, loss: Callable[..., Any]) -> None:
+    def __init__(self, loss: Callable[..., Any], *, but_trained: bool = False) -> None:
         self.loss = loss
-        self._parts = _read(loss)
+        self._but_trained = but_trained
+        self._parts = _read(loss, but_trained)
 
     def has_changed(self) -> bool:
         """Whether it has changed since the last call, at first since it was made.
 
         It also is True if the loss has more than `MAX_PARTS` parts, which are not compared.
         """
-        parts = _read(self.loss)
+        parts = _read(self.loss, self._but_trained)
         before, self._parts = self._parts, parts
         if before is None or parts is None or len(before) != len(parts):
             return True
@@ -65,7 +71,7 @@ def _are_same(before: Any, after: Any) -> bool:
     return type(before) is type(after) and isinstance(before, CONSTANTS) and before == after
 
 
-def _read(loss: Any) -> list[Any] | None:
+def _read(loss: Any, but_trained: bool) -> list[Any] | None:
     """The parts of a loss in a fixed order. None if there are more than `MAX_PARTS`."""
     parts: list[Any] = []
     seen: set[int] = set()
@@ -82,7 +88,7 @@ def _read(loss: Any) -> list[Any] | None:
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            parts.extend(version_of(value))
+            parts.extend(() if but_trained and value.requires_grad else version_of(value))
         elif isinstance(value, np.ndarray):
             parts.append(value.tobytes())
         else:

@@ -39,7 +39,8 @@ class TargetCheck:
     its tensors, apart from the numbers of tasks and examples. Only the range of class indices is
     checked in every batch.
 
-    Once the loss is another one, or has changed as `LossState` sees it, all is found out anew.
+    Once the loss is another one, or has changed as `LossState` sees it, all is found out anew. What
+    is learnt of it may change.
 
     Args:
         call: The model as it is, `inputs of one task -> outputs`.
@@ -110,7 +111,7 @@ of the model; convert targets that are not class indices to float
         loss = self._read_loss()
         if self._state is not None and self._state.loss is loss and not self._state.has_changed():
             return
-        self._state = LossState(loss)
+        self._state = LossState(loss, but_trained=True)
         self._classes.clear()
         self._ignored.clear()
 

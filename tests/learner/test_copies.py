@@ -27,6 +27,15 @@ class Network(nn.Module):
         return self.last(self.dropout(torch.relu(self.frozen(x) + self.shift)))
 
 
+class Smoothed:
+    """A loss that is no module, and has a class of its own."""
+
+    smoothing = 0.1
+
+    def __call__(self, outputs, labels):
+        return F.cross_entropy(outputs, labels, label_smoothing=self.smoothing)
+
+
 def draw_episodes():
     inputs = torch.randn(3, 6, 4)
     labels = torch.arange(3).repeat(2).expand(3, -1)
@@ -112,3 +121,11 @@ def test_a_learner_is_saved_whatever_a_model_keeps_of_a_forward_pass(call):
     assert 0 < (learner.model.last.weight == 0).double().mean() < 1
     loaded = pickle.loads(pickle.dumps(learner))
     assert torch.equal(loaded.evaluate(episodes)[0], learner.evaluate(episodes)[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_used_learner_whose_loss_is_of_a_class_of_its_own_is_copied(copied):
+    learner = MetaLearner(Network().eval(), Smoothed(), inner=INNER)
+    episodes = draw_episodes()
+    losses = learner.evaluate(episodes)[0]
+    assert torch.equal(copied(learner).evaluate(episodes)[0], losses)

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from learner.plain_loop import LR, STEPS, assert_learns, assert_same, plain_maml
+from oracles import randn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
@@ -367,6 +369,46 @@ def test_the_accuracy_counts_the_examples_of_the_present_loss(change):
     after = learner.evaluate(tasks)[1]
     assert torch.equal(after, expected.evaluate(tasks)[1])
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    "place", ["the support sets", "the query sets", "the query sets of a head"]
+)
+def test_a_loss_is_looked_at_once_though_what_it_learns_changes(place, monkeypatch):
+    plain = F.cross_entropy
+    counting = Mock(side_effect=plain)  # what a module holds is no part of the loss
+    monkeypatch.setattr(F, "cross_entropy", counting)
+    weight = nn.Parameter(torch.zeros(()))
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels) + weight.square()
+
+    options = {
+        "the support sets": {"query_loss": plain},
+        "the query sets": {"query_loss": loss},
+        "the query sets of a head": {"head": "ridge"},
+    }
+    first = plain if place == "the query sets" else loss
+    learner = MetaLearner(CLASSES["int64"].model(), first, vectorize="loop", **options[place])
+    part = (randn(2, 10, FEATURES, seed=0), (torch.arange(10) % WAYS).expand(2, -1))
+    counts = []
+    for _ in range(3):
+        counting.reset_mock()
+        learner.evaluate({"support": part, "query": part})
+        counts.append(counting.call_count)
+        with torch.no_grad():
+            weight.add_(0.1)
+    assert counts[0] > counts[1] == counts[2]
+
+
+def test_a_label_that_the_loss_before_ignored_is_refused():
+    kind = CLASSES["own loss that skips -1"]
+    tasks = stacked(kind.draw())
+    learner = make_learner(kind)
+    learner.evaluate(tasks)
+    learner.loss = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match="support labels: got -1, expected class indices from 0"):
+        learner.evaluate(tasks)
 
 
 @pytest.mark.parametrize("name", ["the last class without weight", "a class without weight"])
