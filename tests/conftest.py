@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take others' time
-import torch
 
+# The process that starts the workers does not need torch, for which they would have to wait.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -19,12 +21,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
     """New tensors are of type float64, so that tolerances can be near round-off."""
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
