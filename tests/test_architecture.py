@@ -66,13 +66,18 @@ def parse(path):
     return ast.parse(path.read_text())
 
 
+@cache
+def nodes(path):
+    return list(ast.walk(parse(path)))
+
+
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
 
-def definitions(tree):
+def definitions(path):
     """The names of the functions, classes, variables and attributes that a module makes."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -81,9 +86,9 @@ def definitions(tree):
             yield node.attr
 
 
-def used_names(tree):
+def used_names(path):
     """The names that a module reads, as variables, attributes, imports or strings."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
@@ -103,7 +108,7 @@ def imports_at_load(path):
 
 
 def imports(path):
-    for node in ast.walk(parse(path)):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom):
             yield node.module
         elif isinstance(node, ast.Import):
@@ -151,10 +156,10 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_no_private_attribute_is_read_in_another_module():
-    own = {path: set(definitions(parse(path))) for path in OURS}
+    own = {path: set(definitions(path)) for path in OURS}
     everywhere = set().union(*own.values())
     for path in OURS:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if not isinstance(node, ast.Attribute) or not is_private(node.attr):
                 continue
             if hasattr(torch.Tensor, node.attr):
@@ -167,19 +172,19 @@ def test_no_private_attribute_is_read_in_another_module():
 
 def test_no_private_name_is_imported():
     for path in OURS:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom):
                 private = [alias.name for alias in node.names if is_private(alias.name)]
                 assert not private, f"{path}:{node.lineno}: {private}"
 
 
 def test_every_name_that_is_defined_is_used():
-    uses = Counter(name for path in (*OURS, *TESTS) for name in used_names(parse(path)))
+    uses = Counter(name for path in (*OURS, *TESTS) for name in used_names(path))
     # by higher's optimisers, by pickle, by warnings, and by torch.autograd.Function
     called_by_libraries = {"_update", "find_class", "formatwarning"}
     called_by_libraries |= {"setup_context", "generate_vmap_rule"}
     for path in OURS:
-        unused = {name for name in definitions(parse(path)) if not uses[name]}
+        unused = {name for name in definitions(path) if not uses[name]}
         dunder = {name for name in unused if name.startswith("__")}
         assert unused <= dunder | called_by_libraries, f"{path}: {unused}"
 
@@ -205,9 +210,11 @@ def test_one_module_imports_higher():
 
 def test_import_is_light_and_silent():
     heavy = ("matplotlib", "optuna", "scipy", "sklearn", "sympy", "torch._dynamo", "torchvision")
+    heavy += ("PIL", "learn2learn")
     code = (
         "import sys, torch.utils.checkpoint; "  # which imports sympy in older versions
-        "before = set(sys.modules); import metaimplicit, tasks; "
+        "before = set(sys.modules); import tasks; "
+        "assert 'metaimplicit' not in sys.modules; import metaimplicit; "
         f"print(sorted(set({heavy}) & (set(sys.modules) - before)))"
     )
     done = subprocess.run(
