@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matplotlib.figure import Figure
+from scripts.running import draw_nothing
 
 import tasks
 
@@ -11,9 +11,7 @@ import tasks
 def _empty_drawings(request, monkeypatch):
     """Pages and plots stay empty, but for tests that are marked as looking at them."""
     if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
-        for module in ("command_line.report", "experiments.runner"):
-            monkeypatch.setattr(f"{module}.leave_page", lambda path, make: path.write_text(""))
+        draw_nothing(monkeypatch)
 
 
 @pytest.fixture

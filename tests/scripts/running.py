@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = [
@@ -13,7 +14,16 @@ SMALL = [
     "--test-episodes=10",
     "--validation-episodes=10",
     "--test-steps=2",
+    "--meta-batch=4",
+    "--vectorize=vmap",
 ]
+
+
+def draw_nothing(monkeypatch):
+    """Pages and plots are left empty from here on."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
+    for module in ("command_line.report", "experiments.runner"):
+        monkeypatch.setattr(f"{module}.leave_page", lambda path, make: path.write_text(""))
 
 
 def load_main(name):
