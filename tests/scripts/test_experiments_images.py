@@ -7,6 +7,7 @@ import torch
 from experiments.distillation import CLASSES, Distillation, class_means
 from experiments.hyper_cleaning import HyperCleaning, detection
 from experiments.runner import execute
+from scripts.running import draw_nothing
 
 import tasks
 from metaimplicit import GradientDescent, hypergradient
@@ -150,13 +151,13 @@ def test_real_images_are_of_their_class_and_means_of_its_parts():
 @pytest.mark.parametrize(
     "experiment",
     [
-        HyperCleaning(quick=True, device="cpu"),
+        HyperCleaning(quick=True, device="cpu", steps=3),
         Distillation(quick=True, device="cpu", network="lenet", images=2),
     ],
     ids=lambda experiment: experiment.name,
 )
 @pytest.mark.filterwarnings("ignore:Nystrom ended with:RuntimeWarning")  # at three columns
-def test_a_smoke_test_leaves_rows_and_plots(tmp_path, experiment):
+def test_a_smoke_test_leaves_rows_and_plots(tmp_path, monkeypatch, experiment):
     experiment = replace(experiment, out=tmp_path)
     table = execute(experiment)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -166,4 +167,5 @@ def test_a_smoke_test_leaves_rows_and_plots(tmp_path, experiment):
         folder = tmp_path / f"{method}-0"
         assert (folder / "summary.json").exists()
         assert (folder / "images.png").exists() == isinstance(experiment, Distillation)
+    draw_nothing(monkeypatch)
     assert execute(experiment) == table  # from the rows that are there
