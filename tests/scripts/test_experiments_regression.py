@@ -136,8 +136,16 @@ def test_a_run_that_diverges_is_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("experiment", "cases"),
     [
-        (WeightDecay(quick=True, method=("none", "dense", "nystrom"), outer_lrs=(0.3, 1.0)), 5),
-        (GroupLasso(quick=True, method=("oracle", "cg")), 2),
+        (
+            WeightDecay(
+                quick=True,
+                method=("none", "dense", "nystrom"),
+                outer_lrs=(0.3, 1.0),
+                outer_steps=1,
+            ),
+            5,
+        ),
+        (GroupLasso(quick=True, method=("oracle", "cg"), smoothing=0.2, ridge=0.1), 2),
     ],
     ids=["weight-decay", "group-lasso"],
 )
