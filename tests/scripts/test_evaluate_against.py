@@ -18,10 +18,10 @@ evaluate = load_main("evaluate")
 def runs(tmp_path_factory):
     """Two runs that draw 25 and 4 tasks at a time."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["--steps=2", "--inner-lr=0.02", "--seed=3", "--meta-batch=4"]
+    options = ["--steps=2", "--inner-lr=0.02", "--seed=3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("command_line.report.leave_page", lambda path, make: None)
-        train([*SMALL, "--steps=1", "--out", str(folder / "first")])
+        train([*SMALL, "--steps=1", "--meta-batch=25", "--out", str(folder / "first")])
         train([*SMALL, *options, "--out", str(folder / "second")])
     return folder / "first", folder / "second"
 

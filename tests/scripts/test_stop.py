@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tune
 from command_line import handle_errors
 from experiments import EXPERIMENTS
-from scripts.running import SCRIPTS, SMALL, load_main
+from scripts.running import SCRIPTS, SMALL, draw_nothing, load_main
 
 from metaimplicit import MetaLearner, Tuner
 from metaimplicit.training import STOP_SIGNALS, read_metrics
@@ -20,25 +21,25 @@ from metaimplicit.training import STOP_SIGNALS, read_metrics
 train = load_main("train")
 evaluate = load_main("evaluate")
 GROUPS = ["group-lasso", "--quick", "--method=cg", "--outer-steps=3"]
+GROUPS += ["--smoothing=0.2", "--ridge=0.1"]
+STEPS = [*SMALL, "--checkpoint-every=100"]
 
 
-@pytest.fixture
-def signal_at(monkeypatch):
+@contextmanager
+def signal_at(owner, name, call, number=signal.SIGTERM):
     """Let a signal arrive in the call of a method that has this number."""
+    calls = []
+    method = getattr(owner, name)
 
-    def patch(owner, name, call, number=signal.SIGTERM):
-        calls = []
-        method = getattr(owner, name)
+    def signalling(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return method(*args, **options)
 
-        def signalling(*args, **options):
-            calls.append(1)
-            if len(calls) == call:
-                signal.raise_signal(number)
-            return method(*args, **options)
-
-        monkeypatch.setattr(owner, name, signalling)
-
-    return patch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, signalling)
+        yield
 
 
 def stop(main, args, capsys):
@@ -59,55 +60,59 @@ def metrics_of(run):
     return [line | {"seconds": 0} for line in read_metrics(run)]
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        train([*STEPS, f"--out={out}"])
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_training_finishes_its_step_and_resumes_to_the_same_numbers(
-    tmp_path, capsys, signal_at, monkeypatch, number
+    unbroken, tmp_path, capsys, number
 ):
-    args = [*SMALL, "--vectorize=vmap", "--checkpoint-every=100"]
-    unbroken, out = tmp_path / "unbroken", tmp_path / "stopped"
-    train([*args, f"--out={unbroken}"])
+    out = tmp_path / "stopped"
     # One call is the rehearsal, and three belong to the plan.
-    signal_at(MetaLearner, "backward", 6, number)
-    code, line = stop(train, [*args, f"--out={out}"], capsys)
+    with signal_at(MetaLearner, "backward", 6, number):
+        code, line = stop(train, [*STEPS, f"--out={out}"], capsys)
     assert code == 128 + number
     name = signal.Signals(number).name
     advice = f"the same command with --resume continues the run in {out}"
     assert line == f"stopped by {name}; {advice}"
     assert [entry["step"] for entry in read_metrics(out)] == [1, 2]
 
-    monkeypatch.undo()
-    signal_at(MetaLearner, "evaluate", 2, number)  # the first call is the validation
-    assert stop(train, [f"--out={out}", "--task=sinusoid", "--resume"], capsys) == (code, line)
+    with signal_at(MetaLearner, "evaluate", 2, number):  # the first call is the validation
+        assert stop(train, [f"--out={out}", "--task=sinusoid", "--resume"], capsys) == (code, line)
     assert not (out / "summary.json").exists()
-    monkeypatch.undo()
     train([f"--out={out}", "--task=sinusoid", "--resume"])
     assert summary_of(out) == summary_of(unbroken)
     assert metrics_of(out) == metrics_of(unbroken)
 
 
-def test_before_training_nothing_is_left(tmp_path, capsys, signal_at):
-    signal_at(MetaLearner, "backward", 1)
-    code, line = stop(train, [*SMALL, f"--out={tmp_path / 'run'}"], capsys)
+def test_before_training_nothing_is_left(tmp_path, capsys):
+    with signal_at(MetaLearner, "backward", 1):
+        code, line = stop(train, [*SMALL, f"--out={tmp_path / 'run'}"], capsys)
     assert (code, line) == (143, "stopped by SIGTERM; run the same command again")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_evaluation_stops_at_once(tmp_path, capsys, signal_at):
-    train([*SMALL, f"--out={tmp_path}"])
-    signal_at(MetaLearner, "evaluate", 1, signal.SIGHUP)
-    code, line = stop(evaluate, [tmp_path], capsys)
+def test_evaluation_stops_at_once(unbroken, capsys):
+    with signal_at(MetaLearner, "evaluate", 1, signal.SIGHUP):
+        code, line = stop(evaluate, [unbroken], capsys)
     assert (code, line) == (129, "stopped by SIGHUP; run the same command again")
-    assert not (tmp_path / "evaluation.json").exists()
+    assert not (unbroken / "evaluation.json").exists()
 
 
 @pytest.mark.slow
-def test_tuning_finishes_its_step_and_resumes_to_the_same_row(tmp_path, capsys, signal_at):
+def test_tuning_finishes_its_step_and_resumes_to_the_same_row(tmp_path, capsys):
     unbroken, out = tmp_path / "unbroken", tmp_path / "stopped"
     tune.main([*GROUPS, f"--out={unbroken}"])
-    signal_at(Tuner, "step", 2)
-    code, line = stop(tune.main, [*GROUPS, f"--out={out}"], capsys)
+    with signal_at(Tuner, "step", 2):
+        code, line = stop(tune.main, [*GROUPS, f"--out={out}"], capsys)
     assert (code, line) == (143, "stopped by SIGTERM; run the same command again")
     start = out / "cg-0" / "start-0"
     assert [entry["step"] for entry in read_metrics(start)] == [1, 2]
@@ -120,9 +125,9 @@ def test_tuning_finishes_its_step_and_resumes_to_the_same_row(tmp_path, capsys, 
 
 
 @pytest.mark.slow
-def test_an_experiment_without_checkpoints_stops_at_once(tmp_path, capsys, signal_at):
-    signal_at(EXPERIMENTS["step-size"], "run", 1, signal.SIGINT)
-    code, line = stop(tune.main, ["step-size", "--quick", f"--out={tmp_path}"], capsys)
+def test_an_experiment_without_checkpoints_stops_at_once(tmp_path, capsys):
+    with signal_at(EXPERIMENTS["step-size"], "run", 1, signal.SIGINT):
+        code, line = stop(tune.main, ["step-size", "--quick", f"--out={tmp_path}"], capsys)
     assert (code, line) == (130, "stopped by SIGINT; run the same command again")
 
 
