@@ -306,8 +306,8 @@ def test_all_ways_have_the_same_meta_gradient():
 
 
 def test_a_resumed_run_keeps_its_way(tmp_path, capsys):
-    args = ["--steps=2", "--filters=4", "--meta-batch=4", "--validation-episodes=4"]
-    args += ["--test-episodes=4", f"--out={tmp_path}", "--head=linear"]
+    args = ["--steps=2", "--filters=2", "--queries=1", "--meta-batch=4", "--inner-steps=2"]
+    args += ["--validation-episodes=4", "--test-episodes=4", f"--out={tmp_path}", "--head=linear"]
     train.main(args)
     config = read_sealed_json(tmp_path / "config.json")
     assert config["plan"]["way"]["compile"] is False
