@@ -9,7 +9,8 @@ from scripts.running import SMALL, error_line, load_main
 train = load_main("train")
 evaluate = load_main("evaluate")
 
-OPTIONS = ["--filters=4", "--steps=2", "--validation-episodes=8", "--test-episodes=8"]
+OPTIONS = ["--filters=4", "--steps=1", "--meta-batch=2", "--vectorize=vmap"]
+OPTIONS += ["--validation-episodes=4", "--test-episodes=4"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_runs_of_other_tasks_are_compared_on_the_ones_that_are_asked_for(run, te
 
 def test_a_linear_layer_has_one_number_of_classes(run, tmp_path, capsys):
     linear = tmp_path / "linear"
-    train(["--method=first-order", *OPTIONS, "--steps=1", "--out", str(linear)])
+    train(["--method=first-order", *OPTIONS, "--out", str(linear)])
     capsys.readouterr()
     line = error_line(evaluate, [linear, "--ways=7"], capsys)
     assert line.startswith(f"error: --ways: got 7, but {linear} has --head linear and 5 ways")
