@@ -12,6 +12,7 @@ import torch
 import train
 from episode_checks import assert_class_major, assert_no_input_twice, is_same
 from image_files import REAL_DATA, class_folders, write_tree
+from scripts.running import draw_nothing
 from tasksets import TinyOmniglot, import_learn2learn
 
 import tasks
@@ -181,7 +182,8 @@ def test_the_command_line_lists_every_family_and_a_new_one(new_family, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_on_a_new_family(new_family, tmp_path, capsys):
+def test_the_command_line_trains_on_a_new_family(new_family, tmp_path, monkeypatch, capsys):
+    draw_nothing(monkeypatch)
     options = ["--task", new_family, "--task-options", "shift=0.5"]
     options += ["--method=first-order", "--inner-lr=0.01"]
     limits = ["--steps=1", "--test-episodes=2", "--validation-episodes=2", "--meta-batch=2"]
