@@ -12,7 +12,8 @@ train = load_main("train")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    settings = {"filters": 4, "steps": 2, "validation_episodes": 8, "test_episodes": 8}
+    settings = {"filters": 4, "steps": 2, "meta_batch": 2, "vectorize": "vmap"}
+    settings |= {"validation_episodes": 4, "test_episodes": 4}
     recipe = Recipe("glyphs", {"MAML": "98.7"}, head="ridge", settings=settings)
     monkeypatch.setitem(recipes.RECIPES, "tiny", recipe)
 
