@@ -102,7 +102,7 @@ def test_a_diverged_run_is_a_row_of_the_table(tmp_path, monkeypatch):
 def test_squashed_logits_bound_the_loss_from_below(tmp_path, logits):
     """Logits within ±1 leave each image a loss of at least log(1 + 9 e⁻²)."""
     options = SMALL | {"hidden": 128}
-    common = {"out": tmp_path, "epochs": 40, "heights": (), "method": ("adam",), **options}
+    common = {"out": tmp_path, "epochs": 12, "heights": (), "method": ("adam",), **options}
     execute(MnistTower(logits=logits, **common))
     loss = rows_by_method(tmp_path)["adam"]["loss"]
     bound = math.log1p(9 * math.exp(-2))
