@@ -326,7 +326,8 @@ def test_a_run_may_stand_among_its_data(tmp_path, monkeypatch):
     write_images(tmp_path, 20)
     monkeypatch.chdir(tmp_path)
     args = ["--task=folder", "--data-root=.", "--ways=2", "--queries=2", "--filters=4"]
-    args += ["--steps=1", "--test-episodes=2", "--validation-episodes=2", "--task-options=size=8"]
+    args += ["--steps=1", "--test-episodes=2", "--validation-episodes=2", "--meta-batch=2"]
+    args += ["--task-options=size=8"]
     train(args)
     run = tmp_path / "runs" / "folder-ridge-0"
     assert (run / "report.html").exists()
