@@ -1,6 +1,7 @@
 """Losses of every form, weighed, against a plain loop that spells out f."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -167,8 +168,17 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("variable", VARIABLES)
-@pytest.mark.parametrize("name", LOSSES)
+# A network of classes sees what a plain one does, the losses, and the labels besides. Class weights
+# see nothing but the labels.
+UNUSUAL_LABELS = [name for name, (_, y, *_) in LOSSES.items() if y is not Y]
+CASES = [
+    *product(LOSSES, ["examples", "network of classes"]),
+    *product(["a module", "a sum", "a user's mask", "a hinge", *UNUSUAL_LABELS], ["classes"]),
+    *product(["a module", "a sum", "a user's mask", "ignored"], ["network"]),
+]
+
+
+@pytest.mark.parametrize(("name", "variable"), CASES)
 def test_a_weighted_loss_counts_its_examples_as_the_loss_does(name, variable):
     """f = Σ wᵢ ℓᵢ / Σ dᵢ over the examples that count, where the loss is Σ ℓᵢ / Σ dᵢ."""
     loss, y, loss_of_one, divisor = LOSSES[name]
