@@ -24,6 +24,14 @@ from metaimplicit.task_axis import count_tasks, task_of
 from metaimplicit.tensors import with_known_types
 from metaimplicit.unsupported import explain_unsupported
 
+# What is settled when a learner is built, by its name as an argument or an attribute, and what can
+# be changed in its place.
+SETTLED = {
+    "proximal": "set learner.penalty, such as Proximal(0.5), or build a new learner",
+    "compile": "set learner.compiles",
+    **dict.fromkeys(("adapt", "adapted", "head", "learn", "learnt"), "build a new learner"),
+}
+
 
 class FewShotModel(nn.Module):
     """A model, its losses, and the numbers of its inner problem that are learnt.
@@ -92,6 +100,15 @@ class FewShotModel(nn.Module):
         _check_loss_parameters(of_model, of_losses, self.adapted)
         self.learnt = LearntNumbers(plan.learnable.logs, taken={*of_model, *of_losses})
         self._trainable = set(self._trainable_parameters())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, or raise AttributeError if nothing would see the change."""
+        if name in SETTLED and "_trainable" in self.__dict__:  # the constructor has ended
+            raise AttributeError(
+                f"{name}: got another one for a learner, expected the one it was built with; "
+                f"{SETTLED[name]}"
+            )
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: all but what belongs to the objects of the original."""

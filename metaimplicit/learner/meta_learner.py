@@ -108,7 +108,10 @@ class MetaLearner(TaskBatches):
         penalty: The proximal term of the inner loss. None if λ = 0.
         vectorize: As given. After the first call of `backward`, what that has chosen.
         chunk_size: As given.
-        compiles: `compile`, as given. All three may be changed between two calls.
+        compiles: `compile`, as given.
+
+        `adapted`, `head` and `learnt` are settled when the learner is built. All others may be
+        changed between two calls.
 
     Raises:
         ValueError: An argument is out of range. The model has no parameter that requires grad. The

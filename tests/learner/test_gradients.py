@@ -18,7 +18,7 @@ from learner.few_shot import (
 from oracles import finite_difference, randn, relative_error
 from torch import nn
 
-from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, Truncated
+from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, Proximal, Truncated
 from metaimplicit.learner import Episode, Pair
 from metaimplicit.learner.buffers import reject_changed_buffers
 from metaimplicit.methods import known_options, make_method
@@ -368,6 +368,20 @@ def test_a_method_that_is_set_later_is_the_one_that_the_constructor_takes(method
     changed.method = method
     gradients = []
     for learner in (changed, make_learner(method=method)):
+        learner.backward(draw_episodes())
+        gradients.append([p.grad for p in learner.model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("method", ["cg", "unrolled"])
+def test_a_penalty_that_is_set_later_is_that_of_the_constructor(method):
+    changed = make_learner(method=method, proximal=2.0)
+    changed.backward(draw_episodes())
+    changed.zero_grad()
+    changed.penalty = Proximal(0.3)
+    gradients = []
+    for learner in (changed, make_learner(method=method, proximal=0.3)):
         learner.backward(draw_episodes())
         gradients.append([p.grad for p in learner.model.parameters()])
     for got, expected in zip(*gradients, strict=True):

@@ -1,5 +1,6 @@
 """Arguments, episodes and models that the learner refuses, each with an error that says why."""
 
+import copy
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -168,6 +169,24 @@ def test_a_model_that_was_replaced_is_refused():
     ):
         with pytest.raises(ValueError, match="model: got another module than the learner was"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("proximal", 0.3, "set learner.penalty, such as Proximal"),
+        ("compile", True, "set learner.compiles"),
+        ("adapt", "*bias", "build a new learner"),
+        ("adapted", ["bias"], "build a new learner"),
+        ("head", "ridge", "build a new learner"),
+        ("learn", ["lr"], "build a new learner"),
+    ],
+)
+def test_a_change_that_nothing_would_see_is_refused(name, value, advice):
+    learner = make_learner()
+    for changed in (learner, copy.deepcopy(learner)):
+        with pytest.raises(AttributeError, match=f"^{name}: got another one .*; {advice}"):
+            setattr(changed, name, value)
 
 
 def test_adapt_refuses_a_negative_number_of_steps_and_pairs_of_different_lengths():
