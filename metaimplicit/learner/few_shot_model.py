@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
+from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.learner.buffers import restored_attributes
 from metaimplicit.learner.defaults import with_default_curvature
 from metaimplicit.learner.forms import plain_inputs
@@ -18,7 +19,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import running_statistics
 from metaimplicit.params import Params, detached
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.problem import BilevelProblem, FromMeta, Proximal
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, task_of
 from metaimplicit.tensors import with_known_types
@@ -66,6 +67,8 @@ class FewShotModel(nn.Module):
     """
 
     vectorize: Vectorize | Literal["auto"]
+    _inner: InnerLoop
+    _penalty: Proximal | None
 
     def __init__(
         self,
@@ -122,6 +125,40 @@ class FewShotModel(nn.Module):
     @method.setter
     def method(self, method: str | Method) -> None:
         self._method = with_default_curvature(make_method(method))
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop. One that is set, or its flag, must read the numbers that are learnt."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: str | InnerLoop) -> None:
+        made = make_inner(inner)
+        if "_inner" in self.__dict__:
+            self._require_learnt("inner", self._inner.reads, made.reads)
+        self._inner = made
+
+    @property
+    def penalty(self) -> Proximal | None:
+        """The proximal term, or None. One that is set must read λ if that is learnt."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, penalty: Proximal | None) -> None:
+        if "_penalty" in self.__dict__:
+            self._require_learnt("penalty", _reader(self._penalty), _reader(penalty))
+        self._penalty = penalty
+
+    def _require_learnt(
+        self, name: str, reads_now: Callable[[str], bool], reads_then: Callable[[str], bool]
+    ) -> None:
+        """Raise ValueError if the learnt numbers that an attribute reads would be read no more."""
+        read = [number for number in self.learnt.names if reads_now(number)]
+        if read and not any(map(reads_then, read)):
+            raise ValueError(
+                f"{name}: got one that does not read {read[0]!r}, which is learnt, expected one "
+                "that does, such as learner.inner.with_steps(3); or build a new learner"
+            )
 
     @property
     def problem(self) -> BilevelProblem:
@@ -279,6 +316,12 @@ def _check_tasks(params: Params, inputs: Any) -> None:
             f"inputs: got {got} sets of them, expected {max(expected)}, one for each adapted "
             "model; take the models of some tasks by an index or a slice"
         )
+
+
+def _reader(penalty: Proximal | None) -> Callable[[str], bool]:
+    """Whether the strength of a penalty is read from the meta-parameter of a name."""
+    strength = None if penalty is None else penalty.strength
+    return strength.reads if isinstance(strength, FromMeta) else lambda name: False
 
 
 def _check_loss_parameters(of_model: Params, of_losses: Params, adapted: Sequence[str]) -> None:

@@ -110,20 +110,13 @@ class Tuner:
         check_problem(problem)
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
-        inner = make_inner(inner)
-        if inner.exact:
-            raise ValueError(
-                f"inner: got {type(inner).__name__}, which takes one batch for all its steps, "
-                "expected a loop of steps, each of which has its own batch, such as "
-                "GradientDescent; or call hypergradient with a method for this loop"
-            )
+        self.inner = inner
         if schedule is not None:
-            _step_size(inner)  # raises unless it is a number
+            _step_size(self.inner)  # raises unless it is a number
         loss = problem.inner_loss
         if isinstance(loss, Composite) and loss.module is not None:
             reject_distributed(loss.module, AVERAGE_HYPERGRADIENTS)
         self.problem = problem
-        self.inner = inner
         self.method = method
         self.warm_start = warm_start
         self.schedule = schedule
@@ -284,6 +277,22 @@ class Tuner:
         if patience is not None and self.stopping.snapshot:
             self._return_to(self.stopping.snapshot)
         return None if metric is None else self.stopping.best
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop. One that is set, or its flag, must take a batch for each step."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: str | InnerLoop) -> None:
+        made = make_inner(inner)
+        if made.exact:
+            raise ValueError(
+                f"inner: got {type(made).__name__}, which takes one batch for all its steps, "
+                "expected a loop of steps, each of which has its own batch, such as "
+                "GradientDescent; or call hypergradient with a method for this loop"
+            )
+        self._inner = made
 
     @property
     def method(self) -> Method:

@@ -9,7 +9,8 @@ import torch
 from learner.few_shot import INPUTS, WAYS, LinearModel, draw_episodes, make_learner, make_network
 from torch import nn
 
-from metaimplicit import FromMeta, GradientDescent, MetaLearner
+from metaimplicit import FromMeta, GradientDescent, MetaLearner, Proximal
+from metaimplicit.inner import make_inner
 
 
 def changed(**sets):
@@ -187,6 +188,28 @@ def test_a_change_that_nothing_would_see_is_refused(name, value, advice):
     for changed in (learner, copy.deepcopy(learner)):
         with pytest.raises(AttributeError, match=f"^{name}: got another one .*; {advice}"):
             setattr(changed, name, value)
+
+
+def test_a_loop_or_a_penalty_that_no_longer_reads_what_is_learnt_is_refused():
+    learner = make_learner(method="unrolled", proximal=1.0, learn=["lr", "proximal"])
+    with pytest.raises(ValueError, match=r"^inner: got one that does not read 'log_lr', which is"):
+        learner.inner = GradientDescent(steps=3, lr=0.1)
+    for penalty in (None, Proximal(0.3)):
+        with pytest.raises(
+            ValueError, match=r"^penalty: got one that does not read 'log_proximal'"
+        ):
+            learner.penalty = penalty
+    learner.inner = learner.inner.with_steps(3)
+    learner.backward(draw_episodes())
+    assert all(learner.meta[name].grad != 0 for name in ("log_lr", "log_proximal"))
+
+
+def test_a_flag_of_an_inner_loop_may_be_set_later():
+    learner = make_learner()
+    learner.inner = "momentum"
+    assert learner.inner == make_inner("momentum")
+    with pytest.raises(ValueError, match=r"^inner: got 'no-such', expected one of"):
+        learner.inner = "no-such"
 
 
 def test_adapt_refuses_a_negative_number_of_steps_and_pairs_of_different_lengths():

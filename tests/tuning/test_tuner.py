@@ -9,7 +9,7 @@ from oracles import quadratic, relative_error
 from weighted_logistic import META, POINT, PROBLEM
 
 from metaimplicit import BilevelProblem, FromMeta, GradientDescent, Positive, Tuner, hypergradient
-from metaimplicit.inner import Newton, Ridge
+from metaimplicit.inner import Newton, Ridge, make_inner
 from metaimplicit.methods import known_options, make_method
 from metaimplicit.tuning import Box
 
@@ -204,6 +204,14 @@ def test_integer_entries_of_meta_are_constant():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_tuner(**options)
+
+
+def test_an_inner_loop_that_is_set_later_is_read_as_by_the_constructor():
+    tuner = make_tuner()
+    tuner.inner = "momentum"
+    assert tuner.inner == make_inner("momentum")
+    with pytest.raises(ValueError, match="inner: got Ridge, which takes one batch for all its"):
+        tuner.inner = Ridge()
 
 
 def test_bad_calls_are_refused():
