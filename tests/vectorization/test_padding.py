@@ -288,6 +288,23 @@ def test_differences_of_gradients_have_the_hessian_of_double_backward(name, pena
     torch.testing.assert_close(matrix("finite-differences"), expected, rtol=0, atol=1e-8)
 
 
+def test_padding_rows_are_found_whatever_the_scale_of_the_loss():
+    data = split(draw(tasks=1, inputs=words))[0]
+    model = MODELS["nn.Embedding"]()
+    params = {n: p.detach().unsqueeze(0) for n, p in model.named_parameters()}
+    problem = LiftedProblem(as_problem(model), data, batched=False)
+
+    def matrix(scale):
+        def loss(p):
+            return scale * problem.inner(p, {}, data)
+
+        hessian = Hessian(loss, params, "finite-differences")
+        return hessian.matmat(torch.eye(hessian.shape[1]).unsqueeze(1)).squeeze(1)
+
+    for scale in (1e-12, 1e12):
+        torch.testing.assert_close(matrix(scale) / scale, matrix(1.0), rtol=0, atol=1e-8)
+
+
 def test_differences_of_gradients_refuse_a_padding_row_that_is_tied():
     data = split(draw(tasks=1, inputs=words))[0]
     model = MODELS["tied"]()
