@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take others' time
 
-# The process that starts the workers does not need torch, for which they would have to wait.
+# The process that starts the workers runs no test. If it imported torch, they would wait for it.
 if "PYTEST_XDIST_WORKER" in os.environ:
     import torch
 

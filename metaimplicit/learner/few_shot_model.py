@@ -67,8 +67,6 @@ class FewShotModel(nn.Module):
     """
 
     vectorize: Vectorize | Literal["auto"]
-    _inner: InnerLoop
-    _penalty: Proximal | None
 
     def __init__(
         self,
@@ -87,8 +85,8 @@ class FewShotModel(nn.Module):
         self.method = plan.method
         self.adapted = plan.adapted
         self.head = plan.head
-        self.inner = plan.learnable.inner
-        self.penalty = plan.learnable.penalty
+        self._inner = plan.learnable.inner
+        self._penalty = plan.learnable.penalty
         self.vectorize = vectorize
         self.chunk_size = chunk_size
         self._last_problem: tuple[tuple[Any, ...], BilevelProblem] | None = None
@@ -128,14 +126,13 @@ class FewShotModel(nn.Module):
 
     @property
     def inner(self) -> InnerLoop:
-        """The inner loop. One that is set, or its flag, must read the numbers that are learnt."""
+        """The inner loop. One that is set, or its flag, must read its numbers that are learnt."""
         return self._inner
 
     @inner.setter
     def inner(self, inner: str | InnerLoop) -> None:
         made = make_inner(inner)
-        if "_inner" in self.__dict__:
-            self._require_learnt("inner", self._inner.reads, made.reads)
+        self._require_learnt("inner", self._inner.reads, made.reads)
         self._inner = made
 
     @property
@@ -145,19 +142,18 @@ class FewShotModel(nn.Module):
 
     @penalty.setter
     def penalty(self, penalty: Proximal | None) -> None:
-        if "_penalty" in self.__dict__:
-            self._require_learnt("penalty", _reader(self._penalty), _reader(penalty))
+        self._require_learnt("penalty", _reader(self._penalty), _reader(penalty))
         self._penalty = penalty
 
     def _require_learnt(
-        self, name: str, reads_now: Callable[[str], bool], reads_then: Callable[[str], bool]
+        self, name: str, reads_now: Callable[[str], bool], would_read: Callable[[str], bool]
     ) -> None:
-        """Raise ValueError if the learnt numbers that an attribute reads would be read no more."""
+        """Raise ValueError if an attribute reads learnt numbers, and its new value none of them."""
         read = [number for number in self.learnt.names if reads_now(number)]
-        if read and not any(map(reads_then, read)):
+        if read and not any(map(would_read, read)):
             raise ValueError(
                 f"{name}: got one that does not read {read[0]!r}, which is learnt, expected one "
-                "that does, such as learner.inner.with_steps(3); or build a new learner"
+                f"that does; set a changed copy of learner.{name}, or build a new learner"
             )
 
     @property

@@ -204,6 +204,14 @@ def test_a_loop_or_a_penalty_that_no_longer_reads_what_is_learnt_is_refused():
     assert all(learner.meta[name].grad != 0 for name in ("log_lr", "log_proximal"))
 
 
+def test_a_loop_with_learnt_step_sizes_may_lose_the_last_ones():
+    inner = GradientDescent(steps=2, lr=[0.1, 0.2])
+    learner = make_learner(method="unrolled", inner=inner, learn=["lr"])
+    learner.inner = learner.inner.with_steps(1)
+    learner.backward(draw_episodes())
+    assert [g.grad != 0 for g in learner.learnt.by_name().values()] == [True, False]
+
+
 def test_a_flag_of_an_inner_loop_may_be_set_later():
     learner = make_learner()
     learner.inner = "momentum"

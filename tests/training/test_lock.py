@@ -12,17 +12,10 @@ from training.sinusoid_run import make_parts, train
 from metaimplicit.training import only_writer
 from metaimplicit.training.lock import LOCK
 
-ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from types import ModuleType
-
-for name in ("metaimplicit", "metaimplicit.training"):  # without importing torch, which is slow
-    sys.modules[name] = ModuleType(name)
-    sys.modules[name].__path__ = [f"{sys.argv[2]}/{name.replace('.', '/')}"]
-from metaimplicit.training.lock import only_writer
-
+from metaimplicit.training import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -31,7 +24,7 @@ with only_writer(Path(sys.argv[1])):
 
 @pytest.mark.slow
 def test_another_process_is_refused_by_the_name_of_the_writer_until_it_is_killed(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path), str(ROOT)]
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
