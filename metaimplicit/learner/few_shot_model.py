@@ -148,11 +148,11 @@ class FewShotModel(nn.Module):
     def _require_learnt(
         self, name: str, reads_now: Callable[[str], bool], would_read: Callable[[str], bool]
     ) -> None:
-        """Raise ValueError if an attribute reads learnt numbers, and its new value none of them."""
-        read = [number for number in self.learnt.names if reads_now(number)]
-        if read and not any(map(would_read, read)):
+        """Raise ValueError if the new value of an attribute reads fewer of the learnt numbers."""
+        lost = [n for n in self.learnt.names if reads_now(n) and not would_read(n)]
+        if lost:
             raise ValueError(
-                f"{name}: got one that does not read {read[0]!r}, which is learnt, expected one "
+                f"{name}: got one that does not read {lost[0]!r}, which is learnt, expected one "
                 f"that does; set a changed copy of learner.{name}, or build a new learner"
             )
 

@@ -204,9 +204,11 @@ def test_a_loop_or_a_penalty_that_no_longer_reads_what_is_learnt_is_refused():
     assert all(learner.meta[name].grad != 0 for name in ("log_lr", "log_proximal"))
 
 
-def test_a_loop_with_learnt_step_sizes_may_lose_the_last_ones():
+def test_a_loop_with_learnt_step_sizes_may_be_cut_short_but_not_lose_any():
     inner = GradientDescent(steps=2, lr=[0.1, 0.2])
     learner = make_learner(method="unrolled", inner=inner, learn=["lr"])
+    with pytest.raises(ValueError, match=r"^inner: got one that does not read 'log_lr\[1\]'"):
+        learner.inner = GradientDescent(steps=1, lr=FromMeta("log_lr[0]", torch.exp))
     learner.inner = learner.inner.with_steps(1)
     learner.backward(draw_episodes())
     assert [g.grad != 0 for g in learner.learnt.by_name().values()] == [True, False]
