@@ -3,7 +3,7 @@
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -19,11 +19,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--inductor` compiles as users do. It builds code, which takes a minute."""
+    parser.addoption("--inductor", action="store_true", help="build code where tests compile")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _vmap_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vectorize="auto"` takes vmap where that runs. Else the machine decides what a test runs."""
+    from metaimplicit.learner import vectorization
+
+    def run_once(run: Callable[[str], object], vectorize: str) -> float:
+        if vectorize == "loop":
+            return 1.0
+        run(vectorize)
+        return 0.0
+
+    monkeypatch.setattr(vectorization, "_shortest_time", run_once)
 
 
 @pytest.fixture
