@@ -24,6 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--inductor", action="store_true", help="build code where tests compile")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests keep the data that they read in a folder that all workers share, and not in yours."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAIMPLICIT_CACHE", str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     import torch

@@ -3,9 +3,11 @@
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 from types import GenericAlias
+from unittest import mock
 
 import pytest
 
@@ -29,6 +31,7 @@ def module_of(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@mock.patch.dict(os.environ)  # examples may change it
 def test_the_examples_of_a_module_run(name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     runner = doctest.DocTestRunner(optionflags=flags)

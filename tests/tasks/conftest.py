@@ -1,6 +1,4 @@
-"""Cache folders: an empty one for each test, and one that tests of slow data share."""
-
-import os
+"""An empty cache folder, and what is rendered into the one that all tests share."""
 
 import pytest
 
@@ -15,21 +13,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """One folder for all workers of pytest-xdist, each of which has its own below a common one."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
-
-
 @pytest.fixture
-def shared_cache(shared_folder, monkeypatch):
-    """A cache folder that keeps what earlier tests have put there."""
-    monkeypatch.setenv("METAIMPLICIT_CACHE", str(shared_folder))
-    return shared_folder
-
-
-@pytest.fixture
-def rendered(shared_cache):
+def rendered():
     """The arrays of `glyphs.render()`, rendered once."""
     return load_or_build("glyphs-1", glyphs.render)

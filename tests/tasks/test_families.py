@@ -71,7 +71,7 @@ EVERY_FAMILY = [
 
 
 @pytest.fixture(params=EVERY_FAMILY)
-def load(request, tmp_path, monkeypatch, shared_cache):
+def load(request, tmp_path, monkeypatch):
     """Load the splits of a family. Different calls give different objects."""
     numbers = dict(NUMBERS)
     if request.param in DATA:

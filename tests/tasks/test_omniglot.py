@@ -23,7 +23,7 @@ def needs_data(test):
 
 
 @pytest.fixture
-def load(shared_cache):
+def load():
     return lambda **options: tasks.load("omniglot", data_root=DATA.parent, **options)
 
 
