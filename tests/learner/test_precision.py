@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from crossing import every_pair
 from torch import nn
 
 from metaimplicit import METHODS, GradientDescent, MetaLearner
@@ -60,9 +61,11 @@ def distance(a, b):
 
 
 @pytest.mark.filterwarnings("ignore:.* ended with:RuntimeWarning")  # 5 steps, or round-off
-@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("flag", [flag for flag in METHODS if flag not in DIFFERENCES | FORWARD])
+@pytest.mark.parametrize(
+    ("flag", "dtype", "vectorize"),
+    every_pair([f for f in METHODS if f not in DIFFERENCES | FORWARD], HALF, ["vmap", "loop"]),
+    ids=str,
+)
 def test_a_meta_gradient_loses_as_few_digits_as_a_gradient(flag, dtype, vectorize):
     of_gradient = distance(plain_gradient(dtype), plain_gradient(torch.float32))
     gradient = meta_gradient(flag, dtype, vectorize)

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from crossing import every_pair
 from reported.helpers import (
     INNER,
     assert_hypergradient,
@@ -133,9 +134,9 @@ def by_plain_loop(kind, training=True):
 
 # The learner calls the model once as it is, for the number of classes.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@vectorized
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "training", "vectorize"), every_pair(KINDS, [True, False], ["vmap", "loop"])
+)
 def test_the_learner_has_the_meta_gradient_of_a_plain_loop(kind, training, vectorize):
     model, episodes, expected = by_plain_loop(kind, training)
     model.zero_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossing import every_pair
 from oracles import Oracle, largest_error, quadratic, relative_error, ridge
 
 from metaimplicit import CG, METHODS, Dense, GradientDescent, Implicit, Nystrom, hypergradient
@@ -54,7 +55,6 @@ SOLVED = {
     "dense": {},
     "amigo": {"solver_steps": 50, "scale": 0.5},
 }
-SLOW = {"forward", "real-time"}
 # These are exact for a damped system, for other curvatures or in other limits, or never. By the
 # file and the beginning of the name of a test that holds them against an oracle.
 TESTED_ELSEWHERE = {
@@ -83,12 +83,7 @@ def test_every_method_is_exact_or_tested_elsewhere():
         assert f"def {name}(" in (Path(__file__).parent / file).read_text(), test
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", pytest.param("loop", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "flag",
-    [pytest.param(flag, marks=pytest.mark.slow if flag in SLOW else ()) for flag in SOLVED],
-)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "flag", "vectorize"), every_pair(CASES, SOLVED, ["vmap", "loop"]))
 def test_a_method_agrees_with_the_closed_form(name, flag, vectorize):
     case = CASES[name]
     method = make_method(flag, **SOLVED[flag])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossing import every_pair
 from torch import nn
 from torch.nn import functional as F
 from tuning_loop import (
@@ -177,21 +178,23 @@ def flattened(z, y, reduction="mean"):
     return F.cross_entropy(z.movedim(1, 2).flatten(0, 1), y.flatten(), reduction=reduction)
 
 
-@pytest.mark.parametrize("y", [TAGS, PADDED], ids=["full", "padded"])
+# A loss, and whether the outputs of its model have the classes last.
+SEVERAL = {
+    "module": (nn.CrossEntropyLoss(), False),
+    "classes last": (nn.CrossEntropyLoss(), True),
+    "flattened": (flattened, False),
+    "flattened, classes last": (lambda z, y, **options: flattened(z.mT, y, **options), True),
+}
+
+
 @pytest.mark.parametrize(
-    ("loss", "classes_last"),
-    [
-        (nn.CrossEntropyLoss(), False),
-        (nn.CrossEntropyLoss(), True),
-        (flattened, False),
-        (lambda z, y, **reduction: flattened(z.mT, y, **reduction), True),
-    ],
-    ids=["module", "classes last", "flattened", "flattened, classes last"],
+    ("variable", "form", "length"), every_pair(VARIABLES, SEVERAL, ["full", "padded"])
 )
-@pytest.mark.parametrize("variable", VARIABLES)
-def test_an_example_of_several_labels(variable, loss, classes_last, y):
+def test_an_example_of_several_labels(variable, form, length):
     """ClassWeights weigh labels; the others weigh examples and see their mean loss."""
     case = draw()
+    loss, classes_last = SEVERAL[form]
+    y = TAGS if length == "full" else PADDED
     torch.manual_seed(4)
     model = Tagger(5, C * T, classes_last=classes_last).double()
     weigher, weight_of_one = VARIABLES[variable]

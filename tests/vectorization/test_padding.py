@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from crossing import every_pair
 from reported.helpers import (
     INNER,
     assert_learns,
@@ -179,12 +180,19 @@ def test_first_order_counts_the_words_of_each_task(name, vectorize):
     assert_same([p.grad for p in model.parameters()], expected)
 
 
-@vectorized
-@pytest.mark.parametrize("name", SCALED)
-@pytest.mark.parametrize("method", DIFFERENTIATE_TWICE.values(), ids=DIFFERENTIATE_TWICE)
+@pytest.mark.parametrize(
+    ("method", "vectorize", "name"),
+    every_pair(DIFFERENTIATE_TWICE, ["vmap", "loop", "auto"], list(SCALED)),
+)
 def test_what_frequencies_scale_has_no_second_derivative(name, method, vectorize):
-    options = {"inner": INNER, "method": method, "vectorize": vectorize, "proximal": 1.0}
-    learner = MetaLearner(SCALED[name](), F.cross_entropy, **options)
+    learner = MetaLearner(
+        SCALED[name](),
+        F.cross_entropy,
+        inner=INNER,
+        method=DIFFERENTIATE_TWICE[method],
+        vectorize=vectorize,
+        proximal=1.0,
+    )
     with refuses("scale_grad_by_freq=False"):
         learner.backward(draw(tasks=2, inputs=words))
 
