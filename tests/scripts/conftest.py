@@ -9,9 +9,10 @@ import tasks
 
 @pytest.fixture(autouse=True)
 def _empty_drawings(request, monkeypatch):
-    """Pages and plots stay empty, but for tests that are marked as looking at them."""
+    """Drawings and pages take time, so there are none but for tests marked as looking at them."""
     if request.node.get_closest_marker("drawn") is None:
-        draw_nothing(monkeypatch)
+        pages = request.node.get_closest_marker("pages") is not None
+        draw_nothing(monkeypatch, pages=pages)
 
 
 @pytest.fixture

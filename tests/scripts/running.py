@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = [
@@ -19,9 +20,12 @@ SMALL = [
 ]
 
 
-def draw_nothing(monkeypatch):
-    """Pages and plots are left empty from here on."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
+def draw_nothing(monkeypatch, *, pages=False):
+    """Drawings are blank from here on, and pages are empty unless `pages`."""
+    blank = Image.new("L", (1, 1))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: blank.save(file, "png"))
+    if pages:
+        return
     for module in ("command_line.report", "experiments.runner"):
         monkeypatch.setattr(f"{module}.leave_page", lambda path, make: path.write_text(""))
 

@@ -146,7 +146,7 @@ def test_real_images_are_of_their_class_and_means_of_its_parts():
     torch.testing.assert_close((sizes * means.inputs[means.labels == 4]).sum(0) / 40, class_mean)
 
 
-@pytest.mark.drawn
+@pytest.mark.pages
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "experiment",

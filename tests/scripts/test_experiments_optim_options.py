@@ -108,7 +108,7 @@ def test_every_step_size_is_a_case_for_one_seed_after_the_other():
     ]
 
 
-@pytest.mark.drawn
+@pytest.mark.pages
 @pytest.mark.parametrize("experiment", [DIGITS, CIFAR], ids=lambda e: e.name)
 def test_a_smoke_test_leaves_a_table_and_a_plot(experiment, tmp_path):
     experiment = replace(experiment, out=tmp_path, adam=(0.01,), momentum=(0.01,), kfac=(0.03,))

@@ -132,7 +132,7 @@ def test_a_run_that_diverges_is_a_row(tmp_path):
     assert "| `dense` | 1 | 0.58" in table.partition("best")[2]
 
 
-@pytest.mark.drawn
+@pytest.mark.pages
 @pytest.mark.parametrize(
     ("experiment", "cases"),
     [

@@ -232,7 +232,7 @@ def test_diverged_runs_are_counted_in_the_table():
     assert tower == f"| 0.1 | `tower` | 2.000 {note} | 4.00 {note} | 1.000 {note} | 0.1 | 7 |"
 
 
-@pytest.mark.drawn
+@pytest.mark.pages
 @pytest.mark.slow
 @pytest.mark.usefixtures("noise_cifar10")
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_the_config_says_what_the_solver_auto_chose(tmp_path):
     assert config["options"]["method_options"] == {"solver_steps": 10}
 
 
-@pytest.mark.drawn
+@pytest.mark.pages
 @pytest.mark.slow
 def test_a_run_with_a_head_trains_on_other_tasks_than_it_is_tested_on(tmp_path):
     out = tmp_path / "run"
