@@ -183,7 +183,7 @@ def _open_zip(root: Path) -> zipfile.ZipFile:
 def _zip_name(info: zipfile.ZipInfo) -> str:
     """The path of a member, with forward slashes."""
     name = info.filename
-    if not info.flag_bits & UTF8_NAME:
+    if not info.flag_bits & UTF8_NAME and not name.isascii():
         # By the specification the name is in code page 437. Many programs write UTF-8 unmarked.
         with contextlib.suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")

@@ -219,8 +219,11 @@ def test_an_unknown_value():
         differentiate(network(), INITIAL, inner=THREE_STEPS, method="unrolled", compile="yes")
 
 
-@pytest.mark.parametrize("method", ["unrolled", "cg"])
-def test_losses_that_change_what_they_read_are_looked_at_again(method, traced):
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("unrolled", [(0, 0), (1, 1), (0, 0)]), ("cg", [(0, 0), (1, 0), (0, 1)])],
+)
+def test_losses_that_change_what_they_read_are_looked_at_again(method, changes, traced):
     switch = SimpleNamespace(inner=False, outer=False)
 
     def inner_loss(params, meta, data):
@@ -244,7 +247,7 @@ def test_losses_that_change_what_they_read_are_looked_at_again(method, traced):
         return result.grads
 
     warnings.filterwarnings("ignore", message="compile: .* was compiled again")
-    for switch.inner, switch.outer in [(0, 0), (1, 1), (0, 1), (0, 0)]:
+    for switch.inner, switch.outer in changes:
         torch.testing.assert_close(grads(True), grads(False), rtol=1e-14, atol=1e-15)
 
 
