@@ -335,6 +335,23 @@ def test_a_composite_may_have_any_loss_of_the_outputs():
     assert_equal_results(run(method(microbatch=SIZE), **options), run(method(), **options), 1e-10)
 
 
+def test_outputs_may_hold_integers():
+    def outputs(params, meta, data):
+        z = logits(params, meta, data)
+        return z, z.argmax(1)
+
+    fit = Composite(
+        outputs=outputs,
+        loss=lambda z, d: F.cross_entropy(z[0] + z[1][:, None], d[1]),
+        penalty=Proximal(FromMeta("strength"), center="zero"),
+    )
+    problem = BilevelProblem(lambda meta, data: {"w": randn(3, 3, seed=1)}, fit, fit)
+    meta = {"strength": torch.tensor(1.0, dtype=torch.float64)}
+    options = {"problem": problem, "data": (TRAIN[0], LABELS), "meta": meta}
+    method = partial(Implicit, CG(max_steps=9))
+    assert_equal_results(run(method(microbatch=SIZE), **options), run(method(), **options), 1e-10)
+
+
 def test_a_model_that_mixes_examples_is_refused():
     def normalised(params, meta, data):
         z = network(params, meta, data)
