@@ -137,7 +137,8 @@ class _RunningLoop:
             params = dict(zip(self.params, stepped, strict=True))
 
             if self.tol is not None:
-                self.active = self.active & (self.gradient_norm > self.tol)
+                # A norm of NaN does not stop a task, as if it were solved.
+                self.active = self.active & ~(self.gradient_norm <= self.tol)
                 for name, p in params.items():
                     params[name] = _choose(self.active, p, self.params[name])
             if not differentiated:

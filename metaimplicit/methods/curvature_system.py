@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaimplicit.compiled import CannotCompileError
@@ -14,13 +13,12 @@ from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Gradients, vector_jacobian_product
 from metaimplicit.methods.compiled_curvature import compiled_linearization
 from metaimplicit.methods.linearize import Linearization, linearize
-from metaimplicit.methods.shared import warn_or_raise
+from metaimplicit.methods.shared import mixed_difference, warn_or_raise
 from metaimplicit.operators import (
     CurvatureClass,
     Identity,
     Invertible,
     Products,
-    central_difference,
     find_curvature,
 )
 from metaimplicit.params import Params, flatten, unflatten
@@ -138,9 +136,8 @@ class CurvatureSystem:
             loss = problem.inner(p, meta, data)
             return loss if decay is None else loss + problem.penalty(decay, p, meta)
 
-        slope = central_difference(penalized_loss, params, u)
-        ones = torch.ones_like(slope)
-        return vector_jacobian_product({"slope": slope}, meta, {"slope": -ones}), gradient
+        mixed = mixed_difference(penalized_loss, params, -u, meta)
+        return mixed, gradient
 
     def _make_preconditioner(self, point: Linearization, sigma: float) -> Invertible | None:
         if self.preconditioner is None:

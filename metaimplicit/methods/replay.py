@@ -153,7 +153,7 @@ def _run(functions: StepFunctions, start: Iterate, *, differentiated_steps: int)
         random = RandomState.read(first.device)
         end, norm = functions.step(at, t)
         if active is not None and inner.tol is not None:
-            active = active & (norm > inner.tol)
+            active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
             end = Iterate(_choose(active, end.params, at.params), end.state)
         if t >= inner.steps - differentiated_steps:
             moments.append(_Moment(t, at, random, active))

@@ -10,11 +10,15 @@ import torch
 from metaimplicit.forward_mode import push_forward
 from metaimplicit.inner import InnerLoop
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method, vector_jacobian_product
+from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
 from metaimplicit.methods.microbatches import check_size, in_microbatches
 from metaimplicit.methods.report import Report
-from metaimplicit.methods.shared import data_at_solution, run_inner
-from metaimplicit.operators import central_difference
+from metaimplicit.methods.shared import (
+    data_at_solution,
+    mixed_difference,
+    penalised_inner,
+    run_inner,
+)
 from metaimplicit.options import option
 from metaimplicit.params import Params, detached, flatten, leaves
 from metaimplicit.problem import BilevelProblem
@@ -93,11 +97,9 @@ class SAMA(Method):
             minus_dv |= push_forward(next_params, (gradient,), (v,))[1]
 
             # −(∂²f/∂θ∂φ)ᵀ D v = ∂/∂φ (slope of f along −Dv).
-            slope = central_difference(
-                lambda p: problem.inner(p, meta, data), end.params, flatten(minus_dv)
-            )
-            ones = {"slope": torch.ones_like(slope)}
-            return vector_jacobian_product({"slope": slope}, meta, ones), report
+            loss = penalised_inner(problem, run, meta, data)
+            along = flatten(minus_dv)
+            return mixed_difference(loss, end.params, along, meta), report
 
         return Adaptation(end.params, report, run.dependencies, end, pullback)
 

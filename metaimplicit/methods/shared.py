@@ -13,8 +13,9 @@ from torch import Tensor
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import UNSET, Dependencies
+from metaimplicit.methods.base import UNSET, Dependencies, Gradients, vector_jacobian_product
 from metaimplicit.methods.report import Report
+from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
 from metaimplicit.solvers import ADVICE, Solution, Solver, Status
@@ -196,6 +197,39 @@ def warn_if_inaccurate(name: str, report: Report) -> None:
             f"more; {cause}{REMEDIES[name]}"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def penalised_inner(
+    problem: LiftedProblem, run: InnerRun, meta: Params, data: Any
+) -> Callable[[Params], Tensor]:
+    """The inner loss of each task at θ, with the weight decay that the inner loop adds to it."""
+
+    def loss(params: Params) -> Tensor:
+        decay = run.dependencies.decay(params, meta)
+        f = problem.inner(params, meta, data)
+        return f if decay is None else f + problem.penalty(decay, params, meta)
+
+    return loss
+
+
+def mixed_difference(
+    loss: Callable[[Params], Tensor], params: Params, vector: Tensor, meta: Params
+) -> Gradients:
+    """(∂²ℓ/∂θ∂φ)ᵀ v, as ∂/∂φ of the slope of ℓ along v, by a difference of two gradients in φ.
+
+    Args:
+        loss: ℓ of each task, `[tasks]`, as a function of θ, with its graph to φ.
+        params: θ, `{name: [tasks, *shape]}`.
+        vector: v, `[tasks, n]`.
+        meta: φ.
+    """
+    slope = central_difference(loss, params, vector)
+    read = {name: meta[name] for name in find_dependencies([slope], meta)}
+    # Gradients in φ are rounded to the type of φ, before their difference is divided by h.
+    eps = max((torch.finfo(m.dtype).eps for m in read.values()), default=0.0)
+    if eps > torch.finfo(slope.dtype).eps:
+        slope = central_difference(loss, params, vector, eps=eps)
+    return vector_jacobian_product({"slope": slope}, meta, {"slope": torch.ones_like(slope)})
 
 
 def reject_half_precision(flag: str, params: Params) -> None:

@@ -14,8 +14,14 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
+from metaimplicit.methods.linearize import reject_random_numbers
 from metaimplicit.methods.report import Report
-from metaimplicit.methods.shared import data_at_solution, reject_half_precision, run_inner
+from metaimplicit.methods.shared import (
+    data_at_solution,
+    penalised_inner,
+    reject_half_precision,
+    run_inner,
+)
 from metaimplicit.options import option
 from metaimplicit.params import Params, detached, flatten, leaves
 from metaimplicit.solvers import SolverState, Status
@@ -89,10 +95,7 @@ class ValueFunction(Method):
         z = trajectory.end
         y = self._minimise_penalised(problem, inner, meta, z=z, outer_data=outer_data)
 
-        def penalised_inner(params: Params) -> Tensor:
-            decay = run.dependencies.decay(params, meta)
-            f = problem.inner(params, meta, data)
-            return f if decay is None else f + problem.penalty(decay, params, meta)
+        f_of = reject_random_numbers(penalised_inner(problem, run, meta, data))
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             at_y = leaves(y.params)
@@ -100,13 +103,14 @@ class ValueFunction(Method):
             # The caller adds ∂g/∂φ(z), which the difference of the outer losses turns to ∂g/∂φ(y).
             g_at_y, _ = problem.outer(at_y, meta, outer_data)
             g_at_z, _ = problem.outer(at_z, meta, outer_data)
-            f_at_y = problem.inner(at_y, meta, data)
-            f_at_z = problem.inner(at_z, meta, data)
+            f_at_y = f_of(at_y)
+            f_at_z = f_of(at_z)
             value = (g_at_y - g_at_z).mean() + self.strength * (f_at_y - f_at_z).mean()
 
             # What only θ₀ depends on is out of reach. None makes the caller raise an error.
             thetas = [*at_y.values(), *at_z.values()]
             in_loss = find_dependencies([f_at_y, f_at_z], meta, params=thetas)
+            reject_half_precision(self.flag, {name: meta[name] for name in in_loss})
             only_in_start = run.dependencies.start - in_loss
 
             phi = {name: m for name, m in meta.items() if m.requires_grad}
@@ -116,7 +120,7 @@ class ValueFunction(Method):
             gradients |= dict.fromkeys(only_in_start)
             residual = self._residual(
                 lambda params: problem.outer(params, meta, outer_data)[0],
-                penalised_inner,
+                f_of,
                 y=y.params,
                 z=z.params,
             )

@@ -114,7 +114,7 @@ class Hessian(RetainedGraphCurvature):
             return self._product(unflatten(vectors, self.params), batched=True)
         if self.products == "finite-differences":
             return self._differences(vectors)
-        return torch.vmap(self.matvec)(vectors)
+        return torch.vmap(self.matvec, randomness="same")(vectors)
 
     def columns(self, index: Tensor) -> Tensor:
         """Columns of H, `[k] -> [k, tasks, n]`."""
@@ -178,16 +178,19 @@ def central_difference(
     function: Callable[[Params], Tensor],
     at: Params,
     vector: Tensor,
+    *,
+    eps: float | None = None,
 ) -> Tensor:
     """(F(θ + hv) − F(θ − hv))/2h ≈ (∂F/∂θ) v for each task, with h = ε^⅓ (1 + ‖θ‖)/‖v‖.
 
-    ε is the unit round-off. This h balances truncation against cancellation: relative errors are
-    about 1e-10 in float64 and 1e-5 in float32.
+    ε is the unit round-off of F. This h balances truncation against cancellation: relative errors
+    are about 1e-10 in float64 and 1e-5 in float32.
 
     Args:
         function: F, `{name: [tasks, *shape]} -> [tasks, …]`, task by task.
         at: θ, `{name: [tasks, *shape]}`.
         vector: v, `[tasks, n]`. Where it is zero, so is the result.
+        eps: ε. If None, that of the type of θ.
 
     Returns:
         `[tasks, …]`, the shape of F.
@@ -200,7 +203,8 @@ def central_difference(
     """
     theta = flatten(at).detach()
     length = vector.norm(dim=-1, keepdim=True)
-    h = torch.finfo(theta.dtype).eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
+    eps = torch.finfo(theta.dtype).eps if eps is None else eps
+    h = eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
     h = h / torch.where(length > 0, length, 1.0)
 
     # Both ends draw the same random numbers, whose difference would be divided by h.

@@ -175,7 +175,11 @@ def test_tensors_with_different_numbers_of_tasks_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
-def test_a_task_that_is_not_finite_makes_the_gradient_nan():
+@pytest.mark.filterwarnings("ignore:Dense ended with NON_FINITE:RuntimeWarning")
+@pytest.mark.parametrize(
+    "method", ["unrolled", Unrolled(memory="replay"), "forward", "sama", "dense"], ids=repr
+)
+def test_a_task_that_is_not_finite_makes_the_gradient_nan(method):
     """A tolerance does not stop it as if it were solved: NaN is not below the tolerance."""
     problem = BilevelProblem(
         zero, lambda p, m, d: d["x"] * (p["w"] - m["a"]).square(), lambda p, m, d: p["w"]
@@ -188,10 +192,10 @@ def test_a_task_that_is_not_finite_makes_the_gradient_nan():
         inner=GradientDescent(steps=3, tol=1e-3),
         batched=True,
     )
-    forward = run(method="forward")
-    assert forward.grads["a"].isnan()
-    assert forward.report.inner_steps.tolist() == [3, 3]
-    assert run(method="unrolled").grads["a"].isnan()
+    result = run(method=method)
+    assert result.grads["a"].isnan()
+    assert result.losses[1].isnan()
+    assert result.report.inner_steps.tolist() == [3, 3]
 
 
 # Labels of short integer types, which torch's transformations refuse.

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import largest_error, randn, relative_error
+from small_problems import scalar_problem
 from tanh_network import DATA, GAUSS_NEWTON, INITIAL, TASKS, XQ, YQ, X, Y, network, outer
 
 from metaimplicit import (
@@ -20,6 +21,7 @@ from metaimplicit import (
     Unrolled,
     hypergradient,
 )
+from metaimplicit.methods import SAMA
 from metaimplicit.solvers import MINRES, NystromCG, Status
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
@@ -306,3 +308,20 @@ def test_a_solver_continues_from_the_report_of_the_last_call(solver):
     warm = run(meta=moved, state=first.state).report
     assert (warm.residual < 0.5 * first.residual).all()
     assert (warm.residual < 0.5 * cold.residual).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Implicit(Dense(), products="finite-differences"), SAMA()],
+    ids=["finite-differences", "sama"],
+)
+def test_differences_are_of_the_type_of_what_is_learnt(method):
+    """f = (w − c)²/2 + 20 eᶜ, whose derivative in c is large and does not depend on w."""
+    problem = scalar_problem(
+        lambda w, meta: 0.5 * (w - meta["c"]).square() + 20 * meta["c"].exp(),
+        lambda w, meta: w.square(),
+    )
+    meta = {"c": torch.tensor(0.7, dtype=torch.float32)}
+    inner = GradientDescent(steps=40, lr=1.0)
+    result = hypergradient(problem, meta, None, inner=inner, method=method)
+    assert result.grads["c"].item() == pytest.approx(1.4, rel=1e-3)

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from oracles import relative_error
+from small_problems import number, scalar_problem
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, RMSprop
 
 from metaimplicit import (
@@ -26,6 +27,7 @@ from metaimplicit import (
     argmin,
     hypergradient,
 )
+from metaimplicit.methods import SAMA, ValueFunction
 from metaimplicit.operators import GGN
 
 M = 20
@@ -150,6 +152,22 @@ def test_a_learnt_decay_has_its_gradient(products):
     assert relative_error(result.grads["s"], of_s) < tolerance
     assert relative_error(result.grads["decay"], of_decay.sum()) < tolerance
     assert result.report.sigma == 0.4
+
+
+@pytest.mark.parametrize("method", [ValueFunction(strength=1e5), SAMA()], ids=["f2sa", "sama"])
+def test_a_number_that_the_loss_reads_may_be_the_decay_as_well(method):
+    """f = (w − s)²/2 + s w²/2 has ∂f/∂w∂s = w − 1 = −1/(1 + s) at w* = s/(1 + s)."""
+    lr = 0.1
+    result = hypergradient(
+        scalar_problem(lambda w, meta: 0.5 * (w - meta["s"]).square(), lambda w, meta: w),
+        {"s": number(1.5)},
+        None,
+        inner=TorchOptimizer(SGD, steps=400, lr=lr, weight_decay=FromMeta("s")),
+        method=method,
+    )
+    mixed = 1 / 2.5
+    exact = mixed * lr if isinstance(method, SAMA) else mixed / 2.5
+    assert result.grads["s"].item() == pytest.approx(exact, rel=1e-4)
 
 
 def test_decays_of_tensors_and_elements_are_no_multiple_of_the_identity():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_problems import number
+from small_problems import number, scalar_problem
 from tanh_network import DATA, GAUSS_NEWTON, INITIAL, XQ, YQ, X, Y, forward, network, outer
 from torch import nn
 
@@ -242,3 +242,19 @@ def test_a_proximal_center_without_an_entry_for_a_parameter_is_refused():
     message = "Proximal center: meta has no entry 'w', expected one for each parameter"
     with pytest.raises(ValueError, match=message):
         Proximal(1.0)({"w": torch.zeros(2)}, {"a": torch.ones(2)})
+
+
+def test_the_value_function_of_a_loss_that_draws_random_numbers_is_refused():
+    """Its difference of two losses would be that of their draws."""
+    noisy = scalar_problem(
+        lambda w, meta: (w - meta["c"] + 0.1 * torch.randn(())).square(), lambda w, meta: w
+    )
+    with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
+        hypergradient(noisy, {"c": number(2.0)}, None, inner=THREE_STEPS, method="f2sa")
+
+
+def test_the_value_function_of_what_is_in_half_precision_is_refused():
+    problem = scalar_problem(lambda w, meta: (w - meta["c"]).square(), lambda w, meta: w)
+    meta = {"c": torch.tensor(2.0, dtype=torch.bfloat16)}
+    with pytest.raises(ValueError, match=r"f2sa: got 'c' in torch\.bfloat16, expected"):
+        hypergradient(problem, meta, None, inner=THREE_STEPS, method="f2sa")
