@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.task_axis import map_tensors
-from metaimplicit.tensors import recordable, with_known_types
+from metaimplicit.tensors import recordable, tensors_in, with_known_types
 
 Source = Callable[[int], Any] | Iterable[Any]
 Batch = dict[str, Any]
@@ -158,6 +158,34 @@ def read_batches(source: Source, *, first: int) -> Iterator[Any]:
             raise ValueError(
                 "batches: got an iterable without any, or one that is used up, expected a loader"
             )
+
+
+def take_batches(batches: Iterator[Any], count: int) -> list[Any]:
+    """The next batches, which are held at once.
+
+    Raises:
+        ValueError: The tensors of an earlier one were written to, as by a loader that fills the
+            same tensors again.
+
+    Example:
+        >>> take_batches(iter("abc"), 2)
+        ['a', 'b']
+    """
+    taken = []
+    versions = []
+    for _ in range(count):
+        taken.append(next(batches))
+        versions.append(_counts_of_writes(taken[-1]))
+    if versions != [_counts_of_writes(batch) for batch in taken]:
+        raise ValueError(
+            "batches: got a loader that writes into tensors which it has given already, expected "
+            f"new ones, because a step holds {count} batches at once; yield copies (x.clone())"
+        )
+    return taken
+
+
+def _counts_of_writes(batch: Any) -> list[int]:
+    return [x._version for x in tensors_in(batch) if not x.is_inference()]
 
 
 def _plain(part: Any) -> Any:

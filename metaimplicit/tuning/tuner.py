@@ -21,7 +21,13 @@ from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream, check_problem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import copied_tensors
-from metaimplicit.tuning.batches import Source, check_source, holds_tensors_directly, read_batches
+from metaimplicit.tuning.batches import (
+    Source,
+    check_source,
+    holds_tensors_directly,
+    read_batches,
+    take_batches,
+)
 from metaimplicit.tuning.curvature import bind_curvature_batch, default_to_gauss_newton
 from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.early_stopping import EarlyStopping
@@ -192,8 +198,7 @@ class Tuner:
                 start=self.end if self.warm_start else None,
             )
 
-        shared = batches[0] if len({id(batch) for batch in batches}) == 1 else None
-        with notice_changed_data("train", shared):
+        with notice_changed_data("train", self._read_again(batches, validation)):
             try:
                 result = evaluate()
             except SeveralOutputsError:
@@ -266,7 +271,7 @@ class Tuner:
         validation_batches = read_batches(validation, first=self.steps)
 
         while self.steps < steps and not self.stopping.is_over(patience):
-            batches = [next(train_batches) for _ in range(per_step)]
+            batches = take_batches(train_batches, per_step)
             result = self.step(batches, next(validation_batches))
             if metric is not None and self.steps % every == 0 and self.end is not None:
                 value = _read_metric(metric(self.params, self.meta))
@@ -322,6 +327,16 @@ class Tuner:
         self._return_to(state)
         self.steps = state["steps"]
         self.stopping = EarlyStopping.from_dict(state["stopping"])
+
+    def _read_again(self, batches: list[Any], validation: Any) -> Any:
+        """What is evaluated more than once: of K + 1 batches that differ, by few methods."""
+        if len({id(batch) for batch in batches}) == 1:
+            return batches[0]
+        if self.method.flag == "f2sa":
+            return [*batches, validation]
+        products = getattr(self.method, "products", None)
+        differs = self.method.flag == "sama" or products == "finite-differences"
+        return batches[-1] if differs else None
 
     def _position(self) -> dict[str, Any]:
         """A copy of φ, θ, both optimisers and the solver."""

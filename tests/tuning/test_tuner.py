@@ -243,3 +243,31 @@ def test_bad_calls_are_refused():
     message = r"implicit cannot give the gradient of meta\['eta'\].*use 'unrolled'"
     with pytest.raises(ValueError, match=message):
         Tuner(PROBLEM, META, inner=GradientDescent(lr=FromMeta("eta"))).step(POINT, POINT)
+
+
+class Refilled:
+    """A loader that fills the same tensor for every batch."""
+
+    def __iter__(self):
+        held = torch.empty_like(H)
+        for scale in (1.0, 2.0, 3.0):
+            yield (held.copy_(scale * H), B, T)
+
+
+def test_a_loader_that_fills_the_same_tensors_again_is_refused():
+    """A step holds its batches at once, and all would be the last one."""
+    with pytest.raises(ValueError, match="writes into tensors which it has given already"):
+        make_tuner(steps=2).fit(Refilled(), [DATA], steps=1)
+    make_tuner(steps=2).fit([DATA], [DATA], steps=1)  # the same tensors, unchanged
+
+
+@pytest.mark.parametrize("method", ["sama", "f2sa"])
+def test_an_inner_loss_that_writes_into_a_batch_of_its_own_is_warned_of(method):
+    def writing(params, meta, data):
+        return ORACLE.problem.inner_loss(params, meta, (data[0].add_(0.1), *data[1:]))
+
+    problem = BilevelProblem(ORACLE.problem.init, writing, ORACLE.problem.outer_loss)
+    inner = GradientDescent(steps=2, lr=0.1)
+    tuner = Tuner(problem, ORACLE.meta, inner=inner, method=method, optimizer=SGD)
+    with pytest.warns(RuntimeWarning, match="train: a forward pass writes to a tensor"):
+        tuner.step([tuple(x.clone() for x in DATA) for _ in range(3)], DATA)

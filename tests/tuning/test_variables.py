@@ -268,3 +268,18 @@ def test_validation_sees_the_plain_data_and_loss(name):
     problem, meta, _ = make_problem(*VARIABLES[name])
     plain = plain_losses(VALIDATION).mean()
     assert_close(problem.outer_loss(PARAMS, meta, VALIDATION), plain)
+
+
+def test_decays_of_both_scopes_add_up():
+    """A shared strength beside one for each tensor: each is read from its own entry."""
+    variables = [WeightDecay(start=0.5, center="start"), WeightDecay("tensor", start=0.1)]
+    problem, meta, _ = make_problem(*variables)
+    start = problem.init(meta, TRAIN)
+    params = moved(start, random_like(start, seed=3))
+    expected = sum(
+        0.25 * (p - start[name]).square().sum() + 0.05 * p.square().sum()
+        for name, p in params.items()
+    )
+    outputs = torch.func.functional_call(MODEL, params, (TRAIN["inputs"],))
+    loss = F.cross_entropy(outputs, TRAIN["targets"])
+    assert_close(problem.inner_loss(params, meta, TRAIN), loss + expected)

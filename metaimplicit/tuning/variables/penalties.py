@@ -65,11 +65,12 @@ class WeightDecay(Variable):
 
     def penalty(self, params: Params, start: Params, meta: Params) -> Tensor:
         """½ Σⱼ λⱼ (θⱼ − cⱼ)², a scalar."""
-        strength = FromMeta("weight_decay")
         parts = []
         for name, p in params.items():
             distance = p - start[name] if self.center == "start" else p
-            parts.append((strength(meta, name) * distance.square()).sum())
+            # Another variable may have entries of the other scope.
+            key = "weight_decay" if self.scope == "scalar" else f"weight_decay.{name}"
+            parts.append((meta[key] * distance.square()).sum())
         return 0.5 * torch.stack(parts).sum()
 
     @property
