@@ -249,6 +249,14 @@ def _check_parts(
             "optimizer: got one that moves no parameter of the learner, expected some of them; "
             "build it from learner.parameters()"
         )
+    own = {id(p) for p in learner.parameters()}
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    if others:
+        raise ValueError(
+            f"optimizer: got {len(others)} parameters that are not the learner's, of shapes "
+            f"{[tuple(p.shape) for p in others[:3]]}, expected none, because a checkpoint would "
+            "not hold them; make them parameters of the model or of the loss"
+        )
     if needs_closure(optimizer):
         raise ValueError(
             f"optimizer: got {type(optimizer).__name__}, which evaluates the loss several times a "

@@ -377,6 +377,16 @@ def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, bad, 
     assert not (tmp_path / "run").exists()
 
 
+def test_an_optimizer_of_more_than_the_learner_is_refused(tmp_path):
+    """What is no part of the learner would be in no checkpoint."""
+    parts = make_parts()._asdict()
+    gain = torch.nn.Parameter(torch.ones(3))
+    parts["optimizer"] = torch.optim.SGD([*parts["learner"].parameters(), gain], lr=0.1)
+    with pytest.raises(ValueError, match="optimizer: got 1 parameters that are not the learner's"):
+        fit(**parts, out=tmp_path / "run", budget=Budget(steps=1), bar=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
     parts = make_parts()._asdict()
     parts["optimizer"] = torch.optim.LBFGS(parts["learner"].parameters())
