@@ -1,20 +1,43 @@
-"""The states of torch's global random generators."""
+"""The states of the global random generators: those of torch, of NumPy and of Python."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+@contextmanager
+def restored_host_generators() -> Iterator[None]:
+    """Put the states of Python's and NumPy's generators back at the end of a block.
+
+    Example:
+        >>> import random
+        >>> before = random.getstate()
+        >>> with restored_host_generators():
+        ...     _ = random.random()
+        >>> random.getstate() == before
+        True
+    """
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
 @dataclass(frozen=True)
 class RandomState:
-    """The states of the global generators, of the CPU and of one CUDA device.
+    """The states of the global generators, of torch's on one CUDA device as well.
 
     Example:
         >>> state = RandomState.read(torch.device("cpu"))
@@ -27,18 +50,23 @@ class RandomState:
     cpu: Tensor
     cuda: Tensor | None
     device: torch.device
+    of_python: tuple[Any, ...]
+    of_numpy: Any
 
     @classmethod
     def read(cls, device: torch.device) -> RandomState:
         """The present states."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda, device)
+        of_python = random.getstate()
+        return cls(torch.get_rng_state(), cuda, device, of_python, np.random.get_state())
 
     def restore(self) -> None:
         """Make these states the present ones."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+        random.setstate(self.of_python)
+        np.random.set_state(self.of_numpy)
 
 
 @contextmanager

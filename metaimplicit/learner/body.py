@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from metaimplicit.learner.episodes import Episode, Pair
 from metaimplicit.learner.problem import call_model
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.normalization import tracked_layers
-from metaimplicit.params import Params, leaves
+from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, StartAtMeta
 from metaimplicit.random_state import RandomState
 
@@ -156,13 +156,48 @@ class LastModule:
             outputs = call_model(self.model, of_model, inputs)
         objection = _objection_to(calls, outputs)
         if objection:
-            raise ValueError(
-                f"model: for this batch, {self.name!r} {objection}, but not for the first one, so "
-                "its input cannot be evaluated once; let the parameters of another module adapt "
-                "as well"
-            )
+            raise self._later_error(f"{self.name!r} {objection}")
         features: Tensor = calls[0].args[0]
         return features
+
+    def check_features(
+        self,
+        evaluate: Callable[[Params, Episode], Episode],
+        meta: Params,
+        adapted: Sequence[str],
+        episodes: Episode,
+    ) -> Episode:
+        """The episodes with their features, which must not depend on what adapts.
+
+        Without gradients, what does not depend on it records no graph.
+
+        Args:
+            evaluate: A function of φ and episodes: those with their features.
+            meta: φ.
+            adapted: The names of the parameters that adapt.
+            episodes: The episodes.
+
+        Raises:
+            ValueError: The features depend on a parameter that adapts.
+        """
+        theta = leaves({name: meta[name] for name in adapted})
+        others = meta if torch.is_grad_enabled() else detached(meta)
+        with torch.enable_grad():
+            evaluated = evaluate({**others, **theta}, episodes)
+        if find_dependencies([pair.inputs for pair in evaluated], theta):
+            raise self._later_error(self._dependence)
+        return evaluated
+
+    @property
+    def _dependence(self) -> str:
+        return f"the input of {self.name!r} depends on parameters that adapt"
+
+    def _later_error(self, reason: str) -> ValueError:
+        return ValueError(
+            f"model: for this batch, {reason}, but not for the first one, so its input cannot be "
+            "evaluated once; make a new learner if the model has changed, or let the parameters "
+            "of another module adapt as well"
+        )
 
     def outputs(self, params: Params, meta: Params, features: Tensor) -> Tensor:
         """The outputs of the head, with parameters from `params`, or else from `meta`."""
@@ -199,7 +234,7 @@ class LastModule:
             call_model(self.model, {**of_model, **others}, inputs)
         moved = len(calls) != 1 or not torch.equal(calls[0].args[0], features)
         if moved or find_dependencies([features], theta):
-            return f"the input of {self.name!r} depends on parameters that adapt"
+            return self._dependence
         return ""
 
 

@@ -22,6 +22,8 @@ from metaimplicit.learner.targets import (
     find_classes,
     fixed_random_state,
     layout_of_cross_entropy,
+    may_hold_classes,
+    output_slopes,
 )
 from metaimplicit.loss_state import LossState
 from metaimplicit.task_axis import task_of
@@ -98,13 +100,17 @@ of the model; convert targets that are not class indices to float
 
         loss = self._make_loss()
         outputs, targets = self._call_task(pair, 0)
+        is_known = True
         if _is_of_cpu_alone(_value(loss, outputs, targets)):
             classes = layout_of_cross_entropy(outputs, targets)
         else:
             classes = find_classes(loss, outputs, targets)
+            if classes is None and may_hold_classes(outputs, targets):
+                classes, is_known = self._ask_tasks(pair, loss)
         checked = classes and self._check_range(name, pair, classes)
         check_loss(name, loss, outputs, targets, has_classes=classes is not None)
-        self._classes[kind] = classes
+        if is_known:
+            self._classes[kind] = classes
         return checked
 
     def _forget_another_loss(self) -> None:
@@ -114,6 +120,18 @@ of the model; convert targets that are not class indices to float
         self._state = LossState(loss, but_trained=True)
         self._classes.clear()
         self._ignored.clear()
+
+    def _ask_tasks(self, pair: Pair, loss: TaskLoss) -> tuple[Classes | None, bool]:
+        """What the first task tells of which the loss counts an example, and whether there is one.
+
+        A task whose examples are all masked tells nothing.
+        """
+        for index in range(len(tree_leaves(pair.inputs)[0])):
+            outputs, targets = self._call_task(pair, index)
+            slopes = output_slopes(loss, outputs, targets)
+            if slopes is None or bool(slopes.any()):
+                return find_classes(loss, outputs, targets), True
+        return None, False
 
     def _call_task(self, pair: Pair, index: int) -> tuple[Tensor, Any]:
         """The outputs and the targets of one task, on the CPU."""
@@ -190,6 +208,9 @@ broadcast against each other in the loss, expected one shape; reshape the target
             if not isinstance(leaf, Tensor) or leaf.shape == outputs.shape:
                 continue
             is_alone = leaf is targets and leaf.dim() != outputs.dim()
+            has_another_size = leaf.numel() != outputs.numel()
+            if is_alone and has_another_size and _takes_another_example(loss, outputs, leaf):
+                continue
             if leaf.numel() == outputs.numel() > 1 or is_alone:
                 broadcasts |= _is_broadcast(
                     loss,
@@ -261,6 +282,15 @@ def _is_broadcast(
     as_expanded = value_of(outputs.expand(shape), leaf.expand(shape))
     as_aligned = value_of(aligned_outputs, aligned_leaf)
     return _same(value, as_expanded) is True and _same(value, as_aligned) is False
+
+
+def _takes_another_example(loss: TaskLoss, outputs: Tensor, targets: Tensor) -> bool:
+    """Whether the loss takes one example more, as one that broadcasts `[m]` with `[m, m]` cannot.
+
+    One that reduces the outputs of an example, as to a mean and a variance, does.
+    """
+    longer = [torch.cat([x, x[-1:]]) for x in (outputs, targets)]
+    return not isinstance(_value(loss, *longer), Exception)
 
 
 def _align_examples(outputs: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,9 +109,11 @@ class Network:
         def features(meta: Params, data: Any) -> Episode:
             episodes = Episode.of(*data)
             if self.body is not None:
-                episodes = self.body.features(
-                    meta, episodes, vectorize=vectorize, chunk_size=chunk_size
-                )
+                call = partial(self.body.features, vectorize=vectorize, chunk_size=chunk_size)
+                if self.last is None:
+                    episodes = call(meta, episodes)
+                else:
+                    episodes = self.last.check_features(call, meta, adapted, episodes)
             return episodes if self.head is None else with_numbers(episodes)
 
         return replace(problem, features=features)

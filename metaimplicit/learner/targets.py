@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.random_state import restored_host_generators
 from metaimplicit.task_axis import task_of
 from metaimplicit.tensors import tensors_in
 
@@ -101,6 +102,16 @@ def find_classes(loss: TaskLoss, outputs: Tensor, targets: Any) -> Classes | Non
                 all_count=complete and len(leaves) == 1,
             )
     return None
+
+
+def may_hold_classes(outputs: Tensor, targets: Any) -> bool:
+    """Whether some targets are integers of a shape that class indices can have.
+
+    Example:
+        >>> may_hold_classes(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))
+        True
+    """
+    return bool(list(_candidates(outputs, tree_leaves(targets))))
 
 
 def layout_of_cross_entropy(outputs: Tensor, targets: Any) -> Classes | None:
@@ -209,7 +220,7 @@ def mean_metric(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
 
 @contextmanager
 def fixed_random_state(tensors: Any) -> Iterator[None]:
-    """Put torch's random state back at the end, that of CUDA as well if a tensor is there.
+    """Put the random state back at the end, that of CUDA as well if a tensor is there.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -220,7 +231,7 @@ def fixed_random_state(tensors: Any) -> Iterator[None]:
     """
     on_cuda = any(x.is_cuda for x in tensors_in(tensors))
     devices = range(torch.cuda.device_count()) if on_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), restored_host_generators():
         yield
 
 

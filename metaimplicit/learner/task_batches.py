@@ -146,10 +146,13 @@ class TaskBatches(FewShotModel):
             self._features = "the method looks into the layers of the model"
             return
         meta = self._detached_meta()
-        inputs = task_of(data.support.inputs, 0)
         device = next(iter(meta.values())).device
-        with restored_random_state(device), running_statistics(self.model):
-            self._features = last.objection(meta, self.adapted, inputs) or "once"
+        for pair in data:
+            inputs = task_of(pair.inputs, 0)
+            with restored_random_state(device), running_statistics(self.model):
+                self._features = last.objection(meta, self.adapted, inputs) or "once"
+            if self._features != "once":
+                break
         if self._features == "once":
             self._network = self._network.with_last(last)
 
@@ -183,7 +186,8 @@ class TaskBatches(FewShotModel):
         """
         if self.vectorize == "loop" or self._mixes_tasks:
             return
-        record = self._vmap_records.next_call(data)
+        in_training = tuple(module.training for module in self.model.modules())
+        record = self._vmap_records.next_call(data, in_training)
         if record.calls == 1 if self._keeps_vmap else record.is_due:
             # Here the losses call the body, as they call all else.
             in_losses = self._problem(self._network.without_body(), "vmap")

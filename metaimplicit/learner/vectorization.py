@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
+from metaimplicit.random_state import restored_host_generators
 
 REPEATS = 2  # calls of each, of which the faster counts: the first may warm caches
 
@@ -57,7 +58,7 @@ def choose_vectorize(run: Callable[[Vectorize], Tensor]) -> Vectorize:
 
 @contextmanager
 def preserve_random_state(method: Method, *, cuda: bool) -> Iterator[None]:
-    """Put torch's random state and that of the method's solver back at the end.
+    """Put the random state and that of the method's solver back at the end.
 
     Args:
         method: The method whose solver may draw from a generator.
@@ -75,7 +76,7 @@ def preserve_random_state(method: Method, *, cuda: bool) -> Iterator[None]:
     state = None if generator is None else generator.get_state()
     devices = range(torch.cuda.device_count()) if cuda else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), restored_host_generators():
             yield
     finally:
         if generator is not None and state is not None:

@@ -63,12 +63,17 @@ class VmapRecords:
     def __init__(self) -> None:
         self._records: dict[Hashable, ShapeRecord] = {}
 
-    def next_call(self, data: Any) -> ShapeRecord:
-        """The record of the kind of `data`, in which this call is counted."""
+    def next_call(self, data: Any, mode: Hashable = None) -> ShapeRecord:
+        """The record of the kind of `data`, in which this call is counted.
+
+        Args:
+            data: The data.
+            mode: What else the losses do other things by, as modules do in training.
+        """
         if isinstance(data, Stream):
             data = data.fn(0)
         key = tuple((x.shape, x.dtype) for x in tensors_in(data))
-        record = self._records.setdefault(key, ShapeRecord())
+        record = self._records.setdefault((key, mode), ShapeRecord())
         record.calls += 1
         return record
 

@@ -235,3 +235,46 @@ def test_dropout_in_the_body_is_drawn_once():
     model[2] = nn.Dropout()
     step = make(model, method="cg").backward(draw_episodes())
     assert step.report.features == "once"
+
+
+class Attending(nn.Module):
+    """A model whose features read the weights of its head, if it is told to or sees many inputs."""
+
+    def __init__(self, most=99):
+        super().__init__()
+        self.body = nn.Linear(INPUTS, INPUTS)
+        self.head = nn.Linear(INPUTS, WAYS)
+        self.most = most
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        if len(x) > self.most:
+            h = h + (h @ self.head.weight.T).softmax(1) @ self.head.weight
+        return self.head(h)
+
+
+def test_query_sets_tell_whether_features_depend_on_what_adapts():
+    """A support set has one example of a class, and a query set has two."""
+    results = []
+    for adapt in ("head.*", ["head.weight", "head.bias"]):
+        learner = make(Attending(most=WAYS), adapt=adapt)
+        step = learner.backward(draw_episodes())
+        assert step.report.features == "the input of 'head' depends on parameters that adapt"
+        results.append(gradients(learner))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+def test_features_that_come_to_depend_on_what_adapts_are_refused(way):
+    model = Attending()
+    learner = make(model, adapt="head.*", vectorize=way)
+    assert learner.backward(draw_episodes()).report.features == "once"
+    model.most = WAYS - 1
+    episodes = draw_episodes()
+    for call in (
+        lambda: learner.backward(episodes),
+        lambda: learner.evaluate(episodes),
+        lambda: learner.adapt(episodes.support, batched=True),
+    ):
+        with pytest.raises(ValueError, match="for this batch, the input of 'head' depends on"):
+            call()

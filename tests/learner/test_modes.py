@@ -1,9 +1,11 @@
 """The learner within the modes of autograd, and meta-gradients that mean nothing."""
 
+import random
 import warnings
 from functools import cache
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -293,3 +295,29 @@ def test_hypergradient_warns_of_nan_where_the_caller_is():
     with pytest.warns(RuntimeWarning, match="'w' is not finite") as caught:
         hypergradient(problem, meta, None, inner="gradient-descent", method="unrolled")
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("vectorize", ["loop", "auto"])
+def test_what_is_looked_at_first_leaves_all_random_generators_alone(vectorize):
+    """A loss that draws from Python's and NumPy's generators, as layer dropout does."""
+    draws = []
+
+    def noisy(outputs, targets):
+        draws.append(random.random() + np.random.rand())
+        return F.cross_entropy(outputs, targets) * draws[-1]
+
+    def draws_of_a_step(learner):
+        random.seed(1)
+        np.random.seed(1)
+        draws.clear()
+        learner.backward(draw_episodes())
+        return list(draws)
+
+    learner = MetaLearner(
+        make_network(), noisy, inner=GradientDescent(steps=2, lr=0.1), vectorize=vectorize
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, _, third = (draws_of_a_step(learner) for _ in range(3))
+    assert len(third) < len(first)  # which began with looks at the loss
+    assert first[-len(third) :] == third

@@ -603,3 +603,47 @@ def test_the_first_look_at_a_loss_draws_no_random_number():
             torch.manual_seed(3)
             losses.append(learner.backward(tasks).loss)
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_task_whose_examples_are_all_masked_tells_nothing_of_the_loss():
+    def masked(outputs, targets):
+        labels, mask = targets
+        losses = F.cross_entropy(outputs, labels, reduction="none")
+        return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+    def batch(*counts):
+        x = randn(len(counts), EXAMPLES, FEATURES, seed=1)
+        labels = torch.arange(EXAMPLES).remainder(WAYS).expand(len(counts), -1)
+        mask = torch.stack([(torch.arange(EXAMPLES) < n).double() for n in counts])
+        ones = torch.ones_like(mask)
+        return {"support": (x, (labels, ones)), "query": (x, (labels, mask))}
+
+    def learner():
+        torch.manual_seed(0)
+        return MetaLearner(nn.Linear(FEATURES, WAYS), masked)
+
+    expected = learner().backward(batch(8, 9)).accuracy
+    for first in ((0, 9), (0, 0)):
+        other = learner()
+        other.evaluate(batch(*first))
+        assert other.backward(batch(8, 9)).accuracy == expected
+
+
+@pytest.mark.parametrize("examples", [2, 3])
+def test_a_loss_that_reduces_as_many_outputs_as_there_are_examples_is_taken(examples):
+    """A mean and a log-variance for each example, with targets of one axis."""
+
+    def likelihood(outputs, targets):
+        mean, log_variance = outputs[:, 0], outputs[:, 1]
+        return ((mean - targets).square() * (-log_variance).exp() + log_variance).mean()
+
+    support = (randn(TASKS, examples, FEATURES, seed=1), randn(TASKS, examples, seed=2))
+    query = (randn(TASKS, 7, FEATURES, seed=3), randn(TASKS, 7, seed=4))
+    model = nn.Linear(FEATURES, 2)
+    episodes = {"support": support, "query": query}
+    loss = MetaLearner(model, likelihood, inner=GradientDescent(steps=1)).backward(episodes).loss
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match="which broadcast against each other in the loss"):
+        MetaLearner(nn.Linear(FEATURES, examples), lambda z, y: (z - y).square().mean()).backward(
+            {"support": support, "query": support}
+        )

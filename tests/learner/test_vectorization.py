@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from learner.few_shot import QUERIES, TASKS, WAYS, LinearModel, draw_episodes, make_learner
+from learner.few_shot import INPUTS, QUERIES, TASKS, WAYS, LinearModel, draw_episodes, make_learner
 from oracles import relative_error
 
 from metaimplicit import Implicit, Nystrom
@@ -96,3 +96,22 @@ def test_an_error_that_the_loop_has_too_chooses_nothing():
     with pytest.raises(RuntimeError):
         learner.adapt((inputs[..., :3], labels), batched=True)
     assert learner.vectorize == "auto"
+
+
+class Clipping(torch.nn.Linear):
+    """A model that vmap cannot take in evaluation mode, where it looks at its values."""
+
+    def forward(self, x):
+        if not self.training and x.abs().max() > 1e6:
+            x = x.clamp(-1e6, 1e6)
+        return super().forward(x)
+
+
+def test_each_mode_of_a_model_is_compared_with_a_loop():
+    model = Clipping(INPUTS, WAYS).double()
+    learner = make_learner(model, vectorize="auto", method="unrolled", proximal=None)
+    for _ in range(3):
+        learner.backward(draw_episodes())
+    model.eval()
+    learner.evaluate(draw_episodes())
+    assert learner.vectorize == "loop"
