@@ -86,6 +86,32 @@ def restored_random_state(device: torch.device) -> Iterator[RandomState]:
         state.restore()
 
 
+class NoticedDraws(TorchDispatchMode):
+    """A block in which operations of this thread that draw random numbers are noticed.
+
+    Attributes:
+        found: Whether there was one.
+
+    Example:
+        >>> with NoticedDraws() as draws:
+        ...     _ = torch.rand(2)
+        >>> draws.found
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation of torch, and look at its tags."""
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            self.found = True
+        return function(*args, **(kwargs or {}))
+
+
 class UnfusedDropout(TorchDispatchMode):
     """A block in which dropout on CUDA draws the numbers that it draws in `torch.vmap`.
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.equation import aliases
@@ -22,6 +21,7 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params
 from metaimplicit.problem import Composite, Decay, Proximal
+from metaimplicit.random_state import NoticedDraws
 
 Result = TypeVar("Result")
 
@@ -245,23 +245,8 @@ def reject_random_numbers(
     return checked
 
 
-class _Draws(TorchDispatchMode):
-    """Notices operations of this thread that draw random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = False
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            self.found = True
-        return function(*args, **(kwargs or {}))
-
-
 def _draws_random_numbers(function: Callable[[Params], Any], params: Params) -> bool:
-    draws = _Draws()
+    draws = NoticedDraws()
     with draws:
         function(params)
     return draws.found

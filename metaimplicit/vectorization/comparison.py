@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
-from metaimplicit.random_state import restored_random_state
+from metaimplicit.random_state import NoticedDraws, restored_random_state
 from metaimplicit.tensors import tensors_in
 from metaimplicit.unsupported import find_module, shorten
 
@@ -100,17 +100,19 @@ def find_objection(
 def _compare(
     problem: BilevelProblem, meta: Params, data: Any, evaluate: Evaluation
 ) -> Objection | None:
-    def lifted_by(vectorize: Vectorize) -> LiftedProblem:
-        lifted = LiftedProblem(problem, data, batched=True, vectorize=vectorize)
-        return lifted.with_same_randomness()
+    device = next(iter(meta.values())).device
 
-    def run(vectorize: Vectorize, shift: float = 0.0) -> Groups:
+    def lifted_by(vectorize: Vectorize, *, same: bool = True) -> LiftedProblem:
+        lifted = LiftedProblem(problem, data, batched=True, vectorize=vectorize)
+        return lifted.with_same_randomness() if same else lifted
+
+    def run(vectorize: Vectorize, shift: float = 0.0, *, same: bool = True) -> Groups:
         phi = {name: m.detach() for name, m in meta.items()}
         phi |= leaves({n: _shifted(m, shift) for n, m in meta.items() if m.is_floating_point()})
-        with restored_random_state(next(iter(meta.values())).device):
+        with restored_random_state(device):
             start = lifted_by("loop").init(phi)
             theta = leaves({n: _shifted(p, shift) for n, p in start.items()})
-            return evaluate(lifted_by(vectorize), theta, phi)
+            return evaluate(lifted_by(vectorize, same=same), theta, phi)
 
     try:
         loop = run("loop")
@@ -118,13 +120,24 @@ def _compare(
         if evaluate is _of_inner_loss:
             raise  # every method would meet it, and the message of a loop is clearer
         return None
+    draws = NoticedDraws()
     try:
-        vmap = run("vmap")
+        with draws:
+            vmap = run("vmap")
     except Exception as error:
         return Objection(shorten(error), module=find_module(error))
 
     eps = _unit_roundoff([*tree_leaves(loop), *meta.values()])
+    cause = ""
     difference = _largest_difference(loop, vmap)
+    if draws.found and difference.size <= 3 * math.sqrt(eps):
+        with restored_random_state(device):
+            torch.rand((), device=device)  # From here on, other numbers follow.
+            elsewhere = run("loop")
+        if _largest_difference(loop, elsewhere).size == 0:
+            # Each task draws other numbers in vmap, and the same ones in a loop.
+            cause = ", because a loss seeds a generator by itself"
+            difference = _largest_difference(loop, run("vmap", same=False))
     if difference.size <= 3 * math.sqrt(eps):
         return None
     # The model may compute in a shorter type, as autocast inside of it does.
@@ -137,7 +150,7 @@ def _compare(
     roundoff = _largest_difference(loop, run("loop", shift=8 * eps))
     if difference.size <= 100 * roundoff.size:
         return None
-    reason = f"vmap differs from a loop by {difference.size:.0e} in {difference.where}"
+    reason = f"vmap differs from a loop by {difference.size:.0e} in {difference.where}{cause}"
     return Objection(reason, difference=evaluate)
 
 

@@ -267,3 +267,33 @@ def test_vmap_is_compared_in_full_precision_and_the_setting_comes_back():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert {"highest", "medium"} == set(seen)
+
+
+def of_its_own_generator(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def of_the_seeded_global_one(x):
+    torch.manual_seed(0)
+    return torch.randn(x.shape)
+
+
+class Noisy(nn.Module):
+    """The same noise at every call."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x):
+        return x * (1 + self.noise(x))
+
+
+@pytest.mark.parametrize("noise", [of_its_own_generator, of_the_seeded_global_one])
+def test_a_loss_that_seeds_its_generator_draws_the_same_numbers_for_every_task(noise):
+    model = nn.Sequential(network(nn.Tanh()), Noisy(noise))
+    episodes = draw()
+    expected = plain_maml(model, split(episodes))
+    with pytest.warns(RuntimeWarning, match="because a loss seeds a generator by itself"):
+        learner = assert_learns(expected, model, episodes, vectorize="auto")
+    assert learner.vectorize == "loop"
