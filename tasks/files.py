@@ -140,7 +140,7 @@ class Files:
     def _check_once(self, paths: Sequence[str]) -> None:
         """Raise if two paths lead to one file, which would be in both support and query."""
         if not self.root.is_dir():
-            return  # archives with links are refused
+            return  # an archive, which holds no links
         path_of: dict[str, str] = {}
         for path in paths:
             other = path_of.setdefault(os.path.realpath(self.root / path), path)

@@ -12,8 +12,8 @@ def every_pair(
     Where a fault needs all three values to show, as few do, these cases may miss it.
 
     Args:
-        first: Each of its values meets each of `second`.
-        second: At least as many values as `third`, as `first` has.
+        first: At least as many values as `third`.
+        second: Likewise. Each of its values meets each of `first`.
         third: The values that take turns.
 
     Raises:

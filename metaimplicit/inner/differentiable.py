@@ -137,7 +137,7 @@ class _RunningLoop:
             params = dict(zip(self.params, stepped, strict=True))
 
             if self.tol is not None:
-                # A norm of NaN does not stop a task, as if it were solved.
+                # NaN is not ≤ tol, so such a task goes on: it is not solved.
                 self.active = self.active & ~(self.gradient_norm <= self.tol)
                 for name, p in params.items():
                     params[name] = _choose(self.active, p, self.params[name])

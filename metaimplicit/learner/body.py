@@ -169,8 +169,6 @@ class LastModule:
     ) -> Episode:
         """The episodes with their features, which must not depend on what adapts.
 
-        Without gradients, what does not depend on it records no graph.
-
         Args:
             evaluate: A function of φ and episodes: those with their features.
             meta: φ.
@@ -181,12 +179,15 @@ class LastModule:
             ValueError: The features depend on a parameter that adapts.
         """
         theta = leaves({name: meta[name] for name in adapted})
-        others = meta if torch.is_grad_enabled() else detached(meta)
+        is_recorded = torch.is_grad_enabled()
+        others = meta if is_recorded else detached(meta)
         with torch.enable_grad():
             evaluated = evaluate({**others, **theta}, episodes)
         if find_dependencies([pair.inputs for pair in evaluated], theta):
             raise self._later_error(self._dependence)
-        return evaluated
+        if is_recorded:
+            return evaluated
+        return Episode(*(Pair(pair.inputs.detach(), pair.targets) for pair in evaluated))
 
     @property
     def _dependence(self) -> str:

@@ -27,6 +27,7 @@ from metaimplicit.learner.targets import (
 )
 from metaimplicit.loss_state import LossState
 from metaimplicit.task_axis import task_of
+from metaimplicit.tensors import tensors_in
 
 # What torch's losses say of targets that broadcast, and why a trial may fail on the CPU alone.
 BROADCAST = "that is different to the input size"
@@ -122,11 +123,12 @@ of the model; convert targets that are not class indices to float
         self._ignored.clear()
 
     def _ask_tasks(self, pair: Pair, loss: TaskLoss) -> tuple[Classes | None, bool]:
-        """What the first task tells of which the loss counts an example, and whether there is one.
+        """Where the loss reads class indices, and whether any task tells.
 
-        A task whose examples are all masked tells nothing.
+        A task tells if the loss counts one of its examples: they may all be masked.
         """
-        for index in range(len(tree_leaves(pair.inputs)[0])):
+        tasks = len(next(iter(tensors_in(pair.inputs))))
+        for index in range(tasks):
             outputs, targets = self._call_task(pair, index)
             slopes = output_slopes(loss, outputs, targets)
             if slopes is None or bool(slopes.any()):
@@ -285,10 +287,12 @@ def _is_broadcast(
 
 
 def _takes_another_example(loss: TaskLoss, outputs: Tensor, targets: Tensor) -> bool:
-    """Whether the loss takes one example more, as one that broadcasts `[m]` with `[m, m]` cannot.
+    """Whether the loss accepts one more example. One that broadcasts `[m]` with `[m, m]` does not.
 
-    One that reduces the outputs of an example, as to a mean and a variance, does.
+    One that reduces the outputs of an example, such as a mean and a variance, does.
     """
+    if outputs.dim() == 0 or targets.dim() == 0:
+        return False
     longer = [torch.cat([x, x[-1:]]) for x in (outputs, targets)]
     return not isinstance(_value(loss, *longer), Exception)
 

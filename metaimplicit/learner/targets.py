@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import TaskLoss
-from metaimplicit.random_state import restored_host_generators
 from metaimplicit.task_axis import task_of
 from metaimplicit.tensors import tensors_in
 
@@ -220,7 +219,7 @@ def mean_metric(metric: Metric, outputs: Tensor, targets: Any) -> Tensor:
 
 @contextmanager
 def fixed_random_state(tensors: Any) -> Iterator[None]:
-    """Put the random state back at the end, that of CUDA as well if a tensor is there.
+    """Put torch's random state back at the end, that of CUDA as well if a tensor is there.
 
     Example:
         >>> state = torch.get_rng_state()
@@ -231,7 +230,7 @@ def fixed_random_state(tensors: Any) -> Iterator[None]:
     """
     on_cuda = any(x.is_cuda for x in tensors_in(tensors))
     devices = range(torch.cuda.device_count()) if on_cuda else []
-    with torch.random.fork_rng(devices=devices), restored_host_generators():
+    with torch.random.fork_rng(devices=devices):
         yield
 
 

@@ -29,7 +29,7 @@ from metaimplicit.normalization import (
     running_statistics,
 )
 from metaimplicit.params import Params, detached, floating_entry
-from metaimplicit.random_state import restored_random_state
+from metaimplicit.random_state import restored_host_state, restored_random_state
 from metaimplicit.task_axis import task_of
 from metaimplicit.unsupported import shorten
 from metaimplicit.vectorization import VmapRecords, explain_objection
@@ -94,6 +94,7 @@ class TaskBatches(FewShotModel):
                 f"{shorten(error)}"
             ) from error
 
+    @restored_host_state()
     def _check(self, batches: list[Episode]) -> list[Group]:
         """The groups of these batches, each of which has one shape."""
         if self.head is not None:
@@ -105,6 +106,7 @@ class TaskBatches(FewShotModel):
             groups.append(Group(data, classes, looped=len(batches) > 1))
         return groups
 
+    @restored_host_state()
     def _read_support(self, support: Any, *, batched: bool) -> list[Group]:
         """Support sets, likewise. They stand for the query sets as well."""
         pairs = read_support(support, batched=batched)
@@ -147,8 +149,10 @@ class TaskBatches(FewShotModel):
             return
         meta = self._detached_meta()
         device = next(iter(meta.values())).device
-        for pair in data:
-            inputs = task_of(pair.inputs, 0)
+        sets = [data.support.inputs]
+        if data.query.inputs is not data.support.inputs:
+            sets.append(data.query.inputs)
+        for inputs in (task_of(x, 0) for x in sets):
             with restored_random_state(device), running_statistics(self.model):
                 self._features = last.objection(meta, self.adapted, inputs) or "once"
             if self._features != "once":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaimplicit.lifted import Vectorize
 from metaimplicit.methods import Method
-from metaimplicit.random_state import restored_host_generators
+from metaimplicit.random_state import restored_host_state
 
 REPEATS = 2  # calls of each, of which the faster counts: the first may warm caches
 
@@ -76,7 +76,7 @@ def preserve_random_state(method: Method, *, cuda: bool) -> Iterator[None]:
     state = None if generator is None else generator.get_state()
     devices = range(torch.cuda.device_count()) if cuda else []
     try:
-        with torch.random.fork_rng(devices=devices), restored_host_generators():
+        with torch.random.fork_rng(devices=devices), restored_host_state():
             yield
     finally:
         if generator is not None and state is not None:

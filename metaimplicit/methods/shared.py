@@ -224,10 +224,10 @@ def mixed_difference(
         meta: φ.
     """
     slope = central_difference(loss, params, vector)
-    read = {name: meta[name] for name in find_dependencies([slope], meta)}
     # Gradients in φ are rounded to the type of φ, before their difference is divided by h.
-    eps = max((torch.finfo(m.dtype).eps for m in read.values()), default=0.0)
-    if eps > torch.finfo(slope.dtype).eps:
+    read = find_dependencies([slope], meta)
+    eps = max((torch.finfo(meta[name].dtype).eps for name in read), default=0.0)
+    if eps > torch.finfo(vector.dtype).eps:
         slope = central_difference(loss, params, vector, eps=eps)
     return vector_jacobian_product({"slope": slope}, meta, {"slope": torch.ones_like(slope)})
 

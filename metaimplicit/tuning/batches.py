@@ -185,7 +185,8 @@ def take_batches(batches: Iterator[Any], count: int) -> list[Any]:
 
 
 def _counts_of_writes(batch: Any) -> list[int]:
-    return [x._version for x in tensors_in(batch) if not x.is_inference()]
+    """Of a view, the writes to other parts of its memory count as well, so it is left out."""
+    return [x._version for x in tensors_in(batch) if not (x.is_inference() or x._is_view())]
 
 
 def _plain(part: Any) -> Any:

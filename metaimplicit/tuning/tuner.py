@@ -329,11 +329,11 @@ class Tuner:
         self.stopping = EarlyStopping.from_dict(state["stopping"])
 
     def _read_again(self, batches: list[Any], validation: Any) -> Any:
-        """What is evaluated more than once: of K + 1 batches that differ, by few methods."""
-        if len({id(batch) for batch in batches}) == 1:
-            return batches[0]
+        """The batches that are evaluated more than once. Of K + 1 different ones, few are."""
         if self.method.flag == "f2sa":
             return [*batches, validation]
+        if len({id(batch) for batch in batches}) == 1:
+            return batches[0]
         products = getattr(self.method, "products", None)
         differs = self.method.flag == "sama" or products == "finite-differences"
         return batches[-1] if differs else None

@@ -17,6 +17,7 @@ from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods import Method
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream
+from metaimplicit.random_state import restored_host_state
 from metaimplicit.tensors import tensors_in
 from metaimplicit.vectorization.blame import find_differing_module
 from metaimplicit.vectorization.comparison import evaluations, find_objection
@@ -68,7 +69,7 @@ class VmapRecords:
 
         Args:
             data: The data.
-            mode: What else the losses do other things by, as modules do in training.
+            mode: What else changes what the losses compute, such as which modules are in training.
         """
         if isinstance(data, Stream):
             data = data.fn(0)
@@ -78,6 +79,7 @@ class VmapRecords:
         return record
 
 
+@restored_host_state()
 def explain_objection(
     problem: BilevelProblem,
     meta: Params,

@@ -647,3 +647,24 @@ def test_a_loss_that_reduces_as_many_outputs_as_there_are_examples_is_taken(exam
         MetaLearner(nn.Linear(FEATURES, examples), lambda z, y: (z - y).square().mean()).backward(
             {"support": support, "query": support}
         )
+
+
+def test_a_model_of_one_number_for_a_set_and_inputs_that_begin_with_none_are_taken():
+    class Whole(nn.Linear):
+        def forward(self, x, lengths=None):
+            return super().forward(x).mean()
+
+    x = randn(TASKS, EXAMPLES, FEATURES, seed=1)
+    targets = randn(TASKS, EXAMPLES, seed=2)
+    episodes = {"support": (x, targets), "query": (x, targets)}
+
+    def loss(outputs, targets):
+        return (outputs - targets).square().mean()
+
+    losses, _ = MetaLearner(Whole(FEATURES, 1), loss).evaluate(episodes)
+    assert losses.isfinite().all()
+    inputs = {"lengths": None, "x": x}
+    counts = torch.arange(EXAMPLES).expand(TASKS, -1)
+    episodes = {"support": (inputs, counts), "query": (inputs, counts)}
+    losses, _ = MetaLearner(Whole(FEATURES, 1), loss).evaluate(episodes)
+    assert losses.isfinite().all()
