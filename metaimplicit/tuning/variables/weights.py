@@ -131,6 +131,10 @@ class WeightNetwork(Variable):
 
     V has one hidden layer of ReLUs. Its output layer starts at zero, so every wᵢ starts at 1.
 
+    The losses that V sees count as constants. `sama`, `f2sa` and finite differences displace θ and
+    these losses with it, so their hypergradients differ from those of methods that differentiate
+    twice.
+
     Args:
         hidden: The width of the hidden layer.
         classes: The number of classes. If given, V sees the example's class, too, one-hot, or its
