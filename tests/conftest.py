@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--inductor` compiles as users do. It builds code, which takes a minute."""
+    """`--inductor` compiles as users do. It builds code, which takes two minutes."""
     parser.addoption("--inductor", action="store_true", help="build code where tests compile")
 
 

@@ -253,15 +253,15 @@ class Attending(nn.Module):
         return self.head(h)
 
 
-def test_query_sets_tell_whether_features_depend_on_what_adapts():
+def test_query_sets_tell_whether_features_depend_on_what_adapts(monkeypatch):
     """A support set has one example of a class, and a query set has two."""
-    results = []
-    for adapt in ("head.*", ["head.weight", "head.bias"]):
-        learner = make(Attending(most=WAYS), adapt=adapt)
-        step = learner.backward(draw_episodes())
-        assert step.report.features == "the input of 'head' depends on parameters that adapt"
-        results.append(gradients(learner))
-    assert torch.equal(*results)
+    expected = keep_plain(monkeypatch, make(Attending(most=WAYS), adapt="head.*"))
+    learner = make(Attending(most=WAYS), adapt="head.*")
+    learner.model.load_state_dict(expected.model.state_dict())
+    expected.backward(draw_episodes())
+    step = learner.backward(draw_episodes())
+    assert step.report.features == "the input of 'head' depends on parameters that adapt"
+    assert torch.equal(gradients(learner), gradients(expected))
 
 
 @pytest.mark.parametrize("way", ["vmap", "loop"])

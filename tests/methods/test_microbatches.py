@@ -322,17 +322,21 @@ def test_weights_of_classes_are_refused_though_all_losses_are_equal_at_the_start
         run(Implicit(microbatch=SIZE), problem=problem, data=(TRAIN[0], LABELS))
 
 
-def test_a_composite_may_have_any_loss_of_the_outputs():
-    fit = Composite(
-        outputs=logits,
-        loss=lambda z, d: F.cross_entropy(z, d[1], CLASS_WEIGHTS, reduction="sum") + z.std(),
-        penalty=Proximal(FromMeta("strength"), center="zero"),
-    )
+def assert_equal_in_microbatches(outputs, loss):
+    """With a ridge penalty, the hypergradient is that of the whole batch."""
+    fit = Composite(outputs, loss=loss, penalty=Proximal(FromMeta("strength"), center="zero"))
     problem = BilevelProblem(lambda meta, data: {"w": randn(3, 3, seed=1)}, fit, fit)
     meta = {"strength": torch.tensor(1.0, dtype=torch.float64)}
     options = {"problem": problem, "data": (TRAIN[0], LABELS), "meta": meta}
     method = partial(Implicit, CG(max_steps=9))
     assert_equal_results(run(method(microbatch=SIZE), **options), run(method(), **options), 1e-10)
+
+
+def test_a_composite_may_have_any_loss_of_the_outputs():
+    def loss(z, data):
+        return F.cross_entropy(z, data[1], CLASS_WEIGHTS, reduction="sum") + z.std()
+
+    assert_equal_in_microbatches(logits, loss)
 
 
 def test_outputs_may_hold_integers():
@@ -340,16 +344,9 @@ def test_outputs_may_hold_integers():
         z = logits(params, meta, data)
         return z, z.argmax(1)
 
-    fit = Composite(
-        outputs=outputs,
-        loss=lambda z, d: F.cross_entropy(z[0] + z[1][:, None], d[1]),
-        penalty=Proximal(FromMeta("strength"), center="zero"),
+    assert_equal_in_microbatches(
+        outputs, lambda z, data: F.cross_entropy(z[0] + z[1][:, None], data[1])
     )
-    problem = BilevelProblem(lambda meta, data: {"w": randn(3, 3, seed=1)}, fit, fit)
-    meta = {"strength": torch.tensor(1.0, dtype=torch.float64)}
-    options = {"problem": problem, "data": (TRAIN[0], LABELS), "meta": meta}
-    method = partial(Implicit, CG(max_steps=9))
-    assert_equal_results(run(method(microbatch=SIZE), **options), run(method(), **options), 1e-10)
 
 
 def test_a_model_that_mixes_examples_is_refused():
