@@ -160,7 +160,7 @@ class LastModule:
         features: Tensor = calls[0].args[0]
         return features
 
-    def check_features(
+    def checked_features(
         self,
         evaluate: Callable[[Params, Episode], Episode],
         meta: Params,

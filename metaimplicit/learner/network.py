@@ -113,7 +113,7 @@ class Network:
                 if self.last is None:
                     episodes = call(meta, episodes)
                 else:
-                    episodes = self.last.check_features(call, meta, adapted, episodes)
+                    episodes = self.last.checked_features(call, meta, adapted, episodes)
             return episodes if self.head is None else with_numbers(episodes)
 
         return replace(problem, features=features)
