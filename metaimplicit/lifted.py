@@ -27,6 +27,8 @@ from metaimplicit.tensors import tensors_in
 
 Vectorize = Literal["vmap", "loop"]
 
+_CENTER = "center: "  # in front of the names of parameters; `LiftedProblem.with_weights_at`
+
 
 class SeveralOutputsError(ValueError):
     """The outputs of a `Composite` are more than one tensor, and a curvature reads them."""
@@ -96,6 +98,7 @@ class LiftedProblem:
         self._calls_directly = not batched
         self._short_integers: bool | None = None
         self._randomness = "different"
+        self._center: Params = {}
         self.objection = ""
         self.compiler: Compiler | None = None
 
@@ -135,6 +138,19 @@ class LiftedProblem:
         """The same problem, whose functions are compiled."""
         other = copy(self)
         other.compiler = compiler
+        return other
+
+    def with_weights_at(self, center: Params) -> LiftedProblem:
+        """The same problem, for a method that displaces θ from `center` to take differences.
+
+        Weights of examples see the losses as constants. So they see those of the center, which do
+        not move with θ.
+        """
+        f = self.problem.inner_loss
+        if not isinstance(f, Composite) or f.weights is None:
+            return self
+        other = copy(self)
+        other._center = {_CENTER + name: p.detach() for name, p in center.items()}
         return other
 
     def without_data(self) -> LiftedProblem:
@@ -205,9 +221,14 @@ class LiftedProblem:
         meta, data = self.arguments(meta, data)
 
         def one_task(p: Params, d: Any) -> Any:
-            return self.problem.inner_loss(p, meta, d)
+            theta, center = _apart(p)
+            f = self.problem.inner_loss
+            if center:
+                assert isinstance(f, Composite)
+                f = f.with_weights_at(center)
+            return f(theta, meta, d)
 
-        return self._lift_scalar("inner_loss", one_task, params, data)[0]
+        return self._lift_scalar("inner_loss", one_task, params | self._center, data)[0]
 
     def outer(self, params: Params, meta: Params, data: Any) -> tuple[Tensor, Any]:
         """The outer loss g for each task, `[tasks]`, and the aux it returned (None without one)."""
@@ -247,9 +268,11 @@ class LiftedProblem:
         meta, data = self.arguments(meta, data)
 
         def one_task(p: Params, d: Any) -> Any:
-            return composite.output_loss(composite.outputs(p, meta, d), meta, d)
+            theta, center = _apart(p)
+            f = composite.with_weights_at(center) if center else composite
+            return f.output_loss(f.outputs(theta, meta, d), meta, d)
 
-        return self._lift_scalar("loss", one_task, params, data)[0]
+        return self._lift_scalar("loss", one_task, params | self._center, data)[0]
 
     def penalty(
         self, function: Callable[[Params, Params], Tensor], params: Params, meta: Params
@@ -327,6 +350,15 @@ class LiftedProblem:
 
         lifted = torch.vmap(of_tensors, randomness=self._randomness, chunk_size=self.chunk_size)
         return lifted(*params.values(), *compress(leaves, is_tensor))
+
+
+def _apart(params: Params) -> tuple[Params, Params]:
+    """θ, and the center that was put beside it, each by the names of the parameters."""
+    theta = {name: p for name, p in params.items() if not name.startswith(_CENTER)}
+    center = {
+        name.removeprefix(_CENTER): p for name, p in params.items() if name.startswith(_CENTER)
+    }
+    return theta, center
 
 
 def _aux_tensor(leaf: Any) -> Tensor:

@@ -193,6 +193,20 @@ class Composite:
         object.__setattr__(other, "outputs", outputs)
         return other
 
+    def with_weights_at(self, center: Params) -> Composite:
+        """The same objective, whose weights see the losses at θ = `center`, wherever θ is."""
+        given = self.weights
+        assert given is not None
+
+        def weights(meta: Params, _: Any, data: Any) -> Tensor:
+            with torch.no_grad():
+                losses = self.loss(self.outputs(center, meta, data), data)
+            return given(meta, losses.detach(), data)
+
+        other = copy(self)
+        object.__setattr__(other, "weights", weights)
+        return other
+
     def output_loss(self, outputs: Tensor, meta: Params, data: Any) -> Tensor:
         """The first term of f as a function of the outputs."""
         losses = self.loss(outputs, data)

@@ -71,6 +71,8 @@ class CurvatureSystem:
         options: dict[str, Any] = {}
         if self.products != "double-backward":
             options["products"] = self.products
+        if self.products == "finite-differences":
+            problem = problem.with_weights_at(params)
         curvature = self.curvature if self.known is None else "hessian"
         point = linearize(
             problem,
@@ -132,8 +134,10 @@ class CurvatureSystem:
             mixed = vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
             return mixed, gradient
 
+        around = problem.with_weights_at(params)
+
         def penalized_loss(p: Params) -> Tensor:
-            loss = problem.inner(p, meta, data)
+            loss = around.inner(p, meta, data)
             return loss if decay is None else loss + problem.penalty(decay, p, meta)
 
         mixed = mixed_difference(penalized_loss, params, -u, meta)

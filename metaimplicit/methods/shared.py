@@ -202,11 +202,15 @@ def warn_if_inaccurate(name: str, report: Report) -> None:
 def penalised_inner(
     problem: LiftedProblem, run: InnerRun, meta: Params, data: Any
 ) -> Callable[[Params], Tensor]:
-    """The inner loss of each task at θ, with the weight decay that the inner loop adds to it."""
+    """The inner loss of each task at θ, with the weight decay that the inner loop adds to it.
+
+    It is for a method that takes differences around the end of the loop.
+    """
+    around = problem.with_weights_at(run.trajectory.end.params)
 
     def loss(params: Params) -> Tensor:
         decay = run.dependencies.decay(params, meta)
-        f = problem.inner(params, meta, data)
+        f = around.inner(params, meta, data)
         return f if decay is None else f + problem.penalty(decay, params, meta)
 
     return loss

@@ -166,10 +166,11 @@ class ValueFunction(Method):
         companion = None if problem.start is None else problem.start.companion
         start = replace(z, state={}) if companion is None else companion
         constants = detached(meta)
+        around = problem.with_weights_at(z.params)
 
         def penalised(params: Params, t: int) -> Tensor:
             g, _ = problem.outer(params, constants, outer_data)
-            f = problem.inner(params, constants, problem.at(t))
+            f = around.inner(params, constants, problem.at(t))
             return f + g / self.strength
 
         trajectory = inner.run(

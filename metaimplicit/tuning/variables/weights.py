@@ -131,9 +131,8 @@ class WeightNetwork(Variable):
 
     V has one hidden layer of ReLUs. Its output layer starts at zero, so every wᵢ starts at 1.
 
-    The losses that V sees count as constants. `sama`, `f2sa` and finite differences displace θ and
-    these losses with it, so their hypergradients differ from those of methods that differentiate
-    twice.
+    The losses that V sees count as constants. Methods that displace θ to take differences (`sama`,
+    `f2sa`, finite differences) show V the losses where the inner loop ended.
 
     Args:
         hidden: The width of the hidden layer.
