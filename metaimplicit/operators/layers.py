@@ -140,12 +140,21 @@ def layer_patches(
     Returns:
         ā `[tasks, m, R, in (+ 1)]` and g `[count, tasks, m, R, out]`.
 
+    Raises:
+        ValueError: The layer was called without an axis of examples.
+
     Example:
         >>> layer = nn.Linear(2, 3)
         >>> a, g = layer_patches(layer, torch.ones(1, 4, 2), torch.ones(1, 1, 4, 3), bias=True)
         >>> a.shape, g.shape
         (torch.Size([1, 4, 1, 3]), torch.Size([1, 1, 4, 1, 3]))
     """
+    axes = 5 if isinstance(layer, nn.Conv2d) else 3
+    if inputs.dim() < axes:
+        raise ValueError(
+            f"KFAC: got an input of shape {tuple(inputs.shape[1:])} to {layer}, expected a row for "
+            "each example; expand it to the examples, or freeze the layer"
+        )
     tasks, m = inputs.shape[:2]
     if isinstance(layer, nn.Conv2d):
         padding: Any = layer.padding

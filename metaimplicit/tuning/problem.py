@@ -229,6 +229,8 @@ class _Losses:
         batch = split_batch(data)
         targets = self.loss.read_targets(self.targets(batch))
         batch |= {"targets": targets, "counted": losses.count.counted}
+        if self.maker is not None and self.maker.makes_examples:
+            batch["index"] = torch.arange(len(losses.losses), device=losses.losses.device)
         factors = []
         for variable in self.weighers:
             assert variable.weights is not None

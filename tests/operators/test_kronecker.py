@@ -267,6 +267,18 @@ class Tied(nn.Module):
         return F.linear(self.layer(x), self.layer.weight.T)[:, :CLASSES]
 
 
+class Conditioned(nn.Module):
+    """A layer runs on a vector that all examples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = nn.Linear(4, CLASSES)
+        self.layer = nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.layer(x) + self.context(torch.ones(4).to(x))
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -290,6 +302,7 @@ DOUBLED = nn.Sequential(Doubled(5, CLASSES)).double()
         (SHARED, X, "layer", "layer 'layer' is called twice"),
         (SHARED, X, "unused", "layer 'unused' adapts but is not called"),
         (GROUPED, IMAGES, "", "layer '0' is grouped"),
+        (Conditioned().double(), X, "", r"got an input of shape \(4,\) to Linear\(.* a row for"),
         (Tied().double(), X, "", "'layer.weight' is read outside of its layer"),
         (Tied(first=True).double(), X, "", "'layer.weight' is read outside of its layer"),
         (DOUBLED, X, "", "layer '0' .* or its forward is its own"),

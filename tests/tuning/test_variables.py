@@ -144,6 +144,17 @@ def test_weights_multiply_and_the_loss_is_a_mean():
     assert_close(tuned.problem.inner_loss(PARAMS, meta, TRAIN), expected)
 
 
+def test_weights_of_synthetic_examples_go_by_their_own_numbers():
+    labels = TRAIN["targets"][:9].flip(0)
+    tuned = make_problem(SyntheticData(TRAIN["inputs"].flip(0), labels), ExampleWeights(9))
+    meta = tuned.meta | {"example_weights": EXAMPLE_WEIGHTS}
+    batch = TRAIN | {"index": torch.arange(9).flip(0)}
+    losses = plain_losses({"inputs": TRAIN["inputs"].flip(0), "targets": labels})
+    assert_close(tuned.weights(PARAMS, meta, batch), EXAMPLE_WEIGHTS)
+    expected = (EXAMPLE_WEIGHTS * losses).mean()
+    assert_close(tuned.problem.inner_loss(PARAMS, meta, batch), expected)
+
+
 def test_a_weight_network_starts_at_one():
     tuned = make_problem(WeightNetwork(6, classes=3))
     ones = torch.ones(9, dtype=torch.float64)

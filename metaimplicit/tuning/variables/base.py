@@ -26,6 +26,8 @@ class Variable(ABC):
     Attributes:
         inputs: `(meta, batch) -> xᵢ`, `[m, *shape]`, what the model is trained on. At most one
             variable of a problem has it.
+        makes_examples: Says that what `inputs` returns are examples of its own, which have the
+            numbers 0 … m − 1 for `weights`, and not those of the batch.
         weights: `(meta, losses, batch) -> wᵢ`, `[m]`, given the losses ℓᵢ, `[m]`, detached. The
             weights of several variables are multiplied.
         weighs_labels: Says what `weights` weighs if an example has several labels, `[m,
@@ -55,6 +57,7 @@ class Variable(ABC):
     """
 
     inputs: Callable[[Params, Batch], Any] | None = None
+    makes_examples: bool = False
     weights: Callable[[Params, Tensor, Batch], Tensor] | None = None
     weighs_labels: bool = False
     penalty: Callable[[Params, Params, Params], Tensor] | None = None

@@ -126,6 +126,8 @@ class SyntheticData(Variable):
     data: Tensor
     labels: Tensor
 
+    makes_examples = True
+
     def __post_init__(self) -> None:
         for name, tensor in (("data", self.data), ("labels", self.labels)):
             if not tensor.dim():
