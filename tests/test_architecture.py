@@ -1,4 +1,4 @@
-"""Imports go down the list of the README, are quick, and bring no warning."""
+"""Imports go down a list of layers, are quick, and bring no warning."""
 
 import ast
 import subprocess
