@@ -14,11 +14,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The pytree with each of its tensors replaced by `function` of it.
 
+    Tuples, lists and dicts are looked into here, which takes a fraction of torch's time.
+
     Example:
         >>> import torch
         >>> map_tensors(torch.neg, {"label": torch.tensor([3, 4]), "name": "digits"})
         {'label': tensor([-3, -4]), 'name': 'digits'}
     """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    kind = type(tree)
+    if kind is dict:
+        return {key: map_tensors(function, x) for key, x in tree.items()}
+    if kind is list or kind is tuple:
+        return kind(map_tensors(function, x) for x in tree)
     return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
 
 

@@ -34,6 +34,19 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _seeds_of_devices_that_exist() -> Iterator[None]:
+    """For a device that may come, torch keeps a stack trace of every seed, which takes time."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cuda", "xpu", "mtia"):
+            device = getattr(torch, name)
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     import torch
@@ -41,8 +54,8 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _vmap_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _vmap_without_a_clock() -> Iterator[None]:
     """`vectorize="auto"` takes vmap where that runs. Else the machine decides what a test runs."""
     from metaimplicit.learner import vectorization
 
@@ -52,7 +65,9 @@ def _vmap_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         run(vectorize)
         return 0.0
 
-    monkeypatch.setattr(vectorization, "_shortest_time", run_once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectorization, "_shortest_time", run_once)
+        yield
 
 
 @pytest.fixture

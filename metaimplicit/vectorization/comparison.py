@@ -87,32 +87,87 @@ def find_objection(
         >>> find_objection(problem, {"w": torch.ones(())}, torch.ones(2), compared).reason
         "vmap: It looks like you're calling .item() on a Tensor"
     """
-    data = choose_tasks(data)
+    trial = _Trial(problem, meta, choose_tasks(data))
     with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers(), _full_precision():
         warnings.simplefilter("ignore")
+        if _all_agree(trial, compared):
+            return None
         for evaluate in compared:
-            objection = _compare(problem, meta, data, evaluate)
+            objection = _compare(trial, evaluate)
             if objection is not None:
                 return objection
     return None
 
 
-def _compare(
-    problem: BilevelProblem, meta: Params, data: Any, evaluate: Evaluation
-) -> Objection | None:
-    device = next(iter(meta.values())).device
+class _Trial(NamedTuple):
+    """The problem, φ and the tasks with which evaluations are run by vmap and in a loop."""
 
-    def lifted_by(vectorize: Vectorize, *, same: bool = True) -> LiftedProblem:
-        lifted = LiftedProblem(problem, data, batched=True, vectorize=vectorize)
-        return lifted.with_same_randomness() if same else lifted
+    problem: BilevelProblem
+    meta: Params
+    data: Any
 
-    def run(vectorize: Vectorize, shift: float = 0.0, *, same: bool = True) -> Groups:
-        phi = {name: m.detach() for name, m in meta.items()}
-        phi |= leaves({n: _shifted(m, shift) for n, m in meta.items() if m.is_floating_point()})
-        with restored_random_state(device):
-            start = lifted_by("loop").init(phi)
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.meta.values())).device
+
+    def run(
+        self,
+        compared: list[Evaluation],
+        vectorize: Vectorize,
+        *,
+        shift: float = 0.0,
+        same: bool = True,
+    ) -> list[Groups]:
+        """What each evaluation returns, in the random state of now.
+
+        Args:
+            compared: The evaluations.
+            vectorize: How they are run.
+            shift: By how much of their sizes θ and φ are moved before.
+            same: Whether all tasks draw the same random numbers.
+        """
+        phi = {name: m.detach() for name, m in self.meta.items()}
+        moved = {n: _shifted(m, shift) for n, m in phi.items() if m.is_floating_point()}
+        phi |= leaves(moved)
+        with restored_random_state(self.device):
+            lifted = LiftedProblem(self.problem, self.data, batched=True, vectorize=vectorize)
+            if same:
+                lifted = lifted.with_same_randomness()
+            start = lifted.looped("").init(phi)
             theta = leaves({n: _shifted(p, shift) for n, p in start.items()})
-            return evaluate(lifted_by(vectorize, same=same), theta, phi)
+            return [evaluate(lifted, theta, phi) for evaluate in compared]
+
+    def largest_difference(self, loop: Groups, vmap: Groups) -> _Difference:
+        """Their largest difference, 0 if it is of the size of round-off."""
+        difference = _largest_difference(loop, vmap)
+        eps = _unit_roundoff([*tree_leaves(loop), *self.meta.values()])
+        return difference if difference.size > 3 * math.sqrt(eps) else _Difference(0.0, "")
+
+
+def _all_agree(trial: _Trial, compared: list[Evaluation]) -> bool:
+    """Whether vmap gives what a loop gives, and nothing draws random numbers.
+
+    It takes less time than a look at one evaluation after the other.
+    """
+    draws = NoticedDraws()
+    try:
+        loop = trial.run(compared, "loop")
+        with draws:
+            vmap = trial.run(compared, "vmap")
+    except Exception:
+        return False
+    if draws.found:
+        return False
+    differences = map(trial.largest_difference, loop, vmap)
+    return not any(difference.size for difference in differences)
+
+
+def _compare(trial: _Trial, evaluate: Evaluation) -> Objection | None:
+    """Why vmap cannot be used for one evaluation."""
+
+    def run(vectorize: Vectorize, **options: Any) -> Groups:
+        (groups,) = trial.run([evaluate], vectorize, **options)
+        return groups
 
     try:
         loop = run("loop")
@@ -127,18 +182,17 @@ def _compare(
     except Exception as error:
         return Objection(shorten(error), module=find_module(error))
 
-    eps = _unit_roundoff([*tree_leaves(loop), *meta.values()])
     cause = ""
-    difference = _largest_difference(loop, vmap)
-    if draws.found and difference.size <= 3 * math.sqrt(eps):
-        with restored_random_state(device):
-            torch.rand((), device=device)  # From here on, other numbers follow.
+    difference = trial.largest_difference(loop, vmap)
+    if draws.found and not difference.size:
+        with restored_random_state(trial.device):
+            torch.rand((), device=trial.device)  # From here on, other numbers follow.
             elsewhere = run("loop")
         if _largest_difference(loop, elsewhere).size == 0:
             # Each task draws other numbers in vmap, and the same ones in a loop.
             cause = ", because a loss seeds a generator by itself"
-            difference = _largest_difference(loop, run("vmap", same=False))
-    if difference.size <= 3 * math.sqrt(eps):
+            difference = trial.largest_difference(loop, run("vmap", same=False))
+    if not difference.size:
         return None
     # The model may compute in a shorter type, as autocast inside of it does.
     seen = _SeenTypes()
@@ -147,6 +201,7 @@ def _compare(
     if difference.size <= 8 * seen.unit_roundoff:
         return None
     # What amplifies a change of the parameters by round-off may amplify that of vmap, too.
+    eps = _unit_roundoff([*tree_leaves(loop), *trial.meta.values()])
     roundoff = _largest_difference(loop, run("loop", shift=8 * eps))
     if difference.size <= 100 * roundoff.size:
         return None
