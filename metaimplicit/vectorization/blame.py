@@ -17,13 +17,8 @@ from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem
 from metaimplicit.random_state import restored_random_state
 from metaimplicit.tensors import tensors_in
-from metaimplicit.vectorization.comparison import (
-    Evaluation,
-    choose_tasks,
-    evaluations,
-    find_objection,
-    weighted_sum,
-)
+from metaimplicit.vectorization.comparison import choose_tasks, find_objection
+from metaimplicit.vectorization.evaluations import Evaluation, evaluations, weighted_sum
 
 
 class _Call(NamedTuple):

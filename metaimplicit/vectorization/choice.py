@@ -20,7 +20,8 @@ from metaimplicit.problem import BilevelProblem, Composite, Stream
 from metaimplicit.random_state import restored_host_state
 from metaimplicit.tensors import tensors_in
 from metaimplicit.vectorization.blame import find_differing_module
-from metaimplicit.vectorization.comparison import evaluations, find_objection
+from metaimplicit.vectorization.comparison import find_objection
+from metaimplicit.vectorization.evaluations import evaluations
 
 AutoVectorize = Literal["auto", "vmap", "loop"]
 

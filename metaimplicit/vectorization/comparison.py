@@ -1,12 +1,11 @@
-"""Does vmap give what a loop over the tasks gives? Values and derivatives of both losses."""
+"""Does vmap give what a loop over the tasks gives?"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -23,11 +22,12 @@ from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.random_state import NoticedDraws, restored_random_state
 from metaimplicit.tensors import tensors_in
 from metaimplicit.unsupported import find_module, shorten
-
-# Groups of tensors by what they are, such as "∂f/∂θ". Each tensor leads with an axis of rows: the
-# tasks, or one row for all of them.
-Groups = dict[str, Params]
-Evaluation = Callable[[LiftedProblem, Params, Params], Groups]  # of (problem, θ, φ)
+from metaimplicit.vectorization.evaluations import (
+    Evaluation,
+    Groups,
+    of_inner_loss,
+    varied_numbers,
+)
 
 
 class Objection(NamedTuple):
@@ -42,18 +42,6 @@ class Objection(NamedTuple):
     reason: str
     module: nn.Module | None = None
     difference: Evaluation | None = None
-
-
-def evaluations(*, last_step: int, second_derivatives: bool) -> list[Evaluation]:
-    """What has to agree: θ₀, f, g and their first derivatives, and those of ∂f/∂θ.
-
-    Args:
-        last_step: T, the step whose data the outer loss sees.
-        second_derivatives: Whether ∂f/∂θ is differentiated.
-    """
-    outer_loss = partial(_of_outer_loss, last_step=last_step)
-    compared: list[Evaluation] = [_of_start, _of_inner_loss, outer_loss]
-    return [*compared, _of_inner_gradient] if second_derivatives else compared
 
 
 def find_objection(
@@ -83,6 +71,7 @@ def find_objection(
         ...     inner_loss=lambda params, meta, data: params["w"] * data,
         ...     outer_loss=lambda params, meta, data: params["w"] * data.item(),
         ... )
+        >>> from metaimplicit.vectorization.evaluations import evaluations
         >>> compared = evaluations(last_step=1, second_derivatives=False)
         >>> find_objection(problem, {"w": torch.ones(())}, torch.ones(2), compared).reason
         "vmap: It looks like you're calling .item() on a Tensor"
@@ -172,7 +161,7 @@ def _compare(trial: _Trial, evaluate: Evaluation) -> Objection | None:
     try:
         loop = run("loop")
     except Exception:
-        if evaluate is _of_inner_loss:
+        if evaluate is of_inner_loss:
             raise  # every method would meet it, and the message of a loop is clearer
         return None
     draws = NoticedDraws()
@@ -264,48 +253,6 @@ def _restored_buffers() -> Iterator[None]:
                 buffer.detach().copy_(copied)
 
 
-def _of_start(problem: LiftedProblem, _: Params, meta: Params) -> Groups:
-    """θ₀ and its derivative in φ."""
-    start = problem.init(meta)
-    return {"θ₀": start} | _gradients("θ₀", weighted_sum(start.values()), {}, meta)
-
-
-def _of_inner_loss(problem: LiftedProblem, theta: Params, meta: Params) -> Groups:
-    losses = problem.inner(theta, meta, problem.at(0))
-    return {"f": {"": losses}} | _gradients("f", losses.sum(), theta, meta)
-
-
-def _of_outer_loss(
-    problem: LiftedProblem, theta: Params, meta: Params, *, last_step: int
-) -> Groups:
-    losses, _ = problem.outer(theta, meta, problem.at(last_step))
-    return {"g": {"": losses}} | _gradients("g", losses.sum(), theta, meta)
-
-
-def _of_inner_gradient(problem: LiftedProblem, theta: Params, meta: Params) -> Groups:
-    """The derivatives of ⟨∂f/∂θ, v⟩ for one v."""
-    total = problem.inner(theta, meta, problem.at(0)).sum()
-    targets = list(theta.values())
-    gradients = torch.autograd.grad(total, targets, create_graph=True, allow_unused=True)
-    slope = weighted_sum([g for g in gradients if g is not None])
-    return _gradients("(∂f/∂θ)", slope, theta, meta)
-
-
-def _gradients(name: str, total: Tensor, theta: Params, meta: Params) -> Groups:
-    """The derivatives of a scalar in θ and φ."""
-    phi = {key: m for key, m in meta.items() if m.requires_grad}
-    if not total.requires_grad:
-        return {}
-    targets = [*theta.values(), *phi.values()]
-    gradients = torch.autograd.grad(total, targets, allow_unused=True)
-    of_theta = zip(theta, gradients[: len(theta)], strict=True)
-    of_phi = zip(phi, gradients[len(theta) :], strict=True)
-    return {
-        f"∂{name}/∂θ": {key: g for key, g in of_theta if g is not None},
-        f"∂{name}/∂φ": {key: g.to_dense().unsqueeze(0) for key, g in of_phi if g is not None},
-    }
-
-
 class _Difference(NamedTuple):
     size: float
     where: str
@@ -360,21 +307,4 @@ class _SeenTypes(TorchDispatchMode):
 
 def _shifted(x: Tensor, relative: float) -> Tensor:
     x = x.detach()
-    return x * (1 + relative * _weights(x)) if relative else x
-
-
-def weighted_sum(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of all numbers, each with a weight of its own, so that no two cancel by symmetry.
-
-    Example:
-        >>> weighted_sum([torch.ones(2), torch.zeros(3)])
-        tensor(0.1242)
-    """
-    sums = [(x * _weights(x)).sum() for x in tensors]
-    return torch.stack(sums).sum()
-
-
-def _weights(like: Tensor) -> Tensor:
-    """Numbers between −1 and 1 without a pattern, in the shape of a tensor."""
-    count = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
-    return torch.cos(1 + count.square()).to(like).reshape(like.shape)
+    return x * (1 + relative * varied_numbers(x)) if relative else x
