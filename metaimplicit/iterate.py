@@ -103,3 +103,25 @@ def _detach_slots(slots: Mapping[str, Any]) -> dict[str, Any]:
 
 def _detach(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def tensors_of(state: OptimizerState) -> OptimizerState:
+    """The tensors of an optimiser's state."""
+    return {
+        name: {key: x for key, x in slots.items() if isinstance(x, Tensor)}
+        for name, slots in state.items()
+    }
+
+
+def numbers_of(state: OptimizerState) -> OptimizerState:
+    """What is no tensor in an optimiser's state, such as a count of steps."""
+    return {
+        name: {key: x for key, x in slots.items() if not isinstance(x, Tensor)}
+        for name, slots in state.items()
+    }
+
+
+def merge_state(numbers: OptimizerState, tensors: OptimizerState) -> OptimizerState:
+    """The state that `numbers_of` and `tensors_of` split."""
+    names = {**numbers, **tensors}
+    return {name: {**numbers.get(name, {}), **tensors.get(name, {})} for name in names}

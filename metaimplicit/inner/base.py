@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -177,6 +177,10 @@ class InnerLoop(ABC):
             f"inner: got {type(self).__name__}, whose steps are not differentiable; "
             "use GradientDescent"
         )
+
+    def initial_slots(self, names: Iterable[str], meta: Params) -> OptimizerState:
+        """The slots of the optimiser before the first step that are not 0, by parameter."""
+        return {}
 
     def decay(self, meta: Params, parameter: str) -> float | Tensor:
         """λ ≥ 0 of the penalty λ/2 ‖θ‖² that the loop adds to the loss of a parameter.

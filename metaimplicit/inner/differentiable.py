@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metaimplicit.graph import as_variable, check_differentiable, check_twice_differentiable
 from metaimplicit.inner.base import StepLoss, Trajectory, straight_through
+from metaimplicit.inner.kept_state import KeptState
 from metaimplicit.inner.optimizers import RULES
 from metaimplicit.inner.settings import at_step
 from metaimplicit.inner.step import DifferentiableStep, align_tasks
@@ -54,6 +55,8 @@ def run_steps(
         tol=tol,
         keep_iterates=keep_iterates,
     )
+    if tol is not None:
+        loop.kept = KeptState(start, state, step.initial_slots(start, meta))
     first_differentiated = steps - differentiated_steps
     if first_differentiated > 0:
         constants = {name: value.detach() for name, value in meta.items()}
@@ -66,7 +69,7 @@ def run_steps(
         steps=loop.steps_of_tasks(),
         gradient_norm=loop.gradient_norm,
         iterates=tuple(loop.iterates),
-        state=loop.state,
+        state=loop.state if loop.kept is None else loop.kept.finish(loop.steps_of_tasks()),
     )
 
 
@@ -86,6 +89,7 @@ class _RunningLoop:
         active: Which tasks go on, `[tasks]`, bool. It exists only if there is a `tol`.
         taken: The number of steps that each task took, `[tasks]`. Without a `tol`, no task stops
             early, and this is one number for all.
+        kept: The state of tasks that stopped. None without a `tol`.
         gradient_norm: ‖∂f/∂θ‖ of each task at the start of its step, `[tasks]`. It is set by every
             step if there is a `tol`, else only by the last one, and does not exist before.
     """
@@ -100,6 +104,7 @@ class _RunningLoop:
     iterates: list[Params] = field(default_factory=list)
     active: Tensor = field(init=False)
     taken: Tensor | int = 0
+    kept: KeptState | None = None
     gradient_norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,6 +146,8 @@ class _RunningLoop:
                 self.active = self.active & ~(self.gradient_norm <= self.tol)
                 for name, p in params.items():
                     params[name] = _choose(self.active, p, self.params[name])
+                if self.kept is not None:
+                    self.kept.update(stepper.slots(), self.active)
             if not differentiated:
                 stepper.detach_state()
                 params = leaves(params)
@@ -214,7 +221,7 @@ class _Stepper(higher_optim.DifferentiableOptimizer):  # type: ignore[misc]
                 (p,) = group["params"]
                 settings = at_step(options, self._t)
                 new = self._rule(settings, group_state[0], p, gradients[name])
-                group["params"] = [new]
+                group["params"] = [new.to(p.dtype)]
         self._t += 1
 
     def slots(self) -> OptimizerState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -79,6 +80,10 @@ class _StepwiseLoop(InnerLoop):
             meta=meta,
             step=step,
         )
+
+    def initial_slots(self, names: Iterable[str], meta: Params) -> OptimizerState:
+        """The slots that are not 0 at the start; see `InnerLoop.initial_slots`."""
+        return self._step.initial_slots(names, meta)
 
     @property
     def compile_objection(self) -> str:

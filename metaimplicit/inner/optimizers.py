@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import metaimplicit.inner.rules as rules
-from metaimplicit.inner.rules import Group, Rule, Value
+from metaimplicit.inner.rules import Group, Rule, Slots, Value
 
 
 class SGDW(torch.optim.SGD):
@@ -68,6 +68,11 @@ def _decay_of_sgdw(group: Group) -> Value:
     return group["decoupled_weight_decay"] * (1 - momentum) / (1 - group["dampening"])
 
 
+def _zeros(group: Group) -> Slots:
+    """All slots start at 0."""
+    return {}
+
+
 class UpdateRule(NamedTuple):
     """A rule, and what is known of its options.
 
@@ -75,11 +80,13 @@ class UpdateRule(NamedTuple):
         step: The rule.
         options: The options for which tests compare it with `torch.optim`.
         decay: λ of the penalty λ/2 ‖p‖² that the rule minimises beside the loss, from the options.
+        initial: The slots before the first step that are not 0, from the options.
     """
 
     step: Rule
     options: set[str]
     decay: Callable[[Group], Value] = _coupled_decay
+    initial: Callable[[Group], Slots] = _zeros
 
 
 RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
@@ -101,12 +108,14 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
     torch.optim.Adagrad: UpdateRule(
         rules.adagrad,
         options={"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value"},
+        initial=lambda group: {"sum": group["initial_accumulator_value"]},
     ),
     torch.optim.Adamax: UpdateRule(rules.adamax, options={"lr", "betas", "eps", "weight_decay"}),
     torch.optim.ASGD: UpdateRule(
         rules.asgd,
         options={"lr", "lambd", "alpha", "t0", "weight_decay"},
         decay=lambda group: group["weight_decay"] + group["lambd"],
+        initial=lambda group: {"eta": group["lr"]},
     ),
     torch.optim.NAdam: UpdateRule(
         rules.nadam,
@@ -118,6 +127,7 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
             "momentum_decay",
             "decoupled_weight_decay",
         },
+        initial=lambda group: {"momentum_product": 1.0},
     ),
     torch.optim.RAdam: UpdateRule(
         rules.radam, options={"lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"}
@@ -126,6 +136,9 @@ RULES: dict[type[torch.optim.Optimizer], UpdateRule] = {
         rules.rmsprop, options={"lr", "alpha", "eps", "weight_decay", "momentum", "centered"}
     ),
     torch.optim.Rprop: UpdateRule(
-        rules.rprop, options={"lr", "etas", "step_sizes"}, decay=_no_decay
+        rules.rprop,
+        options={"lr", "etas", "step_sizes"},
+        decay=_no_decay,
+        initial=lambda group: {"size": group["lr"]},
     ),
 }

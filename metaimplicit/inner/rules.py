@@ -184,7 +184,10 @@ def rmsprop(group: Group, state: Slots, p: Value, g: Value) -> Value:
         state["mean"] = mean
         square = square - mean * mean
     scaled = g / (_root(square) + group["eps"])
-    buffer = group["momentum"] * state.get("buffer", 0.0) + scaled
+    momentum = group["momentum"]
+    if not isinstance(momentum, Tensor) and momentum == 0:  # the buffer rests, as in torch
+        return p - group["lr"] * scaled
+    buffer = momentum * state.get("buffer", 0.0) + scaled
     state["buffer"] = buffer
     return p - group["lr"] * buffer
 

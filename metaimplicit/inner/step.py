@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,9 +97,10 @@ class DifferentiableStep:
     def defaults(self) -> dict[str, Any]:
         """All options of the optimiser. Options that depend on tensors have stand-ins."""
         choices = {key: constant_choices(setting) for key, setting in self.options.items()}
-        if "momentum" in choices and not choices["momentum"]:
-            # A stand-in, because torch refuses Nesterov's momentum without a number.
-            choices["momentum"] = [0.5]
+        if len(choices.get("momentum", [0.0])) != 1:
+            # A stand-in, because torch refuses Nesterov's momentum without one that is not 0, which
+            # some parameters or steps may have.
+            choices["momentum"] = [x or 0.5 for x in choices["momentum"]] or [0.5]
         parameter = torch.zeros((), device="cpu", requires_grad=True)
         for row in range(max([1, *map(len, choices.values())])):
             constants = {key: x[min(row, len(x) - 1)] for key, x in choices.items() if x}
@@ -130,6 +131,11 @@ class DifferentiableStep:
         factor = clip_factor(flatten(gradients), resolve(limit, meta))
         return {name: g * align_tasks(factor, g).to(g) for name, g in gradients.items()}
 
+    def initial_slots(self, names: Iterable[str], meta: Params) -> OptimizerState:
+        """The slots before the first step that are not 0, by parameter."""
+        initial = RULES[self.optimizer].initial
+        return {name: initial(at_step(self.options_of(name, meta), 0)) for name in names}
+
     def take(
         self,
         params: Params,
@@ -146,7 +152,8 @@ class DifferentiableStep:
         for name, gradient in self.clipped(gradients, meta).items():
             options = at_step(self.options_of(name, meta), step)
             slots = dict(state.get(name, {}))
-            new_params[name] = rule(options, slots, params[name], gradient)
+            # The numbers of a continued state may be tensors of double precision.
+            new_params[name] = rule(options, slots, params[name], gradient).to(gradient.dtype)
             new_state[name] = slots
         return new_params, new_state
 

@@ -14,16 +14,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metaimplicit.counts import check_count
 from metaimplicit.forward_mode import push_forward
 from metaimplicit.inner import InnerLoop
-from metaimplicit.iterate import Iterate, OptimizerState, Sensitivity
-from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import Adaptation, Gradients, Method
-from metaimplicit.methods.inner_step import (
+from metaimplicit.inner.kept_state import KeptState
+from metaimplicit.inner.step import align_tasks
+from metaimplicit.iterate import (
+    Iterate,
+    OptimizerState,
+    Sensitivity,
     merge_state,
     numbers_of,
-    read_by_loss,
-    take_inner_step,
     tensors_of,
 )
+from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.base import Adaptation, Gradients, Method
+from metaimplicit.methods.inner_step import read_by_loss, take_inner_step
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
 from metaimplicit.params import Params, detached
@@ -95,12 +98,15 @@ class Forward(Method):
         in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
         dependencies.loss.update(in_loss)
 
+        # θ_0 may have derivatives that it brings along.
+        before = problem.start.sensitivity if self.carry and problem.start is not None else None
+        carried = () if before is None else before.meta
         # An entry that only the outer loss reads needs no tangents. A stream may read entries at a
         # later step that it does not read at its first. An expanded tensor can have no tangent.
         phi = {
             name: m.detach().contiguous()
             for name, m in meta.items()
-            if m.requires_grad and (streams or dependencies.routes(name))
+            if m.requires_grad and (streams or name in carried or dependencies.routes(name))
         }
         fixed = detached({name: m for name, m in meta.items() if name not in phi})
         self._check_memory(initial, phi)
@@ -115,6 +121,8 @@ class Forward(Method):
         active = torch.ones(problem.tasks, dtype=torch.bool, device=device)
         steps = torch.zeros_like(active, dtype=torch.int64)
         norm = torch.zeros_like(active, dtype=torch.float32)
+        kept = KeptState(iterate.params, iterate.state, inner.initial_slots(initial, meta))
+        kept_z = z.state
         for t in range(inner.steps):
             data = problem.at(t)
             if streams and t > 0:
@@ -133,10 +141,17 @@ class Forward(Method):
             iterate, z, norm = self._push(step, iterate, z, inner=inner, phi=phi, units=units)
             if inner.tol is not None:
                 active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
+                kept.update(iterate.state, active)
+                kept_z = _choose(active, z.state, kept_z, params=iterate.params)
             steps += active
             if inner.tol is not None and all_ended(active, step=t + 1):
                 break
 
+        if inner.tol is not None:
+            iterate = replace(iterate, state=kept.finish(steps))
+            tensors = tensors_of(iterate.state)
+            z = replace(z, state=tree_map(lambda x: x.new_zeros(_count(phi), *x.shape), tensors))
+            z = replace(z, state=merge_state(z.state, kept_z))
         report = Report(self.flag, steps, norm)
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
@@ -269,6 +284,18 @@ def _pull_back_tangents(z: Sensitivity, vectors: Params, phi: Params) -> Params:
         name: part.reshape(m.shape).to(m)
         for (name, m), part in zip(phi.items(), parts, strict=True)
     }
+
+
+def _choose(
+    active: Tensor, new: OptimizerState, old: OptimizerState, *, params: Params
+) -> OptimizerState:
+    """The tangents of the optimiser's state, which stay as they are for tasks that stopped."""
+    chosen: OptimizerState = {}
+    for name, slots in new.items():
+        mask = align_tasks(active, params[name])
+        before = old.get(name, {})
+        chosen[name] = {key: torch.where(mask, x, before.get(key, 0.0)) for key, x in slots.items()}
+    return chosen
 
 
 def _unit_tangents(phi: Params) -> Params:

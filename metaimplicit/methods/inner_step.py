@@ -97,25 +97,3 @@ def read_by_loss(
         losses = problem.inner(variables, meta, data)
     check_twice_differentiable([losses], variables.values(), ends=meta.values())
     return dependencies_of_loss(problem, losses, variables, meta=meta)
-
-
-def tensors_of(state: OptimizerState) -> OptimizerState:
-    """The tensors of an optimiser's state."""
-    return {
-        name: {key: x for key, x in slots.items() if isinstance(x, Tensor)}
-        for name, slots in state.items()
-    }
-
-
-def numbers_of(state: OptimizerState) -> OptimizerState:
-    """What is no tensor in an optimiser's state, such as a count of steps."""
-    return {
-        name: {key: x for key, x in slots.items() if not isinstance(x, Tensor)}
-        for name, slots in state.items()
-    }
-
-
-def merge_state(numbers: OptimizerState, tensors: OptimizerState) -> OptimizerState:
-    """The state that `numbers_of` and `tensors_of` split."""
-    names = {**numbers, **tensors}
-    return {name: {**numbers.get(name, {}), **tensors.get(name, {})} for name in names}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metaimplicit.inner import InnerLoop, Trajectory
+from metaimplicit.inner.kept_state import KeptState
 from metaimplicit.inner.step import align_tasks
-from metaimplicit.iterate import Iterate
+from metaimplicit.iterate import Iterate, OptimizerState
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import (
     Adaptation,
@@ -149,19 +150,25 @@ def _run(functions: StepFunctions, start: Iterate, *, differentiated_steps: int)
     taken = torch.zeros(len(first), dtype=torch.int64, device=first.device)
     moments = []
     at = functions.start(start)
+    initial = inner.initial_slots(start.params, functions.meta)
+    kept = KeptState(start.params, start.state, initial)
     for t in range(inner.steps):
         random = RandomState.read(first.device)
         end, norm = functions.step(at, t)
         if active is not None and inner.tol is not None:
             active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
             end = Iterate(_choose(active, end.params, at.params), end.state)
+            kept.update(end.state, active)
         if t >= inner.steps - differentiated_steps:
             moments.append(_Moment(t, at, random, active))
         at = end
         taken = taken + (1 if active is None else active)
         if active is not None and not bool(active.any()):
             break
-    return _Run(functions.finish(at), moments, taken, norm)
+    end = functions.finish(at)
+    if active is not None:
+        end = replace(end, state=_with_numbers(kept.finish(taken), end.state))
+    return _Run(end, moments, taken, norm)
 
 
 def _pull_back(
@@ -214,6 +221,21 @@ def _split(cotangents: Cotangents, active: Tensor | None) -> tuple[Cotangents, C
 def _choose(active: Tensor, new: Params, old: Params) -> Params:
     """`new` for the active tasks, `old` for the others."""
     return {name: torch.where(align_tasks(active, p), p, old[name]) for name, p in new.items()}
+
+
+def _with_numbers(state: OptimizerState, like: OptimizerState) -> OptimizerState:
+    """The state with numbers where `like` has them, unless they differ between tasks."""
+
+    def number(value: Any, like: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(like, Tensor):
+            return value
+        values = set(value.flatten().tolist())
+        return type(like)(values.pop()) if len(values) == 1 else value
+
+    return {
+        name: {key: number(x, like[name].get(key, x)) for key, x in slots.items()}
+        for name, slots in state.items()
+    }
 
 
 def _of_params(vectors: Params) -> Cotangents:

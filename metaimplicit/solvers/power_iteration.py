@@ -63,7 +63,7 @@ def largest_eigenvalue(
         3.0
     """
     direction = fixed_direction(v)
-    sign = torch.where(v @ direction < 0, -random_part, random_part).unsqueeze(-1)
+    sign = torch.where(v @ direction < 0, -random_part, random_part).unsqueeze(-1).to(v)
     v = v + sign * direction
 
     def product(u: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def differentiates_twice(method: Method, inner: InnerLoop) -> bool:
     return method.second_derivatives or inner.second_derivatives
 
 
-_RECORDS = WeakIdKeyDictionary()  # by owner, and then by what its method needs
+_RECORDS = WeakIdKeyDictionary()  # by owner, and then by its use
 
 
 def records_of(owner: Any, method: Method) -> VmapRecords:
@@ -255,10 +255,12 @@ def records_of(owner: Any, method: Method) -> VmapRecords:
         >>> records_of(loss, FirstOrder()) is records_of(loss, FirstOrder())
         True
     """
-    by_method: dict[Hashable, VmapRecords] = {}
+    by_use: dict[Hashable, VmapRecords] = {}
     with suppress(TypeError):  # an object without weak references is not remembered
-        by_method = _RECORDS.setdefault(getattr(owner, "__self__", owner), by_method)
-    return by_method.setdefault((type(method), method.second_derivatives), VmapRecords())
+        by_use = _RECORDS.setdefault(getattr(owner, "__self__", owner), by_use)
+    function = getattr(owner, "__func__", None)  # an object may have several losses
+    key = (function, type(method), method.second_derivatives)
+    return by_use.setdefault(key, VmapRecords())
 
 
 def _describe(module: nn.Module, problem: BilevelProblem) -> str:

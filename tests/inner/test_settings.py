@@ -115,6 +115,8 @@ def test_step_sizes_are_those_of_groups_and_schedules_of_torch(name):
 
 OTHER_OPTIONS = {
     "momentum by step": (SGD, {"lr": 0.1, "momentum": [0.0, 0.5, 0.9, 0.0]}),
+    "momentum that rests": (torch.optim.RMSprop, {"lr": 0.1, "momentum": [0.9, 0.0, 0.8, 0.0]}),
+    "Nesterov that rests": (SGD, {"lr": 0.1, "momentum": [0.9, 0.0, 0.9, 0.8], "nesterov": True}),
     "decay by step": (SGD, {"lr": 0.1, "weight_decay": [0.1, 0.0, 0.2, 0.3]}),
     "betas by step": (
         torch.optim.Adam,

@@ -27,6 +27,15 @@ def test_k_terms_are_the_polynomial_of_exactly_k_terms(terms):
     assert solution.status.tolist() == [Status.MAX_STEPS] * 3
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_system_may_have_another_type_than_new_tensors():
+    matrix = 2 * torch.eye(3, dtype=torch.float32).unsqueeze(0)
+    b = torch.ones(1, 3, dtype=torch.float32)
+    solution = Neumann(terms=60).solve(Matrix(matrix), b)
+    assert solution.value.dtype == torch.float32
+    torch.testing.assert_close(solution.value, b / 2)
+
+
 @pytest.mark.slow
 def test_it_chooses_a_scale_that_converges():
     matrix, b, exact = positive_systems()

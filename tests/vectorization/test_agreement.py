@@ -175,6 +175,42 @@ def test_a_difference_outside_of_any_module_is_found_in_each_function():
         assert torch.equal(result.grads["w"], expected.grads["w"])
 
 
+class TwoLosses:
+    """Two losses of one object, of which one has a hook that vmap leaves out."""
+
+    def plain(self, params, meta, data):
+        return (params["w"] - meta["c"] * data).square().sum()
+
+    def hooked(self, params, meta, data):
+        w = params["w"] * 1.0
+        if w.requires_grad:
+            w.register_hook(lambda g: g.clamp(-0.1, 0.1) * g.norm())
+        return (w - meta["c"] * data).square().sum()
+
+
+def test_every_method_of_an_object_is_compared():
+    losses = TwoLosses()
+    data = torch.randn(3, 4)
+
+    def solve(loss, vectorize):
+        return argmin(
+            loss,
+            lambda meta, data: {"w": torch.zeros(4)},
+            {"c": torch.tensor(0.5)},
+            data,
+            inner=INNER,
+            method="unrolled",
+            batched=True,
+            vectorize=vectorize,
+        )["w"]
+
+    for _ in range(2):
+        solve(losses.plain, "auto")
+    with pytest.warns(RuntimeWarning, match="vmap differs from a loop by"):
+        got = solve(losses.hooked, "auto")
+    torch.testing.assert_close(got, solve(losses.hooked, "loop"))
+
+
 def test_many_tasks_are_compared_by_a_few_of_them():
     calls = []
 
