@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,7 +24,7 @@ from metaimplicit.operators import GGN, CurvatureClass, Hessian, Products, find_
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite
 from metaimplicit.task_axis import new_views
-from metaimplicit.tensors import with_known_types
+from metaimplicit.tensors import is_transformed, tensors_in, with_known_types
 from metaimplicit.unsupported import UnsupportedOperationError, shorten
 
 Join = Callable[[Sequence[Any], Sequence[int]], Any]
@@ -38,7 +40,8 @@ def in_microbatches(problem: BilevelProblem, size: int | None, *, batched: bool)
     so it has to be a mean over the examples, plus terms that do not depend on the data. Of a
     `Composite`, only the outputs are evaluated slice by slice. Its loss receives the outputs of all
     examples, so it may be anything, if the outputs of an example depend on no other example. The
-    first call checks either on a few of the examples.
+    first call checks either on a few of the examples, and so does a call in another mode of the
+    model, or with labels that may be masked.
 
     The examples are the first axis of every tensor of the data that has an axis. Derivatives of
     every order evaluate a slice again and free it, so memory holds one slice at a time.
@@ -167,22 +170,34 @@ class _Slices:
         return tree_unflatten(recomputed(of_leaves, leaves), structures[0])
 
     def _check_once(self, params: Params, meta: Params, data: Any, *, count: int) -> None:
-        if self.function in _CHECKED:
+        masked = _masked_examples(data, count) if self.join is _mean else None
+        passed: _Passed | None = _CHECKED.get(self.function)
+        if passed is not None and passed.holds(masked):
             return
-        self._check(params, meta, data, count=count)
+        called: list[nn.Module] = []
+        handle = register_module_forward_pre_hook(lambda module, _: called.append(module))
+        try:
+            self._check(params, meta, data, count=count, masked=masked)
+        finally:
+            handle.remove()
+        modes = [(ref(module), module.training) for module in called]
         with suppress(TypeError):  # an object without weak references is not remembered
-            _CHECKED[self.function] = True
+            _CHECKED[self.function] = _Passed(modes, masked is not None)
 
     @torch.no_grad()
-    def _check(self, params: Params, meta: Params, data: Any, *, count: int) -> None:
+    def _check(
+        self, params: Params, meta: Params, data: Any, *, count: int, masked: Tensor | None
+    ) -> None:
         """Raise ValueError if the results for slices do not make up that for all examples.
 
         At most two slices of examples are looked at, from all over the data, since neighbours may
-        be alike (of one class).
+        be alike (of one class). Those that may be masked are in the first.
         """
         seen = min(count, 2 * self.size)
         first = max(1, seen // 3)
         chosen = torch.arange(seen, device="cpu") * count // seen
+        if masked is not None:
+            chosen[: len(masked[:first])] = masked[:first]
         data = map_rows(lambda x: x[chosen.to(x.device)], data)
         parts = [data, rows(data, 0, first), rows(data, first, seen)]
         # What holds at θ may hold by chance there, as where all outputs are zero.
@@ -223,7 +238,38 @@ class _Slices:
         )
 
 
-_CHECKED = WeakIdKeyDictionary()  # the functions that passed their check
+@dataclass(frozen=True)
+class _Passed:
+    """A check that a function passed.
+
+    Attributes:
+        modes: The modules that it calls, and whether they were in training.
+        masked: Whether the data had labels that may be masked.
+    """
+
+    modes: list[tuple[ref[nn.Module], bool]]
+    masked: bool
+
+    def holds(self, masked: Tensor | None) -> bool:
+        """Whether the function would pass again."""
+        if masked is not None and not self.masked:
+            return False
+        modules = ((module(), training) for module, training in self.modes)
+        return all(module is None or module.training == mode for module, mode in modules)
+
+
+_CHECKED = WeakIdKeyDictionary()  # the functions that passed their check: `_Passed`
+
+
+def _masked_examples(data: Any, count: int) -> Tensor | None:
+    """The numbers of the examples with negative integers, which losses ignore. None without any."""
+    negative = torch.zeros(count, dtype=torch.bool, device="cpu")
+    for x in tensors_in(data):
+        is_real = x.is_floating_point() or x.is_complex()
+        if x.dim() and len(x) == count and not is_real and not is_transformed(x):
+            negative |= (x < 0).reshape(count, -1).any(1).cpu()
+    masked = negative.nonzero().flatten()
+    return masked if len(masked) else None
 
 
 def _mean(values: Sequence[Any], sizes: Sequence[int]) -> Any:

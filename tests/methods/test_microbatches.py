@@ -322,6 +322,45 @@ def test_weights_of_classes_are_refused_though_all_losses_are_equal_at_the_start
         run(Implicit(microbatch=SIZE), problem=problem, data=(TRAIN[0], LABELS))
 
 
+def test_another_mode_of_the_model_is_looked_at_again():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    start = {name: p.detach() for name, p in model.named_parameters()}
+
+    def outputs(params, meta, data):
+        return torch.func.functional_call(model, params, (data[0],)).squeeze(1)
+
+    fit = Composite(outputs, loss=lambda z, d: F.mse_loss(z, d[1]))
+    problem = BilevelProblem(
+        init=lambda meta, data: start, inner_loss=fit, outer_loss=validation_loss
+    )
+    sliced = in_microbatches(problem, SIZE, batched=False)
+    model.eval()
+    torch.testing.assert_close(
+        sliced.inner_loss(start, META, TRAIN), fit(start, META, TRAIN), rtol=1e-12, atol=0
+    )
+    model.train()
+    with pytest.raises(ValueError, match="outputs of the inner loss at 6 examples are not those"):
+        sliced.inner_loss(start, META, TRAIN)
+
+
+def test_labels_that_come_to_be_masked_are_looked_at_again():
+    def loss(params, meta, data):
+        return F.cross_entropy(logits(params, meta, data), data[1])
+
+    problem = BilevelProblem(
+        init=lambda meta, data: ZEROS, inner_loss=loss, outer_loss=validation_loss
+    )
+    sliced = in_microbatches(problem, SIZE, batched=False)
+    params = {"w": randn(3, 3, seed=1)}
+    torch.testing.assert_close(
+        sliced.inner_loss(params, META, (TRAIN[0], LABELS)), loss(params, META, (TRAIN[0], LABELS))
+    )
+    masked = LABELS.clone()
+    masked[6] = -100  # few of the examples are looked at, and this one would not be among them
+    with pytest.raises(ValueError, match="is not the mean of those of 2 and 4"):
+        sliced.inner_loss(params, META, (TRAIN[0], masked))
+
+
 def assert_equal_in_microbatches(outputs, loss):
     """With a ridge penalty, the hypergradient is that of the whole batch."""
     fit = Composite(outputs, loss=loss, penalty=Proximal(FromMeta("strength"), center="zero"))
