@@ -19,6 +19,7 @@ from metaimplicit.normalization import tracked_layers
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, StartAtMeta
 from metaimplicit.random_state import RandomState
+from metaimplicit.tensors import tensors_in
 
 IMAGES_PER_CHUNK = 120  # that share a pass, and the statistics of layers that track them
 
@@ -202,7 +203,9 @@ class LastModule:
 
     def outputs(self, params: Params, meta: Params, features: Tensor) -> Tensor:
         """The outputs of the head, with parameters from `params`, or else from `meta`."""
-        values = {n: f"{self.name}.{n}" for n, _ in self.module.named_parameters()}
+        # A parameter that is tied to another one has the name under which the model has it first.
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        values = {n: names[id(p)] for n, p in self.module.named_parameters()}
         own = {n: params.get(key, meta.get(key)) for n, key in values.items()}
         known = {n: p for n, p in own.items() if p is not None}
         outputs: Tensor = torch.func.functional_call(self.module, known, (features,))
@@ -219,15 +222,22 @@ class LastModule:
         theta = leaves({name: meta[name] for name in adapted})
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
         before = RandomState.read(next(iter(theta.values())).device)
+        attributes = _tensor_attributes(self.model)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
             outputs = call_model(self.model, {**of_model, **theta}, inputs)
         objection = _objection_to(calls, outputs)
         if objection:
             return f"{self.name!r} {objection}"
+        for name, x in _tensor_attributes(self.model).items():
+            if attributes.get(name) is not x:  # the head or a loss may read it
+                return f"a forward pass leaves a tensor in {name!r}"
         features = calls[0].args[0]
+        version = features._version
         again = self.outputs(theta, meta, features)
         if not torch.equal(again, outputs):
             return f"{self.name!r} has another output when it is called again"
+        if features._version != version:
+            return f"{self.name!r} writes to its input"
         # A model may read what adapts without a graph, as by detach(), so a value has to tell.
         others = {name: p.detach() + 0.5 * p.detach().abs() + 0.1 for name, p in theta.items()}
         before.restore()
@@ -259,17 +269,36 @@ def find_last_module(model: nn.Module, adapted: list[str]) -> LastModule | str:
 
 @contextmanager
 def _recorded_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
-    """The calls of a module within the block."""
+    """The calls of a module within the block, with the inputs that its own hooks receive."""
     calls: list[HeadCall] = []
+    inputs: list[tuple[Any, Any]] = []
 
-    def record(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append(HeadCall(args, kwargs, output))
+    def record_inputs(_: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append((args, kwargs))
 
-    handle = module.register_forward_hook(record, with_kwargs=True)
+    def record(_: nn.Module, args: Any, output: Any) -> None:
+        calls.append(HeadCall(*inputs.pop(), output))
+
+    handles = [
+        module.register_forward_pre_hook(record_inputs, prepend=True, with_kwargs=True),
+        module.register_forward_hook(record),
+    ]
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that modules hold beside their parameters and buffers, by module and name."""
+    return {
+        f"{name}.{key}".lstrip("."): x
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key not in ("_parameters", "_buffers", "_modules")
+        for x in tensors_in(value if isinstance(value, (Tensor, list, tuple)) else None)
+    }
 
 
 def _objection_to(calls: list[HeadCall], outputs: Tensor) -> str:

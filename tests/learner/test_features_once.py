@@ -1,8 +1,11 @@
 """What does not adapt is evaluated once, where that changes nothing but the time."""
 
+from fnmatch import fnmatch
+
 import pytest
 import torch
 import torch.nn.functional as F
+from learner import plain_loop
 from learner.few_shot import INPUTS, WAYS, draw_episodes
 from oracles import relative_error
 from torch import nn
@@ -167,6 +170,95 @@ class Dropping(Variant):
         return self.head(self.body(x))
 
 
+class MaskedHead(nn.Linear):
+    mask = None
+
+    def forward(self, h):
+        return super().forward(h) * self.mask
+
+
+class Masked(Variant):
+    def __init__(self):
+        super().__init__()
+        self.head = MaskedHead(WAYS, WAYS)
+
+    def forward(self, x):
+        self.head.mask = x.mean(1, keepdim=True).exp()
+        return self.head(self.body(x))
+
+
+class HeadInPlace(nn.Linear):
+    def forward(self, h):
+        return super().forward(F.relu_(h))
+
+
+class InPlace(Variant):
+    def __init__(self):
+        super().__init__()
+        self.head = HeadInPlace(WAYS, WAYS)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class Tied(Variant):
+    """The head comes last and has the weight of the body."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(INPUTS, WAYS)
+        self.head = nn.Linear(INPUTS, WAYS)
+        self.head.weight = self.body.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x) @ self.body.weight))
+
+
+def scale_in_training(module, args):
+    return (2 * args[0],) if module.training else None
+
+
+class Hooked(Variant):
+    """The head has a hook that does nothing in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.register_forward_pre_hook(scale_in_training)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("way", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    ("model", "adapt"),
+    [(Masked, "head.*"), (InPlace, "head.*"), (Tied, "head.bias"), (Hooked, "head.*")],
+)
+def test_any_head_gives_the_meta_gradient_of_a_plain_loop(model, adapt, way):
+    learner = make(model(), adapt=adapt, vectorize=way)
+    episodes = draw_episodes()
+    learner.eval()
+    learner.evaluate(episodes)  # what is found out here has to hold in training
+    learner.train()
+    step = learner.backward(episodes)
+
+    def descend_in_part(loss, start):
+        adapts = {name: p for name, p in start.items() if fnmatch(name, adapt)}
+        iterates = plain_loop.descend(
+            lambda params: loss(start | params), adapts, lambda *_: 0.3, STEPS
+        )
+        return [start | params for params in iterates]
+
+    sides = [zip(*pair, strict=True) for pair in (episodes.support, episodes.query)]
+    tasks = list(zip(*sides, strict=True))
+    losses, _, expected = plain_loop.plain_maml(
+        learner.model, F.cross_entropy, tasks, descend=descend_in_part
+    )
+    assert relative_error(step.loss, losses.mean()) < 1e-13
+    for p, g in zip(learner.model.parameters(), expected, strict=True):
+        assert relative_error(p.grad, g) < 1e-11
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -177,6 +269,8 @@ class Dropping(Variant):
         (DependsOnDetachedHead, "the input of 'head' depends on parameters that adapt"),
         (Pair, "'head' takes other inputs than one tensor"),
         (Dropping, "'head' has another output when it is called again"),
+        (Masked, "a forward pass leaves a tensor in 'head.mask'"),
+        (InPlace, "'head' writes to its input"),
     ],
 )
 def test_the_report_says_why_the_plain_way_is_kept(model, reason):
