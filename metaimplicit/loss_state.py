@@ -111,6 +111,10 @@ def _parts_of(value: Any) -> Iterator[Any]:
     elif isinstance(value, FunctionType):
         if not _is_of_library(value):
             yield from _variables(value)
+    elif isinstance(value, property):
+        yield value.fget
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield value.__func__
     elif isinstance(value, CellType):
         yield content_of(value)
     else:
@@ -118,15 +122,27 @@ def _parts_of(value: Any) -> Iterator[Any]:
         kind: Any = type(value)
         for base in _users_classes(kind):
             yield from vars(base).values()
+            slots = vars(base).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                yield getattr(value, name, None)
 
 
 def _variables(function: FunctionType) -> Iterator[Any]:
-    """The variables that a function sees, and the defaults of its arguments."""
-    yield from function.__closure__ or ()
+    """The variables that a function sees, its attributes, and the defaults of its arguments."""
+    cells = function.__closure__ or ()
+    yield from cells
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    names = function.__globals__
-    yield from (names[name] for name in global_names(function.__code__) if name in names)
+    yield from vars(function).values()
+    names = dict.fromkeys(global_names(function.__code__))
+    known = function.__globals__
+    visible = [known[name] for name in names if name in known]
+    yield from visible
+    # Of modules and classes, it sees the attributes that its code names.
+    for value in (*visible, *map(content_of, cells)):
+        if isinstance(value, (type, ModuleType)) and not _is_of_library(value):
+            for holder in value.__mro__ if isinstance(value, type) else (value,):
+                yield from (x for name, x in vars(holder).items() if name in names)
 
 
 @lru_cache
@@ -136,6 +152,7 @@ def _users_classes(kind: Any) -> list[type]:
 
 
 def _is_of_library(value: Any) -> bool:
-    """Whether a function or class comes from a library whose variables do not change."""
-    name = getattr(value, "__module__", None) or ""
+    """Whether a function, class or module is of a library whose variables do not change."""
+    own = "__name__" if isinstance(value, ModuleType) else "__module__"
+    name = getattr(value, own, None) or ""
     return name.partition(".")[0] in LIBRARIES

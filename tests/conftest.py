@@ -55,7 +55,7 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _vmap_without_a_clock() -> Iterator[None]:
+def _vmap_without_a_clock() -> Iterator[Callable[..., float]]:
     """`vectorize="auto"` takes vmap where that runs. Else the machine decides what a test runs."""
     from metaimplicit.learner import vectorization
 
@@ -65,9 +65,10 @@ def _vmap_without_a_clock() -> Iterator[None]:
         run(vectorize)
         return 0.0
 
+    clock = vectorization._shortest_time
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vectorization, "_shortest_time", run_once)
-        yield
+        yield clock
 
 
 @pytest.fixture

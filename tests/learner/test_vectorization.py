@@ -6,12 +6,14 @@ from learner.few_shot import INPUTS, QUERIES, TASKS, WAYS, LinearModel, draw_epi
 from oracles import relative_error
 
 from metaimplicit import Implicit, Nystrom
+from metaimplicit.learner import vectorization
 from metaimplicit.learner.vectorization import choose_vectorize
 
 
-@pytest.fixture
-def _vmap_without_a_clock():
-    """Not here: these tests are of the choice by the clock as well."""
+@pytest.fixture(autouse=True)
+def _vmap_by_the_clock(_vmap_without_a_clock, monkeypatch):
+    """These tests are of the choice by the clock as well."""
+    monkeypatch.setattr(vectorization, "_shortest_time", _vmap_without_a_clock)
 
 
 def assert_same_gradients(learner, other):

@@ -1,5 +1,8 @@
 """A loss that a schedule changes between calls: f is that of the loss as it is."""
 
+from dataclasses import dataclass
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +55,50 @@ def of_global(z, y, reduction="mean"):
 
 def weighted(weight):
     return lambda z, y, reduction="mean": F.cross_entropy(z, y, weight, reduction=reduction)
+
+
+class Settings:
+    weight = None
+
+
+SETTINGS_MODULE = ModuleType("settings")
+
+
+def of_named_class(z, y, reduction="mean"):
+    return F.cross_entropy(z, y, Settings.weight, reduction=reduction)
+
+
+def of_module(z, y, reduction="mean"):
+    return F.cross_entropy(z, y, SETTINGS_MODULE.weight, reduction=reduction)
+
+
+def of_itself(z, y, reduction="mean"):
+    return F.cross_entropy(z, y, of_itself.weight, reduction=reduction)
+
+
+@dataclass(slots=True)
+class Slotted:
+    weight: torch.Tensor | None = None
+
+    def __call__(self, z, y, reduction="mean"):
+        return F.cross_entropy(z, y, self.weight, reduction=reduction)
+
+
+class OfProperty:
+    @property
+    def weight(self):
+        return Settings.weight
+
+    def __call__(self, z, y, reduction="mean"):
+        return F.cross_entropy(z, y, self.weight, reduction=reduction)
+
+
+SLOTTED = Slotted()
+HOLDERS = (Settings, SETTINGS_MODULE, of_itself, SLOTTED)  # of a `weight`, None at first
+
+
+def set_weight(holder):
+    return lambda loss: setattr(holder, "weight", CLASS_WEIGHTS)
 
 
 def set_attribute(name, value):
@@ -116,12 +163,23 @@ CHANGES = {
         lambda loss: setattr(loss.weight, "data", CLASS_WEIGHTS.clone()),
         right_weighted,
     ),
+    "weights of a class": (of_named_class, set_weight(Settings), right_weighted),
+    "weights of a class by a property": (OfProperty(), set_weight(Settings), right_weighted),
+    "weights of a module": (of_module, set_weight(SETTINGS_MODULE), right_weighted),
+    "weights of the function": (of_itself, set_weight(of_itself), right_weighted),
+    "weights of a slot": (SLOTTED, set_weight(SLOTTED), right_weighted),
     "weights of a closure": (
         weighted(SHARED),
         lambda loss: SHARED.copy_(CLASS_WEIGHTS),
         right_weighted,
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch):
+    for holder in HOLDERS:
+        monkeypatch.setattr(holder, "weight", None, raising=False)
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["same batch", "fresh batch"])
@@ -131,7 +189,7 @@ def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
     SHARED.fill_(1.0)
     monkeypatch.setitem(SCHEDULE, "gamma", 0.0)
     monkeypatch.setattr(OfClass, "gamma", 0.0)
-    original = dict(vars(loss))
+    original = dict(getattr(loss, "__dict__", {}))
     case = draw()
     problem, meta, _ = tuning_problem(case.model, loss, [ExampleWeights(M)])
     params = problem.init(meta, None)
@@ -143,7 +201,7 @@ def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
         got = problem.inner_loss(params, {"example_weights": W}, batch)
         torch.testing.assert_close(got, right(case.model(case.x)))
     finally:
-        vars(loss).update(original)
+        getattr(loss, "__dict__", {}).update(original)
         if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
             loss.weight.fill_(1.0)
 
