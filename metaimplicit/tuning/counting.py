@@ -49,7 +49,7 @@ class Counting:
 
     def count(self, outputs: Any, targets: Any) -> Count:
         """What `measure` returns, remembered while the targets live and stay as they are."""
-        if not isinstance(targets, Tensor) or is_transformed(targets):
+        if not isinstance(targets, Tensor) or is_transformed(targets) or _may_mask(outputs):
             return self.measure(outputs, targets)
         key = (version_of(targets), signature(outputs))
         known = self._counts.get(targets)
@@ -68,7 +68,7 @@ class Counting:
         Raises:
             ValueError: No example counts, or s depends on the outputs.
         """
-        labels = read_labels(targets)
+        labels = None if _may_mask(outputs) else read_labels(targets)
         plain_labels = self._plain_labels[signature(outputs)]
         if labels and labels <= plain_labels:
             return Count(1.0, None)
@@ -155,6 +155,11 @@ class Counting:
             return False
         of_examples = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
         return torch.allclose(alone, of_examples) and is_plain_mean(value, mixed)
+
+
+def _may_mask(outputs: Any) -> bool:
+    """Whether outputs hold more than scores, such as a mask of what counts."""
+    return not all(x.is_floating_point() or x.is_complex() for x in tensors_in(outputs))
 
 
 def _is_seen(losses: Tensor) -> Tensor:

@@ -95,6 +95,18 @@ def _may_have_classes_last(outputs: Any, targets: Any) -> bool:
     return is_label and outputs.shape[:-1] == targets.shape
 
 
+def _have_classes_first(outputs: Any, targets: Any) -> bool:
+    """Whether the outputs are `[m, classes, *positions]`, and the targets labels of positions."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or targets.dim() < 2:
+        return False
+    return (len(outputs), *outputs.shape[2:]) == targets.shape
+
+
+def _axes_of(outputs: Tensor, targets: Tensor) -> Any:
+    """What batches of other lengths have in common."""
+    return outputs.dim(), outputs.dtype, targets.dtype
+
+
 @torch.no_grad()
 def refuse_broadcast(value: Value, outputs: Any, targets: Any) -> bool:
     """Refuse targets that a loss pairs with the outputs of other examples.
@@ -220,6 +232,7 @@ class Layouts:
     def __init__(self, value: Value) -> None:
         self._value = value
         self._known: dict[Any, Layout | None] = {}
+        self._of_axes: dict[Any, Layout | None] = {}  # by what batches of other lengths share
         self._dtypes: dict[Any, torch.dtype] = {}
 
     def call(self, function: Callable[[Any, Any], Result], outputs: Any, targets: Any) -> Result:
@@ -234,7 +247,10 @@ class Layouts:
             is_certain = refuse_broadcast(self._value, plain_outputs, plain_targets)
             layout = None
             if _may_have_classes_last(outputs, targets):
-                layout = find_layout(self._value, plain_outputs, plain_targets)
+                layout, is_found = self._find(plain_outputs, plain_targets)
+                is_certain &= is_found
+            elif _have_classes_first(outputs, targets):
+                self._of_axes[_axes_of(outputs, targets)] = None
             if is_certain:
                 self._known[key] = layout
         else:
@@ -249,6 +265,31 @@ class Layouts:
                 raise
         self._known[key] = other
         return function(*self._arrange(outputs, targets, other))
+
+    def _find(self, outputs: Tensor, targets: Tensor) -> tuple[Layout | None, bool]:
+        """The layout of labels of positions, and whether it is certain.
+
+        Where there are as many positions as classes, a batch of another length tells.
+
+        Warns:
+            RuntimeWarning: There was no such batch.
+        """
+        axes = _axes_of(outputs, targets)
+        if outputs.shape[1] != outputs.shape[-1]:
+            self._of_axes[axes] = find_layout(self._value, outputs, targets)
+            return self._of_axes[axes], True
+        if axes in self._of_axes:
+            return self._of_axes[axes], True
+        layout = find_layout(self._value, outputs, targets)
+        if layout is None:
+            warnings.warn(
+                f"outputs: got shape {tuple(outputs.shape)}, of which axis 1 and the last one may "
+                "be the classes, and axis 1 is taken; move the classes there, or begin with a "
+                "batch of another length",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return layout, False
 
     def read_targets(self, targets: Any) -> Any:
         """The targets in the type in which the loss took those of the same shape last.

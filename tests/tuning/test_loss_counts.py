@@ -257,3 +257,34 @@ def test_labels_whose_loss_is_zero_on_one_side_count(loss, labels):
     assert total > 0
     expected = total if loss is summed_perceptron else total / len(labels)
     torch.testing.assert_close(value, expected)
+
+
+class WithMask(nn.Module):
+    """It returns its scores and which examples count."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x), x[:, 0] > 0
+
+
+def mean_of_the_mask(outputs, y, reduction="mean"):
+    scores, counts = outputs
+    losses = F.cross_entropy(scores, y, reduction="none") * counts
+    return losses if reduction == "none" else losses.sum() / counts.sum()
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh labels", "the same labels"])
+def test_a_mask_among_the_outputs_is_that_of_its_batch(fresh):
+    model = WithMask().double()
+    problem, meta, _ = tuning_problem(model, mean_of_the_mask, [ExampleWeights(6)])
+    params = dict(model.named_parameters())
+    x = torch.randn(6, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    for count in (6, 3, 4):
+        mask = torch.where(torch.arange(6) < count, 1.0, -1.0)
+        batch = torch.cat([(x[:, :1].abs() + 0.1) * mask[:, None], x[:, 1:]], 1)
+        got = problem.inner_loss(params, meta, (batch, y.clone() if fresh else y, torch.arange(6)))
+        torch.testing.assert_close(got, mean_of_the_mask(model(batch), y))

@@ -242,3 +242,31 @@ def test_weights_of_examples_and_of_labels_are_multiplied():
     weights = tuned.weights(tuned.problem.init(meta, None), meta, (case.x, TAGS, INDEX))
     expected = torch.stack([INDEX[i] * WEIGHTS[TAGS[i]] for i in range(M)])
     assert torch.equal(weights, expected)
+
+
+@pytest.mark.parametrize("classes_last", [True, False])
+def test_as_many_positions_as_classes_are_read_as_other_batches_are(classes_last):
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5)).double()
+    if not classes_last:
+        model.append(Transposed())
+    problem, meta, _ = tuning_problem(model, nn.CrossEntropyLoss(), [ExampleWeights(6)])
+    params = dict(model.named_parameters())
+    for length in (4, 5, 7, 5):
+        x = torch.randint(9, (6, length))
+        y = torch.randint(5, (6, length))
+        scores = model(x).mT if classes_last else model(x)
+        got = problem.inner_loss(params, meta, (x, y, torch.arange(6)))
+        torch.testing.assert_close(got, F.cross_entropy(scores, y))
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+def test_as_many_positions_as_classes_in_the_first_batch_are_warned_of():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5)).double()
+    problem, meta, _ = tuning_problem(model, nn.CrossEntropyLoss(), [ExampleWeights(6)])
+    x, y = torch.randint(9, (6, 5)), torch.randint(5, (6, 5))
+    with pytest.warns(RuntimeWarning, match=r"outputs: got shape \(6, 5, 5\).*axis 1 is taken"):
+        problem.inner_loss(dict(model.named_parameters()), meta, (x, y, torch.arange(6)))
