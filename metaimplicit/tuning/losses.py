@@ -11,9 +11,9 @@ from metaimplicit.tuning.batch_loss import BatchLoss
 from metaimplicit.tuning.batch_shapes import count_examples, kind_of
 from metaimplicit.tuning.counting import Counting
 from metaimplicit.tuning.example_losses import ExampleLosses, may_leave_out_labels
+from metaimplicit.tuning.layouts import Layouts
 from metaimplicit.tuning.loss_checks import find_difference
 from metaimplicit.tuning.loss_order import is_out_of_order
-from metaimplicit.tuning.output_shapes import Layouts
 from metaimplicit.tuning.reductions import Loss
 from metaimplicit.tuning.trial_outputs import of_one_task
 
