@@ -99,12 +99,10 @@ def main(args: list[str]) -> None:
     if splits.test.kind == "regression":
         require_no_ways(options.task, ways=command.ways)
     tested = with_tasks_of(command, command.run, options)
-    learner, progress = load_run(command.run, options, splits)
-    if tested != options:
-        splits = tasks.load(**tested.task_arguments())
-    rival = None if command.against is None else load_rival(command, tested, splits)
+    learner, progress = load_run(command.run, options, splits, splits.test)
+    family = tested_family(split_family(splits, command.split), tested, command.split)
+    rival = None if command.against is None else load_rival(command, tested, splits, family)
 
-    family = split_family(splits, command.split)
     seed = options.test_seed if command.seed is None else command.seed
     result = run_test(learner, family, tested, seed=seed)
     about: dict[str, Any] = {"split": command.split, "tested_meta_step": progress.step}
@@ -134,6 +132,13 @@ def main(args: list[str]) -> None:
         summary=summary,
         fits=fits,
     )
+
+
+def tested_family(family: tasks.TaskFamily, options: RunOptions, split: Split) -> tasks.TaskFamily:
+    """The tasks of a split of the run, with the numbers that the command asks for."""
+    if isinstance(family, tasks.FewShot):  # the other splits may have too few classes
+        return family.with_sizes(ways=options.ways, shots=options.shots, queries=options.queries)
+    return split_family(tasks.load(**options.task_arguments()), split)
 
 
 def numbers_of_tasks(family: tasks.TaskFamily) -> list[str]:
@@ -190,14 +195,16 @@ def with_tasks_of(command: Evaluate, run: Path, options: RunOptions) -> RunOptio
     return replace(options, **{name: n for name, n in chosen.items() if n is not None})
 
 
-def load_run(run: Path, options: RunOptions, splits: tasks.Splits) -> tuple[MetaLearner, Progress]:
-    """The trained learner of a run, and how long it was trained.
+def load_run(
+    run: Path, options: RunOptions, splits: tasks.Splits, family: tasks.TaskFamily
+) -> tuple[MetaLearner, Progress]:
+    """The trained learner of a run for tasks like those of `family`, and how long it was trained.
 
     Raises:
         ValueError: The splits are not those of the run, or no checkpoint is whole.
     """
     check_classes(run, splits)
-    learner = build_learner(options, splits.test)
+    learner = build_learner(options, family)
     identity = run_identity(options, splits)
     return learner, load_own_checkpoint(
         run,
@@ -217,13 +224,16 @@ class Rival:
     progress: Progress
 
 
-def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> Rival:
+def load_rival(
+    command: Evaluate, options: RunOptions, splits: tasks.Splits, family: tasks.TaskFamily
+) -> Rival:
     """The run of --against, with options that draw the tasks of the run that is evaluated.
 
     Args:
         command: The command.
         options: Those of the run that is evaluated, with the tasks of the command.
-        splits: These tasks.
+        splits: Those of that run.
+        family: The tasks to test on.
 
     Raises:
         ValueError: It is that run itself, or has other tasks.
@@ -233,7 +243,7 @@ def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> 
         raise ValueError(f"--against: got {run}, the run itself, expected another run")
     own = load_options(command, run)
     tested = with_tasks_of(command, run, own)
-    sizes = [name for name in numbers_of_tasks(splits.test) if name != "queries"]
+    sizes = [name for name in numbers_of_tasks(family) if name != "queries"]
     for name in ("task", *sizes, "task_options"):
         theirs, ours = getattr(tested, name), getattr(options, name)
         if theirs != ours:
@@ -241,7 +251,7 @@ def load_rival(command: Evaluate, options: RunOptions, splits: tasks.Splits) -> 
                 f"--against: {run} has {name} {theirs}, but {command.run} has {ours}; expected a "
                 "run with the same tasks"
             )
-    learner, progress = load_run(run, own, splits)
+    learner, progress = load_run(run, own, splits, family)
     # Which tasks a seed gives depends on how many are drawn at a time.
     return Rival(
         run,

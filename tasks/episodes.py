@@ -282,8 +282,8 @@ class EpisodeSampler(Dataset[Episodes]):
         )
         with torch.device("cpu"):  # where its generator draws, whatever the default device is
             batches = iter(loader)
-        for episodes in batches:
-            self.position += 1
+        for index, episodes in zip(indices, batches, strict=True):
+            self.position = index + 1
             yield episodes
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class FewShot:
         self.input_shape = tuple(pool.images.shape[1:])
         self.outputs = ways
 
-    def with_sizes(self, *, ways: int, shots: int) -> FewShot:
-        """Tasks of the same classes with other numbers of ways and shots.
+    def with_sizes(self, *, ways: int, shots: int, queries: int | None = None) -> FewShot:
+        """Tasks of the same classes with other numbers of ways, shots and, if given, queries.
 
         Raises:
             ValueError: If the classes cannot give such tasks.
@@ -87,7 +87,7 @@ class FewShot:
             self.pool,
             ways=ways,
             shots=shots,
-            queries=self.queries,
+            queries=self.queries if queries is None else queries,
             name=self.name,
         )
 

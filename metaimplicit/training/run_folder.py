@@ -18,7 +18,7 @@ from metaimplicit.training.log import ASIDE, CONFIG, METRICS
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.provenance import changed_versions, describe_sitting
 from metaimplicit.training.rotation import Identity, has_taken_steps, versions
-from metaimplicit.training.sealed import read_sealed_json, write_sealed_json
+from metaimplicit.training.sealed import DamagedFileError, read_sealed_json, write_sealed_json
 
 CHECKPOINT = "checkpoint.pt"
 RESULTS = ("summary.json", "report.html")  # what a script leaves when its run is done
@@ -138,6 +138,12 @@ class RunFolder:
         path = self.out / CONFIG
         if not self._resume or not (path.exists() or self.has_checkpoint):
             return {}
+        if not path.exists():
+            raise DamagedFileError(
+                f"out: found a checkpoint in {self.out}, but no {CONFIG}, which says what run it "
+                f"is of; put {previous(path).name} in its place if it is there, or take another "
+                "folder"
+            )
         return read_sealed_json(path)
 
     def _write_config(self) -> None:

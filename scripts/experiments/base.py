@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from command_line import find_device
 from command_line.ranges import Seeds, Threads, check_ranges
 from matplotlib.figure import Figure
 
+import tasks
 from experiments.runs import Case, Row, Runs
 
 
@@ -44,6 +46,8 @@ class Experiment(ABC):
     default_methods: ClassVar[tuple[str, ...]]
     # options that only say which cases there are; they may differ between calls that share a folder
     case_options: ClassVar[tuple[str, ...]] = ()
+    # the function of `tasks` that reads the images
+    image_set: ClassVar[str] = ""
     # the values of a smoke test
     quick_options: ClassVar[dict[str, Any]] = {}
 
@@ -58,6 +62,17 @@ class Experiment(ABC):
     @abstractmethod
     def plot(self, runs: Runs, figure: Figure) -> None:
         """Draw the results."""
+
+    @cached_property
+    def data_digests(self) -> dict[str, str]:
+        """What identifies the data that the runs read, wherever they lie. Empty if there are none.
+
+        A stored run of other data is not taken for one of these.
+        """
+        if not self.image_set:
+            return {}
+        training, *_ = getattr(tasks, self.image_set)(self.data_root)
+        return {"images": training.digest}
 
     def cases(self) -> list[Case]:
         """The cases to run, in order: every method for every seed."""

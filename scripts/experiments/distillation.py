@@ -83,6 +83,7 @@ class Distillation(TuningExperiment):
     """Number of initialisations from which the images are tested."""
 
     name = "distillation"
+    image_set = "mnist"
     baselines = ("random", "mean")
     default_methods = (*baselines, "unrolled", "truncated", "cg", "neumann", "nystrom", "t1-t2")
     quick_options: ClassVar[dict[str, Any]] = {
@@ -118,7 +119,7 @@ class Distillation(TuningExperiment):
                 self.training_batches(images, seed),
                 tasks.Batches(whole, min(self.batch, len(whole)), seed),
                 out=out,
-                identity={"images": tasks.mnist(self.data_root)[0].digest},
+                identity=self.data_digests,
                 steps=self.steps,
                 resume=True,
             )

@@ -70,6 +70,7 @@ class HyperCleaning(TuningExperiment):
     """Penalty λ of F2SA."""
 
     name = "hyper-cleaning"
+    image_set = "mnist"
     baselines = ("none", "none+validation", "clean", "clean+validation")
     default_methods = (
         *baselines,
@@ -134,7 +135,7 @@ class HyperCleaning(TuningExperiment):
             tasks.Batches(split.train, None, seed),
             tasks.Batches(split.validation, None, seed),
             out=out,
-            identity={"images": tasks.mnist(self.data_root)[0].digest},
+            identity=self.data_digests,
             steps=self.steps,
             metric=undetected,
             resume=True,

@@ -85,6 +85,7 @@ class MnistTower(Experiment):
     """Number of training images of each class. If it is not given, all are used."""
 
     name = "mnist-tower"
+    image_set = "mnist"
     default_methods = tuple(TOWERS)
     case_options = ("heights", "starts")
     quick_options: ClassVar[dict[str, Any]] = {

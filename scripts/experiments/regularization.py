@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -31,6 +32,7 @@ from experiments.searches import (
 )
 from experiments.tabular_data import (
     SCIKIT_LEARN_SETS,
+    digest_of_files,
     newsgroups,
     scikit_learn_set,
     split,
@@ -114,6 +116,11 @@ class Regularization(Experiment):
                     )
                     cases += [case | start for start in starts]
         return cases
+
+    @cached_property
+    def data_digests(self) -> dict[str, str]:
+        """Digests of the files of --libsvm and --newsgroups, by the names of the sets."""
+        return {name: digest_of_files(path) for name, path in self.sources().items() if path}
 
     def sources(self) -> dict[str, Path | None]:
         """The sets by name, each with its file or folder; None for those of scikit-learn."""

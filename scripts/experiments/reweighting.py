@@ -100,6 +100,7 @@ class Reweighting(TuningExperiment):
     """Multiple of the identity added to the Gauss–Newton matrix. It includes Nyström's ρ."""
 
     name = "reweighting"
+    image_set = "cifar10"
     baselines = ("none", "none+validation")
     default_methods = (*baselines, "cg", "neumann", "nystrom", "nystrom-cg")
     case_options = ("imbalance",)
@@ -160,7 +161,7 @@ class Reweighting(TuningExperiment):
                 batches,
                 tasks.Batches(split.validation, size, seed + 1),
                 out=out,
-                identity={"images": tasks.cifar10(self.data_root)[0].digest},
+                identity=self.data_digests,
                 steps=self.steps // self.inner_steps,
                 resume=True,
             )

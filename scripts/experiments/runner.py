@@ -22,12 +22,14 @@ from metaimplicit.training import (
     leave_page,
     metered,
     only_writer,
+    read_metrics,
     read_sealed_json,
     remove_unsaved_run,
     write_atomically,
     write_json,
     write_sealed_json,
 )
+from metaimplicit.training.log import METRICS
 
 # Options of every experiment that do not change what a run computes.
 RUN_OPTIONS = ("method", "seeds", "out", "device", "threads", "data_root", "quick")
@@ -108,10 +110,19 @@ def make_row(experiment: Experiment, case: Case, out: Path, *, is_new: bool) -> 
         write_sealed_json(out / CONFIG, config)
     # Sketches draw from torch's global generator. What ran before must not change them.
     torch.manual_seed(case["seed"])
-    began = time.perf_counter()
+    began = time.perf_counter() - recorded_seconds(out)
     row = experiment.run(case, out)
     write_sealed_json(summary, {"seconds": time.perf_counter() - began} | row)
     print(f"{experiment.name} {case}: {summary}", flush=True)
+
+
+def recorded_seconds(out: Path) -> float:
+    """The seconds of earlier sittings of the runs in a folder, as far as their metrics say."""
+    total = 0.0
+    for path in out.rglob(METRICS):
+        lines = read_metrics(path.parent, complete=False)
+        total += max((line.get("seconds", 0.0) for line in lines), default=0.0)
+    return total
 
 
 def require_same_options(experiment: Experiment, case: Case) -> bool:
@@ -145,7 +156,8 @@ def require_same_options(experiment: Experiment, case: Case) -> bool:
 def describe_changes(stored: dict[str, Any], config: dict[str, Any]) -> str:
     """What of a config.json differs from what is expected there, option by option."""
     before, now = (
-        {name: entry.get(name) for name in ("experiment", "case")} | (entry.get("options") or {})
+        {name: entry.get(name) for name in ("experiment", "case", "data")}
+        | (entry.get("options") or {})
         for entry in (stored, config)
     )
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -154,7 +166,8 @@ def describe_changes(stored: dict[str, Any], config: dict[str, Any]) -> str:
 
 def case_config(experiment: Experiment, case: Case) -> dict[str, Any]:
     """What a run is, for its config.json."""
-    return {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
+    config = {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
+    return config | ({"data": experiment.data_digests} if experiment.data_digests else {})
 
 
 def stored_options(experiment: Experiment) -> dict[str, Any]:

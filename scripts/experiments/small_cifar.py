@@ -27,6 +27,7 @@ class SmallCifar(Experiment):
     batch: Count = 128
     """Number of images in a batch."""
 
+    image_set = "cifar10"
     sides: ClassVar[tuple[int, ...]] = (8, 16, 32)  # what `side` may be
 
     def check_options(self) -> None:

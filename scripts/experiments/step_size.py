@@ -72,6 +72,7 @@ class StepSize(TuningExperiment):
     """Number of images in a training batch."""
 
     name = "step-size"
+    image_set = "mnist"
     baselines = ("none",)
     default_methods = ("none", "unrolled", "forward", "real-time")
     quick_options: ClassVar[dict[str, Any]] = {

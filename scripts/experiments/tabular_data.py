@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def newsgroups(path: Path, features: int) -> tasks.Examples:
     except ValueError as error:
         raise ValueError(f"{path}: got texts without a word ({error}), expected some") from error
     return to_examples(to_dense(inputs, path), files.target)
+
+
+def digest_of_files(path: Path) -> str:
+    """16 hexadecimal digits that identify a file, or the files in a folder and their names."""
+    content = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(x for x in path.rglob("*") if x.is_file())
+    for file in files:
+        name = file.relative_to(path).as_posix()
+        content.update(f"{name} {file.stat().st_size}\n".encode(errors="surrogatepass"))
+        content.update(file.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def split(whole: tasks.Examples, seed: int, scale: bool = True) -> tuple[tasks.Examples, ...]:

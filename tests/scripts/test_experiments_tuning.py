@@ -219,6 +219,24 @@ def test_one_folder_takes_further_sets_and_starts(tmp_path):
     assert "| breast-cancer | `grid` |" in table
 
 
+def test_a_run_of_other_data_under_the_same_path_is_refused(tmp_path):
+    file = tmp_path / "set.svm"
+
+    def write(threshold):
+        inputs = torch.linspace(-1, 1, 40)
+        file.write_text("".join(f"{int(x > threshold)} 1:{x:.3f} 2:1\n" for x in inputs.tolist()))
+
+    small = replace(CANCER, data=(), libsvm=file, method=("grid",), low=1.0, grid=2, seeds=1)
+    small = replace(small, start=(1.0,), tol=1e-2, out=tmp_path / "runs")
+    write(0.0)
+    table = execute(small)
+    write(0.0)
+    assert execute(replace(small)) == table
+    write(0.5)
+    with pytest.raises(FileExistsError, match=r"a run with other options .*data is"):
+        execute(replace(small))
+
+
 def test_a_missing_package_is_named(monkeypatch):
     small = replace(CANCER, low=1.0, grid=2)
     case = {"method": "tpe", "data": "breast-cancer", "seed": 0}

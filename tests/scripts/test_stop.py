@@ -118,6 +118,8 @@ def test_tuning_finishes_its_step_and_resumes_to_the_same_row(tmp_path, capsys):
     assert [entry["step"] for entry in read_metrics(start)] == [1, 2]
     tune.main([*GROUPS, f"--out={out}"])
     rows = [json.loads((folder / "rows.json").read_text()) for folder in (unbroken, out)]
+    in_metrics = sum(read_metrics(f)[-1]["seconds"] for f in (out / "cg-0").glob("start-*"))
+    assert rows[1][0]["row"]["seconds"] > in_metrics  # those of both sittings
     for (run,) in rows:
         del run["row"]["seconds"]
     assert rows[0] == rows[1]
@@ -126,8 +128,8 @@ def test_tuning_finishes_its_step_and_resumes_to_the_same_row(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_experiment_without_checkpoints_stops_at_once(tmp_path, capsys):
-    with signal_at(EXPERIMENTS["step-size"], "run", 1, signal.SIGINT):
-        code, line = stop(tune.main, ["step-size", "--quick", f"--out={tmp_path}"], capsys)
+    with signal_at(EXPERIMENTS["weight-decay"], "run", 1, signal.SIGINT):
+        code, line = stop(tune.main, ["weight-decay", "--quick", f"--out={tmp_path}"], capsys)
     assert (code, line) == (130, "stopped by SIGINT; run the same command again")
 
 

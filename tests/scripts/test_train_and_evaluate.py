@@ -337,6 +337,28 @@ def test_a_run_may_stand_among_its_data(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_test_split_may_have_more_classes_than_the_validation_split(tmp_path, capsys):
+    from PIL import Image
+
+    names = iter(range(100))
+    for split, classes in {"train": 6, "val": 2, "test": 4}.items():
+        for _ in range(classes):
+            folder = tmp_path / "data" / split / f"c{next(names):02d}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (next(names), i, 7)).save(folder / f"{i}.png")
+    run = tmp_path / "run"
+    args = ["--task=folder", f"--data-root={tmp_path / 'data'}", "--ways=2", "--queries=1"]
+    args += ["--filters=4", "--steps=1", "--test-episodes=2", "--validation-episodes=2"]
+    train([*args, "--task-options=size=8", "--out", str(run)])
+    evaluate([str(run), "--episodes=2", "--ways=4", "--queries=2"])
+    assert json.loads((run / "evaluation.json").read_text())["ways"] == 4
+    capsys.readouterr()
+    line = error_line(evaluate, [run, "--ways=3", "--split=validation"], capsys)
+    assert "ways: got 3, but folder/validation has 2 classes" in line
+
+
+@pytest.mark.slow
 def test_a_run_is_neither_resumed_nor_tested_on_other_images_or_classes(tmp_path, capsys):
     """One more class changes how all of them are shuffled."""
     data = tmp_path / "data"

@@ -199,6 +199,15 @@ def test_the_loader_draws_the_stream_and_leaves_the_global_generator_alone(worke
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_position_is_that_of_the_last_batch_though_two_streams_are_read():
+    sampler = EpisodeSampler(few_shot(), tasks=2, seed=3)
+    first, second = sampler.batches(3), sampler.batches(3)
+    for stream in (first, second, first):
+        batch = next(stream)
+    assert torch.equal(batch.support[0], sampler[1].support[0])
+    assert sampler.position == 2
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [

@@ -349,3 +349,10 @@ def test_a_damaged_checkpoint_of_no_step_is_not_overwritten(tmp_path):
     damage(tmp_path / "checkpoint.pt")
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(tmp_path, make_parts(), steps=1)
+
+
+def test_a_run_without_its_config_is_refused_by_name(out):
+    """Another run's parameters may lie in its checkpoint."""
+    (out / "config.json").unlink()
+    with pytest.raises(DamagedFileError, match=r"found a checkpoint in .*, but no config.json"):
+        train_further(out, steps=4)
