@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,12 +165,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> Any:
-        if any(is_legacy_batchedtensor(v) for v in vectors):
-            raise UnsupportedOperationError(
-                "Batching rule not implemented for argmin and root: got a batch of vectors in "
-                "backward, expected one at a time; leave out is_grads_batched=True, or "
-                "vectorize=True of torch.autograd.functional"
-            )
+        _reject_legacy_batches(vectors)
         inputs = ctx.saved_tensors[: ctx.count]  # raises an error if one was changed in place
         # In forward mode, the gradient needs its tangent as well.
         tangents = [tangent_of(tensor) for tensor in (*inputs, *vectors)]
@@ -184,6 +179,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> Any:
+        _reject_legacy_batches([t for t in tangents if t is not None])
         inputs = ctx.saved_tensors[: ctx.count]
         pairs = zip(inputs, tangents, strict=True)
         known = [torch.zeros_like(x) if t is None else t for x, t in pairs]
@@ -194,6 +190,16 @@ class _Attached(torch.autograd.Function):
         if not torch.is_grad_enabled() or not is_variable:
             pushed = [part.detach() for part in pushed]
         return tuple(pushed)
+
+
+def _reject_legacy_batches(vectors: Iterable[Tensor]) -> None:
+    """Raise an error for vectors that torch's own functions have batched."""
+    if any(is_legacy_batchedtensor(v) for v in vectors):
+        raise UnsupportedOperationError(
+            "Batching rule not implemented for argmin and root: got a batch of vectors or "
+            "tangents, expected one at a time; leave out is_grads_batched=True, or "
+            "vectorize=True of torch.autograd.functional"
+        )
 
 
 def _vjp(outputs: Tensors, inputs: Tensors, vectors: Tensors) -> list[Tensor | None]:

@@ -294,7 +294,8 @@ def test_data_that_are_changed_in_place_before_backward_are_refused(method):
         params["w"].backward()
 
 
-def test_a_batch_of_vectors_is_refused():
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_a_batch_of_vectors_is_refused(strategy):
     a = number(1.0).requires_grad_()
     with pytest.raises(RuntimeError, match="leave out is_grads_batched=True"):
         torch.autograd.functional.jacobian(
@@ -308,6 +309,7 @@ def test_a_batch_of_vectors_is_refused():
             )["w"],
             a,
             vectorize=True,
+            strategy=strategy,
         )
 
 
