@@ -222,13 +222,13 @@ class LastModule:
         theta = leaves({name: meta[name] for name in adapted})
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
         before = RandomState.read(next(iter(theta.values())).device)
-        attributes = _tensor_attributes(self.model)
+        attributes = tensor_attributes(self.model)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
             outputs = call_model(self.model, {**of_model, **theta}, inputs)
         objection = _objection_to(calls, outputs)
         if objection:
             return f"{self.name!r} {objection}"
-        for name, x in _tensor_attributes(self.model).items():
+        for name, x in tensor_attributes(self.model).items():
             if attributes.get(name) is not x:  # the head or a loss may read it
                 return f"a forward pass leaves a tensor in {name!r}"
         features = calls[0].args[0]
@@ -247,6 +247,39 @@ class LastModule:
         if moved or find_dependencies([features], theta):
             return self._dependence
         return ""
+
+
+def reject_attributes_in_loss(
+    model: nn.Module, call: Callable[[], object], loss: Callable[[], Tensor]
+) -> None:
+    """Raise ValueError for a loss that reads a tensor which a body leaves in an attribute.
+
+    The body runs once for all tasks, so the tensor would be that of another task.
+
+    Args:
+        model: The body.
+        call: Calls it with the inputs of one task.
+        loss: The loss of that task, at any outputs.
+
+    Example:
+        >>> reject_attributes_in_loss(nn.Identity(), lambda: None, lambda: torch.zeros(()))
+    """
+    before = tensor_attributes(model)
+    with torch.no_grad():
+        call()
+        for name, x in tensor_attributes(model).items():
+            if before.get(name) is x or not x.is_floating_point():
+                continue
+            value = loss()
+            x.data.add_(1)
+            is_read = not torch.equal(value, loss())
+            x.data.sub_(1)
+            if is_read:
+                raise ValueError(
+                    f"loss: it reads {name!r}, a tensor that a forward pass of the model leaves "
+                    "there, but with a head the model runs once for all tasks; use adapt='…' in "
+                    "the place of head="
+                )
 
 
 def find_last_module(model: nn.Module, adapted: list[str]) -> LastModule | str:
@@ -290,8 +323,15 @@ def _recorded_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
             handle.remove()
 
 
-def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that modules hold beside their parameters and buffers, by module and name."""
+def tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that modules hold beside their parameters and buffers, by module and name.
+
+    Example:
+        >>> model = nn.Sequential(nn.ReLU())
+        >>> model[0].mask = torch.ones(2)
+        >>> tensor_attributes(model)
+        {'0.mask': tensor([1., 1.])}
+    """
     return {
         f"{name}.{key}".lstrip("."): x
         for name, module in model.named_modules()
