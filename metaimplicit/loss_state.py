@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -15,7 +16,7 @@ from metaimplicit.captured import content_of, global_names
 from metaimplicit.versions import version_of
 
 MAX_PARTS = 500  # many more than an ordinary loss has
-LIBRARIES = ("builtins", "collections", "functools", "numpy", "torch", "typing")
+LIBRARIES = sys.stdlib_module_names | {"numpy", "torch"}
 ATOMS = frozenset((str, int, float, bool, type(None)))
 DICTS = frozenset((dict, OrderedDict))
 CONSTANTS = (type, ModuleType, BuiltinFunctionType, str, bytes, int, float, type(None))

@@ -122,7 +122,7 @@ class Forward(Method):
         steps = torch.zeros_like(active, dtype=torch.int64)
         norm = torch.zeros_like(active, dtype=torch.float32)
         kept = KeptState(iterate.params, iterate.state, inner.initial_slots(initial, meta))
-        kept_z = z.state
+        kept_z = self._initial_slots(z.state, inner, initial, phi, fixed=fixed, units=units)
         for t in range(inner.steps):
             data = problem.at(t)
             if streams and t > 0:
@@ -203,6 +203,28 @@ class Forward(Method):
                 f"start: got the derivative of {list(carried.meta)}, expected that of {list(names)}"
             )
         return carried
+
+    def _initial_slots(
+        self,
+        carried: OptimizerState,
+        inner: InnerLoop,
+        initial: Params,
+        phi: Params,
+        *,
+        fixed: Params,
+        units: Params,
+    ) -> OptimizerState:
+        """The derivatives of the optimiser's slots before the first step, where they are not 0."""
+        if inner.tol is None:
+            return carried
+
+        def slots(phi: Params) -> OptimizerState:
+            return tensors_of(inner.initial_slots(initial, {**fixed, **phi}))
+
+        if not any(slots(phi).values()):
+            return carried
+        _, tangents = self._push_all(slots, point=(phi,), tangents=(units,))
+        return {name: tangents.get(name, {}) | carried.get(name, {}) for name in initial}
 
     def _push(
         self,
@@ -292,10 +314,22 @@ def _choose(
     """The tangents of the optimiser's state, which stay as they are for tasks that stopped."""
     chosen: OptimizerState = {}
     for name, slots in new.items():
-        mask = align_tasks(active, params[name])
+        p = params[name]
+        mask = align_tasks(active, p)
         before = old.get(name, {})
-        chosen[name] = {key: torch.where(mask, x, before.get(key, 0.0)) for key, x in slots.items()}
+        chosen[name] = {
+            key: torch.where(mask, _aligned(x, p), _aligned(before.get(key, 0.0), p))
+            for key, x in slots.items()
+        }
     return chosen
+
+
+def _aligned(tangents: Any, p: Tensor) -> Any:
+    """Tangents of a slot, `[dim φ, …]`, with as many axes as those of θ. A number stays."""
+    if not isinstance(tangents, Tensor):
+        return tangents
+    missing = p.dim() + 1 - tangents.dim()
+    return tangents.reshape(len(tangents), *[1] * missing, *tangents.shape[1:])
 
 
 def _unit_tangents(phi: Params) -> Params:

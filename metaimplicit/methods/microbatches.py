@@ -196,8 +196,12 @@ class _Slices:
         seen = min(count, 2 * self.size)
         first = max(1, seen // 3)
         chosen = torch.arange(seen, device="cpu") * count // seen
-        if masked is not None:
-            chosen[: len(masked[:first])] = masked[:first]
+        if masked is not None and len(masked) < count:  # half of the first slice, and no others
+            counts = torch.ones(count, dtype=torch.bool, device="cpu").scatter(0, masked, False)
+            others = counts.nonzero().flatten()
+            chosen = others[torch.arange(seen, device="cpu") * len(others) // seen]
+            few = masked[: (first + 1) // 2]
+            chosen[: len(few)] = few
         data = map_rows(lambda x: x[chosen.to(x.device)], data)
         parts = [data, rows(data, 0, first), rows(data, first, seen)]
         # What holds at θ may hold by chance there, as where all outputs are zero.
@@ -265,8 +269,8 @@ def _masked_examples(data: Any, count: int) -> Tensor | None:
     """The numbers of the examples with negative integers, which losses ignore. None without any."""
     negative = torch.zeros(count, dtype=torch.bool, device="cpu")
     for x in tensors_in(data):
-        is_real = x.is_floating_point() or x.is_complex()
-        if x.dim() and len(x) == count and not is_real and not is_transformed(x):
+        is_label = x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+        if is_label and x.dim() and len(x) == count and not is_transformed(x):
             negative |= (x < 0).reshape(count, -1).any(1).cpu()
     masked = negative.nonzero().flatten()
     return masked if len(masked) else None
@@ -309,12 +313,20 @@ def _moved(p: Tensor) -> Tensor:
 def _relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float:
     """The largest relative distance beyond round-off, 0 if there is none."""
     largest = 0.0
+    if any(_is_lost(a, b) for a, b in zip(actual, expected, strict=True)):
+        return math.inf
     for a, b in _finite_pairs(actual, expected):
         size = max(float(a.abs().max()), float(b.abs().max()))
         error = float((a - b).abs().max()) / size if size > 0 else 0.0
         if error > _tolerance(b):
             largest = max(largest, error)
     return largest
+
+
+def _is_lost(actual: Any, expected: Any) -> bool:
+    """Whether there are no numbers where there should be some."""
+    is_number = isinstance(expected, Tensor) and expected.is_floating_point()
+    return is_number and bool((expected.isfinite() & ~actual.isfinite()).any())
 
 
 def _finite_pairs(actual: Sequence[Any], expected: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

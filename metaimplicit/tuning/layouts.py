@@ -145,8 +145,8 @@ class Layouts:
         if layout is None:
             warnings.warn(
                 f"outputs: got shape {tuple(outputs.shape)}, of which axis 1 and the last one may "
-                "be the classes, and axis 1 is taken; move the classes there, or begin with a "
-                "batch of another length",
+                "be the classes, and axis 1 is taken; if that is wrong, move the classes there, "
+                "or begin with a batch of another length",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -230,7 +230,9 @@ def _may_have_classes_last(outputs: Any, targets: Any) -> bool:
 
 def _have_classes_first(outputs: Any, targets: Any) -> bool:
     """Whether the outputs are `[m, classes, *positions]`, and the targets labels of positions."""
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or targets.dim() < 2:
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    if outputs.dim() < 2 or targets.dim() < 2:
         return False
     return (len(outputs), *outputs.shape[2:]) == targets.shape
 

@@ -361,6 +361,36 @@ def test_labels_that_come_to_be_masked_are_looked_at_again():
         sliced.inner_loss(params, META, (TRAIN[0], masked))
 
 
+@pytest.mark.parametrize("masked", [1, 4, 20, 30])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_loss_that_leaves_labels_out_is_refused(masked, size):
+    x = randn(40, 3, seed=1)
+    labels = torch.arange(40) % 3
+    labels[: 2 * masked : 2] = -100
+
+    def loss(params, meta, data):
+        return F.cross_entropy(logits(params, meta, data), data[1])
+
+    problem = BilevelProblem(lambda meta, data: ZEROS, loss, validation_loss)
+    sliced = in_microbatches(problem, size, batched=False)
+    with pytest.raises(ValueError, match="is not the mean of those of"):
+        sliced.inner_loss({"w": randn(3, 3, seed=1)}, META, (x, labels))
+
+
+def test_unsigned_numbers_are_no_labels():
+    x = randn(M, 3, seed=1)
+    numbers = torch.arange(M).to(torch.uint16)
+    problem = BilevelProblem(
+        init=lambda meta, data: ZEROS,
+        inner_loss=lambda p, m, d: (d[0] @ p["w"]).square().mean(),
+        outer_loss=validation_loss,
+    )
+    sliced = in_microbatches(problem, SIZE, batched=False)
+    params = {"w": randn(3, 3, seed=1)}
+    expected = problem.inner_loss(params, META, (x, numbers))
+    torch.testing.assert_close(sliced.inner_loss(params, META, (x, numbers)), expected)
+
+
 def assert_equal_in_microbatches(outputs, loss):
     """With a ridge penalty, the hypergradient is that of the whole batch."""
     fit = Composite(outputs, loss=loss, penalty=Proximal(FromMeta("strength"), center="zero"))
