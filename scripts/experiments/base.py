@@ -63,12 +63,16 @@ class Experiment(ABC):
     def plot(self, runs: Runs, figure: Figure) -> None:
         """Draw the results."""
 
+    def data_of(self, case: Case) -> dict[str, str]:
+        """What identifies the data that a run reads, wherever they lie. Empty if there are none.
+
+        A stored run of other data is not taken for this one.
+        """
+        return self.data_digests
+
     @cached_property
     def data_digests(self) -> dict[str, str]:
-        """What identifies the data that the runs read, wherever they lie. Empty if there are none.
-
-        A stored run of other data is not taken for one of these.
-        """
+        """The digests of the data, by name."""
         if not self.image_set:
             return {}
         training, *_ = getattr(tasks, self.image_set)(self.data_root)

@@ -117,6 +117,10 @@ class Regularization(Experiment):
                     cases += [case | start for start in starts]
         return cases
 
+    def data_of(self, case: Case) -> dict[str, str]:
+        """The digest of the file or folder of the case's set."""
+        return {name: x for name, x in self.data_digests.items() if name == case["data"]}
+
     @cached_property
     def data_digests(self) -> dict[str, str]:
         """Digests of the files of --libsvm and --newsgroups, by the names of the sets."""

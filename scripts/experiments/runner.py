@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def make_row(experiment: Experiment, case: Case, out: Path, *, is_new: bool) -> 
     if is_new:
         remove_unsaved_run(out)
         start = describe_sitting(experiment.torch_device) | {"from_step": 0, "to_step": None}
-        config = case_config(experiment, case) | {"sittings": [start]}
+        config = case_config(experiment, case) | {"data": experiment.data_of(case)}
+        config |= {"sittings": [start]}
         write_sealed_json(out / CONFIG, config)
     # Sketches draw from torch's global generator. What ran before must not change them.
     torch.manual_seed(case["seed"])
@@ -140,8 +142,12 @@ def require_same_options(experiment: Experiment, case: Case) -> bool:
     out = experiment.case_folder(case)
     if not (out / CONFIG).exists():
         return True
-    config = case_config(experiment, case)
     stored = read_sealed_json(out / CONFIG)
+    config = case_config(experiment, case)
+    if "data" in stored:
+        config["data"] = stored["data"]
+        with suppress(FileNotFoundError):  # what is done can be shown without its data
+            config["data"] = experiment.data_of(case)
     if {name: stored.get(name) for name in config} == config:
         return False
     if (out / "summary.json").exists() or has_taken_steps(out / CHECKPOINT):
@@ -165,9 +171,8 @@ def describe_changes(stored: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def case_config(experiment: Experiment, case: Case) -> dict[str, Any]:
-    """What a run is, for its config.json."""
-    config = {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
-    return config | ({"data": experiment.data_digests} if experiment.data_digests else {})
+    """What a run is, for its config.json, beside its data."""
+    return {"experiment": experiment.name, "options": stored_options(experiment), "case": case}
 
 
 def stored_options(experiment: Experiment) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from experiments.sgd_loop import live_tensor_bytes
 from experiments.step_size import StepSize
 
 import tasks
+from metaimplicit.training import read_sealed_json
 
 pytest.importorskip("sklearn")
 STEP_SIZE = StepSize(
@@ -235,6 +236,10 @@ def test_a_run_of_other_data_under_the_same_path_is_refused(tmp_path):
     write(0.5)
     with pytest.raises(FileExistsError, match=r"a run with other options .*data is"):
         execute(replace(small))
+    both = replace(small, data=("breast-cancer",), out=tmp_path / "both")
+    execute(both)
+    config = tmp_path / "both" / "grid-breast-cancer-0" / "config.json"
+    assert read_sealed_json(config)["data"] == {}
 
 
 def test_a_missing_package_is_named(monkeypatch):
