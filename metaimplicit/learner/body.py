@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from metaimplicit.normalization import tracked_layers
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, StartAtMeta
 from metaimplicit.random_state import RandomState
-from metaimplicit.tensors import tensors_in
+from metaimplicit.task_axis import map_tensors
 
 IMAGES_PER_CHUNK = 120  # that share a pass, and the statistics of layers that track them
 
@@ -146,6 +148,13 @@ class LastModule:
         """The module itself."""
         return self.model.get_submodule(self.name)
 
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """The names in φ of the head's parameters that the model has under another name first."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        of_head = {n: names[id(p)] for n, p in self.module.named_parameters()}
+        return {n: name for n, name in of_head.items() if name != f"{self.name}.{n}"}
+
     def features(self, meta: Params, inputs: Any) -> Tensor:
         """The input of the head, by a call of the whole model.
 
@@ -203,9 +212,8 @@ class LastModule:
 
     def outputs(self, params: Params, meta: Params, features: Tensor) -> Tensor:
         """The outputs of the head, with parameters from `params`, or else from `meta`."""
-        # A parameter that is tied to another one has the name under which the model has it first.
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        values = {n: names[id(p)] for n, p in self.module.named_parameters()}
+        names = [n for n, _ in self.module.named_parameters()]
+        values = {n: self._tied.get(n, f"{self.name}.{n}") for n in names}
         own = {n: params.get(key, meta.get(key)) for n, key in values.items()}
         known = {n: p for n, p in own.items() if p is not None}
         outputs: Tensor = torch.func.functional_call(self.module, known, (features,))
@@ -222,15 +230,11 @@ class LastModule:
         theta = leaves({name: meta[name] for name in adapted})
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
         before = RandomState.read(next(iter(theta.values())).device)
-        attributes = tensor_attributes(self.model)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
             outputs = call_model(self.model, {**of_model, **theta}, inputs)
         objection = _objection_to(calls, outputs)
         if objection:
             return f"{self.name!r} {objection}"
-        for name, x in tensor_attributes(self.model).items():
-            if attributes.get(name) is not x:  # the head or a loss may read it
-                return f"a forward pass leaves a tensor in {name!r}"
         features = calls[0].args[0]
         version = features._version
         again = self.outputs(theta, meta, features)
@@ -246,40 +250,47 @@ class LastModule:
         moved = len(calls) != 1 or not torch.equal(calls[0].args[0], features)
         if moved or find_dependencies([features], theta):
             return self._dependence
-        return ""
+        left = _attribute_of_inputs(
+            self.model, lambda x: call_model(self.model, {**of_model, **others}, x), inputs
+        )
+        return left and f"a forward pass leaves what depends on its inputs in {left!r}"
 
 
 def reject_attributes_in_loss(
-    model: nn.Module, call: Callable[[], object], loss: Callable[[], Tensor]
+    model: nn.Module,
+    call: Callable[[Any], object],
+    inputs: Any,
+    loss: Callable[[], Tensor],
 ) -> None:
-    """Raise ValueError for a loss that reads a tensor which a body leaves in an attribute.
+    """Raise ValueError for a loss that reads what a forward pass of a body leaves in an attribute.
 
-    The body runs once for all tasks, so the tensor would be that of another task.
+    The body runs once for all tasks, so it would be that of another task.
 
     Args:
         model: The body.
         call: Calls it with the inputs of one task.
+        inputs: Such inputs.
         loss: The loss of that task, at any outputs.
 
     Example:
-        >>> reject_attributes_in_loss(nn.Identity(), lambda: None, lambda: torch.zeros(()))
+        >>> model = nn.Identity()
+        >>> reject_attributes_in_loss(model, model, torch.ones(3), lambda: torch.zeros(()))
     """
-    before = tensor_attributes(model)
     with torch.no_grad():
-        call()
-        for name, x in tensor_attributes(model).items():
-            if before.get(name) is x or not x.is_floating_point():
-                continue
-            value = loss()
-            x.data.add_(1)
-            is_read = not torch.equal(value, loss())
-            x.data.sub_(1)
-            if is_read:
-                raise ValueError(
-                    f"loss: it reads {name!r}, a tensor that a forward pass of the model leaves "
-                    "there, but with a head the model runs once for all tasks; use adapt='…' in "
-                    "the place of head="
-                )
+        call(inputs)
+        name = _attribute_of_inputs(model, call, inputs)
+        x = attributes_of(model).get(name)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return
+        value = loss()
+        x.data.add_(1)
+        is_read = not torch.equal(value, loss())
+        x.data.sub_(1)
+    if is_read:
+        raise ValueError(
+            f"loss: it reads {name!r}, which a forward pass of the model leaves there, but with a "
+            "head the model runs once for all tasks; use adapt='…' in the place of head="
+        )
 
 
 def find_last_module(model: nn.Module, adapted: list[str]) -> LastModule | str:
@@ -323,22 +334,68 @@ def _recorded_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
             handle.remove()
 
 
-def tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that modules hold beside their parameters and buffers, by module and name.
+def _attribute_of_inputs(model: nn.Module, call: Callable[[Any], object], inputs: Any) -> str:
+    """The name of an attribute that depends on the inputs of the last call. Empty if there is none.
+
+    It is compared with that after a call with other inputs.
+    """
+    before = {
+        name: x.detach().clone() if isinstance(x, Tensor) else x
+        for name, x in attributes_of(model).items()
+    }
+    if not before:
+        return ""
+    try:
+        with torch.no_grad():
+            call(_other_inputs(inputs))
+    except (RuntimeError, ValueError, IndexError):  # the model does not take them
+        return ""
+    after = attributes_of(model)
+    names = [name for name, x in before.items() if not _are_equal(x, after.get(name))]
+    return names[0] if names else ""
+
+
+def _other_inputs(inputs: Any) -> Any:
+    """Inputs of the same form: moved if some are real numbers, and else the first example alone."""
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
+        return map_tensors(lambda x: x[:1], inputs)
+    return map_tensors(lambda x: 1.5 * x + 0.25 if x.is_floating_point() else x, inputs)
+
+
+def attributes_of(model: nn.Module) -> dict[str, Any]:
+    """The tensors and real numbers that modules hold beside their parameters and buffers, by name.
 
     Example:
         >>> model = nn.Sequential(nn.ReLU())
-        >>> model[0].mask = torch.ones(2)
-        >>> tensor_attributes(model)
-        {'0.mask': tensor([1., 1.])}
+        >>> model[0].masks = [torch.ones(2)]
+        >>> attributes_of(model)
+        {'0.masks.0': tensor([1., 1.])}
     """
-    return {
-        f"{name}.{key}".lstrip("."): x
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key not in ("_parameters", "_buffers", "_modules")
-        for x in tensors_in(value if isinstance(value, (Tensor, list, tuple)) else None)
-    }
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = {k: x for k, x in vars(module).items() if k not in REGISTERED}
+        _collect_attributes(name, own, found, depth=3)
+    return found
+
+
+REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def _collect_attributes(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
+    if isinstance(value, (Tensor, float)):
+        found[name] = value
+    elif isinstance(value, (dict, list, tuple, SimpleNamespace)) and depth:
+        parts = vars(value) if isinstance(value, SimpleNamespace) else value
+        items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+        for key, x in items:
+            _collect_attributes(f"{name}.{key}" if name else str(key), x, found, depth - 1)
+
+
+def _are_equal(before: Any, after: Any) -> bool:
+    if isinstance(before, Tensor) and isinstance(after, Tensor):
+        return before.shape == after.shape and torch.equal(before, after)
+    return type(before) is type(after) and before == after
 
 
 def _objection_to(calls: list[HeadCall], outputs: Tensor) -> str:

@@ -171,16 +171,16 @@ class TaskBatches(FewShotModel):
         meta = self._detached_meta()
         p = floating_entry(meta)
 
-        def call() -> None:
+        def call(inputs: Any) -> None:
             with restored_random_state(p.device), running_statistics(self.model):
-                self._network.call_model({}, meta, query.inputs)
+                self._network.call_model({}, meta, inputs)
 
         def loss() -> Tensor:
             m = len(tree_leaves(query.inputs)[0])
             outputs = p.new_zeros(m, count_outputs(data.support.targets))
             return self._query_loss()(outputs, query.targets)
 
-        reject_attributes_in_loss(self.model, call, loss)
+        reject_attributes_in_loss(self.model, call, query.inputs, loss)
 
     def _lifted(self, group: Group) -> LiftedProblem:
         """The problem of a group, at the features of its episodes."""

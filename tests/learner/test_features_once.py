@@ -187,6 +187,41 @@ class Masked(Variant):
         return self.head(self.body(x))
 
 
+class Remembering(Variant):
+    """The head reads the first of several numbers that the body leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = ReadsMemory(WAYS, WAYS)
+        self.head.memory = {"scales": [torch.ones(()), torch.ones(())]}
+
+    def forward(self, x):
+        h = self.body(x)
+        self.head.memory["scales"][0] = h.detach().abs().mean()
+        return self.head(h)
+
+
+class ReadsMemory(nn.Linear):
+    def forward(self, h):
+        return super().forward(h) * self.memory["scales"][0]
+
+
+class Cached(Variant):
+    """The body keeps what does not depend on its inputs."""
+
+    table = None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(0, 1, WAYS)
+        return self.head(self.body(x) + self.table)
+
+
+def test_a_cache_is_no_reason_to_evaluate_features_again():
+    learner = make(Cached(), adapt="head.*", vectorize="loop")
+    assert learner.backward(draw_episodes()).report.features == "once"
+
+
 class HeadInPlace(nn.Linear):
     def forward(self, h):
         return super().forward(F.relu_(h))
@@ -232,7 +267,13 @@ class Hooked(Variant):
 @pytest.mark.parametrize("way", ["vmap", "loop"])
 @pytest.mark.parametrize(
     ("model", "adapt"),
-    [(Masked, "head.*"), (InPlace, "head.*"), (Tied, "head.bias"), (Hooked, "head.*")],
+    [
+        (Masked, "head.*"),
+        (Remembering, "head.*"),
+        (InPlace, "head.*"),
+        (Tied, "head.bias"),
+        (Hooked, "head.*"),
+    ],
 )
 def test_any_head_gives_the_meta_gradient_of_a_plain_loop(model, adapt, way):
     learner = make(model(), adapt=adapt, vectorize=way)
@@ -269,7 +310,7 @@ def test_any_head_gives_the_meta_gradient_of_a_plain_loop(model, adapt, way):
         (DependsOnDetachedHead, "the input of 'head' depends on parameters that adapt"),
         (Pair, "'head' takes other inputs than one tensor"),
         (Dropping, "'head' has another output when it is called again"),
-        (Masked, "a forward pass leaves a tensor in 'head.mask'"),
+        (Masked, "a forward pass leaves what depends on its inputs in 'head.mask'"),
         (InPlace, "'head' writes to its input"),
     ],
 )
