@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache, partial
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import numpy as np
@@ -107,6 +115,9 @@ def _parts_of(value: Any) -> Iterator[Any]:
     elif isinstance(value, MethodType):
         yield value.__func__
         yield value.__self__
+        if isinstance(value.__self__, type):
+            names = dict.fromkeys(global_names(value.__func__.__code__))
+            yield from _named_attributes(value.__self__, names)
     elif isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, FunctionType):
@@ -123,9 +134,10 @@ def _parts_of(value: Any) -> Iterator[Any]:
         kind: Any = type(value)
         for base in _users_classes(kind):
             yield from vars(base).values()
-            slots = vars(base).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                yield getattr(value, name, None)
+            members = [x for x in vars(base).values() if isinstance(x, MemberDescriptorType)]
+            for member in members:  # its slots
+                with suppress(AttributeError):
+                    yield member.__get__(value)
 
 
 def _variables(function: FunctionType) -> Iterator[Any]:
@@ -139,11 +151,19 @@ def _variables(function: FunctionType) -> Iterator[Any]:
     known = function.__globals__
     visible = [known[name] for name in names if name in known]
     yield from visible
-    # Of modules and classes, it sees the attributes that its code names.
     for value in (*visible, *map(content_of, cells)):
-        if isinstance(value, (type, ModuleType)) and not _is_of_library(value):
-            for holder in value.__mro__ if isinstance(value, type) else (value,):
-                yield from (x for name, x in vars(holder).items() if name in names)
+        yield from _named_attributes(value, names)
+
+
+def _named_attributes(holder: Any, names: Container[str], depth: int = 3) -> Iterator[Any]:
+    """The attributes of a module or class that code names, and those of such attributes."""
+    if not isinstance(holder, (type, ModuleType)) or _is_of_library(holder) or not depth:
+        return
+    for part in holder.__mro__ if isinstance(holder, type) else (holder,):
+        for name, x in vars(part).items():
+            if name in names:
+                yield x
+                yield from _named_attributes(x, names, depth - 1)
 
 
 @lru_cache

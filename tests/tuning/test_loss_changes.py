@@ -76,6 +76,44 @@ def of_itself(z, y, reduction="mean"):
     return F.cross_entropy(z, y, of_itself.weight, reduction=reduction)
 
 
+class Package:
+    """A class in a class, as a module in a module."""
+
+    settings = Settings
+
+
+SETTINGS_MODULE.nested = Package
+
+
+def of_nested(z, y, reduction="mean"):
+    weight = SETTINGS_MODULE.nested.settings.weight
+    return F.cross_entropy(z, y, weight, reduction=reduction)
+
+
+class OfClassMethod:
+    weight = None
+
+    @classmethod
+    def loss(cls, z, y, reduction="mean"):
+        return F.cross_entropy(z, y, cls.weight, reduction=reduction)
+
+
+class PrivateSlot:
+    __slots__ = ("__weight",)
+
+    def __init__(self):
+        self.__weight = None
+
+    weight = property(lambda self: self.__weight)
+
+    @weight.setter
+    def weight(self, value):
+        self.__weight = value
+
+    def __call__(self, z, y, reduction="mean"):
+        return F.cross_entropy(z, y, self.__weight, reduction=reduction)
+
+
 @dataclass(slots=True)
 class Slotted:
     weight: torch.Tensor | None = None
@@ -94,7 +132,8 @@ class OfProperty:
 
 
 SLOTTED = Slotted()
-HOLDERS = (Settings, SETTINGS_MODULE, of_itself, SLOTTED)  # of a `weight`, None at first
+PRIVATE = PrivateSlot()
+HOLDERS = (Settings, SETTINGS_MODULE, of_itself, SLOTTED, PRIVATE, OfClassMethod)  # of a `weight`
 
 
 def set_weight(holder):
@@ -167,6 +206,13 @@ CHANGES = {
     "weights of a class by a property": (OfProperty(), set_weight(Settings), right_weighted),
     "weights of a module": (of_module, set_weight(SETTINGS_MODULE), right_weighted),
     "weights of the function": (of_itself, set_weight(of_itself), right_weighted),
+    "weights of a class in a module": (of_nested, set_weight(Settings), right_weighted),
+    "weights of a class method": (
+        OfClassMethod.loss,
+        set_weight(OfClassMethod),
+        right_weighted,
+    ),
+    "weights of a private slot": (PRIVATE, set_weight(PRIVATE), right_weighted),
     "weights of a slot": (SLOTTED, set_weight(SLOTTED), right_weighted),
     "weights of a closure": (
         weighted(SHARED),
