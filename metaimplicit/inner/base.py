@@ -63,6 +63,7 @@ class InnerLoop(ABC):
 
     Attributes:
         steps: T ≥ 1, the largest number of steps.
+        keeps_iterates: Whether `run` can return the iterates.
         tol: A task stops once its ‖∂f/∂θ‖ ≤ tol. If None, every task takes all steps.
         exact: Whether it ends at the argmin, wherever it starts. Such a loop serves the methods
             that differentiate an argmin; see `Method.differentiates_argmin`.
@@ -92,6 +93,7 @@ class InnerLoop(ABC):
 
     steps: int
     tol: float | None = None
+    keeps_iterates: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     fixed_point_objection: str = "whose step is no function of its iterate"

@@ -49,6 +49,7 @@ class LBFGS(InnerLoop):
     history: int = 10
 
     differentiable = False
+    keeps_iterates = False
 
     def __post_init__(self) -> None:
         self.check()
@@ -71,8 +72,8 @@ class LBFGS(InnerLoop):
         """
         if differentiated_steps or keep_iterates:
             raise ValueError(
-                "inner: got LBFGS with a method that needs its iterates, "
-                "expected an implicit method"
+                "inner: got LBFGS with a method that needs its steps or its iterates, expected an "
+                "implicit method"
             )
         # Copies, because torch writes the points of its line search into them.
         copies = {name: p.detach().contiguous().clone() for name, p in start.items()}

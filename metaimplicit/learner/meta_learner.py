@@ -242,7 +242,8 @@ class MetaLearner(TaskBatches):
         Args:
             episodes: A batch of tasks, as for `backward`.
             steps: Measure after 0, 1, …, `steps` inner steps, or after each number of steps of a
-                sequence. If None, measure after 0 … T steps, T being those of the inner loop.
+                sequence. If None, measure after 0 … T steps, T being those of the inner loop. A
+                loop that keeps no iterates (`LBFGS`) is measured at 0 and at the last number.
 
         Returns:
             The losses, `[counts, tasks]`, and the accuracies, or the `metric`, likewise. The
@@ -293,7 +294,7 @@ class MetaLearner(TaskBatches):
                 notice_changed_data("support", groups),
                 reject_changed_buffers(self),
             ):
-                ends = [self._iterates(self._lifted(group), count)[-1] for group in groups]
+                ends = [self._iterates(self._lifted(group), [count])[0] for group in groups]
             reject_other_shapes(ends)
             params = {name: torch.cat([end[name].detach() for end in ends]) for name in ends[0]}
         if not batched:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.graph import find_dependencies
-from metaimplicit.inner import InnerLoop
+from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import MetaLoss
 from metaimplicit.lifted import LiftedProblem
@@ -149,7 +149,8 @@ def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int
     """The numbers of inner steps after which to measure.
 
     Args:
-        steps: 0, 1, …, `steps`, or the numbers themselves. If None, 0 … T.
+        steps: 0, 1, …, `steps`, or the numbers themselves. If None, 0 … T. Of a loop that keeps no
+            iterates, the first and the last number alone.
         inner: The inner loop, whose T is the default.
 
     Raises:
@@ -166,7 +167,10 @@ def step_counts(steps: int | Sequence[int] | None, inner: InnerLoop) -> list[int
         if isinstance(given, Sequence):
             counts = [operator.index(count) for count in given]
         else:
-            counts = list(range(inner.steps + 1 if given is None else operator.index(given) + 1))
+            last = inner.steps if given is None else operator.index(given)
+            counts = list(range(last + 1))
+            if not inner.keeps_iterates and last > 0:
+                counts = [0, last]
     except TypeError as error:
         raise ValueError(
             f"steps: got {steps!r}, expected a whole number of inner steps, or a sequence of them"
@@ -180,22 +184,22 @@ def inner_iterates(
     problem: LiftedProblem,
     inner: InnerLoop,
     meta: Params,
-    steps: int,
+    counts: Sequence[int],
     *,
     originals: Params | None = None,
-) -> tuple[Params, ...]:
-    """θ_0 … θ_steps of an inner loop, each `{name: [tasks, *shape]}`.
+) -> list[Params]:
+    """θ of an inner loop after some numbers of steps, each `{name: [tasks, *shape]}`.
 
     Args:
         problem: The lifted problem, whose data every step sees.
-        inner: The inner loop. If it has a choice, it takes up to `steps` steps.
+        inner: The inner loop. One that keeps no iterates is run for each of the numbers.
         meta: φ, tensors without a graph.
-        steps: The number of steps, ≥ 0.
+        counts: The numbers of steps, ≥ 0.
         originals: The parameters that θ replaces. The inner loss must not depend on them, because
             they stay as they are while θ moves.
 
     Returns:
-        `steps + 1` iterates. If the loop stops early at its `tol`, the last one is repeated.
+        An iterate for each number. If the loop stops early at its `tol`, its last one is taken.
 
     Raises:
         ValueError: The inner loss depends on one of the `originals`.
@@ -208,10 +212,9 @@ def inner_iterates(
         ...     outer_loss=lambda params, meta, data: params["w"],
         ... )
         >>> lifted = LiftedProblem(problem, torch.tensor([1.0]), batched=True)
-        >>> inner_iterates(lifted, GradientDescent(lr=0.25), {}, 2)[-1]["w"].item()
+        >>> inner_iterates(lifted, GradientDescent(lr=0.25), {}, [2])[0]["w"].item()
         0.25
     """
-    inner = inner.with_steps(max(steps, 1))
     unchecked = dict(originals or {})
 
     def loss(params: Params, _: int) -> Tensor:
@@ -221,17 +224,21 @@ def inner_iterates(
             unchecked.clear()
         return losses
 
-    with torch.enable_grad():
-        trajectory = inner.bound_to(problem).run(
-            loss,
-            problem.init(meta),
-            meta,
-            differentiated_steps=0,
-            keep_iterates=True,
-        )
-    iterates = trajectory.iterates
-    padding = iterates[-1:] * (steps + 1 - len(iterates))
-    return (iterates + padding)[: steps + 1]
+    def run(steps: int) -> Trajectory:
+        loop = inner.with_steps(max(steps, 1)).bound_to(problem)
+        with torch.enable_grad():
+            return loop.run(
+                loss,
+                problem.init(meta),
+                meta,
+                differentiated_steps=0,
+                keep_iterates=inner.keeps_iterates,
+            )
+
+    if not inner.keeps_iterates:
+        return [run(count).params if count else problem.init(meta) for count in counts]
+    iterates = run(max(counts)).iterates
+    return [iterates[min(count, len(iterates) - 1)] for count in counts]
 
 
 def _check_independent(losses: Tensor, params: Params, originals: Params) -> None:

@@ -194,14 +194,14 @@ class TaskBatches(FewShotModel):
             features = problem.features(self._detached_meta(), group.data)
         return self._lift(replace(problem, features=None), features, way)
 
-    def _iterates(self, lifted: LiftedProblem, steps: int) -> tuple[Params, ...]:
-        """θ_0 … θ_steps, `{name: [tasks, *shape]}`."""
+    def _iterates(self, lifted: LiftedProblem, counts: Sequence[int]) -> list[Params]:
+        """θ after each of these numbers of steps, `{name: [tasks, *shape]}`."""
         meta = self.meta
         return inner_iterates(
             lifted,
             self.inner,
             detached(meta),
-            steps,
+            counts,
             originals={name: meta[name] for name in self.adapted},
         )
 
@@ -246,13 +246,13 @@ class TaskBatches(FewShotModel):
     def _measure_path(self, group: Group, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The query losses and measures after some numbers of steps, `[counts, tasks]` each."""
         lifted = self._lifted(group)
-        iterates = self._iterates(lifted, max(counts))
+        iterates = self._iterates(lifted, counts)
         meta = self._detached_meta()
         losses = []
         measures = []
         with torch.no_grad():
-            for count in counts:
-                loss, outputs = lifted.outer(iterates[count], meta, lifted.data)
+            for iterate in iterates:
+                loss, outputs = lifted.outer(iterate, meta, lifted.data)
                 losses.append(loss)
                 measures.append(self._measure(group, outputs))
         return torch.stack(losses), combine(measures, torch.stack)

@@ -37,6 +37,28 @@ def test_evaluate_and_adapt_follow_gradient_descent(task):
         optimizer.step()
 
 
+def test_a_loop_that_keeps_no_iterates_is_measured_at_its_ends():
+    """L-BFGS ends at the argmin of the loss with its penalty."""
+    learner = make_learner(inner="lbfgs", proximal=0.5)
+    data = draw_episodes()
+    start = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    losses, accuracies = learner.evaluate(data)
+    assert losses.shape == accuracies.shape == (2, TASKS)
+    for task in range(TASKS):
+        x, y = (part[task] for part in data.support)
+        adapted = learner.adapt((x, y))
+        theta = {name: p.requires_grad_() for name, p in adapted.params.items()}
+        penalty = sum((p - start[name]).square().sum() for name, p in theta.items())
+        logits = torch.func.functional_call(learner.model, theta, (x,))
+        loss = F.cross_entropy(logits, y) + 0.25 * penalty
+        gradients = torch.autograd.grad(loss, list(theta.values()))
+        assert max(g.abs().max() for g in gradients) < 1e-6
+        x, y = (part[task] for part in data.query)
+        outputs_of_ends = [learner.model(x), adapted(x)]
+        for row, outputs in enumerate(outputs_of_ends):
+            assert relative_error(losses[row, task], F.cross_entropy(outputs, y).detach()) < 1e-6
+
+
 def test_a_batch_of_adapted_models_holds_one_model_for_each_task():
     learner = make_learner()
     data = draw_episodes()

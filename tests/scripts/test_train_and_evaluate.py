@@ -196,7 +196,6 @@ BAD_OPTIONS = [
         ["--task-options", "seed=1", "seed=2"],
         "--task-options: got seed 2 times, expected it once",
     ),
-    (["--method=cg", "--inner-optimizer=lbfgs"], "inner: got LBFGS with a method that needs"),
     (["--method", "cg", "--rank", "20"], "--rank: got it with --method cg"),
     (["--inner-lr", "-1"], "--inner-lr: got -1.0, expected from 0 to 1e+30"),
     (["--inner-steps", "0"], "--inner-steps: got 0, expected from 1 to 100000"),
