@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metaimplicit.counts import check_count
 from metaimplicit.forward_mode import push_forward
 from metaimplicit.inner import InnerLoop
-from metaimplicit.inner.kept_state import KeptState
-from metaimplicit.inner.step import align_tasks
 from metaimplicit.iterate import (
     Iterate,
     OptimizerState,
@@ -25,8 +23,9 @@ from metaimplicit.iterate import (
     tensors_of,
 )
 from metaimplicit.lifted import LiftedProblem
-from metaimplicit.methods.base import Adaptation, Gradients, Method
+from metaimplicit.methods.base import Adaptation, Dependencies, Gradients, Method
 from metaimplicit.methods.inner_step import read_by_loss, take_inner_step
+from metaimplicit.methods.kept_sensitivity import KeptSensitivity
 from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
 from metaimplicit.params import Params, detached
@@ -91,23 +90,13 @@ class Forward(Method):
         return retry_under_vmap(partial(self._adapt, inner=inner, meta=meta), problem)
 
     def _adapt(self, problem: LiftedProblem, inner: InnerLoop, meta: Params) -> Adaptation:
-        streams = isinstance(problem.data, Stream)
         initial = problem.init(meta)
         dependencies = initial_dependencies(problem, inner, initial, meta)
         inner.check_at(initial, meta)
         in_loss, unread = read_by_loss(problem, initial, meta, data=problem.at(0))
         dependencies.loss.update(in_loss)
 
-        # θ_0 may have derivatives that it brings along.
-        before = problem.start.sensitivity if self.carry and problem.start is not None else None
-        carried = () if before is None else before.meta
-        # An entry that only the outer loss reads needs no tangents. A stream may read entries at a
-        # later step that it does not read at its first. An expanded tensor can have no tangent.
-        phi = {
-            name: m.detach().contiguous()
-            for name, m in meta.items()
-            if m.requires_grad and (streams or name in carried or dependencies.routes(name))
-        }
+        phi = self._moving_entries(problem, meta, dependencies)
         fixed = detached({name: m for name, m in meta.items() if name not in phi})
         self._check_memory(initial, phi)
 
@@ -121,11 +110,13 @@ class Forward(Method):
         active = torch.ones(problem.tasks, dtype=torch.bool, device=device)
         steps = torch.zeros_like(active, dtype=torch.int64)
         norm = torch.zeros_like(active, dtype=torch.float32)
-        kept = KeptState(iterate.params, iterate.state, inner.initial_slots(initial, meta))
-        kept_z = self._initial_slots(z.state, inner, initial, phi, fixed=fixed, units=units)
+        kept = None
+        if inner.tol is not None:
+            tangents = self._initial_tangents(z, inner, initial, phi, fixed=fixed, units=units)
+            kept = KeptSensitivity(iterate, inner.initial_slots(initial, meta), tangents)
         for t in range(inner.steps):
             data = problem.at(t)
-            if streams and t > 0:
+            if t > 0 and isinstance(problem.data, Stream):
                 in_loss, unread = read_by_loss(problem, iterate.params, meta, data=data)
                 dependencies.loss.update(in_loss)
             step = partial(
@@ -139,19 +130,15 @@ class Forward(Method):
                 number=t,
             )
             iterate, z, norm = self._push(step, iterate, z, inner=inner, phi=phi, units=units)
-            if inner.tol is not None:
+            if kept is not None and inner.tol is not None:
                 active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
-                kept.update(iterate.state, active)
-                kept_z = _choose(active, z.state, kept_z, params=iterate.params)
+                kept.update(iterate, z, active)
             steps += active
-            if inner.tol is not None and all_ended(active, step=t + 1):
+            if kept is not None and all_ended(active, step=t + 1):
                 break
 
-        if inner.tol is not None:
-            iterate = replace(iterate, state=kept.finish(steps))
-            tensors = tensors_of(iterate.state)
-            z = replace(z, state=tree_map(lambda x: x.new_zeros(_count(phi), *x.shape), tensors))
-            z = replace(z, state=merge_state(z.state, kept_z))
+        if kept is not None:
+            iterate, z = kept.finish(iterate, z, steps)
         report = Report(self.flag, steps, norm)
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
@@ -162,6 +149,23 @@ class Forward(Method):
 
         end = replace(iterate, sensitivity=z)
         return Adaptation(iterate.params, report, dependencies, end, pullback)
+
+    def _moving_entries(
+        self, problem: LiftedProblem, meta: Params, dependencies: Dependencies
+    ) -> Params:
+        """The entries of φ that θ may depend on, detached.
+
+        An entry that only the outer loss reads needs no tangents. A stream may read entries at a
+        later step that it does not read at its first. A start may bring derivatives along.
+        """
+        streams = isinstance(problem.data, Stream)
+        start = problem.start.sensitivity if self.carry and problem.start is not None else None
+        carried = () if start is None else start.meta
+        return {
+            name: m.detach().contiguous()  # an expanded tensor can have no tangent
+            for name, m in meta.items()
+            if m.requires_grad and (streams or name in carried or dependencies.routes(name))
+        }
 
     def _check_memory(self, params: Params, phi: Params) -> None:
         count = _count(phi)
@@ -204,9 +208,9 @@ class Forward(Method):
             )
         return carried
 
-    def _initial_slots(
+    def _initial_tangents(
         self,
-        carried: OptimizerState,
+        z: Sensitivity,
         inner: InnerLoop,
         initial: Params,
         phi: Params,
@@ -215,16 +219,14 @@ class Forward(Method):
         units: Params,
     ) -> OptimizerState:
         """The derivatives of the optimiser's slots before the first step, where they are not 0."""
-        if inner.tol is None:
-            return carried
 
         def slots(phi: Params) -> OptimizerState:
             return tensors_of(inner.initial_slots(initial, {**fixed, **phi}))
 
         if not any(slots(phi).values()):
-            return carried
+            return z.state
         _, tangents = self._push_all(slots, point=(phi,), tangents=(units,))
-        return {name: tangents.get(name, {}) | carried.get(name, {}) for name in initial}
+        return {name: tangents.get(name, {}) | z.state.get(name, {}) for name in initial}
 
     def _push(
         self,
@@ -306,30 +308,6 @@ def _pull_back_tangents(z: Sensitivity, vectors: Params, phi: Params) -> Params:
         name: part.reshape(m.shape).to(m)
         for (name, m), part in zip(phi.items(), parts, strict=True)
     }
-
-
-def _choose(
-    active: Tensor, new: OptimizerState, old: OptimizerState, *, params: Params
-) -> OptimizerState:
-    """The tangents of the optimiser's state, which stay as they are for tasks that stopped."""
-    chosen: OptimizerState = {}
-    for name, slots in new.items():
-        p = params[name]
-        mask = align_tasks(active, p)
-        before = old.get(name, {})
-        chosen[name] = {
-            key: torch.where(mask, _aligned(x, p), _aligned(before.get(key, 0.0), p))
-            for key, x in slots.items()
-        }
-    return chosen
-
-
-def _aligned(tangents: Any, p: Tensor) -> Any:
-    """Tangents of a slot, `[dim φ, …]`, with as many axes as those of θ. A number stays."""
-    if not isinstance(tangents, Tensor):
-        return tangents
-    missing = p.dim() + 1 - tangents.dim()
-    return tangents.reshape(len(tangents), *[1] * missing, *tangents.shape[1:])
 
 
 def _unit_tangents(phi: Params) -> Params:
