@@ -20,7 +20,7 @@ from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
-from metaimplicit.random_state import RandomState, UnfusedDropout, restored_random_state
+from metaimplicit.random_state import RandomState, UnfusedDropout
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, map_tensors, new_views, task_of
 from metaimplicit.tensors import tensors_in
@@ -140,25 +140,15 @@ class LiftedProblem:
         other.compiler = compiler
         return other
 
-    def with_weights_at(self, center: Params, meta: Params, data: Any) -> LiftedProblem:
+    def with_weights_at(self, center: Params) -> LiftedProblem:
         """The same problem, for a method that displaces θ from `center` to take differences.
 
         Weights of examples see the losses as constants. So they see those of the center, which do
-        not move with θ. If they do not look at the losses, the problem stays as it is.
-
-        Args:
-            center: θ, `{name: [tasks, *shape]}`.
-            meta: φ.
-            data: Data by which it is found out whether the weights look at the losses.
+        not move with θ.
         """
         f = self.problem.inner_loss
-        if not isinstance(f, Composite) or f.weights is None:
+        if not isinstance(f, Composite) or not f.weights_read_losses:
             return self
-        read_losses = f.weights_read_losses
-        meta, data = self.arguments(meta, data)
-        with torch.no_grad(), restored_random_state(next(iter(center.values())).device):
-            if not self._lift(lambda p, d: read_losses(p, meta, d), center, data).any():
-                return self
         other = copy(self)
         other._center = {_CENTER + name: p.detach() for name, p in center.items()}
         return other

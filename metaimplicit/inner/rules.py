@@ -35,13 +35,13 @@ def sgd(group: Group, state: Slots, p: Value, g: Value) -> Value:
     g = _add_weight_decay(group, p, g)
     if isinstance(momentum, Tensor) or momentum != 0:
         # m_t = μ m_{t−1} + (1 − dampening) g_t, but the first step is not dampened: m_1 = g_1.
-        buffer = momentum * state.get("buffer", 0.0) + _undamped(group, state) * g
+        buffer = momentum * state.get("buffer", 0.0) + _undamped(group, state, g) * g
         state["buffer"] = buffer
         g = g + momentum * buffer if group["nesterov"] else buffer
     return p - lr * g if isinstance(lr, Tensor) else p.add(g, alpha=-lr)
 
 
-def _undamped(group: Group, state: Slots) -> Value:
+def _undamped(group: Group, state: Slots, g: Value) -> Value:
     """1 − dampening, and 1 in the first step of a task."""
     dampening = group["dampening"]
     if not isinstance(dampening, Tensor) and dampening == 0:
@@ -49,7 +49,7 @@ def _undamped(group: Group, state: Slots) -> Value:
     state.setdefault("step", 1 if "buffer" in state else 0)
     step = _count_step(state)
     if isinstance(step, Tensor):  # tasks have taken different numbers of steps
-        return torch.where(step > 1, 1 - dampening, 1.0)
+        return 1 - dampening * (step > 1).to(g.dtype)
     return 1 - dampening if step > 1 else 1.0
 
 

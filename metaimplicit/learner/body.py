@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -22,6 +22,8 @@ from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, StartAtMeta
 from metaimplicit.random_state import RandomState
 from metaimplicit.task_axis import map_tensors
+from metaimplicit.tensors import tensors_in
+from metaimplicit.versions import version_of
 
 IMAGES_PER_CHUNK = 120  # that share a pass, and the statistics of layers that track them
 
@@ -230,6 +232,7 @@ class LastModule:
         theta = leaves({name: meta[name] for name in adapted})
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
         before = RandomState.read(next(iter(theta.values())).device)
+        attributes = _Attributes.read(self.model)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
             outputs = call_model(self.model, {**of_model, **theta}, inputs)
         objection = _objection_to(calls, outputs)
@@ -250,47 +253,24 @@ class LastModule:
         moved = len(calls) != 1 or not torch.equal(calls[0].args[0], features)
         if moved or find_dependencies([features], theta):
             return self._dependence
-        left = _attribute_of_inputs(
-            self.model, lambda x: call_model(self.model, {**of_model, **others}, x), inputs
-        )
-        return left and f"a forward pass leaves what depends on its inputs in {left!r}"
+        return self._attribute_of_inputs(attributes, {**of_model, **others}, inputs)
 
+    def _attribute_of_inputs(self, before: _Attributes, params: Params, inputs: Any) -> str:
+        """Which attribute may depend on the inputs, so that the head or a loss may read it there.
 
-def reject_attributes_in_loss(
-    model: nn.Module,
-    call: Callable[[Any], object],
-    inputs: Any,
-    loss: Callable[[], Tensor],
-) -> None:
-    """Raise ValueError for a loss that reads what a forward pass of a body leaves in an attribute.
-
-    The body runs once for all tasks, so it would be that of another task.
-
-    Args:
-        model: The body.
-        call: Calls it with the inputs of one task.
-        inputs: Such inputs.
-        loss: The loss of that task, at any outputs.
-
-    Example:
-        >>> model = nn.Identity()
-        >>> reject_attributes_in_loss(model, model, torch.ones(3), lambda: torch.zeros(()))
-    """
-    with torch.no_grad():
-        call(inputs)
-        name = _attribute_of_inputs(model, call, inputs)
-        x = attributes_of(model).get(name)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return
-        value = loss()
-        x.data.add_(1)
-        is_read = not torch.equal(value, loss())
-        x.data.sub_(1)
-    if is_read:
-        raise ValueError(
-            f"loss: it reads {name!r}, which a forward pass of the model leaves there, but with a "
-            "head the model runs once for all tasks; use adapt='…' in the place of head="
-        )
+        Args:
+            before: The attributes before the model was called.
+            params: The parameters of its last call.
+            inputs: The inputs of that call.
+        """
+        whole = _Attributes.read(self.model)
+        left = before.changed(whole)
+        some = _some_examples(inputs)
+        if some is not None:
+            with suppress(Exception):  # such as statistics of one example
+                call_model(self.model, params, some)
+                left = whole.different(_Attributes.read(self.model))
+        return f"a forward pass leaves what depends on its inputs in {left[0]!r}" if left else ""
 
 
 def find_last_module(model: nn.Module, adapted: list[str]) -> LastModule | str:
@@ -334,43 +314,65 @@ def _recorded_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
             handle.remove()
 
 
-def _attribute_of_inputs(model: nn.Module, call: Callable[[Any], object], inputs: Any) -> str:
-    """The name of an attribute that depends on the inputs of the last call. Empty if there is none.
+@dataclass(frozen=True)
+class _Attributes:
+    """What modules hold beside their parameters and buffers: tensors and numbers, by name.
 
-    It is compared with that after a call with other inputs.
+    Attributes:
+        values: Copies of the tensors, and the numbers.
+        versions: What is another once the attribute was set or written to.
     """
-    before = {
-        name: x.detach().clone() if isinstance(x, Tensor) else x
-        for name, x in attributes_of(model).items()
-    }
-    if not before:
-        return ""
-    try:
-        with torch.no_grad():
-            call(_other_inputs(inputs))
-    except (RuntimeError, ValueError, IndexError):  # the model does not take them
-        return ""
-    after = attributes_of(model)
-    names = [name for name, x in before.items() if not _are_equal(x, after.get(name))]
-    return names[0] if names else ""
+
+    values: dict[str, Any]
+    versions: dict[str, Any]
+
+    @classmethod
+    def read(cls, model: nn.Module) -> _Attributes:
+        """Those of now."""
+        found = attributes_of(model)
+        tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+        copies = {name: x.detach().clone() for name, x in tensors.items()}
+        # The tensors are held, so that no other one takes the identity of one that is gone.
+        versions = {name: (_Same(x), version_of(x)) for name, x in tensors.items()}
+        return cls(found | copies, found | versions)
+
+    def changed(self, after: _Attributes) -> list[str]:
+        """The names of those that were set or written to, or are new."""
+        before = self.versions
+        return [name for name, x in after.versions.items() if before.get(name) != x]
+
+    def different(self, after: _Attributes) -> list[str]:
+        """The names of those that have other values."""
+        before = self.values
+        return [n for n, x in after.values.items() if not _are_equal(before.get(n), x)]
 
 
-def _other_inputs(inputs: Any) -> Any:
-    """Inputs of the same form: moved if some are real numbers, and else the first example alone."""
-    leaves = torch.utils._pytree.tree_leaves(inputs)
-    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
-        return map_tensors(lambda x: x[:1], inputs)
-    return map_tensors(lambda x: 1.5 * x + 0.25 if x.is_floating_point() else x, inputs)
+@dataclass(frozen=True)
+class _Same:
+    """A tensor that equals itself alone."""
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
+
+
+def _some_examples(inputs: Any) -> Any:
+    """Half of the examples of a set, the last ones first. None if there is one example alone."""
+    count = min((len(x) for x in tensors_in(inputs) if x.dim()), default=0)
+    if count < 2:
+        return None
+    return map_tensors(lambda x: x.flip(0)[: count // 2], inputs)
 
 
 def attributes_of(model: nn.Module) -> dict[str, Any]:
-    """The tensors and real numbers that modules hold beside their parameters and buffers, by name.
+    """The tensors and numbers that modules hold beside their parameters and buffers, by name.
 
     Example:
         >>> model = nn.Sequential(nn.ReLU())
         >>> model[0].masks = [torch.ones(2)]
-        >>> attributes_of(model)
-        {'0.masks.0': tensor([1., 1.])}
+        >>> attributes_of(model)["0.masks.0"]
+        tensor([1., 1.])
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -383,7 +385,7 @@ REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 def _collect_attributes(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
-    if isinstance(value, (Tensor, float)):
+    if isinstance(value, (Tensor, float, int)):
         found[name] = value
     elif isinstance(value, (dict, list, tuple, SimpleNamespace)) and depth:
         parts = vars(value) if isinstance(value, SimpleNamespace) else value

@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from metaimplicit.learner.batch_checks import BatchChecks
-from metaimplicit.learner.body import find_last_module, reject_attributes_in_loss
+from metaimplicit.learner.body import find_last_module
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import may_be_batches, read_episodes, read_support
-from metaimplicit.learner.head_targets import count_outputs, split_by_classes
+from metaimplicit.learner.head_targets import split_by_classes
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.losses import TaskLoss
 from metaimplicit.learner.plan import Plan
@@ -72,7 +71,6 @@ class TaskBatches(FewShotModel):
             self._features = "once"
         adapts_all = len(self.adapted) == len(self._network.of_model)
         self._is_settled = plan.head is not None or adapts_all
-        self._may_read_attributes = plan.head is not None  # the query loss
         self._checks = BatchChecks(
             self._outputs,
             self._support_loss_on_cpu,
@@ -126,9 +124,6 @@ class TaskBatches(FewShotModel):
         Layers of what does not adapt may track running statistics.
         """
         self._settle_features(data)
-        if self._may_read_attributes:
-            self._reject_attributes_in_loss(data)
-            self._may_read_attributes = False
         if self._mixes_tasks and is_transductive(self.model):
             raise ValueError(
                 "model: got layers that track running statistics beside others that use those of "
@@ -164,23 +159,6 @@ class TaskBatches(FewShotModel):
                 break
         if self._features == "once":
             self._network = self._network.with_last(last)
-
-    def _reject_attributes_in_loss(self, data: Episode) -> None:
-        """Raise ValueError if the query loss reads what the model leaves in an attribute."""
-        query = task_of(data.query, 0)
-        meta = self._detached_meta()
-        p = floating_entry(meta)
-
-        def call(inputs: Any) -> None:
-            with restored_random_state(p.device), running_statistics(self.model):
-                self._network.call_model({}, meta, inputs)
-
-        def loss() -> Tensor:
-            m = len(tree_leaves(query.inputs)[0])
-            outputs = p.new_zeros(m, count_outputs(data.support.targets))
-            return self._query_loss()(outputs, query.targets)
-
-        reject_attributes_in_loss(self.model, call, query.inputs, loss)
 
     def _lifted(self, group: Group) -> LiftedProblem:
         """The problem of a group, at the features of its episodes."""

@@ -72,7 +72,7 @@ class CurvatureSystem:
         if self.products != "double-backward":
             options["products"] = self.products
         if self.products == "finite-differences":
-            problem = problem.with_weights_at(params, meta, data)
+            problem = problem.with_weights_at(params)
         curvature = self.curvature if self.known is None else "hessian"
         point = linearize(
             problem,
@@ -134,7 +134,7 @@ class CurvatureSystem:
             mixed = vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
             return mixed, gradient
 
-        around = problem.with_weights_at(params, meta, data)
+        around = problem.with_weights_at(params)
 
         def penalized_loss(p: Params) -> Tensor:
             loss = around.inner(p, meta, data)

@@ -196,12 +196,8 @@ class _Slices:
         seen = min(count, 2 * self.size)
         first = max(1, seen // 3)
         chosen = torch.arange(seen, device="cpu") * count // seen
-        if masked is not None and len(masked) < count:  # half of the first slice, and no others
-            counts = torch.ones(count, dtype=torch.bool, device="cpu").scatter(0, masked, False)
-            others = counts.nonzero().flatten()
-            chosen = others[torch.arange(seen, device="cpu") * len(others) // seen]
-            few = masked[: (first + 1) // 2]
-            chosen[: len(few)] = few
+        if masked is not None:
+            chosen = _beside_masked(masked, count, seen=seen, few=(first + 1) // 2)
         data = map_rows(lambda x: x[chosen.to(x.device)], data)
         parts = [data, rows(data, 0, first), rows(data, first, seen)]
         # What holds at θ may hold by chance there, as where all outputs are zero.
@@ -263,6 +259,15 @@ class _Passed:
 
 
 _CHECKED = WeakIdKeyDictionary()  # the functions that passed their check: `_Passed`
+
+
+def _beside_masked(masked: Tensor, count: int, *, seen: int, few: int) -> Tensor:
+    """The numbers of `seen` examples: a few that are masked, others from all over, and the rest."""
+    others = torch.ones(count, dtype=torch.bool, device="cpu").scatter(0, masked, False)
+    others = others.nonzero().flatten()
+    taken = min(len(others), seen - len(masked[:few]))
+    spread = others[torch.arange(taken, device="cpu") * len(others) // max(taken, 1)]
+    return torch.cat([masked[:few], spread, masked[few:]])[:seen]
 
 
 def _masked_examples(data: Any, count: int) -> Tensor | None:

@@ -206,7 +206,7 @@ def penalised_inner(
 
     It is for a method that takes differences around the end of the loop.
     """
-    around = problem.with_weights_at(run.trajectory.end.params, meta, data)
+    around = problem.with_weights_at(run.trajectory.end.params)
 
     def loss(params: Params) -> Tensor:
         decay = run.dependencies.decay(params, meta)

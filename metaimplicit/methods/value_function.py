@@ -166,7 +166,7 @@ class ValueFunction(Method):
         companion = None if problem.start is None else problem.start.companion
         start = replace(z, state={}) if companion is None else companion
         constants = detached(meta)
-        around = problem.with_weights_at(z.params, constants, problem.at(0))
+        around = problem.with_weights_at(z.params)
 
         def penalised(params: Params, t: int) -> Tensor:
             g, _ = problem.outer(params, constants, outer_data)

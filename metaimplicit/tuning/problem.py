@@ -4,7 +4,7 @@
 # fields of a NamedTuple into strings that documentation tools cannot resolve.
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ class WeightedLoss(Composite):
         loss: `(outputs, data) -> ExampleLosses`.
         weights: `(meta, losses, data) -> w`, `[m]` or shaped as the losses. The `ExampleLosses`
             that it receives are detached.
+        reads_losses: Whether the weights may depend on them.
 
     Example:
         >>> from metaimplicit.tuning import ClassWeights
@@ -100,10 +101,12 @@ class WeightedLoss(Composite):
 
     loss: Callable[[Tensor, Any], Any]
     weights: Callable[[Params, Any, Any], Tensor] | None = None
+    reads_losses: bool = True
 
-    def moved(self, losses: ExampleLosses) -> ExampleLosses:
-        """Other numbers in the place of the losses."""
-        return replace(losses, losses=1.5 * losses.losses + 0.7)
+    @property
+    def weights_read_losses(self) -> bool:
+        """Whether the weights may depend on the losses."""
+        return self.reads_losses
 
     def output_loss(self, outputs: Tensor, meta: Params, data: Any) -> Tensor:
         """The first term of f as a function of the outputs."""
@@ -176,6 +179,7 @@ def tuning_problem(
             penalty=total_penalty,
             module=model,
             weights=losses.weights,
+            reads_losses=any(weigher.reads_losses for weigher in losses.weighers),
         )
     else:
         inner_loss = Composite(

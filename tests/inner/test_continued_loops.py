@@ -77,7 +77,7 @@ def test_a_loop_that_continues_goes_on_from_there(name, method, vectorize):
     more = TorchOptimizer(optimizer, steps=3, **options)
     got = hypergradient(PROBLEM, SECOND, CURVATURES, inner=more, start=end, **how).params["w"]
     expected = torch.stack([plain_loop(optimizer, options, x) for x in CURVATURES])
-    assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])

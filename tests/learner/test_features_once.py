@@ -217,6 +217,49 @@ class Cached(Variant):
         return self.head(self.body(x) + self.table)
 
 
+class Leaving(nn.Module):
+    """It leaves what a loss may read, and takes inputs of a range, or words."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.body = nn.Embedding(9, WAYS) if words else nn.Linear(INPUTS, WAYS)
+        self.head = nn.Linear(WAYS, WAYS)
+
+    def forward(self, x):
+        assert x.max() <= 8
+        h = self.body(x)
+        self.last = h.detach()
+        return self.head(h)
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_a_loss_may_read_what_the_body_leaves(words):
+    torch.manual_seed(0)
+    model = Leaving(words)
+    y = torch.arange(2).expand(3, -1)
+    x = torch.randint(9, (3, 2)) if words else torch.rand(3, 2, INPUTS) * 8
+
+    def loss(z, y):
+        return F.cross_entropy(z, y) * (1 + model.last.square().mean())
+
+    learner = MetaLearner(
+        model, loss, inner=GradientDescent(steps=STEPS, lr=0.3), adapt="head.*", vectorize="loop"
+    )
+    sets = [(x[:, :1], y[:, :1]), (x, y)]  # one example to adapt to
+    step = learner.backward(tuple(sets))
+
+    def descend_in_part(loss, start):
+        adapts = {name: p for name, p in start.items() if name.startswith("head")}
+        iterates = plain_loop.descend(
+            lambda params: loss(start | params), adapts, lambda *_: 0.3, STEPS
+        )
+        return [start | params for params in iterates]
+
+    tasks = list(zip(*[zip(*pair, strict=True) for pair in sets], strict=True))
+    losses, *_ = plain_loop.plain_maml(model, loss, tasks, descend=descend_in_part)
+    assert relative_error(step.loss, losses.mean()) < 1e-13
+
+
 def test_a_cache_is_no_reason_to_evaluate_features_again():
     learner = make(Cached(), adapt="head.*", vectorize="loop")
     assert learner.backward(draw_episodes()).report.features == "once"

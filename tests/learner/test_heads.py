@@ -310,10 +310,9 @@ def test_running_statistics_are_learnt_in_training_alone():
     hidden = []
     norm.register_forward_hook(lambda _, args, __: hidden.append(args[0].detach()))
     learner.backward(episodes)
-    *looked_at, together = hidden  # a query set, and the images of all tasks in one batch
-    assert {len(x) for x in looked_at} == {WAYS * QUERIES}
-    assert len(together) == TASKS * WAYS * (1 + QUERIES)
-    assert relative_error(norm.running_mean, 0.1 * together.mean(0)) < 1e-12
+    count = TASKS * WAYS * (1 + QUERIES)
+    assert [len(x) for x in hidden] == [count]  # the images of all tasks in one batch
+    assert relative_error(norm.running_mean, 0.1 * hidden[0].mean(0)) < 1e-12
 
     before = norm.running_mean.clone()
     losses, _ = learner.evaluate(episodes)
@@ -337,8 +336,7 @@ def test_chunks_of_running_statistics_hold_whole_sets_of_up_to_120_images():
     labels = torch.arange(WAYS).repeat(8).expand(5, -1)
     sets = [(randn(5, 32, INPUTS, seed=seed), labels) for seed in (1, 2)]
     learner.backward(tuple(sets))
-    assert sizes[-3:] == [107, 107, 106]  # after a look at one query set
-    assert set(sizes[:-3]) == {32}
+    assert sizes == [107, 107, 106]
 
 
 def test_in_evaluation_mode_the_gradient_is_that_with_running_statistics():
@@ -489,28 +487,3 @@ def test_a_class_without_support_examples_is_refused(head):
         learner.backward({"support": support, "query": support})
     with pytest.raises(ValueError, match=message):
         learner.adapt((support[0][0], labels[0]))
-
-
-class LeavesPenalty(nn.Module):
-    """It leaves the mean square of its features in an attribute."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(INPUTS, 5)
-        self.penalty = torch.zeros(())
-
-    def forward(self, x):
-        h = self.layer(x)
-        self.penalty = h.square().mean()
-        return h
-
-
-@pytest.mark.parametrize("head", ["ridge", "prototypes"])
-def test_a_loss_that_reads_what_the_body_leaves_is_refused(head):
-    body = LeavesPenalty().double()
-    learner = MetaLearner(body, F.cross_entropy, head=head)
-    learner.backward(draw_episodes())  # a loss that does not read it is fine
-    reads = MetaLearner(body, lambda z, y: F.cross_entropy(z, y) + body.penalty, head=head)
-    for call in (reads.backward, reads.evaluate):
-        with pytest.raises(ValueError, match="loss: it reads 'penalty', which a forward pass"):
-            call(draw_episodes())

@@ -361,12 +361,12 @@ def test_labels_that_come_to_be_masked_are_looked_at_again():
         sliced.inner_loss(params, META, (TRAIN[0], masked))
 
 
-@pytest.mark.parametrize("masked", [1, 4, 20, 30])
-@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("masked", [1, 4, 20, 39])
+@pytest.mark.parametrize("size", [1, 2, 8, 33])
 def test_a_loss_that_leaves_labels_out_is_refused(masked, size):
     x = randn(40, 3, seed=1)
     labels = torch.arange(40) % 3
-    labels[: 2 * masked : 2] = -100
+    labels[torch.arange(masked) * 7 % 40] = -100
 
     def loss(params, meta, data):
         return F.cross_entropy(logits(params, meta, data), data[1])

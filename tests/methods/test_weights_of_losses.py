@@ -18,20 +18,28 @@ def losses_of(outputs, data):
     return (outputs - data["y"]).square()
 
 
-def weights_of(meta, losses, data):
+def of_losses(meta, losses, data):
     return torch.sigmoid(meta["slope"] * losses + meta["shift"])
 
 
-PROBLEM = BilevelProblem(
-    init=lambda meta, data: {"w": torch.zeros(3)},
-    inner_loss=Composite(
-        outputs=lambda params, meta, data: data["x"] @ params["w"],
-        loss=losses_of,
-        weights=weights_of,
-        penalty=Proximal(DECAY, center="zero"),
-    ),
-    outer_loss=lambda params, meta, data: (data["q"] @ params["w"] - 1).square().mean(),
-)
+def of_shares(meta, losses, data):
+    low, high = losses.min(), losses.max()
+    return torch.sigmoid(meta["slope"] * (losses - low) / (high - low) + meta["shift"])
+
+
+def make_problem(weights_of):
+    return BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(3)},
+        inner_loss=Composite(
+            outputs=lambda params, meta, data: data["x"] @ params["w"],
+            loss=losses_of,
+            weights=weights_of,
+            penalty=Proximal(DECAY, center="zero"),
+        ),
+        outer_loss=lambda params, meta, data: (data["q"] @ params["w"] - 1).square().mean(),
+    )
+
+
 INNER = GradientDescent(steps=200, lr=RATE)
 
 
@@ -43,7 +51,7 @@ def make_meta():
     return {"slope": torch.tensor(-0.7), "shift": torch.tensor(0.4)}
 
 
-def dense_derivatives(meta, task):
+def dense_derivatives(meta, task, weights_of=of_losses):
     """A, ∂²f/∂θ∂φ and ∂g/∂θ of one task at its θ*, with the weights' losses held there."""
     w = torch.zeros(3)
     phi = torch.stack([meta["slope"], meta["shift"]])
@@ -84,7 +92,13 @@ def test_a_displaced_parameter_leaves_the_weights(method, formula, tolerance, ve
     meta = make_meta()
     tasks = make_tasks()
     got = hypergradient(
-        PROBLEM, meta, tasks, inner=INNER, method=method, batched=True, vectorize=vectorize
+        make_problem(of_losses),
+        meta,
+        tasks,
+        inner=INNER,
+        method=method,
+        batched=True,
+        vectorize=vectorize,
     ).grads
     of_tasks = [
         formula(*dense_derivatives(meta, {name: x[i] for name, x in tasks.items()}))
@@ -96,10 +110,11 @@ def test_a_displaced_parameter_leaves_the_weights(method, formula, tolerance, ve
     )
 
 
-def test_a_loop_without_tasks_leaves_the_weights_too():
+@pytest.mark.parametrize("weights_of", [of_losses, of_shares])
+def test_a_loop_without_tasks_leaves_the_weights_too(weights_of):
     meta = make_meta()
     task = {name: x[0] for name, x in make_tasks().items()}
     method = Implicit(CG(20), products="finite-differences")
-    got = hypergradient(PROBLEM, meta, task, inner=INNER, method=method).grads
-    expected = implicit_gradient(*dense_derivatives(meta, task))
+    got = hypergradient(make_problem(weights_of), meta, task, inner=INNER, method=method).grads
+    expected = implicit_gradient(*dense_derivatives(meta, task, weights_of))
     assert_close(torch.stack([got[name] for name in meta]), expected, rtol=1e-7, atol=1e-9)

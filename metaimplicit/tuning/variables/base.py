@@ -30,6 +30,8 @@ class Variable(ABC):
             numbers 0 … m − 1 for `weights`, and not those of the batch.
         weights: `(meta, losses, batch) -> wᵢ`, `[m]`, given the losses ℓᵢ, `[m]`, detached. The
             weights of several variables are multiplied.
+        reads_losses: Says whether `weights` may depend on the losses. If False, methods that take
+            differences in θ need not hold the losses where they are.
         weighs_labels: Says what `weights` weighs if an example has several labels, `[m,
             *positions]` (the words of a sentence, the pixels of an image, several answers). If
             False, it receives the mean loss of each example and returns `[m]`. If True, it receives
@@ -59,6 +61,7 @@ class Variable(ABC):
     inputs: Callable[[Params, Batch], Any] | None = None
     makes_examples: bool = False
     weights: Callable[[Params, Tensor, Batch], Tensor] | None = None
+    reads_losses: bool = True
     weighs_labels: bool = False
     penalty: Callable[[Params, Params, Params], Tensor] | None = None
 

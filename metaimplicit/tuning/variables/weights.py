@@ -43,6 +43,8 @@ class ExampleWeights(Variable):
     start: float = 1.0
     domain: Domain = Box(0.0)
 
+    reads_losses = False
+
     def meta(self, params: Params) -> Params:
         """`{"example_weights": [count]}`."""
         return {"example_weights": prototype(params).new_full((self.count,), self.start)}
@@ -88,6 +90,7 @@ class ClassWeights(Variable):
     start: float = 1.0
 
     weighs_labels = True
+    reads_losses = False
 
     def meta(self, params: Params) -> Params:
         """`{"class_weights": [classes]}`."""
