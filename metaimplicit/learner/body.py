@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metaimplicit.graph import find_dependencies
+from metaimplicit.learner.attributes import Attributes, some_examples
 from metaimplicit.learner.episodes import Episode, Pair
 from metaimplicit.learner.problem import call_model
 from metaimplicit.lifted import LiftedProblem, Vectorize
@@ -21,9 +21,6 @@ from metaimplicit.normalization import tracked_layers
 from metaimplicit.params import Params, detached, leaves
 from metaimplicit.problem import BilevelProblem, StartAtMeta
 from metaimplicit.random_state import RandomState
-from metaimplicit.task_axis import map_tensors
-from metaimplicit.tensors import tensors_in
-from metaimplicit.versions import version_of
 
 IMAGES_PER_CHUNK = 120  # that share a pass, and the statistics of layers that track them
 
@@ -232,7 +229,7 @@ class LastModule:
         theta = leaves({name: meta[name] for name in adapted})
         of_model = {n: meta[n] for n, _ in self.model.named_parameters() if n in meta}
         before = RandomState.read(next(iter(theta.values())).device)
-        attributes = _Attributes.read(self.model)
+        attributes = Attributes.read(self.model)
         with _recorded_calls(self.module) as calls, torch.enable_grad():
             outputs = call_model(self.model, {**of_model, **theta}, inputs)
         objection = _objection_to(calls, outputs)
@@ -255,7 +252,7 @@ class LastModule:
             return self._dependence
         return self._attribute_of_inputs(attributes, {**of_model, **others}, inputs)
 
-    def _attribute_of_inputs(self, before: _Attributes, params: Params, inputs: Any) -> str:
+    def _attribute_of_inputs(self, before: Attributes, params: Params, inputs: Any) -> str:
         """Which attribute may depend on the inputs, so that the head or a loss may read it there.
 
         Args:
@@ -263,13 +260,13 @@ class LastModule:
             params: The parameters of its last call.
             inputs: The inputs of that call.
         """
-        whole = _Attributes.read(self.model)
+        whole = Attributes.read(self.model)
         left = before.changed(whole)
-        some = _some_examples(inputs)
+        some = some_examples(inputs)
         if some is not None:
             with suppress(Exception):  # such as statistics of one example
                 call_model(self.model, params, some)
-                left = whole.different(_Attributes.read(self.model))
+                left = whole.different(Attributes.read(self.model))
         return f"a forward pass leaves what depends on its inputs in {left[0]!r}" if left else ""
 
 
@@ -312,92 +309,6 @@ def _recorded_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class _Attributes:
-    """What modules hold beside their parameters and buffers: tensors and numbers, by name.
-
-    Attributes:
-        values: Copies of the tensors, and the numbers.
-        versions: What is another once the attribute was set or written to.
-    """
-
-    values: dict[str, Any]
-    versions: dict[str, Any]
-
-    @classmethod
-    def read(cls, model: nn.Module) -> _Attributes:
-        """Those of now."""
-        found = attributes_of(model)
-        tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
-        copies = {name: x.detach().clone() for name, x in tensors.items()}
-        # The tensors are held, so that no other one takes the identity of one that is gone.
-        versions = {name: (_Same(x), version_of(x)) for name, x in tensors.items()}
-        return cls(found | copies, found | versions)
-
-    def changed(self, after: _Attributes) -> list[str]:
-        """The names of those that were set or written to, or are new."""
-        before = self.versions
-        return [name for name, x in after.versions.items() if before.get(name) != x]
-
-    def different(self, after: _Attributes) -> list[str]:
-        """The names of those that have other values."""
-        before = self.values
-        return [n for n, x in after.values.items() if not _are_equal(before.get(n), x)]
-
-
-@dataclass(frozen=True)
-class _Same:
-    """A tensor that equals itself alone."""
-
-    tensor: Tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.tensor is self.tensor
-
-
-def _some_examples(inputs: Any) -> Any:
-    """Half of the examples of a set, the last ones first. None if there is one example alone."""
-    count = min((len(x) for x in tensors_in(inputs) if x.dim()), default=0)
-    if count < 2:
-        return None
-    return map_tensors(lambda x: x.flip(0)[: count // 2], inputs)
-
-
-def attributes_of(model: nn.Module) -> dict[str, Any]:
-    """The tensors and numbers that modules hold beside their parameters and buffers, by name.
-
-    Example:
-        >>> model = nn.Sequential(nn.ReLU())
-        >>> model[0].masks = [torch.ones(2)]
-        >>> attributes_of(model)["0.masks.0"]
-        tensor([1., 1.])
-    """
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        own = {k: x for k, x in vars(module).items() if k not in REGISTERED}
-        _collect_attributes(name, own, found, depth=3)
-    return found
-
-
-REGISTERED = ("_parameters", "_buffers", "_modules")
-
-
-def _collect_attributes(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
-    if isinstance(value, (Tensor, float, int)):
-        found[name] = value
-    elif isinstance(value, (dict, list, tuple, SimpleNamespace)) and depth:
-        parts = vars(value) if isinstance(value, SimpleNamespace) else value
-        items = parts.items() if isinstance(parts, dict) else enumerate(parts)
-        for key, x in items:
-            _collect_attributes(f"{name}.{key}" if name else str(key), x, found, depth - 1)
-
-
-def _are_equal(before: Any, after: Any) -> bool:
-    if isinstance(before, Tensor) and isinstance(after, Tensor):
-        return before.shape == after.shape and torch.equal(before, after)
-    return type(before) is type(after) and before == after
 
 
 def _objection_to(calls: list[HeadCall], outputs: Tensor) -> str:
