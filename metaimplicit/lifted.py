@@ -145,6 +145,9 @@ class LiftedProblem:
 
         Weights of examples see the losses as constants. So they see those of the center, which do
         not move with θ.
+
+        Args:
+            center: Where the inner loop ended, `{name: [tasks, *shape]}`.
         """
         f = self.problem.inner_loss
         if not isinstance(f, Composite) or not f.weights_read_losses:

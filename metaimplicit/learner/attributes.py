@@ -39,7 +39,7 @@ class Attributes:
 
     @classmethod
     def read(cls, model: nn.Module) -> Attributes:
-        """Those of now."""
+        """The attributes of a model as they are now."""
         found = _attributes_of(model)
         tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
         copies = {name: x.detach().clone() for name, x in tensors.items()}

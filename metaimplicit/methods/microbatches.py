@@ -262,7 +262,17 @@ _CHECKED = WeakIdKeyDictionary()  # the functions that passed their check: `_Pas
 
 
 def _beside_masked(masked: Tensor, count: int, *, seen: int, few: int) -> Tensor:
-    """The numbers of `seen` examples: a few that are masked, others from all over, and the rest."""
+    """The numbers of examples to look at: a few masked ones, others from all over, and the rest.
+
+    Args:
+        masked: The numbers of the examples that may be masked, int64 `[k]`.
+        count: The number of examples.
+        seen: How many are looked at.
+        few: How many masked ones come first, so that they are in one slice with others.
+
+    Returns:
+        int64 `[seen]`, without repetition.
+    """
     others = torch.ones(count, dtype=torch.bool, device="cpu").scatter(0, masked, False)
     others = others.nonzero().flatten()
     taken = min(len(others), seen - len(masked[:few]))
@@ -271,7 +281,10 @@ def _beside_masked(masked: Tensor, count: int, *, seen: int, few: int) -> Tensor
 
 
 def _masked_examples(data: Any, count: int) -> Tensor | None:
-    """The numbers of the examples with negative integers, which losses ignore. None without any."""
+    """The numbers of the examples with negative integers, which losses ignore, int64 `[k]`.
+
+    None if there are none.
+    """
     negative = torch.zeros(count, dtype=torch.bool, device="cpu")
     for x in tensors_in(data):
         is_label = x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)

@@ -145,17 +145,18 @@ def _run(functions: StepFunctions, start: Iterate, *, differentiated_steps: int)
     inner.check_at(start.params, functions.meta)
     first = next(iter(start.params.values()))
     active = None
+    kept = None
     if inner.tol is not None:
         active = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        initial = inner.initial_slots(start.params, functions.meta)
+        kept = KeptState(start.params, start.state, initial)
     taken = torch.zeros(len(first), dtype=torch.int64, device=first.device)
     moments = []
     at = functions.start(start)
-    initial = inner.initial_slots(start.params, functions.meta)
-    kept = KeptState(start.params, start.state, initial)
     for t in range(inner.steps):
         random = RandomState.read(first.device)
         end, norm = functions.step(at, t)
-        if active is not None and inner.tol is not None:
+        if active is not None and kept is not None and inner.tol is not None:
             active = active & ~(norm <= inner.tol)  # a norm of NaN does not stop a task
             end = Iterate(_choose(active, end.params, at.params), end.state)
             kept.update(end.state, active)
@@ -166,7 +167,7 @@ def _run(functions: StepFunctions, start: Iterate, *, differentiated_steps: int)
         if active is not None and not bool(active.any()):
             break
     end = functions.finish(at)
-    if active is not None:
+    if kept is not None:
         end = replace(end, state=_with_numbers(kept.finish(taken), end.state))
     return _Run(end, moments, taken, norm)
 

@@ -34,7 +34,10 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, {"lr": 0.1}),
     "nadam": (torch.optim.NAdam, {"lr": 0.1}),
     "radam": (torch.optim.RAdam, {"lr": 0.1}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.3, "lr_decay": 0.1}),
+    "adagrad": (
+        torch.optim.Adagrad,
+        {"lr": 0.3, "lr_decay": 0.1, "initial_accumulator_value": 0.2},
+    ),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.5}),
     "asgd": (torch.optim.ASGD, {"lr": 0.1, "lambd": 0.01, "t0": 0}),
     "sgd": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.8}),

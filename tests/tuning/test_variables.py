@@ -17,7 +17,7 @@ from tiny_classification import (
 )
 from torch.testing import assert_close
 
-from metaimplicit import GradientDescent, hypergradient
+from metaimplicit import CG, GradientDescent, Implicit, hypergradient
 from metaimplicit.tuning import (
     Augmentation,
     ClassWeights,
@@ -117,6 +117,24 @@ def test_weights_of_losses_agree_with_finite_differences_over_one_step(variable)
     ).grads
     expected = difference_quotient(problem, meta, inner, direction)
     assert slope(grads, direction) == pytest.approx(expected, rel=1e-7)
+
+
+def test_differences_leave_the_weights_of_a_network_as_second_derivatives_do():
+    """Those are held against dense algebra in `test_weights_of_losses.py`."""
+    problem, meta, _ = make_problem(WeightNetwork(6), WeightDecay(start=0.5))
+    meta = moved(meta, random_like(meta, seed=5), 0.3) | {"weight_decay": meta["weight_decay"]}
+    grads = [
+        hypergradient(
+            problem,
+            meta,
+            stream(200),
+            inner=GradientDescent(steps=200, lr=0.5),
+            method=Implicit(CG(max_steps=60), "hessian", batch=TRAIN, products=products),
+        ).grads
+        for products in ("double-backward", "finite-differences")
+    ]
+    for name, g in grads[0].items():
+        assert_close(grads[1][name], g, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def plain_losses(data=TRAIN):
