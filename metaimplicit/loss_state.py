@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -110,7 +110,7 @@ def _parts_of(value: Any) -> Iterator[Any]:
     if isinstance(value, (dict, Mapping)):
         yield from value.keys()
         yield from value.values()
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         yield from value
     elif isinstance(value, MethodType):
         yield value.__func__

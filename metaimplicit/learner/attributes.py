@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,11 +95,20 @@ def _attributes_of(model: nn.Module) -> dict[str, Any]:
 def _collect_attributes(name: str, value: Any, found: dict[str, Any], depth: int) -> None:
     if isinstance(value, (Tensor, float, int)):
         found[name] = value
-    elif isinstance(value, (dict, list, tuple, SimpleNamespace)) and depth:
-        parts = vars(value) if isinstance(value, SimpleNamespace) else value
-        items = parts.items() if isinstance(parts, dict) else enumerate(parts)
-        for key, x in items:
+    elif depth:
+        for key, x in _parts_of(value):
             _collect_attributes(f"{name}.{key}" if name else str(key), x, found, depth - 1)
+
+
+def _parts_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    """The parts of a container, and the attributes of an object, with their names."""
+    if isinstance(value, (list, tuple, deque)):
+        return enumerate(value)
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, (nn.Module, type, ModuleType)):
+        return ()
+    return getattr(value, "__dict__", {}).items()
 
 
 def _are_equal(before: Any, after: Any) -> bool:
