@@ -190,7 +190,8 @@ def random_stream(seed: int, *names: int | str) -> np.random.Generator:
 
     Args:
         seed: ≥ 0.
-        names: What the numbers are for. Different names give independent streams of one seed.
+        names: What the numbers are for. They are joined, letter by letter, and integers follow as
+            they are; different results give independent streams of one seed.
 
     Raises:
         ValueError: If the seed is no integer, or negative.

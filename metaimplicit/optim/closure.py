@@ -24,9 +24,10 @@ explain_torch_errors = explain_unsupported(
 class ReplayedClosure:
     """A closure as a function of the model's parameters. Every call repeats the first one.
 
-    The first call runs with the model's buffers and the global random generators, and leaves them
-    as a forward pass does. Later calls run with the buffers and the random numbers that the first
-    call began with, and change neither. So dropout draws one mask for all evaluations of a step.
+    It is made just before the first call, which runs with the model's buffers and the global random
+    generators, and leaves them as a forward pass does. Later calls run with the buffers and the
+    random numbers of the time when it was made, and change neither. So dropout draws one mask for
+    all evaluations of a step.
 
     Args:
         model: The model that the closure calls.
