@@ -115,8 +115,8 @@ class KnownSolution(InnerLoop):
 class NoSteps(InnerLoop):
     """A loop of no steps: θ_T = θ_0, with its graph.
 
-    It is for an initialisation that depends on the data, such as that of a prototypical network
-    (Snell et al. 2017).
+    To those who count steps it is one, which does nothing. It is for an initialisation that depends
+    on the data, such as that of a prototypical network (Snell et al. 2017).
 
     Example:
         >>> def loss(params, t):

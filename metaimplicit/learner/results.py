@@ -91,7 +91,7 @@ class AdaptedModel:
         """
         if args and kwargs:
             raise TypeError("adapted model: got positional and keyword inputs, expected one kind")
-        inputs = args[0] if len(args) == 1 else args or kwargs
+        inputs = args[0] if len(args) == 1 else (args or kwargs)
         return self._predict(self.params, inputs, batched=self._batched)
 
     def __len__(self) -> int:

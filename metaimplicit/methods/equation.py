@@ -135,7 +135,10 @@ class Equation(Rule):
         return [-part for part in self._solve(x, p, right)]
 
     def _solve(self, x: Tensors, p: Tensors, v: Tensors) -> tuple[Tensor, ...]:
-        """The solution of A u = v as a function of x, p and v: the root of A(x, p) u − v = 0."""
+        """The solution of A u = v as a function of x, p and v: the root of A(x, p) u − v = 0.
+
+        `self.solve` gives its numbers, and that equation its derivatives.
+        """
 
         def residual(u: Tensors, arguments: Tensors) -> Tensors:
             at = aliases(arguments[: len(x)])

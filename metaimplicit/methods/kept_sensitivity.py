@@ -60,7 +60,7 @@ class KeptSensitivity:
         return replace(iterate, state=state), replace(z, state=tangents)
 
     def _chosen(self, name: str, new: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-        """Those of `new` where the mask says so, and what was kept elsewhere."""
+        """Those of `new` in the tasks of the mask; in the others what was kept, or 0."""
         old = self._tangents.get(name, {})
         p = self._params[name]
         return {
@@ -70,7 +70,10 @@ class KeptSensitivity:
 
 
 def _aligned(tangents: Any, p: Tensor) -> Any:
-    """Tangents of a slot, `[dim φ, …]`, with as many axes as those of θ. A number stays."""
+    """Tangents of a slot, `[dim φ, …]`, with as many axes as those of p: `[dim φ, 1, …, …]`.
+
+    A number stays.
+    """
     if not isinstance(tangents, Tensor):
         return tangents
     missing = p.dim() + 1 - tangents.dim()

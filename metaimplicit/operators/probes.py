@@ -67,7 +67,8 @@ def record_with_probes(
 ) -> ProbedPass:
     """Run a model with a probe at the output of each layer.
 
-    It runs once more before, for the shapes of the probes, if these are not known.
+    It runs once more before, for the shapes of the probes, if these are not known. If the batch has
+    another size than the last one, a run with probes of the old shapes is given up first.
 
     Args:
         layers: The layers by name. The model calls each of them exactly once.

@@ -121,7 +121,7 @@ class _Arnoldi:
     def combine(self, coordinates: list[Tensor]) -> Tensor:
         """Σ_k y_k v_k, for coordinates `[tasks, 1]`."""
         total = torch.zeros_like(self.basis[0])
-        for y, v in zip(coordinates, self.basis, strict=False):
+        for y, v in zip(coordinates, self.basis, strict=False):  # the newest v has no coordinate
             total = total + y * v
         return total
 

@@ -120,13 +120,14 @@ class _KrylovSpace:
     """span{r, Ar, …} by Lanczos's process, for tasks that end at different steps.
 
     A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1}, where every v is orthogonalised against all
-    before it. A task that has ended continues with zero vectors, and T continues as a multiple of
+    before it. A task that is no longer active continues with zero vectors, and T as a multiple of
     the identity.
 
     Attributes:
         needed: The products that each task needed, `[tasks, 1]`.
         residual: The residual of the solution in the space, by recurrence, `[tasks, 1]`.
-        ended: Whether the space is exhausted, or A is not symmetric, `[tasks, 1]`.
+        ended: Whether the space of the task cannot grow, because it is exhausted, or A is not
+            symmetric, `[tasks, 1]`. A task that is solved is not `active`, but has not ended so.
         asymmetric: Whether A is not symmetric, `[tasks, 1]`.
         definite: Whether T is positive definite so far, `[tasks, 1]`.
     """
@@ -145,8 +146,8 @@ class _KrylovSpace:
 
         self.basis = [r / divisor(length)]
         self.alphas: list[Tensor] = []  # the diagonal of T
-        self.betas: list[Tensor] = []  # beside it; 0 from where a task ended
-        self.last_betas: list[Tensor] = []  # β_{k+1} in the step k at which a task ended, else 0
+        self.betas: list[Tensor] = []  # beside it; 0 from the last active step on
+        self.last_betas: list[Tensor] = []  # β_{k+1} of a task's last active step k, else 0
 
         self._eps = torch.finfo(r.dtype).eps
         self._size = torch.zeros_like(length)  # the largest |α| or β so far
@@ -170,7 +171,7 @@ class _KrylovSpace:
     def _step(self, av: Tensor) -> None:
         """Extend the basis by what is new in A v_k."""
         # A v_k = β_{k+1} v_{k+1} + α_k v_k + β_k v_{k−1}
-        filler = self.alphas[0] if self.alphas else 1.0  # for tasks that have ended
+        filler = self.alphas[0] if self.alphas else 1.0  # for tasks that are not active
         alpha = torch.where(self.active, dot(av, self.basis[-1]), filler)
         if self.steps == 1:
             self._check_symmetry(av)

@@ -238,6 +238,7 @@ class _Losses:
         targets = self.loss.read_targets(self.targets(batch))
         batch |= {"targets": targets, "counted": losses.count.counted}
         if self.maker is not None and self.maker.makes_examples:
+            # The losses are those of the examples that were made, not of the real ones.
             batch["index"] = torch.arange(len(losses.losses), device=losses.losses.device)
         factors = []
         for variable in self.weighers:

@@ -112,7 +112,7 @@ class _Trial(NamedTuple):
         Args:
             compared: The evaluations.
             vectorize: How they are run.
-            shift: By how much of their sizes θ and φ are moved before.
+            shift: By how much of their sizes φ and then θ_0, made from that φ, are moved before.
             same: Whether all tasks draw the same random numbers.
         """
         phi = {name: m.detach() for name, m in self.meta.items()}
