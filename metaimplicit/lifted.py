@@ -379,10 +379,13 @@ def _aux_tensor(leaf: Any) -> Tensor:
 def _repeating_random_numbers(function: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
     """The same function, of which every call draws the random numbers that come next now."""
     tensors = tensors_in(inputs)
-    state = RandomState.read(tensors[0].device if tensors else torch.device("cpu"))
+    device = tensors[0].device if tensors else torch.device("cpu")
+    state = RandomState.read(device)
 
     def repeating(*args: Any) -> Any:
         state.restore()
+        if device.type == "cpu":  # its dropout is not fused
+            return function(*args)
         with UnfusedDropout():  # type: ignore[no-untyped-call]
             return function(*args)
 

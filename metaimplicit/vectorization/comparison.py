@@ -27,6 +27,7 @@ from metaimplicit.vectorization.evaluations import (
     Groups,
     of_inner_loss,
     varied_numbers,
+    without_repeats,
 )
 
 
@@ -79,7 +80,7 @@ def find_objection(
     trial = _Trial(problem, meta, choose_tasks(data))
     with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers(), _full_precision():
         warnings.simplefilter("ignore")
-        if _all_agree(trial, compared):
+        if _all_agree(trial, without_repeats(compared)):
             return None
         for evaluate in compared:
             objection = _compare(trial, evaluate)

@@ -29,6 +29,13 @@ def evaluations(*, last_step: int, second_derivatives: bool) -> list[Evaluation]
     return [*compared, _of_inner_gradient] if second_derivatives else compared
 
 
+def without_repeats(compared: list[Evaluation]) -> list[Evaluation]:
+    """The same without the inner loss if its gradient, which evaluates it too, is among them."""
+    if _of_inner_gradient in compared:
+        return [evaluate for evaluate in compared if evaluate is not of_inner_loss]
+    return compared
+
+
 def _of_start(problem: LiftedProblem, _: Params, meta: Params) -> Groups:
     """θ₀ and its derivative in φ."""
     start = problem.init(meta)
@@ -49,21 +56,25 @@ def _of_outer_loss(
 
 
 def _of_inner_gradient(problem: LiftedProblem, theta: Params, meta: Params) -> Groups:
-    """The derivatives of ⟨∂f/∂θ, v⟩ for one v."""
-    total = problem.inner(theta, meta, problem.at(0)).sum()
-    targets = list(theta.values())
-    gradients = torch.autograd.grad(total, targets, create_graph=True, allow_unused=True)
-    slope = weighted_sum([g for g in gradients if g is not None])
-    return _gradients("(∂f/∂θ)", slope, theta, meta)
+    """What `of_inner_loss` has, and the derivatives of ⟨∂f/∂θ, v⟩ for one v."""
+    losses = problem.inner(theta, meta, problem.at(0))
+    first = _gradients("f", losses.sum(), theta, meta, create_graph=True)
+    groups = {"f": {"": losses}} | first
+    if not first:  # f is a constant
+        return groups
+    slope = weighted_sum(first["∂f/∂θ"].values())
+    return groups | _gradients("(∂f/∂θ)", slope, theta, meta)
 
 
-def _gradients(name: str, total: Tensor, theta: Params, meta: Params) -> Groups:
+def _gradients(
+    name: str, total: Tensor, theta: Params, meta: Params, *, create_graph: bool = False
+) -> Groups:
     """The derivatives of a scalar in θ and φ."""
     phi = {key: m for key, m in meta.items() if m.requires_grad}
     if not total.requires_grad:
         return {}
     targets = [*theta.values(), *phi.values()]
-    gradients = torch.autograd.grad(total, targets, allow_unused=True)
+    gradients = torch.autograd.grad(total, targets, create_graph=create_graph, allow_unused=True)
     of_theta = zip(theta, gradients[: len(theta)], strict=True)
     of_phi = zip(phi, gradients[len(theta) :], strict=True)
     return {
