@@ -12,7 +12,7 @@ from metaimplicit.compiled import CannotCompileError
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Gradients, vector_jacobian_product
 from metaimplicit.methods.compiled_curvature import compiled_linearization
-from metaimplicit.methods.linearize import Linearization, linearize
+from metaimplicit.methods.linearize import Linearization, linearize, without_unread
 from metaimplicit.methods.shared import mixed_difference, warn_or_raise
 from metaimplicit.operators import (
     CurvatureClass,
@@ -84,6 +84,13 @@ class CurvatureSystem:
             **options,
         )
         return point if self.known is None else replace(point, core=self.known)
+
+    def right_hand_side(self, point: Linearization, vectors: Params) -> Tensor:
+        """v, `[tasks, n]`, without the entries that nothing in the inner loss reads."""
+        v = flatten(vectors)
+        if point.sigma > 0:  # a penalty reads them all
+            return v
+        return without_unread(v, flatten(point.gradient).detach(), point.core)
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
         """The solution u = A⁻¹v, `[tasks, n]`, and the products that it took in all.

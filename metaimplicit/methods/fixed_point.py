@@ -15,7 +15,7 @@ from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.adjoint import TransposedJacobian, check_solver
 from metaimplicit.methods.base import UNSET, Adaptation, Gradients, Method
-from metaimplicit.methods.linearize import reject_random_numbers
+from metaimplicit.methods.linearize import reject_random_numbers, without_unread
 from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.methods.shared import data_at_solution, run_inner, warn_or_raise
 from metaimplicit.methods.step_functions import (
@@ -122,7 +122,9 @@ class FixedPoint(Method):
         data = data_at_solution(problem, self.batch, "FixedPoint")
         step = _LinearizedStep(problem, inner, end, meta=meta, data=data)
         operator = TransposedJacobian(step.residuals, step.point)
-        v = step.pad(vectors)
+        # Φ(s) − s is what one more step would change.
+        still_to_go = -operator.join(step.residuals)
+        v = without_unread(step.pad(vectors), still_to_go, operator)
 
         # (I − ∂Φ/∂s)ᵀ λ = v, and F = s − Φ(s, φ) has ∂F/∂φ = −∂Φ/∂φ.
         solver = self.solver
@@ -132,8 +134,6 @@ class FixedPoint(Method):
         warn_or_raise(solver, solution, strict=self.strict)
         radius = spectral_radius(operator, v, self.radius_steps) if self.radius_steps else None
 
-        # Φ(s) − s is what one more step would change, and λ says by how much g would.
-        still_to_go = -operator.join(step.residuals)
         gradients = operator.pull_back(-solution.value, meta)
         return gradients, replace(
             report,
@@ -141,6 +141,7 @@ class FixedPoint(Method):
             products=solution.products + self.radius_steps,
             residual=solution.residual,
             status=solution.status,
+            # λ says by how much g would change.
             leftover=problem.tasks * (solution.value * still_to_go).sum(-1),
             relative_leftover=relative_leftover(
                 solution.value, still_to_go, v=v, params=end.params

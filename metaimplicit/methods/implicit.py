@@ -276,16 +276,15 @@ class Implicit(Method):
             return inner_gradient(problem, theta, at, data, decay=decay)
 
         def solve(vectors: Params) -> Params:
-            v = flatten(vectors)
-
-            def attempt(lifted: LiftedProblem) -> tuple[Solution, Tensor]:
+            def attempt(lifted: LiftedProblem) -> tuple[Solution, Tensor, Tensor]:
                 decay = dependencies.decay(params, meta)
                 point = system.linearize(lifted, params, meta, data, decay=decay)
+                v = system.right_hand_side(point, vectors)
                 solution, _ = system.solve(point, v, SolverState())
-                return solution, flatten(point.gradient).detach()
+                return solution, flatten(point.gradient).detach(), v
 
             with torch.enable_grad():
-                solution, gradient = retry_under_vmap(attempt, problem)
+                solution, gradient, v = retry_under_vmap(attempt, problem)
             completed = replace(
                 report,
                 residual=solution.residual,
@@ -328,7 +327,7 @@ class Implicit(Method):
         data = data_at_solution(problem, self.batch, "Implicit")
         point = system.linearize(problem, params, meta, data, decay=decay)
         sigma = point.sigma + self.damping
-        v = flatten(vectors)
+        v = system.right_hand_side(point, vectors)
         solution, products = system.solve(point, v, state)
         hessian_residual = None
         if self.check_curvature:

@@ -64,6 +64,33 @@ class Linearization:
         return residual_norm / sigma
 
 
+def without_unread(v: Tensor, residual: Tensor, operator: LinearOperator) -> Tensor:
+    """v without the entries of θ that F does not depend on, where F(θ, φ) = 0 is the inner problem.
+
+    Such an entry keeps its value, whatever φ is. But A u = v has no solution if v is not 0 where a
+    row of A is. Examples are the rows of an embedding for words that are not in the batch, units
+    that are never active, and parameters that only the outer loss reads.
+
+    Args:
+        v: ∂g/∂θ, `[tasks, n]`.
+        residual: F, such as ∂f/∂θ, likewise. An entry that is not 0 is read.
+        operator: A, whose product is taken if there are entries in doubt.
+
+    Example:
+        >>> f = lambda params: params["w"][:, 0].square()  # it reads one of two numbers
+        >>> hessian = Hessian(f, {"w": torch.zeros(1, 2)})
+        >>> without_unread(torch.ones(1, 2), torch.zeros(1, 2), hessian)
+        tensor([[1., 0.]])
+    """
+    in_doubt = (residual == 0) & (v != 0)
+    if not bool(in_doubt.any()):
+        return v
+    # No row but a row of zeros has the product 0 with numbers without a pattern.
+    count = torch.arange(1, v.shape[-1] + 1, dtype=torch.float64, device=v.device)
+    product = operator.matvec(count.square().cos().to(v.dtype).expand_as(v))
+    return torch.where(in_doubt & (product == 0), 0.0, v)
+
+
 def linearize(
     problem: LiftedProblem,
     params: Params,

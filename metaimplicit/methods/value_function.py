@@ -93,16 +93,22 @@ class ValueFunction(Method):
         trajectory = run.trajectory
         report = Report(self.flag, trajectory.steps, trajectory.gradient_norm, drift=inner.drift)
         z = trajectory.end
-        y = self._minimise_penalised(problem, inner, meta, z=z, outer_data=outer_data)
+        # Parameters that g alone reads stay where they are, since nothing would hold them.
+        unread = {name: z.params[name] for name in run.dependencies.idle}
 
+        def outer(params: Params, phi: Params) -> Tensor:
+            return problem.outer(params | unread, phi, outer_data)[0]
+
+        y = self._minimise_penalised(problem, inner, detached(meta), z=z, outer=outer)
+        g_of = reject_random_numbers(lambda params: outer(params, meta), "outer loss")
         f_of = reject_random_numbers(penalised_inner(problem, run, meta, data))
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             at_y = leaves(y.params)
             at_z = leaves(z.params)
             # The caller adds ∂g/∂φ(z), which the difference of the outer losses turns to ∂g/∂φ(y).
-            g_at_y, _ = problem.outer(at_y, meta, outer_data)
-            g_at_z, _ = problem.outer(at_z, meta, outer_data)
+            g_at_y = g_of(at_y)
+            g_at_z = g_of(at_z)
             f_at_y = f_of(at_y)
             f_at_z = f_of(at_z)
             value = (g_at_y - g_at_z).mean() + self.strength * (f_at_y - f_at_z).mean()
@@ -118,12 +124,7 @@ class ValueFunction(Method):
             gradients: Gradients = dict.fromkeys(meta)
             gradients |= dict(zip(phi, values, strict=True))
             gradients |= dict.fromkeys(only_in_start)
-            residual = self._residual(
-                lambda params: problem.outer(params, meta, outer_data)[0],
-                f_of,
-                y=y.params,
-                z=z.params,
-            )
+            residual = self._residual(g_of, f_of, y=y.params, z=z.params)
             near = residual <= RESIDUAL_TOLERANCE
             status = torch.where(near, int(Status.CONVERGED), int(Status.NOT_STATIONARY))
             return gradients, replace(report, residual=residual, status=status)
@@ -160,21 +161,19 @@ class ValueFunction(Method):
         meta: Params,
         *,
         z: Iterate,
-        outer_data: Any,
+        outer: Callable[[Params, Params], Tensor],
     ) -> Iterate:
         """Where the inner loop on f + g/λ ends. It starts from z, or from the last call's y."""
         companion = None if problem.start is None else problem.start.companion
         start = replace(z, state={}) if companion is None else companion
-        constants = detached(meta)
         around = problem.with_weights_at(z.params)
 
         def penalised(params: Params, t: int) -> Tensor:
-            g, _ = problem.outer(params, constants, outer_data)
-            f = around.inner(params, constants, problem.at(t))
-            return f + g / self.strength
+            f = around.inner(params, meta, problem.at(t))
+            return f + outer(params, meta) / self.strength
 
         trajectory = inner.run(
-            penalised, start.params, constants, differentiated_steps=0, state=start.state
+            penalised, start.params, meta, differentiated_steps=0, state=start.state
         )
         return trajectory.end
 
