@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from metaimplicit import GradientDescent, MetaLearner
 
-TASKS = 3
+TASKS = 2
 WAYS = 4
 QUERIES = 2
 INPUTS = 6

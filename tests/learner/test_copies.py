@@ -47,9 +47,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 INNER = GradientDescent(steps=2, lr=0.5)
 LEARNERS = {
     "all adapt": {"inner": INNER},
-    "the last layer adapts": {"inner": INNER, "adapt": "last.*"},
+    "the last layer adapts": {"inner": INNER, "adapt": "last.*", "vectorize": "loop"},
     "ridge": {"head": "ridge"},
-    "prototypes": {"head": "prototypes"},
+    "prototypes": {"head": "prototypes", "vectorize": "loop"},
 }
 
 

@@ -180,7 +180,7 @@ def assert_is_the_plain_loop(learner, episodes, tasks):
 @pytest.mark.parametrize("form", EQUAL + PER_TASK)
 def test_every_form_of_equal_tasks_is_the_plain_loop(form):
     tasks = draw_tasks()
-    learner = make_learner(nn.Linear(FEATURES, WAYS))
+    learner = make_learner(nn.Linear(FEATURES, WAYS), vectorize="loop")
     assert_is_the_plain_loop(learner, form(tasks), tasks)
     assert len(read_episodes(form(tasks))) == 1
 

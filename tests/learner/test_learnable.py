@@ -113,7 +113,7 @@ def test_step_sizes_of_layers_and_steps_are_learnt(name):
     options = {"inner": GradientDescent(steps=3, lr=lr), "method": "unrolled"}
     learner = make_learner(learn={"lr": granularity}, **options)
     assert sorted(learner.learnt.by_name()) == sorted(names)
-    fixed = make_learner(**options)
+    fixed = make_learner(vectorize="loop", **options)
     losses = learner.evaluate(draw_episodes())[0]
     assert torch.allclose(losses, fixed.evaluate(draw_episodes())[0], rtol=1e-12)
 
@@ -123,7 +123,8 @@ def test_step_sizes_of_layers_and_steps_are_learnt(name):
     assert_gradients_match_differences(learner, learner.learnt.values())
     other = make_learner(learn={"lr": granularity}, **options)
     other.load_state_dict(learner.state_dict())
-    forward = make_learner(learn={"lr": granularity}, **(options | {"method": "forward"}))
+    options |= {"method": "forward", "vectorize": "loop"}
+    forward = make_learner(learn={"lr": granularity}, **options)
     forward.backward(draw_episodes())
     for p, q in zip(learner.learnt.values(), forward.learnt.values(), strict=True):
         assert relative_error(q.grad, p.grad) < 1e-10

@@ -23,7 +23,7 @@ from metaimplicit import (
     hypergradient,
 )
 
-TASKS = 3
+TASKS = 2
 FEATURES = 4
 WAYS = 5
 pytestmark = pytest.mark.usefixtures("float64")

@@ -17,7 +17,7 @@ from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.learner import Pair
 from metaimplicit.learner.checks import TargetCheck
 
-TASKS = 3
+TASKS = 2
 EXAMPLES = 10
 FEATURES = 4
 LENGTH = 6

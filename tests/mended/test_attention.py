@@ -107,6 +107,8 @@ KINDS = {
     "decoder": lambda: Decoder(WIDTH, 2, **OPTIONS),
     "padded encoder": lambda: Padded(nn.TransformerEncoderLayer(WIDTH, 2, **OPTIONS), 1),
 }
+FUNCTIONS = list(KINDS)[:5]
+MODULES = list(KINDS)[5:]
 # The learner takes every kind. Every door opens the same block, so that a function, heads and a
 # layer suffice for the others.
 some_kinds = pytest.mark.parametrize("kind", ["function", "heads", "encoder"])
@@ -136,7 +138,12 @@ def by_plain_loop(kind, training=True):
 # The learner calls the model once as it is, for the number of classes.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize(
-    ("kind", "training", "vectorize"), every_pair(KINDS, [True, False], ["vmap", "loop"])
+    ("kind", "training", "vectorize"),
+    [
+        *every_pair(MODULES, [True, False], ["vmap", "loop"]),
+        *((kind, True, "vmap") for kind in FUNCTIONS),  # which have no mode
+        ("function", True, "loop"),
+    ],
 )
 def test_the_learner_has_the_meta_gradient_of_a_plain_loop(kind, training, vectorize):
     model, episodes, expected = by_plain_loop(kind, training)
@@ -147,8 +154,8 @@ def test_the_learner_has_the_meta_gradient_of_a_plain_loop(kind, training, vecto
 @pytest.mark.parametrize(
     ("kind", "vectorize"),
     [
-        *(("function", "vmap"), ("function", "loop"), ("grouped", "vmap"), ("heads", "loop")),
-        *(("heads with weights", "vmap"), ("encoder", "vmap"), ("norm first", "loop")),
+        *(("function", "vmap"), ("function", "loop"), ("grouped", "vmap")),
+        *(("heads with weights", "loop"), ("encoder", "vmap")),
     ],
 )
 def test_forward_mode_has_the_meta_gradient_of_a_plain_loop(kind, vectorize):
@@ -203,9 +210,9 @@ def by_dense_algebra(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("products", "vectorize"), [("double-backward", "loop"), ("forward-over-reverse", "vmap")]
+    ("kind", "products", "vectorize"),
+    [("function", "double-backward", "loop"), ("heads", "forward-over-reverse", "vmap")],
 )
-@pytest.mark.parametrize("kind", ["function", "encoder"])
 def test_an_implicit_method_has_the_meta_gradient_of_dense_algebra(kind, products, vectorize):
     model, episodes, expected = by_dense_algebra(kind)
     model.zero_grad()
