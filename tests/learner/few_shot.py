@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from oracles import finite_difference, randn
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from metaimplicit import GradientDescent, MetaLearner
 
-TASKS = 3
+TASKS = 2
 WAYS = 4
 QUERIES = 2
 INPUTS = 6
@@ -52,22 +53,27 @@ class LinearModel(nn.Module):
         self.layer = nn.Linear(INPUTS, WAYS).double()
 
 
-def query_loss_at(learner, parameter, value):
-    """The mean query loss after adaptation, with one parameter set to a value for the while."""
+def query_loss_at(learner, parameters, values):
+    """The mean query loss after adaptation, with parameters set to values for the while."""
+    parameters = list(parameters)
     with torch.no_grad():
-        before = parameter.clone()
-        parameter.copy_(value)
+        before = parameters_to_vector(parameters).clone()
+        vector_to_parameters(values, parameters)
         loss = learner.evaluate(draw_episodes())[0][-1].mean()
-        parameter.copy_(before)
+        vector_to_parameters(before, parameters)
     return loss
 
 
-def assert_gradient_matches_differences(learner, parameter, direction):
-    """The parameter's `.grad` along `direction` is the difference quotient of the query loss."""
+def assert_gradients_match_differences(learner, parameters):
+    """Their `.grad` along a random direction is the difference quotient of the query loss.
+
+    No two parts of a random direction are alike, so that the error of any parameter shows.
+    """
+    parameters = list(parameters)
+    start = parameters_to_vector(parameters).detach().clone()
+    direction = randn(len(start), seed=7)
     expected = finite_difference(
-        lambda value: query_loss_at(learner, parameter, value),
-        parameter.detach().clone(),
-        direction,
+        lambda values: query_loss_at(learner, parameters, values), start, direction
     )
-    slope = float((parameter.grad * direction).sum())
+    slope = float(parameters_to_vector(p.grad for p in parameters) @ direction)
     assert slope == pytest.approx(float(expected), rel=1e-6, abs=1e-10)

@@ -86,7 +86,7 @@ def test_a_batch_of_adapted_models_is_differentiated_in_its_inputs(vectorize):
 
 
 def test_a_slice_of_a_batch_of_adapted_models_is_the_batch_of_these_tasks():
-    data = draw_episodes()
+    data = draw_episodes(tasks=3)
     inputs = data.query[0][:, :2]  # as many examples as the slice has tasks
     batch = make_learner(make_network()[:2], head="ridge", method=None, proximal=None).adapt(
         data.support, batched=True
@@ -101,7 +101,7 @@ def test_a_slice_of_a_batch_of_adapted_models_is_the_batch_of_these_tasks():
 
 
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-@pytest.mark.parametrize("tasks", [2, 4])
+@pytest.mark.parametrize("tasks", [1, 3])
 def test_a_batch_of_adapted_models_refuses_inputs_of_another_number_of_tasks(vectorize, tasks):
     learner = make_learner(vectorize=vectorize)
     batch = learner.adapt(draw_episodes().support, batched=True)

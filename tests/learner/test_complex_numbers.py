@@ -70,11 +70,12 @@ class Filter(nn.Module):
         return self.layer(torch.fft.irfft(spectrum, n=4, dim=1))
 
 
-@pytest.mark.parametrize("vectorize", ["loop", "vmap"])
 @pytest.mark.parametrize(
-    "method",
-    ["dense", "cg", "sama", "forward", Implicit(products="finite-differences")],
-    ids=lambda method: method if isinstance(method, str) else "differences",
+    ("method", "vectorize"),
+    [
+        *(("dense", "vmap"), ("cg", "loop"), ("sama", "vmap"), ("forward", "vmap")),
+        pytest.param(Implicit(products="finite-differences"), "loop", id="differences"),
+    ],
 )
 def test_pairs_of_parameters_may_be_viewed_as_complex_numbers(method, vectorize):
     x = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -47,14 +47,15 @@ pytestmark = pytest.mark.usefixtures("float64")
 INNER = GradientDescent(steps=2, lr=0.5)
 LEARNERS = {
     "all adapt": {"inner": INNER},
-    "the last layer adapts": {"inner": INNER, "adapt": "last.*"},
+    "the last layer adapts": {"inner": INNER, "adapt": "last.*", "vectorize": "loop"},
     "ridge": {"head": "ridge"},
-    "prototypes": {"head": "prototypes"},
+    "prototypes": {"head": "prototypes", "vectorize": "loop"},
 }
 
 
-@pytest.mark.parametrize("is_used", [False, True], ids=["new", "used"])
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    ("name", "is_used"), [*((name, True) for name in LEARNERS), ("the last layer adapts", False)]
+)
 def test_a_copy_has_its_own_modes_buffers_and_frozen_parameters(name, is_used):
     learner = MetaLearner(Network(), F.cross_entropy, **LEARNERS[name])
     episodes = draw_episodes()

@@ -57,7 +57,9 @@ def test_the_smallest_problems_have_the_unrolled_gradient(name, vectorize):
     model = make_model().double()
     episodes = SimpleNamespace(support=as_double(episodes.support), query=as_double(episodes.query))
     gradients = {}
-    for flag in ("unrolled", *SOLVED):
+    # Each solver meets each problem in one of the two ways, and the ways take turns.
+    solvers = SOLVED[(list(CASES).index(name) + (vectorize == "loop")) % 2 :: 2]
+    for flag in ("unrolled", *solvers):
         model.zero_grad()
         learner = MetaLearner(
             model,
@@ -69,7 +71,7 @@ def test_the_smallest_problems_have_the_unrolled_gradient(name, vectorize):
         )
         learner.backward(episodes)
         gradients[flag] = torch.cat([p.grad.flatten() for p in model.parameters()])
-    for flag in SOLVED:
+    for flag in solvers:
         assert torch.allclose(gradients[flag], gradients["unrolled"], rtol=1e-6, atol=1e-9), flag
 
 

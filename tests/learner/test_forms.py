@@ -180,7 +180,7 @@ def assert_is_the_plain_loop(learner, episodes, tasks):
 @pytest.mark.parametrize("form", EQUAL + PER_TASK)
 def test_every_form_of_equal_tasks_is_the_plain_loop(form):
     tasks = draw_tasks()
-    learner = make_learner(nn.Linear(FEATURES, WAYS))
+    learner = make_learner(nn.Linear(FEATURES, WAYS), vectorize="loop")
     assert_is_the_plain_loop(learner, form(tasks), tasks)
     assert len(read_episodes(form(tasks))) == 1
 
@@ -195,8 +195,13 @@ def mean_of_tasks_alone(method):
     return torch.stack(losses).mean(), learner.model.weight.grad / len(tasks)
 
 
-@pytest.mark.parametrize("method", ["unrolled", "first-order", "cg", "dense"])
-@pytest.mark.parametrize("form", PER_TASK)
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        *((form, "unrolled") for form in PER_TASK),
+        *((list_of_tasks, "first-order"), (lists_in_the_support_alone, "cg")),
+    ],
+)
 def test_tasks_of_different_sizes_are_computed_one_after_another(form, method):
     """The mean over the tasks of the gradient that each of them has alone."""
     tasks = draw_tasks(10, 5, 7)
@@ -260,8 +265,14 @@ SEVERAL_INPUTS = {
 }
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", "loop", "auto"])
-@pytest.mark.parametrize("name", SEVERAL_INPUTS)
+@pytest.mark.parametrize(
+    ("name", "vectorize"),
+    [
+        *((name, "vmap") for name in SEVERAL_INPUTS),
+        *(("a dict", "auto"), ("None beside tensors", "loop"), ("a number beside tensors", "loop")),
+        ("a mask for all examples", "loop"),
+    ],
+)
 def test_several_inputs_are_the_arguments_of_the_model(name, vectorize):
     def with_inputs(pair):
         return SEVERAL_INPUTS[name](pair[0]), pair[1]

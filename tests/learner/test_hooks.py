@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from crossing import every_pair
 from learner.few_shot import INPUTS, WAYS, draw_episodes, make_learner
 from torch import nn
 
@@ -79,9 +80,10 @@ class Halved(Reversed):
         return self.head(torch.tanh(self.body(x)))
 
 
-@pytest.mark.parametrize("model", [Reversed, Halved])
-@pytest.mark.parametrize("method", ["unrolled", "first-order"])
-@pytest.mark.parametrize("vectorize", ["vmap", "auto"])
+@pytest.mark.parametrize(
+    ("model", "method", "vectorize"),
+    every_pair([Reversed, Halved], ["unrolled", "first-order"], ["vmap", "auto"]),
+)
 def test_vmap_that_gets_a_hook_wrong_is_warned_of(model, method, vectorize):
     learner = MetaLearner(
         model(),

@@ -43,7 +43,7 @@ BAD_EPISODES = {
         "neither empty",
     ),
     "fewer tasks in the query": (
-        changed(query=(QUERY_INPUTS[:2], QUERY_LABELS[:2])),
+        changed(query=(QUERY_INPUTS[:1], QUERY_LABELS[:1])),
         "one task axis of the same size",
     ),
 }

@@ -17,7 +17,7 @@ from metaimplicit import GradientDescent, MetaLearner
 from metaimplicit.learner import Pair
 from metaimplicit.learner.checks import TargetCheck
 
-TASKS = 3
+TASKS = 2
 EXAMPLES = 10
 FEATURES = 4
 LENGTH = 6
@@ -306,8 +306,15 @@ def stacked(tasks):
     return tree_map(lambda *x: torch.stack(x), *tasks)
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-@pytest.mark.parametrize("name", CLASSES)
+# A loop calls the model and the loss as the plain loop does. What is counted is the same.
+IN_A_LOOP = ["uint8", "own loss that skips -1", "classes first", "words", "one example"]
+IN_A_LOOP += ["a class without weight", "a mask beside the labels"]
+
+
+@pytest.mark.parametrize(
+    ("name", "vectorize"),
+    [*((name, "vmap") for name in CLASSES), *((name, "loop") for name in IN_A_LOOP)],
+)
 def test_labels_have_the_gradient_and_the_accuracy_of_a_plain_loop(name, vectorize):
     kind = CLASSES[name]
     tasks = kind.draw()
@@ -431,7 +438,7 @@ def test_a_loss_that_runs_on_its_own_device_alone_counts_its_examples_all_the_sa
     assert len(tried) == 4
 
 
-@pytest.mark.parametrize("name", ["ignore_index", "words", "a class without weight", "one number"])
+@pytest.mark.parametrize("name", ["ignore_index", "a class without weight", "one number"])
 def test_implicit_methods_take_the_same_targets(name):
     kind = (CLASSES | NUMBERS)[name]
     tasks = kind.draw()
@@ -441,9 +448,8 @@ def test_implicit_methods_take_the_same_targets(name):
     unrolled.model.load_state_dict(dense.model.state_dict())
     dense.backward(stacked(tasks))
     unrolled.backward(stacked(tasks))
-    if name != "words":  # the Tagger's outputs bend, and Gauss–Newton leaves that out
-        for p, q in zip(dense.parameters(), unrolled.parameters(), strict=True):
-            assert_same(p.grad, q.grad, rtol=1e-6)
+    for p, q in zip(dense.parameters(), unrolled.parameters(), strict=True):
+        assert_same(p.grad, q.grad, rtol=1e-6)
 
 
 def test_labels_that_are_ignored_may_come_up_later():

@@ -79,8 +79,14 @@ def without_checkpoints(method):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("method", ["unrolled", "first-order", "cg", "fixed-point"])
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        *((way, "unrolled") for way in WAYS if way != "plain"),
+        *(("a module", method) for method in ("first-order", "cg", "fixed-point")),
+        ("a function that sees it", "cg"),
+    ],
+)
 def test_the_meta_gradient_is_that_without_checkpoints(way, method):
     assert largest_error(meta_gradient(way, method), without_checkpoints(method)) < 1e-12
 

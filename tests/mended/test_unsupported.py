@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossing import every_pair
 from mended.models import Function, bag, episodes_for, linear, meta_of, words
 from reported.helpers import INNER, cross_entropy, draw, refuses
 from torch import nn
@@ -148,9 +149,11 @@ SPARSE = {
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("vectorize", ["auto", "loop", "vmap"])
-@pytest.mark.parametrize("method", [Unrolled(), FirstOrder(), Implicit(CG())], ids=str)
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(
+    ("name", "vectorize", "method"),
+    every_pair(SPARSE, ["auto", "loop", "vmap"], [Unrolled(), FirstOrder(), Implicit(CG())]),
+    ids=str,
+)
 def test_sparse_gradients_are_refused(name, method, vectorize):
     model = nn.Sequential(*SPARSE[name]())
     options = {"inner": INNER, "method": method, "proximal": 1.0, "vectorize": vectorize}
