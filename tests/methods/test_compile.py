@@ -259,7 +259,7 @@ def test_losses_that_change_what_they_read_are_looked_at_again(method, changed, 
 
 
 def test_the_problem_of_a_model_and_its_batches_is_compiled(traced):
-    model = nn.Sequential(nn.Linear(2, 1), nn.Tanh()).double()
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Tanh()).double()
     tuning = tuning_problem(model, F.mse_loss, [WeightDecay(start=0.1)])
     inner = GradientDescent(steps=3, lr=0.1)
     run = partial(hypergradient, tuning.problem, tuning.meta, inner=inner, method="unrolled")
@@ -273,7 +273,7 @@ def test_the_problem_of_a_model_and_its_batches_is_compiled(traced):
 @pytest.mark.slow
 def test_the_functions_of_the_first_two_steps_serve_any_number_of_steps(traced):
     """Beside the outer loss, these are a step and a pull without a momentum, and with one."""
-    model = nn.Sequential(nn.Linear(1, 1), nn.Tanh()).double()
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh()).double()
     episodes = ((X[..., :1], Y), (XQ[..., :1], YQ))
     gradients = {}
     for compile in (False, True):
