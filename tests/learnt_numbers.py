@@ -1,4 +1,4 @@
-"""Inner loops of four steps whose numbers are meta-parameters."""
+"""Inner loops of three steps whose numbers are meta-parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from metaimplicit import FromMeta, GradientDescent, TorchOptimizer
 from metaimplicit.inner import InnerLoop
 
-STEPS = 4
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ LEARNT_LOOPS = {
         ),
         {"lr": 0.05, "wd": 0.1},
     ),
-    "radam": LearntLoop(  # its steps are rectified from the sixth on
+    "radam": LearntLoop(  # its sixth step is the first that is rectified
         TorchOptimizer(
             torch.optim.RAdam,
-            steps=8,
+            steps=6,
             lr=FromMeta("lr"),
             betas=(FromMeta("b1"), FromMeta("b2")),
             weight_decay=FromMeta("wd"),
@@ -127,15 +127,15 @@ LEARNT_LOOPS = {
     "by step": LearntLoop(
         GradientDescent(
             steps=STEPS,
-            lr=[FromMeta("lr"), 0.05, FromMeta("log_lr", torch.exp), FromMeta("lr")],
-            momentum=[0.3, FromMeta("mu"), 0.5, 0.0],
+            lr=[FromMeta("lr"), FromMeta("log_lr", torch.exp), FromMeta("lr")],
+            momentum=[0.3, FromMeta("mu"), 0.0],
         ),
         {"lr": 0.1, "log_lr": -2.0, "mu": 0.5},
     ),
     "by parameter": LearntLoop(
         GradientDescent(
             steps=STEPS,
-            lr={"0.weight": FromMeta("lr"), "*.bias": 0.2, "2": [FromMeta("last"), 0.1, 0.1, 0.05]},
+            lr={"0.weight": FromMeta("lr"), "*.bias": 0.2, "2": [FromMeta("last"), 0.1, 0.05]},
         ),
         {"lr": 0.1, "last": 0.3},
     ),

@@ -1,5 +1,7 @@
 """A small tanh network that adapts from a learnt initialisation to three tasks."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from oracles import randn
@@ -31,7 +33,13 @@ def outer(params, meta, data):
     return F.mse_loss(forward(params, data[2]), data[3])
 
 
+@cache
 def network(penalty=None):
+    """A problem for all tests, since vmap is compared with a loop in the first calls with one."""
+    return new_network(penalty)
+
+
+def new_network(penalty=None):
     """The problem of one task, with a penalty in the inner loss if one is given."""
     return BilevelProblem(
         init=lambda meta, data: {name: meta[name] for name in INITIAL},

@@ -18,7 +18,7 @@ from metaimplicit.inner import LBFGS
 
 TASKS = 3
 N = 5
-STEPS = 12
+STEPS = 8
 H = symmetric([[0.5, 1, 2, 3, 4], [1, 1, 2, 2, 8], [0.1, 0.2, 0.4, 0.8, 1.6]])
 B = randn(TASKS, N, seed=1)
 START = {"a": randn(TASKS, 2, seed=2), "b": randn(TASKS, 3, seed=3)}
@@ -84,11 +84,11 @@ def torch_steps(optimizer, options, steps):
     return params
 
 
-@pytest.mark.parametrize("differentiated_steps", [0, 5, STEPS])
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS, ids=name_of)
-def test_steps_are_those_of_torch(optimizer, options, differentiated_steps):
+def test_steps_are_those_of_torch(optimizer, options):
+    """Those without a graph, and those with one after them."""
     loop = TorchOptimizer(optimizer, steps=STEPS, **options)
-    end = loop.run(loss, START, {}, differentiated_steps=differentiated_steps).params
+    end = loop.run(loss, START, {}, differentiated_steps=3).params
     # torch keeps the step size of ASGD and the momentum product of NAdam in float32.
     in_float32 = (torch.optim.ASGD, torch.optim.NAdam)
     tolerance = 1e-6 if optimizer in in_float32 else 1e-12
@@ -129,22 +129,22 @@ def test_a_coordinate_with_zero_gradients_has_a_finite_hypergradient(optimizer, 
 @pytest.mark.slow
 def test_a_tolerance_stops_each_task_by_itself():
     def run(tol):
-        loop = GradientDescent(steps=750, lr=0.2, tol=tol)
+        loop = GradientDescent(steps=150, lr=0.2, tol=tol)
         return loop.run(loss, START, {}, differentiated_steps=0, keep_iterates=True)
 
     free = run(None)
-    stopped = run(1e-3)
+    stopped = run(0.1)
     assert len(set(stopped.steps.tolist())) == TASKS
     # The iterates are θ_0, one for each step, and one for the gradient that ended the loop.
-    assert len(stopped.iterates) == int(stopped.steps.max()) + 2 < 751
+    assert len(stopped.iterates) == int(stopped.steps.max()) + 2 < 151
     for task, steps in enumerate(stopped.steps.tolist()):
         for name in START:
             expected = free.iterates[steps][name][task]
             assert torch.equal(stopped.params[name][task], expected)
         before = gradient_norm(free.iterates[steps - 1])[task]
         after = gradient_norm(free.iterates[steps])[task]
-        assert after <= 1e-3 < before
-    assert (stopped.gradient_norm <= 1e-3).all()
+        assert after <= 0.1 < before
+    assert (stopped.gradient_norm <= 0.1).all()
 
 
 def gradient_norm(params):
@@ -166,13 +166,13 @@ def test_a_stopped_task_keeps_the_derivative_of_the_steps_it_took():
         problem,
         meta,
         (H, B),
-        inner=GradientDescent(steps=300, lr=0.1, tol=1e-2),
+        inner=GradientDescent(steps=150, lr=0.2, tol=0.2),
         method="unrolled",
         batched=True,
     )
     gradients = []
     for task, steps in enumerate(batch.report.inner_steps.tolist()):
-        inner = GradientDescent(steps=steps, lr=0.1)
+        inner = GradientDescent(steps=steps, lr=0.2)
         data = (H[task], B[task])
         alone = hypergradient(problem, meta, data, inner=inner, method="unrolled")
         gradients.append(alone.grads["start"])

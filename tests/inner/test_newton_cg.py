@@ -113,12 +113,12 @@ def test_one_step_solves_a_quadratic():
 )
 def test_the_loop_is_that_of_each_task_alone(options):
     """Iterates, radii by what they do to the next step, and stops are those of the algorithm."""
-    loop = NewtonCG(steps=8, **options)
+    loop = NewtonCG(steps=6, **options)
     end = run(loop, wavy(), START, keep=True)
     events = set()  # of the radius and the step: (shortened, lengthened, taken)
     for i in range(TASKS):
         f = loss_of_task(wavy(), i)
-        path, radii, taken = trust_region(f, joined(START)[i], steps=8, **options)
+        path, radii, taken = trust_region(f, joined(START)[i], steps=6, **options)
         events |= {(b < a, b > a, ok) for (a, b), ok in zip(pairwise(radii), taken, strict=True)}
         assert int(end.steps[i]) == len(path) - 1
         for t, iterate in enumerate(end.iterates):

@@ -42,9 +42,9 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
     labels = torch.arange(4).expand(TASKS, -1)
     pair = (randn(TASKS, 4, 6, seed=0), labels)
     data = SimpleNamespace(support=pair, query=(randn(TASKS, 4, 6, seed=1), labels))
-    options = {"method": "cg", "proximal": 1.0, "vectorize": vectorize}
+    options = {"method": "cg", "proximal": 5.0, "vectorize": vectorize}
     grads = {}
-    for inner in ("newton-cg", GradientDescent(steps=60, lr=0.5)):
+    for inner in ("newton-cg", GradientDescent(steps=16, lr=0.18)):
         learner = MetaLearner(model, F.cross_entropy, inner=inner, **options)
         model.zero_grad()
         step = learner.backward(data)
@@ -54,7 +54,7 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
     assert relative_error(newton, descent) < 1e-5
 
     learner = MetaLearner(
-        model, F.cross_entropy, inner="newton-cg", proximal=1.0, vectorize=vectorize
+        model, F.cross_entropy, inner="newton-cg", proximal=5.0, vectorize=vectorize
     )
     losses, accuracies = learner.evaluate(data, steps=12)
     assert losses.shape == accuracies.shape == (13, TASKS)

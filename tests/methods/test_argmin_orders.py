@@ -1,11 +1,11 @@
 """Derivatives of `argmin` beyond the first gradient: of second order, and in forward mode."""
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import finite_difference, randn, relative_error, ridge
+from oracles import finite_difference, randn, relative_error
 from small_problems import number
 from torch.autograd import forward_ad
 
@@ -46,9 +46,7 @@ def smooth_hinge(margin):
 LOSSES = {
     "ridge": lambda scores, y: 0.5 * (scores - y).square().mean(),
     "logistic": lambda scores, y: F.softplus(-y * scores).mean(),
-    "smooth hinge": lambda scores, y: smooth_hinge(y * scores).mean(),
 }
-losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def train(loss, decay, data, *, method=EXACT, inner=CONVERGED, batched=True, **options):
@@ -104,9 +102,8 @@ def jvp(function, t, tangent):
 # Against finite differences.
 
 
-@losses
-def test_derivatives_of_the_first_three_orders(loss):
-    value = partial(objective, loss)
+def test_derivatives_of_the_first_three_orders():
+    value = partial(objective, LOSSES["logistic"])
     t = number(0.0).requires_grad_()
     first = slope(value, t, create_graph=True)
     (second,) = torch.autograd.grad(first, t, create_graph=True)
@@ -121,9 +118,8 @@ def test_derivatives_of_the_first_three_orders(loss):
     assert relative_error(third, differences(curvature)) < 1e-7
 
 
-@losses
-def test_tangents_in_forward_mode(loss):
-    function = partial(along, loss)
+def test_tangents_in_forward_mode():
+    function = partial(along, LOSSES["logistic"])
     with forward_ad.dual_level():
         tangent = jvp(function, number(0.0), number(1.0))
     assert relative_error(tangent.detach(), differences(function)) < 1e-7
@@ -137,9 +133,8 @@ def test_tangents_without_a_graph():
     assert relative_error(tangent, differences(function)) < 1e-7
 
 
-@losses
-def test_forward_and_reverse_mode_in_both_orders(loss):
-    value = partial(objective, loss)
+def test_forward_and_reverse_mode_in_both_orders():
+    value = partial(objective, LOSSES["logistic"])
     expected = differences(partial(slope, value))
     t = number(0.0).requires_grad_()
     with forward_ad.dual_level():
@@ -194,13 +189,14 @@ def test_a_minimum_that_was_found_elsewhere():
 
 
 def closed_form(decay, x, y):
-    a = x.mT @ x / M + decay.exp() * torch.eye(N, dtype=torch.float64)
-    return torch.linalg.solve(a, x.mT @ y.unsqueeze(-1) / M).squeeze(-1)
+    m = x.shape[-2]
+    a = x.mT @ x / m + decay.exp() * torch.eye(N, dtype=torch.float64)
+    return torch.linalg.solve(a, x.mT @ y.unsqueeze(-1) / m).squeeze(-1)
 
 
 def test_the_whole_hessian_of_ridge_is_that_of_the_closed_form():
     """In φ, the inputs and the targets at once."""
-    at = (number(-1.0), X[0], Y[0])
+    at = (number(-1.0), X[0, :4], Y[0, :4])
 
     def outer(solve, *arguments):
         return solve(*arguments).pow(3).sum()
@@ -216,16 +212,15 @@ def test_the_whole_hessian_of_ridge_is_that_of_the_closed_form():
             assert relative_error(a, e) < 1e-10
 
 
-@losses
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-def test_a_batch_is_a_loop_over_its_tasks(loss, vectorize):
+def test_a_batch_is_a_loop_over_its_tasks(vectorize):
     v = randn(TASKS, N, seed=4)
     direction = randn(TASKS, M, N, seed=5)
 
     def derivatives(x, y, v, direction, **options):
         """The gradient in x, its derivative along the direction, and the tangent of w."""
         x = x.clone().requires_grad_()
-        solve = partial(train, loss, number(-1.0), **options)
+        solve = partial(train, LOSSES["logistic"], number(-1.0), **options)
         value = (v * solve((x, y))).sum().square()
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
         (second,) = torch.autograd.grad((gradient * direction).sum(), x)
@@ -253,34 +248,11 @@ def test_a_batch_is_a_loop_over_its_tasks(loss, vectorize):
 # Uses.
 
 
-def test_an_outer_newton_step():
-    """Newton's method on the weight decay of ridge regression, with the exact second derivative."""
-    oracle = ridge(TASKS, M, N)
-    *train_data, x_val, y_val = oracle.data
-    decay = number(-1.0)
-    slopes = []
-    for _ in range(8):
-        decay = decay.detach().requires_grad_()
-        w = train(LOSSES["ridge"], decay, tuple(train_data))
-        loss = ((x_val @ w.unsqueeze(-1)).squeeze(-1) - y_val).square().mean()
-        (first,) = torch.autograd.grad(loss, decay, create_graph=True)
-        (second,) = torch.autograd.grad(first, decay)
-        slopes.append(abs(first.item()))
-        decay = decay - first / second.abs()
-
-    decay = decay.detach().requires_grad_()
-    w = closed_form(decay, *train_data)
-    loss = ((x_val @ w.unsqueeze(-1)).squeeze(-1) - y_val).square().mean()
-    (of_closed_form,) = torch.autograd.grad(loss, decay)
-    assert abs(of_closed_form.item()) < 1e-9 * slopes[0]
+TARGET = randn(N, seed=6)
 
 
-BY_CG = Implicit(CG(max_steps=20, tol=1e-14))
-
-
-def top_of_three_levels(psi, method=EXACT):
+def top_of_three_levels(psi, method):
     """ψ tunes the regularisation of φ, which is tuned for what it makes of θ."""
-    target = randn(N, seed=6)
 
     def innermost(phi):
         return argmin(
@@ -293,7 +265,7 @@ def top_of_three_levels(psi, method=EXACT):
         )["theta"]
 
     def middle(p, m, d):
-        fit = (innermost(p["phi"]) - target).square().sum()
+        fit = (innermost(p["phi"]) - TARGET).square().sum()
         return fit + m["psi"].exp() * p["phi"].square().sum()
 
     phi = argmin(
@@ -304,21 +276,30 @@ def top_of_three_levels(psi, method=EXACT):
         inner=CONVERGED,
         method=method,
     )["phi"]
-    return (innermost(phi) - 0.5 * target).square().sum()
+    return (innermost(phi) - 0.5 * TARGET).square().sum()
 
 
-@cache
-def slope_of_three_levels():
-    """Differences of the values, which are the same for all methods."""
-    return finite_difference(top_of_three_levels, number(-2.0), number(1.0), step=1e-2).item()
+def top_by_hand(psi):
+    """The same with φ = θ + 4θ³, which the innermost level says of its minimum."""
+
+    def middle(theta):
+        return ((theta - TARGET).square() + psi.exp() * (theta + 4 * theta**3).square()).sum()
+
+    slope = torch.func.grad(middle)
+    curvature = torch.func.grad(lambda theta: slope(theta).sum())
+    theta = torch.zeros(N, dtype=torch.float64)
+    for _ in range(30):
+        theta = theta - slope(theta) / curvature(theta)
+    assert slope(theta).abs().max() < 1e-13
+    return (theta - 0.5 * TARGET).square().sum()
 
 
-@pytest.mark.parametrize(
-    "method", [EXACT, pytest.param(BY_CG, marks=pytest.mark.slow)], ids=["dense", "cg"]
-)
-def test_a_third_level(method):
-    actual = slope(partial(top_of_three_levels, method=method), number(-2.0))
-    assert actual.item() == pytest.approx(slope_of_three_levels(), rel=1e-7)
+@pytest.mark.slow
+def test_a_third_level():
+    by_cg = Implicit(CG(max_steps=20, tol=1e-14))
+    actual = slope(partial(top_of_three_levels, method=by_cg), number(-2.0))
+    expected = finite_difference(top_by_hand, number(-2.0), number(1.0), step=1e-2)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-7)
 
 
 def test_a_convex_head_is_ten_lines_of_torch():
@@ -361,9 +342,6 @@ def test_a_convex_head_is_ten_lines_of_torch():
 # Refusals.
 
 ONCE = {
-    "sama": SAMA(),
-    "forward": Forward(),
-    "fixed-point": FixedPoint(),
     "gauss-newton": Implicit(curvature="gauss-newton"),
     "damping": Implicit(damping=0.1),
     "finite-differences": Implicit(products="finite-differences"),
@@ -409,7 +387,8 @@ def test_a_method_without_tangents_is_refused_in_forward_mode(method):
 
 
 def test_unrolled_has_tangents_as_well():
-    function = partial(along, LOSSES["logistic"], method="unrolled", inner=SETTLED)
+    inner = GradientDescent(steps=4, lr=1.5)
+    function = partial(along, LOSSES["logistic"], method="unrolled", inner=inner)
     with forward_ad.dual_level():
         tangent = jvp(function, number(0.0), number(1.0))
     expected = differences(function)

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 X = torch.randn(2, 10, 4, dtype=torch.float64)
 Y = (torch.arange(10) % 5).repeat(2, 1)
 EPISODES = ((X, Y), (X.flip(1), Y))
-STRENGTH = 1.0
+STRENGTH = 5.0
+STEPS = 20
 
 
 class Auxiliary(nn.Module):
@@ -35,7 +36,7 @@ def make_learner(model, curvature, vectorize):
     return MetaLearner(
         model,
         lambda z, y: F.cross_entropy(z, y) + model.penalty,
-        inner=GradientDescent(steps=60, lr=0.5),
+        inner=GradientDescent(steps=STEPS, lr=0.18),
         proximal=STRENGTH,
         method=Implicit(CG(max_steps=200, tol=1e-13), curvature=curvature),
         vectorize=vectorize,
@@ -69,9 +70,9 @@ def test_the_hessian_is_that_of_the_whole_loss(vectorize):
     expected = torch.zeros_like(phi)
     for x, query in zip(X, X.flip(1), strict=True):
         theta = phi
-        for _ in range(60):
+        for _ in range(STEPS):
             slope = torch.func.grad(loss_at)(theta, x, Y[0]) + STRENGTH * (theta - phi)
-            theta = theta - 0.5 * slope
+            theta = theta - 0.18 * slope
         hessian = torch.autograd.functional.hessian(lambda t, x=x: loss_at(t, x, Y[0]), theta)
         hessian = hessian + STRENGTH * torch.eye(len(phi))
         v = torch.func.grad(loss_at)(theta, query, Y[0])

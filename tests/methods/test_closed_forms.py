@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from crossing import every_pair
 from oracles import Oracle, largest_error, quadratic, relative_error, ridge
 
 from metaimplicit import CG, METHODS, Dense, GradientDescent, Implicit, Nystrom, hypergradient
 from metaimplicit.methods import make_method
 from metaimplicit.solvers import Status
 
-STEPS = 32
+STEPS = 14
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Case:
 
 
 CASES = {
-    "quadratic": Case(quadratic([[1.0, 1.5, 2.0, 3.0], [1.0, 2.0, 2.5, 3.0]]), lr=0.5),
-    "ridge": Case(ridge(m=60), lr=0.68),
+    "quadratic": Case(quadratic([[1.0, 1.1, 1.3, 1.5], [1.0, 1.2, 1.4, 1.5]]), lr=0.8),
+    "ridge": Case(ridge(m=600), lr=0.72),
 }
 
 # What makes a method exact where the inner problem is solved.
@@ -83,7 +82,13 @@ def test_every_method_is_exact_or_tested_elsewhere():
         assert f"def {name}(" in (Path(__file__).parent / file).read_text(), test
 
 
-@pytest.mark.parametrize(("name", "flag", "vectorize"), every_pair(CASES, SOLVED, ["vmap", "loop"]))
+# Methods that differ in their solver alone take the penalty of ridge regression in one way.
+BY_RIDGE = ["unrolled", "forward", "cg", "dense"]
+ROWS = [("quadratic", flag, "vmap") for flag in SOLVED]
+ROWS += [("ridge", flag, "loop") for flag in BY_RIDGE]
+
+
+@pytest.mark.parametrize(("name", "flag", "vectorize"), ROWS)
 def test_a_method_agrees_with_the_closed_form(name, flag, vectorize):
     case = CASES[name]
     method = make_method(flag, **SOLVED[flag])
@@ -91,8 +96,10 @@ def test_a_method_agrees_with_the_closed_form(name, flag, vectorize):
     assert largest_error(result.grads, case.oracle.exact) < 1e-8
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
-@pytest.mark.parametrize("flag", ["dense", "cg", "neumann"])
+@pytest.mark.parametrize(
+    ("flag", "curvature"),
+    [("dense", "gauss-newton"), ("cg", "gauss-newton"), ("neumann", "hessian")],
+)
 def test_hessian_and_gauss_newton_agree_where_the_model_is_linear(flag, curvature):
     case = CASES["ridge"]
     method = replace(make_method(flag, **SOLVED[flag]), curvature=curvature)
@@ -123,7 +130,7 @@ def run_ridge(data, batched=False):
         CASES["ridge"].oracle.problem,
         CASES["ridge"].oracle.meta,
         data,
-        inner=GradientDescent(steps=50, lr=0.3),
+        inner=GradientDescent(steps=STEPS, lr=CASES["ridge"].lr),
         method="cg",
         batched=batched,
     )

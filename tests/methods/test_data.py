@@ -212,16 +212,18 @@ CROSS_ENTROPY = CrossEntropy()
 LABELS = torch.tensor([[0, 1, 2, 2, 0, 1], [1, 1, 0, 2, 0, 2]])
 
 
-# Methods with second derivatives and in forward mode, which take labels of all types; and others,
-# which take them through the same first derivatives, so that two types suffice.
-LABELLED = [(method, t) for method in ("unrolled", "forward", "dense") for t in SHORT_INTEGERS]
+# All types by one method. Others take them through derivatives of other kinds, for which two types
+# suffice, and in a loop.
+LABELLED = [("unrolled", t, "vmap") for t in SHORT_INTEGERS]
 LABELLED += [
-    (method, t) for method in ("first-order", "f2sa", "sama") for t in (torch.uint8, torch.uint16)
+    (method, t, vectorize)
+    for method in ("forward", "dense", "first-order", "f2sa", "sama")
+    for t, vectorize in ((torch.uint8, "vmap"), (torch.uint16, "loop"))
 ]
+LABELLED += [("unrolled", torch.uint8, "loop"), ("dense", torch.uint16, "vmap")]
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-@pytest.mark.parametrize(("method", "dtype"), LABELLED, ids=str)
+@pytest.mark.parametrize(("method", "dtype", "vectorize"), LABELLED, ids=str)
 def test_labels_of_every_integer_type_have_the_hypergradient_of_int64(dtype, method, vectorize):
     for loss in (torch.nn.functional.cross_entropy, CROSS_ENTROPY):
         short = with_labels(LABELS.to(dtype), loss, method, vectorize)

@@ -21,8 +21,8 @@ from metaimplicit import (
 
 TASKS, M, N = 3, 7, 2
 RIDGE = ridge(TASKS, M, N)
-META = {"log_decay": number(0.5)}
-TO_CONVERGENCE = GradientDescent(steps=42, lr=0.31)
+META = {"log_decay": number(2.5)}
+TO_CONVERGENCE = GradientDescent(steps=14, lr=0.0727)
 EXACT = {
     "unrolled": Unrolled(),
     "forward": Forward(),
@@ -58,8 +58,16 @@ def exact_gradients(data):
     return torch.autograd.grad(loss, (*data, log_decay))
 
 
-@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
-@pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(
+    ("method", "vectorize"),
+    [
+        *((method, "vmap") for method in EXACT.values()),
+        (EXACT["unrolled"], "loop"),
+        (EXACT["forward"], "loop"),
+        (EXACT["cg"], "loop"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.flag,
+)
 def test_the_gradient_in_the_data_is_that_of_the_closed_form(method, vectorize):
     result = hypergradient(
         RIDGE.problem,
@@ -76,7 +84,7 @@ def test_the_gradient_in_the_data_is_that_of_the_closed_form(method, vectorize):
     assert relative_error(result.grads["log_decay"], of_decay) < 1e-11
 
 
-@pytest.mark.parametrize("method", QUICK.values(), ids=QUICK)
+@pytest.mark.parametrize("method", [EXACT["unrolled"], EXACT["cg"]], ids=["unrolled", "cg"])
 def test_a_batch_is_the_mean_over_its_tasks(method):
     options = {"inner": TO_CONVERGENCE, "method": method}
     data = require_grad(RIDGE.data)

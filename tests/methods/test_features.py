@@ -19,7 +19,6 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.diagnostics import compare
-from metaimplicit.methods import METHODS
 
 TASKS = 3
 SUPPORT = (randn(TASKS, 6, 3, seed=1), torch.arange(6 * TASKS).reshape(TASKS, 6) % 3)
@@ -93,7 +92,14 @@ def run(problem, method, data=DATA, *, inner=FIVE_STEPS, batched=True, **options
     )
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "reptile"])
+# A method of each way to pull back to φ, and of solvers that draw random numbers or need a module.
+PULLBACKS = [
+    *("unrolled", "truncated", "first-order", "forward", "real-time", "cg", "nystrom-gaussian"),
+    *("kfac", "fixed-point", "sama", "f2sa"),
+]
+
+
+@pytest.mark.parametrize("method", PULLBACKS)
 def test_every_method_gives_the_gradient_of_the_plain_way(method):
     counted = CountedBody()
     once = run(replace(ONCE, features=counted), method)
@@ -127,9 +133,15 @@ def normalised(meta, data):
 
 
 @pytest.mark.parametrize(
-    ("method", "inner"), [("unrolled", FIVE_STEPS), ("dense", NewtonCG(steps=20, tol=1e-12))]
+    ("method", "inner", "entry"),
+    [
+        ("unrolled", FIVE_STEPS, "body"),
+        ("unrolled", FIVE_STEPS, "support"),
+        ("dense", NewtonCG(steps=20, tol=1e-12), "support"),
+        ("dense", NewtonCG(steps=20, tol=1e-12), "query"),
+    ],
+    ids=["unrolled-body", "unrolled-support", "dense-support", "dense-query"],
 )
-@pytest.mark.parametrize("entry", ["body", "support", "query"])
 def test_features_that_mix_the_tasks_agree_with_finite_differences(method, inner, entry):
     """In φ, and in the data that the features see."""
     problem = replace(ONCE, features=normalised)
@@ -155,7 +167,7 @@ def test_diagnostics_evaluate_the_features():
     options = {"inner": NewtonCG(steps=20, tol=1e-12), "batched": True}
     check = check_hypergradient(ONCE, META, DATA, method="dense", **options)
     assert check.error < 1e-7
-    comparison = compare(ONCE, META, DATA, methods=["cg"], products=[9], **options)
+    comparison = compare(ONCE, META, DATA, methods=["cg"], products=[9], seeds=1, **options)
     assert comparison.error("cg", 9) < 1e-5
 
 

@@ -37,7 +37,7 @@ from metaimplicit.inner import (
 from metaimplicit.methods import FixedPoint
 from metaimplicit.solvers import GMRES, Richardson
 
-M, N = 30, 6
+M, N = 300, 6
 GENERATOR = torch.Generator().manual_seed(3)
 X = torch.randn(M, N, generator=GENERATOR, dtype=torch.float64)
 Y = X @ torch.tensor([2.0, -1.5, 0.0, 0.0, 0.8, 0.0]).double()
@@ -73,7 +73,7 @@ def test_decoupled_decay_with_momentum_is_ridge_with_one_minus_momentum_times_th
     momentum, nesterov
 ):
     inner = TorchOptimizer(
-        SGDW, steps=100, lr=0.5, momentum=momentum, nesterov=nesterov, decoupled_weight_decay=0.5
+        SGDW, steps=40, lr=0.8, momentum=momentum, nesterov=nesterov, decoupled_weight_decay=0.5
     )
     right, _ = ridge((1 - momentum) * 0.5)
     assert relative_error(run(inner).grads["s"], right) < 1e-8
@@ -83,7 +83,7 @@ def test_decoupled_decay_with_momentum_is_ridge_with_one_minus_momentum_times_th
 
 def test_dampening_scales_the_decay_as_well():
     inner = TorchOptimizer(
-        SGDW, steps=100, lr=0.5, momentum=0.6, dampening=0.2, decoupled_weight_decay=0.5
+        SGDW, steps=40, lr=0.8, momentum=0.6, dampening=0.2, decoupled_weight_decay=0.5
     )
     right, _ = ridge(0.4 / 0.8 * 0.5)
     assert relative_error(run(inner).grads["s"], right) < 1e-8
@@ -93,7 +93,7 @@ def test_dampening_scales_the_decay_as_well():
 def test_a_learnt_decoupled_decay_has_its_gradient():
     meta = META | {"decay": torch.tensor(0.5, dtype=torch.float64)}
     inner = TorchOptimizer(
-        SGDW, steps=100, lr=0.5, momentum=0.5, decoupled_weight_decay=FromMeta("decay")
+        SGDW, steps=40, lr=0.8, momentum=0.5, decoupled_weight_decay=FromMeta("decay")
     )
     result = run(inner, meta=meta)
     of_s, of_decay = ridge(0.25)
@@ -104,9 +104,9 @@ def test_a_learnt_decoupled_decay_has_its_gradient():
 @pytest.mark.parametrize(
     "inner",
     [
-        GradientDescent(steps=80, lr=1.1),
-        GradientDescent(steps=80, lr=0.8, momentum=0.4),
-        TorchOptimizer(torch.optim.SGD, steps=80, lr=1.0, weight_decay=0.2),
+        GradientDescent(steps=25, lr=1.0),
+        GradientDescent(steps=40, lr=0.8, momentum=0.2),
+        TorchOptimizer(torch.optim.SGD, steps=25, lr=0.9, weight_decay=0.2),
     ],
     ids=["sgd", "momentum", "coupled decay"],
 )
@@ -127,9 +127,9 @@ def test_for_gradient_descent_it_is_neumann_on_the_hessian_term_for_term(terms):
 
 
 def test_the_spectral_radius_is_that_of_the_step():
-    inner = GradientDescent(steps=200, lr=0.2)
+    inner = GradientDescent(steps=20, lr=0.9)
     eigenvalues = torch.linalg.eigvalsh(X.T @ X / M)
-    radius = (1 - 0.2 * eigenvalues).abs().max()
+    radius = (1 - 0.9 * eigenvalues).abs().max()
     report = run(inner, FixedPoint(radius_steps=200)).report
     assert report.spectral_radius.item() == pytest.approx(radius.item(), rel=1e-2)
 
@@ -164,7 +164,7 @@ def lasso(strength, w, groups=None):
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_the_lasso_has_the_derivative_of_its_support(accelerated):
     meta = META | {"l1": torch.tensor(0.3, dtype=torch.float64)}
-    inner = ProximalGradient(L1Norm(FromMeta("l1")), steps=200, lr=1.0, accelerated=accelerated)
+    inner = ProximalGradient(L1Norm(FromMeta("l1")), steps=60, lr=1.0, accelerated=accelerated)
     result = run(inner, meta=meta)
     w = result.params["w"]
     assert 0 < (w == 0).sum() < N
@@ -184,7 +184,7 @@ def test_the_group_lasso_has_the_derivative_of_its_support():
             {"w": params["w"].reshape(-1)}, meta, data
         ),
     )
-    inner = ProximalGradient(GroupLasso(FromMeta("l1")), steps=100, lr=1.0)
+    inner = ProximalGradient(GroupLasso(FromMeta("l1")), steps=40, lr=1.0)
     result = run(inner, meta=meta, problem=problem)
     w = result.params["w"].reshape(-1)
     assert 0 < (w == 0).sum() < N
@@ -195,7 +195,7 @@ def test_the_group_lasso_has_the_derivative_of_its_support():
 
 def test_a_box_has_the_derivative_of_the_coordinates_that_are_free():
     meta = META | {"upper": torch.tensor(1.0, dtype=torch.float64)}
-    inner = ProximalGradient(BoxConstraint(0.0, FromMeta("upper")), steps=100, lr=1.0)
+    inner = ProximalGradient(BoxConstraint(0.0, FromMeta("upper")), steps=40, lr=1.0)
     result = run(inner, meta=meta)
     w = result.params["w"]
     free = (w > 0) & (w < 1)
@@ -212,7 +212,7 @@ def test_a_box_has_the_derivative_of_the_coordinates_that_are_free():
 
 
 def test_a_simplex_has_the_derivative_of_its_face():
-    inner = ProximalGradient(SimplexConstraint(5.0), steps=100, lr=1.0)
+    inner = ProximalGradient(SimplexConstraint(5.0), steps=40, lr=1.0)
     result = run(inner)
     w = result.params["w"]
     on = w > 0
@@ -262,7 +262,7 @@ def test_truncated_steps_pass_the_initialisation_as_the_identity():
 
 def test_argmin_is_differentiated_at_the_fixed_point():
     s = META["s"].clone().requires_grad_()
-    inner = TorchOptimizer(SGDW, steps=100, lr=0.5, momentum=0.5, decoupled_weight_decay=0.5)
+    inner = TorchOptimizer(SGDW, steps=40, lr=0.8, momentum=0.5, decoupled_weight_decay=0.5)
     params = argmin(PROBLEM.inner_loss, PROBLEM.init, {"s": s}, None, inner=inner, method=EXACT)
     PROBLEM.outer_loss(params, {"s": s}, None).backward()
     assert relative_error(s.grad, ridge(0.25)[0]) < 1e-8
@@ -278,11 +278,11 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
         query=(torch.randn(2, 6, 3).double(), labels),
     )
     gradients = []
-    inner = GradientDescent(steps=60, lr=0.6)
+    inner = GradientDescent(steps=20, lr=0.19)
     for method in (FixedPoint(GMRES(max_steps=40, tol=1e-12)), "unrolled"):
         model.zero_grad()
         learner = MetaLearner(
-            model, F.cross_entropy, inner=inner, method=method, proximal=1.0, vectorize=vectorize
+            model, F.cross_entropy, inner=inner, method=method, proximal=5.0, vectorize=vectorize
         )
         learner.backward(episodes)
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from learnt_numbers import BY_STEP, LEARNT_LOOPS
 from oracles import finite_difference, largest_error, randn, relative_error
 from tanh_network import DATA, INITIAL, network
-from weighted_logistic import LOOP, META, POINT, PROBLEM, XV, YV, X, Y, validation_loss
+from weighted_logistic import META, POINT, PROBLEM, XV, YV, X, Y, validation_loss
 
 from metaimplicit import (
     BilevelProblem,
@@ -28,6 +28,8 @@ from metaimplicit import (
 )
 from metaimplicit.diagnostics.memory import LiveBytes
 
+LOOP = GradientDescent(steps=6, lr=FromMeta("eta"), momentum=FromMeta("mu"))
+
 
 def run_logistic(method, inner=LOOP, meta=META, data=POINT, **options):
     return hypergradient(PROBLEM, meta, data, inner=inner, method=method, **options)
@@ -40,8 +42,7 @@ def run_logistic(method, inner=LOOP, meta=META, data=POINT, **options):
     "method",
     [
         pytest.param(Forward(), id="forward"),
-        pytest.param(Forward(chunk=5), id="chunked", marks=pytest.mark.slow),
-        pytest.param(Unrolled(), id="unrolled"),
+        pytest.param(Forward(chunk=5), id="chunked"),
     ],
 )
 def test_momentum_sgd_agrees_with_finite_differences(method):
@@ -75,26 +76,34 @@ def test_momentum_sgd_agrees_with_reverse_mode():
     assert relative_error(*norms) < 1e-10
 
 
-@pytest.mark.parametrize("name", LEARNT_LOOPS)
-def test_every_optimiser_agrees_with_reverse_mode(name):
+# The rules whose states, numbers and branches differ. Their formulas are those of reverse mode.
+RULES = [
+    *("transformed", "sgd", "adam", "amsgrad", "adadelta", "asgd", "nadam", "radam", "rprop"),
+    *("rmsprop, centred", "by step", "by parameter", "clipped"),
+]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_optimiser_agrees_with_reverse_mode(name):
     loop = LEARNT_LOOPS[name]
     run = partial(
         hypergradient, network(), INITIAL | loop.meta, DATA, inner=loop.inner, batched=True
     )
     reverse = run(method=Unrolled())
     # A step does not know of the chunks, but each of them passes the numbers of a state on.
-    for chunk in (None, 10) if name in ("sgd", "adam", "nadam", "by step") else (None,):
+    for chunk in (None, 10) if name in ("adam", "by step") else (None,):
         assert largest_error(run(method=Forward(chunk)).grads, reverse.grads) < 1e-12, chunk
 
 
 @pytest.mark.slow
 def test_momentum_sgd_at_convergence_agrees_with_the_implicit_function_theorem():
-    fast = {"eta": torch.tensor(0.9).double(), "mu": torch.tensor(0.3).double()}
-    forward = run_logistic(Forward(), inner=LOOP.updated(steps=60), meta=META | fast)
+    numbers = {"eta": 0.3, "mu": 0.05, "decay": 3.0}
+    meta = META | {name: torch.tensor(x).double() for name, x in numbers.items()}
+    forward = run_logistic(Forward(), inner=LOOP.updated(steps=22), meta=meta)
     implicit = run_logistic(
         Implicit(Dense()),
-        inner=GradientDescent(steps=60, lr=0.9, momentum=0.3),
-        meta={name: META[name] for name in ("decay", "weights")},
+        inner=GradientDescent(steps=22, lr=0.3, momentum=0.05),
+        meta={name: meta[name] for name in ("decay", "weights")},
     )
     assert largest_error(forward.grads, implicit.grads) < 1e-6
     # The argmin does not depend on the loop that found it.
@@ -105,8 +114,8 @@ def test_momentum_sgd_at_convergence_agrees_with_the_implicit_function_theorem()
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    ["forward", "real-time", Implicit(products="forward-over-reverse")],
-    ids=["forward", "real-time", "implicit"],
+    ["forward", Implicit(products="forward-over-reverse")],
+    ids=["forward", "implicit"],
 )
 @pytest.mark.parametrize("batched", [False, True])
 def test_mse_loss_has_a_forward_derivative_with_and_without_a_task_axis(method, batched):
@@ -205,8 +214,8 @@ def test_a_parameter_may_be_read_at_some_steps_of_a_stream_only(first):
 
 
 def test_real_time_continues_with_its_derivative():
-    half = LOOP.updated(steps=5)
-    whole = run_logistic(Forward(), inner=LOOP.updated(steps=10))
+    half = LOOP.updated(steps=3)
+    whole = run_logistic(Forward())
     first = run_logistic(Forward(carry=True), inner=half)
     second = run_logistic(Forward(carry=True), inner=half, start=first.end)
     assert relative_error(second.params["w"], whole.params["w"]) < 1e-14
@@ -220,22 +229,23 @@ def test_real_time_without_a_start_is_forward_mode():
 
 
 def test_forward_mode_takes_its_start_for_a_constant():
-    half = LOOP.updated(steps=5)
-    whole = run_logistic(Forward(), inner=LOOP.updated(steps=10))
+    half = LOOP.updated(steps=3)
+    whole = run_logistic(Forward())
     first = run_logistic(Forward(carry=True), inner=half)
     second = run_logistic(Forward(), inner=half, start=first.end)
     for name in META:
         assert relative_error(second.grads[name], whole.grads[name]) > 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in LEARNT_LOOPS if name not in BY_STEP])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in BY_STEP])
 def test_two_halves_of_a_loop_end_where_the_whole_loop_ends(name):
     loop = LEARNT_LOOPS[name]
     run = partial(hypergradient, network(), INITIAL | loop.meta, DATA, batched=True)
     half = loop.inner.updated(steps=loop.inner.steps // 2)
+    whole = loop.inner.updated(steps=2 * half.steps)
     first = run(inner=half, method="unrolled")
     second = run(inner=half, method="forward", start=first.end)
-    assert largest_error(second.params, run(inner=loop.inner, method="unrolled").params) < 1e-13
+    assert largest_error(second.params, run(inner=whole, method="unrolled").params) < 1e-13
 
 
 # Memory, and errors.
@@ -245,12 +255,12 @@ def test_two_halves_of_a_loop_end_where_the_whole_loop_ends(name):
 def test_memory_does_not_grow_with_the_steps():
     peaks = {}
     for method in (Forward(), Unrolled()):
-        for steps in (3, 15):
+        for steps in (2, 8):
             with LiveBytes() as memory:
                 run_logistic(method, inner=LOOP.updated(steps=steps))
             peaks[method.flag, steps] = memory.peak
-    assert peaks["forward", 15] == peaks["forward", 3]
-    assert peaks["unrolled", 15] > 3 * peaks["unrolled", 3]
+    assert peaks["forward", 8] == peaks["forward", 2]
+    assert peaks["unrolled", 8] > 3 * peaks["unrolled", 2]
 
 
 def test_an_entry_that_does_not_require_grad_takes_no_tangents():

@@ -157,12 +157,12 @@ def test_a_learnt_decay_has_its_gradient(products):
 @pytest.mark.parametrize("method", [ValueFunction(strength=1e5), SAMA()], ids=["f2sa", "sama"])
 def test_a_number_that_the_loss_reads_may_be_the_decay_as_well(method):
     """f = (w − s)²/2 + s w²/2 has ∂f/∂w∂s = w − 1 = −1/(1 + s) at w* = s/(1 + s)."""
-    lr = 0.1
+    lr = 0.35
     result = hypergradient(
         scalar_problem(lambda w, meta: 0.5 * (w - meta["s"]).square(), lambda w, meta: w),
         {"s": number(1.5)},
         None,
-        inner=TorchOptimizer(SGD, steps=400, lr=lr, weight_decay=FromMeta("s")),
+        inner=TorchOptimizer(SGD, steps=30, lr=lr, weight_decay=FromMeta("s")),
         method=method,
     )
     mixed = 1 / 2.5

@@ -111,9 +111,16 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("inner_loss", "curvature"), LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-def test_a_hypergradient_is_that_of_the_whole_batch(solver, inner_loss, curvature):
+@pytest.mark.parametrize(
+    ("solver", "loss"),
+    [
+        *(("cg", loss) for loss in LOSSES),
+        *(("neumann", "plain"), ("nystrom", "gauss-newton"), ("dense", "composite")),
+    ],
+)
+def test_a_hypergradient_is_that_of_the_whole_batch(solver, loss):
+    inner_loss, curvature = LOSSES[loss]
+    solver = SOLVERS[solver]
     method = partial(Implicit, curvature=curvature, batch=TRAIN, check_curvature=True)
     whole = run(method(solver()), inner_loss)
     sliced = run(method(solver(), microbatch=SIZE), inner_loss)
@@ -510,7 +517,7 @@ def test_the_aux_of_an_outer_loss_is_refused():
 def peak_of_network(width, m, *, microbatch, curvature):
     """The peak of a hypergradient in bytes, and the bytes of the parameters."""
     torch.manual_seed(0)
-    layers = [module for _ in range(3) for module in (nn.Linear(width, width), nn.Tanh())]
+    layers = [module for _ in range(2) for module in (nn.Linear(width, width), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(width, 1))
     tuning = tuning_problem(model, nn.MSELoss(), [WeightDecay(start=0.1)])
     batch = (torch.randn(m, width, generator=generator(1)), torch.zeros(m, 1))
@@ -530,14 +537,13 @@ def test_memory_falls_as_the_slices_do(curvature):
         bytes_, size = peak_of_network(32, 1024, microbatch=microbatch, curvature=curvature)
         return bytes_ - 8 * size  # the parameters and some vectors like them do not fall
 
-    whole, quarter, eighth = (peak(size) for size in (None, 256, 128))
-    assert quarter < 0.3 * whole
+    whole, eighth = (peak(size) for size in (None, 128))
     assert eighth < 0.17 * whole
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
 def test_memory_does_not_grow_with_the_number_of_slices(curvature):
-    """Each of 16 slices has gradients as large as the parameters, of which few live at once."""
-    whole, size = peak_of_network(64, 32, microbatch=None, curvature=curvature)
-    sliced, _ = peak_of_network(64, 32, microbatch=2, curvature=curvature)
+    """Each of 8 slices has gradients as large as the parameters, of which few live at once."""
+    whole, size = peak_of_network(64, 16, microbatch=None, curvature=curvature)
+    sliced, _ = peak_of_network(64, 16, microbatch=2, curvature=curvature)
     assert sliced < whole + size

@@ -10,8 +10,8 @@ from metaimplicit.methods import SAMA, Implicit, ValueFunction
 from metaimplicit.solvers import CG
 
 pytestmark = pytest.mark.usefixtures("float64")
-RATE = 0.4
-DECAY = 0.5
+RATE = 0.25
+DECAY = 2.0
 
 
 def losses_of(outputs, data):
@@ -40,7 +40,7 @@ def make_problem(weights_of):
     )
 
 
-INNER = GradientDescent(steps=200, lr=RATE)
+INNER = GradientDescent(steps=50, lr=RATE)
 
 
 def make_tasks():

@@ -35,7 +35,7 @@ def differs(name):
     return pytest.warns(RuntimeWarning, match=re.escape(f"{name}: vmap differs from a loop by"))
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", ["WrongValue", "WrongParameter"])
 def test_the_learner_keeps_the_loop_and_names_the_module_that_differs(name):
     model = network(WRONG[name]())
     episodes = draw()
@@ -47,7 +47,7 @@ def test_the_learner_keeps_the_loop_and_names_the_module_that_differs(name):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_hypergradient_and_argmin_keep_the_loop_as_well(name):
+def test_hypergradient_keeps_the_loop_and_names_the_module_that_differs(name):
     model = network(WRONG[name]())
     episodes = draw()
     loss, gradients = plain_maml(model, split(episodes))
@@ -59,6 +59,15 @@ def test_hypergradient_and_argmin_keep_the_loop_as_well(name):
     torch.testing.assert_close(result.outer_loss, loss)
     torch.testing.assert_close(list(result.grads.values()), list(gradients))
 
+
+@pytest.mark.parametrize("name", ["WrongValue", "WrongSecondDerivative"])
+def test_argmin_keeps_the_loop_as_well(name):
+    model = network(WRONG[name]())
+    episodes = draw()
+    _, gradients = plain_maml(model, split(episodes))
+    data = (episodes.support, episodes.query)
+    how = {"inner": INNER, "method": Unrolled(), "batched": True}
+    problem = problem_of(model)
     meta = {n: m.requires_grad_() for n, m in meta_of(model).items()}
     with differs(f"module '1.1' ({name})"):
         params = argmin(problem.inner_loss, problem.init, meta, data, **how)
@@ -244,7 +253,7 @@ def test_first_order_methods_are_not_asked_for_second_derivatives():
         hypergradient(problem, meta_of(model), data, method=Unrolled(), **how)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", ["WrongValue", "WrongSecondDerivative"])
 def test_vmap_that_is_asked_for_is_taken_with_a_warning_where_it_is_wrong(name):
     model = network(WRONG[name]())
     episodes = draw()
