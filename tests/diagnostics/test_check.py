@@ -74,7 +74,7 @@ GAUSS_NEWTON = Implicit(CG(60), curvature="gauss-newton")
     ],
 )
 def test_the_verdict_names_the_reason(method, inner, verdict):
-    result = check(inner=inner, method=method)
+    result = check(inner=inner, method=method, directions=1)
     assert verdict in result.verdict
     assert (result.error < 1e-3) == (verdict == "Right")
     assert str(result).endswith(result.verdict)
@@ -103,6 +103,7 @@ def test_differences_in_single_precision_decide_nothing_at_a_small_tolerance():
         inner=SHORT,
         method="dense",
         batched=True,
+        directions=1,
         tolerance=1e-6,
     )
     assert result.verdict.startswith("Undecided: the finite differences are known to")
@@ -189,20 +190,21 @@ def ridge_problem(scale=1.0, hidden=False):
 
 
 META = {"log_strength": number(-1.0)}
+check_ridge = partial(check_hypergradient, meta=META, data=None, directions=1)
 
 
 @pytest.mark.parametrize("method", ["dense", "unrolled", "forward"])
 def test_a_detach_is_looked_for_where_the_method_is_exact(method):
     """Nothing else reads φ, so that neither loss has a graph to it."""
     inner = GradientDescent(steps=30, lr=0.3)
-    result = check_hypergradient(ridge_problem(hidden=True), META, None, inner=inner, method=method)
+    result = check_ridge(ridge_problem(hidden=True), inner=inner, method=method)
     assert result.verdict.startswith("Wrong by 1.0e+00, although")
     assert "such as a detach()" in result.verdict
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
-    check = partial(check_hypergradient, ridge_problem(scale), META, None)
+    check = partial(check_ridge, ridge_problem(scale))
     short = check(inner=GradientDescent(steps=5, lr=0.1 / scale), method="dense")
     assert NOT_STATIONARY in short.verdict
     settled = GradientDescent(steps=30, lr=0.3 / scale)

@@ -228,8 +228,13 @@ def _no_weights(monkeypatch):
         monkeypatch.setattr(holder, "weight", None, raising=False)
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["same batch", "fresh batch"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("name", "fresh"),
+    [
+        *((name, False) for name in CHANGES),
+        *((name, True) for name in ("smoothing", "gamma of a global", "weights in place")),
+    ],
+)
 def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
     loss, change, right = CHANGES[name]
     SHARED.fill_(1.0)
