@@ -51,7 +51,7 @@ def test_the_matrix_is_that_of_the_likelihood_and_the_weights_by_hand(name):
     )
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_the_kronecker_factors_weigh_examples_as_the_loss_does(name):
     row = FITTING[name]
     model = network()
@@ -76,7 +76,7 @@ def test_ekfac_of_a_linear_model_has_the_right_curvature_along_its_eigenvectors(
     assert relative_error(ekfac, expected) < 1e-8
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_the_empirical_matrix_counts_each_gradient_once(name):
     """Σ wᵢ ∇ log pᵢ ∇ log pᵢᵀ, where the slope of the loss is wᵢ ∇ log pᵢ, output by output."""
     row = FITTING[name]
