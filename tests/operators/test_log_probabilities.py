@@ -263,7 +263,7 @@ def test_argmin_says_that_its_curvature_is_zero():
         lambda meta, data: dict(meta),
         meta,
         X,
-        inner=GradientDescent(steps=200, lr=0.1),
+        inner=GradientDescent(steps=40, lr=0.5),
         method=Implicit(CG(), curvature="gauss-newton"),
     )
     with pytest.warns(RuntimeWarning, match="linear in the outputs"):

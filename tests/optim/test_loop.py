@@ -176,7 +176,7 @@ def test_a_model_that_changes_its_type_goes_on_as_if_its_state_were_loaded(name)
     other = copy.deepcopy(model)
     loaded = OPTIMIZERS[name](other)
     loaded.load_state_dict(optimizer.state_dict())
-    for _ in range(4):
+    for _ in range(2):
         optimizer.step(closure_for(name, model))
         loaded.step(closure_for(name, other))
     assert torch.equal(vector(model), vector(other))
