@@ -32,7 +32,6 @@ class Tanh(Domain):
 
 
 TOWERS = {
-    "SGD/SGD": (SGD(0.1, optimizer=SGD(0.01)), lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01))),
     "SGD/SGD/SGD": (
         SGD(0.1, optimizer=SGD(0.01, optimizer=SGD(0.01))),
         lambda: gdtuo.SGD(0.1, optimizer=gdtuo.SGD(0.01, optimizer=gdtuo.SGD(0.01))),

@@ -229,13 +229,13 @@ def _no_weights(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "fresh"),
+    ("name", "batch"),
     [
-        *((name, False) for name in CHANGES),
-        *((name, True) for name in ("smoothing", "gamma of a global", "weights in place")),
+        *((name, "same batch") for name in CHANGES),
+        *((name, "fresh batch") for name in ("smoothing", "gamma of a global", "weights in place")),
     ],
 )
-def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
+def test_a_changed_loss_is_taken_as_it_is(name, batch, monkeypatch):
     loss, change, right = CHANGES[name]
     SHARED.fill_(1.0)
     monkeypatch.setitem(SCHEDULE, "gamma", 0.0)
@@ -248,8 +248,9 @@ def test_a_changed_loss_is_taken_as_it_is(name, fresh, monkeypatch):
     try:
         problem.inner_loss(params, {"example_weights": W}, (case.x, y, torch.arange(M)))
         change(loss)
-        batch = (case.x, y.clone() if fresh else y, torch.arange(M))
-        got = problem.inner_loss(params, {"example_weights": W}, batch)
+        targets = y.clone() if batch == "fresh batch" else y
+        given = (case.x, targets, torch.arange(M))
+        got = problem.inner_loss(params, {"example_weights": W}, given)
         torch.testing.assert_close(got, right(case.model(case.x)))
     finally:
         getattr(loss, "__dict__", {}).update(original)

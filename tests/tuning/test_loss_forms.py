@@ -174,7 +174,7 @@ UNUSUAL_LABELS = [name for name, (_, y, *_) in LOSSES.items() if y is not Y]
 CASES = [
     *product(LOSSES, ["network of classes"]),
     *product(["a module", "a hinge", *UNUSUAL_LABELS], ["classes"]),
-    *product(["a sum", "a user's mask", "ignored"], ["examples", "network"]),
+    *product(["a user's mask", "ignored in a sum"], ["examples", "network"]),
 ]
 
 
