@@ -222,6 +222,7 @@ def classifier():
     return problem, {"scale": torch.ones(20).double()}, x
 
 
+@pytest.mark.slow
 def test_methods_of_fixed_curvature_are_compared_with_a_module_and_damped_as_the_others_are():
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)

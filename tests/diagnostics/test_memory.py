@@ -58,6 +58,7 @@ def test_the_backward_pass_is_counted():
     assert 3 * 10_000 <= memory.peak <= 4 * 10_000 + 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sketch", ["columns", "gaussian"])
 def test_nystrom_in_chunks_of_one_adds_at_most_four_vectors_to_a_product(sketch):
     """The peaks are in vectors of the 7,918 parameters of a network."""

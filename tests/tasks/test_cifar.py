@@ -98,6 +98,7 @@ def assert_small_copies(train, test):
         assert (part.inputs[:, 2] == torch.arange(32)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the CIFAR-10 zips are not in {DATA}")
 def test_the_real_zips_have_their_published_counts_and_pixels(empty_cache, monkeypatch):
     """To the pixel, for an image of each class in each part. The others are not decoded."""
