@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ def encode(pixels, format="PNG"):
     return file.getvalue()
 
 
+@cache
 def red_square(value, height=8, width=8):
     """A PNG file whose pixels are all (value, 0, 0)."""
     return encode(np.full((height, width, 3), [value, 0, 0]))

@@ -129,6 +129,18 @@ FITTING: dict[str, Row] = {
     "user's logistic": Row(Logistic(), BINARY, "sigmoid", ONES / (3 * M)),
 }
 
+# A loss of each likelihood and of each kind of weights.
+EACH_KIND = (
+    "ignored labels",
+    "label smoothing, class weights",
+    "soft labels of any mass",
+    "user's module, masked",
+    "mse",
+    "Gaussian of given variance",
+    "bce, positive weight",
+    "user's logistic",
+)
+
 
 class Focal(nn.Module):
     """(1 − p_y)² times cross-entropy."""

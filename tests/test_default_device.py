@@ -57,7 +57,7 @@ def test_towers(name):
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"first-order", "reptile"}))
 def test_methods(method):
     problem, meta, _ = tuning_problem(tanh_network(), F.cross_entropy, [WeightDecay(start=0.5)])
-    inner = GradientDescent(steps=3, lr=0.1)
+    inner = GradientDescent(steps=2, lr=0.1)
 
     def compute():
         return hypergradient(problem, meta, (X, LABELS), inner=inner, method=method).grads

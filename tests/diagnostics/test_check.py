@@ -15,7 +15,6 @@ from metaimplicit import (
     BilevelProblem,
     GradientDescent,
     Implicit,
-    Neumann,
     Proximal,
     Unrolled,
     check_hypergradient,
@@ -50,11 +49,8 @@ GAUSS_NEWTON = Implicit(CG(60), curvature="gauss-newton")
     ("method", "inner", "verdict"),
     [
         pytest.param("dense", SOLVED, "Right", id="dense"),
-        pytest.param("dense", "newton-cg", "Right", id="newton-cg"),
         pytest.param("dense", LBFGS(steps=100), "Right", id="lbfgs"),
-        pytest.param(Implicit(CG(60)), SOLVED, "Right", id="cg"),
         pytest.param(Implicit(CG(1)), SOLVED, NOT_SOLVED, id="one step of cg"),
-        pytest.param(Implicit(Neumann(terms=1)), SOLVED, NOT_SOLVED, id="one term of neumann"),
         pytest.param("dense", SHORT, NOT_STATIONARY, id="short loop"),
         pytest.param(
             GAUSS_NEWTON, SOLVED, "so it is A (gauss-newton, damping 0.0)", id="gauss-newton"
@@ -74,7 +70,7 @@ GAUSS_NEWTON = Implicit(CG(60), curvature="gauss-newton")
     ],
 )
 def test_the_verdict_names_the_reason(method, inner, verdict):
-    result = check(inner=inner, method=method)
+    result = check(inner=inner, method=method, directions=1)
     assert verdict in result.verdict
     assert (result.error < 1e-3) == (verdict == "Right")
     assert str(result).endswith(result.verdict)
@@ -103,6 +99,7 @@ def test_differences_in_single_precision_decide_nothing_at_a_small_tolerance():
         inner=SHORT,
         method="dense",
         batched=True,
+        directions=1,
         tolerance=1e-6,
     )
     assert result.verdict.startswith("Undecided: the finite differences are known to")
@@ -189,20 +186,21 @@ def ridge_problem(scale=1.0, hidden=False):
 
 
 META = {"log_strength": number(-1.0)}
+check_ridge = partial(check_hypergradient, meta=META, data=None, directions=1)
 
 
 @pytest.mark.parametrize("method", ["dense", "unrolled", "forward"])
 def test_a_detach_is_looked_for_where_the_method_is_exact(method):
     """Nothing else reads φ, so that neither loss has a graph to it."""
     inner = GradientDescent(steps=30, lr=0.3)
-    result = check_hypergradient(ridge_problem(hidden=True), META, None, inner=inner, method=method)
+    result = check_ridge(ridge_problem(hidden=True), inner=inner, method=method)
     assert result.verdict.startswith("Wrong by 1.0e+00, although")
     assert "such as a detach()" in result.verdict
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
-    check = partial(check_hypergradient, ridge_problem(scale), META, None)
+    check = partial(check_ridge, ridge_problem(scale))
     short = check(inner=GradientDescent(steps=5, lr=0.1 / scale), method="dense")
     assert NOT_STATIONARY in short.verdict
     settled = GradientDescent(steps=30, lr=0.3 / scale)

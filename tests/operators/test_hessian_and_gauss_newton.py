@@ -57,12 +57,11 @@ def test_an_operator_is_its_dense_matrix(name, kind):
         assert relative_error(matrix[task], expected_matrix(name, kind, task)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_finite_differences_are_the_hessian_to_their_own_accuracy(kind):
-    operator = build("finite-differences", kind)
+def test_finite_differences_are_the_hessian_to_their_own_accuracy():
+    operator = build("finite-differences", "neither")
     matrix = dense(operator)
     for task in range(TASKS):
-        assert relative_error(matrix[task], expected_matrix("hessian", kind, task)) < 1e-8
+        assert relative_error(matrix[task], expected_matrix("hessian", "neither", task)) < 1e-8
     # The step is as long as θ says, not as v does.
     v = randn(*operator.shape, seed=6)
     assert relative_error(operator.matvec(1e6 * v), 1e6 * operator.matvec(v)) < 1e-12

@@ -248,7 +248,7 @@ def test_dropout_in_a_checkpoint_draws_what_it_does_outside(name):
         model = Recomputed(run).double()
         optimizer = OPTIMIZERS[name](model)
         torch.manual_seed(5)
-        for _ in range(3):
+        for _ in range(2):
             optimizer.step(closure_for(name, model))
         ends.append(vector(model))
     assert relative_error(ends[1], ends[0]) < 1e-9

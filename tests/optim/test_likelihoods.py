@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvature_by_hand import gauss_newton, kronecker_factored, output_hessian
-from losses_of_likelihoods import FITTING, LABELS, M
+from losses_of_likelihoods import EACH_KIND, FITTING, LABELS, M
 from oracles import generator, randn, relative_error
 from second_order import gradient_vector, vector
 from torch import nn
@@ -40,7 +40,7 @@ def step(make, loss, data, **options):
     return model, optimizer
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_a_step_of_the_natural_gradient_is_the_dense_one(name):
     row = FITTING[name]
     model = network()
@@ -53,7 +53,7 @@ def test_a_step_of_the_natural_gradient_is_the_dense_one(name):
     assert relative_error(vector(moved), expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_the_factors_of_kfac_are_those_of_the_loss(name):
     """G ⊗ A of each layer, with the weights of the examples in both."""
     row = FITTING[name]

@@ -56,7 +56,7 @@ def test_a_run_with_products_is_that_with_the_dense_solver(make):
     for solver in (None, EXACT):
         model = tanh_network()
         optimizer = make(model, F.cross_entropy, solver=solver)
-        for _ in range(6):
+        for _ in range(3):
             optimizer.step(lambda model=model: (model(X), LABELS))
         ends.append(vector(model))
         dampings.append(optimizer.param_groups[0]["damping"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import Matrix, krylov_minimiser, randn, relative_error, ridge, symmetric
 
-from metaimplicit import CG, GradientDescent, hypergradient
+from metaimplicit import CG, NewtonCG, hypergradient
 from metaimplicit.methods import Implicit
 from metaimplicit.solvers import Auto, Lanczos, NystromCG, SolverState, Status
 
@@ -186,7 +186,7 @@ def test_the_report_says_what_was_chosen(solver, chosen):
         oracle.problem,
         oracle.meta,
         oracle.data,
-        inner=GradientDescent(600, 0.3),
+        inner=NewtonCG(tol=1e-10),
         method=Implicit(solver),
         batched=True,
     )

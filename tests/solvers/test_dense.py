@@ -47,7 +47,7 @@ def test_a_zero_eigenvalue_is_seen_whatever_the_pivots_are(n, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_singular_systems_are_flagged_whatever_the_pivots_are(dtype):
     """A = XᵀX has rank 1 to 6 of at most 7. Cholesky takes some of them, by round-off."""
-    for seed in range(200):
+    for seed in range(60):
         n = 2 + seed % 6
         factor = randn(1 + seed % (n - 1), n, seed=seed).to(dtype)
         matrix = factor.T @ factor

@@ -94,7 +94,7 @@ def test_single_precision_reaches_its_own_round_off(name, system):
     assert float(solution.residual) < 1e-5 or expected is NEGATIVE
 
 
-@pytest.mark.parametrize("condition", [1e8, 1e10, 1e12, 1e14])
+@pytest.mark.parametrize("condition", [1e10, 1e14])
 @pytest.mark.parametrize("kind", [CG, MINRES])
 def test_an_ill_conditioned_system_has_its_true_residual(kind, condition):
     """The recurrence of MINRES says 4e-6 of a residual of 2.6 at a condition of 1e10."""

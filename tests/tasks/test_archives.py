@@ -52,8 +52,10 @@ def test_an_archive_has_the_files_of_its_tree_without_hidden_ones(tmp_path, name
     assert images[:, 0, 0, 0].tolist() == [21, 0, 12]
 
 
-@pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
-@pytest.mark.parametrize("prefix", ["", "data/", "./wrapped/twice/"])
+@pytest.mark.parametrize(
+    ("compression", "prefix"),
+    [("", "data/"), ("gz", ""), ("bz2", "./wrapped/twice/"), ("xz", "data/")],
+)
 def test_tasks_of_a_tar_are_those_of_its_tree(tmp_path, compression, prefix):
     numbers = {"ways": 2, "shots": 1, "queries": 2, "size": 8}
     write_tree(tmp_path / "tree", class_folders())
@@ -116,11 +118,11 @@ def test_a_file_that_is_packed_twice_is_refused(tmp_path, write):
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.6])
 def test_a_tar_that_breaks_off_is_refused(tmp_path, compression, share):
     # Random bytes, because a tar of images of one colour is compressed to almost nothing.
     rng = np.random.default_rng(0)
-    files = {f"c0/{i}.png": rng.bytes(3000) for i in range(40)}
+    files = {f"c0/{i}.png": rng.bytes(3000) for i in range(12)}
     path = write_tar(tmp_path / "data.tar", files, compression)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
@@ -136,10 +138,10 @@ def test_a_tar_that_breaks_off_between_two_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
-@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.8, 0.9999])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9999])
 def test_a_tar_with_a_changed_byte_is_refused(tmp_path, compression, share):
     rng = np.random.default_rng(0)
-    files = {f"c0/{i}.png": rng.bytes(3000) for i in range(40)}
+    files = {f"c0/{i}.png": rng.bytes(3000) for i in range(12)}
     path = write_tar(tmp_path / "data.tar", files, compression)
     data = bytearray(path.read_bytes())
     data[int(share * len(data))] ^= 255

@@ -11,7 +11,7 @@ import pytest
 import torch
 import train
 from episode_checks import assert_class_major, assert_no_input_twice, is_same
-from image_files import REAL_DATA, class_folders, write_tree
+from image_files import class_folders, write_tree
 from scripts.running import draw_nothing
 from tasksets import TinyOmniglot, import_learn2learn
 
@@ -22,18 +22,20 @@ SPLITS = ("train", "validation", "test")
 NUMBERS = {"ways": 3, "shots": 2, "queries": 4}
 
 
-def folder_options(tmp_path, monkeypatch):
+def folder_options(request):
+    tmp_path = request.getfixturevalue("tmp_path")
     write_tree(tmp_path, class_folders(25, count=8))
     return {"data_root": tmp_path, "size": 8}
 
 
-def dataset_options(tmp_path, monkeypatch):
+def dataset_options(request):
     values = np.random.default_rng(0).normal(size=(200, 7))
     return {"dataset": (values, np.arange(200) % 25)}
 
 
-def published_options(tmp_path, monkeypatch):
+def published_options(request):
     """Each of train, val and test has a third of the classes."""
+    tmp_path = request.getfixturevalue("tmp_path")
     files = {
         f"{('train', 'val', 'test')[int(path[1:3]) % 3]}/{path}": data
         for path, data in class_folders(15, count=8).items()
@@ -42,16 +44,15 @@ def published_options(tmp_path, monkeypatch):
     return {"data_root": tmp_path, "size": 8}
 
 
-def learn2learn_options(tmp_path, monkeypatch):
+def learn2learn_options(request):
     import_learn2learn()
+    monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.setattr("learn2learn.vision.datasets.full_omniglot.Omniglot", TinyOmniglot)
-    return {"data_root": tmp_path, "shots": 1, "queries": 1}
+    return {"data_root": request.getfixturevalue("tmp_path"), "shots": 1, "queries": 1}
 
 
-def omniglot_options(tmp_path, monkeypatch):
-    if not (REAL_DATA / "omniglot").is_dir():
-        pytest.skip(f"the Omniglot zips are not in {REAL_DATA / 'omniglot'}")
-    return {"data_root": REAL_DATA}
+def omniglot_options(request):
+    return {"data_root": request.getfixturevalue("real_omniglot")}
 
 
 # Families that read data, and what `tasks.load` is given for them.
@@ -71,11 +72,11 @@ EVERY_FAMILY = [
 
 
 @pytest.fixture(params=EVERY_FAMILY)
-def load(request, tmp_path, monkeypatch):
+def load(request):
     """Load the splits of a family. Different calls give different objects."""
     numbers = dict(NUMBERS)
     if request.param in DATA:
-        numbers |= DATA[request.param](tmp_path, monkeypatch)
+        numbers |= DATA[request.param](request)
     return lambda: tasks.load(request.param, **numbers)
 
 

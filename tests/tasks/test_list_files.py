@@ -56,8 +56,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("write", [write_tree, write_zip, write_tar])
+# A list is read alike from a tree and from an archive.
+@pytest.mark.parametrize(
+    ("form", "write"),
+    [
+        *((form, write_tree) for form in FORMS),
+        *(("images", write) for write in (write_zip, write_tar)),
+    ],
+)
 def test_json_lists_split_the_classes(tmp_path, form, write):
     lists = {
         f"filelists/{name}.json": json.dumps(FORMS[form](NAMES[part])).encode()

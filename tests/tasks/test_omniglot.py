@@ -16,15 +16,9 @@ PAPER = 255
 INK = 0
 
 
-def needs_data(test):
-    """Mark a test that reads the real zips. The first one decodes them."""
-    skip = pytest.mark.skipif(not DATA.is_dir(), reason=f"the Omniglot zips are not in {DATA}")
-    return pytest.mark.slow(skip(test))
-
-
 @pytest.fixture
-def load():
-    return lambda **options: tasks.load("omniglot", data_root=DATA.parent, **options)
+def load(real_omniglot):
+    return lambda **options: tasks.load("omniglot", data_root=real_omniglot, **options)
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def upright_names(family):
     return {name.split("/rot")[0] for name in family.classes}
 
 
-@needs_data
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "sizes"), [("standard", (1100, 100, 423)), ("vinyals", (1028, 172, 423))]
 )
@@ -69,7 +63,7 @@ def test_splits_have_the_published_sizes_and_share_no_character(load, split, siz
     assert all((family.pool.counts == 20).all() for family in families)
 
 
-@needs_data
+@pytest.mark.slow
 def test_the_vinyals_split_is_that_of_the_published_lists(load):
     """The lists published with prototypical networks hold out these alphabets."""
     splits = load(split="vinyals")
@@ -85,7 +79,7 @@ def test_the_vinyals_split_is_that_of_the_published_lists(load):
     assert numbers == ["character42", "character43", "character44", "character45"]
 
 
-@needs_data
+@pytest.mark.slow
 def test_rotated_classes_are_the_upright_images_turned_and_only_in_training(load):
     splits = load()
     train = splits.train.pool
@@ -101,7 +95,7 @@ def test_rotated_classes_are_the_upright_images_turned_and_only_in_training(load
         assert not any("/rot" in name for name in family.classes)
 
 
-@needs_data
+@pytest.mark.slow
 def test_images_are_the_drawings_bright_on_dark_at_28_pixels(load):
     family = load(rotations=False).test
     part, folder = family.classes[7].split("/", 1)

@@ -53,8 +53,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("write", [write_tree, write_zip, write_tar])
+# A list is read alike from a tree and from an archive.
+@pytest.mark.parametrize(
+    ("layout", "write"),
+    [
+        *((layout, write_tree) for layout in LAYOUTS),
+        *((layout, write_zip) for layout in ("CIFAR-FS", "lists beside the classes", "UTF-16")),
+        *((layout, write_tar) for layout in ("CIFAR-FS", "lists at the top", "other names")),
+    ],
+)
 def test_the_classes_of_the_lists_are_used_and_no_others(tmp_path, layout, write):
     files = {
         path: data if isinstance(data, bytes) else data.encode()

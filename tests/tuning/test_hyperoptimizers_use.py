@@ -35,11 +35,11 @@ def test_a_tower_of_one_level_is_torchs_optimiser(name, dtype, tolerance):
     level, kind = LEVELS[name]
     model = network(dtype)
     other = network(dtype)
-    train(model, Hyperoptimizer(model.parameters(), level), 30)
+    train(model, Hyperoptimizer(model.parameters(), level), 12)
     train(
         other,
         kind(other.parameters(), **torch_options(level, level.initial_values)),
-        30,
+        12,
     )
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_close(a, b, **tolerance)

@@ -38,8 +38,6 @@ def make_tuner(method="cg", steps=4, optimizer=SGD, **options):
     ("method", "tolerance"),
     [
         ("cg", 1e-5),
-        ("dense", 1e-8),
-        ("soba", 1e-8),
         ("amigo", 1e-8),
         ("real-time", 1e-8),
         ("f2sa", 1e-4),

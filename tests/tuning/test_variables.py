@@ -127,8 +127,8 @@ def test_differences_leave_the_weights_of_a_network_as_second_derivatives_do():
         hypergradient(
             problem,
             meta,
-            stream(200),
-            inner=GradientDescent(steps=200, lr=0.5),
+            stream(20),
+            inner=GradientDescent(steps=20, lr=0.5),
             method=Implicit(CG(max_steps=60), "hessian", batch=TRAIN, products=products),
         ).grads
         for products in ("double-backward", "finite-differences")
