@@ -65,7 +65,7 @@ class Linearization:
 
 
 def without_unread(v: Tensor, residual: Tensor, operator: LinearOperator) -> Tensor:
-    """v without the entries of θ that F does not depend on, where F(θ, φ) = 0 is the inner problem.
+    """V without the entries of θ that F does not depend on, where F(θ, φ) = 0 is the inner problem.
 
     Such an entry keeps its value, whatever φ is. But A u = v has no solution if v is not 0 where a
     row of A is. Examples are the rows of an embedding for words that are not in the batch, units
