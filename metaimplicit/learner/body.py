@@ -244,12 +244,16 @@ class LastModule:
             return f"{self.name!r} writes to its input"
         # A model may read what adapts without a graph, as by detach(), so a value has to tell.
         others = {name: p.detach() + 0.5 * p.detach().abs() + 0.1 for name, p in theta.items()}
+        at_theta = Attributes.read(self.model)
         before.restore()
         with _recorded_calls(self.module) as calls:
             call_model(self.model, {**of_model, **others}, inputs)
         moved = len(calls) != 1 or not torch.equal(calls[0].args[0], features)
         if moved or find_dependencies([features], theta):
             return self._dependence
+        left = at_theta.different(Attributes.read(self.model))
+        if left:
+            return f"a forward pass leaves what depends on parameters that adapt in {left[0]!r}"
         return self._attribute_of_inputs(attributes, {**of_model, **others}, inputs)
 
     def _attribute_of_inputs(self, before: Attributes, params: Params, inputs: Any) -> str:

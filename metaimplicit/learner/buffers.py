@@ -54,7 +54,7 @@ before it; switch the module that changes it to evaluation mode
 
 @contextmanager
 def restored_attributes(learner: nn.Module) -> Iterator[None]:
-    """Put back attributes of modules in which a forward pass under vmap has left a tensor.
+    """Put back attributes and buffers of modules in which a pass under vmap has left a tensor.
 
     Such a tensor is dead after vmap: it can be neither read nor saved. Modules with hooks, as of
     `torch.nn.utils.prune`, leave their weights, and others what they want to show.
@@ -71,12 +71,12 @@ def restored_attributes(learner: nn.Module) -> Iterator[None]:
         >>> hasattr(layer, "last")
         False
     """
-    before = [(module, dict(vars(module))) for module in learner.modules()]
+    holders = [x for module in learner.modules() for x in (vars(module), module._buffers)]
+    before = [(holder, dict(holder)) for holder in holders]
     try:
         yield
     finally:
-        for module, attributes in before:
-            present = vars(module)
+        for present, attributes in before:
             dead = [name for name, value in present.items() if _is_of_transform(value)]
             for name in dead:
                 del present[name]

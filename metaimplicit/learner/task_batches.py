@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.learner.batch_checks import BatchChecks
-from metaimplicit.learner.body import find_last_module
+from metaimplicit.learner.body import LastModule, find_last_module
+from metaimplicit.learner.body_check import body_objection
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import may_be_batches, read_episodes, read_support
 from metaimplicit.learner.head_targets import split_by_classes
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.losses import TaskLoss
+from metaimplicit.learner.network import Network
 from metaimplicit.learner.plan import Plan
 from metaimplicit.learner.problem import inner_iterates
 from metaimplicit.learner.results import combine
@@ -67,10 +69,9 @@ class TaskBatches(FewShotModel):
         self._keeps_vmap = vectorize == "vmap"
         self._objection = ""  # why vmap is not used
         self._features = ""  # as in `Report`
-        if self._network.body is not None:
-            self._features = "once"
         adapts_all = len(self.adapted) == len(self._network.of_model)
-        self._is_settled = plan.head is not None or adapts_all
+        beside_head = plan.head is not None and bool(self.adapted)
+        self._is_settled = adapts_all or beside_head
         self._checks = BatchChecks(
             self._outputs,
             self._support_loss_on_cpu,
@@ -140,13 +141,21 @@ class TaskBatches(FewShotModel):
         if self._is_settled:
             return
         self._is_settled = True
-        last = find_last_module(self.model, self.adapted)
-        if isinstance(last, str):
-            self._features = last
-            return
+        network = self._network
+        if network.body is None:
+            last = find_last_module(self.model, self.adapted)
+            self._features = last if isinstance(last, str) else self._last_objection(last, data)
+            if isinstance(last, str) or self._features:
+                return
+            network = network.with_last(last)
+        objection = self._body_objection(network, data)
+        self._features = objection or "once"
+        self._network = network.without_body() if objection else network
+
+    def _last_objection(self, last: LastModule, data: Episode) -> str:
+        """Why a last module does not allow that all before it is evaluated once."""
         if _looks_into_layers(self.method):
-            self._features = "the method looks into the layers of the model"
-            return
+            return "the method looks into the layers of the model"
         meta = self._detached_meta()
         device = next(iter(meta.values())).device
         sets = [data.support.inputs]
@@ -154,11 +163,21 @@ class TaskBatches(FewShotModel):
             sets.append(data.query.inputs)
         for inputs in (task_of(x, 0) for x in sets):
             with restored_random_state(device), running_statistics(self.model):
-                self._features = last.objection(meta, self.adapted, inputs) or "once"
-            if self._features != "once":
-                break
-        if self._features == "once":
-            self._network = self._network.with_last(last)
+                objection = last.objection(meta, self.adapted, inputs)
+            if objection:
+                return objection
+        return ""
+
+    def _body_objection(self, network: Network, data: Episode) -> str:
+        """What a body that is evaluated once changes, unless its tasks are mixed."""
+        assert network.body is not None
+        if network.body.mixes_tasks:
+            return ""
+        meta = self._detached_meta()
+        device = next(iter(meta.values())).device
+        once, whole = (self._problem(n, "loop") for n in (network, network.without_body()))
+        with restored_random_state(device), running_statistics(self.model):
+            return body_objection(once, whole, meta, data)
 
     def _lifted(self, group: Group) -> LiftedProblem:
         """The problem of a group, at the features of its episodes."""

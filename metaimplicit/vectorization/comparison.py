@@ -127,11 +127,11 @@ class _Trial(NamedTuple):
             theta = leaves({n: _shifted(p, shift) for n, p in start.items()})
             return [evaluate(lifted, theta, phi) for evaluate in compared]
 
-    def largest_difference(self, loop: Groups, vmap: Groups) -> _Difference:
+    def largest_difference(self, loop: Groups, vmap: Groups) -> Difference:
         """Their largest difference, 0 if it is of the size of round-off."""
-        difference = _largest_difference(loop, vmap)
-        eps = _unit_roundoff([*tree_leaves(loop), *self.meta.values()])
-        return difference if difference.size > 3 * math.sqrt(eps) else _Difference(0.0, "")
+        difference = largest_difference(loop, vmap)
+        eps = unit_roundoff([*tree_leaves(loop), *self.meta.values()])
+        return difference if difference.size > 3 * math.sqrt(eps) else Difference(0.0, "")
 
 
 def _all_agree(trial: _Trial, compared: list[Evaluation]) -> bool:
@@ -178,7 +178,7 @@ def _compare(trial: _Trial, evaluate: Evaluation) -> Objection | None:
         with restored_random_state(trial.device):
             torch.rand((), device=trial.device)  # From here on, other numbers follow.
             elsewhere = run("loop")
-        if _largest_difference(loop, elsewhere).size == 0:
+        if largest_difference(loop, elsewhere).size == 0:
             # Each task draws other numbers in vmap, and the same ones in a loop.
             cause = ", because a loss seeds a generator by itself"
             difference = trial.largest_difference(loop, run("vmap", same=False))
@@ -191,8 +191,8 @@ def _compare(trial: _Trial, evaluate: Evaluation) -> Objection | None:
     if difference.size <= 8 * seen.unit_roundoff:
         return None
     # What amplifies a change of the parameters by round-off may amplify that of vmap, too.
-    eps = _unit_roundoff([*tree_leaves(loop), *trial.meta.values()])
-    roundoff = _largest_difference(loop, run("loop", shift=8 * eps))
+    eps = unit_roundoff([*tree_leaves(loop), *trial.meta.values()])
+    roundoff = largest_difference(loop, run("loop", shift=8 * eps))
     if difference.size <= 100 * roundoff.size:
         return None
     reason = f"vmap differs from a loop by {difference.size:.0e} in {difference.where}{cause}"
@@ -236,11 +236,13 @@ def _full_precision() -> Iterator[None]:
 def _restored_buffers() -> Iterator[None]:
     """Let the buffers of the modules that are called be after the block what they were before."""
     before: dict[int, tuple[Tensor, int, Tensor]] = {}
+    entries: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
     thread = get_ident()
 
     def keep(module: nn.Module, _: Any) -> None:
         if get_ident() != thread:
             return
+        entries.setdefault(id(module), (module, dict(module._buffers)))
         for buffer in module.buffers(recurse=False):
             before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
 
@@ -249,19 +251,28 @@ def _restored_buffers() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+        for module, buffers in entries.values():
+            module._buffers.update(buffers)
         for buffer, version, copied in before.values():
             if buffer._version != version:
                 buffer.detach().copy_(copied)
 
 
-class _Difference(NamedTuple):
+class Difference(NamedTuple):
+    """The largest one between two results.
+
+    Attributes:
+        size: Relative to the norm of its group.
+        where: In which group, and of which name.
+    """
+
     size: float
     where: str
 
 
-def _largest_difference(groups: Groups, others: Groups) -> _Difference:
+def largest_difference(groups: Groups, others: Groups) -> Difference:
     """The largest distance of a tensor, relative to the norm of its group, over all rows."""
-    largest = _Difference(0.0, "")
+    largest = Difference(0.0, "")
     for label, group in groups.items():
         norms = [_row_norms(x.nan_to_num()) for x in group.values()]
         for name, x in group.items():
@@ -271,7 +282,7 @@ def _largest_difference(groups: Groups, others: Groups) -> _Difference:
             ratio = distance / torch.stack(norms).norm(dim=0).clamp(min=1e-300)
             size = float(ratio.nan_to_num(nan=math.inf).max())
             if size > largest.size:
-                largest = _Difference(size, f"{label} of {name!r}" if name else label)
+                largest = Difference(size, f"{label} of {name!r}" if name else label)
     return largest
 
 
@@ -280,7 +291,7 @@ def _row_norms(x: Tensor) -> Tensor:
     return norms
 
 
-def _unit_roundoff(tensors: list[Tensor]) -> float:
+def unit_roundoff(tensors: list[Tensor]) -> float:
     """That of the coarsest type that the losses may be computed in."""
     device = tensors[0].device.type
     types = {x.dtype for x in tensors if x.is_floating_point()}
