@@ -100,3 +100,26 @@ def is_transformed(tensor: Tensor) -> bool:
         False
     """
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def put_back_dead(present: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Put back the entries in which a forward pass under vmap has left a tensor.
+
+    Such a tensor is dead after vmap: it can be neither read nor saved. Entries that are new go.
+
+    Args:
+        present: What a module holds, by name.
+        before: What it held before the pass.
+
+    Example:
+        >>> present = {"last": None}
+        >>> _ = torch.vmap(lambda x: present.update(last=x) or x)(torch.ones(2))
+        >>> put_back_dead(present, {"last": 1})
+        >>> present
+        {'last': 1}
+    """
+    dead = [n for n, x in present.items() if isinstance(x, Tensor) and is_transformed(x)]
+    for name in dead:
+        del present[name]
+        if name in before:
+            present[name] = before[name]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from metaimplicit.normalization import tracked_layers
-from metaimplicit.tensors import is_transformed
+from metaimplicit.tensors import put_back_dead
 
 
 @contextmanager
@@ -22,7 +21,8 @@ def reject_changed_buffers(learner: nn.Module, *, but_tracked: bool = False) -> 
 
     Raises:
         ValueError: At the end of the block, if a buffer was replaced or written to in place. The
-            message names it.
+            message names it. It takes the place of a RuntimeError within the block, because a
+            tensor that vmap has left in a buffer cannot be read.
 
     Example:
         >>> import torch
@@ -37,7 +37,11 @@ before it; switch the module that changes it to evaluation mode
     """
     # The buffers themselves are kept, because the address of one that is gone may be used again.
     before = {name: (x, x._version) for name, x in learner.named_buffers()}
-    yield
+    failure: RuntimeError | None = None
+    try:
+        yield
+    except RuntimeError as error:
+        failure = error
     tracked = tracked_layers(learner) if but_tracked else {}
     for name, buffer in learner.named_buffers():
         if name.rpartition(".")[0] in tracked:
@@ -49,7 +53,9 @@ before it; switch the module that changes it to evaluation mode
             raise ValueError(
                 f"{part}: a forward pass changed buffer {path!r}, so each task would see the "
                 "ones before it; switch the module that changes it to evaluation mode"
-            )
+            ) from failure
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
@@ -77,12 +83,4 @@ def restored_attributes(learner: nn.Module) -> Iterator[None]:
         yield
     finally:
         for present, attributes in before:
-            dead = [name for name, value in present.items() if _is_of_transform(value)]
-            for name in dead:
-                del present[name]
-                if name in attributes:
-                    present[name] = attributes[name]
-
-
-def _is_of_transform(value: Any) -> bool:
-    return isinstance(value, Tensor) and is_transformed(value)
+            put_back_dead(present, attributes)

@@ -20,7 +20,7 @@ from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.random_state import NoticedDraws, restored_random_state
-from metaimplicit.tensors import tensors_in
+from metaimplicit.tensors import put_back_dead, tensors_in
 from metaimplicit.unsupported import find_module, shorten
 from metaimplicit.vectorization.evaluations import (
     Evaluation,
@@ -78,7 +78,7 @@ def find_objection(
         "vmap: It looks like you're calling .item() on a Tensor"
     """
     trial = _Trial(problem, meta, choose_tasks(data))
-    with torch.enable_grad(), warnings.catch_warnings(), _restored_buffers(), _full_precision():
+    with torch.enable_grad(), warnings.catch_warnings(), _full_precision():
         warnings.simplefilter("ignore")
         if _all_agree(trial, without_repeats(compared)):
             return None
@@ -119,7 +119,7 @@ class _Trial(NamedTuple):
         phi = {name: m.detach() for name, m in self.meta.items()}
         moved = {n: _shifted(m, shift) for n, m in phi.items() if m.is_floating_point()}
         phi |= leaves(moved)
-        with restored_random_state(self.device):
+        with restored_random_state(self.device), _restored_buffers():
             lifted = LiftedProblem(self.problem, self.data, batched=True, vectorize=vectorize)
             if same:
                 lifted = lifted.with_same_randomness()
@@ -234,15 +234,18 @@ def _full_precision() -> Iterator[None]:
 
 @contextmanager
 def _restored_buffers() -> Iterator[None]:
-    """Let the buffers of the modules that are called be after the block what they were before."""
+    """Let the buffers of the modules that are called be after the block what they were before.
+
+    Tensors that vmap left in other attributes are put back as well.
+    """
     before: dict[int, tuple[Tensor, int, Tensor]] = {}
-    entries: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+    entries: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
     thread = get_ident()
 
     def keep(module: nn.Module, _: Any) -> None:
         if get_ident() != thread:
             return
-        entries.setdefault(id(module), (module, dict(module._buffers)))
+        entries.setdefault(id(module), (module, dict(module._buffers), dict(vars(module))))
         for buffer in module.buffers(recurse=False):
             before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
 
@@ -251,8 +254,9 @@ def _restored_buffers() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        for module, buffers in entries.values():
+        for module, buffers, attributes in entries.values():
             module._buffers.update(buffers)
+            put_back_dead(vars(module), attributes)
         for buffer, version, copied in before.values():
             if buffer._version != version:
                 buffer.detach().copy_(copied)
