@@ -29,6 +29,9 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 3)
         self.left = Store()
 
+    def read(self):
+        return self.left.value
+
     def encode(self, x):
         return self.body(x).tanh().mean(1)
 
@@ -76,24 +79,22 @@ class Modulated(Net):
         return super().forward(x)
 
 
-def with_hook():
-    """A hook keeps the features in a dict that belongs to no module."""
-    model = Net()
-    kept = {}
-    model.body.register_forward_hook(lambda module, args, h: kept.update(h=h))
-    model.read = lambda: kept["h"].square().mean()
-    return model
+class KeepsFeatures(Net):
+    """A hook keeps them where no module sees them."""
+
+    def __init__(self):
+        super().__init__()
+        kept = {}
+        self.body.register_forward_hook(lambda module, args, h: kept.update(h=h))
+        self.read = lambda: kept["h"].square().mean()
 
 
-def make(name):
-    torch.manual_seed(0)
-    model = with_hook() if name == "hook" else MODELS[name]()
-    read = model.read if name == "hook" else lambda: model.left.value
-
-    def loss(outputs, targets):
-        return F.cross_entropy(outputs, targets) * (1 + 0.3 * read())
-
-    return model, loss
+class KeepsPenaltyOfHead(Net):
+    def __init__(self):
+        super().__init__()
+        kept = {}
+        self.register_forward_hook(lambda model, *_: kept.update(w=model.head.weight))
+        self.read = lambda: kept["w"].square().sum()
 
 
 MODELS = {
@@ -101,8 +102,19 @@ MODELS = {
     "penalty of the head": LeavesPenaltyOfHead,
     "length": LeavesLength,
     "modulated": Modulated,
-    "hook": None,
+    "features in a hook": KeepsFeatures,
+    "penalty in a hook": KeepsPenaltyOfHead,
 }
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets) * (1 + 0.3 * model.read())
+
+    return model, loss
 
 
 def sequences(words, examples):
@@ -164,6 +176,15 @@ def test_a_loss_behind_a_fitted_head_may_read_what_the_body_leaves(way):
     for p, gradient in zip(body.parameters(), expected, strict=True):
         assert relative_error(p.grad, gradient) < 1e-10
     assert relative_error(learner.evaluate((support, query))[0][-1], losses) < 1e-12
+
+
+def test_attributes_are_compared_where_random_numbers_forbid_to_compare_losses():
+    torch.manual_seed(0)
+    model = LeavesPenaltyOfHead()
+    model.body = nn.Sequential(model.body, nn.Dropout(0.5))
+    learner = MetaLearner(model, F.cross_entropy, adapt="head.*", inner=GradientDescent(steps=1))
+    reason = learner.backward((sequences(5, 4), sequences(5, 4))).report.features
+    assert reason == "a forward pass leaves what depends on parameters that adapt in 'left.value'"
 
 
 @pytest.mark.parametrize("options", [{"adapt": "head.*"}, {"head": "ridge"}], ids=["last", "ridge"])
