@@ -24,8 +24,8 @@ class Status(IntEnum):
 
 ADVICE = {
     Status.NEGATIVE_CURVATURE: (
-        "the curvature is not positive definite; use curvature='gauss-newton', add damping= or a "
-        "larger proximal strength, or solve it as it is with MINRES"
+        "the curvature is not positive definite; take curvature='gauss-newton' if it is the "
+        "Hessian, add damping= or a larger proximal strength, or solve it as it is with MINRES"
     ),
     Status.BREAKDOWN: (
         "it diverged, the matrix is singular or not symmetric, or the residual is above 1; add "

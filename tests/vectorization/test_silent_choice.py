@@ -1,6 +1,5 @@
 """Vmap is given up without a word where it is impossible, and kept where it is right."""
 
-import warnings
 
 import pytest
 import torch
