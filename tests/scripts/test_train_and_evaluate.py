@@ -25,7 +25,9 @@ evaluate = load_main("evaluate")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    train([*SMALL, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch, pages=True)
+        train([*SMALL, "--out", str(out)])
     return out
 
 
@@ -101,7 +103,16 @@ def test_the_test_is_of_the_checkpoint_with_the_best_validation_or_of_the_last_o
 @pytest.mark.slow
 def test_the_config_says_what_the_solver_auto_chose(tmp_path):
     small = ["--hidden", "20", "20", "--steps=1", "--meta-batch=2", "--test-episodes=2"]
-    train([*SMALL, "--method=auto", *small, "--validation-episodes=2", f"--out={tmp_path}"])
+    train(
+        [
+            *SMALL,
+            "--method=auto",
+            "--inner-steps=2",
+            *small,
+            "--validation-episodes=2",
+            f"--out={tmp_path}",
+        ]
+    )
     config = read_json(tmp_path / "config.json")
     assert config["chosen"]["solver"] == "Lanczos: n = 481 > 256"
     assert config["options"]["method_options"] == {"solver_steps": 10}

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scripts.running import draw_nothing
 from training.sinusoid_run import assert_same_weights, make_parts, no_decay, train, weights
 
 from metaimplicit import Implicit, MetaLearner, Nystrom
@@ -112,10 +113,10 @@ def test_the_generator_of_a_solver_continues_where_it_was(tmp_path):
         return make_parts(noisy=False, method=method, learn=(), proximal=1.0)
 
     unbroken = make_sketched_parts()
-    train(tmp_path / "unbroken", unbroken, steps=6, schedule=no_decay)
-    train(tmp_path / "stopped", make_sketched_parts(), steps=3, schedule=no_decay)
+    train(tmp_path / "unbroken", unbroken, steps=4, schedule=no_decay)
+    train(tmp_path / "stopped", make_sketched_parts(), steps=2, schedule=no_decay)
     resumed = make_sketched_parts()
-    train(tmp_path / "stopped", resumed, steps=6, schedule=no_decay, resume=True)
+    train(tmp_path / "stopped", resumed, steps=4, schedule=no_decay, resume=True)
     assert_same_weights(resumed.learner, unbroken.learner)
 
 
@@ -411,7 +412,8 @@ def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_paths_may_be_strings(tmp_path):
+def test_paths_may_be_strings(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch, pages=True)
     parts = make_parts()
     out = f"{tmp_path}/a b"
     train(out, parts, steps=2)
