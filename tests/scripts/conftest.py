@@ -1,10 +1,24 @@
-"""Made-up images in the place of real data sets, and nothing drawn that no test looks at."""
+"""Few or made-up images in the place of data sets, and nothing drawn that no test looks at."""
 
 import pytest
 import torch
 from scripts.running import draw_nothing
 
 import tasks
+from tasks import glyphs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_glyphs(tmp_path_factory):
+    """The 160 first characters have classes enough. To render all of them takes seconds."""
+    shared_characters = glyphs.shared_characters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "shared_characters", lambda faces: shared_characters(faces)[:160])
+        # Elsewhere in the tests, the cache holds all of them.
+        patch.setenv(
+            "METAIMPLICIT_CACHE", str(tmp_path_factory.getbasetemp().parent / "few-glyphs")
+        )
+        yield
 
 
 @pytest.fixture(autouse=True)

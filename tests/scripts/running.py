@@ -21,13 +21,14 @@ SMALL = [
 
 
 def draw_nothing(monkeypatch, *, pages=False):
-    """Drawings are blank from here on, and pages are empty unless `pages`."""
+    """Drawings are blank from here on. Unless `pages`, pages are empty, and no fit is predicted."""
     blank = Image.new("L", (1, 1))
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: blank.save(file, "png"))
     if pages:
         return
     for module in ("command_line.report", "experiments.runner"):
         monkeypatch.setattr(f"{module}.leave_page", lambda path, make: path.write_text(""))
+    monkeypatch.setattr("command_line.testing.predict_curves", lambda *args: None)
 
 
 def load_main(name):

@@ -6,7 +6,7 @@ import shutil
 import command_line.testing as testing
 import pytest
 import torch
-from scripts.running import SMALL, error_line, load_main
+from scripts.running import SMALL, draw_nothing, error_line, load_main
 
 from metaimplicit.training import read_sealed_json, write_sealed_json
 
@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     options = ["--steps=2", "--inner-lr=0.02", "--seed=3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("command_line.report.leave_page", lambda path, make: None)
+        draw_nothing(patch)
         train([*SMALL, "--steps=1", "--meta-batch=25", "--out", str(folder / "first")])
         train([*SMALL, *options, "--out", str(folder / "second")])
     return folder / "first", folder / "second"

@@ -4,7 +4,7 @@ import json
 
 import command_line.testing as testing
 import pytest
-from scripts.running import SMALL, error_line, load_main
+from scripts.running import SMALL, draw_nothing, error_line, load_main
 
 train = load_main("train")
 evaluate = load_main("evaluate")
@@ -18,7 +18,7 @@ def run(tmp_path_factory):
     """A run of tasks with 5 classes, 1 support example and 5 queries of each."""
     out = tmp_path_factory.mktemp("runs") / "ridge"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("command_line.report.leave_page", lambda path, make: None)
+        draw_nothing(patch)
         train(["--head=ridge", *OPTIONS, "--out", str(out)])
     return out
 
@@ -68,7 +68,8 @@ def test_runs_of_other_tasks_are_compared_on_the_ones_that_are_asked_for(run, te
 
 def test_a_linear_layer_has_one_number_of_classes(run, tmp_path, capsys):
     linear = tmp_path / "linear"
-    train(["--method=first-order", *OPTIONS, "--out", str(linear)])
+    steps = ["--inner-steps=1", "--test-steps=1"]
+    train(["--method=first-order", *steps, *OPTIONS, "--out", str(linear)])
     capsys.readouterr()
     line = error_line(evaluate, [linear, "--ways=7"], capsys)
     assert line.startswith(f"error: --ways: got 7, but {linear} has --head linear and 5 ways")

@@ -72,9 +72,8 @@ def test_all_labels_may_be_wrong_but_for_the_baselines_on_the_right_ones(tmp_pat
     replace(cleaning, method=("none", "cg")).check_options()
 
 
-@pytest.mark.parametrize("method", ["cg", "truncated"])
-def test_every_wrong_label_loses_its_weight(tmp_path, method):
-    """The blobs are separable and the decay is large: no label is misjudged by either method."""
+def test_every_wrong_label_loses_its_weight(tmp_path):
+    """The blobs are separable and the decay is large: no label is misjudged."""
     cleaning = HyperCleaning(
         training=12,
         validation=8,
@@ -84,7 +83,7 @@ def test_every_wrong_label_loses_its_weight(tmp_path, method):
         outer_lr=0.5,
         device="cpu",
     )
-    row = cleaning.run({"method": method, "seed": 0}, tmp_path)
+    row = cleaning.run({"method": "truncated", "seed": 0}, tmp_path)
     assert row["f1"] == row["precision"] == row["recall"] == 1
     assert row["curve"][-1] == [6, 1.0]
     assert [sum(row["histogram"][name]) for name in ("right", "wrong")] == [60, 60]

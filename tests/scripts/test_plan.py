@@ -20,6 +20,7 @@ from command_line import (
     settle_plan,
     undone,
 )
+from scripts.running import SMALL
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -260,18 +261,32 @@ def test_the_table_says_when_compilation_has_paid_for_itself(clock):
 
 
 def set_up(tmp_path, *options):
-    args = ["--steps=500", "--filters=4", "--meta-batch=2", "--queries=1", *options]
+    args = ["--filters=4", "--meta-batch=2", "--queries=1", "--compile=False", *options]
     return train.set_up(train.parse([*args, f"--out={tmp_path}"]), Ranks())
 
 
+class TickingClock(Clock):
+    """A clock that goes on by 0.05 s whenever it is read."""
+
+    def perf_counter(self):
+        self.sleep(0.05)
+        return self.now
+
+
 @pytest.mark.parametrize(
-    "options", [["--method=nystrom-gaussian", "--proximal=10"], []], ids=["sketch", "ridge"]
+    "options",
+    [
+        ["--task=sinusoid", "--method=nystrom-gaussian", "--proximal=10", "--inner-steps=2"],
+        ["--task=glyphs", "--head=ridge"],
+    ],
+    ids=["sketch", "ridge"],
 )
-def test_a_search_leaves_the_run_as_it_is(options, tmp_path):
+def test_a_search_leaves_the_run_as_it_is(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "time", TickingClock())
     trials = []
     states = []
-    for steps in ("--steps=500", "--steps=1"):
-        timed = set_up(tmp_path, *options, steps)
+    for number in (500, 1):
+        timed = set_up(tmp_path, *options, f"--steps={number}")
         states.append(torch.get_rng_state())
         trials.append(len(timed.plan.trials))
         torch.manual_seed(0)
@@ -306,9 +321,7 @@ def test_all_ways_have_the_same_meta_gradient():
 
 
 def test_a_resumed_run_keeps_its_way(tmp_path, capsys):
-    args = ["--steps=2", "--filters=2", "--queries=1", "--meta-batch=4", "--inner-steps=2"]
-    args += ["--validation-episodes=4", "--test-episodes=4", f"--out={tmp_path}", "--head=linear"]
-    train.main(args)
+    train.main([*SMALL, "--steps=2", f"--out={tmp_path}"])
     config = read_sealed_json(tmp_path / "config.json")
     assert config["plan"]["way"]["compile"] is False
     assert config["plan"]["load"] is None or config["plan"]["load"] >= 0

@@ -15,7 +15,7 @@ from racing.course import choose_threads, clock_times, run_race, train
 from racing.report import fastest_line, minutes_to
 from racing.with_higher import HigherMAML
 from racing.with_learn2learn import learn2learn_anil, learn2learn_maml
-from scripts.running import error_line
+from scripts.running import draw_nothing, error_line
 from tasksets import import_learn2learn
 from torch import nn
 from torch.func import functional_call
@@ -151,9 +151,10 @@ def apart(monkeypatch, tmp_path):
 
 
 @pytest.mark.drawn
-def test_the_same_command_races_those_that_are_missing(apart, tmp_path, capsys):
+def test_the_same_command_races_those_that_are_missing(apart, tmp_path, monkeypatch, capsys):
     args = ["--task=glyphs", "--minutes=2", f"--out={tmp_path}", "--contenders"]
     race.run_command([*args, "ridge"])
+    draw_nothing(monkeypatch)
     race.run_command([*args, "ridge", "higher", "learn2learn-maml"])
     assert apart == ["ridge", "higher"]
     printed = capsys.readouterr().out

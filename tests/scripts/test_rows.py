@@ -148,6 +148,8 @@ def test_one_data_set_has_no_deviation(monkeypatch, capsys):
     first = {"error": 0.1, "cosine": 1.0, "norm": 1.0}
     monkeypatch.setattr(studies, "compare_with_exact", lambda *case: first)
     monkeypatch.setattr(studies, "tune", lambda instance, variant, seed: float(seed))
+    variants = studies.robustness_variants()[:2]
+    monkeypatch.setattr(studies, "robustness_variants", lambda: variants)
     (record, *_) = studies.study_robustness(1, RowFile(None))
     assert (record["loss"], record["std"]) == (1.0, None)
     assert "±" not in capsys.readouterr().out

@@ -110,10 +110,6 @@ class World:
         self.run = root / "run"
         self.out = root / "out"
         self.start(self.run, [])
-        self.others = {}
-        for name, options in OTHERS.items():
-            self.others[name] = root / name.replace(" ", "-")
-            self.start(self.others[name], options)
         self.restore()
         self.expected = {}
         for use in ("resume", "evaluate"):
@@ -125,6 +121,13 @@ class World:
     def start(self, out: Path, options: list[str]) -> None:
         with contextlib.redirect_stderr(io.StringIO()), quietly():
             self.train([*OPTIONS, *options, f"--steps={STEPS}", f"--out={out}"])
+
+    def other(self, name: str) -> Path:
+        """The folder of one of the `OTHERS`, which is run when it is first asked for."""
+        out = self.run.with_name(name.replace(" ", "-"))
+        if not out.exists():
+            self.start(out, OTHERS[name])
+        return out
 
     def restore(self) -> None:
         """Put the run as it was in the place where it is used."""
@@ -173,8 +176,8 @@ def damage(world: World, random_: random.Random) -> str:
     name = random_.choice(FILES)
     path = world.out / name
     if random_.random() < 0.2:
-        other = random_.choice(sorted(world.others))
-        shutil.copy(world.others[other] / name, path)
+        other = random_.choice(sorted(OTHERS))
+        shutil.copy(world.other(other) / name, path)
         return f"{name}: that of a run with {other}"
     content = path.read_bytes()
     change = random_.choice(CHANGES)

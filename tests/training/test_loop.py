@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scripts.running import draw_nothing
 from training.sinusoid_run import assert_same_weights, make_parts, no_decay, train, weights
 
 from metaimplicit import Implicit, MetaLearner, Nystrom
@@ -49,12 +50,27 @@ class FaultySampler:
             yield episodes
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of a run of six steps, and its weights at the end."""
+    out = tmp_path_factory.mktemp("unbroken")
+    parts = make_parts()
+    train(out, parts)
+    return out, weights(parts.learner)
+
+
+@pytest.fixture(scope="module")
+def after_three_steps(tmp_path_factory):
+    """The weights after three steps of a constant step size."""
+    parts = make_parts()
+    train(tmp_path_factory.mktemp("three-steps"), parts, steps=3, schedule=no_decay)
+    return weights(parts.learner)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, workers):
-    unbroken = make_parts()
-    train(tmp_path / "unbroken", unbroken)
-
+def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, unbroken, workers):
+    unbroken_out, expected = unbroken
     # The crash at step 5 loses step 4 and its line, because the last checkpoint is of step 3.
     learner, optimizer, sampler = make_parts()
     crashing = (learner, optimizer, FaultySampler(sampler, at=5))
@@ -69,13 +85,13 @@ def test_a_crashed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, workers):
             p.fill_(math.nan)  # nothing of the new learner may survive
     progress = train(out, resumed, resume=True, workers=workers)
     assert progress.step == 6
-    assert_same_weights(resumed.learner, unbroken.learner)
+    assert_same_weights(resumed.learner, expected)
 
     def lines(run):
-        return [{**line, "seconds": 0} for line in read_metrics(tmp_path / run)]
+        return [{**line, "seconds": 0} for line in read_metrics(run)]
 
-    assert lines("crashed") == lines("unbroken")
-    assert [line["step"] for line in lines("crashed")] == [1, 2, 3, 4, 5, 6]
+    assert lines(out) == lines(unbroken_out)
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_is_called_before_a_step_knows_how_much_of_the_budget_is_spent(tmp_path):
@@ -97,10 +113,10 @@ def test_the_generator_of_a_solver_continues_where_it_was(tmp_path):
         return make_parts(noisy=False, method=method, learn=(), proximal=1.0)
 
     unbroken = make_sketched_parts()
-    train(tmp_path / "unbroken", unbroken, steps=6, schedule=no_decay)
-    train(tmp_path / "stopped", make_sketched_parts(), steps=3, schedule=no_decay)
+    train(tmp_path / "unbroken", unbroken, steps=4, schedule=no_decay)
+    train(tmp_path / "stopped", make_sketched_parts(), steps=2, schedule=no_decay)
     resumed = make_sketched_parts()
-    train(tmp_path / "stopped", resumed, steps=6, schedule=no_decay, resume=True)
+    train(tmp_path / "stopped", resumed, steps=4, schedule=no_decay, resume=True)
     assert_same_weights(resumed.learner, unbroken.learner)
 
 
@@ -139,14 +155,14 @@ def enlarge_targets(episodes):
         (enlarge_targets, r"step 4: the query loss is inf; .*\.pt holds step 2"),
     ],
 )
-def test_bad_data_and_losses_stop_training_before_the_step(tmp_path, spoil, message):
-    three_steps = make_parts()
-    train(tmp_path / "three-steps", three_steps, steps=3, schedule=no_decay)
+def test_bad_data_and_losses_stop_training_before_the_step(
+    tmp_path, after_three_steps, spoil, message
+):
     learner, optimizer, sampler = make_parts()
     spoilt = (learner, optimizer, FaultySampler(sampler, at=4, spoil=spoil))
     with pytest.raises(NonFiniteError, match=message):
         train(tmp_path / "run", spoilt, checkpoint_every=2, schedule=no_decay)
-    assert_same_weights(learner, three_steps.learner)
+    assert_same_weights(learner, after_three_steps)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", *make_parts()).step == 2
 
 
@@ -239,7 +255,7 @@ def test_a_group_that_is_added_before_a_step_is_trained_and_scheduled(tmp_path):
     assert not any("initial_lr" in group for group in optimizer.param_groups)
 
 
-def test_the_steps_of_a_sampler_that_ends_are_saved(tmp_path):
+def test_the_steps_of_a_sampler_that_ends_are_saved(tmp_path, unbroken):
     learner, optimizer, sampler = make_parts()
 
     class ShortSampler(FaultySampler):
@@ -249,11 +265,10 @@ def test_the_steps_of_a_sampler_that_ends_are_saved(tmp_path):
     message = "sampler: its batches ended at step 2, which checkpoint.pt holds, expected as many"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, (learner, optimizer, ShortSampler(sampler, at=None)))
-    unbroken = make_parts()
-    train(tmp_path / "unbroken", unbroken)
     resumed = make_parts()
     train(tmp_path, resumed, resume=True)
-    assert_same_weights(resumed.learner, unbroken.learner)
+    _, expected = unbroken
+    assert_same_weights(resumed.learner, expected)
 
 
 def test_a_scheduled_learning_rate_is_put_back_when_a_run_fails_and_when_it_is_resumed(tmp_path):
@@ -292,13 +307,13 @@ def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path)
         optimizer,
         sampler,
         out=tmp_path,
-        budget=Budget(minutes=0.5 / 60),
+        budget=Budget(minutes=0.1 / 60),
         bar=False,
         validation=lambda: [sampler[1000]],
         validate_every=10**6,
     )
     assert progress.step >= 1
-    assert progress.seconds >= 0.5
+    assert progress.seconds >= 0.1
     other = make_parts().learner
     assert load_learner(tmp_path / "checkpoint.pt", other).step == progress.step
     last = read_metrics(tmp_path)[-1]
@@ -397,7 +412,8 @@ def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_paths_may_be_strings(tmp_path):
+def test_paths_may_be_strings(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch, pages=True)
     parts = make_parts()
     out = f"{tmp_path}/a b"
     train(out, parts, steps=2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pages import read_page
+from scripts.running import draw_nothing
 from torch import nn
 from training.sinusoid_run import make_parts, make_sampler, train
 
@@ -200,7 +201,8 @@ def test_the_page_of_a_classification_has_every_section_and_escapes_names(tmp_pa
     assert page.images > per_task * len(predictions.episodes)
 
 
-def test_the_page_of_a_regression_shows_fits(tmp_path):
+def test_the_page_of_a_regression_shows_fits(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch, pages=True)
     log_run(tmp_path, accuracy=False, validated=False)
     learner, *_ = make_parts(noisy=False)
     batch = make_sampler(tasks_per_batch=2, seed=1)[0]
@@ -213,7 +215,10 @@ def test_the_page_of_a_regression_shows_fits(tmp_path):
     assert "after 1 inner step:" in sections["Error"]
 
 
-def test_the_page_of_a_run_with_a_metric_shows_it_under_this_name_and_without_percent(tmp_path):
+def test_the_page_of_a_run_with_a_metric_shows_it_under_this_name_and_without_percent(
+    tmp_path, monkeypatch
+):
+    draw_nothing(monkeypatch, pages=True)
     parts = make_parts(noisy=False, metric=F.l1_loss)
     batch = make_sampler(tasks_per_batch=2, seed=1)[0]
     train(tmp_path, parts, steps=2, validation=lambda: [batch])

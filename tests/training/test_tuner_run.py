@@ -99,28 +99,31 @@ def test_a_run_leaves_its_files(tmp_path):
 def test_a_killed_run_that_is_resumed_ends_at_the_same_bits(tmp_path, method):
     torch.manual_seed(1)
     unbroken = make_tuner(method)
-    fit(unbroken, tmp_path / "unbroken")
+    fit(unbroken, tmp_path / "unbroken", steps=4)
     torch.manual_seed(1)
     out = tmp_path / "killed"
     with pytest.raises(KilledError):
-        fit(make_tuner(method), out, checkpoint_every=2, callback=kill_after(5))
+        fit(make_tuner(method), out, steps=4, checkpoint_every=2, callback=kill_after(3))
     resumed = make_tuner(method)
     torch.manual_seed(2)
-    fit(resumed, out, checkpoint_every=2, resume=True)
+    fit(resumed, out, steps=4, checkpoint_every=2, resume=True)
     assert_same_weights(resumed, unbroken)
     steps = [line["step"] for line in read_metrics(out) if line["split"] == "train"]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert steps == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "noise",
-    [lambda: torch.randn(6, 4), lambda: torch.tensor(np.random.randn(6, 4)).float(), random.random],
-    ids=["torch", "numpy", "python"],
-)
-def test_a_resumed_run_draws_the_random_numbers_that_an_unbroken_one_does(tmp_path, noise):
+def test_a_resumed_run_draws_the_random_numbers_that_an_unbroken_one_does(tmp_path):
+    """Those of torch, NumPy and Python: each has a feature of the inputs."""
+
     def noisy_batch(i):
         batch = TRAIN(i)
-        return batch | {"inputs": batch["inputs"] + noise()}
+        noise = [
+            torch.randn(6),
+            torch.tensor(np.random.randn(6)),
+            torch.full((6,), random.random()),
+        ]
+        noise = torch.stack([*noise, torch.zeros(6)], dim=1).float()
+        return batch | {"inputs": batch["inputs"] + noise}
 
     def make_seeded_tuner(seed):
         tuner = make_tuner()
@@ -166,18 +169,16 @@ def test_early_stopping_counts_on_after_a_kill(tmp_path):
     assert again.steps == 5
 
 
-@pytest.mark.parametrize(
-    "kind", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"]
-)
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor], ids=["float32", "tensor"])
 def test_a_metric_of_numpy_or_torch_can_be_resumed(tmp_path, kind):
     def metric(params, meta):
         return kind(validation_loss(params, meta))
 
     unbroken = make_tuner()
-    fit(unbroken, tmp_path / "unbroken", metric=metric)
-    fit(make_tuner(), tmp_path / "stopped", steps=3, metric=metric)
+    fit(unbroken, tmp_path / "unbroken", steps=4, metric=metric)
+    fit(make_tuner(), tmp_path / "stopped", steps=2, metric=metric)
     resumed = make_tuner()
-    fit(resumed, tmp_path / "stopped", metric=metric, resume=True)
+    fit(resumed, tmp_path / "stopped", steps=4, metric=metric, resume=True)
     assert_same_weights(resumed, unbroken)
     assert resumed.stopping.best == unbroken.stopping.best
 
