@@ -169,41 +169,20 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
     assert terminal.getvalue() == b"0.5 \xb1 0.1, \\u03c6, \\udcff\n"
 
 
+def run_in_shell(command):
+    line = f"exec {sys.executable} {SCRIPTS}/{command}"
+    return subprocess.Popen(
+        ["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
-def test_a_process_whose_output_cannot_be_written_ends_in_one_line():
-    line = f"exec {sys.executable} {SCRIPTS}/evaluate.py --help > {FULL}"
-    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
-    assert ended.stderr == "error: [Errno 28] No space left on device\n"
-    assert ended.returncode == 2
-
-
-def run_with_closed_errors():
-    """Run evaluate.py as Python does where its descriptor of errors is closed."""
-    code = 1
-    try:
-        os.close(2)
-        sys.stderr = None
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # open until the process ends
-        load_main("evaluate")(["no-such-run"])
-    except SystemExit as stop:
-        os.fstat(2)  # is taken, so that no file gets it
-        sys.stdout.flush()
-        code = stop.code
-    finally:
-        os._exit(code)
-
-
-def test_a_process_whose_stream_of_errors_is_closed_ends_in_silence():
-    receiver, sender = os.pipe()
-    child = os.fork()
-    if not child:
-        os.dup2(sender, 1)
-        run_with_closed_errors()
-    os.close(sender)
-    with open(receiver) as output:
-        assert output.read() == ""
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 2
+def test_processes_with_streams_that_are_closed_or_full_end_in_one_line():
+    full = run_in_shell("evaluate.py --help > /dev/full")
+    closed = run_in_shell("evaluate.py no-such-run 2>&-")
+    assert full.communicate()[1] == "error: [Errno 28] No space left on device\n"
+    assert closed.communicate() == ("", "")
+    assert (full.returncode, closed.returncode) == (2, 2)
 
 
 def test_a_missing_package_is_named_with_its_extra():

@@ -1,7 +1,7 @@
 """A folder has one writer, and a run that left nothing to lose does not block its name."""
 
 import os
-import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,33 +12,26 @@ from training.sinusoid_run import make_parts, train
 from metaimplicit.training import only_writer
 from metaimplicit.training.lock import LOCK
 
-
-def hold(folder, sender):
-    """Be the writer of a folder until this process is killed."""
-    try:
-        sys.argv = ["train.py", "--seed=1"]
-        with only_writer(folder):
-            os.write(sender, b"held")
-            signal.pause()
-    finally:
-        os._exit(1)
+HOLD = """
+import sys
+from pathlib import Path
+from metaimplicit.training import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
+@pytest.mark.slow
 def test_another_process_is_refused_by_the_name_of_the_writer_until_it_is_killed(tmp_path):
-    receiver, sender = os.pipe()
-    holder = os.fork()
-    if not holder:
-        hold(tmp_path, sender)
-    os.close(sender)
-    try:
-        assert os.read(receiver, 4) == b"held"
-        writer = rf"process {holder} on .* \(train\.py --seed=1\)"
-        with pytest.raises(FileExistsError, match=f"written to by {writer}; wait until it ends"):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        message = rf"is being written to by process {holder.pid} on .* \(-c .*; wait until it ends"
+        with pytest.raises(FileExistsError, match=message):
             train(tmp_path, make_parts(), steps=1)
-    finally:
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
-        os.close(receiver)
+        holder.kill()
     assert {path.name for path in tmp_path.iterdir()} == {LOCK}
     train(tmp_path, make_parts(), steps=1)
 

@@ -1,6 +1,5 @@
 """Vmap is given up without a word where it is impossible, and kept where it is right."""
 
-
 import pytest
 import torch
 from reported.helpers import INNER, assert_learns, draw, plain_maml, split
