@@ -86,7 +86,7 @@ def _evaluate(problem: BilevelProblem, meta: Params, data: Any) -> Groups:
     for name in phi:
         terms = [x for x in (gradients.get(name), through_features.get(name)) if x is not None]
         if terms and name not in theta:
-            of_phi[name] = torch.stack(terms).sum(0, keepdim=True)
+            of_phi[name] = torch.stack([x.to_dense() for x in terms]).sum(0, keepdim=True)
     return {
         "the support loss": {"": f},
         "the query loss": {"": g},

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaimplicit.compiled import CannotCompileError
@@ -90,7 +91,9 @@ class CurvatureSystem:
         v = flatten(vectors)
         if point.sigma > 0:  # a penalty reads them all
             return v
-        return without_unread(v, flatten(point.gradient).detach(), point.core)
+        # A compiled point has no gradient yet, so that every entry is in doubt.
+        gradient = flatten(point.gradient).detach() if point.gradient else torch.zeros_like(v)
+        return without_unread(v, gradient, point.core)
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
         """The solution u = A⁻¹v, `[tasks, n]`, and the products that it took in all.
