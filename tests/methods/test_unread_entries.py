@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import relative_error
 
-from metaimplicit import BilevelProblem, GradientDescent, argmin, hypergradient
+from metaimplicit import BilevelProblem, GradientDescent, argmin, compilation, hypergradient
 from metaimplicit.methods import FixedPoint, Implicit, ValueFunction
 from metaimplicit.solvers import CG, MINRES, Dense, Lanczos, NystromCG, Status
 
@@ -79,6 +79,18 @@ def test_the_hypergradient_is_that_of_the_rest(make, method):
     result = hypergradient(problem, meta, None, inner=INNER, method=method)
     (gradient,) = result.grads.values()
     assert relative_error(gradient, expected) < 1e-6
+    assert result.report.status.tolist() == [Status.CONVERGED]
+
+
+def test_a_compiled_system_knows_them(monkeypatch):
+    """The functions that would be compiled run as they are."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
+    torch.manual_seed(0)
+    problem, meta, expected = quadratic()
+    method = Implicit(CG(max_steps=50, tol=1e-12))
+    result = hypergradient(problem, meta, None, inner=INNER, method=method, compile=True)
+    assert relative_error(result.grads["c"], expected) < 1e-9
     assert result.report.status.tolist() == [Status.CONVERGED]
 
 
