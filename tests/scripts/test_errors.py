@@ -6,9 +6,9 @@ import io
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -170,11 +170,25 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
-def test_a_process_whose_output_cannot_be_written_ends_in_one_line():
-    line = f"exec {sys.executable} {SCRIPTS}/evaluate.py --help > {FULL}"
-    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
-    assert ended.stderr == "error: [Errno 28] No space left on device\n"
-    assert ended.returncode == 2
+def test_output_that_cannot_be_written_ends_a_script_in_one_line(monkeypatch, capsys):
+    script = str(SCRIPTS / "evaluate.py")
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_output_that_is_written_at_the_end_and_cannot_be_is_discarded(monkeypatch, capsys):
+    """Python writes what is left at its exit, and would fail there again."""
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        ended = outcome(lambda args: print("a line that waits in the buffer"), [], capsys)
+        full.flush()
+    assert ended == (2, "error: [Errno 28] No space left on device\n")
 
 
 def run_with_closed_errors():
