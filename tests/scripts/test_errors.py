@@ -172,7 +172,7 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_output_that_cannot_be_written_ends_a_script_in_one_line(monkeypatch, capsys):
     script = str(SCRIPTS / "evaluate.py")
-    with FULL.open("w") as full:
+    with FULL.open("w", buffering=1) as full:  # each line is written at once
         monkeypatch.setattr(sys, "stdout", full)
         monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit) as stop:
