@@ -77,7 +77,7 @@ def restored_attributes(learner: nn.Module) -> Iterator[None]:
         >>> hasattr(layer, "last")
         False
     """
-    holders = [x for module in learner.modules() for x in (vars(module), module._buffers)]
+    holders = [x for module in learner.modules() for x in (vars(module), vars(module)["_buffers"])]
     before = [(holder, dict(holder)) for holder in holders]
     try:
         yield

@@ -47,11 +47,11 @@ class TransposedJacobian(LinearOperator):
         )
         return self.join(products)
 
-    def pull_back(self, vector: Tensor, meta: Params) -> Gradients:
-        """(∂F/∂φ)ᵀ λ. It frees the graph of F."""
+    def pull_back(self, vector: Tensor, meta: Params, *, retain_graph: bool = False) -> Gradients:
+        """(∂F/∂φ)ᵀ λ. It frees the graph of F, unless that is retained."""
         functions = {str(i): f for i, f in enumerate(self.functions)}
         vectors = {str(i): x for i, x in enumerate(self.split_vector(vector))}
-        return vector_jacobian_product(functions, meta, vectors)
+        return vector_jacobian_product(functions, meta, vectors, retain_graph=retain_graph)
 
     def split_vector(self, vector: Tensor) -> list[Tensor]:
         """`[tasks, N]` in the shapes of the variables."""

@@ -273,13 +273,16 @@ class Method(ABC):
             )
 
 
-def vector_jacobian_product(outputs: Params, meta: Params, vectors: Params) -> Gradients:
-    """(∂outputs/∂meta)ᵀ vectors, along the graph that `outputs` carry. It frees that graph.
+def vector_jacobian_product(
+    outputs: Params, meta: Params, vectors: Params, *, retain_graph: bool = False
+) -> Gradients:
+    """(∂outputs/∂meta)ᵀ vectors, along the graph that `outputs` carry.
 
     Args:
         outputs: Tensors by name. Those that do not require grad are constants.
         meta: Tensors by name. Those that do not require grad have no gradient.
         vectors: A tensor for each of the outputs, of its shape.
+        retain_graph: Whether that graph is kept. It is freed otherwise.
 
     Returns:
         A gradient for each entry of `meta`, or None where no path leads to it.
@@ -298,6 +301,7 @@ def vector_jacobian_product(outputs: Params, meta: Params, vectors: Params) -> G
             list(variable.values()),
             list(targets.values()),
             [vectors[name] for name in variable],
+            retain_graph=retain_graph,
             allow_unused=True,
         )
         gradients |= dict(zip(targets, values, strict=True))

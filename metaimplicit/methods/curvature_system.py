@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,14 +87,27 @@ class CurvatureSystem:
         )
         return point if self.known is None else replace(point, core=self.known)
 
-    def right_hand_side(self, point: Linearization, vectors: Params) -> Tensor:
-        """v, `[tasks, n]`, without the entries that nothing in the inner loss reads."""
+    def right_hand_side(
+        self,
+        point: Linearization,
+        vectors: Params,
+        mixed_product: Callable[..., tuple[Gradients, Tensor]],
+    ) -> Tensor:
+        """v, `[tasks, n]`, without the entries that nothing in the inner loss reads.
+
+        Args:
+            point: The point.
+            vectors: v by parameter.
+            mixed_product: The method of this name, at the point.
+        """
         v = flatten(vectors)
         if point.sigma > 0:  # a penalty reads them all
             return v
         # A compiled point has no gradient yet, so that every entry is in doubt.
         gradient = flatten(point.gradient).detach() if point.gradient else torch.zeros_like(v)
-        return without_unread(v, gradient, point.core)
+        return without_unread(
+            v, gradient, point.core, lambda u: mixed_product(u, retain_graph=True)[0]
+        )
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
         """The solution u = A⁻¹v, `[tasks, n]`, and the products that it took in all.
@@ -134,14 +148,20 @@ class CurvatureSystem:
         meta: Params,
         data: Any,
         decay: Decay | None,
+        retain_graph: bool = False,
     ) -> tuple[Gradients, Tensor]:
-        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u, and ∂f/∂θ, `[tasks, n]`."""
+        """(dθ*/dφ)ᵀ v = −(∂²f/∂θ∂φ)ᵀ u, and ∂f/∂θ, `[tasks, n]`.
+
+        It frees the graph of the point, unless that is retained.
+        """
         if point.compiled_mixed_product is not None:
             of_phi, of_theta = point.compiled_mixed_product(u)
             return {**dict.fromkeys(meta), **of_phi}, flatten(of_theta)
         gradient = flatten(point.gradient).detach()
         if self.products != "finite-differences":
-            mixed = vector_jacobian_product(point.gradient, meta, unflatten(-u, params))
+            mixed = vector_jacobian_product(
+                point.gradient, meta, unflatten(-u, params), retain_graph=retain_graph
+            )
             return mixed, gradient
 
         around = problem.with_weights_at(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ class FixedPoint(Method):
         operator = TransposedJacobian(step.residuals, step.point)
         # Φ(s) − s is what one more step would change.
         still_to_go = -operator.join(step.residuals)
-        v = without_unread(step.pad(vectors), still_to_go, operator)
+        mixed_product = partial(operator.pull_back, meta=meta, retain_graph=True)
+        v = without_unread(step.pad(vectors), still_to_go, operator, mixed_product)
 
         # (I − ∂Φ/∂s)ᵀ λ = v, and F = s − Φ(s, φ) has ∂F/∂φ = −∂Φ/∂φ.
         solver = self.solver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -279,7 +280,16 @@ class Implicit(Method):
             def attempt(lifted: LiftedProblem) -> tuple[Solution, Tensor, Tensor]:
                 decay = dependencies.decay(params, meta)
                 point = system.linearize(lifted, params, meta, data, decay=decay)
-                v = system.right_hand_side(point, vectors)
+                mixed_product = partial(
+                    system.mixed_product,
+                    point,
+                    problem=lifted,
+                    params=params,
+                    meta=meta,
+                    data=data,
+                    decay=decay,
+                )
+                v = system.right_hand_side(point, vectors, mixed_product)
                 solution, _ = system.solve(point, v, SolverState())
                 return solution, flatten(point.gradient).detach(), v
 
@@ -327,16 +337,23 @@ class Implicit(Method):
         data = data_at_solution(problem, self.batch, "Implicit")
         point = system.linearize(problem, params, meta, data, decay=decay)
         sigma = point.sigma + self.damping
-        v = system.right_hand_side(point, vectors)
+        mixed_product = partial(
+            system.mixed_product,
+            point,
+            problem=problem,
+            params=params,
+            meta=meta,
+            data=data,
+            decay=decay,
+        )
+        v = system.right_hand_side(point, vectors, mixed_product)
         solution, products = system.solve(point, v, state)
         hessian_residual = None
         if self.check_curvature:
             exact = replace(system, curvature="hessian", known=None)
             at_hessian = exact.linearize(problem, params, meta, data, decay=decay)
             hessian_residual = at_hessian.residual(solution.value, v)
-        mixed, gradient = system.mixed_product(
-            point, solution.value, problem=problem, params=params, meta=meta, data=data, decay=decay
-        )
+        mixed, gradient = mixed_product(solution.value)
         return mixed, replace(
             report,
             inner_gradient_norm=gradient.norm(dim=-1),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.methods.base import Gradients
 from metaimplicit.methods.equation import aliases
 from metaimplicit.operators import (
     CurvatureClass,
@@ -64,22 +65,29 @@ class Linearization:
         return residual_norm / sigma
 
 
-def without_unread(v: Tensor, residual: Tensor, operator: LinearOperator) -> Tensor:
+def without_unread(
+    v: Tensor,
+    residual: Tensor,
+    operator: LinearOperator,
+    mixed_product: Callable[[Tensor], Gradients],
+) -> Tensor:
     """V without the entries of θ that F does not depend on, where F(θ, φ) = 0 is the inner problem.
 
     Such an entry keeps its value, whatever φ is. But A u = v has no solution if v is not 0 where a
     row of A is. Examples are the rows of an embedding for words that are not in the batch, units
-    that are never active, and parameters that only the outer loss reads.
+    that are never active, and parameters that only the outer loss reads. If φ can make F depend on
+    one of them, as an example weight that is 0 can, v stays as it is.
 
     Args:
         v: ∂g/∂θ, `[tasks, n]`.
         residual: F, such as ∂f/∂θ, likewise. An entry that is not 0 is read.
         operator: A, whose product is taken if there are entries in doubt.
+        mixed_product: w ↦ (∂F/∂φ)ᵀ w, which is taken if there are rows of zeros.
 
     Example:
         >>> f = lambda params: params["w"][:, 0].square()  # it reads one of two numbers
         >>> hessian = Hessian(f, {"w": torch.zeros(1, 2)})
-        >>> without_unread(torch.ones(1, 2), torch.zeros(1, 2), hessian)
+        >>> without_unread(torch.ones(1, 2), torch.zeros(1, 2), hessian, lambda w: {})
         tensor([[1., 0.]])
     """
     in_doubt = (residual == 0) & (v != 0)
@@ -87,8 +95,14 @@ def without_unread(v: Tensor, residual: Tensor, operator: LinearOperator) -> Ten
         return v
     # No row but a row of zeros has the product 0 with numbers without a pattern.
     count = torch.arange(1, v.shape[-1] + 1, dtype=torch.float64, device=v.device)
-    product = operator.matvec(count.square().cos().to(v.dtype).expand_as(v))
-    return torch.where(in_doubt & (product == 0), 0.0, v)
+    numbers = count.square().cos().to(v.dtype).expand_as(v)
+    unread = in_doubt & (operator.matvec(numbers) == 0)
+    if not bool(unread.any()):
+        return v
+    of_phi = mixed_product(torch.where(unread, numbers, 0.0))
+    if any(bool(g.any()) for g in of_phi.values() if g is not None):
+        return v
+    return torch.where(unread, 0.0, v)
 
 
 def linearize(

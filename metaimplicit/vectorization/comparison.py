@@ -245,7 +245,7 @@ def _restored_buffers() -> Iterator[None]:
     def keep(module: nn.Module, _: Any) -> None:
         if get_ident() != thread:
             return
-        entries.setdefault(id(module), (module, dict(module._buffers), dict(vars(module))))
+        entries.setdefault(id(module), (module, dict(vars(module)["_buffers"]), dict(vars(module))))
         for buffer in module.buffers(recurse=False):
             before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
 
@@ -255,7 +255,7 @@ def _restored_buffers() -> Iterator[None]:
     finally:
         handle.remove()
         for module, buffers, attributes in entries.values():
-            module._buffers.update(buffers)
+            vars(module)["_buffers"].update(buffers)
             put_back_dead(vars(module), attributes)
         for buffer, version, copied in before.values():
             if buffer._version != version:

@@ -82,6 +82,22 @@ def test_the_hypergradient_is_that_of_the_rest(make, method):
     assert result.report.status.tolist() == [Status.CONVERGED]
 
 
+@pytest.mark.parametrize("products", ["double-backward", "finite-differences"])
+def test_an_entry_that_a_weight_of_zero_hides_is_read(products):
+    """With damping δ, its part of A u = v is δ u = v. Without, there is no solution."""
+    y = torch.randn(3)
+    meta = {"weights": torch.tensor([0.7, 0.0, 1.2])}
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.ones(3)},
+        inner_loss=lambda params, meta, data: meta["weights"] @ (params["w"] - y).square() / 2,
+        outer_loss=lambda params, meta, data: params["w"].sum(),
+    )
+    method = Implicit(Dense(), damping=0.1, products=products)
+    result = hypergradient(problem, meta, None, inner=INNER, method=method)
+    expected = -(result.params["w"] - y) / (meta["weights"] + 0.1)
+    torch.testing.assert_close(result.grads["weights"], expected, rtol=1e-7, atol=1e-9)
+
+
 def test_a_compiled_system_knows_them(monkeypatch):
     """The functions that would be compiled run as they are."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

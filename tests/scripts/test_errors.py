@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -169,20 +170,32 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
     assert terminal.getvalue() == b"0.5 \xb1 0.1, \\u03c6, \\udcff\n"
 
 
-def run_in_shell(command):
-    line = f"exec {sys.executable} {SCRIPTS}/{command}"
-    return subprocess.Popen(
-        ["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_ends_a_script_in_one_line(monkeypatch, capsys):
+    script = str(SCRIPTS / "evaluate.py")
+    with FULL.open("w", buffering=1) as full:  # each line is written at once
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
-def test_processes_with_streams_that_are_closed_or_full_end_in_one_line():
-    full = run_in_shell("evaluate.py --help > /dev/full")
-    closed = run_in_shell("evaluate.py no-such-run 2>&-")
-    assert full.communicate()[1] == "error: [Errno 28] No space left on device\n"
-    assert closed.communicate() == ("", "")
-    assert (full.returncode, closed.returncode) == (2, 2)
+def test_output_that_is_written_at_the_end_and_cannot_be_is_discarded(monkeypatch, capsys):
+    """Python writes what is left at its exit, and would fail there again."""
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        ended = outcome(lambda args: print("a line that waits in the buffer"), [], capsys)
+        full.flush()
+    assert ended == (2, "error: [Errno 28] No space left on device\n")
+
+
+def test_a_process_whose_stream_of_errors_is_closed_ends_in_silence():
+    line = f"exec {sys.executable} {SCRIPTS}/evaluate.py no-such-run 2>&-"
+    ended = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, check=False)
+    assert (ended.stdout, ended.returncode) == (b"", 2)
 
 
 def test_a_missing_package_is_named_with_its_extra():
