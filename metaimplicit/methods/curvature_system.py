@@ -105,9 +105,7 @@ class CurvatureSystem:
             return v
         # A compiled point has no gradient yet, so that every entry is in doubt.
         gradient = flatten(point.gradient).detach() if point.gradient else torch.zeros_like(v)
-        return without_unread(
-            v, gradient, point.core, lambda u: mixed_product(u, retain_graph=True)[0]
-        )
+        return without_unread(v, gradient, point.core, partial(mixed_product, retain_graph=True))
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
         """The solution u = A⁻¹v, `[tasks, n]`, and the products that it took in all.

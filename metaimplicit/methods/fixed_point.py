@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -125,8 +124,12 @@ class FixedPoint(Method):
         operator = TransposedJacobian(step.residuals, step.point)
         # Φ(s) − s is what one more step would change.
         still_to_go = -operator.join(step.residuals)
-        mixed_product = partial(operator.pull_back, meta=meta, retain_graph=True)
-        v = without_unread(step.pad(vectors), still_to_go, operator, mixed_product)
+        v = without_unread(
+            step.pad(vectors),
+            still_to_go,
+            operator,
+            lambda w: (operator.pull_back(w, meta, retain_graph=True), still_to_go),
+        )
 
         # (I − ∂Φ/∂s)ᵀ λ = v, and F = s − Φ(s, φ) has ∂F/∂φ = −∂Φ/∂φ.
         solver = self.solver

@@ -69,9 +69,11 @@ def without_unread(
     v: Tensor,
     residual: Tensor,
     operator: LinearOperator,
-    mixed_product: Callable[[Tensor], Gradients],
+    mixed_product: Callable[[Tensor], tuple[Gradients, Tensor]],
 ) -> Tensor:
-    """V without the entries of θ that F does not depend on, where F(θ, φ) = 0 is the inner problem.
+    """The vector v without the entries of θ that F(θ, φ) = 0, the inner problem, does not read.
+
+    It looks at F and its first derivatives at θ alone.
 
     Such an entry keeps its value, whatever φ is. But A u = v has no solution if v is not 0 where a
     row of A is. Examples are the rows of an embedding for words that are not in the batch, units
@@ -80,29 +82,31 @@ def without_unread(
 
     Args:
         v: ∂g/∂θ, `[tasks, n]`.
-        residual: F, such as ∂f/∂θ, likewise. An entry that is not 0 is read.
+        residual: F, such as ∂f/∂θ, likewise, or zeros if it is not known yet. An entry that is not
+            0 is read.
         operator: A, whose product is taken if there are entries in doubt.
-        mixed_product: w ↦ (∂F/∂φ)ᵀ w, which is taken if there are rows of zeros.
+        mixed_product: w ↦ (∂F/∂φ)ᵀ w and F, which is taken if there are rows of zeros.
 
     Example:
         >>> f = lambda params: params["w"][:, 0].square()  # it reads one of two numbers
         >>> hessian = Hessian(f, {"w": torch.zeros(1, 2)})
-        >>> without_unread(torch.ones(1, 2), torch.zeros(1, 2), hessian, lambda w: {})
+        >>> residual = torch.zeros(1, 2)
+        >>> without_unread(torch.ones(1, 2), residual, hessian, lambda w: ({}, residual))
         tensor([[1., 0.]])
     """
     in_doubt = (residual == 0) & (v != 0)
     if not bool(in_doubt.any()):
         return v
     # No row but a row of zeros has the product 0 with numbers without a pattern.
-    count = torch.arange(1, v.shape[-1] + 1, dtype=torch.float64, device=v.device)
+    count = torch.arange(1, v.shape[-1] + 1, dtype=torch.float32, device=v.device)
     numbers = count.square().cos().to(v.dtype).expand_as(v)
     unread = in_doubt & (operator.matvec(numbers) == 0)
     if not bool(unread.any()):
         return v
-    of_phi = mixed_product(torch.where(unread, numbers, 0.0))
+    of_phi, residual = mixed_product(torch.where(unread, numbers, 0.0))
     if any(bool(g.any()) for g in of_phi.values() if g is not None):
         return v
-    return torch.where(unread, 0.0, v)
+    return torch.where(unread & (residual == 0), 0.0, v)
 
 
 def linearize(

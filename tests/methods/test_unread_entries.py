@@ -98,10 +98,32 @@ def test_an_entry_that_a_weight_of_zero_hides_is_read(products):
     torch.testing.assert_close(result.grads["weights"], expected, rtol=1e-7, atol=1e-9)
 
 
-def test_a_compiled_system_knows_them(monkeypatch):
+@pytest.fixture
+def _uncompiled(monkeypatch):
     """The functions that would be compiled run as they are."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(compilation, "missing_compiler", lambda device: "")
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_entry_with_a_slope_is_read(compile):
+    """|w₁ − 7| has no curvature, but the loop has not come to its minimum."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(2)},
+        inner_loss=lambda params, meta, data: (
+            (params["w"][0] - meta["a"]).square() + (params["w"][1] - 7).abs()
+        ),
+        outer_loss=lambda params, meta, data: params["w"].sum(),
+    )
+    meta = {"a": torch.tensor(1.0)}
+    options = {"inner": GradientDescent(steps=2, lr=0.3), "method": Implicit(MINRES())}
+    with pytest.warns(RuntimeWarning, match="ended with BREAKDOWN"):
+        hypergradient(problem, meta, None, compile=compile, **options)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_compiled_system_knows_them():
     torch.manual_seed(0)
     problem, meta, expected = quadratic()
     method = Implicit(CG(max_steps=50, tol=1e-12))
