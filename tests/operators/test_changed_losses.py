@@ -1,5 +1,6 @@
 """What is known of a loss is forgotten once the loss changes."""
 
+from collections import deque
 from functools import partial
 from types import SimpleNamespace
 
@@ -99,6 +100,11 @@ def of_a_partial():
     return loss, lambda: loss.keywords.update(gamma=3.0)
 
 
+def of_a_deque():
+    recent = deque([0.0])
+    return lambda z, y: focal(z, y, recent[-1]), lambda: recent.append(3.0)
+
+
 def of_a_global():
     return OfAGlobal(), lambda: globals().update(GAMMA=3.0)
 
@@ -112,6 +118,7 @@ HOLDERS = [
     of_a_callable_object,
     of_a_bound_method,
     of_a_partial,
+    of_a_deque,
     of_a_global,
 ]
 
