@@ -54,16 +54,16 @@ def body_objection(once: BilevelProblem, whole: BilevelProblem, meta: Params, da
         try:
             got = _evaluate(once, meta, chosen)
         except Exception as error:
-            return f"the losses cannot be evaluated at features that are: {shorten(error)}"
+            return f"at features that were evaluated before, a loss fails: {shorten(error)}"
     difference = largest_difference(expected, got)
     eps = unit_roundoff([*tree_leaves(expected), *meta.values()])
     if difference.size <= 3 * math.sqrt(eps):
         return ""
-    return f"{difference.where} is another one: the head or a loss reads more than the features"
+    return f"it would change {difference.where}: the head or a loss reads more than the features"
 
 
 def _evaluate(problem: BilevelProblem, meta: Params, data: Any) -> Groups:
-    """F, g and the derivatives of a weighted sum of them at θ = init(φ), moved."""
+    """The losses f and g `[tasks]`, and the derivatives of a weighted sum of them, at a moved θ."""
     phi = leaves(meta)
     features = Features.evaluate(problem, phi, data)
     lifted = LiftedProblem(

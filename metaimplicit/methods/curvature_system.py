@@ -27,6 +27,8 @@ from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.problem import Decay
 from metaimplicit.solvers import Solution, Solver, SolverState
 
+MixedProduct = Callable[..., tuple[Gradients, Tensor]]  # of u; see `CurvatureSystem.mixed_product`
+
 
 @dataclass(frozen=True)
 class CurvatureSystem:
@@ -87,25 +89,43 @@ class CurvatureSystem:
         )
         return point if self.known is None else replace(point, core=self.known)
 
-    def right_hand_side(
+    def pose(
         self,
-        point: Linearization,
+        problem: LiftedProblem,
+        params: Params,
+        meta: Params,
+        data: Any,
+        *,
         vectors: Params,
-        mixed_product: Callable[..., tuple[Gradients, Tensor]],
-    ) -> Tensor:
-        """v, `[tasks, n]`, without the entries that nothing in the inner loss reads.
+        decay: Decay | None,
+    ) -> tuple[Linearization, Tensor, MixedProduct]:
+        """The point of `linearize`, the right-hand side v, and `mixed_product` at the point.
 
         Args:
-            point: The point.
-            vectors: v by parameter.
-            mixed_product: The method of this name, at the point.
+            problem: The lifted problem.
+            params: θ, `{name: [tasks, *shape]}`.
+            meta: φ, leaves of autograd.
+            data: What the inner loss sees.
+            vectors: ∂g/∂θ by parameter, of which v `[tasks, n]` has what the inner loss reads.
+            decay: The weight decay of the inner loop.
         """
+        point = self.linearize(problem, params, meta, data, decay=decay)
+        mixed_product = partial(
+            self.mixed_product,
+            point,
+            problem=problem,
+            params=params,
+            meta=meta,
+            data=data,
+            decay=decay,
+        )
         v = flatten(vectors)
-        if point.sigma > 0:  # a penalty reads them all
-            return v
-        # A compiled point has no gradient yet, so that every entry is in doubt.
-        gradient = flatten(point.gradient).detach() if point.gradient else torch.zeros_like(v)
-        return without_unread(v, gradient, point.core, partial(mixed_product, retain_graph=True))
+        if not point.sigma > 0:  # else a penalty reads them all
+            # A compiled point has no gradient yet, so that every entry is in doubt.
+            gradient = flatten(point.gradient).detach() if point.gradient else torch.zeros_like(v)
+            retained = partial(mixed_product, retain_graph=True)
+            v = without_unread(v, gradient, point.core, retained)
+        return point, v, mixed_product
 
     def solve(self, point: Linearization, v: Tensor, state: SolverState) -> tuple[Solution, int]:
         """The solution u = A⁻¹v, `[tasks, n]`, and the products that it took in all.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -279,17 +278,7 @@ class Implicit(Method):
         def solve(vectors: Params) -> Params:
             def attempt(lifted: LiftedProblem) -> tuple[Solution, Tensor, Tensor]:
                 decay = dependencies.decay(params, meta)
-                point = system.linearize(lifted, params, meta, data, decay=decay)
-                mixed_product = partial(
-                    system.mixed_product,
-                    point,
-                    problem=lifted,
-                    params=params,
-                    meta=meta,
-                    data=data,
-                    decay=decay,
-                )
-                v = system.right_hand_side(point, vectors, mixed_product)
+                point, v, _ = system.pose(lifted, params, meta, data, vectors=vectors, decay=decay)
                 solution, _ = system.solve(point, v, SolverState())
                 return solution, flatten(point.gradient).detach(), v
 
@@ -335,18 +324,10 @@ class Implicit(Method):
         state: SolverState,
     ) -> tuple[Gradients, Report]:
         data = data_at_solution(problem, self.batch, "Implicit")
-        point = system.linearize(problem, params, meta, data, decay=decay)
-        sigma = point.sigma + self.damping
-        mixed_product = partial(
-            system.mixed_product,
-            point,
-            problem=problem,
-            params=params,
-            meta=meta,
-            data=data,
-            decay=decay,
+        point, v, mixed_product = system.pose(
+            problem, params, meta, data, vectors=vectors, decay=decay
         )
-        v = system.right_hand_side(point, vectors, mixed_product)
+        sigma = point.sigma + self.damping
         solution, products = system.solve(point, v, state)
         hessian_residual = None
         if self.check_curvature:

@@ -73,12 +73,12 @@ def without_unread(
 ) -> Tensor:
     """The vector v without the entries of θ that F(θ, φ) = 0, the inner problem, does not read.
 
-    It looks at F and its first derivatives at θ alone.
-
     Such an entry keeps its value, whatever φ is. But A u = v has no solution if v is not 0 where a
     row of A is. Examples are the rows of an embedding for words that are not in the batch, units
     that are never active, and parameters that only the outer loss reads. If φ can make F depend on
     one of them, as an example weight that is 0 can, v stays as it is.
+
+    What F reads is told by F and its first derivatives at θ alone.
 
     Args:
         v: ∂g/∂θ, `[tasks, n]`.
