@@ -55,19 +55,16 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _vmap_without_a_clock() -> Iterator[Callable[..., float]]:
-    """`vectorize="auto"` takes vmap where that runs. Else the machine decides what a test runs."""
+def real_clock() -> Iterator[Callable[..., float]]:
+    """The clock of `vectorize="auto"`. Without it, vmap is taken, whatever the machine is like."""
     from metaimplicit.learner import vectorization
 
-    def run_once(run: Callable[[str], object], vectorize: str) -> float:
-        if vectorize == "loop":
-            return 1.0
-        run(vectorize)
-        return 0.0
+    def prefer_vmap(run: Callable[[str], object], vectorize: str) -> float:
+        return float(vectorize == "loop")
 
     clock = vectorization._shortest_time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vectorization, "_shortest_time", run_once)
+        patch.setattr(vectorization, "_shortest_time", prefer_vmap)
         yield clock
 
 

@@ -11,9 +11,9 @@ from metaimplicit.learner.vectorization import choose_vectorize
 
 
 @pytest.fixture(autouse=True)
-def _vmap_by_the_clock(_vmap_without_a_clock, monkeypatch):
+def _vmap_by_the_clock(real_clock, monkeypatch):
     """These tests are of the choice by the clock as well."""
-    monkeypatch.setattr(vectorization, "_shortest_time", _vmap_without_a_clock)
+    monkeypatch.setattr(vectorization, "_shortest_time", real_clock)
 
 
 def assert_same_gradients(learner, other):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaimplicit import CG, FirstOrder, Implicit, MetaLearner, Unrolled
+from metaimplicit.learner import vectorization
 
 ONCE = "first-order|finite-differences"
 
@@ -54,7 +55,11 @@ def sparse():
         pytest.param(sparse, FirstOrder(), ["Embedding", "sparse=False"], id="sparse, first-order"),
     ],
 )
-def test_an_operation_without_the_derivative_is_refused_with_a_remedy(case, method, patterns):
+def test_an_operation_without_the_derivative_is_refused_with_a_remedy(
+    case, method, patterns, real_clock, monkeypatch
+):
+    # With the clock of users, who do not see torch's warning of a missing batching rule.
+    monkeypatch.setattr(vectorization, "_shortest_time", real_clock)
     model, loss, episodes = case()
     with refuses(*patterns):
         MetaLearner(model, loss, inner=INNER, method=method).backward(episodes)
