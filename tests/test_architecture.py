@@ -50,7 +50,8 @@ LAYERS = (
     ("vectorization", "compilation", "outer", "features", "gradients"),
     ("hypergradient",),
     ("argmin",),
-    ("learner", "diagnostics", "tuning", "optim", "root"),
+    ("diagnostics",),
+    ("learner", "tuning", "optim", "root"),
     ("training",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

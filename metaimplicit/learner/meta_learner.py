@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from metaimplicit.compiled import Compile
+from metaimplicit.diagnostics.check import check_hypergradient
+from metaimplicit.diagnostics.verdict import Check
 from metaimplicit.functions import check_function
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.buffers import reject_changed_buffers, restored_attributes
 from metaimplicit.learner.defaults import with_default_weights
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
+from metaimplicit.learner.forms import read_episodes
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data
 from metaimplicit.learner.heads import Head
 from metaimplicit.learner.learnable import Learn
@@ -37,6 +41,7 @@ from metaimplicit.learner.vectorization import choose_vectorize, preserve_random
 from metaimplicit.lifted import Vectorize, check_chunk_size
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
+from metaimplicit.task_axis import map_tensors
 from metaimplicit.unchanged import notice_changed_data
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, leave_comparison_to_caller
@@ -301,6 +306,66 @@ class MetaLearner(TaskBatches):
             params = {name: p.squeeze(0) for name, p in params.items()}
         return AdaptedModel(self.predict, params, batched=batched)
 
+    @explain_unsupported()
+    def check(
+        self,
+        episodes: EpisodeBatch,
+        *,
+        directions: int = 3,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+    ) -> Check:
+        """Compare the meta-gradient with finite differences, on a copy of the learner in float64.
+
+        The learner and its `.grad` stay as they are. See `check_hypergradient`, which this calls.
+
+        Args:
+            episodes: A batch of tasks of one size, as for `backward`. Two or three tasks suffice.
+            directions: The number of random directions of φ, ≥ 1.
+            tolerance: The relative error up to which the verdict is "Right".
+            seed: Seeds the random directions.
+
+        Raises:
+            ValueError: As in `backward` and `check_hypergradient`; the tasks differ in size; the
+                model draws random numbers, as dropout does in training.
+
+        Example:
+            >>> from torch.nn import functional as F
+            >>> from metaimplicit import MetaLearner
+            >>> x = torch.linspace(-1, 1, 16).reshape(2, 8, 1)  # two tasks of eight examples
+            >>> learner = MetaLearner(nn.Linear(1, 1), F.mse_loss)
+            >>> learner.check(((x, x.sin()), (x, x.cos()))).verdict
+            'Right: it agrees with finite differences.'
+        """
+        batches = read_episodes(episodes)
+        if len(batches) > 1:
+            raise ValueError(
+                f"episodes: got tasks in {len(batches)} sizes, expected one size; "
+                "check tasks of one size at a time"
+            )
+        twin = copy.deepcopy(self).double()
+        with torch.inference_mode(False), restored_attributes(twin):
+            return twin._compare_with_differences(
+                _in_float64(batches[0]), directions=directions, tolerance=tolerance, seed=seed
+            )
+
+    def _compare_with_differences(self, episode: Episode, **options: Any) -> Check:
+        (group,) = self._read(episode)
+        self._check_vmap(group.data)
+        way = self._way(group)
+        problem = self._problem(self._network, way)
+        leave_comparison_to_caller(problem)
+        return check_hypergradient(
+            problem,
+            self.meta,
+            group.data,
+            inner=self.inner,
+            method=with_default_weights(self.method, self.inner.steps),
+            batched=True,
+            vectorize=way,
+            **options,
+        )
+
     def _hypergradient(self, data: Episode, vectorize: Vectorize) -> Hypergradient:
         problem = self._problem(self._network, vectorize)
         leave_comparison_to_caller(problem)
@@ -331,3 +396,9 @@ class MetaLearner(TaskBatches):
             self.vectorize = choose_vectorize(
                 lambda way: self._hypergradient(group.data, way).outer_loss
             )
+
+
+def _in_float64(data: Episode) -> Episode:
+    """The same tasks, whose floating-point tensors are of type float64."""
+    episode: Episode = map_tensors(lambda x: x.double() if x.is_floating_point() else x, data)
+    return episode

@@ -127,9 +127,12 @@ def tuning_problem(
 
         f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalties,    g = (1/m) Σᵢ ℓ(model(xᵢ), yᵢ)
 
-    f is evaluated on training batches and g on validation batches. A batch is `(inputs, targets)`,
-    `(inputs, targets, index)` or a mapping with an entry `targets`, `labels` or the like, such as
-    those of Hugging Face; `split_batch` states the rule.
+    f is evaluated on training batches and g on validation batches. `Tuner` is given both. The data
+    of `hypergradient` is `Stream(lambda t: train if t < T else validation)` for T inner steps, since
+    g sees what follows the last step; anything but a `Stream` is one batch for both.
+
+    A batch is `(inputs, targets)`, `(inputs, targets, index)` or a mapping with an entry `targets`,
+    `labels` or the like, such as those of Hugging Face; `split_batch` states the rule.
 
     m counts as the loss counts: labels that it ignores are left out, and a loss that is a sum, or a
     mean weighed by classes, stays one. With all wᵢ = 1, the first term of f is the loss itself.
