@@ -128,8 +128,8 @@ def tuning_problem(
         f = (1/m) Σᵢ wᵢ ℓ(model(xᵢ), yᵢ) + penalties,    g = (1/m) Σᵢ ℓ(model(xᵢ), yᵢ)
 
     f is evaluated on training batches and g on validation batches. `Tuner` is given both. The data
-    of `hypergradient` is `Stream(lambda t: train if t < T else validation)` for T inner steps, since
-    g sees what follows the last step; anything but a `Stream` is one batch for both.
+    of `hypergradient` is `Stream(lambda t: train if t < T else validation)` for T inner steps, with
+    `Implicit(…, batch=train)` if the method is implicit. Else f and g see the same batch.
 
     A batch is `(inputs, targets)`, `(inputs, targets, index)` or a mapping with an entry `targets`,
     `labels` or the like, such as those of Hugging Face; `split_batch` states the rule.
