@@ -169,6 +169,8 @@ def _compare(trial: _Trial, evaluate: Evaluation) -> Objection | None:
     try:
         with draws:
             vmap = run("vmap")
+        # Torch allows some draws only where all tasks draw the same numbers.
+        differently = run("vmap", same=False) if draws.found else vmap
     except Exception as error:
         return Objection(shorten(error), module=find_module(error))
 
@@ -181,7 +183,7 @@ def _compare(trial: _Trial, evaluate: Evaluation) -> Objection | None:
         if largest_difference(loop, elsewhere).size == 0:
             # Each task draws other numbers in vmap, and the same ones in a loop.
             cause = ", because a loss seeds a generator by itself"
-            difference = trial.largest_difference(loop, run("vmap", same=False))
+            difference = trial.largest_difference(loop, differently)
     if not difference.size:
         return None
     # The model may compute in a shorter type, as autocast inside of it does.

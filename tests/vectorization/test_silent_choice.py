@@ -5,6 +5,7 @@ import torch
 from reported.helpers import INNER, assert_learns, draw, plain_maml, split
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 from vectorization.problems import meta_of, network, problem_of
 from vectorization.wrong_rules import WrongValue
 
@@ -114,6 +115,21 @@ def test_the_learner_keeps_the_loop_without_a_word_as_well():
     learner = assert_learns(expected, model, episodes, vectorize="auto")
     assert learner.vectorize == "loop"
     assert "(Branch)" in learner.backward(episodes).report.tasks_by
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.5], ids=["all rows kept", "some rows dropped"])
+def test_the_loop_is_kept_where_each_task_draws_into_a_tensor_that_all_share(probability):
+    """Torch allows that under vmap only where all tasks draw the same numbers."""
+    depth = StochasticDepth(probability, "row")
+    model = nn.Sequential(nn.Linear(4, 6), depth, nn.Linear(6, 5))
+    episodes = draw(tasks=2, examples=5)
+    learners = [MetaLearner(model, F.cross_entropy, vectorize=way) for way in ("auto", "loop")]
+    losses = []
+    for learner in learners:
+        torch.manual_seed(0)
+        losses.append(learner.evaluate(episodes)[0])
+    assert torch.equal(*losses)
+    assert "(StochasticDepth)" in learners[0].backward(episodes).report.tasks_by
 
 
 def noisy(generator):
