@@ -89,6 +89,25 @@ class FreeMeta:
             for name, free in self.tensors.items()
         }
 
+    @torch.no_grad()
+    def without_blocked(self, gradients: Params) -> Params:
+        """dg/dz with zeros where a step against it ends where it began, since z is at a bound.
+
+        Args:
+            gradients: dg/dz, as `pull_back` returns it.
+
+        Example:
+            >>> from metaimplicit.tuning import Box
+            >>> free = FreeMeta({"weights": torch.tensor([0.0, 0.0, 1.0])}, {"weights": Box(0.0)})
+            >>> free.without_blocked({"weights": torch.tensor([2.0, -2.0, 2.0])})
+            {'weights': tensor([ 0., -2.,  2.])}
+        """
+        moving = {}
+        for name, free in self.tensors.items():
+            after = self._domains[name].project(free - gradients[name])
+            moving[name] = torch.where(after == free, 0.0, gradients[name])
+        return moving
+
     def require_coordinates(self) -> FreeMeta:
         """Return this φ.
 

@@ -186,14 +186,9 @@ class HOAG:
         self.steps += 1
 
         point = {name: x.detach().clone() for name, x in self.free.tensors.items()}
-        accepted = self.line_search.add(
-            Trial(
-                point,
-                gradient,
-                loss=loss,
-                tolerance=epsilon,
-            )
-        )
+        # A slope into a bound never vanishes. It would shorten the steps of all others forever.
+        slope = self.free.without_blocked(gradient)
+        accepted = self.line_search.add(Trial(point, slope, loss=loss, tolerance=epsilon))
         self.free.load(self.line_search.next_point())
         self.free.project()
         return HOAGStep(

@@ -242,6 +242,24 @@ def test_the_hyperparameter_stays_in_its_box():
     assert len({step.lipschitz for step in steps[1:]}) == 1
 
 
+def test_a_bound_that_is_reached_does_not_hold_up_the_other_hyperparameters():
+    """g = 10 a + (b − 3)²/2 on 0 ≤ a ≤ 2, which is least at a = 0 and b = 3."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(2, dtype=torch.float64)},
+        inner_loss=lambda params, meta, data: (
+            (params["w"] - torch.stack([meta["a"], meta["b"]])).square().sum() / 2
+        ),
+        outer_loss=lambda params, meta, data: 10 * params["w"][0] + (params["w"][1] - 3) ** 2 / 2,
+    )
+    meta = {name: torch.tensor(1.0, dtype=torch.float64) for name in ("a", "b")}
+    hoag = HOAG(problem, meta, train=None, validation=None, domains={"a": Box(0.0, 2.0)})
+    for _ in range(20):
+        step = hoag.step()
+    assert hoag.meta["a"] == 0
+    assert hoag.meta["b"].item() == pytest.approx(3, abs=1e-6)
+    assert step.lipschitz == pytest.approx(1.0)
+
+
 def test_bad_options_are_refused():
     known = "exponential, quadratic, cubic"
     with pytest.raises(ValueError, match=f"schedule: got 'linear', expected one of {known}"):
