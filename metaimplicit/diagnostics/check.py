@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from metaimplicit.counts import check_count
 from metaimplicit.diagnostics.differences import (
+    Differences,
     cosine,
+    directions_of_entries,
     dot,
     extrapolated_differences,
     find_padding,
@@ -63,7 +66,9 @@ def check_hypergradient(
         method: As for `hypergradient`.
         batched: As for `hypergradient`.
         vectorize: As for `hypergradient`.
-        directions: The number of random directions, ≥ 1.
+        directions: The number of random directions in all of φ, ≥ 1. If φ has several entries, up
+            to eight with the smallest derivatives have a direction of their own, since the others
+            would hide an error of theirs.
         tolerance: The relative error up to which the verdict is "Right".
         seed: Seeds the random directions.
 
@@ -108,19 +113,30 @@ def check_hypergradient(
     params = _with_task_axis(result, batched)
     procedure = _Procedure(lifted, inner)
     procedure.check_deterministic(values, params)
-    units = _draw_directions(lifted, values, inner=inner, count=directions, seed=seed)
-    slopes = torch.stack([dot(result.grads, unit) for unit in units])
+    entries = _entries(values)
+    if not entries:
+        raise ValueError(f"meta: got {list(meta)}, expected a floating-point entry")
+    padding = find_padding(lifted, values, last_step=inner.steps)
+    grads = {name: result.grads[name] for name in entries}
+    names = _smallest_entries(grads) if len(entries) > 1 else []
+    units = [
+        *random_directions(entries, count=directions, seed=seed, fixed=padding),
+        *directions_of_entries(entries, names, seed=seed, fixed=padding),
+    ]
+    slopes = torch.stack([dot(grads, unit) for unit in units])
     differences = extrapolated_differences(
-        procedure.outer_loss, values, units, step=step_size(_entries(values))
+        procedure.outer_loss, values, units, step=step_size(entries)
     )
+    whole = differences.rows(slice(directions)).compare(slopes[:directions])
 
     dense = _compare_with_dense(result, lifted, values, inner=inner, method=method)
     report = result.report
     check = Check(
-        slopes=slopes,
-        differences=differences.extrapolated,
-        error=relative_error(slopes, differences.extrapolated),
-        noise=differences.noise,
+        slopes=slopes[:directions],
+        differences=differences.extrapolated[:directions],
+        error=whole.error,
+        noise=whole.noise,
+        kink=whole.kink,
         dense_error=None if dense is None else dense.error,
         cosine=None if dense is None else dense.cosine,
         residual=_largest(report.residual),
@@ -128,6 +144,9 @@ def check_hypergradient(
         leftover=_largest(report.relative_leftover),
         negative_curvature=report.share(Status.NEGATIVE_CURVATURE),
     )
+    of_entries = differences.rows(slice(directions, None))
+    errors = _errors_of_entries(names, grads, of_entries, slopes[directions:], check)
+    check = replace(check, entries=errors)
     kinked = isinstance(method, Implicit) and has_kink(
         lambda p: lifted.inner(p, values, lifted.at(inner.steps - 1)), params
     )
@@ -144,19 +163,35 @@ def _entries(meta: Params) -> Params:
     return {name: m for name, m in meta.items() if m.is_floating_point()}
 
 
-def _draw_directions(
-    lifted: LiftedProblem, meta: Params, *, inner: InnerLoop, count: int, seed: int
-) -> list[Params]:
-    """Random unit directions of φ, which leave padding rows of embeddings where they are.
+def _smallest_entries(gradients: Params, at_most: int = 8) -> list[str]:
+    """The names of the entries with the smallest derivatives in a random direction."""
+    sizes = {name: _typical_slope(gradient) for name, gradient in gradients.items()}
+    return sorted(sizes, key=lambda name: sizes[name])[:at_most]
 
-    Raises:
-        ValueError: φ has no floating-point entry.
+
+def _typical_slope(gradient: Tensor) -> float:
+    """The root mean square of the derivative along random directions of norm one."""
+    return float(gradient.norm()) / math.sqrt(max(gradient.numel(), 1))
+
+
+def _errors_of_entries(
+    names: list[str], gradients: Params, differences: Differences, slopes: Tensor, check: Check
+) -> dict[str, float]:
+    """The relative errors along directions of single entries, 0 where something explains them.
+
+    Noise does, and kinks, and what the solve and the inner loop leave of the whole gradient, which
+    may be more than all of a small entry.
     """
-    entries = _entries(meta)
-    if not entries:
-        raise ValueError(f"meta: got {list(meta)}, expected a floating-point entry")
-    padding = find_padding(lifted, meta, last_step=inner.steps)
-    return random_directions(entries, count=count, seed=seed, fixed=padding)
+    whole = max(float(gradient.norm()) for gradient in gradients.values())
+    leftover = 100 * whole * ((check.residual or 0.0) + (check.leftover or 0.0))
+    errors = {}
+    for row, name in enumerate(names):
+        of_entry = slice(row, row + 1)
+        typical = _typical_slope(gradients[name])
+        found = differences.rows(of_entry).compare(slopes[of_entry], least_size=typical)
+        is_explained = found.error <= max(found.noise, found.kink, leftover / found.size)
+        errors[name] = 0.0 if is_explained else found.error
+    return errors
 
 
 @dataclass(frozen=True)

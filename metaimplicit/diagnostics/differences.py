@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.mended import without_padding
 from metaimplicit.params import Params
+from metaimplicit.problem import Stream
 from metaimplicit.solvers.arithmetic import divisor
 
 
@@ -19,14 +22,15 @@ def find_padding(problem: LiftedProblem, meta: Params, *, last_step: int) -> Par
 
     Their gradient is zero by definition, so differences must leave them where they are.
     """
+    times = range(last_step) if isinstance(problem.data, Stream) else range(1)
 
     def gradients() -> Params:
         phi = {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
         theta = problem.init(phi)
-        f = problem.inner(theta, phi, problem.at(0))
-        g, _ = problem.outer(theta, phi, problem.at(last_step))
+        losses = [problem.inner(theta, phi, problem.at(t)) for t in times]
+        losses.append(problem.outer(theta, phi, problem.at(last_step))[0])
         targets = {name: m for name, m in phi.items() if m.requires_grad}
-        total = f.sum() + g.sum()
+        total = torch.stack(losses).sum()
         if not total.requires_grad:  # the losses read φ without a graph, or not at all
             return {}
         values = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
@@ -45,22 +49,49 @@ def random_directions(
 ) -> list[Params]:
     """Random directions of norm one in φ, shaped as its entries. They are zero where `fixed`."""
     generator = torch.Generator().manual_seed(seed)
-    directions = []
-    for _ in range(count):
-        direction = {}
-        for name, m in entries.items():
-            direction[name] = torch.randn(m.shape, generator=generator, device="cpu").to(m)
-            if fixed is not None and name in fixed:
-                direction[name].masked_fill_(fixed[name], 0.0)
-        norm = _norm(direction)
-        directions.append({name: d / norm for name, d in direction.items()})
-    return directions
+    return [_random_direction(entries, generator, fixed or {}) for _ in range(count)]
+
+
+def directions_of_entries(
+    entries: Params, names: list[str], *, seed: int, fixed: Params | None = None
+) -> list[Params]:
+    """For each of these names, a random direction of norm one in that entry of φ alone."""
+    generator = torch.Generator().manual_seed(seed)
+    fixed = fixed or {}
+    return [_random_direction({name: entries[name]}, generator, fixed) for name in names]
+
+
+def _random_direction(entries: Params, generator: torch.Generator, fixed: Params) -> Params:
+    direction = {}
+    for name, m in entries.items():
+        direction[name] = torch.randn(m.shape, generator=generator, device="cpu").to(m)
+        if name in fixed:
+            direction[name].masked_fill_(fixed[name], 0.0)
+    norm = divisor(_norm(direction))
+    return {name: d / norm for name, d in direction.items()}
 
 
 def step_size(entries: Params) -> float:
     """The step h = ε^⅓ (1 + ‖φ‖), which balances truncation against cancellation."""
     dtype = next(iter(entries.values())).dtype
     return float(torch.finfo(dtype).eps ** (1 / 3) * (1 + float(_norm(entries))))
+
+
+class Agreement(NamedTuple):
+    """How far slopes are from finite differences, all relative to the size of the latter.
+
+    Attributes:
+        size: The norm of the differences.
+        error: The distance of the slopes from the differences.
+        noise: What the differences may be off by: their distance from those of half the step, or
+            round-off.
+        kink: By how much the slopes to both sides differ at φ itself.
+    """
+
+    size: float
+    error: float
+    noise: float
+    kink: float
 
 
 @dataclass(frozen=True)
@@ -70,18 +101,52 @@ class Differences:
     Attributes:
         extrapolated: (4 D_{h/2} − D_h) / 3, with an error of O(h⁴).
         half_step: D_{h/2}, the central differences of half the step, with an error of O(h²).
-        roundoff: What the round-off of F may add to an entry of `extrapolated`.
+        kink: The slope ahead less the slope behind, extrapolated to h = 0 as 2 K_{h/2} − K_h, with
+            an error of O(h³). It is 0 where F is smooth.
+        resolution: ε max|F|, the round-off of a value of F.
+        step: h.
     """
 
     extrapolated: Tensor
     half_step: Tensor
-    roundoff: float
+    kink: Tensor
+    resolution: float
+    step: float
 
     @property
-    def noise(self) -> float:
-        """The relative error that `extrapolated` may have: that of `half_step`, or by round-off."""
-        off = self.extrapolated + self.roundoff
-        return max(relative_error(x, self.extrapolated) for x in (self.half_step, off))
+    def roundoff(self) -> float:
+        """What round-off may add to an entry of `extrapolated`.
+
+        Two values that are each off by ε|F|/2 make D_{h/2} off by ε|F|/h, and D_h by half of that.
+        """
+        return 1.5 * self.resolution / self.step
+
+    def rows(self, chosen: slice) -> Differences:
+        """Those along some of the directions."""
+        return replace(
+            self,
+            extrapolated=self.extrapolated[chosen],
+            half_step=self.half_step[chosen],
+            kink=self.kink[chosen],
+        )
+
+    def compare(self, slopes: Tensor, *, least_size: float = 0.0) -> Agreement:
+        """How far slopes along these directions are from the differences.
+
+        Args:
+            slopes: `[directions]`.
+            least_size: What errors are relative to if the differences are smaller.
+        """
+        roundoff = self.roundoff * math.sqrt(len(slopes))
+        size = max(float(self.extrapolated.norm()), least_size)
+        distance = float((slopes - self.extrapolated).norm())
+        if size == 0:
+            # F does not move. Slopes that would not move it by its round-off agree with that.
+            size = float(slopes.norm()) or 1.0
+            distance = distance if distance > self.resolution else 0.0
+        noise = max(float((self.half_step - self.extrapolated).norm()), roundoff)
+        kink = float(self.kink.norm())
+        return Agreement(size, error=distance / size, noise=noise / size, kink=kink / size)
 
 
 def extrapolated_differences(
@@ -92,36 +157,51 @@ def extrapolated_differences(
     step: float,
 ) -> Differences:
     """Central differences at two steps, h = `step` and h/2, and Richardson's extrapolation."""
-    sizes = []
-
-    def measured(meta: Params) -> Tensor:
-        value = function(meta)
-        sizes.append(value.abs())
-        return value
-
-    whole_step = _central_differences(measured, meta, directions, step=step)
-    half_step = _central_differences(measured, meta, directions, step=step / 2)
-    # Two values that are each off by ε|F|/2 make D_{h/2} off by ε|F|/h, and D_h by half of that.
-    size = torch.stack(sizes).max()
-    roundoff = 1.5 * torch.finfo(size.dtype).eps * float(size) / step
-    return Differences((4 * half_step - whole_step) / 3, half_step, roundoff)
+    here = function(meta)
+    whole = _ValuesBeside.at(function, meta, directions, step=step)
+    half = _ValuesBeside.at(function, meta, directions, step=step / 2)
+    values = torch.cat([here.reshape(1), whole.ahead, whole.behind, half.ahead, half.behind])
+    return Differences(
+        extrapolated=(4 * half.slope - whole.slope) / 3,
+        half_step=half.slope,
+        kink=2 * half.kink(here) - whole.kink(here),
+        resolution=torch.finfo(values.dtype).eps * float(values.abs().max()),
+        step=step,
+    )
 
 
-def _central_differences(
-    function: Callable[[Params], Tensor],
-    meta: Params,
-    directions: list[Params],
-    *,
-    step: float,
-) -> Tensor:
-    """D_h = (F(φ + h d) − F(φ − h d)) / 2h for each direction d, `[directions]`."""
+class _ValuesBeside(NamedTuple):
+    """F(φ + h d) and F(φ − h d) for each direction d, `[directions]` each."""
 
-    def at(direction: Params, distance: float) -> Tensor:
-        moved = {name: meta[name] + distance * d for name, d in direction.items()}
-        return function(meta | moved)
+    step: float
+    ahead: Tensor
+    behind: Tensor
 
-    slopes = [(at(d, step) - at(d, -step)) / (2 * step) for d in directions]
-    return torch.stack(slopes)
+    @classmethod
+    def at(
+        cls,
+        function: Callable[[Params], Tensor],
+        meta: Params,
+        directions: list[Params],
+        *,
+        step: float,
+    ) -> _ValuesBeside:
+        def value(direction: Params, distance: float) -> Tensor:
+            moved = {name: meta[name] + distance * d for name, d in direction.items()}
+            return function(meta | moved)
+
+        ahead = torch.stack([value(d, step) for d in directions])
+        behind = torch.stack([value(d, -step) for d in directions])
+        return cls(step, ahead, behind)
+
+    @property
+    def slope(self) -> Tensor:
+        """D_h = (F(φ + h d) − F(φ − h d)) / 2h."""
+        return (self.ahead - self.behind) / (2 * self.step)
+
+    def kink(self, here: Tensor) -> Tensor:
+        """K_h = (F(φ + h d) + F(φ − h d) − 2 F(φ)) / h, the slope ahead less that behind."""
+        return (self.ahead + self.behind - 2 * here) / self.step
 
 
 def dot(gradients: Params, direction: Params) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from metaimplicit.inner import InnerLoop
 from metaimplicit.methods import Forward, Implicit, Method, Unrolled
 from metaimplicit.methods.report import DRIFT_TOLERANCE, THETA_TOLERANCE
 
+RIGHT = "Right: it agrees with finite differences."
 HIDDEN = (
     "look for what autograd does not see in `init` and the losses, such as a detach(), or a wrong "
     "`backward` of an autograd.Function"
@@ -27,6 +29,10 @@ class Check:
         error: ‖slopes − differences‖ / ‖differences‖.
         noise: The relative error that `differences` may have: their difference from those of one
             step size, or the round-off of the outer loss. An error below it says nothing.
+        kink: By how much the outer loss has other slopes ahead of φ than behind it, relative to
+            them. It is far below `error` unless the loss has a kink at φ itself.
+        entries: The error of entries of φ, each along a direction of its own and relative to its
+            own derivative; 0 if noise explains it. Empty if φ has one entry.
         dense_error: The error of the gradient against that of a dense solve of the same system.
             None if the method has no system, or one that is too large.
         cosine: That of the angle between these two gradients. None in the same cases.
@@ -61,6 +67,8 @@ class Check:
     inner_gradient_norm: float
     negative_curvature: float
     leftover: float | None = None
+    kink: float = 0.0
+    entries: Mapping[str, float] = field(default_factory=dict)
     verdict: str = ""
 
     def __str__(self) -> str:
@@ -131,7 +139,8 @@ def _verdict(
 ) -> str:
     """The first reason that applies for an error above the tolerance, and what to do."""
     if check.error <= tolerance:
-        return "Right: it agrees with finite differences."
+        wrong = [name for name, error in check.entries.items() if error > tolerance]
+        return _why_entries(check, method, wrong) if wrong else RIGHT
     if not bool(check.slopes.isfinite().all()):
         return "Wrong: it is not finite; lower the inner step size, or look at the losses."
     if not bool(check.differences.isfinite().all()):
@@ -143,6 +152,11 @@ def _verdict(
         return (
             f"Undecided: the finite differences are known to {check.noise:.1e} only; "
             "use float64, or a smoother problem without kinks between their points."
+        )
+    if check.kink >= check.error:
+        return (
+            "Undecided: the outer loss has a kink at these meta-parameters, where its slope to one "
+            f"side differs from that to the other by {check.kink:.1e}; move them a little."
         )
     if isinstance(method, (Unrolled, Forward)):
         return f"Wrong by {check.error:.1e}, although {method.flag!r} is exact; {HIDDEN}."
@@ -176,4 +190,15 @@ def _verdict(
     return (
         f"Wrong by {check.error:.1e}, although the solve, stationarity and A are in order; "
         f"{HIDDEN}."
+    )
+
+
+def _why_entries(check: Check, method: Method, names: list[str]) -> str:
+    """Why entries of φ are wrong whose derivatives are small beside those of the others."""
+    error = max(check.entries[name] for name in names)
+    complete = isinstance(method, Implicit) or {"loop", "loss"} <= method.reach
+    reason = HIDDEN if complete else "this method leaves out part of it, and 'unrolled' is exact"
+    return (
+        f"Wrong by {error:.1e} in {', '.join(map(repr, names))}, whose derivative is small beside "
+        f"those of the others; {reason}."
     )

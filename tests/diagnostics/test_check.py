@@ -8,6 +8,7 @@ import torch
 from oracles import quadratic, randn
 from small_problems import number, scalar_problem
 from tanh_network import DATA, INITIAL, network
+from torch.nn import functional as F
 
 from metaimplicit import (
     CG,
@@ -16,6 +17,7 @@ from metaimplicit import (
     GradientDescent,
     Implicit,
     Proximal,
+    Stream,
     Unrolled,
     check_hypergradient,
 )
@@ -207,3 +209,85 @@ def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
     assert check(inner=settled, method="dense").verdict.startswith("Right")
     damped = check(inner=settled, method=Implicit(CG(20), damping=0.3 * scale))
     assert "so it is A (hessian, damping" in damped.verdict
+
+
+def test_a_wrong_entry_is_seen_beside_one_with_a_much_larger_derivative():
+    x, y = randn(8, 3, seed=1), randn(8, seed=2)
+
+    def problem(hidden):
+        def inner_loss(params, meta, data):
+            decay = meta["decay"].detach() if hidden else meta["decay"]
+            return (x @ params["w"] - y).square().mean() + decay * params["w"].square().sum()
+
+        return BilevelProblem(
+            init=lambda meta, data: {"w": meta["w"]},
+            inner_loss=inner_loss,
+            outer_loss=lambda params, meta, data: (x @ params["w"] + y).square().sum(),
+        )
+
+    meta = {"w": randn(3, seed=3), "decay": number(1e-4)}
+    inner = GradientDescent(steps=1, lr=1e-3)
+    check = partial(check_hypergradient, meta=meta, data=None, inner=inner, method="unrolled")
+    wrong = check(problem(hidden=True))
+    assert wrong.error < 1e-3  # along directions of all of φ
+    assert wrong.entries["decay"] == 1
+    assert wrong.entries["w"] < 1e-9
+    assert wrong.verdict.startswith("Wrong by 1.0e+00 in 'decay', whose derivative is small beside")
+    assert check(problem(hidden=False)).verdict.startswith("Right")
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6])
+def test_a_slope_where_the_outer_loss_is_flat_is_wrong_in_any_unit(unit):
+    class Sign(torch.autograd.Function):
+        """With the derivative of the identity."""
+
+        @staticmethod
+        def forward(ctx, w):
+            return w.sign()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    problem = scalar_problem(
+        lambda w, m: (w - m["a"]).square(), lambda w, m: unit * Sign.apply(w).sum()
+    )
+    result = check_hypergradient(problem, {"a": number(2.0)}, None, inner=SHORT, method="unrolled")
+    assert result.error == 1
+    assert result.verdict.startswith("Wrong by 1.0e+00, although 'unrolled' is exact")
+
+
+@pytest.mark.parametrize("method", ["unrolled", "dense"])
+def test_a_kink_at_the_meta_parameters_decides_nothing(method):
+    """At 0, an example weight that is clamped has two slopes, of which the difference is a mean."""
+    problem = scalar_problem(
+        lambda w, m: (w - 1).square() + m["a"].clamp(min=0) * (w + 1).square(),
+        lambda w, m: w.square(),
+    )
+    inner = GradientDescent(steps=60, lr=0.4)
+    result = check_hypergradient(problem, {"a": number(0.0)}, None, inner=inner, method=method)
+    assert result.verdict.startswith(
+        "Undecided: the outer loss has a kink at these meta-parameters"
+    )
+
+
+@pytest.mark.parametrize("padded", range(4))
+def test_padding_rows_of_any_batch_of_a_stream_stay_where_they_are(padded):
+    words = [torch.tensor([[1, 0 if t == padded else 2], [3, 4]]) for t in range(4)]
+
+    def loss(target):
+        def of(params, meta, data):
+            rows = F.embedding(data, params["rows"], padding_idx=0)
+            return (rows.sum((1, 2)) - target).square().mean()
+
+        return of
+
+    problem = BilevelProblem(lambda meta, data: {"rows": meta["rows"]}, loss(1.0), loss(-1.0))
+    result = check_hypergradient(
+        problem,
+        {"rows": randn(5, 2, seed=0)},
+        Stream(lambda t: words[t]),
+        inner=SHORT,
+        method="unrolled",
+    )
+    assert result.verdict == "Right: it agrees with finite differences."

@@ -38,7 +38,34 @@ def test_the_round_off_of_a_large_value_is_noise(dtype, offset):
         lambda meta: offset + power(2)(meta), meta, directions, step=1e-4
     )
     expected = torch.stack([dot({n: 2 * m for n, m in meta.items()}, d) for d in directions])
-    assert 0 < relative_error(differences.extrapolated, expected) <= differences.noise < 2
+    agreement = differences.compare(expected)
+    assert 0 < agreement.error <= agreement.noise < 2
+
+
+def test_a_kink_at_the_point_itself_is_told_from_curvature():
+    directions = [{"a": torch.tensor(1.0).double()}]
+
+    def kink(slope):
+        here = {"a": torch.zeros(()).double()}
+
+        def curve(m):
+            return slope * m["a"].abs() + 2 * m["a"] + 5 * m["a"].square()
+
+        differences = extrapolated_differences(curve, here, directions, step=0.1)
+        return differences.compare(torch.tensor([2.0]).double()).kink
+
+    assert kink(0.0) < 1e-13
+    assert kink(0.3) == pytest.approx(2 * 0.3 / 2)  # relative to the slope of 2
+
+
+@pytest.mark.parametrize(("slope", "error"), [(0.0, 0.0), (1e-20, 0.0), (1e-3, 1.0)])
+def test_where_the_value_does_not_move_slopes_above_its_round_off_are_wrong(slope, error):
+    directions = [{"a": torch.tensor(1.0).double()}]
+    here = {"a": torch.zeros(()).double()}
+    differences = extrapolated_differences(
+        lambda m: torch.ones(()).double(), here, directions, step=1e-5
+    )
+    assert differences.compare(torch.tensor([slope]).double()).error == error
 
 
 def test_the_cosine_is_that_of_vectors_of_any_size():
