@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaimplicit.data import DataEntries
 from metaimplicit.graph import find_dependencies
+from metaimplicit.mended import without_fast_path
 from metaimplicit.methods import Gradients
 from metaimplicit.methods.base import vector_jacobian_product
 from metaimplicit.params import Params, leaves
@@ -69,7 +70,7 @@ class Features:
                     "features: got a Stream, expected data that do not change along the inner "
                     "loop; evaluate the features in the losses"
                 )
-            with torch.enable_grad(), mended_recomputation:
+            with torch.enable_grad(), mended_recomputation, without_fast_path:
                 values = problem.features(meta, values)
         return cls(values, {**meta, **tensors}, entries, problem.features)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import copy
 from itertools import compress
 from numbers import Integral
@@ -17,7 +16,7 @@ from metaimplicit.compiled import Compiler
 from metaimplicit.data import DataEntries
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
-from metaimplicit.mended import mended_derivatives
+from metaimplicit.mended import mended_derivatives, without_fast_path
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState, UnfusedDropout
@@ -321,7 +320,7 @@ class LiftedProblem:
         if torch.compiler.is_compiling():
             return self._map(function, params, data)
         is_mended = self.second_derivatives or self._vmaps
-        with mended_recomputation, mended_derivatives if is_mended else nullcontext():
+        with mended_recomputation, mended_derivatives if is_mended else without_fast_path:
             return self._map(function, params, data)
 
     def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:

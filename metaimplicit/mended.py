@@ -26,8 +26,7 @@ class MendedDerivatives(ScopedSettings):
     """A block in which these operations have all their derivatives, as `with mended_derivatives:`.
 
     - Attention runs by its math kernel. The fused kernels have no second derivative, no tangent,
-      and no batching rule on the CPU. The fast paths of `nn.MultiheadAttention` and
-      `nn.TransformerEncoderLayer`, which have no derivative at all, are off.
+      and no batching rule on the CPU. The fast paths are off, as in `without_fast_path`.
     - Under `torch.vmap`, `padding_idx` of an embedding holds for every task. The batching rule of
       torch applies it to the first task alone. In forward mode, the padding row has no tangent. And
       `scale_grad_by_freq` counts the words of each task by itself. A second derivative of what it
@@ -53,6 +52,14 @@ class MendedDerivatives(ScopedSettings):
     def __init__(self) -> None:
         super().__init__(_MENDED)
 
+    def __enter__(self) -> None:
+        without_fast_path.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        without_fast_path.__exit__()
+
 
 class _Settings(NamedTuple):
     """What of torch the block changes."""
@@ -61,7 +68,6 @@ class _Settings(NamedTuple):
     memory_efficient: bool
     cudnn: bool
     math: bool
-    fast_path: bool
     functions: tuple[Callable[..., Any], ...]  # in the places of `_PLACES`
 
     @classmethod
@@ -71,7 +77,6 @@ class _Settings(NamedTuple):
             memory_efficient=cuda.mem_efficient_sdp_enabled(),
             cudnn=cuda.cudnn_sdp_enabled(),
             math=cuda.math_sdp_enabled(),
-            fast_path=mha.get_fastpath_enabled(),
             functions=tuple(getattr(owner, name) for owner, name in _PLACES),
         )
 
@@ -81,7 +86,6 @@ class _Settings(NamedTuple):
         cuda.enable_mem_efficient_sdp(self.memory_efficient)
         cuda.enable_cudnn_sdp(self.cudnn)
         cuda.enable_math_sdp(self.math)
-        mha.set_fastpath_enabled(self.fast_path)
         # A TorchFunctionMode would see these calls as well, but it costs 3 % of a meta-step.
         for (owner, name), function in zip(_PLACES, self.functions, strict=True):
             setattr(owner, name, function)
@@ -276,7 +280,6 @@ _MENDED = _Settings(
     memory_efficient=False,
     cudnn=False,
     math=True,
-    fast_path=False,
     functions=(
         _embedding,
         _batch_norm,
@@ -289,6 +292,25 @@ _MENDED = _Settings(
 )
 
 mended_derivatives = MendedDerivatives()
+
+
+class _FastPath(NamedTuple):
+    """Whether modules of attention may take their fast path in `eval()`."""
+
+    enabled: bool
+
+    @classmethod
+    def read(cls) -> _FastPath:
+        return cls(mha.get_fastpath_enabled())
+
+    def apply(self) -> None:
+        mha.set_fastpath_enabled(self.enabled)
+
+
+# A block in which `nn.MultiheadAttention` and `nn.TransformerEncoder` compute in `eval()` what they
+# compute while gradients are recorded. Their fast paths have no derivative, and set the outputs at
+# padded positions to zero.
+without_fast_path = ScopedSettings(_FastPath(False))
 
 _thread = local()
 

@@ -53,6 +53,8 @@ class Network:
 
     def call_model(self, params: Params, meta: Params, inputs: Any) -> Tensor:
         """The outputs of the model, which are features if there is a head."""
+        if self.head is not None and self.head.is_convex:
+            params = {}  # the model does not adapt, though a parameter may be called as the head's
         return call_model(self.model, {n: params.get(n, meta[n]) for n in self.of_model}, inputs)
 
     def with_last(self, last: LastModule) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.learner.episodes import Episode
 from metaimplicit.learner.losses import MetaLoss
 from metaimplicit.lifted import LiftedProblem
+from metaimplicit.mended import without_fast_path
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Proximal, StartAtMeta
 
@@ -120,8 +122,10 @@ def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:
     """
     args = inputs if type(inputs) is tuple else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
+    is_compiling = torch.compiler.is_compiling()  # within `mended_derivatives`
     try:
-        outputs = torch.func.functional_call(model, params, args, kwargs)
+        with nullcontext() if is_compiling else without_fast_path:
+            outputs = torch.func.functional_call(model, params, args, kwargs)
     except TypeError:
         _check_arguments(model, args, kwargs)
         raise

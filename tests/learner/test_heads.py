@@ -403,6 +403,17 @@ def test_labels_that_a_head_cannot_fit_are_named():
         learner.backward(change_labels(episodes, labels.double(), queries))
 
 
+def test_a_module_of_the_model_may_be_called_head():
+    outputs = []
+    for name in ("head", "last"):
+        torch.manual_seed(0)
+        body = make_body()
+        body.add_module(name, nn.Linear(FEATURES, WAYS))
+        inputs, labels = (x[0] for x in draw_episodes().support)
+        outputs.append(make("ridge", body).adapt((inputs, labels))(inputs))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
 def test_features_of_another_shape_are_named():
     learner = make("ridge", Grid())
     with pytest.raises(ValueError, match=r"features of shape \(4, 2, 3\), expected \[m, p\]"):
