@@ -78,12 +78,7 @@ def count_tasks(data: Any) -> int:
     """
     leaves = tree_leaves(data)
     for leaf in leaves:
-        if hides_tensors(leaf):
-            raise ValueError(
-                f"data: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
-                "in dicts, lists, tuples or classes that torch.utils._pytree knows; use "
-                "torch.as_tensor for arrays"
-            )
+        reject_hidden_tensors("data", leaf)
     sizes = {x.shape[0] if x.dim() else None for x in leaves if isinstance(x, Tensor)}
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         raise ValueError(
@@ -91,6 +86,21 @@ def count_tasks(data: Any) -> int:
             "one task axis of the same size ≥ 1 first; without a task axis, pass batched=False"
         )
     return int(sizes.pop() or 0)
+
+
+def reject_hidden_tensors(name: str, leaf: Any) -> None:
+    """Raise ValueError if a leaf of a pytree has tensors in it that cannot be split by task.
+
+    Args:
+        name: What the message calls it.
+        leaf: The leaf.
+    """
+    if hides_tensors(leaf):
+        raise ValueError(
+            f"{name}: got {type(leaf).__name__}, which cannot be split by task, expected tensors "
+            "in dicts, lists or tuples; use torch.as_tensor for arrays, and "
+            "torch.export.register_dataclass for dataclasses"
+        )
 
 
 def hides_tensors(leaf: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from metaimplicit.labels import SHORT_INTEGERS
 from metaimplicit.learner.episodes import Episode, Pair
+from metaimplicit.task_axis import reject_hidden_tensors
 from metaimplicit.tensors import recordable, with_known_types
 
 # What two parts may be called, in an object or a dict that holds them.
@@ -267,6 +268,8 @@ def _rebuild(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, (list, tuple)):
         parts = [_rebuild(part, convert) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    for leaf in tree_leaves(tree):
+        reject_hidden_tensors("episodes", leaf)
     return tree
 
 

@@ -1,6 +1,7 @@
 """Batches of tasks in the forms of other libraries, each against a loop over its tasks."""
 
 from collections import UserDict
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -284,6 +285,28 @@ def test_several_inputs_are_the_arguments_of_the_model(name, vectorize):
     )
     assert_is_the_plain_loop(learner, batch, tasks)
     learner.zero_grad()
+    assert_is_the_plain_loop(learner, tasks, tasks)
+
+
+def test_a_dataclass_of_inputs_has_to_be_registered():
+    @dataclass
+    class Views:
+        left: torch.Tensor
+        right: torch.Tensor
+
+    class Difference(nn.Linear):
+        def forward(self, views):
+            return super().forward(views.left - views.right.sigmoid())
+
+    tasks = [
+        tuple((Views(x, x.flip(0)), y) for x, y in (support, query))
+        for support, query in draw_tasks()
+    ]
+    learner = make_learner(Difference(FEATURES, WAYS))
+    message = "episodes: got Views, which cannot be split by task, .* torch.export.register_data"
+    with pytest.raises(ValueError, match=message):
+        learner.backward(tasks)
+    torch.export.register_dataclass(Views)
     assert_is_the_plain_loop(learner, tasks, tasks)
 
 
