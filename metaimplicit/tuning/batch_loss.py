@@ -14,6 +14,9 @@ from metaimplicit.tuning.batch_shapes import count_examples, has_axis_of_example
 from metaimplicit.tuning.example_losses import align
 from metaimplicit.tuning.loss_checks import Difference
 from metaimplicit.tuning.reductions import Loss, split_reductions
+from metaimplicit.unsupported import shorten
+
+GIVE_REDUCTION = "give it an argument `reduction`, with which it returns its losses [m] for 'none'"
 
 
 class BatchLoss:
@@ -44,9 +47,18 @@ class BatchLoss:
         self.takes_single_examples = self._unreduced is None
 
     def value(self, outputs: Any, targets: Any) -> Tensor:
-        """V, a scalar, or the mean if the loss returns the losses of the examples."""
-        value: Tensor = self._whole(outputs, _widen(targets))
-        return value.mean() if isinstance(value, Tensor) and value.dim() else value
+        """V, a scalar, or the mean if the loss returns the losses of the examples.
+
+        Raises:
+            ValueError: The loss returns no tensor.
+        """
+        value: Any = self._whole(outputs, _widen(targets))
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"loss: {self.name} returned {type(value).__name__}, expected one tensor, a scalar "
+                "or the losses of the examples"
+            )
+        return value.mean() if value.dim() else value
 
     def of_examples(self, outputs: Any, targets: Any, counted: Tensor | None = None) -> Tensor:
         """ℓ, `[m]` or `[m, *positions]`.
@@ -78,8 +90,7 @@ class BatchLoss:
             raise ValueError(
                 f"loss: {self.name} takes outputs of shapes {shapes_of(outputs)} for targets of "
                 f"shapes {shapes_of(targets)}, of which some lack the axis of the {m} examples, "
-                "so they cannot be weighed one by one; give it an argument `reduction`, with which "
-                "it returns its losses [m] for 'none'"
+                f"so they cannot be weighed one by one; {GIVE_REDUCTION}"
             )
         if counted is not None:
             # An example that does not count has the loss 0/0. It lends the targets of another one.
@@ -100,18 +111,24 @@ class BatchLoss:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
                     return torch.vmap(loss_of_one, randomness="different")(examples)
-            except RuntimeError:
+            except (RuntimeError, IndexError, ValueError):
                 self._vmaps = False
         one_each = [tree_map(lambda x, i=i: x[i], examples) for i in range(m)]
-        return torch.stack([loss_of_one(example) for example in one_each])
+        try:
+            return torch.stack([loss_of_one(example) for example in one_each])
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"loss: {self.name} cannot be evaluated at one example, so that variables cannot "
+                f"weigh it ({shorten(error)}); {GIVE_REDUCTION}"
+            ) from error
 
     def refusal(self, difference: Difference) -> str:
         """What to say where V is no multiple of the mean of ℓ."""
         if self.takes_single_examples:
             return (
                 f"loss: the value of {self.name} is no mean of its values at single examples, "
-                f"which variables weigh: {difference}; give it an argument `reduction`, with which "
-                "it returns its losses [m] for 'none', if it is a weighted sum over examples"
+                f"which variables weigh: {difference}; if it is a weighted sum over examples, "
+                f"{GIVE_REDUCTION}"
             )
         return (
             f"loss: the value of {self.name} is no multiple of the mean of its losses for "

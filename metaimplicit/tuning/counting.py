@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from metaimplicit.labels import widened
 from metaimplicit.tensors import is_transformed, tensors_in
-from metaimplicit.tuning.batch_loss import BatchLoss
+from metaimplicit.tuning.batch_loss import GIVE_REDUCTION, BatchLoss
 from metaimplicit.tuning.batch_shapes import count_examples, read_labels, signature
 from metaimplicit.tuning.example_losses import Count, are_ignored, cancellation, is_plain_mean
 from metaimplicit.tuning.loss_checks import Difference, relative_error
@@ -100,6 +100,11 @@ class Counting:
         if not math.isfinite(scale) and not counted.any():
             if value == 0 and second_value == 0:  # as of a single class
                 return Count(1.0, None)
+            if self._loss.takes_single_examples and not losses.isfinite().any():
+                raise ValueError(
+                    f"loss: {self._loss.name} is not finite at any example alone, so that "
+                    f"variables cannot weigh it; {GIVE_REDUCTION}"
+                )
             raise ValueError(
                 f"loss: {self._loss.name} counts no example of the batch, expected at least one "
                 "that counts"

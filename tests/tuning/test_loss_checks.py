@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tuning_loop import INDEX, INNER, C, M, Y, draw
 
 from metaimplicit import hypergradient, tuning_problem
-from metaimplicit.tuning import ClassWeights, ExampleWeights
+from metaimplicit.tuning import ClassWeights, ExampleWeights, WeightDecay
 from metaimplicit.tuning.loss_checks import find_difference
 
 T = 5
@@ -181,6 +181,32 @@ def test_outputs_without_an_axis_of_examples_are_named():
     message = r"loss takes outputs of shapes \[\(8, 3\), \(\)\].*give it an argument `reduction`"
     with pytest.raises(ValueError, match=message):
         problem.inner_loss(problem.init(meta, None), meta, (draw().x, Y))
+
+
+def contrast(outputs, y):
+    """Tells each of M examples from the others."""
+    return F.cross_entropy(outputs @ outputs.T, torch.arange(M))
+
+
+def deviation(outputs, y):
+    return (outputs - outputs.mean(0)).square().sum() / (len(outputs) - 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "variable", "message"),
+    [
+        (contrast, ClassWeights(C), "contrast cannot be evaluated at one example"),
+        (deviation, ClassWeights(C), "deviation is not finite at any example alone"),
+        (lambda z, y: (F.cross_entropy(z, y), {}), WeightDecay(), "returned tuple, expected one"),
+        (lambda z, y: (F.cross_entropy(z, y), {}), ClassWeights(C), "returned tuple, expected one"),
+    ],
+    ids=["contrast", "deviation", "a tuple", "a tuple, weighed"],
+)
+def test_losses_without_a_value_of_their_own_at_each_example_are_named(loss, variable, message):
+    case = draw()
+    problem, meta, _ = tuning_problem(case.model, loss, [variable])
+    with pytest.raises(ValueError, match=message):
+        problem.inner_loss(problem.init(meta, None), meta, (case.x, Y))
 
 
 def test_a_difference_of_slopes_alone_is_seen():
