@@ -137,16 +137,47 @@ class Differences:
             slopes: `[directions]`.
             least_size: What errors are relative to if the differences are smaller.
         """
-        roundoff = self.roundoff * math.sqrt(len(slopes))
         size = max(float(self.extrapolated.norm()), least_size)
         distance = float((slopes - self.extrapolated).norm())
         if size == 0:
             # F does not move. Slopes that would not move it by its round-off agree with that.
             size = float(slopes.norm()) or 1.0
             distance = distance if distance > self.resolution else 0.0
-        noise = max(float((self.half_step - self.extrapolated).norm()), roundoff)
         kink = float(self.kink.norm())
-        return Agreement(size, error=distance / size, noise=noise / size, kink=kink / size)
+        return Agreement(size, distance / size, noise=self._noise / size, kink=kink / size)
+
+    @property
+    def _noise(self) -> float:
+        roundoff = self.roundoff * math.sqrt(len(self.extrapolated))
+        return max(float((self.half_step - self.extrapolated).norm()), roundoff)
+
+    @property
+    def noise(self) -> float:
+        """What the differences may be off by, relative to their norm. 0 if F does not move."""
+        size = float(self.extrapolated.norm())
+        return self._noise / size if size else 0.0
+
+
+def settled_differences(
+    function: Callable[[Params], Tensor],
+    meta: Params,
+    directions: list[Params],
+    *,
+    step: float,
+    tolerance: float,
+) -> Differences:
+    """Those of the first step of h, h/100 and h/10⁴ that are known to the tolerance, or the best.
+
+    Where F has many kinks, as with a network of ReLUs, there may be one within h, but none nearby.
+    """
+    best = extrapolated_differences(function, meta, directions, step=step)
+    for shorter in (1e-2, 1e-4):
+        if best.noise <= tolerance:
+            return best
+        other = extrapolated_differences(function, meta, directions, step=shorter * step)
+        if other.noise < best.noise:
+            best = other
+    return best
 
 
 def extrapolated_differences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from metaimplicit.inner import InnerLoop
@@ -149,9 +150,10 @@ def _verdict(
             "lower the inner step size, or look at the losses."
         )
     if check.noise > tolerance:
+        is_coarse = check.differences.dtype != torch.float64
+        remedy = "float64" if is_coarse else "a smoother problem without kinks near these values"
         return (
-            f"Undecided: the finite differences are known to {check.noise:.1e} only; "
-            "use float64, or a smoother problem without kinks between their points."
+            f"Undecided: the finite differences are known to {check.noise:.1e} only; use {remedy}."
         )
     if check.kink >= check.error:
         return (

@@ -29,6 +29,7 @@ def main(meta_steps: int = META_STEPS) -> float:
         vectorize="vmap",
     )
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+    print(f"the meta-gradient: {learner.check(train[0]).verdict}")
 
     for step in range(meta_steps):
         result = learner.backward(train[step])

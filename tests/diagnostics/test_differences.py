@@ -10,6 +10,7 @@ from metaimplicit.diagnostics.differences import (
     extrapolated_differences,
     random_directions,
     relative_error,
+    settled_differences,
 )
 
 META = {"a": randn(3, seed=1), "b": randn(2, 2, seed=2)}
@@ -88,3 +89,18 @@ def test_the_half_step_has_the_error_of_half_the_step():
     cubes = torch.stack([power(3)(direction) for direction in DIRECTIONS])
     error = differences.half_step - differences.extrapolated
     assert relative_error(error, 0.25**2 * cubes) < 1e-10
+
+
+@pytest.mark.parametrize("distance", [2e-6, 2e-8])
+def test_a_kink_nearby_is_avoided_by_a_shorter_step(distance):
+    here = {"a": torch.zeros(()).double()}
+    directions = [{"a": torch.tensor(1.0).double()}]
+
+    def bent(m):
+        return 2 * m["a"] + (m["a"] - distance).relu()
+
+    differences = settled_differences(bent, here, directions, step=1e-5, tolerance=1e-3)
+    assert differences.step < distance
+    assert differences.extrapolated.item() == pytest.approx(2, rel=1e-5)
+    longest = settled_differences(bent, here, directions, step=1e-5, tolerance=1.0)
+    assert longest.step == 1e-5
