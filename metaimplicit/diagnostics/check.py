@@ -55,9 +55,9 @@ def check_hypergradient(
     The function φ ↦ mean_tasks g(θ_T(φ), φ) is differentiated along random unit directions by
     central differences at two step sizes, h = ε^⅓ (1 + ‖φ‖) and h/2 with ε the unit round-off,
     which are then extrapolated; where these disagree, as across a kink, h/100 and h/10⁴ are tried.
-    Use float64: in float32 the differences themselves are known to a
-    few digits. An implicit method differentiates the argmin and not θ_T, so the two disagree far
-    from a stationary point. The verdict says which of the reasons for a disagreement applies.
+    Use float64: in float32 the differences themselves are known to a few digits. An implicit method
+    differentiates the argmin and not θ_T, so the two disagree far from a stationary point. The
+    verdict says which of the reasons for a disagreement applies.
 
     Args:
         problem: As for `hypergradient`. Its losses must be deterministic.

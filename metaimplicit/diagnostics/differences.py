@@ -152,10 +152,10 @@ class Differences:
         return max(float((self.half_step - self.extrapolated).norm()), roundoff)
 
     @property
-    def noise(self) -> float:
-        """What the differences may be off by, relative to their norm. 0 if F does not move."""
+    def doubt(self) -> float:
+        """The larger of noise and kink, relative to the differences. 0 if F does not move."""
         size = float(self.extrapolated.norm())
-        return self._noise / size if size else 0.0
+        return max(self._noise, float(self.kink.norm())) / size if size else 0.0
 
 
 def settled_differences(
@@ -172,10 +172,10 @@ def settled_differences(
     """
     best = extrapolated_differences(function, meta, directions, step=step)
     for shorter in (1e-2, 1e-4):
-        if best.noise <= tolerance:
+        if best.doubt <= tolerance:
             return best
         other = extrapolated_differences(function, meta, directions, step=shorter * step)
-        if other.noise < best.noise:
+        if other.doubt < best.doubt:
             best = other
     return best
 
