@@ -40,7 +40,8 @@ from tasks.subsets import (
 from tasks.vision import mnist, standardise
 
 # A family is a module with a function `load(*, ways, shots, queries, **options) -> Splits`. Further
-# options have defaults. The module is imported when the family is asked for.
+# options have defaults. A family of regression tasks also sets `KIND = "regression"`. The module is
+# imported when the family is asked for.
 FAMILIES = {
     "glyphs": "tasks.glyphs",
     "sinusoid": "tasks.sinusoid",
@@ -68,6 +69,7 @@ __all__ = [
     "check_disjoint",
     "cifar10",
     "corrupt_labels",
+    "family_kind",
     "family_summaries",
     "load",
     "long_tailed",
@@ -108,8 +110,6 @@ def load(
         >>> splits.test.name, splits.test.kind
         ('sinusoid/test', 'regression')
     """
-    if name not in FAMILIES:
-        raise ValueError(f"task: got {name!r}, expected one of {', '.join(FAMILIES)}")
     load_family = _module(name).load
     if data_root is not None:
         options["data_root"] = data_root
@@ -124,6 +124,20 @@ def load(
         **options,
     )
     return splits
+
+
+def family_kind(name: str) -> str:
+    """What the tasks of a family are: "classification" or "regression". No data is read.
+
+    Raises:
+        ValueError: If the family is unknown.
+
+    Example:
+        >>> family_kind("sinusoid")
+        'regression'
+    """
+    kind: str = getattr(_module(name), "KIND", "classification")
+    return kind
 
 
 def family_summaries() -> dict[str, str]:
@@ -141,6 +155,8 @@ def family_summaries() -> dict[str, str]:
 
 
 def _module(name: str) -> ModuleType:
+    if name not in FAMILIES:
+        raise ValueError(f"task: got {name!r}, expected one of {', '.join(FAMILIES)}")
     return importlib.import_module(FAMILIES[name])
 
 

@@ -8,6 +8,7 @@ import torch
 from tasks.episodes import SPLIT_NAMES, Episodes, Splits
 from tasks.few_shot import require_at_least_one
 
+KIND = "regression"
 AMPLITUDE = (0.1, 5.0)
 PHASE = (0.0, np.pi)  # radians
 RANGE = (-5.0, 5.0)  # of the inputs
@@ -36,7 +37,7 @@ class Sinusoid:
         torch.Size([3, 10, 1])
     """
 
-    kind = "regression"
+    kind = KIND
     input_shape = (1,)
     outputs = 1
 

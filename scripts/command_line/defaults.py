@@ -7,9 +7,12 @@ from typing import Any
 
 from command_line.options import HeadFlag, NetworkFlag, RunOptions
 from metaimplicit.methods import known_options, make_method
+from tasks import family_kind
 
 Settings = dict[str, Any]
 
+# A family without a row in this table has `OTHER_TASKS`, or, if it is regression, the rows of
+# sinusoid in all tables: the step sizes that suit images diverge on targets of any size.
 TASKS: dict[str, Settings] = {
     "glyphs": {},  # the defaults of RunOptions are those of glyphs with an implicit method
     "omniglot": {},
@@ -84,7 +87,7 @@ def default_options(
     """The defaults of a task, a head, a network, a method and an inner optimiser.
 
     Args:
-        task: The flag of a task. One without an entry in `TASKS` has the settings `OTHER_TASKS`.
+        task: The flag of a task. Its rows in the tables are those that `TASKS` says.
         method: The flag of a method. If None, that of the task or the head.
         inner_optimizer: The flag of an inner loop. If None, that of the task, the method or the
             head.
@@ -93,9 +96,10 @@ def default_options(
         network: The flag of a network. If None, the task's inputs decide.
 
     Raises:
-        ValueError: The method is unknown.
+        ValueError: The task or the method is unknown.
     """
-    options = RunOptions(task=task, **TASKS.get(task, OTHER_TASKS))
+    row = _row_of(task)
+    options = RunOptions(task=task, **TASKS.get(row, OTHER_TASKS))
     if network in NETWORKS:
         options = replace(options, network=network, **NETWORKS[network])
     if head is None:
@@ -104,13 +108,20 @@ def default_options(
     if head in HEADS:
         options = _beside_head(options, head, method)
     else:
-        options = _without_head(options, method)
+        options = _without_head(options, method, row)
     if inner_optimizer is not None:
         options = replace(options, inner_optimizer=inner_optimizer)
     if options.inner_optimizer in EXACT:
         steps = 0 if options.inner_optimizer == "none" else 1
         options = replace(options, inner_steps=1, test_steps=steps)
     return replace(options, inner_options=dict(INNER.get(options.inner_optimizer, {})))
+
+
+def _row_of(task: str) -> str:
+    """The task whose rows in the tables hold for this one."""
+    if task not in TASKS and family_kind(task) == "regression":
+        return "sinusoid"
+    return task
 
 
 def _beside_head(options: RunOptions, head: HeadFlag, method: str | None) -> RunOptions:
@@ -120,12 +131,11 @@ def _beside_head(options: RunOptions, head: HeadFlag, method: str | None) -> Run
     return options if method is None else replace(options, method=method)
 
 
-def _without_head(options: RunOptions, method: str | None) -> RunOptions:
-    task = options.task
+def _without_head(options: RunOptions, method: str | None, row: str) -> RunOptions:
     if method is not None:
         options = replace(options, method=method)
     # These methods differentiate the inner loss alone, and so the proximal term.
     if make_method(options.method).reach == {"loss"}:
-        known = known_options(options.method, **IMPLICIT_METHOD.get(task, {}))
-        return replace(options, **IMPLICIT.get(task, {}), method_options=known)
-    return replace(options, **NOT_IMPLICIT.get(task, OTHERS_NOT_IMPLICIT))
+        known = known_options(options.method, **IMPLICIT_METHOD.get(row, {}))
+        return replace(options, **IMPLICIT.get(row, {}), method_options=known)
+    return replace(options, **NOT_IMPLICIT.get(row, OTHERS_NOT_IMPLICIT))

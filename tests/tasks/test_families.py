@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from functools import partial
 from importlib import import_module
 from itertools import combinations
 from types import ModuleType
@@ -77,7 +78,7 @@ def load(request):
     numbers = dict(NUMBERS)
     if request.param in DATA:
         numbers |= DATA[request.param](request)
-    return lambda: tasks.load(request.param, **numbers)
+    return partial(tasks.load, request.param, **numbers)
 
 
 def test_every_family_gives_balanced_disjoint_episodes_of_its_shapes(load):
@@ -100,6 +101,16 @@ def test_every_family_gives_balanced_disjoint_episodes_of_its_shapes(load):
         assert_no_input_twice(episodes)
         for label in episodes.labels.values():
             assert len(label) == 10
+
+
+def test_the_kind_of_a_family_is_known_before_it_is_loaded(load):
+    family = load().train
+    (name,) = load.args
+    assert tasks.family_kind(name) == family.kind, (
+        f"{tasks.FAMILIES[name]}: got families of kind {family.kind!r}, expected "
+        f"{tasks.family_kind(name)!r}; set KIND = {family.kind!r} in that module, by which the "
+        "command line chooses its defaults"
+    )
 
 
 def test_no_class_of_a_family_is_in_two_splits(load):
@@ -167,6 +178,7 @@ def new_family(monkeypatch):
     """A family that is one module and one row of the registry."""
     module = ModuleType("cosines", "Waves that are shifted.\n\nMore of them.")
     module.load = load_cosines
+    module.KIND = "regression"
     monkeypatch.setitem(sys.modules, "cosines", module)
     monkeypatch.setitem(tasks.FAMILIES, "cosines", "cosines")
     return "cosines"
@@ -186,8 +198,7 @@ def test_the_command_line_lists_every_family_and_a_new_one(new_family, capsys):
 def test_the_command_line_trains_on_a_new_family(new_family, tmp_path, monkeypatch, capsys):
     draw_nothing(monkeypatch)
     options = ["--task", new_family, "--task-options", "shift=0.5"]
-    options += ["--method=first-order", "--inner-lr=0.01"]
     limits = ["--steps=1", "--test-episodes=2", "--validation-episodes=2", "--meta-batch=2"]
     train.main([*options, *limits, "--out", str(tmp_path / "run")])
-    assert "cosines, first-order: test" in capsys.readouterr().out
+    assert "cosines, unrolled: test" in capsys.readouterr().out
     assert (tmp_path / "run" / "summary.json").exists()
