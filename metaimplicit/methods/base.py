@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from metaimplicit.solvers import SolverState
 
 # By name of a meta-parameter. None: no path leads from θ* to it.
 Gradients = dict[str, Tensor | None]
+
+# Which batches of a stream a method evaluates more than once.
+Rereads = Literal["none", "last", "all"]
 
 # The `batch` of a method that was not given one. None is a valid batch.
 UNSET: Any = ...
@@ -168,11 +171,11 @@ class Method(ABC):
         carries_graph: Whether θ* carries its graph to φ. If not, the adaptation has a pullback.
 
     Example:
-        These methods can differentiate through the loop's numbers, such as a step size.
+        Two of these three can differentiate through the loop's numbers, such as a step size.
 
         >>> from metaimplicit.methods import METHODS
-        >>> [flag for flag, method in METHODS.items() if "loop" in method.reach]
-        ['unrolled', 'truncated', 'forward', 'real-time', 'fixed-point']
+        >>> [flag for flag in ("unrolled", "forward", "cg") if "loop" in METHODS[flag].reach]
+        ['unrolled', 'forward']
     """
 
     flag: str
@@ -219,6 +222,15 @@ class Method(ABC):
         By default, it does.
         """
         return True
+
+    @property
+    def rereads(self) -> Rereads:
+        """Which batches of a `Stream` it evaluates more than once: "none", "last" or "all".
+
+        The last is the batch that A and the mixed derivative see; the validation batch is one of
+        all. A `Tuner` warns of a model that writes into these. By default, it is "none".
+        """
+        return "none"
 
     @property
     def forward_mode(self) -> bool:

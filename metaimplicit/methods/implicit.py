@@ -17,6 +17,7 @@ from metaimplicit.methods.base import (
     Dependencies,
     Gradients,
     Method,
+    Rereads,
     Stationarity,
 )
 from metaimplicit.methods.curvature_system import CurvatureSystem
@@ -153,6 +154,11 @@ class Implicit(Method):
     def second_derivatives(self) -> bool:
         """Whether A is more than differences of gradients."""
         return self.products != "finite-differences" or self.preconditioner is not None
+
+    @property
+    def rereads(self) -> Rereads:
+        """The last batch, if differences of gradients are taken on it."""
+        return "last" if self.products == "finite-differences" else "none"
 
     @property
     def forward_mode(self) -> bool:

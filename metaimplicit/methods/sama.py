@@ -69,6 +69,7 @@ class SAMA(Method):
         "use 'forward' or 'unrolled'"
     )
     second_derivatives = False
+    rereads = "last"
 
     def __post_init__(self) -> None:
         check_size(self.microbatch)

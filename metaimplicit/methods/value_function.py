@@ -75,6 +75,7 @@ class ValueFunction(Method):
     )
     argmin_objection = "no derivative without its outer loss"
     second_derivatives = False
+    rereads = "all"
 
     def __post_init__(self) -> None:
         if not self.strength > 0:

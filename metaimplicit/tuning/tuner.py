@@ -330,13 +330,12 @@ class Tuner:
 
     def _read_again(self, batches: list[Any], validation: Any) -> Any:
         """The batches that are evaluated more than once. Of K + 1 different ones, few are."""
-        if self.method.flag == "f2sa":
+        rereads = self.method.rereads
+        if rereads == "all":
             return [*batches, validation]
         if len({id(batch) for batch in batches}) == 1:
             return batches[0]
-        products = getattr(self.method, "products", None)
-        differs = self.method.flag == "sama" or products == "finite-differences"
-        return batches[-1] if differs else None
+        return batches[-1] if rereads == "last" else None
 
     def _position(self) -> dict[str, Any]:
         """A copy of φ, θ, both optimisers and the solver."""

@@ -1,6 +1,7 @@
 """The tuner against loops by hand, closed forms, and itself after a restart."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -8,9 +9,18 @@ import torch
 from oracles import quadratic, relative_error
 from weighted_logistic import META, POINT, PROBLEM
 
-from metaimplicit import BilevelProblem, FromMeta, GradientDescent, Positive, Tuner, hypergradient
+from metaimplicit import (
+    CG,
+    BilevelProblem,
+    FromMeta,
+    GradientDescent,
+    Implicit,
+    Positive,
+    Tuner,
+    hypergradient,
+)
 from metaimplicit.inner import Newton, Ridge, make_inner
-from metaimplicit.methods import known_options, make_method
+from metaimplicit.methods import FirstOrder, Method, known_options, make_method
 from metaimplicit.tuning import Box
 
 ORACLE = quadratic([[1.5, 2.0, 2.5, 3.0, 3.5]])
@@ -259,8 +269,25 @@ def test_a_loader_that_fills_the_same_tensors_again_is_refused():
     make_tuner(steps=2).fit([DATA], [DATA], steps=1)  # the same tensors, unchanged
 
 
-@pytest.mark.parametrize("method", ["sama", "f2sa"])
-def test_an_inner_loss_that_writes_into_a_batch_of_its_own_is_warned_of(method):
+@dataclass(frozen=True)
+class OwnMethod(Method):
+    """A first-order method that takes its inner loop twice."""
+
+    flag = "own"
+    rereads = "all"
+
+    def adapt(self, problem, inner, meta):
+        FirstOrder().adapt(problem, inner, meta)
+        return FirstOrder().adapt(problem, inner, meta)
+
+
+@pytest.mark.filterwarnings("ignore:CG ended:RuntimeWarning")  # its data change
+@pytest.mark.parametrize(
+    "method",
+    ["sama", "f2sa", Implicit(CG(), products="finite-differences"), OwnMethod()],
+    ids=["sama", "f2sa", "finite-differences", "own"],
+)
+def test_an_inner_loss_that_writes_into_a_batch_that_is_read_again_is_warned_of(method):
     def writing(params, meta, data):
         return ORACLE.problem.inner_loss(params, meta, (data[0].add_(0.1), *data[1:]))
 
