@@ -154,6 +154,6 @@ def test_the_help_of_the_command_line_names_every_curvature(flag):
     names = ["curvature"] + ["preconditioner"] * (flag in invertible_curvatures())
     for name in names:
         assert f'`"{flag}"`' in options[name].help, (
-            f'metaimplicit/methods/implicit.py: the text of `{name}` in the docstring of Implicit '
+            f"metaimplicit/methods/implicit.py: the text of `{name}` in the docstring of Implicit "
             f'lacks `"{flag}"`; say there what it is'
         )
