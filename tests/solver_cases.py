@@ -5,9 +5,17 @@ from oracles import randn, symmetric
 
 from metaimplicit.methods import METHODS, Implicit
 from metaimplicit.operators import Invertible
+from metaimplicit.solvers import Factored
 
 # By name: the solvers of the methods, each of them once.
 SOLVERS = {str(m.solver): m.solver for m in METHODS.values() if isinstance(m, Implicit)}
+
+# The methods whose curvature knows its inverse. They need a loss whose outputs are visible.
+FACTORED_METHODS = {
+    flag
+    for flag, method in METHODS.items()
+    if isinstance(method, Implicit) and isinstance(method.solver, Factored)
+}
 
 SPECTRA = [
     torch.linspace(1, 10, 12),

@@ -112,8 +112,8 @@ def methods_with(option: str) -> list[str]:
     """The flags of the methods that have an option.
 
     Example:
-        >>> methods_with("rank")
-        ['nystrom', 'nystrom-gaussian', 'nystrom-cg']
+        >>> methods_with("penalty")
+        ['f2sa']
     """
     return [flag for flag, method in METHODS.items() if option in options_of(method)]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import quadratic, relative_error
+from solver_cases import FACTORED_METHODS
 
 from metaimplicit import (
     CG,
@@ -31,8 +32,7 @@ SPECTRA = [[0.5, 1, 2, 3, 5, 8, 9, 10], [1, 1, 1, 2, 2, 2, 4, 4], [1, 2, 3, 4, 5
 SOLVED = NewtonCG(tol=1e-12)
 SHORT = GradientDescent(steps=3, lr=0.05)
 
-FIXED_CURVATURE = {"kfac", "ekfac", "diagonal"}
-AT_BUDGET = set(comparable_methods()) - FIXED_CURVATURE
+AT_BUDGET = set(comparable_methods()) - FACTORED_METHODS
 SKETCHES = {"nystrom", "nystrom-gaussian", "nystrom-cg"}
 
 
@@ -227,7 +227,7 @@ def test_methods_of_fixed_curvature_are_compared_with_a_module_and_damped_as_the
     problem, meta, data = classifier()
     inner = GradientDescent(1, 0.1)
     comparison = compare(problem, meta, data, inner=inner, damping=0.3, products=[2], seeds=1)
-    assert methods_of(comparison, 2) == AT_BUDGET | FIXED_CURVATURE
+    assert methods_of(comparison, 2) == AT_BUDGET | FACTORED_METHODS
     run = partial(hypergradient, problem, meta, data, inner=inner)
     exact = run(method=Implicit(Dense(), damping=0.3)).grads["scale"]
     for flag in ("kfac", "ekfac"):

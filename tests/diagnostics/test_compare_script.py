@@ -8,10 +8,11 @@ from compare import Settings, main
 from comparison_report import split_panel, table
 from pages import read_page
 from problems import quadratic
+from solver_cases import FACTORED_METHODS
 
 from metaimplicit.diagnostics import comparable_methods, compare
 
-AT_BUDGET = set(comparable_methods()) - {"kfac", "ekfac", "diagonal"}
+AT_BUDGET = set(comparable_methods()) - FACTORED_METHODS
 
 
 @pytest.mark.slow

@@ -43,8 +43,7 @@ def test_every_method_trains_every_parameter_with_its_defaults(flag):
     assert step.accuracy.item() == pytest.approx(accuracies[-1].mean().item())
     assert step.report.inner_steps.tolist() == [5] * TASKS
     if isinstance(learner.method, Implicit):
-        curvature = flag if flag in ("kfac", "ekfac", "diagonal") else "gauss-newton"
-        assert step.report.curvature == curvature
+        assert step.report.curvature == (METHODS[flag].curvature or "gauss-newton")
         assert step.report.sigma == 2.0
     else:
         assert step.report.curvature is None

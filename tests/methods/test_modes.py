@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import randn
+from solver_cases import FACTORED_METHODS
 
 from metaimplicit import (
     CG,
@@ -75,7 +76,7 @@ def test_argmin_and_its_check_are_the_same_in_any_mode(mode):
 
 
 @pytest.mark.filterwarnings("ignore:OneStep ended")
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"kfac", "ekfac", "diagonal"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - FACTORED_METHODS))
 def test_another_default_device_than_that_of_the_tensors_changes_nothing(method):
     def run():
         torch.manual_seed(0)

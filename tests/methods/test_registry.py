@@ -16,8 +16,8 @@ def test_an_option_changes_the_solver():
 
 
 def test_an_option_that_other_methods_have_is_refused_with_their_flags():
-    having = "nystrom, nystrom-gaussian, nystrom-cg"
-    assert methods_with("rank") == having.split(", ")
+    assert {"nystrom", "nystrom-gaussian", "nystrom-cg"} <= set(methods_with("rank"))
+    having = ", ".join(methods_with("rank"))
     with pytest.raises(ValueError, match=rf"method 'cg': got option 'rank', .* have it: {having}$"):
         make_method("cg", rank=20)
 
