@@ -9,10 +9,21 @@ from solver_cases import SOLVERS, SPECTRA, DiagonalMatrix, positive_systems
 
 from metaimplicit import CG, Dense, Neumann, Nystrom
 from metaimplicit.operators import Identity
-from metaimplicit.solvers import MINRES, Factored, Lanczos, NystromCG, SolverState, Status
+from metaimplicit.options import options_of, with_options
+from metaimplicit.solvers import (
+    GMRES,
+    MINRES,
+    Factored,
+    Lanczos,
+    NystromCG,
+    SolverState,
+    Status,
+)
 
 VALUES = torch.stack(SPECTRA).double()
 B = randn(3, 12, seed=8)
+BUDGETED = {name: s for name, s in SOLVERS.items() if s.with_budget(1) is not None}
+BUDGETED["gmres"] = GMRES()
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
@@ -25,6 +36,7 @@ def test_the_table_of_methods_has_every_solver():
     kinds = {type(solver) for solver in SOLVERS.values()}
     assert {CG, MINRES, Dense, Factored, Lanczos, Neumann, Nystrom, NystromCG} <= kinds
     assert len(SOLVERS) > len(kinds)  # some in several forms
+    assert {CG, MINRES, Lanczos, Neumann, Nystrom} <= {type(s) for s in BUDGETED.values()}
 
 
 @pytest.mark.parametrize(
@@ -70,11 +82,23 @@ def test_the_reported_residual_and_products_are_the_true_ones(solver):
 def test_converged_means_solved(solver):
     values = torch.stack([torch.zeros(12), torch.full((12,), 3.0), SPECTRA[0]]).double()
     core = DiagonalMatrix(values)
-    solution = solve(solver, core + Identity(core, 1.0), B)
-    converged = solution.status == int(Status.CONVERGED)
-    assert converged[0]  # every solver solves I x = b
     exact = B / (values + 1.0)
-    assert relative_error(solution.value[converged], exact[converged]) < 1e-5
+    many_steps = {"solver_steps": 60} if "solver_steps" in options_of(solver) else {}
+    for options in ({}, many_steps):
+        solution = solve(with_options(solver, options), core + Identity(core, 1.0), B)
+        converged = solution.status == int(Status.CONVERGED)
+        for task in converged.nonzero().flatten():
+            assert relative_error(solution.value[task], exact[task]) < 1e-5
+    assert converged.any(), "expected CONVERGED for one of these: I, 4I, and a condition of 5.5"
+
+
+@pytest.mark.parametrize("products", [10, 15])
+@pytest.mark.parametrize("solver", BUDGETED.values(), ids=BUDGETED)
+def test_a_budget_is_spent_and_not_exceeded(solver, products):
+    """Even where the tolerance of the solver is met before."""
+    operator = Matrix(symmetric(torch.linspace(1, 2, 30).expand(2, 30)))
+    solve(solver.with_budget(products), operator, randn(2, 30, seed=8))
+    assert 0.75 * products <= operator.products <= products + 1  # one more gives the residual
 
 
 @every_solver
