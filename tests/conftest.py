@@ -83,9 +83,9 @@ SLOW_FOLDERS = {"scripts", "fuzz", "mended", "vectorization", "zoo"}
 SLOW_FILES = {
     *("test_argmin", "test_argmin_orders", "test_auxiliary_losses", "test_compile", "test_forward"),
     *("test_stationarity", "test_fixed_point", "test_inner_decay", "test_learnable", "test_modes"),
-    *("test_targets", "test_precision", "test_losses", "test_forms", "test_loss_forms"),
+    *("test_targets", "test_losses", "test_forms", "test_loss_forms"),
     *("test_check", "test_compare", "test_hidden_waits", "test_microbatches", "test_features"),
-    *("test_data_gradients", "test_closed_forms", "test_convex_heads", "test_heads"),
+    *("test_data_gradients", "test_convex_heads", "test_heads"),
     *("test_attention", "test_report", "test_run_folder", "test_tuner_run", "test_default_device"),
 }
 
