@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from itertools import combinations
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import train
+from command_line import default_options
 from episode_checks import assert_class_major, assert_no_input_twice, is_same
 from image_files import class_folders, write_tree
 from scripts.running import draw_nothing
@@ -192,6 +194,12 @@ def test_the_command_line_lists_every_family_and_a_new_one(new_family, capsys):
     assert "- cosines: Waves that are shifted." in text
     for name, summary in tasks.family_summaries().items():
         assert f"- {name}: {summary}" in text
+
+
+@pytest.mark.parametrize("method", [None, "cg", "first-order"])
+def test_a_new_family_of_regression_has_the_defaults_of_sinusoid(new_family, method):
+    expected = replace(default_options("sinusoid", method), task=new_family)
+    assert default_options(new_family, method) == expected
 
 
 @pytest.mark.slow
