@@ -151,7 +151,8 @@ def _verdict(
         )
     if check.noise > tolerance:
         is_coarse = check.differences.dtype != torch.float64
-        remedy = "float64" if is_coarse else "a smoother problem without kinks near these values"
+        smoother = "a smoother problem without kinks near these values"
+        remedy = "float64 throughout" if is_coarse else smoother
         return (
             f"Undecided: the finite differences are known to {check.noise:.1e} only; use {remedy}."
         )

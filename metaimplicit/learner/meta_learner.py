@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
 from metaimplicit.learner.buffers import reject_changed_buffers, restored_attributes
 from metaimplicit.learner.defaults import with_default_weights
+from metaimplicit.learner.double import episode_in_float64, in_float64
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.forms import read_episodes
 from metaimplicit.learner.gradients import accumulate, accumulate_in_data
@@ -41,10 +44,9 @@ from metaimplicit.learner.vectorization import choose_vectorize, preserve_random
 from metaimplicit.lifted import Vectorize, check_chunk_size
 from metaimplicit.methods import Method
 from metaimplicit.params import Adapt
-from metaimplicit.task_axis import map_tensors
 from metaimplicit.unchanged import notice_changed_data
-from metaimplicit.unsupported import explain_unsupported
-from metaimplicit.vectorization import AutoVectorize, leave_comparison_to_caller
+from metaimplicit.unsupported import explain_unsupported, shorten
+from metaimplicit.vectorization import AutoVectorize, VmapRecords, leave_comparison_to_caller
 from metaimplicit.wrappers import reject_distributed
 
 
@@ -315,9 +317,10 @@ class MetaLearner(TaskBatches):
         tolerance: float = 1e-3,
         seed: int = 0,
     ) -> Check:
-        """Compare the meta-gradient with finite differences, on a copy of the learner in float64.
+        """Compare the meta-gradient with finite differences, both in float64.
 
-        The learner and its `.grad` stay as they are. See `check_hypergradient`, which this calls.
+        While it runs, the numbers of the learner are of type float64. At the end, the learner, its
+        `.grad` and the random state are as they were. See `check_hypergradient`, which this calls.
 
         Args:
             episodes: A batch of tasks of one size, as for `backward`. Two or three tasks suffice.
@@ -343,13 +346,23 @@ class MetaLearner(TaskBatches):
                 f"episodes: got tasks in {len(batches)} sizes, expected one size; "
                 "check tasks of one size at a time"
             )
-        twin = copy.deepcopy(self).double()
-        with torch.inference_mode(False), restored_attributes(twin):
-            return twin._compare_with_differences(
-                _in_float64(batches[0]), directions=directions, tolerance=tolerance, seed=seed
+        cuda = next(iter(self.meta.values())).is_cuda
+        with (
+            torch.inference_mode(False),
+            in_float64(self),
+            restored_attributes(self),
+            preserve_random_state(self.method, cuda=cuda),
+            _explained_types(),
+        ):
+            return copy.copy(self)._compare_with_differences(
+                episode_in_float64(batches[0]),
+                directions=directions,
+                tolerance=tolerance,
+                seed=seed,
             )
 
     def _compare_with_differences(self, episode: Episode, **options: Any) -> Check:
+        self._vmap_records = VmapRecords()  # what this copy of the learner finds out is its own
         (group,) = self._read(episode)
         self._check_vmap(group.data)
         way = self._way(group)
@@ -398,7 +411,16 @@ class MetaLearner(TaskBatches):
             )
 
 
-def _in_float64(data: Episode) -> Episode:
-    """The same tasks, whose floating-point tensors are of type float64."""
-    episode: Episode = map_tensors(lambda x: x.double() if x.is_floating_point() else x, data)
-    return episode
+@contextmanager
+def _explained_types() -> Iterator[None]:
+    """Say what to do where a loss or the model does not compute in float64."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not re.search("Double|float64|different types", str(error)):
+            raise
+        raise ValueError(
+            f"check: it computes in float64, where the model or a loss raises: {shorten(error)}. "
+            "Let all tensors that they hold or make follow the type of their arguments, as by "
+            "`weight.to(outputs)`"
+        ) from error

@@ -88,3 +88,57 @@ def test_random_models_and_tasks_of_several_sizes_are_refused():
     ]
     with pytest.raises(ValueError, match="episodes: got tasks in 2 sizes, expected one size"):
         learner.check(tasks)
+
+
+class Keeping(nn.Module):
+    """Keeps what its first layer returns, with or without its graph."""
+
+    def __init__(self, detached):
+        super().__init__()
+        self.first, self.last = nn.Linear(INPUTS, 5), nn.Linear(5, WAYS)
+        self.detached = detached
+
+    def forward(self, x):
+        features = self.first(x)
+        self.kept = features.detach() if self.detached else features
+        return self.last(features.tanh())
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_loss_that_reads_the_model_reads_it_in_float64(detached):
+    """After a forward pass, the model holds a tensor with a graph, which cannot be copied."""
+    torch.manual_seed(0)
+    model = Keeping(detached)
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels) + model.kept.square().mean()
+
+    learner = MetaLearner(model, loss, vectorize="loop")
+    model(torch.zeros(2, INPUTS))
+    assert learner.check(draw_episodes()).verdict.startswith("Wrong" if detached else "Right")
+
+
+def in_float32(episodes):
+    return {name: (pair[0].float(), pair[1]) for name, pair in vars(episodes).items()}
+
+
+def test_nothing_is_left_of_a_check():
+    learner = MetaLearner(new_model(), F.cross_entropy, method="nystrom", adapt="2.*")
+    learner.backward(in_float32(draw_episodes()))
+    vectorize, gradient = learner.vectorize, learner.model[0].weight.grad.clone()
+    storage, state = [p.data_ptr() for p in learner.parameters()], torch.get_rng_state()
+    with torch.inference_mode():
+        learner.check(draw_episodes())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.data_ptr() for p in learner.parameters()] == storage
+    assert torch.equal(learner.model[0].weight.grad, gradient)
+    assert learner.vectorize == vectorize
+    learner.backward(in_float32(draw_episodes()))
+
+
+def test_a_loss_that_holds_float32_is_told_so():
+    weight = torch.ones(WAYS)
+    learner = MetaLearner(new_model(), lambda z, y: F.cross_entropy(z, y, weight=weight))
+    with pytest.raises(ValueError, match=r"check: it computes in float64.*`weight.to\(outputs\)`"):
+        learner.check(draw_episodes())
+    assert learner.model[0].weight.dtype == torch.float32
