@@ -15,6 +15,7 @@ from metaimplicit.learner.learnable import LearntNumbers
 from metaimplicit.learner.losses import MetaLoss, TaskLoss
 from metaimplicit.learner.network import Network
 from metaimplicit.learner.plan import Plan
+from metaimplicit.learner.threads import one_thread_in
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.methods import Method, make_method
 from metaimplicit.normalization import running_statistics
@@ -209,9 +210,14 @@ class FewShotModel(nn.Module):
         inputs = with_known_types(inputs)
         if batched:
             _check_tasks(params, inputs)
-        meta = self._detached_meta()
         outputs = self._network.outputs
-        with restored_attributes(self), running_statistics(self.model), mended_recomputation:
+        with (
+            one_thread_in(self.model),
+            restored_attributes(self),
+            running_statistics(self.model),
+            mended_recomputation,
+        ):
+            meta = self._detached_meta()
             if not batched:
                 return outputs(params, meta, plain_inputs(inputs))
             if isinstance(inputs, list):

@@ -40,6 +40,7 @@ from metaimplicit.learner.results import (
 )
 from metaimplicit.learner.targets import Group, Metric
 from metaimplicit.learner.task_batches import TaskBatches
+from metaimplicit.learner.threads import one_thread_in
 from metaimplicit.learner.vectorization import choose_vectorize, preserve_random_state
 from metaimplicit.lifted import Vectorize, check_chunk_size
 from metaimplicit.methods import Method
@@ -212,7 +213,7 @@ class MetaLearner(TaskBatches):
         Warns:
             RuntimeWarning: The meta-gradient is not finite, or too large to mean anything.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), one_thread_in(self.model):
             groups = self._read(episodes)
             with (
                 restored_attributes(self),
@@ -261,7 +262,7 @@ class MetaLearner(TaskBatches):
                 changed a buffer of the model or of a loss.
         """
         counts = step_counts(steps, self.inner)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), one_thread_in(self.model):
             groups = self._read(episodes)
             with (
                 restored_attributes(self),
@@ -294,7 +295,7 @@ class MetaLearner(TaskBatches):
         if steps is not None and steps < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
         count = self.inner.steps if steps is None else step_counts([steps], self.inner)[0]
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), one_thread_in(self.model):
             groups = self._read_support(support, batched=batched)
             with (
                 restored_attributes(self),
@@ -346,9 +347,10 @@ class MetaLearner(TaskBatches):
                 f"episodes: got tasks in {len(batches)} sizes, expected one size; "
                 "check tasks of one size at a time"
             )
-        cuda = next(iter(self.meta.values())).is_cuda
+        cuda = next(self.model.parameters()).is_cuda
         with (
             torch.inference_mode(False),
+            one_thread_in(self.model),
             in_float64(self),
             restored_attributes(self),
             preserve_random_state(self.method, cuda=cuda),
