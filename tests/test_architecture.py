@@ -22,6 +22,7 @@ LAYERS = (
         "functions",
         "compiled",
         "forward_mode",
+        "optimizer_state",
         "options",
         "plain_state",
         "random_state",

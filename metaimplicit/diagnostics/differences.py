@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,15 +27,25 @@ def find_padding(problem: LiftedProblem, meta: Params, *, last_step: int) -> Par
 
     def gradients() -> Params:
         phi = {n: m.detach().requires_grad_(m.is_floating_point()) for n, m in meta.items()}
-        theta = problem.init(phi)
-        losses = [problem.inner(theta, phi, problem.at(t)) for t in times]
-        losses.append(problem.outer(theta, phi, problem.at(last_step))[0])
         targets = {name: m for name, m in phi.items() if m.requires_grad}
-        total = torch.stack(losses).sum()
-        if not total.requires_grad:  # the losses read φ without a graph, or not at all
-            return {}
-        values = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
-        return {n: g for n, g in zip(targets, values, strict=True) if g is not None}
+
+        def inner_losses(t: int) -> Tensor:
+            return problem.inner(problem.init(phi), phi, problem.at(t))
+
+        def outer_losses() -> Tensor:
+            return problem.outer(problem.init(phi), phi, problem.at(last_step))[0]
+
+        sums: Params = {}
+        terms: list[Callable[[], Tensor]] = [partial(inner_losses, t) for t in times]
+        for losses in (*terms, outer_losses):
+            total = losses().sum()
+            if not total.requires_grad:  # the loss reads φ without a graph, or not at all
+                continue
+            values = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
+            for name, g in zip(targets, values, strict=True):
+                if g is not None:
+                    sums[name] = sums[name] + g if name in sums else g
+        return sums
 
     with torch.enable_grad():
         with without_padding() as rows:
@@ -104,22 +115,22 @@ class Differences:
         kink: The slope ahead less the slope behind, extrapolated to h = 0 as 2 K_{h/2} − K_h, with
             an error of O(h³). It is 0 where F is smooth.
         resolution: ε max|F|, the round-off of a value of F.
-        step: h.
+        steps: h of each direction.
     """
 
     extrapolated: Tensor
     half_step: Tensor
     kink: Tensor
     resolution: float
-    step: float
+    steps: Tensor
 
     @property
-    def roundoff(self) -> float:
-        """What round-off may add to an entry of `extrapolated`.
+    def roundoff(self) -> Tensor:
+        """What round-off may add to `extrapolated`, `[directions]`.
 
         Two values that are each off by ε|F|/2 make D_{h/2} off by ε|F|/h, and D_h by half of that.
         """
-        return 1.5 * self.resolution / self.step
+        return 1.5 * self.resolution / self.steps.to(self.extrapolated)
 
     def rows(self, chosen: slice) -> Differences:
         """Those along some of the directions."""
@@ -128,6 +139,7 @@ class Differences:
             extrapolated=self.extrapolated[chosen],
             half_step=self.half_step[chosen],
             kink=self.kink[chosen],
+            steps=self.steps[chosen],
         )
 
     def compare(self, slopes: Tensor, *, least_size: float = 0.0) -> Agreement:
@@ -140,7 +152,7 @@ class Differences:
         size = max(float(self.extrapolated.norm()), least_size)
         distance = float((slopes - self.extrapolated).norm())
         if size == 0:
-            # F does not move. Slopes that would not move it by its round-off agree with that.
+            # F does not move. Slopes agree with that if a step of 1 would not change a digit of F.
             size = float(slopes.norm()) or 1.0
             distance = distance if distance > self.resolution else 0.0
         kink = float(self.kink.norm())
@@ -148,13 +160,15 @@ class Differences:
 
     @property
     def _noise(self) -> float:
-        roundoff = self.roundoff * math.sqrt(len(self.extrapolated))
-        return max(float((self.half_step - self.extrapolated).norm()), roundoff)
+        apart = float((self.half_step - self.extrapolated).norm())
+        return max(apart, float(self.roundoff.norm()))
 
     @property
     def doubt(self) -> float:
         """The larger of noise and kink, relative to the differences. 0 if F does not move."""
         size = float(self.extrapolated.norm())
+        if not math.isfinite(size):
+            return math.inf
         return max(self._noise, float(self.kink.norm())) / size if size else 0.0
 
 
@@ -163,18 +177,18 @@ def settled_differences(
     meta: Params,
     directions: list[Params],
     *,
-    step: float,
+    steps: Tensor,
     tolerance: float,
 ) -> Differences:
     """Those of the first step of h, h/100 and h/10⁴ that are known to the tolerance, or the best.
 
     Where F has many kinks, as with a network of ReLUs, there may be one within h, but none nearby.
     """
-    best = extrapolated_differences(function, meta, directions, step=step)
+    best = extrapolated_differences(function, meta, directions, steps=steps)
     for shorter in (1e-2, 1e-4):
         if best.doubt <= tolerance:
             return best
-        other = extrapolated_differences(function, meta, directions, step=shorter * step)
+        other = extrapolated_differences(function, meta, directions, steps=shorter * steps)
         if other.doubt < best.doubt:
             best = other
     return best
@@ -185,26 +199,33 @@ def extrapolated_differences(
     meta: Params,
     directions: list[Params],
     *,
-    step: float,
+    steps: Tensor,
 ) -> Differences:
-    """Central differences at two steps, h = `step` and h/2, and Richardson's extrapolation."""
+    """Central differences at two steps, h and h/2, and Richardson's extrapolation.
+
+    Args:
+        function: F, which returns a scalar.
+        meta: φ.
+        directions: The directions d, shaped as entries of φ.
+        steps: h of each direction, `[directions]`.
+    """
     here = function(meta)
-    whole = _ValuesBeside.at(function, meta, directions, step=step)
-    half = _ValuesBeside.at(function, meta, directions, step=step / 2)
+    whole = _ValuesBeside.at(function, meta, directions, steps=steps)
+    half = _ValuesBeside.at(function, meta, directions, steps=steps / 2)
     values = torch.cat([here.reshape(1), whole.ahead, whole.behind, half.ahead, half.behind])
     return Differences(
         extrapolated=(4 * half.slope - whole.slope) / 3,
         half_step=half.slope,
         kink=2 * half.kink(here) - whole.kink(here),
         resolution=torch.finfo(values.dtype).eps * float(values.abs().max()),
-        step=step,
+        steps=steps,
     )
 
 
 class _ValuesBeside(NamedTuple):
     """F(φ + h d) and F(φ − h d) for each direction d, `[directions]` each."""
 
-    step: float
+    steps: Tensor
     ahead: Tensor
     behind: Tensor
 
@@ -215,24 +236,25 @@ class _ValuesBeside(NamedTuple):
         meta: Params,
         directions: list[Params],
         *,
-        step: float,
+        steps: Tensor,
     ) -> _ValuesBeside:
         def value(direction: Params, distance: float) -> Tensor:
             moved = {name: meta[name] + distance * d for name, d in direction.items()}
             return function(meta | moved)
 
-        ahead = torch.stack([value(d, step) for d in directions])
-        behind = torch.stack([value(d, -step) for d in directions])
-        return cls(step, ahead, behind)
+        lengths = steps.tolist()
+        ahead = [value(d, h) for d, h in zip(directions, lengths, strict=True)]
+        behind = [value(d, -h) for d, h in zip(directions, lengths, strict=True)]
+        return cls(steps.to(ahead[0]), torch.stack(ahead), torch.stack(behind))
 
     @property
     def slope(self) -> Tensor:
         """D_h = (F(φ + h d) − F(φ − h d)) / 2h."""
-        return (self.ahead - self.behind) / (2 * self.step)
+        return (self.ahead - self.behind) / (2 * self.steps)
 
     def kink(self, here: Tensor) -> Tensor:
         """K_h = (F(φ + h d) + F(φ − h d) − 2 F(φ)) / h, the slope ahead less that behind."""
-        return (self.ahead + self.behind - 2 * here) / self.step
+        return (self.ahead + self.behind - 2 * here) / self.steps
 
 
 def dot(gradients: Params, direction: Params) -> Tensor:

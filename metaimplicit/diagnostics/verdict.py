@@ -31,9 +31,10 @@ class Check:
         noise: The relative error that `differences` may have: their difference from those of one
             step size, or the round-off of the outer loss. An error below it says nothing.
         kink: By how much the outer loss has other slopes ahead of φ than behind it, relative to
-            them. It is far below `error` unless the loss has a kink at φ itself.
+            them. It is round-off unless the loss has a kink at φ or near it.
         entries: The error of entries of φ, each along a direction of its own and relative to its
-            own derivative; 0 if noise explains it. Empty if φ has one entry.
+            own derivative; 0 if noise, a kink, the solve or the inner loop explains it. Up to 16 of
+            the smallest derivatives; empty if φ has one entry.
         dense_error: The error of the gradient against that of a dense solve of the same system.
             None if the method has no system, or one that is too large.
         cosine: That of the angle between these two gradients. None in the same cases.
@@ -140,7 +141,7 @@ def _verdict(
 ) -> str:
     """The first reason that applies for an error above the tolerance, and what to do."""
     if check.error <= tolerance:
-        wrong = [name for name, error in check.entries.items() if error > tolerance]
+        wrong = [name for name, error in check.entries.items() if not error <= tolerance]
         return _why_entries(check, method, wrong) if wrong else RIGHT
     if not bool(check.slopes.isfinite().all()):
         return "Wrong: it is not finite; lower the inner step size, or look at the losses."
@@ -156,10 +157,10 @@ def _verdict(
         return (
             f"Undecided: the finite differences are known to {check.noise:.1e} only; use {remedy}."
         )
-    if check.kink >= check.error:
+    if 4 * check.kink >= check.error:
         return (
-            "Undecided: the outer loss has a kink at these meta-parameters, where its slope to one "
-            f"side differs from that to the other by {check.kink:.1e}; move them a little."
+            "Undecided: the outer loss has a kink at or near these meta-parameters: its slope to "
+            f"one side differs from that to the other by {check.kink:.1e}; move them a little."
         )
     if isinstance(method, (Unrolled, Forward)):
         return f"Wrong by {check.error:.1e}, although {method.flag!r} is exact; {HIDDEN}."
@@ -199,8 +200,14 @@ def _verdict(
 def _why_entries(check: Check, method: Method, names: list[str]) -> str:
     """Why entries of φ are wrong whose derivatives are small beside those of the others."""
     error = max(check.entries[name] for name in names)
-    complete = isinstance(method, Implicit) or {"loop", "loss"} <= method.reach
-    reason = HIDDEN if complete else "this method leaves out part of it, and 'unrolled' is exact"
+    if isinstance(method, Implicit):
+        is_exact = method.is_hessian and method.damping == 0 and check.negative_curvature == 0
+        of_a = f"it may be A ({method.curvature_name}, damping {method.damping})"
+        reason = HIDDEN if is_exact else of_a
+    elif {"loop", "loss"} <= method.reach:
+        reason = HIDDEN
+    else:
+        reason = "this method leaves out part of it, and 'unrolled' is exact"
     return (
         f"Wrong by {error:.1e} in {', '.join(map(repr, names))}, whose derivative is small beside "
         f"those of the others; {reason}."

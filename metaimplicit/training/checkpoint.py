@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from metaimplicit.learner import MetaLearner
+from metaimplicit.training.hyperparameters import warned_of_changes
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import (
@@ -238,7 +239,8 @@ def load_tuner(path: str | Path, tuner: Tuner, *, identity: Identity | None = No
     state = loaded.state
     if "tuner" not in state:
         raise ValueError(f"checkpoint: {path} holds no tuner, but a learner; use load_learner")
-    tuner.load_state_dict(state["tuner"])
+    with warned_of_changes(tuner.optimizer, str(path)):
+        tuner.load_state_dict(state["tuner"])
     set_random_states(state["rng"], tuner.method)
     repair(path, loaded)
     return Progress(**state["progress"])

@@ -57,16 +57,16 @@ def unchanged_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             )
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str) -> None:
-    """Load the state of an optimiser. A warning names the hyperparameters that it changes.
+@contextmanager
+def warned_of_changes(optimizer: torch.optim.Optimizer, source: str) -> Iterator[None]:
+    """Warn of hyperparameters that a state which is loaded in the block changes.
 
     Args:
         optimizer: The optimiser.
-        state: What the `state_dict` of one of the same type returned.
-        source: Where the state comes from, for the warning.
+        source: Where the state comes from.
     """
     given_groups = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    yield
     changes = []
     for number, given in enumerate(given_groups):
         group = optimizer.param_groups[number]
@@ -81,7 +81,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], s
         warnings.warn(
             f"optimizer: its hyperparameters are not those of {source}, with which the run "
             f"continues ({'; '.join(changes)}); start a new run to change them",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
-from metaimplicit.training.hyperparameters import restore_optimizer
+from metaimplicit.optimizer_state import load_optimizer_state, optimizer_state
+from metaimplicit.training.hyperparameters import warned_of_changes
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import State
 
@@ -38,7 +39,7 @@ def collect_state(
         "progress": asdict(progress),
         "learner": learner.state_dict(),
         "vectorize": learner.vectorize,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer_state(optimizer),
         "sampler": sampler.state_dict(),
         "rng": random_states(learner.method),
     }
@@ -62,10 +63,11 @@ def restore_state(
         source: Where the state comes from, for errors.
 
     Raises:
-        ValueError: The state belongs to another learner or sampler.
+        ValueError: The state belongs to another learner, optimiser or sampler.
     """
     progress = restore_learner(state, learner, source)
-    restore_optimizer(optimizer, state["optimizer"], source)
+    with warned_of_changes(optimizer, source):
+        load_optimizer_state(optimizer, state["optimizer"])
     sampler.load_state_dict(state["sampler"])
     set_random_states(state["rng"], learner.method)
     return progress

@@ -116,6 +116,8 @@ class BatchLoss:
         one_each = [tree_map(lambda x, i=i: x[i], examples) for i in range(m)]
         try:
             return torch.stack([loss_of_one(example) for example in one_each])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"loss: {self.name} cannot be evaluated at one example, so that variables cannot "

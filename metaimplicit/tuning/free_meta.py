@@ -91,7 +91,7 @@ class FreeMeta:
 
     @torch.no_grad()
     def without_blocked(self, gradients: Params) -> Params:
-        """dg/dz with zeros where a step against it ends where it began, since z is at a bound.
+        """dg/dz with zeros where the domain takes a step against it back, since z is at a bound.
 
         Args:
             gradients: dg/dz, as `pull_back` returns it.
@@ -104,8 +104,10 @@ class FreeMeta:
         """
         moving = {}
         for name, free in self.tensors.items():
-            after = self._domains[name].project(free - gradients[name])
-            moving[name] = torch.where(after == free, 0.0, gradients[name])
+            step = free - gradients[name]
+            after = self._domains[name].project(step.clone())  # which may clamp in place
+            is_blocked = (after == free) & (after != step)
+            moving[name] = torch.where(is_blocked, 0.0, gradients[name])
         return moving
 
     def require_coordinates(self) -> FreeMeta:

@@ -20,7 +20,8 @@ class Trial:
 
     Attributes:
         point: φ_k in free coordinates, `{name: tensor}`.
-        gradient: p_k, the approximate gradient there, named and shaped as `point`.
+        gradient: p_k, the approximate gradient there, named and shaped as `point`. It is 0 where a
+            bound blocks a step against it.
         loss: g(φ_k), approximate too.
         tolerance: ε_k, to which the problems behind p_k and g(φ_k) were solved.
     """
@@ -148,7 +149,7 @@ class LineSearch:
         return trial.loss <= last.loss + slack - self.lipschitz / 4 * distance**2
 
     def _next_lipschitz(self, trial: Trial, accept: bool) -> float:
-        if self.accepted is None:
+        if self.accepted is None or self.lipschitz == TINY:  # there was no slope so far
             return max(total_norm(trial.gradient), TINY)
         if self._reevaluates:
             return self._estimate(trial, self.rejected[-1])

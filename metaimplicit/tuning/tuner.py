@@ -17,6 +17,7 @@ from metaimplicit.inner import InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
 from metaimplicit.lifted import SeveralOutputsError
 from metaimplicit.methods import Method, make_method
+from metaimplicit.optimizer_state import load_optimizer_state, optimizer_state
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, Stream, check_problem
 from metaimplicit.solvers import SolverState
@@ -341,7 +342,7 @@ class Tuner:
         """A copy of φ, θ, both optimisers and the solver."""
         position = {
             "free": {name: free.detach() for name, free in self._free.tensors.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "end": None if self.end is None else self.end.to_dict(),
             "state": self.state.to_dict(),
         }
@@ -354,7 +355,7 @@ class Tuner:
         self._free.check(position["free"])
         end = read_end(position["end"], self.problem, self.meta)
         state = SolverState.from_dict(position["state"])
-        self.optimizer.load_state_dict(position["optimizer"])
+        load_optimizer_state(self.optimizer, position["optimizer"])
         self._free.load(position["free"])
         self.end = end
         self.state = state

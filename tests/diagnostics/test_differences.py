@@ -17,6 +17,10 @@ META = {"a": randn(3, seed=1), "b": randn(2, 2, seed=2)}
 DIRECTIONS = random_directions(META, count=2, seed=0)
 
 
+def each(step, directions):
+    return torch.full((len(directions),), step, dtype=torch.float64)
+
+
 def power(exponent):
     """F(φ) = Σ φᵖ."""
     return lambda meta: torch.stack([m.pow(exponent).sum() for m in meta.values()]).sum()
@@ -36,7 +40,7 @@ def test_the_round_off_of_a_large_value_is_noise(dtype, offset):
     meta = {name: m.to(dtype) for name, m in META.items()}
     directions = random_directions(meta, count=5, seed=1)
     differences = extrapolated_differences(
-        lambda meta: offset + power(2)(meta), meta, directions, step=1e-4
+        lambda meta: offset + power(2)(meta), meta, directions, steps=each(1e-4, directions)
     )
     expected = torch.stack([dot({n: 2 * m for n, m in meta.items()}, d) for d in directions])
     agreement = differences.compare(expected)
@@ -52,7 +56,7 @@ def test_a_kink_at_the_point_itself_is_told_from_curvature():
         def curve(m):
             return slope * m["a"].abs() + 2 * m["a"] + 5 * m["a"].square()
 
-        differences = extrapolated_differences(curve, here, directions, step=0.1)
+        differences = extrapolated_differences(curve, here, directions, steps=each(0.1, directions))
         return differences.compare(torch.tensor([2.0]).double()).kink
 
     assert kink(0.0) < 1e-13
@@ -64,7 +68,7 @@ def test_where_the_value_does_not_move_slopes_above_its_round_off_are_wrong(slop
     directions = [{"a": torch.tensor(1.0).double()}]
     here = {"a": torch.zeros(()).double()}
     differences = extrapolated_differences(
-        lambda m: torch.ones(()).double(), here, directions, step=1e-5
+        lambda m: torch.ones(()).double(), here, directions, steps=each(1e-5, directions)
     )
     assert differences.compare(torch.tensor([slope]).double()).error == error
 
@@ -77,7 +81,7 @@ def test_the_cosine_is_that_of_vectors_of_any_size():
 
 
 def test_extrapolation_is_exact_for_a_cubic_function_at_any_step():
-    differences = extrapolated_differences(power(3), META, DIRECTIONS, step=0.5)
+    differences = extrapolated_differences(power(3), META, DIRECTIONS, steps=each(0.5, DIRECTIONS))
     gradient = {name: 3 * m.square() for name, m in META.items()}
     expected = torch.stack([dot(gradient, direction) for direction in DIRECTIONS])
     assert relative_error(differences.extrapolated, expected) < 1e-12
@@ -85,7 +89,7 @@ def test_extrapolation_is_exact_for_a_cubic_function_at_any_step():
 
 def test_the_half_step_has_the_error_of_half_the_step():
     """For F = Σ φ³, a central difference of step h is off by h² Σ d³."""
-    differences = extrapolated_differences(power(3), META, DIRECTIONS, step=0.5)
+    differences = extrapolated_differences(power(3), META, DIRECTIONS, steps=each(0.5, DIRECTIONS))
     cubes = torch.stack([power(3)(direction) for direction in DIRECTIONS])
     error = differences.half_step - differences.extrapolated
     assert relative_error(error, 0.25**2 * cubes) < 1e-10
@@ -99,8 +103,12 @@ def test_a_kink_nearby_is_avoided_by_a_shorter_step(distance):
     def bent(m):
         return 2 * m["a"] + (m["a"] - distance).relu()
 
-    differences = settled_differences(bent, here, directions, step=1e-5, tolerance=1e-3)
-    assert differences.step < distance
+    differences = settled_differences(
+        bent, here, directions, steps=each(1e-5, directions), tolerance=1e-3
+    )
+    assert differences.steps < distance
     assert differences.extrapolated.item() == pytest.approx(2, rel=1e-5)
-    longest = settled_differences(bent, here, directions, step=1e-5, tolerance=1.0)
-    assert longest.step == 1e-5
+    longest = settled_differences(
+        bent, here, directions, steps=each(1e-5, directions), tolerance=1.0
+    )
+    assert longest.steps == 1e-5

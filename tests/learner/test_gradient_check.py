@@ -54,6 +54,7 @@ def test_a_learner_of_float32_is_checked_in_float64_and_left_alone(options):
     assert check.error < 1e-8
     for name, p in learner.named_parameters():
         assert p.grad is None
+        assert p.dtype == torch.float32
         assert torch.equal(p, before[name])
 
 

@@ -6,7 +6,7 @@ from oracles import randn
 from torch import nn
 from torch.nn import functional as F
 
-from metaimplicit import MetaLearner
+from metaimplicit import BilevelProblem, GradientDescent, MetaLearner, hypergradient
 
 
 class Encoder(nn.Module):
@@ -39,3 +39,22 @@ def test_every_call_computes_what_training_does(options, vectorize):
     of_one_task = adapted[0](*(x[0] for x in SETS[0]))
     torch.testing.assert_close([evaluated, predicted], 2 * [expected], rtol=1e-12, atol=0)
     torch.testing.assert_close(of_one_task, outputs[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "first-order"])
+def test_a_problem_of_a_user_computes_what_training_does(method):
+    torch.manual_seed(0)
+    model = Encoder().double().eval()
+    inputs = tuple(x[0] for x in SETS[0])
+
+    def loss(params, meta, data):
+        return F.cross_entropy(torch.func.functional_call(model, params, inputs), LABELS)
+
+    problem = BilevelProblem(lambda meta, data: dict(meta), loss, loss)
+    meta = {name: p.detach() for name, p in model.named_parameters()}
+    inner = GradientDescent(steps=1, lr=0.1)
+    result = hypergradient(problem, meta, None, inner=inner, method=method)
+    expected = {name: p.clone().requires_grad_() for name, p in meta.items()}
+    slopes = torch.autograd.grad(loss(expected, None, None), list(expected.values()))
+    moved = {n: p - 0.1 * g for (n, p), g in zip(expected.items(), slopes, strict=True)}
+    torch.testing.assert_close(result.outer_loss, loss(moved, None, None), rtol=1e-12, atol=0)

@@ -260,6 +260,33 @@ def test_a_bound_that_is_reached_does_not_hold_up_the_other_hyperparameters():
     assert step.lipschitz == pytest.approx(1.0)
 
 
+def weighted_square(unit=1.0, inward=0.25):
+    """g = unit (a − inward)² of θ* = a."""
+    return BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros_like(meta["a"])},
+        inner_loss=lambda params, meta, data: (params["w"] - meta["a"]).square().sum(),
+        outer_loss=lambda params, meta, data: unit * (params["w"] - inward).square().sum(),
+    )
+
+
+def test_a_start_at_a_bound_takes_a_step_of_its_first_slope():
+    """The search has seen no slope when the first one leads away from the bound."""
+    search = LineSearch()
+    point, zero = {"a": torch.tensor(0.0)}, {"a": torch.tensor(0.0)}
+    search.add(Trial(point, zero, loss=1.0, tolerance=0.0))
+    search.add(Trial(point, {"a": torch.tensor(-0.5)}, loss=1.0, tolerance=0.0))
+    assert search.lipschitz == 0.5
+    assert search.next_point() == {"a": 1.0}
+
+
+def test_slopes_below_the_round_off_of_a_hyperparameter_still_move_it():
+    meta = {"a": torch.tensor(1.0)}
+    hoag = HOAG(weighted_square(unit=1e-9, inward=2.0), meta, train=None, validation=None)
+    for _ in range(30):
+        hoag.step()
+    assert hoag.meta["a"].item() == pytest.approx(2, abs=1e-3)
+
+
 def test_bad_options_are_refused():
     known = "exponential, quadratic, cubic"
     with pytest.raises(ValueError, match=f"schedule: got 'linear', expected one of {known}"):

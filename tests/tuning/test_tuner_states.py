@@ -160,9 +160,10 @@ def state_after_a_step():
     [
         ({"width": 4}, r"float64 \[3, 2\] for the parameter '0.weight', expected .* \[4, 2\]"),
         ({"dtype": torch.float32}, "got torch.float64 .* expected torch.float32"),
-        ({"optimizer": lambda free: torch.optim.SGD([{"params": []}, {"params": free}])}, "group"),
+        ({"optimizer": lambda free: torch.optim.Adam([{"params": []}, {"params": free}])}, "group"),
+        ({"optimizer": torch.optim.RAdam}, "optimizer: got RAdam, expected Adam, whose state"),
     ],
-    ids=["another model", "another type", "another optimiser"],
+    ids=["another model", "another type", "other groups", "another optimiser"],
 )
 def test_a_state_of_another_tuner_changes_nothing(changes, message):
     state = state_after_a_step()
