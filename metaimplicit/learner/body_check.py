@@ -77,19 +77,21 @@ def _evaluate(problem: BilevelProblem, meta: Params, data: Any) -> Groups:
     f = lifted.inner(theta, variables, lifted.data)
     g, _ = lifted.outer(theta, variables, lifted.data)
 
-    targets = theta | {name: x for name, x in variables.items() if x.requires_grad}
-    total = weighted_sum([f, g])
-    slopes = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
-    gradients = dict(zip(targets, slopes, strict=True))
-    through_features = features.pull_back(parts, {name: gradients[name] for name in parts})
+    # A parameter of θ may be called as one of φ.
+    seen = {name: x for name, x in variables.items() if x.requires_grad}
+    targets = [*theta.values(), *seen.values()]
+    slopes = torch.autograd.grad(weighted_sum([f, g]), targets, allow_unused=True)
+    of_theta = dict(zip(theta, slopes[: len(theta)], strict=True))
+    of_seen = dict(zip(seen, slopes[len(theta) :], strict=True))
+    through_features = features.pull_back(parts, {name: of_seen[name] for name in parts})
     of_phi = {}
     for name in phi:
-        terms = [x for x in (gradients.get(name), through_features.get(name)) if x is not None]
-        if terms and name not in theta:
+        terms = [x for x in (of_seen.get(name), through_features.get(name)) if x is not None]
+        if terms:
             of_phi[name] = torch.stack([x.to_dense() for x in terms]).sum(0, keepdim=True)
     return {
         "the support loss": {"": f},
         "the query loss": {"": g},
-        "a derivative": {n: x for n in theta if (x := gradients[n]) is not None},
+        "a derivative": {name: x for name, x in of_theta.items() if x is not None},
         "a derivative in φ": of_phi,
     }

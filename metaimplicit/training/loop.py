@@ -179,7 +179,13 @@ def fit(
             is_best = False
             if validation is not None and is_due and progress.validated < progress.step:
                 # A signal ends a validation, too. The run that is resumed begins with it.
-                result = None if stops else _validate(learner, validation(), signals, ranks=ranks)
+                try:
+                    batches = None if stops else validation()
+                    result = None if stops else _validate(learner, batches, signals, ranks=ranks)
+                except Exception:
+                    if not record.is_saved:
+                        record.save(is_best=False)
+                    raise
                 stopwatch.update()
                 stops = _agree(ranks, progress, signals)
                 if result is not None and not stops:
@@ -305,12 +311,20 @@ def _check_numbers(
 
 def _validate(
     learner: MetaLearner,
-    batches: Iterable[EpisodeBatch],
+    batches: Any,
     signals: DeferredSignals,
     *,
     ranks: Ranks,
 ) -> Evaluation:
-    """Evaluate this process's share of the tasks, until a signal ends it."""
+    """Evaluate this process's share of the tasks, until a signal ends it.
+
+    Raises:
+        ValueError: There is no batch, or one that is not in a list.
+    """
+    if isinstance(batches, Mapping) or hasattr(batches, "support"):
+        raise ValueError("validation: got one batch, expected several; return a list of it")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"validation: got {type(batches).__name__}, expected batches of episodes")
     own = (ranks.share(batch) for batch in _until_stopped(batches, signals))
     is_on_cuda = next(learner.parameters()).is_cuda
     with preserve_random_state(learner.method, cuda=is_on_cuda):
@@ -342,7 +356,10 @@ def _warn_if_not_finite(validation: Values) -> None:
 def _until_stopped(
     batches: Iterable[EpisodeBatch], signals: DeferredSignals
 ) -> Iterator[EpisodeBatch]:
+    batch = None
     for batch in batches:
         yield batch
         if signals.received is not None:
             return
+    if batch is None:
+        raise ValueError("validation: got no batch; return a new iterator at each call")

@@ -410,7 +410,9 @@ def test_a_module_of_the_model_may_be_called_head():
         body = make_body()
         body.add_module(name, nn.Linear(FEATURES, WAYS))
         inputs, labels = (x[0] for x in draw_episodes().support)
-        outputs.append(make("ridge", body).adapt((inputs, labels))(inputs))
+        learner = make("ridge", body)
+        outputs.append(learner.adapt((inputs, labels))(inputs))
+        assert learner.backward(draw_episodes()).report.features == "once"
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 

@@ -292,6 +292,40 @@ def test_a_resumed_run_keeps_its_hyperparameters_and_says_which_ones_differ(tmp_
     assert {line["learning_rate"] for line in read_metrics(tmp_path)} == {0.01}
 
 
+def test_a_run_of_another_optimiser_is_refused(tmp_path):
+    """Adam and RAdam have slots of the same names, and would take steps of neither."""
+    train(tmp_path, make_parts(), steps=2)
+    learner, _, sampler = make_parts()
+    optimizer = torch.optim.RAdam(learner.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match="optimizer: got RAdam, expected Adam, whose state this"):
+        train(tmp_path, (learner, optimizer, sampler), steps=4, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda sampler: sampler[7], "validation: got one batch, expected several; return a list"),
+        (lambda sampler: None, "validation: got NoneType, expected batches of episodes"),
+        (lambda sampler: iter(()), "validation: got no batch; return a new iterator at each call"),
+    ],
+    ids=["one batch", "None", "nothing"],
+)
+def test_a_validation_without_batches_is_named_and_no_step_is_lost(tmp_path, draw, message):
+    learner, optimizer, sampler = make_parts()
+    with pytest.raises(ValueError, match=message):
+        fit(
+            learner,
+            optimizer,
+            sampler,
+            out=tmp_path,
+            budget=Budget(steps=4),
+            bar=False,
+            validation=lambda: draw(sampler),
+            validate_every=2,
+        )
+    assert load_learner(tmp_path / "checkpoint.pt", make_parts().learner).step == 2
+
+
 @pytest.mark.parametrize("schedule", [no_decay, math.cos])
 def test_equal_hyperparameters_are_resumed_without_a_warning(tmp_path, recwarn, schedule):
     train(tmp_path, make_parts(), steps=2, schedule=schedule)

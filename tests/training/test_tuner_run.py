@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -222,3 +223,11 @@ def test_a_schedule_multiplies_the_step_size_of_the_outer_step_it_is_called_with
         by_hand.inner = GradientDescent(steps=2, lr=lr)
         by_hand.step(batches, VALIDATION(step))
     assert all(torch.equal(p, by_hand.params[name]) for name, p in scheduled.params.items())
+
+
+def test_a_resumed_run_keeps_its_hyperparameters_and_says_which_ones_differ(tmp_path):
+    fit(make_tuner(optimizer=partial(torch.optim.Adam, lr=0.1)), tmp_path, steps=3)
+    tuner = make_tuner(optimizer=partial(torch.optim.Adam, lr=0.5))
+    with pytest.warns(UserWarning, match=r"checkpoint.pt, .* \(lr is 0.1 there, 0.5 here\)"):
+        fit(tuner, tmp_path, steps=6, resume=True)
+    assert tuner.optimizer.param_groups[0]["lr"] == 0.1
