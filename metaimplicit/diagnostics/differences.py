@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,7 +131,7 @@ class Differences:
         """
         return 1.5 * self.resolution / self.steps.to(self.extrapolated)
 
-    def rows(self, chosen: slice) -> Differences:
+    def rows(self, chosen: slice | list[int]) -> Differences:
         """Those along some of the directions."""
         return replace(
             self,
@@ -155,7 +154,8 @@ class Differences:
             # F does not move. Slopes agree with that if a step of 1 would not change a digit of F.
             size = float(slopes.norm()) or 1.0
             distance = distance if distance > self.resolution else 0.0
-        kink = float(self.kink.norm())
+        # Of its three values of F, the kink has up to seven times the round-off of the slope.
+        kink = float((self.kink.abs() - 7 * self.roundoff).clamp(min=0).norm())
         return Agreement(size, distance / size, noise=self._noise / size, kink=kink / size)
 
     @property
@@ -164,12 +164,35 @@ class Differences:
         return max(apart, float(self.roundoff.norm()))
 
     @property
-    def doubt(self) -> float:
-        """The larger of noise and kink, relative to the differences. 0 if F does not move."""
-        size = float(self.extrapolated.norm())
-        if not math.isfinite(size):
-            return math.inf
-        return max(self._noise, float(self.kink.norm())) / size if size else 0.0
+    def spread(self) -> Tensor:
+        """By how much two steps, or the two sides, differ in each direction, `[directions]`."""
+        return torch.maximum((self.half_step - self.extrapolated).abs(), self.kink.abs())
+
+    def unsettled(self, tolerance: float) -> Tensor:
+        """Where a shorter step may be known better, since more than round-off differs."""
+        is_rough = 4 * self.spread > tolerance * self.extrapolated.abs()
+        settled = (self.spread <= 10 * self.roundoff) | ~is_rough
+        return ~settled | ~self.extrapolated.isfinite()
+
+    def improved(self, rows: list[int], others: Differences) -> Differences:
+        """With others in the place of those of some rows, where these are known worse."""
+        before = self.rows(rows)
+        known = torch.maximum(others.spread, others.roundoff)
+        was_known = torch.maximum(before.spread, before.roundoff)
+        is_better = (known < was_known) | ~before.extrapolated.isfinite()
+
+        def merged(old: Tensor, new: Tensor) -> Tensor:
+            result = old.clone()
+            result[rows] = torch.where(is_better, new.to(old), old[rows])
+            return result
+
+        return Differences(
+            extrapolated=merged(self.extrapolated, others.extrapolated),
+            half_step=merged(self.half_step, others.half_step),
+            kink=merged(self.kink, others.kink),
+            resolution=max(self.resolution, others.resolution),
+            steps=merged(self.steps, others.steps),
+        )
 
 
 def settled_differences(
@@ -186,11 +209,13 @@ def settled_differences(
     """
     best = extrapolated_differences(function, meta, directions, steps=steps)
     for shorter in (1e-2, 1e-4):
-        if best.doubt <= tolerance:
-            return best
-        other = extrapolated_differences(function, meta, directions, steps=shorter * steps)
-        if other.doubt < best.doubt:
-            best = other
+        rows = best.unsettled(tolerance).nonzero().flatten().tolist()
+        if not rows:
+            break
+        others = extrapolated_differences(
+            function, meta, [directions[row] for row in rows], steps=shorter * steps[rows]
+        )
+        best = best.improved(rows, others)
     return best
 
 

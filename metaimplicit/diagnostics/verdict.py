@@ -150,9 +150,9 @@ def _verdict(
             "Undecided: the finite differences are not finite, as the losses are not near φ; "
             "lower the inner step size, or look at the losses."
         )
-    if check.noise > tolerance:
+    if check.noise > tolerance or 4 * check.noise >= check.error:
         is_coarse = check.differences.dtype != torch.float64
-        smoother = "a smoother problem without kinks near these values"
+        smoother = "a smoother problem without kinks near these values, or a smaller outer loss"
         remedy = "float64 throughout" if is_coarse else smoother
         return (
             f"Undecided: the finite differences are known to {check.noise:.1e} only; use {remedy}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from metaimplicit.learner.episodes import Episode
@@ -16,7 +17,8 @@ def in_float64(module: nn.Module) -> Iterator[None]:
     """Let the parameters and buffers of a module be of type float64 in the block.
 
     They stay the same objects, so that losses and hooks that hold them see the same numbers. At the
-    end, they have their own numbers, types and `.grad` again, whatever was written to them.
+    end, they have their own numbers, types and `.grad` again, whatever was written to them, and the
+    modules have the attributes that they had.
 
     Args:
         module: The module.
@@ -29,23 +31,25 @@ def in_float64(module: nn.Module) -> Iterator[None]:
         >>> layer.weight.dtype
         torch.float32
     """
-    parameters = [(p, p.data, p.grad) for p in module.parameters()]
-    tables = [(vars(m)["_buffers"], dict(vars(m)["_buffers"])) for m in module.modules()]
-    buffers = [(b, b.data) for b in module.buffers()]
+    parameters = [(p, p.grad) for p in module.parameters()]
+    numbers = [(x, x.data) for x in (*module.parameters(), *module.buffers())]
+    attributes = [x for m in module.modules() for x in (vars(m), vars(m)["_buffers"])]
+    before = [(holder, dict(holder)) for holder in attributes]
     try:
-        for p, _, _ in parameters:
+        for p, _ in parameters:
             p.grad = None
-        for x in [*module.parameters(), *module.buffers()]:
-            if x.is_floating_point():
-                x.data = x.data.double()
+        for x, data in numbers:
+            dtype = torch.float64 if data.is_floating_point() else data.dtype
+            x.data = data.to(dtype, copy=True)
         yield
     finally:
-        for table, entries in tables:
-            table.update(entries)
-        for b, data in buffers:
-            b.data = data
-        for p, data, grad in parameters:
-            p.data = data
+        for holder, entries in before:
+            for name in set(holder) - set(entries):
+                del holder[name]
+            holder.update(entries)
+        for x, data in numbers:
+            x.data = data
+        for p, grad in parameters:
             p.grad = grad
 
 

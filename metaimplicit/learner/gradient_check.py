@@ -12,7 +12,6 @@ import torch
 
 from metaimplicit.diagnostics.check import check_hypergradient
 from metaimplicit.diagnostics.verdict import Check
-from metaimplicit.learner.buffers import restored_attributes
 from metaimplicit.learner.defaults import with_default_weights
 from metaimplicit.learner.double import episode_in_float64, in_float64
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
@@ -71,7 +70,6 @@ class CheckedTaskBatches(TaskBatches):
             torch.inference_mode(False),
             one_thread_in(self.model),
             in_float64(self),
-            restored_attributes(self),
             preserve_random_state(self.method, cuda=cuda),
             _explained_types(),
         ):
@@ -107,7 +105,8 @@ def _explained_types() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if not re.search("Double|float64|different types", str(error)):
+        names = set(re.findall(r"\b(?:double|float|half|bfloat16|float32)\b", str(error).lower()))
+        if not ("double" in names and len(names) > 1) and "different types" not in str(error):
             raise
         raise ValueError(
             f"check: it computes in float64, where the model or a loss raises: {shorten(error)}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,3 +29,14 @@ def one_thread_in(model: nn.Module) -> Any:
     """
     with _LOCK:
         return _LOCKS.setdefault(model, RLock())
+
+
+def _renew() -> None:
+    """Make new locks, as no thread of the parent process will release those in its child."""
+    global _LOCK
+    _LOCK = Lock()
+    _LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)

@@ -104,7 +104,9 @@ class FreeMeta:
         """
         moving = {}
         for name, free in self.tensors.items():
-            step = free - gradients[name]
+            # A step that would round away at a bound is lengthened, so that the block is seen.
+            g = gradients[name]
+            step = free - g.sign() * torch.maximum(g.abs(), 1e-3 * (1 + free.abs()))
             after = self._domains[name].project(step.clone())  # which may clamp in place
             is_blocked = (after == free) & (after != step)
             moving[name] = torch.where(is_blocked, 0.0, gradients[name])

@@ -344,3 +344,32 @@ def test_a_small_entry_that_damping_makes_wrong_is_said_to_be():
     assert result.error < 0.05
     assert result.verdict.startswith("Wrong by 1.3e-01 in 'b', whose derivative is small beside")
     assert result.verdict.endswith("it may be A (hessian, damping 0.3).")
+
+
+def test_a_shorter_step_at_which_nothing_moves_is_not_taken():
+    """In float32, 1 + 0.01 a does not change within h/100."""
+    problem = scalar_problem(lambda w, m: (w - m["a"]).square(), lambda w, m: 1 + 0.01 * m["a"])
+    meta = {"a": number(1.0).float()}
+    result = check_hypergradient(problem, meta, None, inner=SHORT, method="unrolled")
+    assert result.verdict == "Right: it agrees with finite differences."
+
+
+def test_a_kink_in_one_entry_hides_no_error_of_another():
+    problem = scalar_problem(
+        lambda w, m: (w - m["a"]).square(),
+        lambda w, m: 1 + m["a"] + (m["a"] - 1 - 1e-8).relu() + 1e-5 * (m["b"] + m["b"].detach()),
+    )
+    meta = {"a": number(1.0), "b": number(1.0)}
+    result = check_hypergradient(problem, meta, None, inner=SHORT, method="unrolled")
+    assert result.verdict.startswith("Wrong by 5.0e-01 in 'b'")
+
+
+def test_a_kink_at_a_third_of_the_step_is_no_error():
+    """There, the kink that is extrapolated vanishes."""
+    third = torch.finfo(torch.float64).eps ** (1 / 3) / 3
+    problem = scalar_problem(
+        lambda w, m: (w - m["a"]).square(), lambda w, m: m["a"] + 0.015 * (m["a"] - third).relu()
+    )
+    meta = {"a": number(0.0)}
+    result = check_hypergradient(problem, meta, None, inner=SHORT, method="unrolled")
+    assert result.verdict == "Right: it agrees with finite differences."

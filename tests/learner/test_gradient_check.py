@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaimplicit import CG, Implicit, MetaLearner, NewtonCG
+from metaimplicit.learner.double import in_float64
 
 EXACT_CG = Implicit(CG(max_steps=60, tol=1e-12), curvature="hessian")
 
@@ -143,3 +144,34 @@ def test_a_loss_that_holds_float32_is_told_so():
     with pytest.raises(ValueError, match=r"check: it computes in float64.*`weight.to\(outputs\)`"):
         learner.check(draw_episodes())
     assert learner.model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_forward_passes_leave_in_a_model_is_put_back(dtype):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(INPUTS, WAYS)
+            self.mean = torch.zeros(WAYS)
+
+        def forward(self, x):
+            z = super().forward(x)
+            self.mean = z.detach().mean(0)
+            return z
+
+    model = Counting().to(dtype)
+    mean = model.mean
+    MetaLearner(nn.Sequential(model), F.cross_entropy, vectorize="loop").check(draw_episodes())
+    assert model.mean is mean
+
+
+def test_buffers_and_parameters_that_are_written_to_are_put_back():
+    module = nn.Linear(2, 2).double()
+    module.register_buffer("count", torch.tensor(0))
+    with in_float64(module):
+        module.count.add_(1)
+        with torch.no_grad():
+            module.weight.fill_(9.0)
+        module.register_buffer("other", torch.ones(1))
+    assert module.count == 0
+    assert not (module.weight == 9).any()
+    assert list(module.state_dict()) == ["weight", "bias", "count"]

@@ -21,6 +21,7 @@ from metaimplicit import (
 )
 from metaimplicit.inner import L1Norm, Newton, Ridge
 from metaimplicit.tuning import HOAG, Box, GroupStructure, Real, WeightDecay, tuning_problem
+from metaimplicit.tuning.free_meta import FreeMeta
 from metaimplicit.tuning.line_search import LineSearch, Trial
 
 X, Y, X_VALIDATION, Y_VALIDATION = (x[0] for x in ridge(tasks=1, m=12, n=8, seed=3).data)
@@ -285,6 +286,13 @@ def test_slopes_below_the_round_off_of_a_hyperparameter_still_move_it():
     for _ in range(30):
         hoag.step()
     assert hoag.meta["a"].item() == pytest.approx(2, abs=1e-3)
+
+
+@pytest.mark.parametrize("slope", [1e-10, 1e-3])
+def test_a_slope_into_a_bound_is_blocked_even_if_it_rounds_away(slope):
+    free = FreeMeta({"a": torch.tensor(1.0)}, {"a": Box(0.0, 1.0)})
+    assert free.without_blocked({"a": torch.tensor(-slope)}) == {"a": 0}
+    assert free.without_blocked({"a": torch.tensor(slope)}) == {"a": torch.tensor(slope)}
 
 
 def test_bad_options_are_refused():
