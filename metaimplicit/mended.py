@@ -309,7 +309,7 @@ class _FastPath(NamedTuple):
 
 # A block in which `nn.MultiheadAttention` and `nn.TransformerEncoder` compute in `eval()` what they
 # compute while gradients are recorded. Their fast paths have no derivative, and set the outputs at
-# padded positions to zero.
+# padded positions to zero. This is a setting of the whole process, as those above.
 without_fast_path = ScopedSettings(_FastPath(False))
 
 _thread = local()

@@ -12,7 +12,11 @@ from torch.utils._pytree import tree_map_only
 
 from metaimplicit.learner import MetaLearner, solver_generator
 from metaimplicit.methods import Method
-from metaimplicit.optimizer_state import load_optimizer_state, optimizer_state
+from metaimplicit.optimizer_state import (
+    check_optimizer_type,
+    load_optimizer_state,
+    optimizer_state,
+)
 from metaimplicit.training.hyperparameters import warned_of_changes
 from metaimplicit.training.progress import Progress
 from metaimplicit.training.rotation import State
@@ -65,6 +69,7 @@ def restore_state(
     Raises:
         ValueError: The state belongs to another learner, optimiser or sampler.
     """
+    check_optimizer_type(optimizer, state["optimizer"])
     progress = restore_learner(state, learner, source)
     with warned_of_changes(optimizer, source):
         load_optimizer_state(optimizer, state["optimizer"])

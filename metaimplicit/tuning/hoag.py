@@ -42,9 +42,10 @@ class HOAG:
     If Σ ε_k < ∞, φ converges to a stationary point (theorem 2). If ε_k is constant, φ comes only as
     close as that error allows.
 
-    There are three deviations from the paper. Its first tolerance bounds ‖θ_k − θ*‖, which is not
+    There are four deviations from the paper. Its first tolerance bounds ‖θ_k − θ*‖, which is not
     known; here it bounds the gradient. Its second tolerance is absolute; here it is relative to
     ‖v‖. Its L is found by doubling and shrinking; here it is estimated, as `LineSearch` describes.
+    Where φ is at a bound, the line search sees no slope into it.
 
     Args:
         problem: Its inner loss receives `train` as data, its outer loss `validation`.

@@ -47,7 +47,8 @@ class LineSearch:
     Let (φ, p, g, ε) be the point accepted last, and (φ_k, p_k, g_k, ε_k) a new trial.
 
     - Estimate: L' = max(‖p_k − p‖, ‖p_k‖/4)/‖φ_k − φ‖. The second term keeps the next step at most
-      four times as long as this one. Before there are two points, L' = ‖p_k‖: a step of length one.
+      four times as long as this one. Before there are two points, or a slope, L' = ‖p_k‖: a step of
+      length one.
     - Accept: if g_k ≤ g − L/4 ‖φ_k − φ‖² + slack, the trial becomes the accepted point and L ← L'.
       The slack ε_k/4 + ε (1/4 + L) ‖φ_k − φ‖ is what the inexact solves may add (Pedregosa 2016,
       section 4).

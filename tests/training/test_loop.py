@@ -296,9 +296,11 @@ def test_a_run_of_another_optimiser_is_refused(tmp_path):
     """Adam and RAdam have slots of the same names, and would take steps of neither."""
     train(tmp_path, make_parts(), steps=2)
     learner, _, sampler = make_parts()
+    before = weights(learner)
     optimizer = torch.optim.RAdam(learner.parameters(), lr=0.01)
     with pytest.raises(ValueError, match="optimizer: got RAdam, expected Adam, whose state this"):
         train(tmp_path, (learner, optimizer, sampler), steps=4, resume=True)
+    assert_same_weights(learner, before)
 
 
 @pytest.mark.parametrize(
