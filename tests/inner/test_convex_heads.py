@@ -458,6 +458,7 @@ def change(case, name):
         case.head.bias = None
 
 
+@pytest.mark.compared  # a loop comes first, and names the shapes of one task
 @pytest.mark.parametrize(
     ("name", "message"),
     [

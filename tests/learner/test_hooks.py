@@ -80,6 +80,7 @@ class Halved(Reversed):
         return self.head(torch.tanh(self.body(x)))
 
 
+@pytest.mark.compared
 @pytest.mark.parametrize(
     ("model", "method", "vectorize"),
     every_pair([Reversed, Halved], ["unrolled", "first-order"], ["vmap", "auto"]),

@@ -81,6 +81,7 @@ def test_auto_falls_back_to_the_loop_for_a_model_that_cannot_be_vmapped():
     assert outputs.shape == (TASKS, WAYS * QUERIES, WAYS)
 
 
+@pytest.mark.compared
 def test_a_model_that_cannot_be_vmapped_adapts_before_anything_is_timed():
     learner = make_learner(Branching(), vectorize="auto")
     expected = make_learner(Branching(), vectorize="loop")

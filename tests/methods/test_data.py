@@ -276,6 +276,7 @@ def slope_by_a_transform(params, x):
     return torch.func.grad(lambda x: forward(params, x).sum())(x)
 
 
+@pytest.mark.compared
 @pytest.mark.parametrize("method", ["unrolled", Unrolled(memory="replay"), "dense"], ids=repr)
 def test_a_loss_may_differentiate_in_its_inputs(method):
     def grads(slope):
