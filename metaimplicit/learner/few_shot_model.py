@@ -171,8 +171,8 @@ class FewShotModel(nn.Module):
         """φ by name: the parameters of model and losses that require grad, and the logarithms.
 
         Raises:
-            ValueError: Since the learner was built, a parameter was frozen or unfrozen, or the
-                model was replaced.
+            ValueError: Since the learner was built, a parameter was frozen, unfrozen, added,
+                removed or tied, or the model was replaced.
         """
         if self.model is not self._network.model:
             raise ValueError(
@@ -183,8 +183,8 @@ class FewShotModel(nn.Module):
         changed = sorted(params.keys() ^ self._trainable)
         if changed:
             raise ValueError(
-                f"model: {changed[0]!r} was frozen or unfrozen after the learner was built, "
-                "expected the parameters as they were; build a new learner"
+                f"model: {changed[0]!r} was frozen, unfrozen, added, removed or tied after the "
+                "learner was built, expected the parameters as they were; build a new learner"
             )
         return params | self.learnt.by_name()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from torch.utils._pytree import tree_leaves
 
 PARTIAL = ".partial"
 
@@ -118,7 +121,7 @@ def json_types(argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
         values: Values by name.
 
     Raises:
-        ValueError: A value is of another type, such as a path.
+        ValueError: A value is of another type, such as a path, or holds NaN or Inf.
 
     Example:
         >>> import numpy as np
@@ -135,6 +138,13 @@ def json_types(argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     converted: dict[str, Any] = json.loads(json.dumps(dict(values), default=plain))
+    for name, value in converted.items():
+        numbers = [x for x in tree_leaves(value) if isinstance(x, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(
+                f"{argument}: got NaN or Inf in {name!r}, expected numbers that JSON has; "
+                "give a string in its place"
+            )
     return converted
 
 

@@ -8,13 +8,21 @@ from typing import Any
 from metaimplicit.training.page import Html, definitions, element, join, note, plain, table
 
 PLACES = ("classes", "data", "run")  # in config.json
+# What other sections show of config.json, and its checksum.
+SHOWN_ELSEWHERE = {*PLACES, "chosen", "parameters", "plan", "sha256", "sittings"}
 
 
-def options_section(options: Mapping[str, Any]) -> Html:
-    """Every option by name. Those of a group have its name before their own."""
-    if not options:
+def options_section(config: Mapping[str, Any]) -> Html:
+    """The options in config.json by name, and what else the caller of `fit` put there.
+
+    Options of a group have its name before their own.
+    """
+    given = {name: value for name, value in config.items() if name not in SHOWN_ELSEWHERE}
+    if isinstance(given.get("options"), Mapping):
+        given = {**given.pop("options"), **given}
+    if not given:
         return note("No options were stored.")
-    return definitions({name.replace("_", " "): plain(value) for name, value in options.items()})
+    return definitions({name.replace("_", " "): plain(value) for name, value in given.items()})
 
 
 def provenance_section(config: Mapping[str, Any]) -> Html:

@@ -99,7 +99,7 @@ def make_run_page(
     sections |= {
         "Hypergradient": join([_chosen(config), health_section({"": lines})]),
         "Memory and time": _costs_section(facts, lines),
-        "Options": options_section(config.get("options", {})),
+        "Options": options_section(config),
         "Provenance": provenance_section(config),
     }
     return make_page(title, _lead(evaluation, facts, config, lines), sections)
@@ -137,7 +137,8 @@ def _lead(
             label, show = COSTS[name]
             values[label] = show(facts[name])
     if "parameters" in config:
-        values["meta-parameters"] = f"{config['parameters']:,}"
+        count = config["parameters"]
+        values["meta-parameters"] = f"{count:,}" if isinstance(count, int) else plain(count)
     return tiles(values) if values else note("Nothing was measured yet.")
 
 
@@ -208,8 +209,9 @@ def _fits_section(fits: Fits) -> Html:
 
 def _chosen(config: Mapping[str, Any]) -> Html:
     """What was chosen when the run began: the solver, the way to batch tasks."""
-    chosen = {name: value for name, value in config.get("chosen", {}).items() if value}
-    return _values(chosen)
+    chosen = config.get("chosen", {})
+    named = chosen if isinstance(chosen, Mapping) else {"chosen": chosen}
+    return _values({name: value for name, value in named.items() if value})
 
 
 def _costs_section(facts: Mapping[str, Any], lines: list[Line]) -> Html:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -176,7 +177,7 @@ class Box(Domain):
         high: The upper bound, which x may reach.
 
     Raises:
-        ValueError: low ≥ high.
+        ValueError: low ≥ high, or one of them is not a number.
 
     Example:
         >>> Box(0.0).project(torch.tensor([-1.0, 2.0]))
@@ -243,6 +244,11 @@ class Simplex(Domain):
 
 
 def _check_bounds(name: str, low: float, high: float) -> None:
+    for bound, number in (("low", low), ("high", high)):
+        if not isinstance(number, numbers.Real):
+            raise ValueError(
+                f"{name} {bound}: got {type(number).__name__}, expected one number for all entries"
+            )
     if not low < high:
         raise ValueError(f"{name}: got low {low} and high {high}, expected low < high")
 

@@ -4,7 +4,6 @@ python scripts/examples/coming_from_other_libraries.py      # a few seconds
 """
 
 import importlib.util
-from types import SimpleNamespace
 
 import higher
 import torch
@@ -16,8 +15,7 @@ from metaimplicit import GradientDescent, MetaLearner
 STEPS = 3
 LR = 0.1
 LABELS = torch.arange(4).repeat(5, 1)
-SUPPORT = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
-QUERY = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))
+SUPPORT, QUERY = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
 def with_higher(model: nn.Module) -> None:
@@ -58,7 +56,7 @@ def with_torchopt(model: nn.Module) -> None:
 def with_metaimplicit(model: nn.Module) -> None:
     """Add the meta-gradient by metaimplicit to `.grad`."""
     learner = MetaLearner(model, F.cross_entropy, inner=GradientDescent(steps=STEPS, lr=LR))
-    learner.backward(SimpleNamespace(support=(SUPPORT, LABELS), query=(QUERY, LABELS)))
+    learner.backward(((SUPPORT, LABELS), (QUERY, LABELS)))
 
 
 def main() -> dict[str, Tensor]:
@@ -66,13 +64,10 @@ def main() -> dict[str, Tensor]:
     ways = {"metaimplicit": with_metaimplicit, "higher": with_higher}
     ways |= {"learn2learn": with_learn2learn, "torchopt": with_torchopt}
     gradients: dict[str, Tensor] = {}
-    for library, add_gradient in ways.items():
-        if importlib.util.find_spec(library) is None:
-            print(f"{library} is not installed")
-            continue
+    for library in filter(importlib.util.find_spec, ways):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-        add_gradient(model)
+        ways[library](model)
         parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         gradients[library] = torch.cat(parts)
         difference = (gradients[library] - gradients["metaimplicit"]).abs().max()

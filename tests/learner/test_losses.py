@@ -292,7 +292,7 @@ def test_a_parameter_of_the_loss_that_was_frozen_since_is_named():
     loss = Temperature()
     learner = make_learner(loss)
     loss.t.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'loss\.t' was frozen or unfrozen"):
+    with pytest.raises(ValueError, match=r"'loss\.t' was frozen, unfrozen, added"):
         learner.backward(stacked(draw()))
 
 

@@ -262,8 +262,16 @@ def test_parameters_that_were_frozen_or_unfrozen_since_are_named(name, grad):
     parameter.requires_grad_(not grad)
     learner = make_learner(model)
     parameter.requires_grad_(grad)
-    message = rf"model: '{name}' was frozen or unfrozen after the learner was built"
+    message = rf"model: '{name}' was frozen, unfrozen, added, removed or tied after"
     with pytest.raises(ValueError, match=message):
+        learner.backward(draw_episodes())
+
+
+def test_a_layer_that_was_tied_since_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    learner = make_learner(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"model: '1\.weight' was .* removed or tied after"):
         learner.backward(draw_episodes())
 
 

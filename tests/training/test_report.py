@@ -242,6 +242,16 @@ def test_a_folder_without_files_gives_a_page_that_says_so(tmp_path):
     assert page.images == 0
 
 
+def test_the_page_shows_what_a_caller_put_into_the_config_whatever_its_types(tmp_path):
+    config = {"options": "quick", "chosen": "by hand", "parameters": "all", "lr": 0.5}
+    write_sealed_json(tmp_path / "config.json", config)
+    text = read_page(make_run_page(tmp_path, title="run")).text
+    assert "options quick" in text
+    assert "lr 0.5" in text
+    assert "chosen by hand" in text
+    assert "meta-parameters all" in text or "all meta-parameters" in text
+
+
 def test_a_page_of_many_noisy_photographs_stays_small():
     batch = episodes(2, ways=20, shots=4, queries=7, size=84, channels=3)
     learner = make_learner(inputs=3 * 84 * 84, ways=20)

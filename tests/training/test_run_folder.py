@@ -232,6 +232,13 @@ def test_config_and_identity_take_numbers_of_numpy_and_torch(tmp_path):
         train_further(tmp_path, steps=3, identity={"data": tmp_path})
 
 
+@pytest.mark.parametrize("config", [{"noise": float("nan")}, {"noise": {"bounds": [0, np.inf]}}])
+def test_numbers_that_json_has_not_are_named_before_anything_is_written(config, tmp_path):
+    with pytest.raises(ValueError, match="config: got NaN or Inf in 'noise', expected numbers"):
+        train_further(tmp_path, steps=1, config=config)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_edited_config_is_noticed(tmp_path):
     train_further(tmp_path, steps=1, config={"seed": 1})
     path = tmp_path / "config.json"

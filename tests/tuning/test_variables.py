@@ -292,6 +292,13 @@ def test_augmentation_of_integers_is_refused(kind, dtype):
         variable.inputs(variable.meta(PARAMS), batch)
 
 
+def test_augmentation_of_an_example_with_a_negative_number_is_refused():
+    variable = Augmentation()
+    batch = {"inputs": torch.zeros(2, 4), "index": torch.tensor([3, -1])}
+    with pytest.raises(ValueError, match="Augmentation: got the number -1, expected numbers ≥ 0"):
+        variable.inputs(variable.meta(PARAMS), batch)
+
+
 @pytest.mark.parametrize("name", ["augmentation", "data", "examples"])
 def test_validation_sees_the_plain_data_and_loss(name):
     problem, meta, _ = make_problem(*VARIABLES[name])

@@ -30,7 +30,8 @@ class Augmentation(Variable):
             KIND is `meta["augmentation.KIND"]`.
 
     Raises:
-        ValueError: A kind is unknown. On running: the inputs are integers.
+        ValueError: A kind is unknown. On running: the inputs are integers, or the number of an
+            example is negative.
 
     Example:
         >>> variable = Augmentation(kinds=("brightness",))
@@ -78,7 +79,10 @@ class Augmentation(Variable):
                 f"Augmentation: got inputs of {x.dtype}, expected real numbers, which normal draws "
                 "can be added to; convert the inputs before, as by x.float() / 255"
             )
-        generator = np.random.default_rng(_as_list(index))
+        numbers = _as_list(index)
+        if min(numbers, default=0) < 0:
+            raise ValueError(f"Augmentation: got the number {min(numbers)}, expected numbers ≥ 0")
+        generator = np.random.default_rng(numbers)
         one_each = (len(x), *[1] * (x.dim() - 1))
         # All three are drawn, in this order, so that no kind depends on which others are used.
         shapes = {"brightness": one_each, "contrast": one_each, "noise": x.shape}
