@@ -159,15 +159,16 @@ def test_evaluate_repeats_the_test_of_the_run_unless_the_seed_is_another(run, ca
 @pytest.mark.slow
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     common = [*SMALL, "--method=cg", "--solver-steps=3", "--damping=0.5", "--inner-steps=2"]
-    common += ["--checkpoint-every=1", "--schedule=constant", "--meta-batch=2", "--out"]
+    common += ["--checkpoint-every=1", "--schedule=constant", "--meta-batch=2"]
+    common += ["--validation-episodes=2", "--test-episodes=2", "--out"]
     resumed = tmp_path / "resumed"
     train([*common, str(resumed), "--steps", "1"])
-    train(["--out", str(resumed), "--resume", "--steps", "3"])
+    train(["--out", str(resumed), "--resume", "--steps", "2"])
     unbroken = tmp_path / "unbroken"
-    train([*common, str(unbroken), "--steps", "3"])
+    train([*common, str(unbroken), "--steps", "2"])
     state = read_checkpoint(resumed)
     expected = read_checkpoint(unbroken)
-    assert state["progress"]["step"] == expected["progress"]["step"] == 3
+    assert state["progress"]["step"] == expected["progress"]["step"] == 2
     assert all(torch.equal(x, expected["learner"][name]) for name, x in state["learner"].items())
     options = read_json(resumed / "config.json")["options"]
     assert (options["task"], options["method"]) == ("sinusoid", "cg")
@@ -418,7 +419,7 @@ def test_a_run_that_has_lost_lines_of_its_metrics_is_resumed_and_tested(run, tmp
     assert read_json(resumed / "summary.json")["meta_steps"] == 4
 
 
-@pytest.mark.drawn
+@pytest.mark.pages
 @pytest.mark.filterwarnings("ignore:the meta-gradient has the norm:RuntimeWarning")
 def test_a_test_that_diverges_leaves_its_files_and_says_so(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
