@@ -24,9 +24,9 @@ from metaimplicit import (
     check_hypergradient,
 )
 
-SOLVED = GradientDescent(steps=16, lr=0.12, momentum=0.2)
-SHORT = GradientDescent(steps=3, lr=0.1)
-PROBLEM = network(Proximal(4.0))
+SOLVED = GradientDescent(steps=5, lr=0.05, momentum=0.05)
+SHORT = GradientDescent(steps=3, lr=0.02)
+PROBLEM = network(Proximal(16.0))
 check = partial(check_hypergradient, PROBLEM, INITIAL, DATA, batched=True, directions=2)
 
 
@@ -266,7 +266,7 @@ def test_a_kink_at_the_meta_parameters_decides_nothing(method):
         lambda w, m: (w - 1).square() + m["a"].clamp(min=0) * (w + 1).square(),
         lambda w, m: w.square(),
     )
-    inner = GradientDescent(steps=60, lr=0.4)
+    inner = GradientDescent(steps=4, lr=0.5)
     result = check_hypergradient(problem, {"a": number(0.0)}, None, inner=inner, method=method)
     assert result.verdict.startswith("Undecided: the outer loss has a kink at or near these meta")
 
@@ -293,10 +293,8 @@ def test_padding_rows_of_any_batch_of_a_stream_stay_where_they_are(padded):
     assert result.verdict == "Right: it agrees with finite differences."
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_biases_without_effect_are_no_errors(seed):
+def test_biases_without_effect_are_no_errors():
     """In front of batch normalisation, their differences are round-off."""
-    torch.manual_seed(seed)
     norm = partial(nn.BatchNorm1d, 8, track_running_stats=False)
     model = nn.Sequential(nn.Linear(6, 8), norm(), nn.Tanh(), nn.Linear(8, 8), norm(), nn.Tanh())
     labels = (torch.arange(8) % 4).expand(2, 8)

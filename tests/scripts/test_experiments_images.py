@@ -150,8 +150,8 @@ def test_real_images_are_of_their_class_and_means_of_its_parts():
 @pytest.mark.parametrize(
     "experiment",
     [
-        HyperCleaning(quick=True, device="cpu", steps=3),
-        Distillation(quick=True, device="cpu", network="lenet", images=2),
+        HyperCleaning(quick=True, device="cpu", steps=1),
+        Distillation(quick=True, device="cpu", network="lenet", steps=1, inner_steps=2),
     ],
     ids=lambda experiment: experiment.name,
 )

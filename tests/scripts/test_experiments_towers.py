@@ -237,7 +237,7 @@ def test_diverged_runs_are_counted_in_the_table():
 @pytest.mark.usefixtures("noise_cifar10")
 @pytest.mark.parametrize(
     "experiment",
-    [replace(CIFAR, epochs=2), replace(CHAR, text=Path(__file__), window=16)],
+    [replace(CIFAR, epochs=1), replace(CHAR, text=Path(__file__), window=16)],
     ids=lambda experiment: experiment.name,
 )
 def test_a_smoke_test_leaves_rows_and_plots(tmp_path, monkeypatch, experiment):

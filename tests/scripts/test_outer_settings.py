@@ -183,8 +183,8 @@ def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
     train = load_main("train")
     first = tmp_path / "first"
     second = tmp_path / "second"
-    train([*SMALL, f"--out={first}"])
-    train([*SMALL, "--seed=5", f"--init={first}", "--outer-lr=0", f"--out={second}"])
+    save_run(first, "--seed=4")
+    train([*SMALL, "--steps=1", "--seed=5", f"--init={first}", "--outer-lr=0", f"--out={second}"])
     before = torch.load(first / "checkpoint.pt", weights_only=True)["learner"]
     after = torch.load(second / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(x, before[name]) for name, x in after["learner"].items())
@@ -192,7 +192,7 @@ def test_what_a_run_started_from_is_part_of_it(tmp_path, capsys):
     identity = json.loads(after["identity"])
     assert config["options"]["init_digest"] == identity["init_digest"] != ""
     shutil.rmtree(first)
-    train(["--resume", f"--out={second}", "--steps=4"])
+    train(["--resume", f"--out={second}", "--steps=2"])
     load_main("evaluate")([str(second), "--episodes=2"])
     capsys.readouterr()
     line = error_line(train, ["--resume", f"--out={second}", f"--init={tmp_path}"], capsys)

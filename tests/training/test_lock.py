@@ -1,7 +1,7 @@
 """A folder has one writer, and a run that left nothing to lose does not block its name."""
 
 import os
-import subprocess
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -12,26 +12,28 @@ from training.sinusoid_run import make_parts, train
 from metaimplicit.training import only_writer
 from metaimplicit.training.lock import LOCK
 
-HOLD = """
-import sys
-from pathlib import Path
-from metaimplicit.training import only_writer
-with only_writer(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
-
-@pytest.mark.slow
-def test_another_process_is_refused_by_the_name_of_the_writer_until_it_is_killed(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        message = rf"is being written to by process {holder.pid} on .* \(-c .*; wait until it ends"
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads
+def test_another_process_is_refused_by_the_name_of_the_writer_until_it_is_killed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "a run"])
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if not holder:
+        with only_writer(tmp_path):
+            os.write(writer, b"held")
+            signal.pause()
+    try:
+        assert os.read(reader, 4) == b"held"
+        message = rf"is being written to by process {holder} on .* \(train.py --out 'a run'\); wait"
         with pytest.raises(FileExistsError, match=message):
             train(tmp_path, make_parts(), steps=1)
-        holder.kill()
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.close(reader)
+        os.close(writer)
     assert {path.name for path in tmp_path.iterdir()} == {LOCK}
     train(tmp_path, make_parts(), steps=1)
 

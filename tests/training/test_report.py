@@ -18,6 +18,7 @@ from metaimplicit.training import (
     evaluate,
     leave_page,
     make_run_page,
+    plot_adaptation,
     predict_classes,
     predict_curves,
     read_metrics,
@@ -213,6 +214,19 @@ def test_the_page_of_a_regression_shows_fits(tmp_path, monkeypatch):
     assert list(sections) == ["Error", *FIRST, "Fits", *LAST]
     assert "This run was not validated." in sections["Curves"]
     assert "after 1 inner step:" in sections["Error"]
+
+
+def test_losses_and_fits_that_are_not_finite_are_drawn(tmp_path):
+    learner = MetaLearner(nn.Linear(1, 1), F.mse_loss, inner=GradientDescent(3, lr=1e20))
+    batch = make_sampler(tasks_per_batch=2, seed=1)[0]
+    evaluation = evaluate(learner, [batch], steps=3)
+    fits = predict_curves(learner, batch, steps=3)
+    assert not fits.after.isfinite().any()
+    page = read_page(make_run_page(tmp_path, title="sinusoid", evaluation=evaluation, fits=fits))
+    assert "nan ± nan" in page.text
+    assert page.images == 4
+    plot_adaptation(tmp_path, evaluation, fits=fits)
+    assert (tmp_path / "adaptation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_of_a_run_with_a_metric_shows_it_under_this_name_and_without_percent(
