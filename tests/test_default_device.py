@@ -34,7 +34,7 @@ def test_second_order_optimizers(name):
     def run():
         model = models.pop()
         optimizer = OPTIMIZERS[name](model)
-        for _ in range(3):
+        for _ in range(2):
             optimizer.step(closure_for(name, model))
         ends.append(vector(model))
 
@@ -45,11 +45,11 @@ def test_second_order_optimizers(name):
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers(name):
     model, other = network(), network()
-    train(other, Hyperoptimizer(other.parameters(), TOWERS[name]), 3)
+    train(other, Hyperoptimizer(other.parameters(), TOWERS[name]), 2)
     with ELSEWHERE:
         optimizer = Hyperoptimizer(model.parameters(), TOWERS[name])
         optimizer.load_state_dict(optimizer.state_dict())
-    train(model, optimizer, 3)
+    train(model, optimizer, 2)
     assert torch.equal(vector(model), vector(other))
 
 

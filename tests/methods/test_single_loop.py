@@ -113,13 +113,15 @@ def test_t1_t2_is_exact_where_the_curvature_is_the_inverse_step_size():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:OneStep ended with BREAKDOWN")  # just after A has grown
 def test_the_scale_follows_a_growing_curvature():
-    h, b, t = ORACLE.data
+    wide = quadratic([[1.0, 1.2, 1.5, 1.8, 2.2], [1.0, 1.1, 1.3, 1.6, 2.0]])
+    h, b, t = wide.data
     state = None
     for factor in (1.0, 20.0):
-        star = torch.linalg.solve(factor * h, b @ ORACLE.meta["phi"])
-        for _ in range(12):
+        star = torch.linalg.solve(factor * h, b @ wide.meta["phi"])
+        for _ in range(25):
             result = run(
                 "soba",
+                wide,
                 inner=LOOP.updated(steps=1, lr=1e-9),
                 data=(factor * h, b, t),
                 state=state,
