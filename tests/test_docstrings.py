@@ -36,6 +36,8 @@ def test_the_examples_of_a_module_run(name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     runner = doctest.DocTestRunner(optionflags=flags)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module_of(name)):
+        if not test.examples:
+            continue
         report = []
         runner.run(test, out=report.append)
         assert runner.failures == 0, "".join(report)

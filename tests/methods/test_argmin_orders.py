@@ -30,7 +30,7 @@ from metaimplicit import (
 from metaimplicit.inner import L1Norm
 from metaimplicit.methods import SAMA
 
-TASKS, M, N = 2, 8, 3
+TASKS, M, N = 2, 8, 2
 X = randn(TASKS, M, N, seed=1)
 Y = randn(TASKS, M, seed=2).sign()
 CONVERGED = NewtonCG(steps=50, tol=1e-14)

@@ -240,7 +240,8 @@ def with_labels(labels, loss, method, vectorize):
         outer_loss=lambda params, meta, data: loss(data[0] @ params["w"], data[1]),
     )
     data = (randn(2, 6, 4, seed=3), labels)
-    options = {"inner": THREE_STEPS, "method": method, "vectorize": vectorize}
+    inner = GradientDescent(steps=1, lr=0.1)
+    options = {"inner": inner, "method": method, "vectorize": vectorize}
     meta = {"w": randn(4, 3, seed=4)}
     return hypergradient(problem, meta, data, batched=True, **options).grads["w"]
 

@@ -132,7 +132,7 @@ def test_a_term_of_the_inner_loss_without_parameters_does_not_move_the_argmin(di
         lambda w, m: w.square() + direct * m["b"].square(),
     )
     meta = {"a": number(1.0), "b": number(2.0)}
-    inner = GradientDescent(steps=50, lr=0.3)
+    inner = GradientDescent(steps=12, lr=0.45)
     result = hypergradient(problem, meta, None, inner=inner, method=method)
     assert result.grads["b"].item() == 4.0 * direct
 

@@ -19,8 +19,8 @@ from metaimplicit.iterate import Iterate
 from metaimplicit.methods import SAMA, ValueFunction
 from metaimplicit.solvers import Richardson, Status
 
-ORACLE = quadratic([[1.0, 1.2, 1.5, 1.8, 2.2], [1.0, 1.1, 1.3, 1.6, 2.0]])
-LOOP = GradientDescent(steps=36, lr=0.55)
+ORACLE = quadratic([[1.0, 1.1, 1.2, 1.3, 1.4], [1.0, 1.05, 1.1, 1.2, 1.3]])
+LOOP = GradientDescent(steps=24, lr=0.7)
 
 
 def run(method, oracle=ORACLE, inner=LOOP, data=None, **options):
@@ -43,13 +43,13 @@ def error(method, oracle=ORACLE, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flag", "calls"), [("soba", 50), ("amigo", 15)])
+@pytest.mark.parametrize(("flag", "calls"), [("soba", 22), ("amigo", 20)])
 def test_steps_that_continue_from_call_to_call_converge(flag, calls):
     state = None
     end = None
     errors = []
     for _ in range(calls):
-        result = run(flag, state=state, start=end, inner=LOOP.updated(steps=2))
+        result = run(flag, state=state, start=end, inner=LOOP.updated(steps=1))
         state = result.report.state
         end = result.end
         errors.append(largest_error(result.grads, ORACLE.exact))
@@ -73,8 +73,8 @@ def test_the_noise_of_minibatches_averages_out_over_the_calls():
 
     state = None
     gradients = []
-    for i in range(60):
-        method = Implicit(Richardson(scale=0.3))
+    for i in range(32):
+        method = Implicit(Richardson(scale=0.45))
         result = run_minibatch(method, data=minibatches[i % 2], state=state)
         state = result.report.state
         gradients.append(result.grads["phi"])
@@ -113,13 +113,15 @@ def test_t1_t2_is_exact_where_the_curvature_is_the_inverse_step_size():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:OneStep ended with BREAKDOWN")  # just after A has grown
 def test_the_scale_follows_a_growing_curvature():
-    h, b, t = ORACLE.data
+    wide = quadratic([[1.0, 1.2, 1.5, 1.8, 2.2], [1.0, 1.1, 1.3, 1.6, 2.0]])
+    h, b, t = wide.data
     state = None
     for factor in (1.0, 20.0):
-        star = torch.linalg.solve(factor * h, b @ ORACLE.meta["phi"])
+        star = torch.linalg.solve(factor * h, b @ wide.meta["phi"])
         for _ in range(25):
             result = run(
                 "soba",
+                wide,
                 inner=LOOP.updated(steps=1, lr=1e-9),
                 data=(factor * h, b, t),
                 state=state,
@@ -223,7 +225,7 @@ def test_the_value_function_takes_the_direct_gradient_at_y():
 def test_short_loops_of_the_value_function_continue_with_both_iterates():
     method = ValueFunction(1e3)
     end = None
-    for _ in range(15):
+    for _ in range(7):
         result = run(method, inner=LOOP.updated(steps=3), start=end)
         end = result.end
     assert largest_error(result.grads, run(method).grads) < 1e-8

@@ -10,7 +10,7 @@ from metaimplicit.solvers import CG, MINRES, Dense, Lanczos, NystromCG, Status
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-INNER = GradientDescent(steps=200, lr=0.3)
+INNER = GradientDescent(steps=40, lr=0.8)
 SOLVERS = [CG(max_steps=50, tol=1e-12), Dense(), Lanczos(max_steps=9), MINRES(max_steps=50)]
 METHODS = [
     *map(Implicit, SOLVERS),
@@ -24,7 +24,7 @@ METHODS = [
 def quadratic():
     """f = ½ wᵀA w − cᵀw, beside four numbers that g alone reads, and its dg/dc."""
     root = torch.randn(8, 6)
-    a = root.mT @ root / 8 + 0.6 * torch.eye(6)
+    a = root.mT @ root / 24 + 0.6 * torch.eye(6)
     meta = {"c": torch.randn(6)}
 
     def outer(params, meta, data):

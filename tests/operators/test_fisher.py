@@ -92,7 +92,7 @@ def test_the_sampled_matrix_is_made_of_its_draws_and_tends_to_the_exact_one(like
     assert torch.equal(few, sampled(2, seed=3))
     assert torch.linalg.matrix_rank(few[0]) <= 2 * POINTS
     exact = dense(fisher("exact", likelihood, tasks=1))
-    errors = [relative_error(sampled(samples, seed=0, tasks=1), exact) for samples in (100, 10000)]
+    errors = [relative_error(sampled(samples, seed=0, tasks=1), exact) for samples in (40, 4000)]
     assert errors[1] < 0.03
     assert 4 < errors[0] / errors[1] < 25  # like 1/√samples
 

@@ -200,12 +200,13 @@ def test_the_inverse_is_exact_and_rho_is_added_to_the_shift(corrected):
     b = randn(*operator.shape, seed=3)
     shifted = operator + Identity(operator, 0.3)
     solution = Factored().solve(shifted, b)
-    expected = torch.linalg.solve(dense(shifted), b)
+    matrix = dense(shifted)
+    expected = torch.linalg.solve(matrix, b)
     assert relative_error(solution.value, expected) < 1e-12
     assert solution.status.tolist() == [Status.CONVERGED] * TASKS
     damped = Factored(rho=0.2).solve(shifted, b)
     eye = torch.eye(operator.shape[1], dtype=torch.float64)
-    assert relative_error(damped.value, torch.linalg.solve(dense(shifted) + 0.2 * eye, b)) < 1e-12
+    assert relative_error(damped.value, torch.linalg.solve(matrix + 0.2 * eye, b)) < 1e-12
     assert damped.status.tolist() == [Status.MAX_STEPS] * TASKS
 
 

@@ -101,7 +101,7 @@ def test_draws_tend_to_the_exact_matrix(name, kind):
     row = FITTING[name]
     parts = parts_of(network(), row.loss, X, row.targets)
     exact = dense(kind.from_loss(parts))
-    options = {"expectation": "monte-carlo", "samples": 4000, "generator": generator(0)}
+    options = {"expectation": "monte-carlo", "samples": 2000, "generator": generator(0)}
     assert relative_error(dense(kind.from_loss(parts, **options)), exact) < 0.05
 
 

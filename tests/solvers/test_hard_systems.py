@@ -46,7 +46,7 @@ CASES = {  # a solver, and its status on each of the systems
     "auto": (Auto(**LIMITS, dense=0), INDEFINITE_TOO),
     "auto, dense": (Auto(), INDEFINITE_TOO),
     "auto, no memory": (Auto(**LIMITS, dense=0, memory=0), INDEFINITE_TOO),
-    "neumann": (Neumann(terms=400), DEFINITE_ONLY),
+    "neumann": (Neumann(terms=200), DEFINITE_ONLY),
     "dense": (Dense(), INDEFINITE_TOO),
     "nystrom": (Nystrom(**SKETCH), LOW_RANK),
     "nystrom, streamed": (Nystrom(**SKETCH, chunk=2), LOW_RANK),

@@ -36,13 +36,13 @@ def test_a_system_may_have_another_type_than_new_tensors():
     torch.testing.assert_close(solution.value, b / 2)
 
 
-@pytest.mark.slow
 def test_it_chooses_a_scale_that_converges():
-    matrix, b, exact = positive_systems()
-    solution = Neumann(terms=3000).solve(Matrix(matrix), b)
-    assert relative_error(solution.value, exact) < 1e-8
+    matrix = symmetric([[1.0, 2.0, 4.0, 8.0], [0.1, 0.2, 0.3, 0.4]])
+    b = randn(2, 4, seed=9)
+    solution = Neumann(terms=200).solve(Matrix(matrix), b)
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) < 1e-8
     # A residual this small is computed by one product more.
-    assert solution.products == 3000 + Neumann().power_steps + 1
+    assert solution.products == 200 + Neumann().power_steps + 1
 
 
 def test_the_scale_sees_an_eigenvector_that_b_has_no_part_in():
@@ -75,10 +75,10 @@ def test_negative_curvature_is_reported_though_the_residual_is_unchanged():
 
 
 def test_a_task_keeps_what_it_had_before_its_residual_grew():
-    matrix = symmetric([[-0.01, 1.0, 2.0, 3.0]])
+    matrix = symmetric([[-0.1, 1.0, 2.0, 3.0]])
     b = randn(1, 4, seed=2)
     operator = Matrix(matrix)
-    solutions = [Neumann(terms=k, scale=0.3).solve(operator, b) for k in (1, 10, 100, 1000)]
+    solutions = [Neumann(terms=k, scale=0.3).solve(operator, b) for k in (1, 3, 10, 100)]
     residuals = [float(solution.residual) for solution in solutions]
     assert residuals == sorted(residuals, reverse=True)
     assert solutions[-1].status.tolist() == [Status.NEGATIVE_CURVATURE]

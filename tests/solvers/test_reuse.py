@@ -186,7 +186,7 @@ def drifting_sequence(tol):
     b = randn(1, 60, seed=3)
     systems = []
     cold_products = 0
-    for t in range(12):
+    for t in range(6):
         systems.append((a, b))
         cold_products += CG(max_steps=999, tol=tol).solve(Matrix(a), b).products
         noise = randn(1, 60, 60, seed=100 + t)
