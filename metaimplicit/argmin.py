@@ -128,7 +128,7 @@ def argmin(
 
     if adaptation.pullback is not None:
         params = attach_pullback(adaptation, method, sources, data=lifted.data)
-    elif torch.is_grad_enabled():
+    elif torch.is_grad_enabled() and any(map(is_differentiated, sources.values())):
         params = adaptation.params
         if method.reach != ALL_ROUTES:
             for name in sources.keys() - find_dependencies(params.values(), sources):

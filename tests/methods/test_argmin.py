@@ -141,6 +141,12 @@ def test_there_is_no_graph_under_no_grad(method):
     assert not params["theta"].requires_grad
 
 
+@pytest.mark.parametrize("method", ["unrolled", "dense"])
+def test_there_is_no_graph_where_nothing_requires_grad(method):
+    params = solve(QUADRATIC, QUADRATIC.meta, method)
+    assert not any(p.requires_grad for p in params.values())
+
+
 def test_backward_twice_through_a_retained_graph_doubles_the_gradient():
     meta = variable(QUADRATIC.meta)
     loss = solve(QUADRATIC, meta, Implicit(Dense()))["theta"].sum()
