@@ -21,9 +21,13 @@ def test_another_process_is_refused_by_the_name_of_the_writer_until_it_is_killed
     reader, writer = os.pipe()
     holder = os.fork()
     if not holder:
-        with only_writer(tmp_path):
-            os.write(writer, b"held")
-            signal.pause()
+        try:
+            with only_writer(tmp_path):
+                os.write(writer, b"held")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)  # so that the end of the other process ends a read
     try:
         assert os.read(reader, 4) == b"held"
         message = rf"is being written to by process {holder} on .* \(train.py --out 'a run'\); wait"
@@ -33,7 +37,6 @@ def test_another_process_is_refused_by_the_name_of_the_writer_until_it_is_killed
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         os.close(reader)
-        os.close(writer)
     assert {path.name for path in tmp_path.iterdir()} == {LOCK}
     train(tmp_path, make_parts(), steps=1)
 
