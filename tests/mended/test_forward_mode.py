@@ -57,8 +57,8 @@ CASES = [("linear", loss) for loss in LOSSES] + [("GRU", "mse_loss"), ("LSTM", "
 
 def regression():
     episodes = draw(tasks=2)
-    episodes.support = (episodes.support[0], torch.randn(2, 10))
-    episodes.query = (episodes.query[0], torch.randn(2, 10))
+    episodes.support = (episodes.support[0], torch.randn(2, 5))
+    episodes.query = (episodes.query[0], torch.randn(2, 5))
     return episodes
 
 
