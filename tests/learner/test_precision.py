@@ -45,7 +45,7 @@ def plain_gradient(dtype):
 
 def meta_gradient(flag, dtype, vectorize):
     model = build_model(dtype)
-    inner = GradientDescent(steps=3, lr=0.1)
+    inner = GradientDescent(steps=2, lr=0.1)
     learner = MetaLearner(model, F.cross_entropy, inner=inner, method=flag, vectorize=vectorize)
     learner.backward(draw_episodes(dtype))
     return gradient_of(model)
