@@ -63,7 +63,7 @@ class Case:
     meta: str = "start"
     proximal: float = 0.0
     inner: str = "GradientDescent"
-    steps: int = 3
+    steps: int = 2
     lr: float = 0.1
     options: tuple[tuple[str, Any], ...] = ()
     method: str = "unrolled"

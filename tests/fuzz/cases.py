@@ -75,6 +75,7 @@ def _method(dice: Dice, _: Case) -> dict[str, Any]:
         curvature = "default"
     plain = curvature == "default" and solver != "nystrom-cg"
     flagged = plain or (curvature in KRONECKER and solver == "factored")
+    many = 20 if solver == "neumann" else 150  # its oracle is the polynomial of as many terms
     few = solver in ("cg", "minres", "neumann") and dice.chance(0.55)
     products = {"double-backward": 3, "forward-over-reverse": 1, "finite-differences": 1}
     kronecker = solver == "cg" and curvature in ("hessian", "gauss-newton") and dice.chance(0.2)
@@ -84,7 +85,7 @@ def _method(dice: Dice, _: Case) -> dict[str, Any]:
         "solver": solver,
         "curvature": curvature,
         "bare": bare,
-        "solver_steps": dice.any_of(1, 2, 3) if few else 150,
+        "solver_steps": dice.any_of(1, 2, 3) if few else many,
         "scale": dice.any_of(0.05, 0.1) if solver == "neumann" else 0.0,
         "rho": dice.any_of(0.01, 0.1) if solver in ("nystrom", "nystrom-cg", "factored") else 0.0,
         "damping": dice.pick({0.0: 5, 0.1: 1}),

@@ -276,7 +276,7 @@ def test_lbfgs_without_a_solution_returns_the_point_with_the_lowest_loss():
 
     start = {"x": torch.tensor([[-1.2, 1.0]], dtype=torch.float64)}
     last_is_best = []
-    for steps in range(1, 21):
+    for steps in range(1, 11):
         losses = []
 
         def recorded(params, t, losses=losses):

@@ -20,7 +20,7 @@ from metaimplicit import (
     hypergradient,
 )
 
-TASKS = 3
+TASKS = 2
 
 
 def test_hypergradients_are_those_of_the_closed_form_and_of_gradient_descent():
@@ -56,8 +56,8 @@ def test_the_learner_takes_it_by_its_flag(vectorize):
     learner = MetaLearner(
         model, F.cross_entropy, inner="newton-cg", proximal=5.0, vectorize=vectorize
     )
-    losses, accuracies = learner.evaluate(data, steps=12)
-    assert losses.shape == accuracies.shape == (13, TASKS)
+    losses, accuracies = learner.evaluate(data, steps=4)
+    assert losses.shape == accuracies.shape == (5, TASKS)
     assert relative_error(losses[-1].mean(), step.loss) < 1e-5
     assert learner.adapt((pair[0][0], labels[0])).params["0.weight"].shape == (5, 6)
 

@@ -36,7 +36,7 @@ def make_network():
 
 def make_learner(model=None, **options):
     defaults = {
-        "inner": GradientDescent(steps=3, lr=0.3),
+        "inner": GradientDescent(steps=2, lr=0.3),
         "method": "cg",
         "proximal": 0.5,
         "vectorize": "vmap",

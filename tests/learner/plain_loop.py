@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-STEPS = 3
+STEPS = 2
 LR = 0.1
 
 

@@ -83,7 +83,8 @@ def test_pairs_of_parameters_may_be_viewed_as_complex_numbers(method, vectorize)
 
     def gradients(to_complex):
         options = {"method": method, "proximal": 0.5, "vectorize": vectorize}
-        learner = MetaLearner(Filter(to_complex), squared_error, **options)
+        inner = GradientDescent(steps=2, lr=LR)
+        learner = MetaLearner(Filter(to_complex), squared_error, inner=inner, **options)
         learner.backward((task, task))
         return [p.grad for p in learner.model.parameters()]
 

@@ -15,7 +15,7 @@ from metaimplicit.learner import task_batches
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-STEPS = 3
+STEPS = 2
 
 
 def make_model():

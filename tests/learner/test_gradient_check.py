@@ -9,10 +9,11 @@ from oracles import randn
 from torch import nn
 from torch.nn import functional as F
 
-from metaimplicit import CG, Implicit, MetaLearner, NewtonCG
+from metaimplicit import CG, GradientDescent, Implicit, MetaLearner, NewtonCG
 from metaimplicit.learner.double import in_float64
 
 EXACT_CG = Implicit(CG(max_steps=60, tol=1e-12), curvature="hessian")
+TWO_STEPS = GradientDescent(steps=2, lr=0.01)  # a check runs the loop dozens of times
 
 
 class HalvedGradient(torch.autograd.Function):
@@ -40,17 +41,17 @@ def new_model(*layers):
 @pytest.mark.parametrize(
     "options",
     [
-        {"learn": "lr"},
-        {"adapt": "2.*"},
+        {"learn": "lr", "inner": TWO_STEPS},
+        {"adapt": "2.*", "inner": TWO_STEPS},
         {"head": "ridge"},
-        {"method": EXACT_CG, "inner": NewtonCG(steps=12, tol=1e-12)},
+        {"method": EXACT_CG, "inner": NewtonCG(steps=6, tol=1e-12), "proximal": 20.0},
     ],
     ids=["learnt step size", "last layer", "ridge", "cg"],
 )
 def test_a_learner_of_float32_is_checked_in_float64_and_left_alone(options):
     learner = MetaLearner(new_model(), F.cross_entropy, **options)
     before = {name: p.clone() for name, p in learner.named_parameters()}
-    check = learner.check(draw_episodes())
+    check = learner.check(draw_episodes(), directions=1)
     assert check.verdict == "Right: it agrees with finite differences."
     assert check.error < 1e-8
     for name, p in learner.named_parameters():
@@ -66,20 +67,22 @@ def test_a_learner_of_float32_is_checked_in_float64_and_left_alone(options):
         ([], EXACT_CG, "Wrong: the solve is fine, but θ_T is no stationary point"),
         ([Halving()], "unrolled", "Wrong by .* look for what autograd does not see"),
     ],
-    ids=["first-order", "five steps", "a wrong derivative"],
+    ids=["first-order", "two steps", "a wrong derivative"],
 )
 def test_the_verdict_says_what_is_wrong(layers, method, verdict):
     # This form of autograd.Function has no batching rule.
-    learner = MetaLearner(new_model(*layers), F.cross_entropy, method=method, vectorize="loop")
-    check = learner.check(draw_episodes())
+    learner = MetaLearner(
+        new_model(*layers), F.cross_entropy, inner=TWO_STEPS, method=method, vectorize="loop"
+    )
+    check = learner.check(draw_episodes(), directions=1)
     assert check.error > 1e-2
     assert re.match(verdict, check.verdict)
 
 
 def test_random_models_and_tasks_of_several_sizes_are_refused():
-    learner = MetaLearner(new_model(nn.Dropout()), F.cross_entropy)
+    learner = MetaLearner(new_model(nn.Dropout()), F.cross_entropy, inner=TWO_STEPS)
     with pytest.raises(ValueError, match=r"got two values .*; fix the seed, or switch dropout off"):
-        learner.check(draw_episodes())
+        learner.check(draw_episodes(), directions=1)
     assert learner.eval().check(draw_episodes()).error < 1e-8
     tasks = [
         (
@@ -115,9 +118,11 @@ def test_a_loss_that_reads_the_model_reads_it_in_float64(detached):
     def loss(outputs, labels):
         return F.cross_entropy(outputs, labels) + model.kept.square().mean()
 
-    learner = MetaLearner(model, loss, vectorize="loop")
+    learner = MetaLearner(model, loss, inner=TWO_STEPS, vectorize="loop")
     model(torch.zeros(2, INPUTS))
-    assert learner.check(draw_episodes()).verdict.startswith("Wrong" if detached else "Right")
+    assert learner.check(draw_episodes(), directions=1).verdict.startswith(
+        "Wrong" if detached else "Right"
+    )
 
 
 def in_float32(episodes):
@@ -125,12 +130,14 @@ def in_float32(episodes):
 
 
 def test_nothing_is_left_of_a_check():
-    learner = MetaLearner(new_model(), F.cross_entropy, method="nystrom", adapt="2.*")
+    learner = MetaLearner(
+        new_model(), F.cross_entropy, inner=TWO_STEPS, method="nystrom", adapt="2.*"
+    )
     learner.backward(in_float32(draw_episodes()))
     vectorize, gradient = learner.vectorize, learner.model[0].weight.grad.clone()
     storage, state = [p.data_ptr() for p in learner.parameters()], torch.get_rng_state()
     with torch.inference_mode():
-        learner.check(draw_episodes())
+        learner.check(draw_episodes(), directions=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert [p.data_ptr() for p in learner.parameters()] == storage
     assert torch.equal(learner.model[0].weight.grad, gradient)
@@ -142,7 +149,7 @@ def test_a_loss_that_holds_float32_is_told_so():
     weight = torch.ones(WAYS)
     learner = MetaLearner(new_model(), lambda z, y: F.cross_entropy(z, y, weight=weight))
     with pytest.raises(ValueError, match=r"check: it computes in float64.*`weight.to\(outputs\)`"):
-        learner.check(draw_episodes())
+        learner.check(draw_episodes(), directions=1)
     assert learner.model[0].weight.dtype == torch.float32
 
 
@@ -160,7 +167,8 @@ def test_what_forward_passes_leave_in_a_model_is_put_back(dtype):
 
     model = Counting().to(dtype)
     mean = model.mean
-    MetaLearner(nn.Sequential(model), F.cross_entropy, vectorize="loop").check(draw_episodes())
+    learner = MetaLearner(nn.Sequential(model), F.cross_entropy, inner=TWO_STEPS, vectorize="loop")
+    learner.check(draw_episodes(), directions=1)
     assert model.mean is mean
 
 

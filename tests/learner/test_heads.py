@@ -233,7 +233,7 @@ def test_proto_maml_learns_its_step_size_and_temperature(adapt):
 
 
 def test_prototypes_whose_head_adapts_alone_run_the_body_once():
-    inner = GradientDescent(steps=3, lr=0.1)
+    inner = GradientDescent(steps=2, lr=0.1)
     body = make_body()
     learner = make("prototypes", body, inner=inner, adapt="head.*", vectorize="vmap")
     learner.backward(draw_episodes())  # the first batch is compared with a loop

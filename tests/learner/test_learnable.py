@@ -71,28 +71,28 @@ def test_a_state_dict_holds_every_learnt_number():
 
 
 SCHEDULES = {
-    "each step": ([0.3, 0.2, 0.1], "scalar", ["log_lr[0]", "log_lr[1]", "log_lr[2]"]),
+    "each step": ([0.3, 0.2], "scalar", ["log_lr[0]", "log_lr[1]"]),
     "each layer": ({"0": 0.3, "2": 0.1}, "scalar", ["log_lr.0", "log_lr.2"]),
     "patterns": ({"*.bias": 0.3, "*": 0.1}, "scalar", ["log_lr.*", "log_lr.*.bias"]),
     "each step of a layer": (
-        {"0": [0.3, 0.2, 0.1], "*": 0.2},
+        {"0": [0.3, 0.1], "*": 0.2},
         "scalar",
-        ["log_lr.*", "log_lr.0[0]", "log_lr.0[1]", "log_lr.0[2]"],
+        ["log_lr.*", "log_lr.0[0]", "log_lr.0[1]"],
     ),
     "each layer of a step": (
-        [0.3, {"0": 0.2, "2": 0.1}, 0.1],
+        [0.3, {"0": 0.2, "2": 0.1}],
         "scalar",
-        ["log_lr[0]", "log_lr[1].0", "log_lr[1].2", "log_lr[2]"],
+        ["log_lr[0]", "log_lr[1].0", "log_lr[1].2"],
     ),
     "each tensor of each step": (
-        [0.3, 0.2, 0.1],
+        [0.3, 0.2],
         "per-tensor",
-        [f"log_lr[{t}].{layer}.{name}" for t in range(3) for layer in (0, 2) for name in NAMES],
+        [f"log_lr[{t}].{layer}.{name}" for t in range(2) for layer in (0, 2) for name in NAMES],
     ),
     "each element of each step": (
-        [0.3, 0.2, 0.1],
+        [0.3, 0.2],
         "per-element",
-        [f"log_lr[{t}].{layer}.{name}" for t in range(3) for layer in (0, 2) for name in NAMES],
+        [f"log_lr[{t}].{layer}.{name}" for t in range(2) for layer in (0, 2) for name in NAMES],
     ),
     "each tensor of a layer": (
         {"0": 0.3, "2.weight": 0.1, "2.bias": 0.2},
@@ -110,7 +110,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_step_sizes_of_layers_and_steps_are_learnt(name):
     lr, granularity, names = SCHEDULES[name]
-    options = {"inner": GradientDescent(steps=3, lr=lr), "method": "unrolled"}
+    options = {"inner": GradientDescent(steps=2, lr=lr), "method": "unrolled"}
     learner = make_learner(learn={"lr": granularity}, **options)
     assert sorted(learner.learnt.by_name()) == sorted(names)
     fixed = make_learner(vectorize="loop", **options)

@@ -80,7 +80,7 @@ def test_anomaly_detection_changes_nothing(method, vectorize):
         learner.backward(draw_episodes())
         return [p.grad for p in learner.parameters()]
 
-    inner = GradientDescent(steps=2, lr=0.3)
+    inner = GradientDescent(steps=1, lr=0.3)
     learner = make_learner(method=method, inner=inner, vectorize=vectorize)
     expected = run()
     with torch.autograd.detect_anomaly(check_nan=True):

@@ -22,10 +22,15 @@ class Encoder(nn.Module):
 
 PADDING = torch.arange(5) >= torch.tensor([2, 3, 5, 4, 2, 5]).unsqueeze(1)
 LABELS = torch.arange(6) % 3
+INNER = GradientDescent(steps=2, lr=0.1)
 SETS = ((randn(2, 6, 5, 4, seed=1), PADDING.expand(2, 6, 5)), LABELS.expand(2, 6))
 
 
-@pytest.mark.parametrize("options", [{}, {"adapt": "head.*"}, {"head": "ridge"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"inner": INNER}, {"inner": INNER, "adapt": "head.*"}, {"head": "ridge"}],
+    ids=["all", "head", "ridge"],
+)
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 def test_every_call_computes_what_training_does(options, vectorize):
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def plain_gradient(dtype):
 
 def meta_gradient(flag, dtype, vectorize):
     model = build_model(dtype)
-    inner = GradientDescent(steps=3, lr=0.1)
+    inner = GradientDescent(steps=2, lr=0.1)
     learner = MetaLearner(model, F.cross_entropy, inner=inner, method=flag, vectorize=vectorize)
     learner.backward(draw_episodes(dtype))
     return gradient_of(model)
@@ -63,11 +63,7 @@ def distance(a, b):
 @pytest.mark.filterwarnings("ignore:.* ended with:RuntimeWarning")  # 5 steps, or round-off
 @pytest.mark.parametrize(
     ("flag", "dtype", "vectorize"),
-    [
-        *((flag, HALF[i % 2], ["vmap", "loop"][i // 2 % 2]) for i, flag in enumerate(FLAGS)),
-        *(("unrolled", torch.float16, "vmap"), ("cg", torch.float16, "loop")),
-        *(("nystrom", torch.float16, "vmap"), ("kfac", torch.bfloat16, "vmap")),
-    ],
+    [(flag, HALF[i % 2], ["vmap", "loop"][i // 2 % 2]) for i, flag in enumerate(FLAGS)],
     ids=str,
 )
 def test_a_meta_gradient_loses_as_few_digits_as_a_gradient(flag, dtype, vectorize):

@@ -442,7 +442,7 @@ def test_a_loss_that_runs_on_its_own_device_alone_counts_its_examples_all_the_sa
 def test_implicit_methods_take_the_same_targets(name):
     kind = (CLASSES | NUMBERS)[name]
     tasks = kind.draw()
-    options = {"inner": GradientDescent(steps=40, lr=0.2), "proximal": 2.0}
+    options = {"inner": GradientDescent(steps=20, lr=0.11), "proximal": 6.0}
     dense = make_learner(kind, method="dense", **options)
     unrolled = make_learner(kind, method="unrolled", **options)
     unrolled.model.load_state_dict(dense.model.state_dict())

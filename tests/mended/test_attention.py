@@ -7,6 +7,7 @@ import torch
 from crossing import every_pair
 from reported.helpers import (
     INNER,
+    STEPS,
     assert_hypergradient,
     assert_learns,
     assert_same,
@@ -170,7 +171,7 @@ def test_hypergradient_has_the_meta_gradient_of_a_plain_loop(kind):
     assert_hypergradient(expected, model, episodes)
 
 
-def implicit_gradient(model, strength=1.0, steps=3, lr=0.1):
+def implicit_gradient(model, strength=1.0, steps=STEPS, lr=0.1):
     """λA⁻¹v of one task, iMAML's meta-gradient, with A the Hessian of f + λ/2 ‖θ − φ‖²."""
     names = list(dict(model.named_parameters()))
     sizes = [p.numel() for p in model.parameters()]

@@ -65,7 +65,7 @@ def episodes():
 
 def meta_gradient(way, method):
     net = Net(way)
-    inner = GradientDescent(steps=3, lr=0.5)
+    inner = GradientDescent(steps=2, lr=0.5)
     learner = MetaLearner(net, F.cross_entropy, inner=inner, method=method, vectorize="loop")
     loss = learner.backward(episodes()).loss
     after = learner.evaluate(episodes())[0][-1].mean()
@@ -96,10 +96,10 @@ def test_a_tuner_takes_the_steps_that_it_takes_without_checkpoints():
     ends = []
     for way in ("plain", "a module"):
         problem, meta, domains = tuning_problem(Net(way), F.cross_entropy, [WeightDecay(start=0.1)])
-        inner = GradientDescent(steps=5, lr=0.3)
+        inner = GradientDescent(steps=2, lr=0.3)
         tuner = Tuner(problem, meta, domains=domains, inner=inner, method="cg")
         (x, y), (xq, yq) = ((part[0][0], part[1][0]) for part in episodes().values())
-        for _ in range(4):
+        for _ in range(2):
             tuner.step((x, y), (xq, yq))
         ends.append(tuner.params | tuner.meta)
     assert largest_error(ends[1], ends[0]) < 1e-12
@@ -120,7 +120,7 @@ def test_a_cache_of_parametrized_weights_is_not_used(vectorize):
     for block in (nullcontext(), parametrize.cached()):
         net = Net("plain")
         parametrizations.weight_norm(net.head)
-        inner = GradientDescent(steps=3, lr=0.5)
+        inner = GradientDescent(steps=2, lr=0.5)
         learner = MetaLearner(net, F.cross_entropy, inner=inner, vectorize=vectorize)
         (inputs, targets), (queries, _) = episodes().values()
         with block:

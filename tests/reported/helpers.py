@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from metaimplicit import BilevelProblem, GradientDescent, MetaLearner, Unrolled, hypergradient
 
-STEPS = 3
+STEPS = 2
 LR = 0.1
 INNER = GradientDescent(steps=STEPS, lr=LR)
 
@@ -30,7 +30,7 @@ def assert_same(got, expected, rtol=1e-11):
     torch.testing.assert_close(got, expected, rtol=rtol, atol=1e-13)
 
 
-def draw(tasks=3, examples=10, inputs=lambda *shape: torch.randn(*shape, 4)):
+def draw(tasks=2, examples=5, inputs=lambda *shape: torch.randn(*shape, 4)):
     """A batch of tasks of 5 classes, whose support and query sets have `examples` examples."""
     labels = torch.arange(examples) % 5
     support, query = ((inputs(tasks, examples), labels.repeat(tasks, 1)) for _ in range(2))

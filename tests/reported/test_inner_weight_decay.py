@@ -21,10 +21,10 @@ from metaimplicit import (
     hypergradient,
 )
 
-DECAY = 0.5
+DECAY = 2.0
 LAMBDA = 0.25  # the proximal strength
-SGD = TorchOptimizer(torch.optim.SGD, steps=100, lr=0.35, weight_decay=DECAY)
-MOMENTUM = TorchOptimizer(torch.optim.SGD, steps=100, lr=0.2, momentum=0.4, weight_decay=DECAY)
+SGD = TorchOptimizer(torch.optim.SGD, steps=60, lr=0.25, weight_decay=DECAY)
+MOMENTUM = TorchOptimizer(torch.optim.SGD, steps=60, lr=0.2, momentum=0.4, weight_decay=DECAY)
 # With a large eps Adam converges linearly, to round-off.
 ADAM = TorchOptimizer(
     torch.optim.Adam, steps=150, lr=0.15, betas=(0.5, 0.9), eps=0.5, weight_decay=DECAY
@@ -54,7 +54,7 @@ def regression():
         pytest.param(SGD, Unrolled(), id="unrolled"),
         pytest.param(SGD, Implicit(CG(max_steps=20, tol=1e-12)), id="cg"),
         pytest.param(SGD, Implicit(Dense()), id="dense"),
-        pytest.param(SGD, Implicit(Neumann(terms=200)), id="neumann"),
+        pytest.param(SGD, Implicit(Neumann(terms=60)), id="neumann"),
         pytest.param(MOMENTUM, Implicit(Dense()), id="momentum"),
         pytest.param(ADAM, Implicit(Dense()), id="adam"),
     ],
@@ -68,7 +68,9 @@ def test_the_gradient_includes_the_inner_weight_decay(inner, method):
 @pytest.mark.slow
 def test_the_check_finds_the_loop_with_weight_decay_stationary_and_the_gradient_right():
     problem, meta, _ = regression()
-    check = check_hypergradient(problem, meta, None, inner=SGD, method=Implicit(Dense()))
+    check = check_hypergradient(
+        problem, meta, None, inner=SGD, method=Implicit(Dense()), directions=1
+    )
     assert check.inner_gradient_norm < 1e-10
     assert check.error < 1e-6  # the differences are known to about 1e-8
 

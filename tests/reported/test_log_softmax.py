@@ -11,7 +11,7 @@ from metaimplicit import Dense, GradientDescent, Implicit, MetaLearner
 def meta_gradient(tail, loss, episodes):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), *tail)
-    inner = GradientDescent(steps=3, lr=0.3)
+    inner = GradientDescent(steps=2, lr=0.3)
     method = Implicit(Dense(), curvature="gauss-newton")
     learner = MetaLearner(model, loss, inner=inner, method=method, proximal=0.5, vectorize="vmap")
     learner.backward(episodes)

@@ -3,7 +3,7 @@
 import torch
 from torch.func import functional_call
 
-STEPS, LR, PROXIMAL = 3, 0.05, 5.0
+STEPS, LR, PROXIMAL = 2, 0.05, 5.0
 
 
 def inner_loss(model, loss, params, start, pair):
