@@ -150,8 +150,8 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, *, flips: Tensor) -
         tensor([[[[2., 1., 0.]]]])
     """
     height, width = images.shape[-2:]
-    rows = _reflected(top[:, None] + torch.arange(height), height)
-    columns = _reflected(left[:, None] + torch.arange(width), width)
+    rows = _reflected(top[:, None] + torch.arange(height, device=top.device), height)
+    columns = _reflected(left[:, None] + torch.arange(width, device=left.device), width)
     columns = torch.where(flips[:, None], columns.flip(1), columns)
 
     pixels = width * rows[:, :, None] + columns[:, None, :]  # [n, height, width]
@@ -184,9 +184,10 @@ def colour(images: Tensor, brightness: Tensor, contrast: Tensor, *, saturation: 
         >>> colour(red, one, one, saturation=0 * one).flatten()
         tensor([0.2990, 0.2990, 0.2990])
     """
-    grey = torch.tensor(GREY, dtype=images.dtype)
+    grey = torch.tensor(GREY, dtype=images.dtype, device=images.device)
     b, c, s = (factor[:, None, None] for factor in (brightness, contrast, saturation))
-    matrix = c * b * (s * torch.eye(3, dtype=images.dtype) + (1 - s) * grey)  # [n, 3, 3]
+    identity = torch.eye(3, dtype=images.dtype, device=images.device)
+    matrix = c * b * (s * identity + (1 - s) * grey)  # [n, 3, 3]
     mean = (images.mean((2, 3)) @ grey)[:, None, None]
     colours = torch.bmm(matrix, images.flatten(2)).add_((1 - c) * b * mean)
     return colours.clamp_(0, 1).view_as(images)

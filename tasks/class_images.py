@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +135,12 @@ def read_class_images(
     required = split_lists is not None
     images = files.image_paths
     if images:
+        if unread := files.unread_images:
+            warnings.warn(
+                f"{root}: {len(unread)} files, such as {unread[0]}, are images of a format that is "
+                "not read, and are left out; save them as PNG or JPEG",
+                stacklevel=3,
+            )
         division = divide_by_images(lists, images)
         if division is None:
             division = _divide_by_lists(lists, divide_by_folders(images), required)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,9 @@ def load(
 
     Images, of Pillow or of uint8, become `[3, size, size]` or `[1, size, size]`. Inputs of a float
     type stay as they are, in float32. A label is the name of its class, or its position in the list
-    `dataset.classes`, unless all labels stand in this list themselves. Of a `ConcatDataset`, each
-    dataset has its own list. Without lists, equal numbers are one class.
+    `dataset.classes`, unless all labels stand in this list themselves. In a `ConcatDataset` or a
+    `Subset`, however nested, each dataset has its own list. Without lists, equal numbers are one
+    class.
 
     Args:
         ways: The number of classes in a task.
@@ -191,16 +193,34 @@ def _warn_if_random(dataset: Any, rows: Sequence[np.ndarray], size: int, *, colo
 
 
 def _names(dataset: Any, labels: Sequence[Any]) -> list[str]:
-    """The name of the class of each label. Datasets that are joined each have their own classes."""
-    if not isinstance(dataset, ConcatDataset) or hasattr(dataset, "classes"):
-        return _class_names(labels, getattr(dataset, "classes", ()))
-    names: list[str] = []
-    for part, end in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
-        own = labels[len(names) : end]
-        while isinstance(part, Subset):
-            part = part.dataset
-        names += _class_names(own, getattr(part, "classes", ()))
+    """The name of the class of each label, which only the dataset that holds the example knows."""
+    holders = [_holder(dataset, number) for number in range(len(labels))]
+    positions: dict[int, list[int]] = {}
+    for number, holder in enumerate(holders):
+        positions.setdefault(id(holder), []).append(number)
+    names = [""] * len(labels)
+    for numbers in positions.values():
+        classes = getattr(holders[numbers[0]], "classes", ())
+        own = _class_names([labels[number] for number in numbers], classes)
+        for number, name in zip(numbers, own, strict=True):
+            names[number] = name
     return names
+
+
+def _holder(dataset: Any, number: int) -> Any:
+    """The dataset that holds an example, below what joins or cuts datasets without own classes."""
+    while not hasattr(dataset, "classes"):
+        if isinstance(dataset, Subset):
+            number = int(dataset.indices[number])
+            dataset = dataset.dataset
+        elif isinstance(dataset, ConcatDataset):
+            number %= len(dataset)  # a subset may count from the end
+            part = bisect_right(dataset.cumulative_sizes, number)
+            number -= dataset.cumulative_sizes[part - 1] if part else 0
+            dataset = dataset.datasets[part]
+        else:
+            break
+    return dataset
 
 
 def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:
@@ -291,7 +311,7 @@ def _input(value: Any, number: int, size: int, *, color: bool) -> np.ndarray:
     if array.dtype.kind == "f":
         return array.astype(np.float32)
     inputs = class_inputs(f"dataset: input {number}", array[None], size, color=color)
-    return inputs.squeeze(0)
+    return np.array(inputs.squeeze(0))  # a copy, since a dataset may give one buffer again
 
 
 def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -271,7 +271,7 @@ class EpisodeSampler(Dataset[Episodes]):
                 raise ValueError(f"{name}: got {number!r}, expected a whole number ≥ 0")
         indices = range(self.position, self.position + count)
         # Without a generator, the loader would draw a seed from the global one.
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed % 2**63)
         loader = DataLoader(
             Subset(self, indices),
             batch_size=None,

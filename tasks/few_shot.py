@@ -57,9 +57,9 @@ class FewShot:
     ) -> None:
         require_at_least_one(ways=ways, shots=shots, queries=queries)
         if ways > len(pool):
+            fewer = "ask for fewer ways or give it" if len(pool) else "give it"
             raise ValueError(
-                f"ways: got {ways}, but {name} has {len(pool)} classes; "
-                "ask for fewer ways or give it more classes"
+                f"ways: got {ways}, but {name} has {len(pool)} classes; {fewer} more classes"
             )
         smallest = int(np.argmin(pool.counts))
         available = pool.counts[smallest]
@@ -130,7 +130,7 @@ def way_targets(tasks: int, ways: int, count: int) -> Tensor:
         >>> way_targets(tasks=1, ways=3, count=2)
         tensor([[0, 0, 1, 1, 2, 2]])
     """
-    return torch.arange(ways).repeat_interleave(count).repeat(tasks, 1)
+    return torch.arange(ways, device="cpu").repeat_interleave(count).repeat(tasks, 1)
 
 
 def require_at_least_one(**numbers: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mimetypes
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,6 +60,13 @@ class Files:
     def image_paths(self) -> list[str]:
         """The paths that end in one of `IMAGE_SUFFIXES`, in upper or lower case."""
         return [path for path in self.paths if path.lower().endswith(IMAGE_SUFFIXES)]
+
+    @property
+    def unread_images(self) -> list[str]:
+        """The paths of images in a format that is not read, such as HEIC."""
+        others = [path for path in self.paths if not path.lower().endswith(IMAGE_SUFFIXES)]
+        kinds = {path: mimetypes.guess_type(path)[0] for path in others}
+        return [path for path, kind in kinds.items() if kind is not None and kind[:6] == "image/"]
 
     def read(self, path: str) -> bytes:
         """The bytes of one file.

@@ -108,16 +108,22 @@ class ImagePool:
             >>> pool.names, pool.counts.tolist()
             (('4', '7'), [3, 3])
         """
-        examples = [input_and_label(dataset[i], number=i) for i in range(len(cast(Sized, dataset)))]
+        values = []
+        labels = []
+        for number in range(len(cast(Sized, dataset))):
+            value, label = input_and_label(dataset[number], number=number)
+            values.append(_copied(value))
+            labels.append(label)
         try:
-            inputs = torch.stack([torch.as_tensor(value) for value, _ in examples])
+            inputs = torch.stack([torch.as_tensor(value) for value in values])
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"dataset: got inputs that do not stack ({error}), "
                 "expected one or more tensors of one shape; "
                 "give a dataset of images transform=Compose([Resize(...), PILToTensor()])"
             ) from error
-        labels = [label for _, label in examples]
+        if len({isinstance(label, str) for label in labels}) > 1:
+            labels = [str(label) for label in labels]
         sizes = Counter(labels)
         classes = sorted(sizes)
         order = sorted(range(len(labels)), key=labels.__getitem__)
@@ -132,12 +138,13 @@ class ImagePool:
 
     def subset(self, classes: Sequence[int] | np.ndarray) -> ImagePool:
         """The pool of some classes, given by their positions in this pool. No image is copied."""
+        positions = np.asarray(classes, dtype=np.int64)
         return ImagePool(
             images=self.images,
-            starts=self.starts[classes],
-            counts=self.counts[classes],
-            names=tuple(self.names[c] for c in classes),
-            ids=self.ids[classes],
+            starts=self.starts[positions],
+            counts=self.counts[positions],
+            names=tuple(self.names[c] for c in positions),
+            ids=self.ids[positions],
         )
 
     @property
@@ -171,6 +178,13 @@ class ImagePool:
                     f"images: got NaN or Inf in input {int(is_finite.long().argmin())} of class "
                     f"{name!r}, expected finite numbers; leave it out, or fill it in"
                 )
+
+
+def _copied(value: Any) -> Any:
+    """An input of its own, since a dataset may give one buffer again."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def input_and_label(item: Any, *, number: int) -> tuple[Any, Any]:

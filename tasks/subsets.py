@@ -117,7 +117,7 @@ def per_class(examples: Examples, count: int, seed: int) -> tuple[Examples, Exam
         raise ValueError(
             f"count: got {count} of each class, which leaves no others; expected fewer"
         )
-    others = torch.ones(len(examples), dtype=torch.bool)
+    others = torch.ones(len(examples), dtype=torch.bool, device="cpu")
     others[drawn] = False
     return examples.take(drawn), examples.take(others)
 
@@ -158,7 +158,7 @@ def corrupt_labels(examples: Examples, share: float, seed: int) -> tuple[Example
     random = random_stream(seed, "corrupt_labels")
     chosen = random.permutation(n)[: round(share * n)]
     shift = torch.from_numpy(random.integers(1, classes, n))  # never 0: the class changes
-    changed = torch.zeros(n, dtype=torch.bool)
+    changed = torch.zeros(n, dtype=torch.bool, device="cpu")
     changed[torch.from_numpy(chosen)] = True
 
     targets = examples.targets

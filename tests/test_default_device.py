@@ -119,6 +119,18 @@ def test_the_batches_of_a_sampler(workers):
         assert torch.equal(got, expected)
 
 
+def test_the_batches_of_augmented_images():
+    images = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
+    pool = tasks.ImagePool.from_sorted(images, [10, 10], ["cat", "dog"])
+    family = tasks.Augmented(tasks.FewShot(pool, ways=2, shots=1, queries=2, name="pets"))
+
+    def draw():
+        return tasks.EpisodeSampler(family, tasks=2)[0].support
+
+    for got, expected in zip(*here_and_elsewhere(draw), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_data_that_are_built_for_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ELSEWHERE:

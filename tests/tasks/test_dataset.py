@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import tasks
+from tasks import ImagePool
 
 CLASSES = 10
 ROWS = 4  # of a class
@@ -211,6 +212,43 @@ def test_joined_datasets_have_their_own_classes(wrap):
     assert splits.content_digests == expected.content_digests
     same = ConcatDataset([wrap(Pairs(255 - pixels(), classes=NAMES)), parts[0]])
     assert {name for family in families(load(same, size=8)) for name in family.classes} == {*NAMES}
+
+
+def test_datasets_that_are_joined_and_cut_in_any_order_have_their_own_classes():
+    others = [f"other {c}" for c in range(CLASSES)]
+    parts = [Pairs(pixels(), classes=NAMES), Pairs(255 - pixels(), classes=others)]
+    parts.append(Pairs(pixels()[::-1] // 2, classes=NAMES))
+    whole = ConcatDataset(parts)
+    expected = load(whole, size=8).content_digests
+    in_turn = ConcatDataset([ConcatDataset(parts[:2]), parts[2]])
+    assert load(in_turn, size=8).content_digests == expected
+    assert load(Subset(in_turn, range(len(whole))), size=8).content_digests == expected
+    half = len(parts[0]) + 2
+    from_the_end = [i - len(whole) for i in range(half, len(whole))]
+    cut = [Subset(in_turn, range(half)), Subset(in_turn, from_the_end)]
+    assert load(ConcatDataset(cut), size=8).content_digests == expected
+    for family in families(load(Subset(parts[0], range(len(parts[0]))), size=8)):
+        assert set(family.classes) <= set(NAMES)
+
+
+def test_a_split_without_classes_asks_for_more():
+    with pytest.raises(ValueError, match=r"dataset/validation has 0 classes; give it more classes"):
+        load((np.random.default_rng(0).random((30, 4)), np.arange(30) % 3))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_dataset_may_give_one_buffer_again(dtype):
+    class Reader(Pairs):
+        buffer = np.zeros((3, 8, 8), dtype)
+
+        def __getitem__(self, number):
+            self.buffer[...] = np.random.default_rng(number).integers(0, 255, self.buffer.shape)
+            return self.buffer, LABELS[number]
+
+    dataset = Reader(pixels())
+    for pool in [load(dataset, size=8).train.pool, ImagePool.from_dataset(dataset)]:
+        images = pool.images.flatten(1)
+        assert len(images.unique(dim=0)) == len(images)
 
 
 def test_a_random_transform_is_warned_of():

@@ -83,10 +83,16 @@ def test_split_folders_are_used_under_any_of_their_names(tmp_path, names, wrappe
 
 
 def test_images_have_any_of_their_suffixes_in_upper_or_lower_case(tmp_path):
-    suffixes = (".PNG", ".jpg", ".Jpeg", ".jfif", ".tif", ".BMP")
+    suffixes = (".PNG", ".jpg", ".Jpeg", ".jpe", ".jfif", ".tif", ".BMP", ".pnm")
     files = {f"c{c:02d}/1{suffix}": red_square(c) for c in range(12) for suffix in suffixes}
     splits = load(write_tree(tmp_path, files))
     assert splits.train.pool.counts.tolist() == [len(suffixes)] * len(splits.train.pool)
+
+
+def test_images_of_a_format_that_is_not_read_are_warned_of(tmp_path):
+    files = class_folders() | {"holiday/1.heic": b"pixels", "holiday/2.heic": b"pixels"}
+    with pytest.warns(UserWarning, match=r"2 files, such as holiday/1\.heic, are images of a form"):
+        load(write_tree(tmp_path, files))
 
 
 def test_a_folder_called_train_beside_other_classes_is_a_class(tmp_path):

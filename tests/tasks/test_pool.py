@@ -26,7 +26,7 @@ def numbered_pool():
 
 def test_a_subset_shares_pixels_and_keeps_class_numbers():
     whole = numbered_pool()
-    part = whole.subset(np.array([4, 1])).subset(np.array([1, 0]))
+    part = whole.subset((4, 1)).subset(np.array([1, 0]))
     assert part.images.data_ptr() == whole.images.data_ptr()
     assert part.names == ("class 1", "class 4")
     assert part.ids.tolist() == [1, 4]
@@ -137,6 +137,12 @@ def test_a_dataset_that_is_no_pool_is_refused(inputs, message):
 def test_items_that_are_no_pairs_and_missing_labels_are_refused(items, message):
     with pytest.raises(ValueError, match=message):
         ImagePool.from_dataset(items)
+
+
+def test_labels_may_be_numbers_and_names():
+    pool = ImagePool.from_dataset([(torch.full((2,), float(i)), i or "none") for i in (2, 0, 2)])
+    assert pool.names == ("2", "none")
+    assert pool.images.tolist() == [[2, 2], [2, 2], [0, 0]]
 
 
 def test_entries_after_the_label_are_left_out():
