@@ -19,6 +19,7 @@ LAYERS = (
         "params",
         "captured",
         "counts",
+        "functional",
         "functions",
         "compiled",
         "forward_mode",

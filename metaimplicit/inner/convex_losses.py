@@ -68,7 +68,8 @@ class Logistic(ConvexLoss):
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """ℓ of every example."""
-        return (F.softplus(z) - y * z).sum(-1)
+        # softplus(z), which torch takes as linear above 20. There the Hessian would be zero.
+        return (-F.logsigmoid(-z) - y * z).sum(-1)
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
         """The probabilities σ(z), less y."""

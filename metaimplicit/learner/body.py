@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metaimplicit.functional import functional_call
 from metaimplicit.graph import find_dependencies
 from metaimplicit.learner.attributes import Attributes, some_examples
 from metaimplicit.learner.episodes import Episode, Pair
@@ -215,7 +216,7 @@ class LastModule:
         values = {n: self._tied.get(n, f"{self.name}.{n}") for n in names}
         own = {n: params.get(key, meta.get(key)) for n, key in values.items()}
         known = {n: p for n, p in own.items() if p is not None}
-        outputs: Tensor = torch.func.functional_call(self.module, known, (features,))
+        outputs: Tensor = functional_call(self.module, known, (features,))
         return outputs
 
     def objection(self, meta: Params, adapted: list[str], inputs: Any) -> str:

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from metaimplicit.functional import functional_call
 from metaimplicit.params import Params
 
 TaskLoss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> scalar

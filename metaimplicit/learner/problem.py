@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.functional import functional_call
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop, Trajectory
 from metaimplicit.learner.episodes import Episode
@@ -125,7 +126,7 @@ def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:
     is_compiling = torch.compiler.is_compiling()  # within `mended_derivatives`
     try:
         with nullcontext() if is_compiling else without_fast_path:
-            outputs = torch.func.functional_call(model, params, args, kwargs)
+            outputs = functional_call(model, params, args, kwargs)
     except TypeError:
         _check_arguments(model, args, kwargs)
         raise

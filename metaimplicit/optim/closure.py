@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaimplicit.functional import functional_call
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.random_state import RandomState
 from metaimplicit.recomputation import mended_recomputation
@@ -72,7 +73,7 @@ class ReplayedClosure:
 
     def _run(self, swapped: Mapping[str, Tensor]) -> Any:
         with fresh_casts(), mended_recomputation, mended_derivatives:
-            return torch.func.functional_call(self._module, dict(swapped), ())
+            return functional_call(self._module, dict(swapped), ())
 
 
 @contextmanager

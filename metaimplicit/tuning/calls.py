@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from metaimplicit.functional import functional_call
 from metaimplicit.normalization import reject_running_statistics, tracked_layers
 from metaimplicit.params import Params
 from metaimplicit.tensors import recordable
@@ -58,7 +59,7 @@ class ModelCall:
         }
         positional, by_name = self._arguments(inputs)
         try:
-            return torch.func.functional_call(
+            return functional_call(
                 self.model,
                 {**frozen, **params},
                 positional,

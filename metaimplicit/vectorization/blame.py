@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from metaimplicit.functional import functional_call
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem
@@ -120,7 +121,7 @@ def _differs(calls: list[_Call]) -> bool:
         replaced = data | theta
         inputs = [replaced.get(str(i), x) for i, x in enumerate(first)]
         state, args, kwargs = tree_unflatten(inputs, spec)
-        outputs = torch.func.functional_call(module, state, args, kwargs)
+        outputs = functional_call(module, state, args, kwargs)
         return weighted_sum([x.double() for x in tensors_in(outputs)])
 
     problem = BilevelProblem(lambda _, data: {key: data[key] for key in params}, loss, loss)

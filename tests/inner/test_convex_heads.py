@@ -16,7 +16,14 @@ from metaimplicit import (
     Unrolled,
     argmin,
 )
-from metaimplicit.inner import LinearHead, Newton, Ridge, SoftmaxCrossEntropy, SquaredError
+from metaimplicit.inner import (
+    LinearHead,
+    Logistic,
+    Newton,
+    Ridge,
+    SoftmaxCrossEntropy,
+    SquaredError,
+)
 from metaimplicit.solvers import Factored, Status
 
 DUAL = {"p": 8, "m": 5}
@@ -409,6 +416,20 @@ def test_whole_numbers_are_targets_as_good_as_any(targets):
 
 
 # Refusals.
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Logistic(), SoftmaxCrossEntropy()], ids=repr)
+def test_value_and_slope_agree_far_from_zero_as_well(loss):
+    """Torch's softplus is linear above 20, so that its second derivative is zero there."""
+    z = torch.linspace(-40, 40, 21).double().unsqueeze(1) * torch.tensor([1.0, -0.5, 0.7])
+    z.requires_grad_()
+    y = torch.tensor([0.2, 0.3, 0.5]).double().expand_as(z)
+    v = randn(*z.shape, seed=0)
+    (slope,) = torch.autograd.grad(loss.value(z, y).sum(), z, create_graph=True)
+    torch.testing.assert_close(slope, loss.slope(z, y), rtol=1e-12, atol=1e-15)
+    (of_value,) = torch.autograd.grad(slope, z, v)
+    (of_slope,) = torch.autograd.grad(loss.slope(z, y), z, v)
+    torch.testing.assert_close(of_value, of_slope, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""Calls of a module with other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def functional_call(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """`torch.func.functional_call`, also of a module that holds another one under two names.
+
+    Torch replaces the parameters of such a module twice, and leaves the replacements there.
+
+    Args:
+        module: The module.
+        tensors: What replaces its parameters and buffers, by name. A tensor that stands in several
+            places is replaced in all of them.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> twice = nn.Sequential(layer, layer)
+        >>> functional_call(twice, {"0.weight": torch.tensor([[3.0]])}, (torch.ones(1),))
+        tensor([9.])
+        >>> type(layer.weight).__name__
+        'Parameter'
+    """
+    given = dict(tensors)
+    keywords = dict(kwargs or {})
+    names = len(list(module.named_modules(remove_duplicate=False)))
+    if names == len(list(module.modules())):
+        return torch.func.functional_call(module, given, args, keywords)
+    once = _at_first_names(module, given)
+    return torch.func.functional_call(module, once, args, keywords, tie_weights=False)
+
+
+def _at_first_names(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The replacements, each by the first name of every place where its tensor stands."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    named = chain(parameters, buffers)
+    replacement = {id(tensor): given[name] for name, tensor in named if name in given}
+    places = {}
+    for prefix, part in module.named_modules():
+        for table in (part._parameters, part._buffers):
+            for key, tensor in table.items():
+                if id(tensor) in replacement:
+                    places[f"{prefix}.{key}" if prefix else key] = replacement[id(tensor)]
+    return places
