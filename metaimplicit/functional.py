@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,14 +45,18 @@ def functional_call(
 
 def _at_first_names(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The replacements, each by the first name of every place where its tensor stands."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    buffers = module.named_buffers(remove_duplicate=False)
-    named = chain(parameters, buffers)
-    replacement = {id(tensor): given[name] for name, tensor in named if name in given}
+    replacement = {
+        id(tensor): given[name] for name, tensor in _named_tensors(module) if name in given
+    }
     places = {}
     for prefix, part in module.named_modules():
-        for table in (part._parameters, part._buffers):
-            for key, tensor in table.items():
-                if id(tensor) in replacement:
-                    places[f"{prefix}.{key}" if prefix else key] = replacement[id(tensor)]
+        for key, tensor in _named_tensors(part, recurse=False):
+            if id(tensor) in replacement:
+                places[f"{prefix}.{key}" if prefix else key] = replacement[id(tensor)]
     return places
+
+
+def _named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by all of their names."""
+    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
+    yield from module.named_buffers(recurse=recurse, remove_duplicate=False)

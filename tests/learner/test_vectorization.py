@@ -10,6 +10,9 @@ from metaimplicit.learner import vectorization
 from metaimplicit.learner.vectorization import choose_vectorize
 
 
+pytestmark = pytest.mark.compared
+
+
 @pytest.fixture(autouse=True)
 def _vmap_by_the_clock(real_clock, monkeypatch):
     """These tests are of the choice by the clock as well."""
@@ -81,7 +84,6 @@ def test_auto_falls_back_to_the_loop_for_a_model_that_cannot_be_vmapped():
     assert outputs.shape == (TASKS, WAYS * QUERIES, WAYS)
 
 
-@pytest.mark.compared
 def test_a_model_that_cannot_be_vmapped_adapts_before_anything_is_timed():
     learner = make_learner(Branching(), vectorize="auto")
     expected = make_learner(Branching(), vectorize="loop")
