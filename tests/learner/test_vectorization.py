@@ -9,7 +9,6 @@ from metaimplicit import Implicit, Nystrom
 from metaimplicit.learner import vectorization
 from metaimplicit.learner.vectorization import choose_vectorize
 
-
 pytestmark = pytest.mark.compared
 
 
