@@ -94,9 +94,9 @@ def render() -> Arrays:
     images = []
     for plate in progress(plates, "glyphs: jitter"):
         glyphs = plate[first]
+        placement = _placement(glyphs)
         for _ in range(JITTERS):
-            moved = _placement(glyphs) @ jitter(len(glyphs), rng)
-            images.append(warp(glyphs, moved))
+            images.append(warp(glyphs, placement @ jitter(len(glyphs), rng)))
     by_class = torch.stack(images, 1).flatten(0, 1)
     codes = [[f"U+{ord(characters[i]):04X}" for i in group] for group in groups]
     return {
@@ -191,11 +191,14 @@ def merge_look_alikes(characters: Sequence[str], plates: Sequence[Tensor]) -> li
     """
     letters = np.array([_letter(c) for c in characters])
     marks = np.array([_combining_marks(c) for c in characters])
-    limit = np.where(letters[:, None] == letters, SAME_LETTER, LOOK_ALIKE)
-    limit[marks[:, None] != marks] = -1  # no distance is below 0
+    first, second = np.triu_indices(len(characters), 1)  # of each pair
+    limit = np.where(letters[first] == letters[second], SAME_LETTER, LOOK_ALIKE)
+    limit[marks[first] != marks[second]] = -1  # no distance is below 0
     limits = torch.from_numpy(limit)
     faces = torch.stack([_distances(plate) <= limits for plate in plates])
-    alike = faces.sum(0) * 2 >= len(plates)
+    alike = torch.eye(len(characters), dtype=torch.bool)
+    alike[first, second] = faces.sum(0) * 2 >= len(plates)
+    alike |= alike.T.clone()
 
     # Connected components: each takes the least leader among those like it, until none changes.
     leader = torch.arange(len(characters))
@@ -260,10 +263,10 @@ def jitter(count: int, rng: np.random.Generator) -> Tensor:
 
 
 def _distances(plates: Tensor) -> Tensor:
-    """The distances of all pairs of glyphs in one face, `[n, n]`."""
+    """The distances of the pairs of glyphs in one face, in the order of `triu_indices`."""
     fitted = warp(plates, _scaling(_extent(plates) / SIDE))
     blurred = F.avg_pool2d(fitted, 3, stride=2, padding=1).flatten(1)
-    return torch.cdist(blurred, blurred, p=float("inf"))
+    return F.pdist(blurred, p=float("inf"))
 
 
 def _extent(plates: Tensor) -> Tensor:

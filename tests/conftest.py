@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -47,11 +48,13 @@ def _seeds_of_devices_that_exist() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A fixture of every test would do the same, and take 2 % of the time."""
     import torch
 
     torch.manual_seed(0)
+    item.config.stash[COMPARES] = _compares(item)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,15 +75,27 @@ def real_clock() -> Iterator[Callable[..., float]]:
 COMPARED = {"fuzz", "mended", "reported", "vectorization", "zoo", "test_docstrings", "test_readme"}
 
 
-@pytest.fixture(autouse=True)
-def _vmap_is_trusted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+COMPARES = pytest.StashKey[bool]()
+
+
+def _compares(item: pytest.Item) -> bool:
+    places = {item.path.parent.name, item.path.stem}
+    return bool(places & COMPARED) or item.get_closest_marker("compared") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vmap_is_trusted(pytestconfig: pytest.Config) -> Iterator[None]:
     """Vmap is compared with a loop in some tests only, since that takes a tenth of the time."""
-    places = {request.path.parent.name, request.path.stem}
-    if places & COMPARED or request.node.get_closest_marker("compared"):
-        return
     from metaimplicit.vectorization import choice
 
-    monkeypatch.setattr(choice, "find_objection", lambda *problem: None)
+    find_objection = choice.find_objection
+
+    def find_in_some_tests(*problem: Any) -> Any:
+        return find_objection(*problem) if pytestconfig.stash[COMPARES] else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "find_objection", find_in_some_tests)
+        yield
 
 
 @pytest.fixture

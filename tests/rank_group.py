@@ -12,7 +12,7 @@ from torch import distributed
 
 # One process imports what all others need.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "command_line"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "train"])
 
 
 def free_port():

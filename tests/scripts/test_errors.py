@@ -125,7 +125,10 @@ def _raise():
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads
-def test_what_happens_in_a_worker_process_is_one_line(read, code, message, capsys):
+def test_what_happens_in_a_worker_process_is_one_line(read, code, message, capsys, monkeypatch):
+    seconds = 0.1  # until a worker that does not end is killed
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", seconds)
+
     def main(args):
         list(DataLoader(_Unreadable(read), num_workers=1))
 
