@@ -16,7 +16,7 @@ REVERSE_MODE = (
     "reverse mode: 'unrolled' in the place of 'forward', "
     "products='double-backward' in the place of 'forward-over-reverse'"
 )
-LOOP = "vectorize='loop' or 'auto'"
+LOOP = "vectorize='loop'"
 SCALED_GRADIENT = (
     "scale_grad_by_freq: an embedding that scales its gradient has that of no loss, so that it "
     "cannot be differentiated again; use scale_grad_by_freq=False"

@@ -113,10 +113,12 @@ def _torchvision(name: str, root: Path) -> Any:
 
     known = getattr(torchvision.datasets, name, None)
     options = inspect.signature(known).parameters if inspect.isclass(known) else {}
-    if known is None or not {"root", "train", "download"} <= options.keys():
+    required = {name for name, option in options.items() if option.default is option.empty}
+    if not {"root", "train", "download"} <= options.keys() or required != {"root"}:
         raise ValueError(
             f"dataset: got {name!r}, expected the name of a data set in torchvision.datasets that "
-            "has a training and a test set, such as CIFAR100; build others in Python"
+            "has a training and a test set and needs no other argument, such as CIFAR100; build "
+            "others in Python"
         )
     joined: list[Any] = []
 

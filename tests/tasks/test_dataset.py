@@ -299,6 +299,7 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
         (None, {}, "dataset: got NoneType, expected a map-style dataset"),
         (3, {}, "dataset: got int, expected a map-style dataset"),
         ("Nothing", {}, "dataset: got 'Nothing', expected the name of a data set in torchvision"),
+        ("PhotoTour", {}, "dataset: got 'PhotoTour', expected the name of a data set in torch"),
         ("ImageFolder", {}, "dataset: got 'ImageFolder', expected the name"),
         ((pixels(), LABELS[:-1]), {}, r"labels of shape \(39,\), expected labels \(40,\)"),
         ((pixels().astype(int), LABELS), {}, "dataset: got int64 of shape"),
