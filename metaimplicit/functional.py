@@ -22,7 +22,7 @@ def functional_call(
     Args:
         module: The module.
         tensors: What replaces its parameters and buffers, by name. A tensor that stands in several
-            places is replaced in all of them.
+            places is replaced in all of them. It is given by one of its names.
         args: The positional arguments of the call.
         kwargs: The keyword arguments.
 
@@ -36,8 +36,8 @@ def functional_call(
     """
     given = dict(tensors)
     keywords = dict(kwargs or {})
-    names = len(list(module.named_modules(remove_duplicate=False)))
-    if names == len(list(module.modules())):
+    parts = [part for _, part in module.named_modules(remove_duplicate=False)]
+    if len(parts) == len(set(parts)):
         return torch.func.functional_call(module, given, args, keywords)
     once = _at_first_names(module, given)
     return torch.func.functional_call(module, once, args, keywords, tie_weights=False)

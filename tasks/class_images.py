@@ -134,11 +134,12 @@ def read_class_images(
     lists = files if split_lists is None else Files(Path(str(split_lists)))
     required = split_lists is not None
     images = files.image_paths
+    unread = files.unread_images
     if images:
-        if unread := files.unread_images:
+        if unread:
             warnings.warn(
-                f"{root}: {len(unread)} files, such as {unread[0]}, are images of a format that is "
-                "not read, and are left out; save them as PNG or JPEG",
+                f"{root}: left out {unread[0]} and {len(unread) - 1} more images of formats that "
+                "are not read; save them as PNG or JPEG",
                 stacklevel=3,
             )
         division = divide_by_images(lists, images)
@@ -146,6 +147,11 @@ def read_class_images(
             division = _divide_by_lists(lists, divide_by_folders(images), required)
         return _from_image_files(files, division, size=size, color=color)
     if not array_paths(files):
+        if unread:
+            raise ValueError(
+                f"data_root: found no images in {root} but {unread[0]} and {len(unread) - 1} more "
+                "of formats that are not read; save them as PNG or JPEG"
+            )
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
     classes = _from_arrays(files, size=size, color=color)
     return divide(classes, lists, required=required)

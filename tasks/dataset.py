@@ -30,6 +30,8 @@ EXPECTED = (
     "a dictionary of either for train, val and test, "
     "or the name of a data set of torchvision, such as CIFAR100"
 )
+# How a dataset gives the examples of others as they are.
+PASSING_ON = (Subset.__getitem__, ConcatDataset.__getitem__)
 
 
 def load(
@@ -114,7 +116,8 @@ def _torchvision(name: str, root: Path) -> Any:
     known = getattr(torchvision.datasets, name, None)
     options = inspect.signature(known).parameters if inspect.isclass(known) else {}
     required = {name for name, option in options.items() if option.default is option.empty}
-    if not {"root", "train", "download"} <= options.keys() or required != {"root"}:
+    fits = required == {"root"} and {"train", "download"} <= options.keys()
+    if known is None or not fits:
         raise ValueError(
             f"dataset: got {name!r}, expected the name of a data set in torchvision.datasets that "
             "has a training and a test set and needs no other argument, such as CIFAR100; build "
@@ -211,17 +214,15 @@ def _names(dataset: Any, labels: Sequence[Any]) -> list[str]:
 
 def _holder(dataset: Any, number: int) -> Any:
     """The dataset that holds an example, below what joins or cuts datasets without own classes."""
-    while not hasattr(dataset, "classes"):
+    while type(dataset).__getitem__ in PASSING_ON and not hasattr(dataset, "classes"):
         if isinstance(dataset, Subset):
             number = int(dataset.indices[number])
             dataset = dataset.dataset
-        elif isinstance(dataset, ConcatDataset):
+        else:
             number %= len(dataset)  # a subset may count from the end
             part = bisect_right(dataset.cumulative_sizes, number)
             number -= dataset.cumulative_sizes[part - 1] if part else 0
             dataset = dataset.datasets[part]
-        else:
-            break
     return dataset
 
 

@@ -57,10 +57,10 @@ class FewShot:
     ) -> None:
         require_at_least_one(ways=ways, shots=shots, queries=queries)
         if ways > len(pool):
-            fewer = "ask for fewer ways or give it" if len(pool) else "give it"
-            raise ValueError(
-                f"ways: got {ways}, but {name} has {len(pool)} classes; {fewer} more classes"
-            )
+            advice = "ask for fewer ways or give it more classes"
+            if len(pool) == 0:
+                advice = "give it more classes"
+            raise ValueError(f"ways: got {ways}, but {name} has {len(pool)} classes; {advice}")
         smallest = int(np.argmin(pool.counts))
         available = pool.counts[smallest]
         if shots + queries > available:

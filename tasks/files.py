@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mimetypes
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from tasks.archives import OneFile, open_source
 from tasks.cache import progress
-from tasks.images import IMAGE_SUFFIXES, decode
+from tasks.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, decode
 
 
 class Files:
@@ -63,10 +62,8 @@ class Files:
 
     @property
     def unread_images(self) -> list[str]:
-        """The paths of images in a format that is not read, such as HEIC."""
-        others = [path for path in self.paths if not path.lower().endswith(IMAGE_SUFFIXES)]
-        kinds = {path: mimetypes.guess_type(path)[0] for path in others}
-        return [path for path, kind in kinds.items() if kind is not None and kind[:6] == "image/"]
+        """The paths that end in one of `UNREAD_SUFFIXES`, in upper or lower case."""
+        return [path for path in self.paths if path.lower().endswith(UNREAD_SUFFIXES)]
 
     def read(self, path: str) -> bytes:
         """The bytes of one file.

@@ -27,7 +27,9 @@ IMAGE_SUFFIXES = (
     ".tif",
     ".tiff",
 )
-# The formats of these suffixes, by Pillow's names. To read PostScript, it would run a program.
+# Formats of photographs that are not decoded.
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef")
+# The formats of IMAGE_SUFFIXES, by Pillow's names. To read PostScript, it would run a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 EIGHT_BIT_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 TRANSPARENT_MODES = ("LA", "PA", "RGBA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -114,21 +115,21 @@ class ImagePool:
             value, label = input_and_label(dataset[number], number=number)
             values.append(_copied(value))
             labels.append(label)
+        if len({isinstance(label, str) for label in labels}) > 1:
+            labels = [str(label) for label in labels]
+        sizes = Counter(labels)
+        classes = sorted(sizes)
+        order = sorted(range(len(labels)), key=labels.__getitem__)
         try:
-            inputs = torch.stack([torch.as_tensor(value) for value in values])
+            inputs = torch.stack([torch.as_tensor(values[number]) for number in order])
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"dataset: got inputs that do not stack ({error}), "
                 "expected one or more tensors of one shape; "
                 "give a dataset of images transform=Compose([Resize(...), PILToTensor()])"
             ) from error
-        if len({isinstance(label, str) for label in labels}) > 1:
-            labels = [str(label) for label in labels]
-        sizes = Counter(labels)
-        classes = sorted(sizes)
-        order = sorted(range(len(labels)), key=labels.__getitem__)
         return cls.from_sorted(
-            inputs[order],
+            inputs,
             counts=[sizes[label] for label in classes],
             names=map(str, classes),
         )
@@ -138,7 +139,7 @@ class ImagePool:
 
     def subset(self, classes: Sequence[int] | np.ndarray) -> ImagePool:
         """The pool of some classes, given by their positions in this pool. No image is copied."""
-        positions = np.asarray(classes, dtype=np.int64)
+        positions = np.arange(len(self))[list(classes)]
         return ImagePool(
             images=self.images,
             starts=self.starts[positions],
@@ -182,9 +183,7 @@ class ImagePool:
 
 def _copied(value: Any) -> Any:
     """An input of its own, since a dataset may give one buffer again."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    return value.clone() if isinstance(value, Tensor) else value
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def input_and_label(item: Any, *, number: int) -> tuple[Any, Any]:

@@ -68,8 +68,9 @@ class Logistic(ConvexLoss):
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         """ℓ of every example."""
-        # softplus(z), which torch takes as linear above 20. There the Hessian would be zero.
-        return (-F.logsigmoid(-z) - y * z).sum(-1)
+        # Both are log(1 + exp z). Torch's second derivative of each is zero far on the other side.
+        softplus = torch.where(z > 0, -F.logsigmoid(-z), F.softplus(z))
+        return (softplus - y * z).sum(-1)
 
     def slope(self, z: Tensor, y: Tensor) -> Tensor:
         """The probabilities σ(z), less y."""

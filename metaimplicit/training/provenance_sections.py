@@ -8,7 +8,7 @@ from typing import Any
 from metaimplicit.training.page import Html, definitions, element, join, note, plain, table
 
 PLACES = ("classes", "data", "run")  # in config.json
-# What other sections show of config.json, and its checksum.
+# What other sections show of config.json, and what programs read: its checksum, and `plan`.
 SHOWN_ELSEWHERE = {*PLACES, "chosen", "parameters", "plan", "sha256", "sittings"}
 
 

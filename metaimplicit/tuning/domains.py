@@ -247,7 +247,7 @@ def _check_bounds(name: str, low: float, high: float) -> None:
     for bound, number in (("low", low), ("high", high)):
         if not isinstance(number, numbers.Real):
             raise ValueError(
-                f"{name} {bound}: got {type(number).__name__}, expected one number for all entries"
+                f"{name} {bound}: got {type(number).__name__}, expected a float for all entries"
             )
     if not low < high:
         raise ValueError(f"{name}: got low {low} and high {high}, expected low < high")

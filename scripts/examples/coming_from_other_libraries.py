@@ -1,6 +1,6 @@
 """One MAML meta-gradient, as written with higher, learn2learn or TorchOpt, and with metaimplicit.
 
-python scripts/examples/coming_from_other_libraries.py      # a few seconds
+python scripts/examples/coming_from_other_libraries.py      # of what is installed; a few seconds
 """
 
 import importlib.util

@@ -418,6 +418,18 @@ def test_whole_numbers_are_targets_as_good_as_any(targets):
 # Refusals.
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_the_curvature_of_the_logistic_loss_has_all_digits_far_from_zero(dtype, rtol):
+    z = torch.linspace(-40, 40, 17, dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(
+        Logistic().value(z.unsqueeze(-1), torch.zeros(1)).sum(), z, create_graph=True
+    )
+    (curvature,) = torch.autograd.grad(slope.sum(), z)
+    small = (-z.detach().double().abs()).exp()
+    expected = (small / (1 + small).square()).to(dtype)
+    torch.testing.assert_close(curvature, expected, rtol=rtol, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", [SquaredError, Logistic, SoftmaxCrossEntropy])
 def test_value_and_slope_agree_far_from_zero_as_well(kind):
     """Torch's softplus is linear above 20, so that its second derivative is zero there."""

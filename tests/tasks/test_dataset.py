@@ -231,6 +231,33 @@ def test_datasets_that_are_joined_and_cut_in_any_order_have_their_own_classes():
         assert set(family.classes) <= set(NAMES)
 
 
+def test_a_subset_that_relabels_has_classes_of_its_own():
+    class Relabelled(Subset):
+        def __getitem__(self, i):
+            value, label = super().__getitem__(i)
+            return value, label + 100
+
+        def __getitems__(self, positions):
+            return [self[i] for i in positions]
+
+    part = Relabelled(Pairs(pixels(), classes=NAMES), range(len(LABELS)))
+    names = {name for family in families(load(part, size=8)) for name in family.classes}
+    assert names == {str(label + 100) for label in set(LABELS.tolist())}
+
+
+def test_classes_are_read_once_however_many_examples_there_are():
+    reads = []
+
+    class Counting(Pairs):
+        @property
+        def classes(self):
+            reads.append(1)
+            return NAMES
+
+    load(Counting(pixels()), size=8)
+    assert len(reads) == 1
+
+
 def test_a_split_without_classes_asks_for_more():
     with pytest.raises(ValueError, match=r"dataset/validation has 0 classes; give it more classes"):
         load((np.random.default_rng(0).random((30, 4)), np.arange(30) % 3))

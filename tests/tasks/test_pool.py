@@ -26,6 +26,9 @@ def numbered_pool():
 
 def test_a_subset_shares_pixels_and_keeps_class_numbers():
     whole = numbered_pool()
+    assert whole.subset(np.arange(len(whole)) == 3).names == (whole.names[3],)
+    with pytest.raises(IndexError, match="only integers"):
+        whole.subset([1.9])
     part = whole.subset((4, 1)).subset(np.array([1, 0]))
     assert part.images.data_ptr() == whole.images.data_ptr()
     assert part.names == ("class 1", "class 4")

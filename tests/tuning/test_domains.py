@@ -54,9 +54,9 @@ def test_projected_coordinates_have_values_that_can_be_inverted(domain):
 
 
 def test_bad_intervals_are_refused():
-    with pytest.raises(ValueError, match="Box high: got Tensor, expected one number for all"):
+    with pytest.raises(ValueError, match="Box high: got Tensor, expected a float for all"):
         Box(0.0, torch.ones(3))
-    with pytest.raises(ValueError, match="Box low: got NoneType, expected one number for all"):
+    with pytest.raises(ValueError, match="Box low: got NoneType, expected a float for all"):
         Box(None, 1.0)
     with pytest.raises(ValueError, match="Interval: got low 1 and high 0"):
         Interval(1, 0)

@@ -61,8 +61,8 @@ class Augmentation(Variable):
         """The augmented inputs, `[m, *shape]`, under their name if the batch has one for them.
 
         Raises:
-            ValueError: The batch has no `"index"`, or its inputs are not one tensor of real
-                numbers.
+            ValueError: The batch has no `"index"`, or a negative number there, or its inputs are
+                not one tensor of real numbers.
         """
         inputs = batch_entry(batch, "inputs")
         index = example_index(self, batch)
@@ -79,7 +79,7 @@ class Augmentation(Variable):
                 f"Augmentation: got inputs of {x.dtype}, expected real numbers, which normal draws "
                 "can be added to; convert the inputs before, as by x.float() / 255"
             )
-        numbers = _as_list(index)
+        numbers = _as_list(index.flatten())
         if min(numbers, default=0) < 0:
             raise ValueError(f"Augmentation: got the number {min(numbers)}, expected numbers ≥ 0")
         generator = np.random.default_rng(numbers)
