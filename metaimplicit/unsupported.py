@@ -75,7 +75,7 @@ def find_advice(error: Exception, first_derivatives: str = FIRST_DERIVATIVES) ->
 
     Example:
         >>> find_advice(RuntimeError("Batching rule not implemented for aten::lstm.input."))
-        "lstm.input: torch cannot vmap it; use vectorize='loop' or 'auto'"
+        "lstm.input: torch cannot vmap it; use vectorize='loop'"
         >>> find_advice(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
         True
     """
