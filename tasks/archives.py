@@ -55,7 +55,7 @@ def open_source(root: Path) -> Source:
         return Folder(root)
     if not root.is_file():
         raise FileNotFoundError(
-            f"{root}: nothing there, expected a folder, or a zip or tar archive"
+            f"{root.absolute()}: nothing there, expected a folder, or a zip or tar archive"
         )
     return Tar(root) if _is_tar(root) else Zip(root)
 

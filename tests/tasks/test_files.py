@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +132,8 @@ def test_names_of_any_bytes_are_read(tmp_path, name):
 def test_a_missing_root_and_damaged_zips_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: nothing there, expected a folder, or"):
         Files(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(Path.cwd() / "nowhere"))):
+        Files(Path("nowhere"))
     write_tree(tmp_path, {"data.zip": b"PK not a zip"})
     with pytest.raises(ValueError, match=r"data\.zip: got an unreadable archive"):
         Files(tmp_path / "data.zip")
