@@ -87,7 +87,7 @@ def main(paths: list[str]) -> None:
             long_files.append(f"{file}: {source.count(chr(10))} lines")
 
     print(f"files {len(files)}, code lines {len(lengths)}")
-    print(f"mean {statistics.fmean(lengths):.1f}, 90th percentile {percentile(lengths, 90)}")
+    print(f"mean {statistics.fmean(lengths):.2f}, 90th percentile {percentile(lengths, 90)}")
     print(f"packed assignments per 100 lines {100 * packed / len(lengths):.2f} ({packed})")
     print(f"functions longer than {MAX_FUNCTION} lines: {len(functions)}", *functions, sep="\n  ")
     print(f"files longer than {MAX_FILE} lines: {len(long_files)}", *long_files, sep="\n  ")

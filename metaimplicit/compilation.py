@@ -126,5 +126,6 @@ def _compiler_of(
 
 def _objection_to_loop(problem: LiftedProblem) -> str:
     if problem.vectorize == "loop" and problem.tasks > 1:
-        return "the tasks run in a loop" + (f" ({problem.objection})" if problem.objection else "")
+        reason = f" ({problem.objection})" if problem.objection else ""
+        return f"the tasks run in a loop{reason}"
     return ""

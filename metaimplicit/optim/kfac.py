@@ -271,7 +271,9 @@ class KFAC(SecondOrder):
             generator=self._make_generator() if self._draws_targets else None,
             rows=rows,
         )
-        return LossScores(scores.squeeze(1), weights, None if probes is None else probes.squeeze(1))
+        if probes is not None:
+            probes = probes.squeeze(1)
+        return LossScores(scores.squeeze(1), weights, probes)
 
     def _gradients(self, loss: Tensor) -> Params:
         """∇L by name. The graph of the loss is freed."""

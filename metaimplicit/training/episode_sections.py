@@ -119,7 +119,9 @@ def _answer(predictions: Predictions, *, task: int, query: int, image: Tensor) -
 
 
 def _shot(image: Tensor, alt: str, says: Html | None = None, *, kind: str = "") -> Html:
-    drawn = picture(image, alt) if _is_image(image) else element("span", "features", class_="soft")
+    drawn = element("span", "features", class_="soft")
+    if _is_image(image):
+        drawn = picture(image, alt)
     return element("figure", drawn, says, class_=f"shot {kind}".strip())
 
 

@@ -134,4 +134,6 @@ def _table_of_several(measured: Mapping[str, Series]) -> Html:
 
 def _summary(values: Sequence[float]) -> list[str]:
     tenth = max(len(values) // 10, 1)
-    return [number(median(values[:tenth])), number(median(values[-tenth:])), number(max(values))]
+    first = median(values[:tenth])
+    last = median(values[-tenth:])
+    return [number(first), number(last), number(max(values))]

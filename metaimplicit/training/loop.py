@@ -256,7 +256,8 @@ def _check_parts(
             "build it from learner.parameters()"
         )
     own = {id(p) for p in learner.parameters()}
-    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    moved = [p for group in optimizer.param_groups for p in group["params"]]
+    others = [p for p in moved if id(p) not in own]
     if others:
         raise ValueError(
             f"optimizer: got {len(others)} parameters that are not the learner's, of shapes "

@@ -80,7 +80,8 @@ def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     """
     old = {"commit": before["commit"], **before["versions"]}
     new = {"commit": now["commit"], **now["versions"]}
-    return [f"{name} {old.get(name)} → {new[name]}" for name in new if old.get(name) != new[name]]
+    changed = [name for name in new if old.get(name) != new[name]]
+    return [f"{name} {old.get(name)} → {new[name]}" for name in changed]
 
 
 def _version(package: str) -> str | None:

@@ -106,4 +106,5 @@ def _differ(slopes: Tensor, expected: Tensor) -> bool:
     """Whether they differ by more than √ε. Slopes that are not finite say nothing."""
     size = expected.norm().item()
     error = (slopes - expected).norm().item()
-    return math.isfinite(size + error) and error > math.sqrt(torch.finfo(slopes.dtype).eps) * size
+    tolerance = math.sqrt(torch.finfo(slopes.dtype).eps)
+    return math.isfinite(size + error) and error > tolerance * size

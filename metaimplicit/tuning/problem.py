@@ -225,7 +225,9 @@ class _Losses:
 
     def targets(self, batch: Batch) -> Any:
         """The training targets."""
-        return batch_entry(batch, "targets") if self.maker is None else self.maker.targets(batch)
+        if self.maker is None:
+            return batch_entry(batch, "targets")
+        return self.maker.targets(batch)
 
     def inner_loss(self, outputs: Any, data: Any) -> Tensor:
         """The training loss without weights, a scalar."""

@@ -33,7 +33,9 @@ def split_reductions(loss: Loss) -> tuple[Loss, Loss | None]:
         if _shares_attribute(plain):
             return loss, None
         unreduced = partial(_call_with_attribute, plain, "none")
-        return (partial(_call_with_attribute, plain, "mean") if own == "none" else loss), unreduced
+        if own == "none":
+            loss = partial(_call_with_attribute, plain, "mean")
+        return loss, unreduced
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
         parameters = inspect.signature(function).parameters

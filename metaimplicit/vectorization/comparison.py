@@ -247,7 +247,9 @@ def _restored_buffers() -> Iterator[None]:
     def keep(module: nn.Module, _: Any) -> None:
         if get_ident() != thread:
             return
-        entries.setdefault(id(module), (module, dict(vars(module)["_buffers"]), dict(vars(module))))
+        attributes = dict(vars(module))
+        buffers = dict(attributes["_buffers"])
+        entries.setdefault(id(module), (module, buffers, attributes))
         for buffer in module.buffers(recurse=False):
             before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
 
