@@ -49,7 +49,8 @@ class Workload:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of a set."""
-        return F.cross_entropy(outputs, targets) if self.ways else F.mse_loss(outputs, targets)
+        loss = F.cross_entropy if self.ways else F.mse_loss
+        return loss(outputs, targets)
 
     def make_model(self, native_norm: bool = False) -> nn.Module:
         """The network, from a fixed seed. Other libraries are given torch's own batch norm."""

@@ -167,9 +167,11 @@ def _upper_8_bits(image: Image) -> np.ndarray:
     # Cameras of 10 or 12 bits write them into 16. The upper 8 bits would be almost black.
     if bits == 16 and image.format != "PPM" and 0 < largest < 2**12:
         raise ValueError(f"got 16-bit greys that {ALMOST_BLACK}; {SAVE_AGAIN}")
-    upper = (values >> (bits - 8)).astype(np.uint8)
+    upper: np.ndarray = (values >> (bits - 8)).astype(np.uint8)
     transparent = image.info.get("transparency")
-    return upper if transparent is None else np.where(values == transparent, np.uint8(255), upper)
+    if transparent is not None:
+        upper[values == transparent] = 255
+    return upper
 
 
 def _in_8_bits(values: np.ndarray) -> np.ndarray:

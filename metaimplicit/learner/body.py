@@ -272,7 +272,9 @@ class LastModule:
             with suppress(Exception):  # such as statistics of one example
                 call_model(self.model, params, some)
                 left = whole.different(Attributes.read(self.model))
-        return f"a forward pass leaves what depends on its inputs in {left[0]!r}" if left else ""
+        if not left:
+            return ""
+        return f"a forward pass leaves what depends on its inputs in {left[0]!r}"
 
 
 def find_last_module(model: nn.Module, adapted: list[str]) -> LastModule | str:

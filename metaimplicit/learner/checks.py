@@ -250,7 +250,9 @@ def _on_cpu(leaf: Any) -> Any:
     """A tensor on the CPU, in a type that the CPU computes with."""
     if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
         return leaf
-    return leaf.float().cpu() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf.cpu()
+    if leaf.dtype in (torch.float16, torch.bfloat16):
+        leaf = leaf.float()
+    return leaf.cpu()
 
 
 def _is_of_cpu_alone(value: Any) -> bool:

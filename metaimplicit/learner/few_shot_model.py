@@ -300,7 +300,9 @@ class FewShotModel(nn.Module):
     def _losses(self) -> tuple[MetaLoss, MetaLoss]:
         """The losses of the support set and of the query set."""
         loss = MetaLoss(self.loss, "loss")
-        return loss, loss if self.query_loss is None else MetaLoss(self.query_loss, "query_loss")
+        if self.query_loss is None:
+            return loss, loss
+        return loss, MetaLoss(self.query_loss, "query_loss")
 
     def _trainable_parameters(self) -> Params:
         params: Params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

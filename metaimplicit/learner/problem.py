@@ -121,8 +121,12 @@ def call_model(model: nn.Module, params: Params, inputs: Any) -> Tensor:
         >>> call_model(model, {"weight": torch.tensor([[[2.0]]])}, inputs)
         tensor([[6.]])
     """
-    args = inputs if type(inputs) is tuple else () if isinstance(inputs, dict) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else {}
+    args: tuple[Any, ...] = ()
+    kwargs = {}
+    if isinstance(inputs, dict):
+        kwargs = inputs
+    else:
+        args = inputs if type(inputs) is tuple else (inputs,)
     is_compiling = torch.compiler.is_compiling()  # within `mended_derivatives`
     try:
         with nullcontext() if is_compiling else without_fast_path:

@@ -234,8 +234,9 @@ def _explained() -> Iterator[None]:
 
 def _device() -> torch.device:
     """Where the backend of the default group takes tensors."""
-    on_cuda = distributed.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    if distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _to_bytes(value: Any) -> bytes:

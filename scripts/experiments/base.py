@@ -113,7 +113,8 @@ class Experiment(ABC):
     @property
     def folder(self) -> Path:
         """The folder for the results."""
-        return self.out or Path("runs", "tune", f"{self.name}-quick" if self.quick else self.name)
+        name = f"{self.name}-quick" if self.quick else self.name
+        return self.out or Path("runs", "tune", name)
 
     @property
     def torch_device(self) -> torch.device:
