@@ -139,8 +139,7 @@ def draw(face: Path, characters: Sequence[str]) -> Tensor:
     """Draw each character on a plate of its own, with its ink in the centre.
 
     Returns:
-        float32 `[characters, 1, 128, 128]` in [0, 1], ink 1 on 0. A character without ink is
-        blank.
+        uint8 `[characters, 1, 128, 128]`, ink 255 on 0. A character without ink is blank.
 
     Example:
         >>> draw(font_files()[0], "Rg").shape
@@ -164,7 +163,7 @@ def draw(face: Path, characters: Sequence[str]) -> Tensor:
             top = (PLATE_SIDE - height) // 2
             left = (PLATE_SIDE - width) // 2
             plate[top : top + height, left : left + width] = ink
-    return torch.from_numpy(plates).float().div_(255)
+    return torch.from_numpy(plates)
 
 
 def merge_look_alikes(characters: Sequence[str], plates: Sequence[Tensor]) -> list[list[int]]:
@@ -184,7 +183,7 @@ def merge_look_alikes(characters: Sequence[str], plates: Sequence[Tensor]) -> li
 
     Args:
         characters: The n characters.
-        plates: For each face, `[n, 1, 128, 128]`, with some ink on every plate.
+        plates: For each face, uint8 `[n, 1, 128, 128]`, with some ink on every plate.
 
     Returns:
         Groups of positions in `characters`, ascending, in the order of their first.
@@ -217,16 +216,16 @@ def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
     """Resample plates into frames, without aliasing.
 
     Args:
-        plates: `[n, 1, 128, 128]`.
+        plates: uint8 `[n, 1, 128, 128]`, ink 255 on 0.
         frame_to_plate: Affine maps `[n, 2, 3]`, from pixels relative to the centre of a frame to
             pixels relative to the centre of its plate.
 
     Returns:
-        `[n, 1, 28, 28]`.
+        float32 `[n, 1, 28, 28]`, ink 1 on 0.
 
     Example:
         >>> shrink = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
-        >>> warp(torch.ones(1, 1, 128, 128), shrink).mean()
+        >>> warp(torch.full((1, 1, 128, 128), 255, dtype=torch.uint8), shrink).mean()
         tensor(1.)
     """
     samples = 2  # a side of a frame pixel
@@ -235,7 +234,7 @@ def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
     units = torch.tensor([ratio, ratio, 2 / PLATE_SIDE])
     shape = [len(plates), 1, SIDE * samples, SIDE * samples]
     grid = F.affine_grid(frame_to_plate * units, shape, align_corners=False)
-    finer = F.grid_sample(plates, grid, align_corners=False)
+    finer = F.grid_sample(plates.float() / 255, grid, align_corners=False)
     return F.avg_pool2d(finer, samples)
 
 

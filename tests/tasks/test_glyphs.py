@@ -70,8 +70,8 @@ def test_jitter_depends_on_its_generator_alone_and_differs_between_glyphs():
 
 
 def test_warp_moves_and_scales_ink_as_its_map_says():
-    plate = torch.zeros(1, 1, 128, 128)
-    plate[:, :, 60:68, 60:68] = 1  # 8 plate pixels in the centre
+    plate = torch.zeros(1, 1, 128, 128, dtype=torch.uint8)
+    plate[:, :, 60:68, 60:68] = 255  # 8 plate pixels in the centre
     # A frame pixel covers 2 plate pixels, and the frame looks 4 plate pixels to the right.
     half = torch.tensor([[[2.0, 0.0, 4.0], [0.0, 2.0, 0.0]]])
     image = glyphs.warp(plate, half)[0, 0]
