@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+gc.disable()  # until all tests are collected
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take others' time
 
 # The process that starts the workers runs no test. If it imported torch, they would wait for it.
@@ -129,4 +130,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """The garbage collector need not look at torch and 7,000 tests again and again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Nor at what is left at the end, where pytest asks for five rounds."""
     gc.freeze()
