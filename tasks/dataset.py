@@ -235,7 +235,7 @@ def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:
             else, such as the number of classes, names none.
 
     Raises:
-        ValueError: Two numbers have one name.
+        ValueError: Two numbers have one name, or some numbers have a name and others none.
     """
     if hasattr(classes, "__array__"):
         classes = as_array(classes).tolist()
@@ -246,6 +246,7 @@ def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:
     known = list(name_of.values())
     if all(label in known for label in set(labels)):
         name_of = {}  # the labels themselves are listed, such as the distinct ones in their order
+    _require_all_or_none({label for label in labels if isinstance(label, int)}, name_of)
 
     label_of: dict[str, int] = {}
     names = []
@@ -375,3 +376,13 @@ def _divided(classes: ClassImages, split: Mapping[str, Iterable[Any]]) -> ClassI
             )
         parts.append(list(dict.fromkeys(class_called[name] for name in names)))
     return replace(classes, parts=parts, divided_by="split=")
+
+
+def _require_all_or_none(labels: set[int], name_of: Mapping[int, Any]) -> None:
+    """Raise a ValueError if some of these labels have a name and others do not."""
+    unnamed = labels - name_of.keys()
+    if unnamed and unnamed != labels:
+        raise ValueError(
+            f"dataset: got labels {min(labels)} … {max(labels)}, but no name for {min(unnamed)} "
+            f"in the {len(name_of)} of dataset.classes, expected positions there, from 0 on"
+        )

@@ -81,7 +81,7 @@ class ImagePool:
                 f"of {len(images)} images (images)"
             )
         return cls(
-            images,
+            images.detach(),
             starts=np.cumsum(counts) - counts,
             counts=counts,
             names=names,
@@ -138,8 +138,16 @@ class ImagePool:
         return len(self.names)
 
     def subset(self, classes: Sequence[int] | np.ndarray) -> ImagePool:
-        """The pool of some classes, given by their positions in this pool. No image is copied."""
+        """The pool of some classes, given by their positions in this pool. No image is copied.
+
+        Raises:
+            ValueError: If a class is given twice.
+        """
         positions = np.arange(len(self))[list(classes)]
+        if len(set(positions)) < len(positions):
+            raise ValueError(
+                f"classes: got {list(classes)}, expected each class once; leave one out"
+            )
         return ImagePool(
             images=self.images,
             starts=self.starts[positions],
@@ -183,7 +191,7 @@ class ImagePool:
 
 def _copied(value: Any) -> Any:
     """An input of its own, since a dataset may give one buffer again."""
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def input_and_label(item: Any, *, number: int) -> tuple[Any, Any]:

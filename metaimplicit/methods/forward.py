@@ -318,7 +318,7 @@ def _unit_tangents(phi: Params) -> Params:
     identity = torch.eye(_count(phi), dtype=like.dtype, device=like.device)
     parts = torch.split(identity, [m.numel() for m in phi.values()], dim=1)
     return {
-        name: part.reshape(-1, *m.shape).to(m)
+        name: part.reshape(len(part), *m.shape).to(m)
         for part, (name, m) in zip(parts, phi.items(), strict=True)
     }
 

@@ -410,6 +410,28 @@ def test_running_statistics_are_allowed_where_the_layers_do_not_adapt(monkeypatc
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("adapt", ["3.*", None])
+def test_a_frozen_body_is_evaluated_once_as_well(adapt):
+    """Only the last layer has parameters that can adapt, whether they are named or not."""
+    episodes = draw_episodes()
+    expected = make()
+    expected.backward(episodes)
+    learner = make(adapt=adapt)
+    learner.model[:3].requires_grad_(False)
+    learner = make(learner.model, adapt=adapt)
+    step = learner.backward(episodes)
+    assert step.report.features == "once"
+    assert set(learner.meta) == {"3.weight", "3.bias"}
+    for name, value in learner.meta.items():
+        assert relative_error(value.grad, expected.meta[name].grad) < 1e-12
+
+
+def test_a_frozen_body_may_track_running_statistics():
+    model = make_tracking()
+    model[:3].requires_grad_(False)
+    assert make(model).backward(draw_episodes()).report.features == "once"
+
+
 def test_dropout_in_the_body_is_drawn_once():
     """An implicit method refuses random numbers in the inner loss, where there are none now."""
     model = make_model()

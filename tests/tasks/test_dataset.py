@@ -347,7 +347,7 @@ TWICE = {part: (pixels()[:20], LABELS[:20]) for part in ("train", "val", "test")
         (
             Pairs(pixels(), LABELS + 1, classes=[str(c + 1) for c in range(CLASSES)]),
             {},
-            "got '10' in dataset.classes at 9 and 10, expected another name for each label",
+            "no name for 10 in the 10 of dataset.classes, expected positions there, from 0 on",
         ),
         ((pixels(), MISSING), {}, "dataset: label 5: got nan, expected a number or name; leave"),
         ((pixels(), [*NAMES * 3, *NAMES[1:], np.nan]), {}, "dataset: label 39: got nan, expected"),

@@ -27,6 +27,8 @@ def numbered_pool():
 def test_a_subset_shares_pixels_and_keeps_class_numbers():
     whole = numbered_pool()
     assert whole.subset(np.arange(len(whole)) == 3).names == (whole.names[3],)
+    with pytest.raises(ValueError, match=r"got \[0, 0\], expected each class once"):
+        whole.subset([0, 0])
     with pytest.raises(IndexError, match="only integers"):
         whole.subset([1.9])
     part = whole.subset((4, 1)).subset(np.array([1, 0]))
@@ -140,6 +142,15 @@ def test_a_dataset_that_is_no_pool_is_refused(inputs, message):
 def test_items_that_are_no_pairs_and_missing_labels_are_refused(items, message):
     with pytest.raises(ValueError, match=message):
         ImagePool.from_dataset(items)
+
+
+def test_features_are_data_whatever_made_them():
+    features = torch.ones(4, 2, requires_grad=True) * 2
+    pools = [
+        ImagePool.from_dataset(TensorDataset(features, torch.tensor([0, 1, 0, 1]))),
+        ImagePool.from_sorted(features, counts=[2, 2], names=["a", "b"]),
+    ]
+    assert not any(pool.images.requires_grad for pool in pools)
 
 
 def test_labels_may_be_numbers_and_names():
