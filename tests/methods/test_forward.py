@@ -292,6 +292,18 @@ def test_entries_may_be_expanded_tensors():
     assert grads["b"].tolist() == [0.75] * 3
 
 
+def test_entries_may_be_empty():
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(2)},
+        inner_loss=lambda p, m, d: (p["w"] - m["t"]).square().sum() + m["none"].sum(),
+        outer_loss=lambda p, m, d: p["w"].square().sum(),
+    )
+    meta = {"t": torch.tensor([1.0, 2.0]), "none": torch.zeros(0)}
+    inner = GradientDescent(steps=60, lr=0.25)
+    grads = hypergradient(problem, meta, None, inner=inner, method="forward").grads
+    torch.testing.assert_close(grads, {"t": torch.tensor([2.0, 4.0]), "none": torch.zeros(0)})
+
+
 @pytest.mark.parametrize("method", ["forward", "real-time"])
 def test_an_entry_that_the_outer_loss_alone_reads_needs_no_tangents(method):
     problem = BilevelProblem(
