@@ -117,6 +117,11 @@ SLOW_FILES = {
     *("test_targets", "test_losses", "test_forms", "test_loss_forms"),
     *("test_check", "test_compare", "test_hidden_waits", "test_microbatches", "test_features"),
     *("test_data_gradients", "test_convex_heads", "test_heads"),
+    *("test_gradients", "test_gradient_check", "test_features_once", "test_edges"),
+    *("test_vectorization", "test_loop", "test_hoag", "test_batch_forms", "test_compare_script"),
+    *("test_single_loop", "test_replay", "test_continued_loops", "test_newton_cg", "test_settings"),
+    *("test_likelihoods", "test_kronecker", "test_cifar", "test_omniglot", "test_published"),
+    *("test_learner_features", "test_readme", "test_precision"),
     *("test_attention", "test_report", "test_run_folder", "test_tuner_run", "test_default_device"),
 }
 
