@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-gc.disable()  # until all tests are collected
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take others' time
 
 # The process that starts the workers runs no test. If it imported torch, they would wait for it.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    gc.disable()  # until all tests are collected
     import torch
 
     torch.set_num_threads(1)
@@ -51,11 +51,14 @@ def _seeds_of_devices_that_exist() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A fixture of every test would do the same, and take 2 % of the time."""
+    """Set the random state of a test, and whether vmap is compared with a loop in it.
+
+    Fixtures of every test would do the same, and take longer.
+    """
     import torch
 
     torch.manual_seed(0)
-    item.config.stash[COMPARES] = _compares(item)
+    item.config.stash[IS_COMPARED] = _is_compared(item)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,12 +77,10 @@ def real_clock() -> Iterator[Callable[..., float]]:
 
 # Folders and files whose models are those that people have, or are made to make vmap fail.
 COMPARED = {"fuzz", "mended", "reported", "vectorization", "zoo", "test_docstrings", "test_readme"}
+IS_COMPARED = pytest.StashKey[bool]()  # of the test that runs
 
 
-COMPARES = pytest.StashKey[bool]()
-
-
-def _compares(item: pytest.Item) -> bool:
+def _is_compared(item: pytest.Item) -> bool:
     places = {item.path.parent.name, item.path.stem}
     return bool(places & COMPARED) or item.get_closest_marker("compared") is not None
 
@@ -92,7 +93,7 @@ def _vmap_is_trusted(pytestconfig: pytest.Config) -> Iterator[None]:
     find_objection = choice.find_objection
 
     def find_in_some_tests(*problem: Any) -> Any:
-        return find_objection(*problem) if pytestconfig.stash[COMPARES] else None
+        return find_objection(*problem) if pytestconfig.stash[IS_COMPARED] else None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "find_objection", find_in_some_tests)
@@ -140,5 +141,5 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Nor at what is left at the end, where pytest asks for five rounds."""
+    """Pytest collects garbage five times at its end. It need not look at what the tests left."""
     gc.freeze()

@@ -415,15 +415,12 @@ def test_whole_numbers_are_targets_as_good_as_any(targets):
     assert fit(torch.arange(0), x[:0]).abs().max() == 0  # there are no classes without examples
 
 
-# Refusals.
-
-
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_the_curvature_of_the_logistic_loss_has_all_digits_far_from_zero(dtype, rtol):
+    """It is σ(z) σ(−z) = e^(−|z|)/(1 + e^(−|z|))²."""
     z = torch.linspace(-40, 40, 17, dtype=dtype, requires_grad=True)
-    (slope,) = torch.autograd.grad(
-        Logistic().value(z.unsqueeze(-1), torch.zeros(1)).sum(), z, create_graph=True
-    )
+    losses = Logistic().value(z.unsqueeze(-1), torch.zeros(1))
+    (slope,) = torch.autograd.grad(losses.sum(), z, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), z)
     small = (-z.detach().double().abs()).exp()
     expected = (small / (1 + small).square()).to(dtype)
@@ -443,6 +440,9 @@ def test_value_and_slope_agree_far_from_zero_as_well(kind):
     (of_value,) = torch.autograd.grad(slope, z, v)
     (of_slope,) = torch.autograd.grad(loss.slope(z, y), z, v)
     torch.testing.assert_close(of_value, of_slope, rtol=1e-12, atol=1e-15)
+
+
+# Refusals.
 
 
 @pytest.mark.parametrize(

@@ -416,9 +416,9 @@ def test_a_frozen_body_is_evaluated_once_as_well(adapt):
     episodes = draw_episodes()
     expected = make()
     expected.backward(episodes)
-    learner = make(adapt=adapt)
-    learner.model[:3].requires_grad_(False)
-    learner = make(learner.model, adapt=adapt)
+    model = make().model
+    model[:3].requires_grad_(False)
+    learner = make(model, adapt=adapt)
     step = learner.backward(episodes)
     assert step.report.features == "once"
     assert set(learner.meta) == {"3.weight", "3.bias"}

@@ -91,9 +91,9 @@ def test_images_have_any_of_their_suffixes_in_upper_or_lower_case(tmp_path):
 
 def test_images_of_a_format_that_is_not_read_are_warned_of(tmp_path):
     files = class_folders() | {"holiday/1.heic": b"pixels", "holiday/2.heic": b"pixels"}
-    with pytest.warns(UserWarning, match=r"left out holiday/1\.heic and 1 more images of f"):
+    with pytest.warns(UserWarning, match=r"left out images .* \(2, such as holiday/1\.heic\)"):
         load(write_tree(tmp_path / "some", files))
-    with pytest.raises(ValueError, match=r"found no images in .* but cat/1\.heic and 0 more of fo"):
+    with pytest.raises(ValueError, match=r"found only images .* \(1, such as cat/1\.heic\)"):
         load(write_tree(tmp_path / "none", {"cat/1.heic": b"pixels", "logo.svg": b"lines"}))
 
 

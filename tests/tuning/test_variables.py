@@ -292,6 +292,17 @@ def test_augmentation_of_integers_is_refused(kind, dtype):
         variable.inputs(variable.meta(PARAMS), batch)
 
 
+def test_augmentation_takes_the_number_of_one_example_in_any_shape():
+    variable = Augmentation()
+    meta = variable.meta(PARAMS)
+    alone, in_a_row = (
+        variable.inputs(meta, {"inputs": torch.zeros(1, 4), "index": index})
+        for index in (torch.tensor(3), torch.tensor([3]))
+    )
+    assert torch.equal(alone, in_a_row)
+    assert alone.any()
+
+
 def test_augmentation_of_an_example_with_a_negative_number_is_refused():
     variable = Augmentation()
     batch = {"inputs": torch.zeros(2, 4), "index": torch.tensor([3, -1])}
