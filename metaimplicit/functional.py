@@ -22,7 +22,7 @@ def functional_call(
     Args:
         module: The module.
         tensors: What replaces its parameters and buffers, by name. A tensor that stands in several
-            places is replaced in all of them. It is given by one of its names.
+            places is replaced in all of them. Give it by one of its names only.
         args: The positional arguments of the call.
         kwargs: The keyword arguments.
 

@@ -138,8 +138,8 @@ def read_class_images(
     if images:
         if unread:
             warnings.warn(
-                f"{root}: left out {unread[0]} and {len(unread) - 1} more images of formats that "
-                "are not read; save them as PNG or JPEG",
+                f"{root}: left out images of formats that are not read ({len(unread)}, such as "
+                f"{unread[0]}); save them as PNG or JPEG",
                 stacklevel=3,
             )
         division = divide_by_images(lists, images)
@@ -149,8 +149,8 @@ def read_class_images(
     if not array_paths(files):
         if unread:
             raise ValueError(
-                f"data_root: found no images in {root} but {unread[0]} and {len(unread) - 1} more "
-                "of formats that are not read; save them as PNG or JPEG"
+                f"data_root: found only images of formats that are not read in {root} "
+                f"({len(unread)}, such as {unread[0]}); save them as PNG or JPEG"
             )
         raise ValueError(f"data_root: found no images in {root}; {LAYOUT}")
     classes = _from_arrays(files, size=size, color=color)

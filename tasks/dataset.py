@@ -30,7 +30,7 @@ EXPECTED = (
     "a dictionary of either for train, val and test, "
     "or the name of a data set of torchvision, such as CIFAR100"
 )
-# How a dataset gives the examples of others as they are.
+# A dataset whose `__getitem__` is one of these gives the examples of other datasets, unchanged.
 PASSING_ON = (Subset.__getitem__, ConcatDataset.__getitem__)
 
 
@@ -115,7 +115,7 @@ def _torchvision(name: str, root: Path) -> Any:
 
     known = getattr(torchvision.datasets, name, None)
     options = inspect.signature(known).parameters if inspect.isclass(known) else {}
-    required = {name for name, option in options.items() if option.default is option.empty}
+    required = {key for key, option in options.items() if option.default is option.empty}
     fits = required == {"root"} and {"train", "download"} <= options.keys()
     if known is None or not fits:
         raise ValueError(
@@ -262,6 +262,16 @@ def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:
     return names
 
 
+def _require_all_or_none(labels: set[int], name_of: Mapping[int, Any]) -> None:
+    """Raise a ValueError if some of these labels have a name and others do not."""
+    unnamed = labels - name_of.keys()
+    if unnamed and unnamed != labels:
+        raise ValueError(
+            f"dataset: got labels {min(labels)} … {max(labels)}, but no name for {min(unnamed)} "
+            f"in the {len(name_of)} of dataset.classes, expected positions there, from 0 on"
+        )
+
+
 def _is_pair(dataset: Any) -> bool:
     """Whether this is a pair of arrays. A list may also be a dataset of two examples."""
     if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
@@ -376,13 +386,3 @@ def _divided(classes: ClassImages, split: Mapping[str, Iterable[Any]]) -> ClassI
             )
         parts.append(list(dict.fromkeys(class_called[name] for name in names)))
     return replace(classes, parts=parts, divided_by="split=")
-
-
-def _require_all_or_none(labels: set[int], name_of: Mapping[int, Any]) -> None:
-    """Raise a ValueError if some of these labels have a name and others do not."""
-    unnamed = labels - name_of.keys()
-    if unnamed and unnamed != labels:
-        raise ValueError(
-            f"dataset: got labels {min(labels)} … {max(labels)}, but no name for {min(unnamed)} "
-            f"in the {len(name_of)} of dataset.classes, expected positions there, from 0 on"
-        )

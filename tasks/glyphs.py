@@ -262,7 +262,7 @@ def jitter(count: int, rng: np.random.Generator) -> Tensor:
 
 
 def _distances(plates: Tensor) -> Tensor:
-    """The distances of the pairs of glyphs in one face, in the order of `triu_indices`."""
+    """The distances of all pairs of n glyphs in one face, `[n·(n − 1)/2]`, in `pdist`'s order."""
     fitted = warp(plates, _scaling(_extent(plates) / SIDE))
     blurred = F.avg_pool2d(fitted, 3, stride=2, padding=1).flatten(1)
     return F.pdist(blurred, p=float("inf"))

@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (
     ".tif",
     ".tiff",
 )
-# Formats of photographs that are not decoded.
+# Images of these formats are not decoded.
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef")
 # The formats of IMAGE_SUFFIXES, by Pillow's names. To read PostScript, it would run a program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")

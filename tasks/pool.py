@@ -138,10 +138,11 @@ class ImagePool:
         return len(self.names)
 
     def subset(self, classes: Sequence[int] | np.ndarray) -> ImagePool:
-        """The pool of some classes, given by their positions in this pool. No image is copied.
+        """The pool of some classes, given by their positions here or by a mask. No image is copied.
 
         Raises:
             ValueError: If a class is given twice.
+            IndexError: If a position is none in this pool, or no integer.
         """
         positions = np.arange(len(self))[list(classes)]
         if len(set(positions)) < len(positions):
@@ -191,7 +192,7 @@ class ImagePool:
 
 def _copied(value: Any) -> Any:
     """An input of its own, since a dataset may give one buffer again."""
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def input_and_label(item: Any, *, number: int) -> tuple[Any, Any]:

@@ -69,7 +69,8 @@ class TaskBatches(FewShotModel):
         self._keeps_vmap = vectorize == "vmap"
         self._objection = ""  # why vmap is not used
         self._features = ""  # as in `Report`
-        adapts_all = len(self.adapted) == sum(1 for _ in model.parameters())  # with frozen ones
+        parameters = list(model.parameters())  # also those that are frozen
+        adapts_all = len(self.adapted) == len(parameters)
         beside_head = plan.head is not None and bool(self.adapted)
         self._is_settled = adapts_all or beside_head
         self._checks = BatchChecks(
