@@ -232,10 +232,13 @@ def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
     # Grid coordinates run from -1 to 1, on the frame and on the plate.
     ratio = SIDE / PLATE_SIDE
     units = torch.tensor([ratio, ratio, 2 / PLATE_SIDE])
-    shape = [len(plates), 1, SIDE * samples, SIDE * samples]
-    grid = F.affine_grid(frame_to_plate * units, shape, align_corners=False)
-    finer = F.grid_sample(plates.float() / 255, grid, align_corners=False)
-    return F.avg_pool2d(finer, samples)
+    frames = []
+    for some, maps in zip(plates.split(64), frame_to_plate.split(64), strict=True):  # fit a cache
+        shape = [len(some), 1, SIDE * samples, SIDE * samples]
+        grid = F.affine_grid(maps * units, shape, align_corners=False)
+        finer = F.grid_sample(some.float() / 255, grid, align_corners=False)
+        frames.append(F.avg_pool2d(finer, samples))
+    return torch.cat(frames)
 
 
 def jitter(count: int, rng: np.random.Generator) -> Tensor:

@@ -1,18 +1,39 @@
 """Functions that run in several processes of one gloo group."""
 
 import importlib
-import multiprocessing
 import os
 import socket
+import sys
 import traceback
+from functools import cache
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed
 
-# One process imports what all others need.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "train"])
+from metaimplicit.vectorization import choice
+
+PRELOADED = ["torch._dynamo", "torch.utils.tensorboard", "pytest", "train", "benchmark"]
+# The C library reads these as a process begins: `benchmark.py` sets them to measure memory.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@cache
+def forked_context():
+    """The context of processes that are forked from one that imported what all of them need.
+
+    Python 3.11 does not tell that process where to look for modules. A variable does.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        for name, value in RETURN_FREED_MEMORY.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
 
 
 def free_port():
@@ -27,9 +48,10 @@ def run_on_ranks(function, count, *args, join=True):
     It is None for a process that was killed. If `join`, the processes form a group.
     """
     port = free_port()
+    context = forked_context()
     jobs = []
     for rank in range(count):
-        reader, writer = CONTEXT.Pipe(duplex=False)
+        reader, writer = context.Pipe(duplex=False)
         variables = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -38,7 +60,7 @@ def run_on_ranks(function, count, *args, join=True):
             "MASTER_PORT": port,
         }
         run = (writer, variables, join, _name(function), rank, args)
-        process = CONTEXT.Process(target=_run, args=run, daemon=True)
+        process = context.Process(target=_run, args=run, daemon=True)
         process.start()
         writer.close()
         jobs.append((process, reader))
@@ -63,9 +85,14 @@ def _name(function):
     return ".".join(path.with_suffix("").parts), function.__name__
 
 
+def _trust_vmap(*problem):
+    """No objection: vmap is compared with a loop in other tests, see `conftest.py`."""
+
+
 def _run(writer, variables, join, name, rank, args):
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
+    choice.find_objection = _trust_vmap
     try:
         module, attribute = name
         function = getattr(importlib.import_module(module), attribute)

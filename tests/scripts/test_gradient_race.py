@@ -9,7 +9,7 @@ import pytest
 import torch
 from gradient_contenders import CONTENDERS, WORKLOADS
 from gradient_race import describe, race
-from rank_group import CONTEXT
+from rank_group import forked_context
 
 ROW = {"slowest": 3.0, "threads": 1, "mebibytes": 100.0, "error": 1e-7}
 
@@ -98,7 +98,7 @@ def conjugate_gradients(product, v, steps):
 def test_a_race_has_a_row_for_each_contender(monkeypatch):
     few = {name: CONTENDERS[name] for name in ("metaimplicit", "torch.func")}
     monkeypatch.setattr(gradient_race, "CONTENDERS", few)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda name: CONTEXT)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: forked_context())
     rows = race("sinusoid, 1 steps", threads=(1,), rounds=1)
     assert [row["contender"] for row in rows] == list(few)
     assert all(row["milliseconds"] > 0 and row["error"] < 1e-4 for row in rows)
