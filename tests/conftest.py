@@ -76,7 +76,7 @@ def real_clock() -> Iterator[Callable[..., float]]:
 
 
 # Folders and files whose models are those that people have, or are made to make vmap fail.
-COMPARED = {"fuzz", "mended", "reported", "vectorization", "zoo", "test_docstrings", "test_readme"}
+COMPARED = {"fuzz", "reported", "vectorization", "zoo", "test_docstrings", "test_readme"}
 IS_COMPARED = pytest.StashKey[bool]()  # of the test that runs
 
 
@@ -128,10 +128,20 @@ SLOW_FILES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole programs and long tables are slow, one and all."""
+    """Whole programs and long tables are slow, one and all.
+
+    Tests that start processes come first, so that one worker has them, and imports for them once.
+    """
+    items.sort(key=lambda item: not _starts_processes(item))
     for item in items:
         if item.path.parent.name in SLOW_FOLDERS or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Whether the file of a test uses `rank_group`."""
+    names = vars(item.module) if isinstance(item, pytest.Function) else {}
+    return "run_on_ranks" in names or "forked_context" in names
 
 
 def pytest_collection_finish() -> None:
