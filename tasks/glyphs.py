@@ -233,10 +233,11 @@ def warp(plates: Tensor, frame_to_plate: Tensor) -> Tensor:
     ratio = SIDE / PLATE_SIDE
     units = torch.tensor([ratio, ratio, 2 / PLATE_SIDE])
     frames = []
-    for some, maps in zip(plates.split(64), frame_to_plate.split(64), strict=True):  # fit a cache
-        shape = [len(some), 1, SIDE * samples, SIDE * samples]
+    # A few plates at a time stay in the processor's cache.
+    for few, maps in zip(plates.split(64), frame_to_plate.split(64), strict=True):
+        shape = [len(few), 1, SIDE * samples, SIDE * samples]
         grid = F.affine_grid(maps * units, shape, align_corners=False)
-        finer = F.grid_sample(some.float() / 255, grid, align_corners=False)
+        finer = F.grid_sample(few.float() / 255, grid, align_corners=False)
         frames.append(F.avg_pool2d(finer, samples))
     return torch.cat(frames)
 
