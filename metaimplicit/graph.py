@@ -201,7 +201,10 @@ def _is_once_differentiable(function: Any) -> bool:
 
 
 def _reaches(node: Any, places: Collection[Any]) -> bool:
-    """Whether a way down the graph leads to one of the places."""
+    """Whether a way down the graph from a node leads to one of the places; see `_place`.
+
+    The node itself is not looked at.
+    """
     pending = [node]
     seen = {node}
     while pending:

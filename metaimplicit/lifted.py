@@ -161,7 +161,7 @@ class LiftedProblem:
         other.entries = self.entries.without_tensors()
         other.data = None
         other.start = None
-        other.tasks = 0  # whatever the parameters say
+        other.tasks = 0  # as many as θ has, see `_count`
         other.compiler = None
         return other
 
@@ -298,7 +298,7 @@ class LiftedProblem:
         with long_labels(self._has_short_integers(data)):
             result = self._lift(function, params, data)
         loss, aux = result if isinstance(result, tuple) else (result, None)
-        tasks = self.tasks or len(next(iter(params.values())))
+        tasks = self._count(params)
         if not isinstance(loss, Tensor) or loss.shape != (tasks,):
             shaped = isinstance(loss, Tensor)
             got = f"shape {tuple(loss.shape[1:])}" if shaped else type(loss).__name__
@@ -323,6 +323,10 @@ class LiftedProblem:
         with mended_recomputation, mended_derivatives if is_mended else without_fast_path:
             return self._map(function, params, data)
 
+    def _count(self, params: Params) -> int:
+        """The number of tasks, which θ says where the problem holds no data."""
+        return self.tasks or len(next(iter(params.values())))
+
     def _map(self, function: Callable[[Any, Any], Any], params: Params, data: Any) -> Any:
         if not self.batched and (self._calls_directly or not params):
             single = {name: p.squeeze(0) for name, p in params.items()}
@@ -332,7 +336,8 @@ class LiftedProblem:
         if self.vectorize == "loop":
             if self._randomness == "same":
                 function = _repeating_random_numbers(function, (params, data))
-            results = [function(task_of(params, i), task_of(data, i)) for i in range(self.tasks)]
+            count = self._count(params)
+            results = [function(task_of(params, i), task_of(data, i)) for i in range(count)]
             return tree_map(lambda *x: torch.stack(x), *results)
         return self._vmap(function, params, data)
 

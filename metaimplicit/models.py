@@ -66,8 +66,8 @@ class ConvNet(nn.Module):
 
     Raises:
         ValueError: `input_shape` is not that of an image, or too small for the blocks. A number is
-            less than 1. The numbers of channels are not one for each block. The activation or the
-            normalisation is unknown.
+            less than 1, or `joined` above `blocks`. The numbers of channels are not one for each
+            block. The activation or the normalisation is unknown.
 
     Example:
         >>> import torch
@@ -102,10 +102,12 @@ class ConvNet(nn.Module):
             stride = 2 if strided else 1
             layers.append(nn.Conv2d(channels, block_channels, 3, stride=stride, padding=1))
             layers.append(NORMS[norm](block_channels))
-            after = [ACTIVATIONS[activation]()]
-            if not strided:
+            after: list[nn.Module] = [ACTIVATIONS[activation]()]
+            if not strided and activation == "gelu":
+                after = [*after, nn.MaxPool2d(2)]
+            elif not strided:
                 # Monotone activations commute with the maximum, and have less to do after it.
-                after.insert(activation == "gelu", nn.MaxPool2d(2))
+                after = [nn.MaxPool2d(2), *after]
             layers += after
             # A convolution of stride 2 rounds half of an odd size up, pooling rounds it down.
             height = (height + 1) // 2 if strided else height // 2
@@ -280,9 +282,9 @@ def _check_arguments(
     norm: str,
 ) -> None:
     """Raise ValueError if an argument of a network for images is wrong."""
-    if len(input_shape) != 3:
+    if len(input_shape) != 3 or min(input_shape) < 1:
         raise ValueError(
-            f"input_shape: got {tuple(input_shape)}, expected (channels, height, width)"
+            f"input_shape: got {tuple(input_shape)}, expected (channels, height, width), each ≥ 1"
         )
     for name, number in {"outputs": outputs, "blocks": blocks}.items():
         if number is not None:

@@ -138,9 +138,9 @@ def compare_with_exact(instance: Instance, method: Implicit, seed: int) -> dict[
 
 
 def tune(instance: Instance, variant: Variant, seed: int, steps: int = 10) -> float:
-    """The validation loss after outer steps of SGD with momentum 0.9 on decays of at least 1e-8.
+    """The validation loss after outer steps of SGD with momentum 0.9 on decays.
 
-    `seed` is that of the sketches.
+    Each step leaves decays of at least 1e-8. `seed` is that of the random numbers of the method.
     """
     torch.manual_seed(seed)
     decay = instance.meta["decay"]

@@ -269,7 +269,7 @@ def _measure(
     expected: Tensor,
     seeds: int,
 ) -> Row:
-    """Run a method for its memory, and then once for each seed."""
+    """Run a method for its memory, and then once for each seed, or once if it draws nothing."""
     with LiveBytes() as memory:
         warmup = point.run(method, seed=0)
     runs = []
@@ -278,7 +278,8 @@ def _measure(
     for seed in range(seeds if warmup.is_random else 1):
         start = time.perf_counter()
         run = point.run(method, seed=seed)
-        errors.append(relative_error(run.hypergradient, expected))  # waits for the device
+        # Reading the error as a number waits for the device.
+        errors.append(relative_error(run.hypergradient, expected))
         seconds.append(time.perf_counter() - start)
         runs.append(run)
 

@@ -91,7 +91,8 @@ class Agreement(NamedTuple):
     """How far slopes are from finite differences, all relative to the size of the latter.
 
     Attributes:
-        size: The norm of the differences.
+        size: The norm of the differences, or the least size that was asked for if that is larger.
+            If both are 0, the norm of the slopes.
         error: The distance of the slopes from the differences.
         noise: What the differences may be off by: their distance from those of half the step, or
             round-off.

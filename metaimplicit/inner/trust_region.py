@@ -140,7 +140,7 @@ class NewtonCG(InnerLoop):
             moves = active & (ratio > ACCEPT)
             theta = torch.where(moves, theta + result.step, theta)
             gradient = torch.where(moves, trial_gradient, gradient)
-            value = trial_value  # of tasks that refuse it is evaluated again below
+            value = trial_value  # that of a task which refuses its trial is evaluated again below
             radius = _next_radius(radius, ratio, result, active=active)
             if keep_iterates:
                 iterates.append(unflatten(theta, start))

@@ -329,10 +329,10 @@ def _objection_to(calls: list[HeadCall], outputs: Tensor) -> str:
 
 
 def _leading_sizes(inputs: Any) -> tuple[int, int]:
-    """`[tasks, m]` of inputs.
+    """The numbers of tasks and of examples in each, with which every tensor of inputs begins.
 
     Raises:
-        ValueError: Its tensors begin with different sizes.
+        ValueError: The tensors begin with different sizes, or one has a single axis.
     """
     sizes = {tuple(x.shape[:2]) for x in torch.utils._pytree.tree_leaves(inputs)}
     if len(sizes) != 1 or len(next(iter(sizes))) != 2:

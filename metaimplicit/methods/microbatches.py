@@ -209,12 +209,13 @@ class _Slices:
                 raise ValueError(self._refusal(error, first, seen))
 
     def _trial(self, params: Params, meta: Params, parts: Sequence[Any]) -> list[Any]:
+        """The values on parts of the data. Random numbers are refused."""
         run = reject_random_numbers(
             lambda p: [self.function(p, meta, part) for part in parts], self.name
         )
         try:
             return run(params)
-        except UnsupportedOperationError:
+        except (UnsupportedOperationError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, IndexError) as error:
             raise ValueError(

@@ -179,9 +179,13 @@ def read_json(path: str | Path) -> Any:
         ...     read_json(path)
         [1, 2]
     """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is not JSON")
+
     try:
-        return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: got damaged JSON ({error}), expected what a run wrote; restore or delete it"
         ) from error

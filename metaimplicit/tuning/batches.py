@@ -164,8 +164,8 @@ def take_batches(batches: Iterator[Any], count: int) -> list[Any]:
     """The next batches, which are held at once.
 
     Raises:
-        ValueError: The tensors of an earlier one were written to, as by a loader that fills the
-            same tensors again.
+        ValueError: The tensors of one of them were written to while later ones were read, as by a
+            loader that fills the same tensors again. Views are not looked at.
 
     Example:
         >>> take_batches(iter("abc"), 2)

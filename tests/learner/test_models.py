@@ -74,6 +74,8 @@ def test_the_conv_net_has_the_activation_that_is_named(name, function):
             r"input_shape: got \(1, 8, 8\), of which 4 poolings leave nothing",
         ),
         ((784,), {}, r"input_shape: got \(784,\), expected \(channels, height, width\)"),
+        ((0, 8, 8), {}, r"input_shape: got \(0, 8, 8\), expected .*, each ≥ 1"),
+        ((1, 0, 0), {}, r"input_shape: got \(1, 0, 0\), expected .*, each ≥ 1"),
         ((1, 28, 28), {"filters": 0}, "filters: got 0, expected at least 1"),
         ((1, 28, 28), {"filters": 2.5}, "filters: got 2.5, expected a whole number, at least 1"),
         (

@@ -95,6 +95,15 @@ def test_the_functions_of_every_form_of_state(name, uncompiled):
             assert float(torch.as_tensor(x - result.end.state[parameter][key]).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("method", ["unrolled", GAUSS_NEWTON], ids=["unrolled", "gauss-newton"])
+def test_a_batch_of_one_task_in_a_loop(method, uncompiled):
+    one = tuple(x[:1] for x in DATA)
+    meta = INITIAL | {"proximal": torch.tensor(4.0).double()}
+    problem = new_network(Proximal(FromMeta("proximal")))
+    inner = GradientDescent(steps=3, lr=0.1)
+    assert_equal(problem, meta, one, vectorize="loop", inner=inner, method=method)
+
+
 @pytest.mark.parametrize(
     "method",
     [

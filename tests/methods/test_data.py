@@ -261,6 +261,14 @@ def test_data_that_require_grad_are_constants_unless_they_are_entries_of_phi(vec
     assert problem.inner(theta, with_entries, problem.data).requires_grad
 
 
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_the_functions_without_data_take_the_tasks_that_they_are_given(vectorize):
+    problem = LiftedProblem(network(), DATA, batched=True, vectorize=vectorize)
+    theta = problem.init(INITIAL)
+    expected = problem.inner(theta, INITIAL, problem.data)
+    assert torch.equal(problem.without_data().inner(theta, INITIAL, DATA), expected)
+
+
 def slope_by_a_leaf(params, x):
     """∂(sum of the outputs)/∂x by `torch.autograd.grad`, for which the loss makes a leaf."""
     x = x.detach().requires_grad_()

@@ -482,6 +482,16 @@ def test_data_without_one_axis_of_examples_are_refused(data, message):
         run(Implicit(microbatch=SIZE), problem=problem, data=data)
 
 
+def test_an_end_of_the_memory_is_not_blamed_on_the_data():
+    def inner_loss(params, meta, data):
+        if len(data[0]) < M:
+            raise torch.OutOfMemoryError
+        return network(params, meta, data)[0].square().mean()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Implicit(microbatch=SIZE), inner_loss, data=TRAIN)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,7 +20,7 @@ from metaimplicit.training import (
     write_atomically,
     write_json,
 )
-from metaimplicit.training.files import previous
+from metaimplicit.training.files import previous, read_json
 from metaimplicit.training.rotation import write_checkpoint
 from metaimplicit.training.sealed import write_sealed
 
@@ -161,6 +161,14 @@ def test_checkpoints_of_another_format_or_learner_or_of_a_tuner_are_refused(path
     other = make_parts(learn=()).learner
     with pytest.raises(ValueError, match="does not fit the learner"):
         load_learner(path, other)
+
+
+@pytest.mark.parametrize("text", ['{"x": NaN}', "[-Infinity]", "[" * 100_000, "{"])
+def test_what_is_no_json_is_refused_by_its_path(text, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a.json: got damaged JSON \(.+\), expected what a run"):
+        read_json(path)
 
 
 def test_json_is_strict_and_files_appear_whole(tmp_path):
