@@ -1,6 +1,9 @@
 """Break the code at random places, one at a time, and count the mutants that the tests kill.
 
 python .ci/mutants.py --seed 0 --count 60        # one to two hours on two cores
+
+The test that failed is named. If it has nothing to do with the mutant, it failed for another
+reason, and the mutant does not count as killed.
 """
 
 from __future__ import annotations
@@ -94,30 +97,43 @@ def all_mutants() -> list[Mutant]:
     return mutants
 
 
-def is_killed(mutant: Mutant, tree: Path, workers: int) -> bool:
-    """Whether a test fails on a copy of the project with the mutant in it."""
+def first_failure(mutant: Mutant, tree: Path, workers: int) -> str:
+    """What fails first on a copy of the project with the mutant in it. Empty if nothing does."""
     target = tree / mutant.path
-    target.write_text(mutant.source())
+    write_source(target, mutant.source())
     # The tests of the mutated package run first, because they are the likeliest to fail.
     near = tree / "tests" / mutant.path.parent.name
     stages = [["tests", "-m", "not slow"], ["tests", "-m", "slow"]]
     if near.is_dir():
         stages.insert(0, [str(near)])
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(tree)}
     try:
         for stage in stages:
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", str(workers), *stage]
             command += ["-p", "no:cacheprovider", "--ignore=tests/test_architecture.py"]
             run = subprocess.run(
-                command, cwd=tree, env=environment, capture_output=True, timeout=TIME_LIMIT
+                command,
+                cwd=tree,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
             )
             if run.returncode != 0:
-                return True
+                lines = run.stdout.splitlines()
+                failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+                return (failures or lines or ["pytest did not run"])[0].split(" - ")[0]
     except subprocess.TimeoutExpired:
-        return True
+        return f"no end after {TIME_LIMIT} s"
     finally:
-        target.write_text(mutant.text)
-    return False
+        write_source(target, mutant.text)
+    return ""
+
+
+def write_source(path: Path, text: str) -> None:
+    """Write a module, and remove what was compiled of it, which may be as old and as long."""
+    path.write_text(text)
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
 
 
 def main() -> None:
@@ -135,9 +151,10 @@ def main() -> None:
         tree = Path(folder) / "project"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
         for number, mutant in enumerate(drawn, start=1):
-            killed = is_killed(mutant, tree, arguments.workers)
-            print(f"{number:3} {'killed  ' if killed else 'SURVIVED'} {mutant}", flush=True)
-            if not killed:
+            failure = first_failure(mutant, tree, arguments.workers)
+            end = f"killed by {failure}" if failure else "SURVIVED"
+            print(f"{number:3} {mutant}\n    {end}", flush=True)
+            if not failure:
                 survivors.append(mutant)
     print(f"{len(drawn) - len(survivors)} of {len(drawn)} killed", *survivors, sep="\n")
 
