@@ -122,7 +122,7 @@ def first_failure(mutant: Mutant, tree: Path, workers: int) -> str:
             if run.returncode != 0:
                 lines = run.stdout.splitlines()
                 failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-                return (failures or lines or ["pytest did not run"])[0].split(" - ")[0]
+                return (failures or lines[-1:] or ["pytest did not run"])[0].split(" - ")[0]
     except subprocess.TimeoutExpired:
         return f"no end after {TIME_LIMIT} s"
     finally:

@@ -77,7 +77,7 @@ def real_clock() -> Iterator[Callable[..., float]]:
 
 
 # Folders and files whose models are those that people have, or are made to make vmap fail.
-COMPARED = {"fuzz", "reported", "vectorization", "zoo", "test_docstrings", "test_readme"}
+COMPARED = {"fuzz", "mended", "reported", "vectorization", "zoo", "test_docstrings", "test_readme"}
 IS_COMPARED = pytest.StashKey[bool]()  # of the test that runs
 
 
