@@ -157,7 +157,7 @@ class OutputLikelihood:
     ) -> Tensor:
         """μ − y, `[samples, *μ.shape]`, on the device of the generator, where μ is."""
         shape = (samples, *mean.shape)
-        if self.family.name == "gaussian":
+        if self.family.name == "gaussian":  # of unit variance, so that μ − y is standard normal
             return torch.randn(
                 shape,
                 generator=generator,

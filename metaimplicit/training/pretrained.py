@@ -112,7 +112,16 @@ def _find_misfits(own: Params, stored: Params) -> dict[str, dict[str, str]]:
 
 
 def _require_fit(misfits: dict[str, dict[str, str]], of_head: set[str], path: Path) -> None:
-    """Raise ValueError if a tensor does not fit that is not of the last layer."""
+    """Check that all tensors fit but those of the last layer.
+
+    Args:
+        misfits: What does not fit, by kind: the name of each tensor, and how the message names it.
+        of_head: The names of the last layer's tensors, which may differ.
+        path: The file of the parameters.
+
+    Raises:
+        ValueError: Another tensor does not fit.
+    """
     objections = []
     for kind, names in misfits.items():
         texts = [text for name, text in names.items() if name not in of_head]
