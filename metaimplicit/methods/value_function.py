@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaimplicit.buffers import restored_buffers
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
@@ -97,12 +98,14 @@ class ValueFunction(Method):
         # Parameters that g alone reads stay where they are, since nothing would hold them.
         unread = {name: z.params[name] for name in run.dependencies.idle}
 
+        # Losses at y and z are subtracted, so they see the same buffers, those of the loop for z.
+        @restored_buffers()
         def outer(params: Params, phi: Params) -> Tensor:
             return problem.outer(params | unread, phi, outer_data)[0]
 
         y = self._minimise_penalised(problem, inner, detached(meta), z=z, outer=outer)
         g_of = reject_random_numbers(lambda params: outer(params, meta), "outer loss")
-        f_of = reject_random_numbers(penalised_inner(problem, run, meta, data))
+        f_of = reject_random_numbers(restored_buffers()(penalised_inner(problem, run, meta, data)))
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             at_y = leaves(y.params)
@@ -167,10 +170,10 @@ class ValueFunction(Method):
         """Where the inner loop on f + g/λ ends. It starts from z, or from the last call's y."""
         companion = None if problem.start is None else problem.start.companion
         start = replace(z, state={}) if companion is None else companion
-        around = problem.with_weights_at(z.params)
+        inner_loss = restored_buffers()(problem.with_weights_at(z.params).inner)
 
         def penalised(params: Params, t: int) -> Tensor:
-            f = around.inner(params, meta, problem.at(t))
+            f = inner_loss(params, meta, problem.at(t))
             return f + outer(params, meta) / self.strength
 
         trajectory = inner.run(

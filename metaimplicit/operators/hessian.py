@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from metaimplicit.buffers import restored_buffers
 from metaimplicit.forward_mode import push_forward
 from metaimplicit.graph import (
     check_differentiable,
@@ -207,7 +208,9 @@ def central_difference(
     h = eps ** (1 / 3) * (1 + theta.norm(dim=-1, keepdim=True))
     h = h / torch.where(length > 0, length, 1.0)
 
-    # Both ends draw the same random numbers, whose difference would be divided by h.
+    # Both ends draw the same random numbers and see the same buffers of modules. Differences of
+    # these would be divided by h.
+    function = restored_buffers()(function)
     with restored_random_state(theta.device):
         ahead = function(unflatten(theta + h * vector, at))
     behind = function(unflatten(theta - h * vector, at))

@@ -6,21 +6,20 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from metaimplicit.buffers import restored_buffers
 from metaimplicit.lifted import LiftedProblem, Vectorize
 from metaimplicit.params import Params, leaves
 from metaimplicit.problem import BilevelProblem, Stream
 from metaimplicit.random_state import NoticedDraws, restored_random_state
-from metaimplicit.tensors import put_back_dead, tensors_in
+from metaimplicit.tensors import tensors_in
 from metaimplicit.unsupported import find_module, shorten
 from metaimplicit.vectorization.evaluations import (
     Evaluation,
@@ -119,7 +118,7 @@ class _Trial(NamedTuple):
         phi = {name: m.detach() for name, m in self.meta.items()}
         moved = {n: _shifted(m, shift) for n, m in phi.items() if m.is_floating_point()}
         phi |= leaves(moved)
-        with restored_random_state(self.device), _restored_buffers():
+        with restored_random_state(self.device), restored_buffers():
             lifted = LiftedProblem(self.problem, self.data, batched=True, vectorize=vectorize)
             if same:
                 lifted = lifted.with_same_randomness()
@@ -232,38 +231,6 @@ def _full_precision() -> Iterator[None]:
             stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             cudnn.allow_tf32 = False
         yield
-
-
-@contextmanager
-def _restored_buffers() -> Iterator[None]:
-    """Let the buffers of the modules that are called be after the block what they were before.
-
-    Tensors that vmap left in other attributes are put back as well.
-    """
-    before: dict[int, tuple[Tensor, int, Tensor]] = {}
-    entries: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
-    thread = get_ident()
-
-    def keep(module: nn.Module, _: Any) -> None:
-        if get_ident() != thread:
-            return
-        attributes = dict(vars(module))
-        buffers = dict(attributes["_buffers"])
-        entries.setdefault(id(module), (module, buffers, attributes))
-        for buffer in module.buffers(recurse=False):
-            before.setdefault(id(buffer), (buffer, buffer._version, buffer.detach().clone()))
-
-    handle = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module, buffers, attributes in entries.values():
-            vars(module)["_buffers"].update(buffers)
-            put_back_dead(vars(module), attributes)
-        for buffer, version, copied in before.values():
-            if buffer._version != version:
-                buffer.detach().copy_(copied)
 
 
 class Difference(NamedTuple):
