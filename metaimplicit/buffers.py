@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
@@ -23,6 +23,7 @@ def restored_buffers() -> Iterator[None]:
     other attributes of the modules are put back as well. Other threads are left alone.
 
     Example:
+        >>> import torch
         >>> norm = nn.BatchNorm1d(2)
         >>> with restored_buffers():
         ...     _ = norm(torch.randn(4, 2))
@@ -89,3 +90,28 @@ class _Calls:
         """Remember what a call has left in the place of a buffer, unless a transform ends it."""
         if isinstance(written, Tensor) and not is_transformed(written):
             self._written[id(buffer)] = (buffer, written)
+
+
+def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Copy values into the buffers of a module, which keep their device and type.
+
+    A buffer of another shape is replaced.
+
+    Args:
+        module: The module.
+        buffers: The values by the names of `module.named_buffers()`.
+
+    Example:
+        >>> import torch
+        >>> norm = nn.BatchNorm1d(2)
+        >>> load_buffers(norm, {"running_mean": torch.ones(2)})
+        >>> norm.running_mean
+        tensor([1., 1.])
+    """
+    for path, value in buffers.items():
+        buffer = module.get_buffer(path)
+        if buffer.shape == value.shape:
+            buffer.detach().copy_(value)
+        else:
+            owner, _, name = path.rpartition(".")
+            setattr(module.get_submodule(owner), name, value.to(buffer))

@@ -99,7 +99,8 @@ def hypergradient(
         state: `report.state` of the last call, where an implicit method's solver starts (Arbel &
             Mairal 2022). It helps if φ moved little and the data are the same.
         start: `end` of the last call, where the inner loop continues, optimiser state included. It
-            is a constant: φ has no gradient through it. If None, the loop starts at `init`.
+            is a constant: φ has no gradient through it. If None, the loop starts at `init`. For
+            another optimiser, `end.for_optimizer` leaves the state out.
         compile: Whether the inner step, its pull, the products of an implicit method and the outer
             loss are compiled (`torch.compile`). They are compiled at the first call with a problem
             and an inner loop, for its shapes and any number of steps, and looped over in Python.
@@ -151,6 +152,12 @@ def hypergradient(
         chunk_size=chunk_size,
         start=start,
     )
+    if start is not None and start.for_optimizer(inner.optimizer_name) is not start:
+        raise ValueError(
+            f"start: got the end of steps of {start.optimizer}, expected steps of "
+            f"{inner.optimizer_name}; start.for_optimizer({inner.optimizer_name!r}) leaves its "
+            "state out"
+        )
     # The tensors of c = features(φ, data) that depend on φ or on data are held constant.
     parts = lifted.entries.tensors
     variables = {**phi, **leaves(parts)}
@@ -199,7 +206,7 @@ def hypergradient(
         grads={name: grads[name] for name in phi},
         params=params if batched else _squeeze(params),
         report=replace(report, tasks_by=lifted.tasks_by).judged(outer.losses),
-        end=adaptation.end,
+        end=replace(adaptation.end, optimizer=inner.optimizer_name),
         aux=_detach(outer.aux, batched),
         data_grads=features.entries.arrange(grads),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,18 +50,38 @@ class Iterate:
         state: The optimiser's state, by parameter.
         sensitivity: The derivative that the method `Forward` carries along.
         companion: The second iterate that the method `ValueFunction` carries along.
+        optimizer: The name of the optimiser that left the state, empty if it is not known.
     """
 
     params: Params
     state: OptimizerState = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
     companion: Iterate | None = None
+    optimizer: str = ""
 
     @property
     @torch.inference_mode(False)
     def single(self) -> Params:
         """A copy of θ_t of one problem, without the task axis, `{name: [*shape]}`."""
         return {name: p.squeeze(0).clone() for name, p in self.params.items()}
+
+    def for_optimizer(self, name: str) -> Iterate:
+        """Where an optimiser of this name can start: without the state of another one.
+
+        Example:
+            >>> end = Iterate({"w": torch.ones(1)}, {"w": {"step": 3}}, optimizer="Adam")
+            >>> end.for_optimizer("Adam") is end, end.for_optimizer("SGD").state
+            (True, {})
+        """
+        if name == self.optimizer or not name or not self.optimizer:
+            return self
+        z = self.sensitivity
+        y = self.companion
+        return Iterate(
+            params=self.params,
+            sensitivity=None if z is None else replace(z, state={}),
+            companion=None if y is None else Iterate(y.params),
+        )
 
     def detach(self) -> Iterate:
         """The same values without a graph."""
@@ -73,6 +93,7 @@ class Iterate:
             state={name: _detach_slots(slots) for name, slots in self.state.items()},
             sensitivity=sensitivity,
             companion=None if self.companion is None else self.companion.detach(),
+            optimizer=self.optimizer,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,6 +103,7 @@ class Iterate:
             "state": self.state,
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
             "companion": None if self.companion is None else self.companion.to_dict(),
+            "optimizer": self.optimizer,
         }
 
     @classmethod
@@ -94,6 +116,7 @@ class Iterate:
             state=stored["state"],
             sensitivity=None if sensitivity is None else Sensitivity.from_dict(sensitivity),
             companion=None if companion is None else Iterate.from_dict(companion),
+            optimizer=stored.get("optimizer", ""),  # which older files do not have
         )
 
 

@@ -22,6 +22,7 @@ LAYERS = (
         "functional",
         "functions",
         "compiled",
+        "buffers",
         "forward_mode",
         "optimizer_state",
         "options",

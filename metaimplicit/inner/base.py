@@ -78,6 +78,8 @@ class InnerLoop(ABC):
         drift: What keeps the loop near such a point from settling there, in words. If empty,
             nothing does.
         second_derivatives: Whether a step takes second derivatives of the loss.
+        optimizer_name: Whose state the loop leaves. A loop of the same name can continue with it.
+            If empty, the loop has no state.
 
     Example:
         >>> import torch
@@ -101,6 +103,7 @@ class InnerLoop(ABC):
     implicit_objection: str = ""
     drift: str = ""
     second_derivatives: ClassVar[bool] = False
+    optimizer_name: str = ""
 
     @property
     def compile_objection(self) -> str:

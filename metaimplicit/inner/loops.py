@@ -81,6 +81,11 @@ class _StepwiseLoop(InnerLoop):
             step=step,
         )
 
+    @property
+    def optimizer_name(self) -> str:  # type: ignore[override]
+        """The name of the class in `torch.optim`."""
+        return self._step.optimizer.__name__
+
     def initial_slots(self, names: Iterable[str], meta: Params) -> OptimizerState:
         """The slots that are not 0 at the start; see `InnerLoop.initial_slots`."""
         return self._step.initial_slots(names, meta)

@@ -68,6 +68,7 @@ class ProximalGradient(InnerLoop):
     tol: float | None = field(default=None, init=False, repr=False)
 
     fixed_point_objection = ""
+    optimizer_name = "ProximalGradient"
     implicit_objection = "whose end is no stationary point of the inner loss alone"
 
     def __post_init__(self) -> None:

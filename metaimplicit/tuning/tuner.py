@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from metaimplicit.buffers import load_buffers
 from metaimplicit.counts import check_count
 from metaimplicit.functions import needs_closure
 from metaimplicit.hypergradient import Hypergradient, hypergradient
@@ -66,7 +67,8 @@ class Tuner:
         schedule: Maps the number of the outer step to a factor of the inner step size `inner.lr`,
             which must be a number.
         on_nonfinite: What to do about a hypergradient with a NaN or an Inf, which is never applied:
-            `"raise"` FloatingPointError, or `"skip"` the outer step and keep the θ before it.
+            `"raise"` FloatingPointError, or `"skip"` the outer step. Both keep θ and the buffers of
+            the model as they were before it.
 
     Attributes:
         optimizer: The outer optimiser.
@@ -117,12 +119,14 @@ class Tuner:
         check_problem(problem)
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: got {on_nonfinite!r}, expected 'raise' or 'skip'")
+        self.end: Iterate | None = None
         self.inner = inner
         if schedule is not None:
             _step_size(self.inner)  # raises unless it is a number
         loss = problem.inner_loss
-        if isinstance(loss, Composite) and loss.module is not None:
-            reject_distributed(loss.module, AVERAGE_HYPERGRADIENTS)
+        module = loss.module if isinstance(loss, Composite) else None
+        self._model = nn.Module() if module is None else module
+        reject_distributed(self._model, AVERAGE_HYPERGRADIENTS)
         self.problem = problem
         self.method = method
         self.warm_start = warm_start
@@ -141,7 +145,6 @@ class Tuner:
                 "several times a step, expected one that steps by a gradient, such as "
                 "torch.optim.Adam; HOAG searches along a line"
             )
-        self.end: Iterate | None = None
         self.state = SolverState()
         self.steps = 0
         self.stopping = EarlyStopping()
@@ -199,6 +202,7 @@ class Tuner:
                 start=self.end if self.warm_start else None,
             )
 
+        buffers = copied_tensors(dict(self._model.named_buffers()))
         with notice_changed_data("train", self._read_again(batches, validation)):
             try:
                 result = evaluate()
@@ -219,12 +223,14 @@ class Tuner:
             self._free.project()
             self.end = result.end
             self.state = result.report.state
-        elif self.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f"outer step {self.steps}: got a hypergradient of norm {norm} at outer loss "
-                f"{loss}, expected finite numbers; nothing was changed. Lower a step size, or use "
-                "on_nonfinite='skip'"
-            )
+        else:
+            load_buffers(self._model, buffers)
+            if self.on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"outer step {self.steps}: got a hypergradient of norm {norm} at outer loss "
+                    f"{loss}, expected finite numbers; nothing was changed. Lower a step size, or "
+                    "use on_nonfinite='skip'"
+                )
         self.steps += 1
         return TunerStep(outer_loss=loss, norm=norm, report=result.report, applied=finite)
 
@@ -286,7 +292,10 @@ class Tuner:
 
     @property
     def inner(self) -> InnerLoop:
-        """The inner loop. One that is set, or its flag, must take a batch for each step."""
+        """The inner loop. One that is set, or its flag, must take a batch for each step.
+
+        If its optimiser is another one, it continues from θ, and its state starts empty.
+        """
         return self._inner
 
     @inner.setter
@@ -299,6 +308,8 @@ class Tuner:
                 "GradientDescent; or call hypergradient with a method for this loop"
             )
         self._inner = made
+        if self.end is not None:
+            self.end = self.end.for_optimizer(made.optimizer_name)
 
     @property
     def method(self) -> Method:
@@ -311,10 +322,11 @@ class Tuner:
         self._method = default_to_gauss_newton(self._method_as_given, self.problem)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to resume to the same bits: φ, θ, both optimisers and the solver.
+        """All that a run needs to resume to the same bits.
 
-        It holds neither batches nor the states of random generators, from which sketches are drawn:
-        neither torch's own nor that of a solver's `generator`. `training.save_tuner` holds both.
+        These are φ, θ, the buffers of the model, both optimisers and the solver. Batches are not
+        among them, nor are the states of random generators, from which sketches are drawn: neither
+        torch's own nor that of a solver's `generator`. `training.save_tuner` holds both.
         """
         return self._position() | {"steps": self.steps, "stopping": self.stopping.to_dict()}
 
@@ -322,9 +334,19 @@ class Tuner:
         """Return to where `state_dict` was taken. θ goes to the device of the model.
 
         Raises:
-            ValueError: The state has hyperparameters of other names or shapes, parameters other
-                than those of the model, or is that of another optimiser. Nothing changes.
+            ValueError: The state has hyperparameters of other names or shapes, parameters or
+                buffers other than those of the model, or is that of another inner or outer
+                optimiser. Nothing changes.
         """
+        end = state["end"]
+        if end is not None:
+            stored = Iterate.from_dict(end)
+            if stored.for_optimizer(self.inner.optimizer_name) is not stored:
+                raise ValueError(
+                    f"state: got that of inner steps of {stored.optimizer}, expected steps of "
+                    f"{self.inner.optimizer_name}; build the tuner as the run did, and set its "
+                    "`inner` afterwards"
+                )
         self._return_to(state)
         self.steps = state["steps"]
         self.stopping = EarlyStopping.from_dict(state["stopping"])
@@ -339,12 +361,13 @@ class Tuner:
         return batches[-1] if rereads == "last" else None
 
     def _position(self) -> dict[str, Any]:
-        """A copy of φ, θ, both optimisers and the solver."""
+        """A copy of φ, θ, the buffers of the model, both optimisers and the solver."""
         position = {
             "free": {name: free.detach() for name, free in self._free.tensors.items()},
             "optimizer": optimizer_state(self.optimizer),
             "end": None if self.end is None else self.end.to_dict(),
             "state": self.state.to_dict(),
+            "buffers": dict(self._model.named_buffers()),
         }
         return copied_tensors(position)
 
@@ -355,10 +378,18 @@ class Tuner:
         self._free.check(position["free"])
         end = read_end(position["end"], self.problem, self.meta)
         state = SolverState.from_dict(position["state"])
+        own_buffers = dict(self._model.named_buffers())
+        buffers = position.get("buffers", own_buffers)  # older files have none
+        if buffers.keys() != own_buffers.keys():
+            raise ValueError(
+                f"state: got the buffers {sorted(buffers)}, expected {sorted(own_buffers)}; build "
+                "the model as the run did"
+            )
         load_optimizer_state(self.optimizer, position["optimizer"])
         self._free.load(position["free"])
-        self.end = end
+        self.end = None if end is None else end.for_optimizer(self.inner.optimizer_name)
         self.state = state
+        load_buffers(self._model, buffers)
 
 
 def _step_size(inner: InnerLoop) -> float:

@@ -10,7 +10,7 @@ from oracles import quadratic
 from torch import nn
 from weighted_logistic import META, POINT, PROBLEM
 
-from metaimplicit import GradientDescent, Positive, TorchOptimizer, Tuner
+from metaimplicit import GradientDescent, Positive, TorchOptimizer, Tuner, hypergradient
 from metaimplicit.methods import METHODS, known_options, make_method
 from metaimplicit.tuning import Box, Real, WeightDecay, tuning_problem
 
@@ -146,6 +146,123 @@ def make_model_tuner(width=3, dtype=torch.float64, optimizer=ADAM, device="cpu")
     )
     inner = TorchOptimizer(torch.optim.Adam, steps=2)
     return Tuner(problem, meta, inner=inner, method="unrolled", optimizer=optimizer)
+
+
+class Centred(nn.Module):
+    """A linear layer of x less a running mean of the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean.lerp_(x.mean(0), 0.1)
+        return self.fc(x - self.mean)
+
+
+def make_centred_tuner(**options):
+    """A tuner of the weight decay of a model with a buffer that moves, and the model."""
+    torch.manual_seed(0)
+    model = Centred()
+    problem, meta, domains = tuning_problem(model, nn.functional.cross_entropy, [WeightDecay()])
+    inner = GradientDescent(steps=2, lr=0.3)
+    return Tuner(problem, meta, domains=domains, inner=inner, method="unrolled", **options), model
+
+
+def shifted_batch(i):
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(i)).double()
+    return x + 2, torch.tensor([0, 1, 1, 0])
+
+
+def test_buffers_of_the_model_are_part_of_the_state():
+    whole, model = make_centred_tuner()
+    whole.fit(shifted_batch, shifted_batch, steps=6)
+    stopped, _ = make_centred_tuner()
+    stopped.fit(shifted_batch, shifted_batch, steps=3)
+    resumed, resumed_model = make_centred_tuner()
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.fit(shifted_batch, shifted_batch, steps=6)
+    assert torch.equal(resumed_model.mean, model.mean)
+    assert torch.equal(resumed.params["fc.weight"], whole.params["fc.weight"])
+    with pytest.raises(
+        ValueError, match=r"got the buffers \['mean'\], expected \[\]; build the mo"
+    ):
+        make_model_tuner().load_state_dict(
+            state_after_a_step() | {"buffers": stopped.state_dict()["buffers"]}
+        )
+
+
+def test_buffers_return_with_the_best_measurement():
+    tuner, model = make_centred_tuner()
+    values = iter([1.0, 2.0])
+    means = []
+
+    def metric(params, meta):
+        means.append(model.mean.clone())
+        return next(values)
+
+    tuner.fit(shifted_batch, shifted_batch, steps=9, metric=metric, patience=1)
+    assert len(means) == 2
+    assert torch.equal(model.mean, means[0])
+
+
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+def test_a_batch_of_nan_leaves_the_buffers_as_they_were(on_nonfinite):
+    tuner, model = make_centred_tuner(on_nonfinite=on_nonfinite)
+    good = shifted_batch(0)
+    tuner.step(good, good)
+    before = model.mean.clone()
+    bad = (good[0] * torch.nan, good[1])
+    if on_nonfinite == "skip":
+        assert not tuner.step(bad, good).applied
+    else:
+        with pytest.raises(FloatingPointError, match="nothing was changed"):
+            tuner.step(bad, good)
+    assert torch.equal(model.mean, before)
+    assert tuner.step(good, good).applied
+
+
+@pytest.mark.parametrize("method", ["unrolled", "real-time", "f2sa"])
+def test_another_inner_optimizer_starts_without_the_state_of_the_one_before(method):
+    """The averages of Adam, taken for those of RMSprop, would lead far away."""
+    x, y = shifted_batch(0)
+    model = nn.Linear(2, 2, dtype=torch.float64)
+    problem, meta, domains = tuning_problem(
+        model, nn.functional.cross_entropy, [WeightDecay(start=1e-9)]
+    )
+
+    def build(optimizer, **options):
+        inner = TorchOptimizer(optimizer, steps=2, **options)
+        return Tuner(problem, meta, domains=domains, inner=inner, method=method)
+
+    tuner = build(torch.optim.Adam, lr=0.05)
+    tuner.step((x, y), (x, y))
+    state = tuner.state_dict()
+    model.load_state_dict(tuner.params)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, centered=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    tuner.inner = TorchOptimizer(torch.optim.RMSprop, steps=2, lr=0.01, centered=True)
+    tuner.step((x, y), (x, y))
+    assert torch.allclose(tuner.params["weight"], model.weight, atol=1e-7)
+    with pytest.raises(ValueError, match="got that of inner steps of Adam, expected steps of RMSp"):
+        build(torch.optim.RMSprop, lr=0.01).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match="start: got the end of steps of RMSprop, expected steps o"
+    ):
+        hypergradient(
+            problem,
+            meta,
+            (x, y),
+            inner=TorchOptimizer(torch.optim.Adam, steps=2),
+            method="unrolled",
+            start=tuner.end,
+        )
 
 
 def state_after_a_step():
