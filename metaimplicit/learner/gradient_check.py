@@ -82,7 +82,12 @@ class CheckedTaskBatches(TaskBatches):
 
     def _compare_with_differences(self, episode: Episode, **options: Any) -> Check:
         self._vmap_records = VmapRecords()  # what this copy of the learner finds out is its own
-        (group,) = self._read(episode)
+        group, *others = self._read(episode)
+        if others:
+            raise ValueError(
+                "episodes: got tasks with different numbers of classes, expected one number; "
+                "check tasks of one number at a time"
+            )
         self._check_vmap(group.data)
         way = self._way(group)
         problem = self._problem(self._network, way)

@@ -132,9 +132,11 @@ def join_reports(reports: Sequence[Report]) -> Report:
     """
     if len(reports) == 1:
         return reports[0]
-    # No solve starts from several states, so the joined report has none.
-    joined: Report = _join(list(reports))
-    return dataclasses.replace(joined, state=SolverState())
+    # No solve starts from several states, so the joined report has none. They may not even fit
+    # together: the heads of tasks with different numbers of classes have other parameters.
+    stateless = [dataclasses.replace(report, state=SolverState()) for report in reports]
+    joined: Report = _join(stateless)
+    return joined
 
 
 def reject_other_shapes(params: Sequence[Params]) -> None:

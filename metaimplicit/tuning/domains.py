@@ -156,16 +156,21 @@ class Interval(Domain):
         return ((value - self.low) / (self.high - self.low)).logit()
 
     def project(self, free: Tensor) -> Tensor:
-        """Clamp z in place to |z| ≤ −log ε, where ε is the unit round-off of its type.
+        """Clamp z in place to |z| ≤ −log(ε max(|low|, |high|)/(high − low)).
 
-        Beyond it the sigmoid would round to 0 or 1, and x to a bound.
+        ε is the unit round-off of the type of z. Beyond this, x would round to a bound.
         """
-        limit = -math.log(torch.finfo(free.dtype).eps)
+        largest = max(abs(self.low), abs(self.high))
+        share = torch.finfo(free.dtype).eps * max(1.0, largest / (self.high - self.low))
+        limit = max(-math.log(share), 0.0)
         return free.clamp_(-limit, limit)
 
     def pull_back_gradient(self, free: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient times ∂x/∂z = (x − low) sigmoid(−z)."""
-        return gradient * (value - self.low) * free.neg().sigmoid()
+        """The gradient times ∂x/∂z = (high − low) sigmoid(z) sigmoid(−z).
+
+        The first two factors are x − low, but that difference would lose digits near `low`.
+        """
+        return gradient * ((self.high - self.low) * free.sigmoid()) * free.neg().sigmoid()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from metaimplicit.params import Params
 from metaimplicit.tuning.domains import Domain, Real
@@ -21,7 +22,8 @@ class FreeMeta:
         domains: The domain of each entry, by name. An entry without one is `Real`.
 
     Raises:
-        ValueError: A value lies outside its domain, or a domain names no entry of `meta`.
+        ValueError: A value is no tensor or lies outside its domain, or a domain names no entry of
+            `meta`.
 
     Attributes:
         tensors: z, `{name: tensor}` shaped as φ: leaves of autograd that an optimiser may change
@@ -46,6 +48,11 @@ class FreeMeta:
         self._domains: dict[str, Domain] = {}
         self.tensors: Params = {}
         for name, value in meta.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"meta[{name!r}]: got {type(value).__name__}, expected a tensor, such as "
+                    "torch.tensor(0.1)"
+                )
             if not value.is_floating_point():
                 self._constants[name] = value.detach()
                 continue

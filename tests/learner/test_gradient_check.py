@@ -95,6 +95,20 @@ def test_random_models_and_tasks_of_several_sizes_are_refused():
         learner.check(tasks)
 
 
+def test_tasks_with_different_numbers_of_classes_are_refused():
+    """They are of one size, and their heads are not."""
+    learner = MetaLearner(new_model(), F.cross_entropy, head="ridge")
+    tasks = [
+        (
+            (randn(6, INPUTS, seed=1), torch.arange(6) % ways),
+            (randn(6, INPUTS, seed=2), torch.arange(6) % ways),
+        )
+        for ways in (2, 3)
+    ]
+    with pytest.raises(ValueError, match="episodes: got tasks with different numbers of classes"):
+        learner.check(tasks)
+
+
 class Keeping(nn.Module):
     """Keeps what its first layer returns, with or without its graph."""
 

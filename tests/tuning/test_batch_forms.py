@@ -152,6 +152,19 @@ def test_augmentation_finds_the_one_input_under_its_name():
         variable.inputs(meta, split_batch(((X, GATE), Y, INDEX)))
 
 
+def test_augmentation_of_inputs_that_are_single_numbers_has_no_contrast():
+    """Their mean is the number itself, so the other two draws are all that is added."""
+    x = X[:, 0]
+    variable = Augmentation()
+    meta = {name: torch.tensor(0.3).double() for name in variable.meta({"w": X})}
+    one_by_one = variable.inputs(meta, split_batch((x, Y, INDEX)))
+    without = variable.inputs(
+        meta | {"augmentation.contrast": torch.tensor(9.0)}, split_batch((x, Y, INDEX))
+    )
+    assert torch.equal(one_by_one, without)
+    assert not torch.equal(one_by_one, x)
+
+
 class Returning(nn.Linear):
     """A linear model that returns its logits in some structure."""
 

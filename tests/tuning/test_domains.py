@@ -64,6 +64,30 @@ def test_bad_intervals_are_refused():
         Interval(0, math.inf)
 
 
+@pytest.mark.parametrize(
+    "interval",
+    [
+        Interval(0, 1),
+        Interval(0, 0.5),
+        Interval(0.9, 0.999),
+        Interval(100, 101),
+        Interval(-7, -6.9),
+    ],
+    ids=str,
+)
+def test_an_interval_in_float32_has_its_derivative_and_no_bounds(interval):
+    """x − low has lost its digits there, so its product with sigmoid(−z) is no derivative."""
+    z = torch.tensor([-99.0, -15.0, -12.0, -3.0, 0.0, 4.0, 13.0, 99.0])
+    ends = interval.value(interval.project(z.clone()))
+    assert ends.min() > interval.low
+    assert ends.max() < interval.high
+    exact = z.double()[1:-1].requires_grad_()
+    [expected] = torch.autograd.grad(interval.value(exact).sum(), exact)
+    x = interval.value(z[1:-1])
+    slope = interval.pull_back_gradient(z[1:-1], x, torch.ones(6))
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=0.0)
+
+
 def test_values_are_copies():
     """Changing them changes neither coordinates that are values themselves, nor constants."""
     start = {"a": torch.tensor(0.2), "b": torch.tensor(3), "c": torch.tensor(0.5)}

@@ -226,6 +226,11 @@ def test_bad_options_are_refused(options, message):
         make_tuner(**options)
 
 
+def test_a_number_in_the_place_of_a_tensor_is_refused():
+    with pytest.raises(ValueError, match=r"meta\['phi'\]: got float, expected a tensor, such as"):
+        Tuner(ORACLE.problem, {"phi": 0.1}, inner="gradient-descent")
+
+
 def test_an_inner_loop_that_is_set_later_is_read_as_by_the_constructor():
     tuner = make_tuner()
     tuner.inner = "momentum"

@@ -182,6 +182,10 @@ def test_a_start_outside_its_domain_is_refused():
             lambda: SyntheticData(torch.zeros(1, 5), torch.tensor(0)),
             "SyntheticData labels: got a tensor without axes, expected",
         ),
+        (
+            lambda: SyntheticData(torch.zeros(2, 5), [0, 1]),
+            "SyntheticData labels: got list, expected a tensor",
+        ),
         (lambda: WeightDecay(center="meta"), "center: got 'meta'"),
         (lambda: Augmentation(kinds=("hue",)), "kinds: got 'hue'"),
         (lambda: GroupStructure("w", 1), "GroupStructure groups: got 1, expected at least 2"),
@@ -201,6 +205,14 @@ def test_a_bad_variable_is_refused(build, message):
         build()
 
 
+class Scaling(nn.Module):
+    """A model with a parameter that is a single number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
 BATCH_NORM = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
 DATA = SyntheticData(TRAIN["inputs"], TRAIN["targets"])
 
@@ -213,6 +225,7 @@ DATA = SyntheticData(TRAIN["inputs"], TRAIN["targets"])
         ([Augmentation(), DATA], MODEL, "variables: got 2 that make the inputs"),
         ([WeightDecay], MODEL, "variables: got .*expected a list of variables, such as"),
         ([GroupStructure("w", 2)], MODEL, "GroupStructure parameter: got 'w'"),
+        ([GroupStructure("scale", 2)], Scaling(), "got 'scale', a single number, expected"),
         ([ClassWeights(3)], BATCH_NORM, "BatchNorm1d.*tracks running statistics"),
         ([ClassWeights(3)], network().requires_grad_(False), "no parameter that requires grad"),
     ],

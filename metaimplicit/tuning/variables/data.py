@@ -92,7 +92,7 @@ class Augmentation(Variable):
             for kind in self.kinds
         }
         if "contrast" in scaled:
-            mean = x.flatten(1).mean(1).reshape(one_each)
+            mean = x.unsqueeze(-1).flatten(1).mean(1).reshape(one_each)
             x = x + scaled["contrast"] * (x - mean)
         for kind in ("brightness", "noise"):
             if kind in scaled:
@@ -119,7 +119,7 @@ class SyntheticData(Variable):
         labels: Their labels, `[n]`, on the model's device. They are constant.
 
     Raises:
-        ValueError: There are not as many labels as inputs.
+        ValueError: One is no tensor, or there are not as many labels as inputs.
 
     Example:
         >>> distilled = SyntheticData(torch.zeros(2, 5), torch.tensor([0, 1]))
@@ -134,6 +134,11 @@ class SyntheticData(Variable):
 
     def __post_init__(self) -> None:
         for name, tensor in (("data", self.data), ("labels", self.labels)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"SyntheticData {name}: got {type(tensor).__name__}, expected a tensor; "
+                    "convert it by torch.as_tensor"
+                )
             if not tensor.dim():
                 raise ValueError(
                     f"SyntheticData {name}: got a tensor without axes, expected [n, …], with one "

@@ -126,7 +126,7 @@ class GroupStructure(Variable):
         """`{"groups": [groups, features]}`, whose columns sum to 1.
 
         Raises:
-            ValueError: The model has no parameter of that name.
+            ValueError: The model has no parameter of that name, or it has no axis.
         """
         if self.parameter not in params:
             known = sorted(params)
@@ -134,6 +134,11 @@ class GroupStructure(Variable):
                 f"GroupStructure parameter: got {self.parameter!r}, expected one of {known}"
             )
         w = params[self.parameter]
+        if not w.dim():
+            raise ValueError(
+                f"GroupStructure parameter: got {self.parameter!r}, a single number, expected one "
+                "with an axis of features"
+            )
         generator = torch.Generator().manual_seed(self.seed)
         draw = torch.randn(
             self.groups,
