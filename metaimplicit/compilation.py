@@ -57,7 +57,7 @@ def run_compiled(
     Raises:
         ValueError: `compile` is none of its values, or it is True and there is no C++ compiler.
     """
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, bool) and compile != "auto":
         raise ValueError(f"compile: got {compile!r}, expected True, False or 'auto'")
     if compile is False:
         return attempt(problem)

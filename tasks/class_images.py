@@ -38,7 +38,8 @@ class ClassImages:
         parts: The names of the train, validation and test classes, or of all classes if nothing
             splits them.
         divided_by: What splits them, such as "lists train.txt, val.txt, test.txt".
-        digests: What `image_digests` says of each image of the pool. Empty for features.
+        digests: What is equal for equal images, uint8 `[n, 16]`, as `image_digests` returns it. For
+            features it is equal where they are one example. If empty, nothing is known.
         paths: The file of each image of the pool. Empty for arrays.
         foreign: Files that are called after all three parts, but name no class and no image.
     """
@@ -74,7 +75,8 @@ class ClassImages:
         if not repeats:
             return ""
         one, other = (f"{self._place(row)} ({PARTS[split_of[row]]})" for row in repeats[0])
-        return f"equal images in two splits: {len(repeats)}, the first being {one} = {other}"
+        noun = f"equal {self._noun}s"
+        return f"{noun} in two splits: {len(repeats)}, the first being {one} = {other}"
 
     def copies(self, split: Sequence[np.ndarray]) -> str:
         """What to say of images that stand twice in a class. Empty if there are none.
@@ -93,7 +95,12 @@ class ClassImages:
         if not copies:
             return ""
         one, other = map(self._place, copies[0])
-        return f"copies of images in one class: {len(copies)}, the first being {one} = {other}"
+        noun = f"copies of {self._noun}s"
+        return f"{noun} in one class: {len(copies)}, the first being {one} = {other}"
+
+    @property
+    def _noun(self) -> str:
+        return "image" if self.pool.images.ndim == 4 else "example"
 
     def _place(self, row: int) -> str:
         """Where an image comes from."""
@@ -101,7 +108,7 @@ class ClassImages:
             return self.paths[row]
         position = int(np.searchsorted(self.pool.starts, row, side="right")) - 1
         number = row - self.pool.starts[position]
-        return f"image {number} of class {self.pool.names[position]!r}"
+        return f"{self._noun} {number} of class {self.pool.names[position]!r}"
 
 
 def read_class_images(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tasks.folder import splits_of
 from tasks.images import fit_square
 from tasks.list_files import PARTS, part_called, plain_name
 from tasks.pool import ImagePool, check_labels, input_and_label
-from tasks.repeats import image_digests
+from tasks.repeats import DIGEST_SIZE, image_digests
 
 PROBES = 8  # inputs that are read twice, to see that they stay the same
 EXPECTED = (
@@ -72,7 +73,8 @@ def load(
         seed: The seed of the shuffle.
         allow_repeats: Whether an image may stand in two splits. Images of one colour always may.
             If False, a warning names images that stand twice in a class. Float inputs
-            `[1 or 3, height, width]` are images, too. Features of other shapes may always repeat.
+            `[1 or 3, height, width]` are images, too. Features of other shapes may repeat, but not
+            an example that a dataset gives twice, as a `Subset` with repeated indices does.
 
     Raises:
         FileNotFoundError: If the download fails.
@@ -164,11 +166,26 @@ def _by_part(argument: str, values: Mapping[str, Any]) -> list[Any]:
     return [by_part[part] for part in range(3)]
 
 
-def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str]]:
-    """All inputs `[n, ...]` as a pool holds them, and the name of the class of each."""
+class _Part(NamedTuple):
+    """What is read of one data set.
+
+    Attributes:
+        inputs: All inputs `[n, ...]` as a pool holds them.
+        names: The name of the class of each.
+        origins: What tells the examples apart, uint8 `[n, 16]`, equal where a dataset gives one
+            example twice. Zeros where nothing is known.
+    """
+
+    inputs: np.ndarray
+    names: list[str]
+    origins: np.ndarray
+
+
+def _read(dataset: Any, size: int, *, color: bool) -> _Part:
     if _is_pair(dataset):
         inputs, labels = dataset
-        return _read_pair(inputs, labels, size, color=color)
+        array, names = _read_pair(inputs, labels, size, color=color)
+        return _Part(array, names, np.zeros((len(names), DIGEST_SIZE), np.uint8))
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(f"dataset: got {type(dataset).__name__}, {EXPECTED}")
 
@@ -179,7 +196,9 @@ def _read(dataset: Any, size: int, *, color: bool) -> tuple[np.ndarray, list[str
         rows.append(_input(value, number, size, color=color))
         labels.append(label)
     _warn_if_random(dataset, rows, size, color=color)
-    return _stacked(rows), _names(dataset, labels)
+    sources = [_source(dataset, number) for number in range(len(labels))]
+    names = _names([holder for holder, _ in sources], labels)
+    return _Part(_stacked(rows), names, _origins(sources))
 
 
 def _warn_if_random(dataset: Any, rows: Sequence[np.ndarray], size: int, *, color: bool) -> None:
@@ -197,9 +216,8 @@ def _warn_if_random(dataset: Any, rows: Sequence[np.ndarray], size: int, *, colo
             return
 
 
-def _names(dataset: Any, labels: Sequence[Any]) -> list[str]:
+def _names(holders: Sequence[Any], labels: Sequence[Any]) -> list[str]:
     """The name of the class of each label, which only the dataset that holds the example knows."""
-    holders = [_holder(dataset, number) for number in range(len(labels))]
     positions: dict[int, list[int]] = {}
     for number, holder in enumerate(holders):
         positions.setdefault(id(holder), []).append(number)
@@ -212,8 +230,18 @@ def _names(dataset: Any, labels: Sequence[Any]) -> list[str]:
     return names
 
 
-def _holder(dataset: Any, number: int) -> Any:
-    """The dataset that holds an example, below what joins or cuts datasets without own classes."""
+def _origins(sources: Sequence[tuple[Any, int]]) -> np.ndarray:
+    """A hash of the dataset and the position that each example comes from, uint8 `[n, 16]`."""
+    texts = [f"{id(holder)} {number}".encode() for holder, number in sources]
+    hashes = [hashlib.blake2b(text, digest_size=DIGEST_SIZE).digest() for text in texts]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(texts), DIGEST_SIZE)
+
+
+def _source(dataset: Any, number: int) -> tuple[Any, int]:
+    """The dataset that holds an example, and its position there.
+
+    It lies below what joins or cuts datasets without classes of their own.
+    """
     while type(dataset).__getitem__ in PASSING_ON and not hasattr(dataset, "classes"):
         if isinstance(dataset, Subset):
             number = int(dataset.indices[number])
@@ -223,7 +251,7 @@ def _holder(dataset: Any, number: int) -> Any:
             part = bisect_right(dataset.cumulative_sizes, number)
             number -= dataset.cumulative_sizes[part - 1] if part else 0
             dataset = dataset.datasets[part]
-    return dataset
+    return dataset, number
 
 
 def _class_names(labels: Sequence[Any], classes: Any) -> list[str]:
@@ -339,9 +367,9 @@ def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(rows)
 
 
-def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> ClassImages:
+def _class_images(root: str, read: Sequence[_Part]) -> ClassImages:
     """The classes of one or three data sets."""
-    parts = [sorted(set(names)) for _, names in read]
+    parts = [sorted(set(part.names)) for part in read]
     classes = [name for part in parts for name in part]
     number = {name: i for i, name in enumerate(classes)}
     if len(number) != len(classes):
@@ -350,23 +378,25 @@ def _class_images(root: str, read: Sequence[tuple[np.ndarray, list[str]]]) -> Cl
             f"dataset: class {name!r} is in two of {', '.join(PARTS)}; "
             "few-shot splits hold whole classes apart"
         )
-    labels = np.array([number[name] for _, names in read for name in names])
+    labels = np.array([number[name] for part in read for name in part.names])
     order = np.argsort(labels, kind="stable")
-    kinds = [f"{inputs.dtype} {inputs.shape[1:]}" for inputs, _ in read]
+    kinds = [f"{part.inputs.dtype} {part.inputs.shape[1:]}" for part in read]
     if len(set(kinds)) > 1:
         kind_of = zip(PARTS, kinds, strict=True)
         raise ValueError(
             f"dataset: got inputs {', '.join(f'{kind} in {part}' for part, kind in kind_of)}, "
             "expected one type and shape; transform the examples of all parts alike"
         )
-    inputs = np.concatenate([inputs for inputs, _ in read])[order]
+    inputs = np.concatenate([part.inputs for part in read])[order]
+    origins = np.concatenate([part.origins for part in read])[order]
+    digests = image_digests(inputs)
     pool = ImagePool.from_sorted(torch.from_numpy(inputs), np.bincount(labels), classes)
     return ClassImages(
         root,
         pool,
         parts,
         divided_by="its parts" if len(parts) == 3 else "",
-        digests=image_digests(inputs),
+        digests=digests if len(digests) else origins,
     )
 
 

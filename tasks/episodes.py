@@ -234,11 +234,13 @@ class EpisodeSampler(Dataset[Episodes]):
         """Batch `index` ≥ 0 of the stream. The position stays where it is.
 
         Raises:
-            ValueError: If the index is negative: the stream has no end to count from.
+            ValueError: If the index is negative, since the stream has no end to count from, or no
+                integer.
         """
-        if index < 0:
-            raise ValueError(f"index: got {index}, expected a batch number ≥ 0")
-        entropy = [self.seed, index, *self.family.name.encode()]
+        number: Any = index
+        if not isinstance(number, Integral) or number < 0:
+            raise ValueError(f"index: got {index!r}, expected a batch number ≥ 0")
+        entropy = [self.seed, int(number), *self.family.name.encode()]
         return self.family.sample(self.tasks, np.random.default_rng(entropy))
 
     def __iter__(self) -> Iterator[Episodes]:
@@ -299,7 +301,8 @@ class EpisodeSampler(Dataset[Episodes]):
         """Continue at the position of a saved state.
 
         Raises:
-            ValueError: If the state is that of another family, number of tasks or seed.
+            ValueError: If the state is that of another family, number of tasks or seed, or has no
+                position.
         """
         for key, expected in self.state_dict().items():
             if key != "position" and state.get(key) != expected:
@@ -308,6 +311,11 @@ class EpisodeSampler(Dataset[Episodes]):
                     f"expected {expected!r}; "
                     "resume with the options the run was started with"
                 )
+        if "position" not in state:
+            raise ValueError(
+                f"sampler state: got {', '.join(state)}, expected a position as well; give what "
+                "state_dict returned"
+            )
         self.position = int(state["position"])
 
 

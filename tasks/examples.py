@@ -21,7 +21,8 @@ class Examples:
         targets: `[n]`, the numbers of the classes, from 0.
 
     Raises:
-        ValueError: If there is no example, or `targets` has not one number for each input.
+        ValueError: If there is no example, `targets` has not one number for each input, or one of
+            them is no tensor.
 
     Example:
         >>> examples = Examples(torch.rand(4, 3), torch.tensor([2, 0, 2, 1]))
@@ -35,6 +36,12 @@ class Examples:
     targets: Tensor
 
     def __post_init__(self) -> None:
+        for name, value in (("inputs", self.inputs), ("targets", self.targets)):
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name}: got {type(value).__name__}, expected a tensor; convert it by "
+                    "torch.as_tensor"
+                )
         n = len(self.inputs) if self.inputs.ndim else 0
         if n == 0:
             raise ValueError(

@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +61,9 @@ class ImagePool:
             names: The name of each class.
 
         Raises:
-            ValueError: If the images have another type or shape, or if counts, names and images
-                disagree about the number of classes or images.
+            ValueError: If the images have another type or shape, if counts, names and images
+                disagree about the number of classes or images, a count is negative, or two classes
+                have one name.
         """
         counts = np.asarray(counts, dtype=np.int64)
         names = tuple(names)
@@ -80,6 +81,11 @@ class ImagePool:
                 f"expected {len(names)} classes (names) "
                 f"of {len(images)} images (images)"
             )
+        if counts.min(initial=0) < 0:
+            raise ValueError(f"counts: got {counts.min()}, expected numbers ≥ 0")
+        if len(set(names)) < len(names):
+            name, _ = Counter(names).most_common(1)[0]
+            raise ValueError(f"names: got {name!r} twice, expected another name for each class")
         return cls(
             images.detach(),
             starts=np.cumsum(counts) - counts,
@@ -96,11 +102,13 @@ class ImagePool:
             dataset: A map-style dataset of pairs (input, label). Inputs are tensors or arrays of
                 one shape: uint8 images `[channels, height, width]`, or float features `[...]`.
                 Labels are numbers or names. A label, as text, is the name of its class. Further
-                entries of an item, such as its number, are left out.
+                entries of an item, such as its number, are left out. An example that the dataset
+                gives twice is there twice, so a task may have it as support and as query.
 
         Raises:
-            ValueError: If an item is no pair, inputs are something else, differ in shape, or there
-                are none, or a label is missing (None, NaN) or no single number or name.
+            ValueError: If the dataset has no length, an item is no pair, inputs are something else,
+                differ in shape, or there are none, or a label is missing (None, NaN) or no single
+                number or name.
 
         Example:
             >>> from torch.utils.data import TensorDataset
@@ -109,9 +117,14 @@ class ImagePool:
             >>> pool.names, pool.counts.tolist()
             (('4', '7'), [3, 3])
         """
+        if not isinstance(dataset, Sized):
+            raise ValueError(
+                f"dataset: got {type(dataset).__name__}, which has no length, expected a map-style "
+                "dataset; make a list of its examples"
+            )
         values = []
         labels = []
-        for number in range(len(cast(Sized, dataset))):
+        for number in range(len(dataset)):
             value, label = input_and_label(dataset[number], number=number)
             values.append(_copied(value))
             labels.append(label)
@@ -144,7 +157,12 @@ class ImagePool:
             ValueError: If a class is given twice.
             IndexError: If a position is none in this pool, or no integer.
         """
-        positions = np.arange(len(self))[list(classes)]
+        try:
+            positions = np.arange(len(self))[list(classes)]
+        except (TypeError, IndexError) as error:
+            raise IndexError(
+                f"classes: got {classes!r}, expected positions below {len(self)}, or a mask"
+            ) from error
         if len(set(positions)) < len(positions):
             raise ValueError(
                 f"classes: got {list(classes)}, expected each class once; leave one out"

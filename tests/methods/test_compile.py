@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,9 +228,10 @@ def test_without_a_c_compiler(monkeypatch):
     assert largest_error(result.grads, run().grads) == 0
 
 
-def test_an_unknown_value():
-    with pytest.raises(ValueError, match="got 'yes', expected True, False or 'auto'"):
-        differentiate(new_network(), INITIAL, inner=THREE_STEPS, method="unrolled", compile="yes")
+@pytest.mark.parametrize("value", ["yes", 0, 1, np.bool_(False)])
+def test_an_unknown_value(value):
+    with pytest.raises(ValueError, match=r"got .*, expected True, False or 'auto'"):
+        differentiate(new_network(), INITIAL, inner=THREE_STEPS, method="unrolled", compile=value)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,18 @@ def test_float_images_in_two_splits_are_named_and_features_may_repeat(channels):
         load((features, labels), split=split, queries=1)
 
 
+def test_an_example_that_a_subset_has_twice_is_named():
+    """Its copy could be a query of the task that adapts on it. Equal features could be chance."""
+    inputs = torch.ones(40, 3)
+    dataset = TensorDataset(inputs, torch.arange(40) % 5)
+    load(Subset(dataset, range(40)))
+    twice = Subset(ConcatDataset([dataset, dataset]), [*range(40), 43])
+    message = r"copies of examples in one class: 1, the first being example 0 of class '3' = exa"
+    with pytest.warns(UserWarning, match=message):
+        load(twice)
+    load(twice, allow_repeats=True)
+
+
 def test_three_data_sets_are_a_split(tmp_path):
     parts = {"base": (0, 1, 2), "validation": (3, 4), "novel": (5, 6)}
     dataset = {}

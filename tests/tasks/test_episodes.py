@@ -242,6 +242,14 @@ def test_the_state_of_another_stream_is_refused(key, value):
         sampler.load_state_dict(state)
 
 
+def test_a_state_without_a_position_is_refused():
+    sampler = EpisodeSampler(few_shot(), tasks=3)
+    state = sampler.state_dict()
+    del state["position"]
+    with pytest.raises(ValueError, match="got family, tasks, seed, expected a position as well"):
+        sampler.load_state_dict(state)
+
+
 def test_a_sampler_refuses_no_tasks_and_a_negative_seed():
     with pytest.raises(ValueError, match="tasks: got 0, expected at least 1"):
         EpisodeSampler(few_shot(), tasks=0)
@@ -257,6 +265,9 @@ def test_a_stream_has_no_batch_before_its_first():
     sampler = EpisodeSampler(load("sinusoid").train, tasks=2, seed=0)
     with pytest.raises(ValueError, match="index: got -1, expected a batch number ≥ 0"):
         sampler[-1]
+    for index in (2.5, slice(2)):
+        with pytest.raises(ValueError, match=r"index: got .*expected a batch number ≥ 0"):
+            sampler[index]
 
 
 def test_moved_episodes_keep_their_labels_where_they_are():

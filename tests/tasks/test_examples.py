@@ -33,6 +33,8 @@ def test_examples_are_taken_by_position_and_by_mask():
             r"inputs: got shape \(0, 3\), expected \[n, \*shape\] with n ≥ 1",
         ),
         (torch.tensor(1.0), torch.tensor([1]), r"inputs: got shape \(\), expected \[n"),
+        ([1.0, 2.0], torch.zeros(2), "inputs: got list, expected a tensor; convert it"),
+        (torch.zeros(2), np.zeros(2), "targets: got ndarray, expected a tensor; convert it"),
         (torch.zeros(4, 3), torch.zeros(5), r"targets: got shape \(5,\), expected \[4\]"),
         (torch.zeros(4, 3), torch.zeros(4, 1), r"targets: got shape \(4, 1\), expected \[4\]"),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from tasks import FewShot, ImagePool
 
@@ -29,8 +29,11 @@ def test_a_subset_shares_pixels_and_keeps_class_numbers():
     assert whole.subset(np.arange(len(whole)) == 3).names == (whole.names[3],)
     with pytest.raises(ValueError, match=r"got \[0, 0\], expected each class once"):
         whole.subset([0, 0])
-    with pytest.raises(IndexError, match="only integers"):
-        whole.subset([1.9])
+    for classes in ([1.9], 1, ["class 1"], [99]):
+        with pytest.raises(
+            IndexError, match=r"classes: got .*expected positions below 7, or a mask"
+        ):
+            whole.subset(classes)
     part = whole.subset((4, 1)).subset(np.array([1, 0]))
     assert part.images.data_ptr() == whole.images.data_ptr()
     assert part.names == ("class 1", "class 4")
@@ -177,3 +180,21 @@ def test_entries_after_the_label_are_left_out():
 def test_a_pool_whose_parts_do_not_fit_is_refused(dtype, counts, message):
     with pytest.raises(ValueError, match=message):
         ImagePool.from_sorted(torch.zeros(4, 1, 2, 2, dtype=dtype), counts, ["a"])
+
+
+def test_a_negative_count_and_a_name_of_two_classes_are_refused():
+    with pytest.raises(ValueError, match="counts: got -2, expected numbers ≥ 0"):
+        ImagePool.from_sorted(torch.zeros(4, 3), [-2, 6], ["a", "b"])
+    with pytest.raises(ValueError, match="names: got 'a' twice, expected another name for each"):
+        ImagePool.from_sorted(torch.zeros(4, 3), [2, 2], ["a", "a"])
+
+
+def test_a_dataset_without_a_length_is_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(3), 0
+
+    with pytest.raises(
+        ValueError, match="dataset: got Stream, which has no length, expected a map"
+    ):
+        ImagePool.from_dataset(Stream())
