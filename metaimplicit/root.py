@@ -99,7 +99,11 @@ def root(
         init=lambda meta, data: known, inner_loss=_no_loss, outer_loss=_no_loss
     )
     lifted = LiftedProblem(
-        problem, data, batched=batched, vectorize=vectorize, chunk_size=chunk_size
+        problem,
+        data,
+        batched=batched,
+        vectorize=vectorize,
+        chunk_size=chunk_size,
     )
     for name, m in phi.items():
         m.requires_grad_(is_differentiated(meta[name]))

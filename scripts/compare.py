@@ -141,7 +141,10 @@ def study_conditioning(settings: Settings, rows: RowFile) -> dict[str, Any]:
         spectrum = torch.logspace(-exponent, 0, 300).double()
         condition = f"1e{exponent}"
         comparisons[condition] = read_or_run(
-            f"condition {condition}", partial(quadratic, spectrum), settings, rows
+            f"condition {condition}",
+            partial(quadratic, spectrum),
+            settings,
+            rows,
         )
     plotted = []
     for products in settings.products:

@@ -111,7 +111,15 @@ WORKLOADS: dict[str, Workload] = {
     "conv-4 pooled, 5 steps": convolutional(strided=False),
     "conv-4 strided, 5 steps": convolutional(strided=True),
     "iMAML perceptron, 16 steps": Workload(
-        perceptron, (1,), 0, tasks=25, support=10, query=10, steps=16, lr=0.01, proximal=10.0
+        perceptron,
+        (1,),
+        0,
+        tasks=25,
+        support=10,
+        query=10,
+        steps=16,
+        lr=0.01,
+        proximal=10.0,
     ),
     "iMAML conv-4, 16 steps": convolutional(
         strided=True, steps=16, tasks=4, lr=0.01, proximal=10.0

@@ -140,14 +140,28 @@ def set_up(options: RunOptions, ranks: Ranks) -> Run:
     can_vmap = not rehearsal.tasks_by.startswith("loop: ")  # and a reason
     anneal_method(options, learner, spent=1.0)  # how most of the run is computed
     plan = settle_plan(
-        options, learner, sampler=sampler, ranks=ranks, threads=threads, can_vmap=can_vmap
+        options,
+        learner,
+        sampler=sampler,
+        ranks=ranks,
+        threads=threads,
+        can_vmap=can_vmap,
     )
     anneal_method(options, learner, spent=0.0)
     if ranks.rank == 0:
         print(plan.table() if options.plan and plan.trials else plan.summary(), flush=True)
     make_folder(options.folder)
     return Run(
-        options, ranks, splits, learner, optimizer, sampler, budget, plan, rehearsal, identity
+        options,
+        ranks,
+        splits,
+        learner,
+        optimizer,
+        sampler,
+        budget,
+        plan,
+        rehearsal,
+        identity,
     )
 
 

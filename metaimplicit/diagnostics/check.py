@@ -99,7 +99,13 @@ def check_hypergradient(
     method = make_method(method)
     inner = make_inner(inner)
     result = hypergradient(
-        problem, meta, data, inner=inner, method=method, batched=batched, vectorize=vectorize
+        problem,
+        meta,
+        data,
+        inner=inner,
+        method=method,
+        batched=batched,
+        vectorize=vectorize,
     )
 
     way: Vectorize = "loop" if result.report.tasks_by.startswith("loop") else "vmap"
@@ -128,7 +134,11 @@ def check_hypergradient(
     steps += [step_size({name: entries[name]}) for name in names]
     slopes = torch.stack([dot(grads, unit) for unit in units])
     differences = settled_differences(
-        procedure.outer_loss, values, units, steps=slopes.new_tensor(steps), tolerance=tolerance
+        procedure.outer_loss,
+        values,
+        units,
+        steps=slopes.new_tensor(steps),
+        tolerance=tolerance,
     )
     whole = differences.rows(slice(directions)).compare(slopes[:directions])
 

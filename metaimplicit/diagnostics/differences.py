@@ -214,7 +214,10 @@ def settled_differences(
         if not rows:
             break
         others = extrapolated_differences(
-            function, meta, [directions[row] for row in rows], steps=shorter * steps[rows]
+            function,
+            meta,
+            [directions[row] for row in rows],
+            steps=shorter * steps[rows],
         )
         best = best.improved(rows, others)
     return best

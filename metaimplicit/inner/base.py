@@ -275,7 +275,10 @@ def gradient_norm(loss: StepLoss, params: Params) -> Tensor:
     with torch.enable_grad():
         total = loss(theta, 0).sum()
         gradients = torch.autograd.grad(
-            total, list(theta.values()), allow_unused=True, materialize_grads=True
+            total,
+            list(theta.values()),
+            allow_unused=True,
+            materialize_grads=True,
         )
     norm: Tensor = flatten(dict(zip(theta, gradients, strict=True))).norm(dim=-1)
     return norm

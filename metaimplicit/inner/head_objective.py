@@ -85,7 +85,10 @@ class HeadObjective:
     def detach(self) -> HeadObjective:
         """The same values without a graph."""
         return HeadObjective(
-            self.loss, self.rows.detach(), self.targets.detach(), self.strength.detach()
+            self.loss,
+            self.rows.detach(),
+            self.targets.detach(),
+            self.strength.detach(),
         )
 
     def gradient(self, v: Tensor) -> Tensor:

@@ -208,7 +208,11 @@ class ProximalGradient(InnerLoop):
             total = loss(point, t).sum()
             gradients = _gradients(total, point, create_graph=differentiated)
             params, state = self.take_step(
-                point, gradients, state, meta if differentiated else constants, step=t
+                point,
+                gradients,
+                state,
+                meta if differentiated else constants,
+                step=t,
             )
             if not differentiated:
                 params = {name: p.detach() for name, p in params.items()}
@@ -274,7 +278,10 @@ def _gradients(total: Tensor, params: Params, *, create_graph: bool) -> Params:
     if not total.requires_grad:
         return {}
     gradients = torch.autograd.grad(
-        total, list(params.values()), create_graph=create_graph, allow_unused=True
+        total,
+        list(params.values()),
+        create_graph=create_graph,
+        allow_unused=True,
     )
     pairs = zip(params, gradients, strict=True)
     return {name: g for name, g in pairs if g is not None}

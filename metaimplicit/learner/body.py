@@ -108,7 +108,11 @@ class Body:
         """The features of one kind of set, `[tasks, m, ...]`, by one call for each task."""
         nothing = BilevelProblem(StartAtMeta([]), lambda *_: torch.zeros(()), lambda *_: None)
         lifted = LiftedProblem(
-            nothing, inputs, batched=True, vectorize=vectorize, chunk_size=chunk_size
+            nothing,
+            inputs,
+            batched=True,
+            vectorize=vectorize,
+            chunk_size=chunk_size,
         )
         features: Tensor = lifted.apply(lambda _, x: self.call(meta, x), {}, inputs)
         return features

@@ -67,7 +67,10 @@ def _evaluate(problem: BilevelProblem, meta: Params, data: Any) -> Groups:
     phi = leaves(meta)
     features = Features.evaluate(problem, phi, data)
     lifted = LiftedProblem(
-        replace(problem, features=None), features.values, batched=True, vectorize="loop"
+        replace(problem, features=None),
+        features.values,
+        batched=True,
+        vectorize="loop",
     )
     # As for a hypergradient, the losses see constant features, and φ by itself.
     parts = lifted.entries.tensors

@@ -114,7 +114,10 @@ def make_learnable(
 
     if "lr" in granularities:
         lr, logs = _learn_step_sizes(
-            getattr(inner, "lr", None), "log_lr", params, granularity=granularities["lr"]
+            getattr(inner, "lr", None),
+            "log_lr",
+            params,
+            granularity=granularities["lr"],
         )
         inner = inner.updated(lr=lr)
     if "proximal" in granularities:

@@ -62,7 +62,12 @@ class TaskBatches(FewShotModel):
         chunk_size: int | None,
     ) -> None:
         super().__init__(
-            model, loss, query_loss, plan=plan, vectorize=vectorize, chunk_size=chunk_size
+            model,
+            loss,
+            query_loss,
+            plan=plan,
+            vectorize=vectorize,
+            chunk_size=chunk_size,
         )
         self.metric = metric
         self._vmap_records = VmapRecords()

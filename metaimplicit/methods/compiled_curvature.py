@@ -73,7 +73,11 @@ def compiled_linearization(
         make = partial(_make_mixed_product, problem)
         result: tuple[Params, Params]
         result = compiler.call(
-            "the mixed product", None, make, *point, in_one_layout({"u": u})["u"]
+            "the mixed product",
+            None,
+            make,
+            *point,
+            in_one_layout({"u": u})["u"],
         )
         return result
 

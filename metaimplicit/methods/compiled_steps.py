@@ -95,7 +95,10 @@ class CompiledSteps(StepFunctions):
         """Take the step."""
         arguments = self._arguments(at, t)
         ends, numbers, norm = self._compiler.call(
-            "the inner step", self._variant(arguments), self._make_step, *arguments
+            "the inner step",
+            self._variant(arguments),
+            self._make_step,
+            *arguments,
         )
         self._numbers |= set(numbers)
         ends = in_one_layout(ends)
@@ -112,7 +115,11 @@ class CompiledSteps(StepFunctions):
             v = cotangents.get(slot)
             known[slot] = torch.zeros_like(end) if v is None else v
         of_state, of_phi = self._compiler.call(
-            "the pull of a step", self._variant(arguments), self._make_pull, *arguments, known
+            "the pull of a step",
+            self._variant(arguments),
+            self._make_pull,
+            *arguments,
+            known,
         )
         return in_one_layout(of_state), {**dict.fromkeys(self.meta), **of_phi}
 

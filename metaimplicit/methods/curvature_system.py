@@ -70,7 +70,12 @@ class CurvatureSystem:
             if decay is not None:
                 raise CannotCompileError("the inner loop has weight decay")
             return compiled_linearization(
-                problem.compiler, problem, params, meta, data=data, curvature=str(self.curvature)
+                problem.compiler,
+                problem,
+                params,
+                meta,
+                data=data,
+                curvature=str(self.curvature),
             )
         options: dict[str, Any] = {}
         if self.products != "double-backward":
@@ -178,7 +183,10 @@ class CurvatureSystem:
         gradient = flatten(point.gradient).detach()
         if self.products != "finite-differences":
             mixed = vector_jacobian_product(
-                point.gradient, meta, unflatten(-u, params), retain_graph=retain_graph
+                point.gradient,
+                meta,
+                unflatten(-u, params),
+                retain_graph=retain_graph,
             )
             return mixed, gradient
 

@@ -103,7 +103,13 @@ class FixedPoint(Method):
 
         def pullback(vectors: Params, state: SolverState) -> tuple[Gradients, Report]:
             return self._pull_back(
-                problem, inner, end, meta=meta, vectors=vectors, report=report, state=state
+                problem,
+                inner,
+                end,
+                meta=meta,
+                vectors=vectors,
+                report=report,
+                state=state,
             )
 
         return Adaptation(end.params, report, run.dependencies, end, pullback)

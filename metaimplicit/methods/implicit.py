@@ -259,7 +259,12 @@ class Implicit(Method):
         stationarity = None
         if self.forward_mode:
             stationarity = self._stationarity(
-                system, end.params, problem, meta, dependencies=dependencies, report=report
+                system,
+                end.params,
+                problem,
+                meta,
+                dependencies=dependencies,
+                report=report,
             )
         return Adaptation(end.params, report, dependencies, end, pullback, stationarity)
 

@@ -233,7 +233,10 @@ def inner_gradients(losses: Tensor, params: Params, *, create_graph: bool = Fals
     if not losses.requires_grad:
         return {}
     gradients = torch.autograd.grad(
-        losses.sum(), list(params.values()), create_graph=create_graph, allow_unused=True
+        losses.sum(),
+        list(params.values()),
+        create_graph=create_graph,
+        allow_unused=True,
     )
     pairs = zip(params, gradients, strict=True)
     return {name: g for name, g in pairs if g is not None}

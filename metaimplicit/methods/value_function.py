@@ -177,7 +177,11 @@ class ValueFunction(Method):
             return f + outer(params, meta) / self.strength
 
         trajectory = inner.run(
-            penalised, start.params, meta, differentiated_steps=0, state=start.state
+            penalised,
+            start.params,
+            meta,
+            differentiated_steps=0,
+            state=start.state,
         )
         return trajectory.end
 

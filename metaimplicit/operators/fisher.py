@@ -91,7 +91,10 @@ class Fisher(GGN):
         self._scores: Tensor | None = None
         if expectation != "exact":
             self._scores = self._likelihood.scores(
-                expectation, slope=self._slope.detach(), samples=samples, generator=generator
+                expectation,
+                slope=self._slope.detach(),
+                samples=samples,
+                generator=generator,
             )
 
     @classmethod

@@ -92,7 +92,12 @@ def loss_scores(
         otherwise = "mean"
         slope = output_gradient(loss, z)[1].detach()
     inferred = infer_likelihood(
-        loss, z, owner=owner, likelihood=likelihood, checked=checked, otherwise=otherwise
+        loss,
+        z,
+        owner=owner,
+        likelihood=likelihood,
+        checked=checked,
+        otherwise=otherwise,
     )
     scores = inferred.scores(
         expectation,

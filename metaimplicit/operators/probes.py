@@ -51,7 +51,10 @@ class ProbedPass:
             `{layer: [count, tasks, m, …]}`.
         """
         pull_back = partial(
-            torch.autograd.grad, [self.outputs], list(self.probes.values()), retain_graph=True
+            torch.autograd.grad,
+            [self.outputs],
+            list(self.probes.values()),
+            retain_graph=True,
         )
         gradients = all_at_once(pull_back, [scores])
         return {name: g for name, g in zip(self.probes, gradients, strict=True) if g is not None}

@@ -191,7 +191,10 @@ def check_dependence(value: Tensor, params: Mapping[str, Tensor], *, source: str
             "call the model with gradients on, and detach nothing"
         )
     gradients = torch.autograd.grad(
-        value.sum(), list(params.values()), retain_graph=True, allow_unused=True
+        value.sum(),
+        list(params.values()),
+        retain_graph=True,
+        allow_unused=True,
     )
     for name, gradient in zip(params, gradients, strict=True):
         if gradient is not None:

@@ -218,7 +218,10 @@ class Solver(ABC):
         if operator.dtype in HALF and self.widens:
             wide = Widened(operator)
             solution = self.solve(
-                wide, b.float(), state=state, preconditioner=wide.widen(preconditioner)
+                wide,
+                b.float(),
+                state=state,
+                preconditioner=wide.widen(preconditioner),
             )
             return replace(solution, value=solution.value.to(b.dtype))
         if b.shape[1] == 0:

@@ -113,7 +113,10 @@ def _answer(predictions: Predictions, *, task: int, query: int, image: Tensor) -
             kind="right",
         )
     says = element(
-        "figcaption", f"✗\N{NO-BREAK SPACE}{sure} ", element("span", name), class_="says"
+        "figcaption",
+        f"✗\N{NO-BREAK SPACE}{sure} ",
+        element("span", name),
+        class_="says",
     )
     return _shot(image, f"wrongly taken for {name}, {sure}", says, kind="wrong")
 

@@ -72,7 +72,11 @@ class RunRecord:
             state = self._ranks.from_first(lambda: self._open(stack))
             if self._writer is None:
                 self.progress = restore_state(
-                    state, learner, optimizer, sampler=sampler, source="the first process"
+                    state,
+                    learner,
+                    optimizer,
+                    sampler=sampler,
+                    source="the first process",
                 )
             self._saved = self._position
             self._stack = stack.pop_all()

@@ -81,7 +81,10 @@ OMNIGLOT_20W1S = {"MAML": "95.8", "iMAML": "96.2", "prototypes": "96.0"}
 
 RECIPES: dict[str, Recipe] = {
     "omniglot-5w1s-ridge": Recipe(
-        "omniglot", OMNIGLOT_5W1S, head="ridge", settings=FEATURES | {"minutes": 15.0}
+        "omniglot",
+        OMNIGLOT_5W1S,
+        head="ridge",
+        settings=FEATURES | {"minutes": 15.0},
     ),
     "omniglot-5w1s-resnet": Recipe(
         "omniglot",
@@ -109,10 +112,16 @@ RECIPES: dict[str, Recipe] = {
         settings=FEATURES | {"ways": 20, "minutes": 30.0},
     ),
     "cifar-fs-5w1s-ridge": Recipe(
-        "cifar-fs", CIFAR_FS_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}
+        "cifar-fs",
+        CIFAR_FS_5W1S,
+        head="ridge",
+        settings=IMAGES | {"train_shots": 1},
     ),
     "cifar-fs-5w5s-ridge": Recipe(
-        "cifar-fs", CIFAR_FS_5W5S, head="ridge", settings=IMAGES | {"shots": 5, "train_shots": 3}
+        "cifar-fs",
+        CIFAR_FS_5W5S,
+        head="ridge",
+        settings=IMAGES | {"shots": 5, "train_shots": 3},
     ),
     "cifar-fs-5w1s-resnet": Recipe(
         "cifar-fs",
@@ -128,7 +137,10 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "mini-imagenet-5w1s-ridge": Recipe(
-        "mini-imagenet", MINI_IMAGENET_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}
+        "mini-imagenet",
+        MINI_IMAGENET_5W1S,
+        head="ridge",
+        settings=IMAGES | {"train_shots": 1},
     ),
     "fc100-5w1s-ridge": Recipe(
         "fc100", FC100_5W1S, head="ridge", settings=IMAGES | {"train_shots": 1}

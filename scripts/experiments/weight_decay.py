@@ -278,7 +278,10 @@ def plot_losses(ax: Axes, runs: Runs) -> None:
         losses = zip(*group.values("losses"), strict=True)
         label = f"{case['method']}, {case['outer_lr']:g}"
         ax.plot(
-            [statistics.fmean(seeds) for seeds in losses], marker="o", markersize=3, label=label
+            [statistics.fmean(seeds) for seeds in losses],
+            marker="o",
+            markersize=3,
+            label=label,
         )
     ax.set(xlabel="outer steps")
     legend_below(ax)

@@ -53,7 +53,11 @@ class Sizes:
         if not isinstance(family, FewShot):
             raise ValueError(f"task: got {family.name}, expected a family of tasks.FewShot")
         return FewShot(
-            family.pool, ways=self.ways, shots=self.shots, queries=self.queries, name=family.name
+            family.pool,
+            ways=self.ways,
+            shots=self.shots,
+            queries=self.queries,
+            name=family.name,
         )
 
 
