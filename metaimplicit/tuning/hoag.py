@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from metaimplicit.buffers import load_buffers
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import LBFGS, InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
@@ -21,7 +22,13 @@ from metaimplicit.tuning.domains import Domain
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.line_search import LineSearch, Trial
 from metaimplicit.tuning.results import HOAGStep
-from metaimplicit.tuning.stored_end import moved_tensors, read_end
+from metaimplicit.tuning.stored_end import (
+    check_optimizer,
+    model_of,
+    moved_tensors,
+    read_buffers,
+    read_end,
+)
 
 SCHEDULES: dict[str, Callable[[int], float]] = {  # of k = 1, 2, …; each has a finite sum
     "exponential": lambda k: 0.9**k,
@@ -119,6 +126,7 @@ class HOAG:
         if not tolerance > 0:
             raise ValueError(f"tolerance: got {tolerance}, expected a number > 0")
         self.problem = problem
+        self._model = model_of(problem)
         self.train = train
         self.validation = validation
         self.inner = LBFGS() if inner is None else make_inner(inner)
@@ -173,11 +181,13 @@ class HOAG:
             ValueError: The method cannot give a gradient; see `hypergradient`.
         """
         epsilon = self._tolerance_of_step(self.steps + 1)
+        buffers = copied_tensors(dict(self._model.named_buffers()))
         result = self._solve(epsilon)
         loss = result.outer_loss.item()
         gradient = self.free.pull_back(result.grads)
         norm = total_norm(gradient)
         if not math.isfinite(norm + loss):
+            load_buffers(self._model, buffers)
             raise FloatingPointError(
                 f"step {self.steps}: got a hypergradient of norm {norm} at outer loss {loss}, "
                 "expected finite numbers; nothing was changed"
@@ -202,9 +212,10 @@ class HOAG:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to resume to the same bits: φ, θ, the solver and the line search.
+        """All that a run needs to resume to the same bits.
 
-        It holds neither batches nor the states of random generators.
+        These are φ, θ, the buffers of the model, the solver and the line search. Batches and the
+        states of random generators are not among them.
         """
         state = {
             "free": {name: free.detach() for name, free in self.free.tensors.items()},
@@ -212,6 +223,7 @@ class HOAG:
             "state": self.state.to_dict(),
             "steps": self.steps,
             "line_search": self.line_search.to_dict(),
+            "buffers": dict(self._model.named_buffers()),
         }
         return copied_tensors(state)
 
@@ -220,12 +232,15 @@ class HOAG:
         """Return to where `state_dict` was taken. θ goes to the device of the model.
 
         Raises:
-            ValueError: The state has hyperparameters of other names or shapes, or parameters other
-                than those of the model. Nothing changes.
+            ValueError: The state has hyperparameters of other names or shapes, parameters or
+                buffers other than those of the model, or is that of another inner optimiser.
+                Nothing changes.
         """
         state = copied_tensors(state)
         self.free.check(state["free"])
         end = read_end(state["end"], self.problem, self.meta)
+        check_optimizer(end, self.inner)
+        buffers = read_buffers(state.get("buffers"), self._model)
         device = next(iter(self.free.tensors.values())).device
         line_search = LineSearch.from_dict(moved_tensors(state["line_search"], device))
         self.state = SolverState.from_dict(state["state"])
@@ -233,6 +248,7 @@ class HOAG:
         self.free.load(state["free"])
         self.end = end
         self.line_search = line_search
+        load_buffers(self._model, buffers)
 
     def _tolerance_of_step(self, k: int) -> float:
         first = next(iter(self.free.tensors.values()))

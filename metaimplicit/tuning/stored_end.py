@@ -1,4 +1,4 @@
-"""Where an inner loop stood, as read from a state."""
+"""Where an inner loop and its model stood, as read from a state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem
+from metaimplicit.problem import BilevelProblem, Composite
 from metaimplicit.tuning.problem import ModelProblem
 
 
@@ -40,6 +41,54 @@ def read_end(
     start = problem.init(meta, None)
     _check_params(Iterate.from_dict(stored).single, like=start)
     return Iterate.from_dict(moved_tensors(stored, next(iter(start.values())).device))
+
+
+def check_optimizer(end: Iterate | None, inner: InnerLoop) -> None:
+    """Raise ValueError if `end` has the state of another optimiser than that of `inner`.
+
+    Example:
+        >>> from metaimplicit import GradientDescent
+        >>> check_optimizer(Iterate({"w": torch.ones(1)}, optimizer="SGD"), GradientDescent())
+    """
+    if end is not None and end.for_optimizer(inner.optimizer_name) is not end:
+        raise ValueError(
+            f"state: got that of inner steps of {end.optimizer}, expected steps of "
+            f"{inner.optimizer_name}; build the inner loop as the run did"
+        )
+
+
+def model_of(problem: BilevelProblem) -> nn.Module:
+    """The model of the inner loss, or an empty module if it names none.
+
+    Example:
+        >>> model_of(BilevelProblem(lambda *_: {}, lambda *_: 0.0, lambda *_: 0.0))
+        Module()
+    """
+    loss = problem.inner_loss
+    model = loss.module if isinstance(loss, Composite) else None
+    return nn.Module() if model is None else model
+
+
+def read_buffers(stored: Params | None, model: nn.Module) -> Params:
+    """The stored buffers of a model. There are none in older files, where `stored` is None.
+
+    Raises:
+        ValueError: The model has others.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> sorted(read_buffers(dict(norm.named_buffers()), norm))
+        ['num_batches_tracked', 'running_mean', 'running_var']
+    """
+    if stored is None:
+        return {}
+    own = dict(model.named_buffers())
+    if stored.keys() != own.keys():
+        raise ValueError(
+            f"state: got the buffers {sorted(stored)}, expected {sorted(own)}; build the model as "
+            "the run did"
+        )
+    return stored
 
 
 def moved_tensors(stored: Any, device: torch.device) -> Any:

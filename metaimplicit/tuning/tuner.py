@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaimplicit.buffers import load_buffers
 from metaimplicit.counts import check_count
@@ -20,7 +20,7 @@ from metaimplicit.lifted import SeveralOutputsError
 from metaimplicit.methods import Method, make_method
 from metaimplicit.optimizer_state import load_optimizer_state, optimizer_state
 from metaimplicit.params import Params
-from metaimplicit.problem import BilevelProblem, Composite, Stream, check_problem
+from metaimplicit.problem import BilevelProblem, Stream, check_problem
 from metaimplicit.solvers import SolverState
 from metaimplicit.tensors import copied_tensors
 from metaimplicit.tuning.batches import (
@@ -36,7 +36,7 @@ from metaimplicit.tuning.early_stopping import EarlyStopping
 from metaimplicit.tuning.free_meta import FreeMeta, total_norm
 from metaimplicit.tuning.problem import ModelProblem
 from metaimplicit.tuning.results import TunerStep
-from metaimplicit.tuning.stored_end import read_end
+from metaimplicit.tuning.stored_end import check_optimizer, model_of, read_buffers, read_end
 from metaimplicit.unchanged import notice_changed_data
 from metaimplicit.wrappers import AVERAGE_HYPERGRADIENTS, reject_distributed
 
@@ -123,9 +123,7 @@ class Tuner:
         self.inner = inner
         if schedule is not None:
             _step_size(self.inner)  # raises unless it is a number
-        loss = problem.inner_loss
-        module = loss.module if isinstance(loss, Composite) else None
-        self._model = nn.Module() if module is None else module
+        self._model = model_of(problem)
         reject_distributed(self._model, AVERAGE_HYPERGRADIENTS)
         self.problem = problem
         self.method = method
@@ -339,14 +337,7 @@ class Tuner:
                 optimiser. Nothing changes.
         """
         end = state["end"]
-        if end is not None:
-            stored = Iterate.from_dict(end)
-            if stored.for_optimizer(self.inner.optimizer_name) is not stored:
-                raise ValueError(
-                    f"state: got that of inner steps of {stored.optimizer}, expected steps of "
-                    f"{self.inner.optimizer_name}; build the tuner as the run did, and set its "
-                    "`inner` afterwards"
-                )
+        check_optimizer(None if end is None else Iterate.from_dict(end), self.inner)
         self._return_to(state)
         self.steps = state["steps"]
         self.stopping = EarlyStopping.from_dict(state["stopping"])
@@ -378,13 +369,7 @@ class Tuner:
         self._free.check(position["free"])
         end = read_end(position["end"], self.problem, self.meta)
         state = SolverState.from_dict(position["state"])
-        own_buffers = dict(self._model.named_buffers())
-        buffers = position.get("buffers", own_buffers)  # older files have none
-        if buffers.keys() != own_buffers.keys():
-            raise ValueError(
-                f"state: got the buffers {sorted(buffers)}, expected {sorted(own_buffers)}; build "
-                "the model as the run did"
-            )
+        buffers = read_buffers(position.get("buffers"), self._model)
         load_optimizer_state(self.optimizer, position["optimizer"])
         self._free.load(position["free"])
         self.end = None if end is None else end.for_optimizer(self.inner.optimizer_name)

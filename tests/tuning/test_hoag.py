@@ -19,7 +19,7 @@ from metaimplicit import (
     ProximalGradient,
     hypergradient,
 )
-from metaimplicit.inner import L1Norm, Newton, Ridge
+from metaimplicit.inner import GradientDescent, L1Norm, Newton, Ridge, TorchOptimizer
 from metaimplicit.tuning import HOAG, Box, GroupStructure, Real, WeightDecay, tuning_problem
 from metaimplicit.tuning.free_meta import FreeMeta
 from metaimplicit.tuning.line_search import LineSearch, Trial
@@ -117,6 +117,59 @@ def test_the_state_of_another_model_changes_nothing():
         hoag.load_state_dict(other.state_dict() | {"free": hoag.state_dict()["free"]})
     assert all(torch.equal(value, before[name]) for name, value in hoag.meta.items())
     assert hoag.steps == 0
+
+
+class Counting(nn.Linear):
+    """A linear layer that counts its calls, by which its outputs grow a little."""
+
+    def __init__(self):
+        super().__init__(2, 2, dtype=torch.float64)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + 1e-3 * self.calls)
+
+
+def hoag_of_a_counting_model(inner=None):
+    torch.manual_seed(0)
+    problem, meta, domains = tuning_problem(Counting(), nn.functional.cross_entropy, [DECAYS])
+    data = (X[:, :2], (Y > 0).long())
+    inner = inner or GradientDescent(steps=3, lr=0.1)
+    return HOAG(problem, meta, data, data, domains=domains, inner=inner)
+
+
+def test_the_buffers_of_the_model_are_part_of_the_state():
+    whole = hoag_of_a_counting_model()
+    for _ in range(4):
+        whole.step()
+    stopped = hoag_of_a_counting_model()
+    for _ in range(2):
+        stopped.step()
+    resumed = hoag_of_a_counting_model()
+    resumed.load_state_dict(stopped.state_dict())
+    for _ in range(2):
+        resumed.step()
+    assert whole.state_dict()["buffers"]["calls"] > 8
+    for name, buffer in resumed.state_dict()["buffers"].items():
+        assert torch.equal(buffer, whole.state_dict()["buffers"][name])
+    assert all(torch.equal(value, whole.meta[name]) for name, value in resumed.meta.items())
+    other = hoag_of_a_counting_model(TorchOptimizer(torch.optim.Adam))
+    with pytest.raises(ValueError, match="got that of inner steps of SGD, expected steps of Adam"):
+        other.load_state_dict(stopped.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:CG ended with NON_FINITE:RuntimeWarning")
+def test_a_step_that_is_not_finite_leaves_the_buffers_as_they_were():
+    hoag = hoag_of_a_counting_model()
+    hoag.step()
+    before = hoag.state_dict()["buffers"]["calls"]
+    inputs, targets = hoag.validation
+    hoag.validation = (inputs * torch.nan, targets)
+    with pytest.raises(FloatingPointError, match="nothing was changed"):
+        hoag.step()
+    assert torch.equal(hoag.state_dict()["buffers"]["calls"], before)
 
 
 def test_a_state_goes_to_the_device_of_the_model():
