@@ -17,6 +17,7 @@ from metaimplicit.scoped import ScopedSettings
 from metaimplicit.unsupported import SCALED_GRADIENT, UnsupportedOperationError
 
 _ORIGINAL_EMBEDDING: Callable[..., Tensor] = torch.embedding
+_ORIGINAL_RENORM: Callable[..., Tensor] = torch.embedding_renorm_
 _ORIGINAL_MSE_LOSS: Callable[..., Tensor] = torch._C._nn.mse_loss
 _ORIGINAL_BATCH_NORM: Callable[..., Tensor] = torch.batch_norm
 _ORIGINAL_FLATTEN: Callable[[nn.RNNBase], None] = nn.RNNBase.flatten_parameters
@@ -30,7 +31,7 @@ class MendedDerivatives(ScopedSettings):
     - Under `torch.vmap`, `padding_idx` of an embedding holds for every task. The batching rule of
       torch applies it to the first task alone. In forward mode, the padding row has no tangent. And
       `scale_grad_by_freq` counts the words of each task by itself. A second derivative of what it
-      scales is refused: torch leaves the scales out of it.
+      scales is refused: torch leaves the scales out of it. So is `max_norm` under a transform.
     - `F.mse_loss` has the tangent of its gradient outside of `torch.vmap`, too.
     - `nn.utils.weight_norm` has its second derivative. That of torch 2.14 is wrong on the CPU.
     - On CUDA, recurrent networks run without cuDNN, whose kernels have first derivatives only.
@@ -117,6 +118,16 @@ def _embedding(
         return rows
     is_padding = (indices == padding_idx).unsqueeze(-1)
     return torch.where(is_padding, rows.detach(), rows)
+
+
+def _embedding_renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """What embeddings with `max_norm` call. Under vmap, torch writes to what the tasks share."""
+    if is_transforming():
+        raise UnsupportedOperationError(
+            "max_norm: a transform of torch.func cannot write to the weights of an embedding; "
+            "leave it out"
+        )
+    return _ORIGINAL_RENORM(weight, indices, max_norm, norm_type)
 
 
 class _Identity(torch.autograd.Function):
@@ -267,6 +278,7 @@ _RECURRENT: list[tuple[Any, str]] = [
 ]
 _PLACES: list[tuple[Any, str]] = [
     (torch, "embedding"),
+    (torch, "embedding_renorm_"),
     (torch, "batch_norm"),
     (torch, "_weight_norm"),
     # `torch.nn.utils.weight_norm` is the function, which hides its module of the same name.
@@ -282,6 +294,7 @@ _MENDED = _Settings(
     math=True,
     functions=(
         _embedding,
+        _embedding_renorm,
         _batch_norm,
         _weight_norm,
         _weight_norm,

@@ -110,6 +110,8 @@ class FewShotModel(nn.Module):
                 f"{name}: got another one for a learner, expected the one it was built with; "
                 f"{SETTLED[name]}"
             )
+        if callable(value) and not isinstance(value, nn.Module):
+            self.__dict__.get("_modules", {}).pop(name, None)  # a function in its place, for torch
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

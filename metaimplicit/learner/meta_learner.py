@@ -14,7 +14,7 @@ from metaimplicit.compiled import Compile
 from metaimplicit.functions import check_function
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.learner.buffers import reject_changed_buffers, restored_attributes
+from metaimplicit.learner.buffers import reject_changed_tensors, restored_attributes
 from metaimplicit.learner.defaults import with_default_weights
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.gradient_check import CheckedTaskBatches
@@ -183,10 +183,10 @@ class MetaLearner(CheckedTaskBatches):
 
     @explain_unsupported()
     def backward(self, episodes: EpisodeBatch) -> Step:
-        """Add the meta-gradient of the mean query loss to `.grad`, as `loss.backward()` would.
+        """Add the meta-gradient of the mean query loss to `.grad`.
 
-        Hooks of the parameters are called with it.
-        Tensors of the episodes that require grad have one, too.
+        Hooks of the parameters are called with it. A parameter that nothing reads has a gradient of
+        zero. Tensors of the episodes that require grad have one, too.
 
         Args:
             episodes: A batch of tasks, on the device of the model: an object with `support` and
@@ -200,8 +200,8 @@ class MetaLearner(CheckedTaskBatches):
 
         Raises:
             ValueError: The episodes are malformed, or the loss refuses their targets. A forward
-                pass changed a buffer of the model or of a loss. The method cannot give the gradient
-                of a parameter.
+                pass changed a buffer or a parameter of the model or of a loss. The method cannot
+                give the gradient of a parameter.
 
         Warns:
             RuntimeWarning: The meta-gradient is not finite, or too large to mean anything.
@@ -211,7 +211,7 @@ class MetaLearner(CheckedTaskBatches):
             with (
                 restored_attributes(self),
                 notice_changed_data("episodes", groups),
-                reject_changed_buffers(self, but_tracked=self._mixes_tasks),
+                reject_changed_tensors(self, but_tracked=self._mixes_tasks),
             ):
                 self._choose_vectorize(groups[0])
                 results = [self._hypergradient(group.data, self._way(group)) for group in groups]
@@ -252,7 +252,7 @@ class MetaLearner(CheckedTaskBatches):
 
         Raises:
             ValueError: A number of steps is negative, or the episodes are malformed. A forward pass
-                changed a buffer of the model or of a loss.
+                changed a buffer or a parameter of the model or of a loss.
         """
         counts = step_counts(steps, self.inner)
         with torch.inference_mode(False), one_thread_in(self.model):
@@ -260,7 +260,7 @@ class MetaLearner(CheckedTaskBatches):
             with (
                 restored_attributes(self),
                 notice_changed_data("episodes", groups),
-                reject_changed_buffers(self),
+                reject_changed_tensors(self),
             ):
                 of_groups = [self._measure_path(group, counts) for group in groups]
         losses, measures = zip(*of_groups, strict=True)
@@ -283,7 +283,7 @@ class MetaLearner(CheckedTaskBatches):
 
         Raises:
             ValueError: `steps` is negative, inputs and targets differ in their leading sizes, the
-                loss refuses the targets, or a forward pass changed a buffer.
+                loss refuses the targets, or a forward pass changed a buffer or a parameter.
         """
         if steps is not None and steps < 0:
             raise ValueError(f"steps: got {steps}, expected at least 0 inner steps")
@@ -293,7 +293,7 @@ class MetaLearner(CheckedTaskBatches):
             with (
                 restored_attributes(self),
                 notice_changed_data("support", groups),
-                reject_changed_buffers(self),
+                reject_changed_tensors(self),
             ):
                 ends = [self._iterates(self._lifted(group), [count])[0] for group in groups]
             reject_other_shapes(ends)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metaimplicit.learner.batch_checks import BatchChecks
 from metaimplicit.learner.body import LastModule, find_last_module
 from metaimplicit.learner.body_check import body_objection
+from metaimplicit.learner.buffers import reject_changed_tensors
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import may_be_batches, read_episodes, read_support
@@ -91,7 +92,8 @@ class TaskBatches(FewShotModel):
         """The tasks in groups of one shape, if nothing is wrong with them."""
         batches = read_episodes(episodes)
         try:
-            return self._check(batches)
+            with reject_changed_tensors(self, but_tracked=True):
+                return self._check(batches)
         except (ValueError, RuntimeError) as error:
             if not may_be_batches(episodes, batches[0]):
                 raise
@@ -120,9 +122,10 @@ class TaskBatches(FewShotModel):
         if self.head is not None:
             parts = _read_for_head(self.head, [Episode(pair, pair) for pair in pairs])
             pairs = [part.support for part in parts]
-        self._settle(Episode(pairs[0], pairs[0]))
-        for pair in pairs:
-            self._checks.check_support("support", pair)
+        with reject_changed_tensors(self, but_tracked=True):
+            self._settle(Episode(pairs[0], pairs[0]))
+            for pair in pairs:
+                self._checks.check_support("support", pair)
         return [Group(Episode(pair, pair), None, looped=len(pairs) > 1) for pair in pairs]
 
     def _settle(self, data: Episode) -> None:

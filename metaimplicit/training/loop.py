@@ -92,7 +92,8 @@ def fit(
         config: What config.json holds beside what every run has there.
         identity: What a resumed run may not change, such as options and a digest of the data, by
             name, in types that JSON has.
-        validation: Draws the batches to validate on. If None, there is no validation.
+        validation: Draws the batches to validate on, which leaves torch's random state as it is. If
+            None, there is no validation.
         validate_every: The number of steps between validations, ≥ 1. The last step is validated
             as well.
         best: Which validation is the best: that with the `"lowest loss"`, the `"highest metric"`
@@ -180,8 +181,7 @@ def fit(
             if validation is not None and is_due and progress.validated < progress.step:
                 # A signal ends a validation, too. The run that is resumed begins with it.
                 try:
-                    batches = None if stops else validation()
-                    result = None if stops else _validate(learner, batches, signals, ranks=ranks)
+                    result = None if stops else _validate(learner, validation, signals, ranks=ranks)
                 except Exception:
                     if not record.is_saved:
                         record.save(is_best=False)
@@ -312,7 +312,7 @@ def _check_numbers(
 
 def _validate(
     learner: MetaLearner,
-    batches: Any,
+    validation: Callable[[], Any],
     signals: DeferredSignals,
     *,
     ranks: Ranks,
@@ -322,13 +322,15 @@ def _validate(
     Raises:
         ValueError: There is no batch, or one that is not in a list.
     """
-    if isinstance(batches, Mapping) or hasattr(batches, "support"):
-        raise ValueError("validation: got one batch, expected several; return a list of it")
-    if not isinstance(batches, Iterable):
-        raise ValueError(f"validation: got {type(batches).__name__}, expected batches of episodes")
-    own = (ranks.share(batch) for batch in _until_stopped(batches, signals))
     is_on_cuda = next(learner.parameters()).is_cuda
     with preserve_random_state(learner.method, cuda=is_on_cuda):
+        batches = validation()
+        if isinstance(batches, Mapping) or hasattr(batches, "support"):
+            raise ValueError("validation: got one batch, expected several; return a list of it")
+        if not isinstance(batches, Iterable):
+            name = type(batches).__name__
+            raise ValueError(f"validation: got {name}, expected batches of episodes")
+        own = (ranks.share(batch) for batch in _until_stopped(batches, signals))
         return evaluate(learner, own, steps=[learner.inner.steps])
 
 

@@ -152,8 +152,8 @@ def predict_classes(
         names: The names of classes, by number.
 
     Raises:
-        ValueError: The tasks of a batch have several shapes. Or the outputs and targets have others
-            than `[tasks, queries, ways]` and `[tasks, queries]`.
+        ValueError: There are fewer tasks. The tasks of a batch have several shapes. Or the outputs
+            and targets have others than `[tasks, queries, ways]` and `[tasks, queries]`.
 
     Example:
         >>> learner = MetaLearner(torch.nn.Linear(2, 3), torch.nn.functional.cross_entropy)
@@ -169,7 +169,7 @@ def predict_classes(
     examples: dict[int, Tensor] = {}
     device = next(learner.parameters()).device
     while sum(map(len, targets)) < tasks:
-        batch = batches[len(targets)]
+        batch = _batch(batches, len(targets), tasks=tasks, drawn=sum(map(len, targets)))
         episode = tasks_of_one_shape(batch, device)
         outputs = _predict(learner, episode, steps)
         probabilities.append(outputs.float().softmax(-1).cpu())
@@ -191,6 +191,16 @@ def predict_classes(
     size = len(targets[0])
     kept = {task: _one_task(batches[task // size], task % size) for task in _telling(predictions)}
     return Predictions(**vars(predictions) | {"episodes": kept})
+
+
+def _batch(batches: Any, number: int, *, tasks: int, drawn: int) -> Any:
+    try:
+        return batches[number]
+    except IndexError as error:
+        raise ValueError(
+            f"tasks: got {tasks}, but the {number} batches have {drawn} tasks; ask for fewer, or "
+            "give more batches"
+        ) from error
 
 
 def _predict(learner: MetaLearner, episode: Episode, steps: int) -> Tensor:

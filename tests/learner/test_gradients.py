@@ -20,7 +20,7 @@ from torch import nn
 
 from metaimplicit import CG, METHODS, GradientDescent, Implicit, MetaLearner, Proximal, Truncated
 from metaimplicit.learner import Episode, Pair
-from metaimplicit.learner.buffers import reject_changed_buffers
+from metaimplicit.learner.buffers import reject_changed_tensors
 from metaimplicit.methods import known_options, make_method
 
 DERIVATIVES = [flag for flag in METHODS if flag != "reptile"]
@@ -298,12 +298,28 @@ def test_a_buffer_that_was_replaced_is_noticed_though_its_address_is_used_again(
     model = nn.ModuleDict({"model": Replacing()})
 
     def run():
-        with reject_changed_buffers(model):
+        with reject_changed_tensors(model):
             for _ in range(passes):
                 model["model"]()
 
     with pytest.raises(ValueError, match="model: a forward pass changed buffer 'mean'"):
         run()
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("call", ["backward", "evaluate", "adapt"])
+def test_a_parameter_that_a_forward_pass_writes_to_is_named(call, vectorize):
+    """The norms of the rows that are looked up become at most 0.1, in φ itself."""
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.1), nn.Linear(4, 3)).double()
+    learner = MetaLearner(model, F.cross_entropy, vectorize=vectorize)
+    labels = torch.arange(6).remainder(3)
+    support = (torch.arange(6), labels)
+    batch = tuple(x.expand(2, 6) for x in support)
+    data = support if call == "adapt" else (batch, batch)
+    with pytest.raises(
+        ValueError, match=r"model: a forward pass wrote to the parameter '0.weight'"
+    ):
+        getattr(learner, call)(data)
 
 
 class RunningCentre(nn.Module):

@@ -341,6 +341,15 @@ def test_other_targets_have_the_gradient_of_a_plain_loop_and_no_accuracy(name):
     assert learner.evaluate(stacked(tasks))[1] is None
 
 
+def test_a_function_may_take_the_place_of_a_module_as_the_loss():
+    learner = MetaLearner(nn.Linear(3, 5), nn.CrossEntropyLoss(), query_loss=nn.CrossEntropyLoss())
+    learner.loss = F.cross_entropy
+    learner.query_loss = F.nll_loss
+    assert (learner.loss, learner.query_loss) == (F.cross_entropy, F.nll_loss)
+    learner.loss = nn.CrossEntropyLoss()
+    assert {name for name, _ in learner.named_children()} == {"model", "learnt", "loss"}
+
+
 WEIGHTS = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0], dtype=torch.float64)
 
 

@@ -356,6 +356,35 @@ def test_a_time_limit_ends_training_with_a_checkpoint_and_a_validation(tmp_path)
     assert (last["split"], last["step"]) == ("validation", progress.step)
 
 
+@pytest.mark.slow
+def test_a_run_whose_validation_failed_is_resumed_to_the_same_bits(tmp_path):
+    """Its tasks are drawn from torch's generator, whose state before them is the one of the run."""
+
+    def run(out, fails, **options):
+        parts = make_parts()
+
+        def validation():
+            x = torch.randn(2, 5, 1)
+            if fails:
+                raise CrashError
+            return [((x, x.sin()), (x, x.cos()))]
+
+        train(out, parts, steps=4, validation=validation, validate_every=2, **options)
+        return parts.learner
+
+    whole = run(tmp_path / "whole", fails=False)
+    with pytest.raises(CrashError):
+        run(tmp_path / "broken", fails=True)
+    resumed = run(tmp_path / "broken", fails=False, resume=True)
+    assert_same_weights(resumed, whole)
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name) if line["split"] == "validation"]
+        for name in ("whole", "broken")
+    ]
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+
+
 def test_a_validation_that_is_not_finite_is_warned_of(tmp_path):
     learner, optimizer, sampler = make_parts()
     spoilt = spoil_support(sampler[1000])

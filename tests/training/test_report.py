@@ -124,6 +124,13 @@ def test_queries_that_the_loss_ignores_are_neither_right_nor_wrong(loss, ignored
     assert "of 9 right" not in text
 
 
+def test_predictions_of_more_tasks_than_there_are_are_refused():
+    pair = (torch.randn(2, 3, 1), torch.zeros(2, 3, dtype=torch.long))
+    learner = MetaLearner(nn.Linear(1, 2), F.cross_entropy)
+    with pytest.raises(ValueError, match="tasks: got 5, but the 2 batches have 4 tasks; ask for"):
+        predict_classes(learner, [(pair, pair)] * 2, steps=1, tasks=5)
+
+
 def test_predictions_need_tasks_of_one_shape():
     def task(queries):
         return [(torch.randn(n, 1), torch.zeros(n, dtype=torch.long)) for n in (3, queries)]
