@@ -17,6 +17,7 @@ from metaimplicit.methods.base import ALL_ROUTES
 from metaimplicit.methods.pullback import attach_pullback, forward_mode_error
 from metaimplicit.params import Params, detached, floating_entry, leaves
 from metaimplicit.problem import BilevelProblem, Composite, Loss
+from metaimplicit.tensors import recordable
 from metaimplicit.unsupported import explain_unsupported
 from metaimplicit.vectorization import AutoVectorize, lift
 
@@ -117,7 +118,7 @@ def argmin(
         m.requires_grad_(is_differentiated(meta[name]))
 
     # Tensors of the data that require grad are entries of φ beside those of `meta`.
-    sources = {**meta, **lifted.entries.tensors}
+    sources = {name: recordable(m) for name, m in meta.items()} | lifted.entries.tensors
     variables = {**phi, **leaves(lifted.entries.tensors)}
     if not method.forward_mode and any(tangent_of(m) is not None for m in sources.values()):
         raise forward_mode_error(method.flag)

@@ -43,7 +43,8 @@ class Hypergradient:
         grads: d outer_loss/dφ, with the names and shapes of `meta`.
         params: θ*, `{name: [tasks, *shape]}`. Unless `batched`, they have no task axis.
         report: Residuals, statuses, counts, and the inner gradient norm.
-        end: Where the inner loop ended, for the `start` of another call.
+        end: Where the inner loop ended, for the `start` of another call. It shares the memory of
+            `params`.
         aux: What the outer loss returned beside its scalar, detached. None without it.
         data_grads: d outer_loss/d data for the tensors of `data` that require grad: a pytree like
             `data`, None in the places of all else. None for a `Stream`.

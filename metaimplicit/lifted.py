@@ -19,7 +19,7 @@ from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives, without_fast_path
 from metaimplicit.params import Params
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
-from metaimplicit.random_state import RandomState, UnfusedDropout
+from metaimplicit.random_state import RandomState, UnfusedDropout, restored_random_state
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.task_axis import count_tasks, map_tensors, new_views, task_of
 from metaimplicit.tensors import tensors_in
@@ -196,8 +196,12 @@ class LiftedProblem:
         """θ₀, `{name: [tasks, *shape]}`, with the graph of `problem.init`.
 
         If the problem has a `start`, its parameters are returned as constants.
+
+        Raises:
+            ValueError: θ₀ is no dict of floating-point tensors, or the `start` has others.
         """
         if self.start is not None:
+            self._check_start(self.start.params, meta)
             return {name: p.detach() for name, p in self.start.params.items()}
         params = self._start(meta)
         valid = all(isinstance(p, Tensor) and p.is_floating_point() for p in params.values())
@@ -208,6 +212,21 @@ class LiftedProblem:
             )
         # A copy, because no two parameters may be one tensor, and none may be the caller's.
         return {name: p.clone() for name, p in params.items()}
+
+    def _check_start(self, start: Params, meta: Params) -> None:
+        """Raise ValueError unless the parameters to start from are like those of `problem.init`."""
+        device = next(iter(start.values())).device
+        with torch.no_grad(), restored_random_state(device):
+            expected = self._start(meta)
+        for name in start | expected:
+            got, like = (
+                f"{p.dtype} {list(p.shape[1:])}" if p is not None else "nothing"
+                for p in (start.get(name), expected.get(name))
+            )
+            if got != like:
+                raise ValueError(
+                    f"start: got {got} for the parameter {name!r}, expected {like}, as init has it"
+                )
 
     def _start(self, meta: Params) -> Params:
         init = self.problem.init

@@ -19,6 +19,7 @@ from metaimplicit.inner.settings import (
     Setting,
     at_step,
     check_lengths,
+    check_shapes,
     lists_in,
     numbers_in,
 )
@@ -52,6 +53,7 @@ class _StepwiseLoop(InnerLoop):
         state: OptimizerState | None = None,
     ) -> Trajectory:
         """Run the loop; see `InnerLoop.run`."""
+        self.check_at(start, meta)
         return run_steps(
             self._step,
             loss,
@@ -89,6 +91,11 @@ class _StepwiseLoop(InnerLoop):
     def initial_slots(self, names: Iterable[str], meta: Params) -> OptimizerState:
         """The slots that are not 0 at the start; see `InnerLoop.initial_slots`."""
         return self._step.initial_slots(names, meta)
+
+    def check_at(self, params: Params, meta: Params) -> None:
+        """Raise ValueError if an option has another shape than a parameter."""
+        for option, setting in self._step.options.items():
+            check_shapes(setting, params, meta, option=option)
 
     @property
     def compile_objection(self) -> str:

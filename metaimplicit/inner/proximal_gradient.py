@@ -18,6 +18,7 @@ from metaimplicit.inner.settings import (
     Setting,
     at_step,
     check_lengths,
+    check_shapes,
     fits,
     lists_in,
     numbers_in,
@@ -134,7 +135,11 @@ class ProximalGradient(InnerLoop):
         return any(isinstance(number, FromMeta) for number in early)
 
     def check_at(self, params: Params, meta: Params) -> None:
-        """Raise ValueError if a key fits no parameter, or a number of φ is out of range."""
+        """Raise ValueError if a key fits no parameter, or a number of φ is out of range.
+
+        So it does if a step size has another shape than a parameter.
+        """
+        check_shapes(self.lr, params, meta, option="lr")
         if isinstance(self.regularizer, dict):
             unused = [
                 key for key in self.regularizer if not any(fits(key, name) for name in params)

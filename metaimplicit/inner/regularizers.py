@@ -88,7 +88,8 @@ class L1Norm(Regularizer):
     def prox(self, x: Tensor, step: Any, numbers: dict[str, Any]) -> Tensor:
         """Soft thresholding."""
         threshold = step * numbers["strength"]
-        return torch.where(x.abs() > threshold, x - threshold * x.sign(), 0.0)
+        # NaN stays NaN, since it is not below the threshold.
+        return torch.where(x.abs() <= threshold, 0.0, x - threshold * x.sign())
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ class GroupLasso(Regularizer):
         """Every group shrinks towards zero by ηλ, and no further."""
         threshold = step * numbers["strength"]
         square = x.square().sum(-1, keepdim=True)
-        kept = square.detach().sqrt() > threshold
+        vanishes = square.detach().sqrt() <= threshold  # which NaN does not
         # A group of zeros has no derivative of its norm, and needs none.
-        size = torch.where(kept, square, 1.0).sqrt()
-        return torch.where(kept, x * (1 - threshold / size), 0.0)
+        size = torch.where(vanishes, 1.0, square).sqrt()
+        return torch.where(vanishes, 0.0, x * (1 - threshold / size))
 
 
 @dataclass(frozen=True)

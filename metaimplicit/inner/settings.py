@@ -134,6 +134,40 @@ def numbers_in(setting: Any) -> Iterator[Any]:
         yield from numbers_in(entry)
 
 
+def check_shapes(setting: Any, params: Params, meta: Params, *, option: str) -> None:
+    """Raise ValueError if a tensor of a setting does not broadcast against its parameter.
+
+    One with more axes would meet the task axis.
+
+    Args:
+        setting: The setting of an option.
+        params: θ, `{name: [tasks, *shape]}`.
+        meta: Where `FromMeta` numbers are read.
+        option: The option's name, for the error.
+
+    Example:
+        >>> import torch
+        >>> check_shapes(torch.ones(3), {"w": torch.zeros(2, 3)}, {}, option="lr")
+    """
+    if not any(isinstance(number, (Tensor, FromMeta)) for number in numbers_in(setting)):
+        return
+    for name, p in params.items():
+        for number in numbers_in(resolve_setting(setting, meta, name, option=option)):
+            shape = tuple(p.shape[1:])
+            if isinstance(number, Tensor) and not _broadcasts(tuple(number.shape), shape):
+                raise ValueError(
+                    f"{option}: got shape {tuple(number.shape)} for the parameter {name!r} of "
+                    f"shape {shape}, expected one number, or a shape that broadcasts against it; a "
+                    "dict gives each parameter its own"
+                )
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape is one of the target shape when it is expanded."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
+
+
 def lists_in(setting: Any) -> Iterator[list[Any]]:
     """The lists of a setting, each with one entry for each step.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metaimplicit.graph import is_differentiated
 from metaimplicit.methods.base import Adaptation, Method, Stationarity
@@ -44,9 +45,15 @@ def attach_pullback(
     """
     phi = {name: m for name, m in meta.items() if is_differentiated(m)}
     rule = _MethodRule(adaptation, method, tuple(phi), name=name)
-    rule.constants = [x for x in tensors_in(data) if not x.is_inference()]
+    rule.constants = [x for x in _held_tensors(data) if not x.is_inference()]
     values = rule.attach(list(adaptation.params.values()), list(phi.values()))
     return dict(zip(adaptation.params, values, strict=True))
+
+
+def _held_tensors(data: Any) -> list[Tensor]:
+    """The tensors of a pytree, and those that its objects of other types have as attributes."""
+    objects = [x for x in tree_leaves(data) if not isinstance(x, Tensor) and hasattr(x, "__dict__")]
+    return tensors_in([data, *(vars(x) for x in objects)])
 
 
 def forward_mode_error(method: str, *, name: str = "argmin") -> RuntimeError:

@@ -16,6 +16,7 @@ from metaimplicit import (
 )
 from metaimplicit.inner import BoxConstraint, GroupLasso, L1Norm, SimplexConstraint
 from metaimplicit.inner.regularizers import Regularizer
+from metaimplicit.solvers import Status
 
 TARGET = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
 
@@ -360,3 +361,31 @@ def test_an_accelerated_parameter_that_a_step_does_not_read_waits_there(method):
     w, grads = fista(3)
     torch.testing.assert_close(result.params["w"], w)
     torch.testing.assert_close(result.grads["s"], grads["s"])
+
+
+@pytest.mark.parametrize("regularizer", [L1Norm(0.1), GroupLasso(0.1)], ids=["l1", "group"])
+def test_nan_is_not_shrunk_to_zero(regularizer):
+    """Zero would look like a sparse solution."""
+    x = torch.tensor([[torch.nan, 3.0], [0.05, 0.05]])
+    z = regularizer.prox(x, 1.0, {"strength": 0.1})
+    assert z[0, 0].isnan()
+    assert z[1].tolist() == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:GMRES ended with NON_FINITE:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
+def test_a_task_with_nan_has_no_solution():
+    targets = torch.stack([TARGET, torch.full_like(TARGET, torch.nan)])
+    problem = replace(
+        PROBLEM, inner_loss=lambda params, meta, data: two_layers(params, {"t": data}, None)
+    )
+    result = hypergradient(
+        problem,
+        {"strength": torch.tensor(0.5, dtype=torch.float64)},
+        targets,
+        inner=one_step(L1Norm(FromMeta("strength"))),
+        method="fixed-point",
+        batched=True,
+    )
+    assert result.report.status.tolist() == [Status.CONVERGED, Status.NON_FINITE]
+    assert result.losses.isnan().tolist() == [False, True]

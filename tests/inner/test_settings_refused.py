@@ -1,12 +1,23 @@
 """Numbers of an inner loop that are no numbers, and options that have another name here."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from metaimplicit import GradientDescent, MetaLearner, TorchOptimizer
+from metaimplicit import (
+    BilevelProblem,
+    FromMeta,
+    GradientDescent,
+    MetaLearner,
+    ProximalGradient,
+    TorchOptimizer,
+    hypergradient,
+)
+from metaimplicit.inner import L1Norm
 
 REFUSED = {
     "a function": ({"lr": lambda t: 0.1}, "lr: got <function"),
@@ -45,6 +56,27 @@ def test_every_kind_of_number_will_do(lr):
 def test_an_option_that_is_missing_has_a_replacement(optimizer, options, advice):
     with pytest.raises(ValueError, match=advice):
         TorchOptimizer(optimizer, lr=0.1, **options)
+
+
+@pytest.mark.parametrize("method", ["unrolled", "forward", "cg"])
+@pytest.mark.parametrize("inner", [GradientDescent, partial(ProximalGradient, L1Norm(0.1))])
+def test_a_step_size_of_another_shape_than_a_parameter_is_refused(inner, method):
+    """With three tasks, each would have its own step size for b."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(3), "b": torch.zeros(())},
+        inner_loss=lambda p, m, d: (p["w"] + p["b"] - d).square().sum(),
+        outer_loss=lambda p, m, d: p["b"].square(),
+    )
+    message = r"lr: got shape \(3,\) for the parameter 'b' of shape \(\), expected one number"
+    with pytest.raises(ValueError, match=message):
+        hypergradient(
+            problem,
+            {"lr": torch.tensor([0.1, 0.2, 0.3])},
+            torch.ones(3),
+            inner=inner(steps=2, lr=FromMeta("lr")),
+            method="fixed-point" if method == "cg" and inner is not GradientDescent else method,
+            batched=True,
+        )
 
 
 def test_an_infinite_limit_of_the_norm_is_none():

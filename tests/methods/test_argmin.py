@@ -1,6 +1,7 @@
 """`argmin` as a function that autograd differentiates."""
 
 import threading
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -14,9 +15,11 @@ from metaimplicit import (
     CG,
     BilevelProblem,
     Dense,
+    FirstOrder,
     Forward,
     GradientDescent,
     Implicit,
+    Truncated,
     Unrolled,
     argmin,
     hypergradient,
@@ -285,10 +288,22 @@ def test_meta_that_is_changed_in_place_before_backward_is_refused(method):
         params["w"].backward()
 
 
+@dataclass
+class Batch:
+    """Data in an object that no pytree knows."""
+
+    x: torch.Tensor
+    names: list
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+
+@pytest.mark.parametrize("container", [dict, Batch])
 @pytest.mark.parametrize("method", [SAMA(), Implicit(), Forward(), Unrolled()], ids=flag_of)
-def test_data_that_are_changed_in_place_before_backward_are_refused(method):
+def test_data_that_are_changed_in_place_before_backward_are_refused(method, container):
     a = number(1.0).requires_grad_()
-    data = {"x": number(2.0), "names": ["x"]}
+    data = container(x=number(2.0), names=["x"])
     params = argmin(
         lambda p, m, d: 0.5 * (p["w"] - m["a"] * d["x"]).square(),
         zero,
@@ -300,6 +315,23 @@ def test_data_that_are_changed_in_place_before_backward_are_refused(method):
     data["x"].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         params["w"].backward()
+
+
+@pytest.mark.parametrize(
+    "method", [Implicit(), Unrolled(), Truncated(1), FirstOrder()], ids=flag_of
+)
+def test_meta_may_be_made_in_inference_mode(method):
+    with torch.inference_mode():
+        a = number(3.0)
+        params = argmin(
+            lambda p, m, d: 0.5 * (p["w"] - m["a"].square()).square(),
+            zero,
+            {"a": a},
+            None,
+            inner=ONE_NEWTON_STEP,
+            method=method,
+        )
+    assert params["w"] == 9
 
 
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])

@@ -1,5 +1,6 @@
 """Forward mode against reverse mode, finite differences and the implicit function theorem."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -341,6 +342,27 @@ def test_a_start_with_the_derivative_in_other_hyperparameters_is_refused():
 def test_a_start_that_is_no_iterate_is_refused():
     with pytest.raises(ValueError, match="start: got dict, expected an Iterate, the `end` of a re"):
         run_logistic(Forward(), start={"w": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {"w": w[:, :1]}, r"got torch.float64 \[1\] for the parameter 'w', expected"),
+        (
+            lambda w: {"w": w.float()},
+            "got torch.float32 .* for the parameter 'w', expected torch.f",
+        ),
+        (lambda w: {"v": w}, "got torch.float64 .* for the parameter 'v', expected nothing"),
+    ],
+    ids=["shape", "type", "name"],
+)
+@pytest.mark.parametrize("method", ["forward", "unrolled", "cg"])
+def test_a_start_of_another_problem_is_refused(method, change, message):
+    """A parameter of shape [1] would stand for all of them, in a problem of its own."""
+    end = run_logistic("unrolled").end
+    start = replace(end, params=change(end.params["w"]))
+    with pytest.raises(ValueError, match=f"start: {message}"):
+        run_logistic(method, inner=GradientDescent(), start=start)
 
 
 def test_a_start_with_another_number_of_tasks_is_refused():
