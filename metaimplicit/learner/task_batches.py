@@ -31,6 +31,7 @@ from metaimplicit.normalization import (
     reject_running_statistics,
     running_statistics,
 )
+from metaimplicit.operators import find_curvature
 from metaimplicit.params import Params, detached, floating_entry
 from metaimplicit.random_state import restored_host_state, restored_random_state
 from metaimplicit.task_axis import task_of
@@ -288,5 +289,5 @@ def _looks_into_layers(method: Method) -> bool:
     """Whether a method needs the layers of the model that the inner loss calls."""
     if not isinstance(method, Implicit):
         return False
-    kinds = {method.curvature, method.preconditioner}
-    return not kinds <= {None, "hessian", "gauss-newton", "diagonal"}
+    kinds = [kind for kind in (method.curvature, method.preconditioner) if kind is not None]
+    return any(find_curvature(kind)[0].looks_into_layers for kind in kinds)

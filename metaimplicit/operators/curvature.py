@@ -80,6 +80,8 @@ class Curvature(LinearOperator):
         params: The point θ, `{name: [tasks, *shape]}`.
         gradient: ∂ℓ/∂θ in the same layout, with the graph through which further derivatives go.
         needs_outputs: Whether it needs a loss whose outputs are visible (a `Composite`).
+        looks_into_layers: Whether it may need the layers of the model that the loss calls. If it
+            does not, those that do not adapt are evaluated once.
 
     Example:
         >>> from metaimplicit.operators import Hessian
@@ -93,6 +95,7 @@ class Curvature(LinearOperator):
     """
 
     needs_outputs: bool = True
+    looks_into_layers: bool = True
 
     params: Params
     gradient: Params

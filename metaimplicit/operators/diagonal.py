@@ -43,6 +43,8 @@ class Diagonal(Curvature, Invertible):
         tensor([[3., 3.]])
     """
 
+    looks_into_layers = False
+
     def __init__(
         self,
         operator: LinearOperator,

@@ -68,6 +68,7 @@ class GGN(RetainedGraphCurvature):
     """
 
     semidefinite = True
+    looks_into_layers = False
 
     @torch.inference_mode(False)
     @torch.enable_grad()

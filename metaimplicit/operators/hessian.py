@@ -56,6 +56,7 @@ class Hessian(RetainedGraphCurvature):
     """
 
     needs_outputs = False
+    looks_into_layers = False
 
     @torch.inference_mode(False)
     @torch.enable_grad()

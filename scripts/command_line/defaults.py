@@ -134,8 +134,8 @@ def _beside_head(options: RunOptions, head: HeadFlag, method: str | None) -> Run
 def _without_head(options: RunOptions, method: str | None, row: str) -> RunOptions:
     if method is not None:
         options = replace(options, method=method)
-    # These methods differentiate the inner loss alone, and so the proximal term.
-    if make_method(options.method).reach == {"loss"}:
+    # These methods see the initialisation through the proximal term alone.
+    if "start" not in make_method(options.method).reach:
         known = known_options(options.method, **IMPLICIT_METHOD.get(row, {}))
         return replace(options, **IMPLICIT.get(row, {}), method_options=known)
     return replace(options, **NOT_IMPLICIT.get(row, OTHERS_NOT_IMPLICIT))

@@ -65,6 +65,7 @@ def test_a_run_has_the_defaults_of_its_method(flag):
     options = parse([f"--method={flag}"])
     assert options.method_options == {}
     assert make_method(options.method, **options.method_options) == METHODS[flag]
+    assert build(f"--method={flag}").method.flag == METHODS[flag].flag
 
 
 def test_a_run_stores_the_options_of_its_method_that_were_given():
