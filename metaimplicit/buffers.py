@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -23,7 +24,6 @@ def restored_buffers() -> Iterator[None]:
     other attributes of the modules are put back as well. Other threads are left alone.
 
     Example:
-        >>> import torch
         >>> norm = nn.BatchNorm1d(2)
         >>> with restored_buffers():
         ...     _ = norm(torch.randn(4, 2))
@@ -54,7 +54,8 @@ class _Calls:
             return
         self._depth += 1
         for module in called.modules():
-            if module not in self._own:
+            # The buffers of a scripted module are not in Python's hands.
+            if module not in self._own and not isinstance(module, torch.jit.ScriptModule):
                 self._attributes.setdefault(module, dict(vars(module)))
                 present = vars(module)["_buffers"]
                 own = {name: x for name, x in present.items() if isinstance(x, Tensor)}
@@ -102,7 +103,6 @@ def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         buffers: The values by the names of `module.named_buffers()`.
 
     Example:
-        >>> import torch
         >>> norm = nn.BatchNorm1d(2)
         >>> load_buffers(norm, {"running_mean": torch.ones(2)})
         >>> norm.running_mean

@@ -96,6 +96,16 @@ def test_a_call_that_fails_and_another_thread_keep_their_buffers():
     assert other.n == 1
 
 
+def test_a_scripted_module_beside_others_is_left_alone():
+    counter = Counter()
+    model = nn.Sequential(counter, torch.jit.script(nn.Linear(3, 2).double()))
+    x = randn(4, 3, seed=0)
+    with restored_buffers():
+        y = model(x)
+    assert torch.equal(y, model[1](x))
+    assert counter.n == 0
+
+
 def test_buffers_of_a_functional_call_do_not_stay_in_the_module():
     """They are those of the tasks. Under vmap, they would be dead afterwards."""
     model = Counter()
