@@ -147,6 +147,7 @@ def _write(file: BinaryIO, identity: list[str], arrays: Arrays) -> None:
     file.write(bytes(CHECKSUM_SIZE) + b" " * (-(CHECKSUM_SIZE + len(header)) % ALIGNMENT) + header)
 
     first = file.tell()
+    file.truncate(first + stop)  # an empty array may begin after all that is written
     for (_, _, start), array in zip(places.values(), arrays.values(), strict=True):
         file.seek(first + start)
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -170,7 +170,10 @@ class Implicit(Method):
         return in_microbatches(problem, self.microbatch, batched=batched)
 
     def compile_objection(self, inner: InnerLoop) -> str:
-        """Whether A is other than the Hessian or Gauss–Newton, or known without products."""
+        """Why its products are not compiled. Empty if they are.
+
+        Only those of the Hessian and of Gauss–Newton are, and only if the loop leaves no curvature.
+        """
         if self.microbatch is not None:
             return "microbatches are not compiled"
         if self.curvature not in (None, "hessian", "gauss-newton"):
@@ -310,8 +313,8 @@ class Implicit(Method):
     def _system(self, hessian: Invertible | None) -> CurvatureSystem:
         """The system at θ*, with the Hessian that the loop left if that is what A is made of."""
         # The model of such a loop is linear, so that Gauss–Newton is the Hessian.
-        is_hessian = self.curvature in (None, "hessian", "gauss-newton")
-        takes_it = is_hessian and self.products == "double-backward"
+        hessian_is_a = self.curvature in (None, "hessian", "gauss-newton")
+        takes_it = hessian_is_a and self.products == "double-backward"
         return CurvatureSystem(
             self.solver,
             self.curvature or "hessian",

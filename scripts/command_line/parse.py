@@ -104,7 +104,8 @@ def _defaults(choice: argparse.Namespace) -> RunOptions:
     """The defaults of a task, a method and a head, or of a recipe, which has them already.
 
     Raises:
-        ValueError: A name is unknown, or is not that of the recipe.
+        ValueError: A name is unknown, or is not that of the recipe. Or a number of steps or a step
+            size is given to a loop that is exact.
     """
     given = {name for name in OF_LINEAR if getattr(choice, name) is not None}
     if choice.recipe is None:

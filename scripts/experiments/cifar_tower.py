@@ -116,8 +116,8 @@ class CifarTower(SmallCifar, Towers):
 class Block(nn.Module):
     """ReLU(x + two convolutions of x), `[b, channels, h, w]` to `[b, width, h/s, w/s]`.
 
-    Where the number of channels grows by the factor s, the shortcut takes every s-th pixel and has
-    zeros in the new channels (He et al. 2016, option A).
+    The number of channels grows by the whole factor s = width/channels ≥ 1. The shortcut takes
+    every s-th pixel and has zeros in the new channels (He et al. 2016, option A).
     """
 
     def __init__(self, channels: int, width: int) -> None:

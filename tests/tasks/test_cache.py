@@ -43,6 +43,15 @@ def test_arrays_are_built_once_and_read_back_from_one_file(empty_cache):
     assert [path.name for path in empty_cache.iterdir()] == ["thing-1.arrays"]
 
 
+def test_an_empty_array_may_be_the_last(empty_cache):
+    """It begins at a multiple of 64 bytes, which may be after all that was written."""
+    expected = {"a": np.arange(3, dtype=np.uint8), "b": np.zeros(0)}
+    for _ in range(2):
+        arrays = load_or_build("empty-1", lambda: expected)
+        assert not arrays["a"].flags.owndata
+        assert all(np.array_equal(arrays[name], x) for name, x in expected.items())
+
+
 def test_arrays_are_mapped_and_what_is_written_to_them_stays_here(saved):
     whole = saved.read_bytes()
     arrays = load_or_build("thing-1", build)
