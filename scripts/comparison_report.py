@@ -149,15 +149,17 @@ def split_panel(title: str, lines: Lines) -> list[Panel]:
     """One panel, or several with the same limits where there are too many lines for one.
 
     Lines are sorted. That of auto is the last line of every panel. Points that are not finite are
-    left out.
+    left out, and the limits, which are logarithmic, are those of values above 0. A line without
+    points stays, and no lines give one empty panel.
     """
     finite = {
         label: [point for point in points if math.isfinite(point[1])]
         for label, points in lines.items()
     }
-    values = [y for points in finite.values() for _, y in points] or [1.0]
+    values = [y for points in finite.values() for _, y in points if y > 0] or [1.0]
+    # A margin of 1.5 on either side of a range of at least a factor of 3.
     limits = (min(*values, max(values) / 3) / 1.5, max(values) * 1.5)
-    auto = {label: finite.pop(label) for label in ("auto",) if label in finite}
+    auto = {"auto": finite.pop("auto")} if "auto" in finite else {}
     groups = panels(sorted(finite), most=MOST_LINES - len(auto)) or [[]]
     return [
         Panel(title, {label: finite[label] for label in group} | auto, limits) for group in groups

@@ -193,7 +193,7 @@ def our_hypergradient(method: Method, h: Tensor = H) -> Tensor:
 
 
 def our_adam_slope(beta: Tensor) -> Tensor:
-    """The derivative of `adam_end` by our unrolled method."""
+    """The derivative of V·θ after our steps of Adam in β₂ = `beta`, by unrolling; a scalar."""
     problem = BilevelProblem(
         init=lambda meta, data: {"theta": torch.ones(SIZE, dtype=torch.float64)},
         inner_loss=lambda params, meta, data: inner_loss(params["theta"], V),

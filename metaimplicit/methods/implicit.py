@@ -307,6 +307,7 @@ class Implicit(Method):
             warn_if_inaccurate("argmin", completed.judged())
             return unflatten(solution.value, params)
 
+        # What a loop knows is its Hessian, which Gauss–Newton is for its linear model.
         is_exact = (self.is_hessian or system.known is not None) and self.damping == 0
         return Stationarity(residual, solve, is_exact)
 

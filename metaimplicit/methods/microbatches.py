@@ -356,7 +356,7 @@ def _finite_pairs(actual: Sequence[Any], expected: Sequence[Any]) -> Iterator[tu
 
 
 def _tolerance(like: Tensor) -> float:
-    """√ε of the coarsest type that the function may compute in."""
+    """√ε of the coarsest type that a loss may compute in where `like` is."""
     eps = torch.finfo(like.dtype).eps
     device = like.device.type
     if torch.is_autocast_enabled(device):

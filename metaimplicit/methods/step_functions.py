@@ -256,7 +256,13 @@ def slot_tensors(at: Iterate) -> dict[Slot, Tensor]:
 
 
 def with_slot_tensors(at: Iterate, tensors: dict[Slot, Tensor]) -> Iterate:
-    """The same s with other tensors in the places of its own."""
+    """The same s = (θ, optimiser state) with other tensors in the places of its own.
+
+    Args:
+        at: s. What else it carries is left out.
+        tensors: The tensors by slot, as `slot_tensors` returns them. All of θ is there. A slot that
+            is missing keeps what it has.
+    """
     params = {name: tensors[name, ""] for name in at.params}
     state = {
         name: {key: tensors.get((name, key), x) for key, x in slots.items()}

@@ -39,8 +39,8 @@ class Damped(SecondOrder):
     Args:
         model: The model whose parameters that require grad are moved.
         lr: The length of the step, > 0.
-        damping: λ at the start.
-        adapt_damping: Whether λ follows ρ. If False, λ ≥ 0 is fixed and every step is taken.
+        damping: λ at the start, > 0.
+        adapt_damping: Whether λ follows ρ. If False, λ is fixed, may be 0, and every step is taken.
         solver: What solves (C + λI) d = ∇L. If None, `Dense` for up to 1024 parameters, and CG with
             at most 50 products above.
         seed: The seed of random numbers, if the subclass draws some.

@@ -58,9 +58,9 @@ class GaussNewton(_GeneralisedGaussNewton):
         loss: `(outputs, targets) -> scalar`, the mean over examples of a loss that is convex in the
             outputs.
         lr: The length of the step, > 0.
-        damping: λ at the start. The present one is `param_groups[0]["damping"]`.
+        damping: λ at the start, > 0. The present one is `param_groups[0]["damping"]`.
         adapt_damping: Whether λ follows ρ, which costs one more evaluation of the closure. If
-            False, λ ≥ 0 is fixed and every step is taken.
+            False, λ is fixed, may be 0, and every step is taken.
         solver: What solves with G + λI. If None, `Dense` for up to 1024 parameters, and CG with at
             most 50 products above.
 

@@ -214,7 +214,9 @@ class _KrylovSpace:
         self.residual = torch.where(self.active, residual, self.residual)
 
     def _orthogonalise(self, w: Tensor) -> Tensor:
-        """The part of w, `[tasks, n]`, that is orthogonal to the basis, whose norms are 1 or 0.
+        """The part of w, `[tasks, n]`, that is orthogonal to the vectors of the basis, likewise.
+
+        The vectors of a task have norm 1, or 0 after it has ended.
 
         Gram–Schmidt's process is run twice, because once leaves round-off.
         """

@@ -216,9 +216,13 @@ def _chosen(config: Mapping[str, Any]) -> Html:
 
 def _costs_section(facts: Mapping[str, Any], lines: list[Line]) -> Html:
     values = {label: show(facts[name]) for name, (label, show) in COSTS.items() if name in facts}
-    seconds = [line["seconds"] for line in lines if line["split"] == "train"]
-    if len(seconds) > 1:
-        gaps = [after - before for before, after in pairwise(seconds)]
+    # A validation between two steps has a line of its own, and its time is not that of a step.
+    gaps = [
+        after["seconds"] - before["seconds"]
+        for before, after in pairwise(lines)
+        if after["split"] == "train"
+    ]
+    if gaps:
         values["median time of an outer step"] = duration(median(gaps))
     return definitions(values) if values else note("Neither memory nor time was measured.")
 

@@ -236,7 +236,7 @@ class GroupLasso(TuningExperiment):
         columns = {
             "method": METHOD,
             "recovery": mean("recovery", 3),
-            "by seed": lambda runs: " ".join(f"{x:.3f}" for x in runs.values("recovery")) or "–",
+            "by seed": lambda group: " ".join(f"{x:.3f}" for x in group.values("recovery")) or "–",
             "adjusted Rand": mean("rand", 3),
             "validation error": mean("validation_error", 3),
             "test error": mean("test_error", 3),

@@ -196,7 +196,11 @@ class MnistTower(Experiment):
         return f"{table}\n\n{markdown(header, lines)}"
 
     def plot(self, runs: Runs, figure: Figure) -> None:
-        """Step sizes of the towers of seed 0, by their lowest level; errors against starts."""
+        """Step sizes of the towers of seed 0, by their lowest level; errors against starts.
+
+        A method is a tower if its name has "-by-" in it, as "adam-by-sgd" has. Towers of several
+        heights, the runs that have a start, are in the last panel.
+        """
         figure.set_size_inches(9, 8)
         axes = figure.subplots(2, 2).flatten()
         families = {
@@ -228,6 +232,7 @@ def plot_step_sizes(ax: Axes, runs: Runs) -> None:
     for case, row in runs:
         curve = torch.tensor([row["curve"]["step"], row["curve"]["lr"]], dtype=torch.float64)
         if curve.numel():
+            # The means of consecutive parts, of two numbers each.
             means = [part.mean(1) for part in curve.split(STEPS_PER_MEAN // STEPS_PER_POINT, dim=1)]
             steps, step_sizes = torch.stack(means).T
             (line,) = ax.plot(steps, step_sizes, label=case["method"], linewidth=0.9)

@@ -223,6 +223,21 @@ def test_the_page_of_a_regression_shows_fits(tmp_path, monkeypatch):
     assert "after 1 inner step:" in sections["Error"]
 
 
+def test_the_time_of_a_step_is_that_without_the_validation_before_it(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch, pages=True)
+    log_run(tmp_path, steps=1)
+    progress = Progress()
+    with RunLog(tmp_path, progress, "a", total=None, bar=False) as log:
+        for step in range(1, 5):
+            progress.step = step
+            progress.seconds += 3.0
+            log.write("train", progress, dict.fromkeys(NUMBERS, 1.0))
+            progress.seconds += 60.0
+            log.write("validation", progress, {"loss": 1.0, "accuracy": 0.5})
+    sections = dict(read_page(make_run_page(tmp_path, title="x")).sections)
+    assert "median time of an outer step 3.0 s" in sections["Memory and time"]
+
+
 def test_losses_and_fits_that_are_not_finite_are_drawn(tmp_path):
     learner = MetaLearner(nn.Linear(1, 1), F.mse_loss, inner=GradientDescent(3, lr=1e20))
     batch = make_sampler(tasks_per_batch=2, seed=1)[0]
