@@ -11,7 +11,7 @@ from torch import Tensor
 from metaimplicit.counts import check_count
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.iterate import OptimizerState
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, detached, flatten, leaves
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ class LBFGS(InnerLoop):
                 "inner: got LBFGS with a method that needs its steps or its iterates, expected an "
                 "implicit method"
             )
-        # Copies, because torch writes the points of its line search into them.
-        copies = {name: p.detach().contiguous().clone() for name, p in start.items()}
-        points = leaves(copies)
-        objective = _Objective(loss, points, steps=self.steps, tol=self.tol)
-        variables = list(points.values())
+        objective = _Objective(loss, detached(start), steps=self.steps, tol=self.tol)
+        variables = list(objective.variables.values())
         optimizer = torch.optim.LBFGS(
             variables,
             max_iter=self.steps,
@@ -99,9 +96,14 @@ class LBFGS(InnerLoop):
 
 
 class _Objective:
-    """The sum of the losses at `points` as a closure for torch, which remembers the best point.
+    """The sum of the losses as a closure for torch, which remembers the best point.
+
+    Torch compares changes of the loss and of the variables with fixed numbers. So both have units
+    in which the loss at the start and its slope are 1: x = (θ − θ₀)/s with s = |f(θ₀)|/‖∂f/∂θ(θ₀)‖,
+    and f/|f(θ₀)|.
 
     Attributes:
+        variables: x, `{name: [tasks, *shape]}`, which torch moves.
         calls: The number of evaluations.
         best: The point to return: one that meets the tolerance, or the one with the lowest loss. It
             is NaN for a task that is not finite at its start.
@@ -111,58 +113,79 @@ class _Objective:
     def __init__(
         self,
         loss: StepLoss,
-        points: Params,
+        start: Params,
         *,
         steps: int,
         tol: float | None,
     ) -> None:
-        first = next(iter(points.values()))
+        first = next(iter(start.values()))
         self._loss = loss
-        self._points = points
+        self._start = start
+        self._loss_unit = 1.0
+        self._length = 1.0
         self._steps = steps
         self._tol = tol
         self._lowest = float("inf")
         self.calls = 0
-        self.best = points
+        contiguous = {name: p.contiguous() for name, p in start.items()}
+        self.variables = {n: torch.zeros_like(p).requires_grad_() for n, p in contiguous.items()}
+        self.best = start
         self.gradient_norm = torch.full((len(first),), torch.inf, device=first.device)
         self._finite: Tensor | None = None  # at the start, `[tasks]`
 
     def evaluate(self) -> float:
-        """The loss at `points`, with its gradient in `.grad`.
+        """The loss at x in its unit, with its gradient in `.grad`.
 
         Raises:
             _Finished: The tolerance is met, or this was the last evaluation that is allowed.
         """
-        variables = list(self._points.values())
+        points = leaves(
+            {
+                name: p + self._length * self.variables[name].detach()
+                for name, p in self._start.items()
+            }
+        )
         with torch.enable_grad():
-            losses = self._loss(self._points, self.calls)
-            gradients = torch.autograd.grad(losses.sum(), variables, allow_unused=True)
+            losses = self._loss(points, self.calls)
+            gradients = torch.autograd.grad(losses.sum(), list(points.values()), allow_unused=True)
         self.calls += 1
         slopes = {}
-        for (name, p), gradient in zip(self._points.items(), gradients, strict=True):
+        for (name, p), gradient in zip(points.items(), gradients, strict=True):
             slopes[name] = torch.zeros_like(p) if gradient is None else gradient
 
         norm = flatten(slopes).norm(dim=-1)
         if self._finite is None:
             self._finite = losses.detach().isfinite() & norm.isfinite()
         finite = self._finite
-        for name, p in self._points.items():
-            slope = torch.where(_like(finite, p), slopes[name], 0.0)
-            p.grad = slope.contiguous()  # torch views it as a vector
-
         total = torch.where(finite, losses.detach(), 0.0).sum().item()
+        if self.calls == 1:
+            self._choose_units(total, torch.where(finite, norm, 0.0).norm().item())
+        for name, p in points.items():
+            slope = torch.where(_like(finite, p), slopes[name], 0.0)
+            in_units = slope * (self._length / self._loss_unit)
+            self.variables[name].grad = in_units.contiguous()  # torch views it as a vector
+
         solved = self._tol is not None and bool((~finite | (norm <= self._tol)).all())
         norm = torch.where(finite, norm, torch.nan)
         if solved or total < self._lowest:
             self._lowest = total
             self.best = {
                 name: torch.where(_like(finite, p), p.detach(), torch.nan)
-                for name, p in self._points.items()
+                for name, p in points.items()
             }
             self.gradient_norm = norm
         if solved or self.calls == self._steps:
             raise _Finished
-        return total
+        return total / self._loss_unit
+
+    def _choose_units(self, loss: float, slope: float) -> None:
+        """Keep the units of the problem where the loss or its slope is 0, or too far from 1."""
+        if loss == 0 or slope == 0:
+            return
+        length = abs(loss) / slope
+        if 1e-30 < abs(loss) < 1e30 and 1e-30 < length < 1e30:
+            self._loss_unit = abs(loss)
+            self._length = length
 
 
 def _like(tasks: Tensor, p: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def parse(args: list[str]) -> RunOptions:
     choice = _read_choice(args)
     if choice.resume and not choice.help:
         return _parse_resumed(args, choice)
-    options = _parse_over(args, _defaults(choice)).completed()
+    options = _parse_over(args, _defaults(choice), tyro.conf.FlagCreatePairsOff).completed()
     _require_once("learn", options.learn)
     _require_once("task_options", options.task_options)
     require_new_run_folder(options.folder, resume=False)
@@ -90,6 +90,7 @@ def _parse_resumed(args: list[str], choice: argparse.Namespace) -> RunOptions:
         method=choice.method or stored.method,
         inner_optimizer=choice.inner_optimizer or stored.inner_optimizer,
     )
+    # A stored --augment is a default, and may be given again.
     options = _parse_over(args, defaults).completed()
     changed = options.differences(stored)
     if changed:
@@ -169,8 +170,14 @@ def _read_choice(args: list[str]) -> argparse.Namespace:
     return choice
 
 
-def _parse_over(args: list[str], defaults: RunOptions) -> RunOptions:
-    """The command line over defaults that have the chosen method and inner optimiser."""
+def _parse_over(args: list[str], defaults: RunOptions, *config: Any) -> RunOptions:
+    """The command line over defaults that have the chosen method and inner optimiser.
+
+    Args:
+        args: The command line.
+        defaults: The defaults.
+        config: More of tyro's settings.
+    """
     method = method_flags(defaults.method)
     inner = inner_flags(defaults.inner_optimizer)
     reject_flags_of_others(args, defaults.method, defaults.inner_optimizer)
@@ -195,7 +202,7 @@ def _parse_over(args: list[str], defaults: RunOptions) -> RunOptions:
                 inner.defaults(defaults.inner_options),
             ),
             description=description,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            config=(tyro.conf.OmitArgPrefixes, *config),
         )
     parsed: RunOptions = options
     return replace(

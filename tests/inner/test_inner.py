@@ -242,6 +242,24 @@ def test_a_changed_copy_keeps_the_other_numbers():
     assert GradientDescent(steps=2, lr=0.3).updated(steps=5) == GradientDescent(steps=5, lr=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [1e-6, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_lbfgs_ends_at_the_same_point_in_all_units(unit, scale, dtype):
+    """Torch stops where the loss or θ changes by less than a fixed number."""
+    matrix = symmetric([[1.0, 2.0, 4.0, 8.0]]).to(dtype)
+    target = torch.tensor([[1.0, -2.0, 3.0, 0.5]], dtype=dtype)
+
+    def scaled_loss(params, _=0):
+        w = params["w"] / unit - target
+        return scale * (0.5 * (w * (matrix @ w.unsqueeze(-1)).squeeze(-1)).sum(1) + 0.1)
+
+    start = {"w": torch.zeros(1, 4, dtype=dtype)}
+    end = LBFGS(steps=200, tol=None).run(scaled_loss, start, {}, differentiated_steps=0)
+    error = relative_error(end.params["w"] / unit, target)
+    assert error < 10 * torch.finfo(dtype).eps ** 0.5
+
+
 def test_lbfgs_takes_gradients_in_any_memory_layout():
     """torch views `.grad` as a vector, and these gradients are slices of a larger tensor."""
     end = LBFGS(steps=200, tol=1e-6).run(loss, START, {}, differentiated_steps=0)

@@ -16,6 +16,7 @@ import tasks
 from metaimplicit import METHODS, GradientDescent, NewtonCG
 from metaimplicit.inner import INNER_LOOPS, Newton, NoSteps, Ridge, make_inner
 from metaimplicit.methods import make_method
+from metaimplicit.training import write_sealed_json
 
 HIDDEN = ("method_options", "inner_options", "init_digest")
 RUN_FLAGS = [f.name for f in fields(RunOptions) if f.name not in HIDDEN]
@@ -66,6 +67,24 @@ def test_a_run_has_the_defaults_of_its_method(flag):
     assert options.method_options == {}
     assert make_method(options.method, **options.method_options) == METHODS[flag]
     assert build(f"--method={flag}").method.flag == METHODS[flag].flag
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--task=sinusoid", "--method=cg", "--strict", "--check-curvature"],
+        ["--task=sinusoid", "--method=amigo", "--no-warm"],
+        ["--task=glyphs", "--augment", "--pool"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_of_a_run_is_repeated_to_resume_it(command, tmp_path):
+    """A flag that is stored as given may be given again."""
+    args = [f"--out={tmp_path}", *command]
+    options = parse(args)
+    write_sealed_json(tmp_path / "config.json", {"options": options.dump()})
+    resumed = parse([*args, "--resume"])
+    assert resumed.dump() | {"resume": False} == options.dump() | {"resume": False}
 
 
 def test_a_run_stores_the_options_of_its_method_that_were_given():
