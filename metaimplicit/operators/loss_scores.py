@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def loss_scores(
     strict: bool = True,
     samples: int = 1,
     generator: torch.Generator | None = None,
-    rows: int | None = None,
+    mixes_positions: Callable[[int], bool] | None = None,
 ) -> LossScores:
     """The scores of a loss at the outputs of a model, and the weights of its examples.
 
@@ -61,9 +62,9 @@ def loss_scores(
             takes the place of F.
         samples: As in `OutputLikelihood.scores`.
         generator: As in `OutputLikelihood.scores`.
-        rows: The fewest rows that a layer of the model sees for one task. If the outputs have more
-            positions, a row reaches several of them, and each has its scores to itself. Drawn
-            scores do without, because those of two positions are independent.
+        mixes_positions: Whether a row of a layer reaches several positions among an example's
+            outputs, as a function of their axis. If so, each position has its scores to itself.
+            Drawn scores do without, because those of two positions are independent.
 
     Raises:
         ValueError: The loss is −log p of no such likelihood, or there are more than 1024 scores.
@@ -106,12 +107,13 @@ def loss_scores(
         generator=generator,
     )
     weights = inferred.example_weights()
-    if rows is not None and expectation != "monte-carlo" and rows < weights[0].numel():
-        scores = _separate_positions(scores, inferred.family.axis, owner)
+    axis = inferred.family.axis
+    if mixes_positions is not None and expectation != "monte-carlo" and mixes_positions(axis):
+        scores = _separate_positions(scores, axis, owner)
     probes = None
     if not _is_uniform(weights):
         s = random_outputs(z, seed=0)
-        probes = torch.stack([s, weights.sqrt().unsqueeze(inferred.family.axis) * s])
+        probes = torch.stack([s, weights.sqrt().unsqueeze(axis) * s])
     return LossScores(scores, weights, probes)
 
 
@@ -129,9 +131,9 @@ def _separate_positions(scores: Tensor, axis: int, owner: str) -> Tensor:
     count = flat.shape[3] * len(flat)
     if count > MAX_SCORES:
         raise ValueError(
-            f"{owner} expectation: this model's layers see fewer rows than its outputs have "
-            f"positions, which takes {count} backward passes, expected at most {MAX_SCORES}; use "
-            "expectation='monte-carlo'"
+            f"{owner} expectation: a row of a layer of this model reaches several positions of "
+            f"its outputs, which takes {count} backward passes, expected at most {MAX_SCORES}; "
+            "use expectation='monte-carlo'"
         )
     unit = torch.eye(flat.shape[3], dtype=scores.dtype, device=scores.device)
     separate = unit.reshape(len(unit), 1, 1, 1, len(unit), 1) * flat

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metaimplicit.graph import find_leaves
 from metaimplicit.operators.curvature import all_at_once
-from metaimplicit.operators.layers import is_supported, reject_reads_outside
+from metaimplicit.operators.layers import is_supported, layer_patches, reject_reads_outside
 from metaimplicit.params import Params
 
 ADVICE = "use optim.GaussNewton, or freeze it (requires_grad_(False))"
@@ -173,3 +173,33 @@ class LayerRecording:
         if unused:
             raise ValueError(f"KFAC: the outputs do not depend on layer {unused[0]!r}; {ADVICE}")
         return output_gradients
+
+    def mixes_positions(
+        self, outputs: Tensor, layers: Mapping[str, FactoredLayer], axis: int
+    ) -> bool:
+        """Whether a row of a layer reaches several positions among an example's outputs.
+
+        If it reaches one alone, the gradient of sᵀ outputs in this row grows with s at that
+        position, and keeps its direction whatever s is at others.
+
+        Args:
+            outputs: The model's outputs z, `[m, …]`, with their graph, which is retained.
+            layers: The layers by name.
+            axis: That of z at a position, counted from the end.
+        """
+        z = outputs.detach().movedim(axis, -1)  # [m, *positions, d]
+        if z[0].numel() == z.shape[-1]:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        s, factors = torch.randn(2, *z.shape, generator=generator, device="cpu").to(z)
+        both = torch.stack([s, factors[..., :1] * s]).movedim(-1, axis)
+        gradients = self.output_gradients(outputs, both)
+        for name, layer in layers.items():
+            x = self.inputs[name].unsqueeze(0)
+            g = gradients[name].unsqueeze(1)  # a task axis
+            _, (first, second) = layer_patches(layer.module, x, g, bias=False)
+            product = first.square().sum(-1) * second.square().sum(-1)
+            sine = product - (first * second).sum(-1).square()  # of their angle, squared
+            if bool((sine > torch.finfo(z.dtype).eps ** 0.5 * product).any()):
+                return True
+        return False

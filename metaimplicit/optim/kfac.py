@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -220,12 +222,8 @@ class KFAC(SecondOrder):
         output_gradients: dict[str, Tensor] = {}
         if updates_factors:
             check_finite(self._owner, loss.detach(), outputs.detach())
-            # A layer's weight leads with its outputs.
-            rows = min(
-                recording.shapes[name].numel() // len(layer.module.weight)
-                for name, layer in self._layers.items()
-            )
-            scores, weights, probes = self._scores(outputs.detach(), targets, rows)
+            mixes_positions = partial(recording.mixes_positions, outputs, self._layers)
+            scores, weights, probes = self._scores(outputs.detach(), targets, mixes_positions)
             output_gradients = recording.output_gradients(outputs, scores)
             recording.reject_reads_outside(outputs, self._layers, self._trainable)
             probe_gradients = None
@@ -259,7 +257,9 @@ class KFAC(SecondOrder):
         modules = {name: layer.module for name, layer in self._layers.items()}
         return self._unpack(record_layers(modules, evaluate, recording.record, ADVICE))
 
-    def _scores(self, outputs: Tensor, targets: Any, rows: int) -> LossScores:
+    def _scores(
+        self, outputs: Tensor, targets: Any, mixes_positions: Callable[[int], bool]
+    ) -> LossScores:
         """The scores and the probes, without the task axis, and the weights, with it."""
         scores, weights, probes = loss_scores(
             lambda z: self.loss(z.squeeze(0), targets).unsqueeze(0),
@@ -269,7 +269,7 @@ class KFAC(SecondOrder):
             expectation=self.expectation,
             checked=self._checked,
             generator=self._make_generator() if self._draws_targets else None,
-            rows=rows,
+            mixes_positions=mixes_positions,
         )
         if probes is not None:
             probes = probes.squeeze(1)

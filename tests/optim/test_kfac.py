@@ -189,6 +189,61 @@ def test_examples_on_two_axes_take_the_same_step(expectation):
     assert relative_error(*ends) < 1e-12
 
 
+class Attention(nn.Module):
+    """A row of its first layer reaches the outputs at every token of the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head((x @ x.mT / 2).softmax(-1) @ self.values(x))
+
+
+def conv_net_for_pixels():
+    """A pixel of its first layer reaches a square of nine outputs."""
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, CLASSES, 3, padding=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(Attention, (5, 7, 4)), (conv_net_for_pixels, (4, 2, 3, 5))],
+    ids=["attention", "pixels"],
+)
+def test_positions_that_a_row_reaches_together_have_independent_targets(make, shape):
+    """G = Σ w Jᵀ (diag p − ppᵀ) J over all positions of the outputs, each by itself."""
+    torch.manual_seed(0)
+    model = make().double()
+    x = randn(*shape, seed=3)
+    first = next(m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    axis = -1 if isinstance(first, nn.Linear) else 1
+    seen = []
+    handle = first.register_forward_hook(lambda layer, inputs, z: seen.append(z))
+    rows = model(x).movedim(axis, -1).flatten(0, -2)
+    handle.remove()
+    expected = torch.zeros(1, dtype=torch.float64)
+    for row in rows:
+        p = row.detach().softmax(0)
+        slopes = [torch.autograd.grad(z, seen[0], retain_graph=True)[0] for z in row]
+        jacobian = torch.stack(slopes).movedim(axis % len(shape) + 1, -1).flatten(1, -2)
+        fisher = torch.diag(p) - torch.outer(p, p)
+        expected = expected + torch.einsum("cro,cd,drp->op", jacobian, fisher, jacobian) / len(rows)
+
+    targets = torch.arange(len(rows)).remainder(CLASSES)
+    optimizer = KFAC(
+        model,
+        lambda z, y: F.cross_entropy(z.movedim(axis, -1).flatten(0, -2), y),
+        expectation="exact",
+        momentum=0.0,
+        kl_clip=None,
+    )
+    optimizer.step(lambda: (model(x), targets))
+    assert relative_error(optimizer.state[first.weight]["G"], expected) < 1e-12
+
+
 def test_empirical_factors_are_those_of_the_targets():
     model = linear_network()
     optimizer = KFAC(model, F.cross_entropy, expectation="empirical")
