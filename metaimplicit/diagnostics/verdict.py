@@ -107,8 +107,9 @@ def judge(
         unsettled=unsettled,
     )
     far = not _is_near(check, THETA_TOLERANCE)
-    if kinked and far and unsettled not in verdict:
-        # The steps may have the derivative that was given, but the argmin has another.
+    if far and (kinked or verdict == RIGHT) and unsettled not in verdict:
+        # The steps may have the derivative that was given, but the argmin has another. A loop that
+        # took no step has none at all.
         verdict = f"{verdict} But θ_T is no stationary point; {unsettled}."
     return replace(check, verdict=verdict)
 

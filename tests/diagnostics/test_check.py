@@ -213,6 +213,19 @@ def test_a_verdict_does_not_depend_on_the_scale_of_the_inner_loss(scale):
     assert "so it is A (hessian, damping" in damped.verdict
 
 
+def test_a_loop_that_took_no_step_is_named_though_nothing_disagrees():
+    """Its gradient is within `tol` at once, and with a detach() all slopes are 0."""
+    problem = scalar_problem(
+        inner=lambda w, meta: 1e-8 * (w - meta["a"].detach()).square() + 0 * meta["a"],
+        outer=lambda w, meta: (w - 1).square(),
+    )
+    result = check_hypergradient(
+        problem, {"a": number(3.0)}, None, inner=LBFGS(tol=1e-6), method="dense"
+    )
+    assert result.slopes.abs().max() == result.error == 0
+    assert "Right: it agrees with finite differences. But θ_T is no stationary" in result.verdict
+
+
 def test_a_wrong_entry_is_seen_beside_one_with_a_much_larger_derivative():
     x, y = randn(8, 3, seed=1), randn(8, seed=2)
 
