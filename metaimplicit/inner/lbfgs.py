@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from metaimplicit.counts import check_count
 from metaimplicit.inner.base import InnerLoop, StepLoss, Trajectory
 from metaimplicit.iterate import OptimizerState
-from metaimplicit.params import Params, detached, flatten, leaves
+from metaimplicit.params import Params, flatten, leaves
+
+TINY = 1e-30  # Losses and lengths below it have no units of their own.
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,22 @@ class LBFGS(InnerLoop):
                 "inner: got LBFGS with a method that needs its steps or its iterates, expected an "
                 "implicit method"
             )
-        objective = _Objective(loss, detached(start), steps=self.steps, tol=self.tol)
-        variables = list(objective.variables.values())
-        optimizer = torch.optim.LBFGS(
-            variables,
-            max_iter=self.steps,
-            max_eval=2 * self.steps,
-            history_size=self.history,
-            tolerance_grad=0,
-            tolerance_change=torch.finfo(variables[0].dtype).eps,
-            line_search_fn="strong_wolfe",
-        )
+        objective = _Objective(loss, start, steps=self.steps, tol=self.tol)
         with suppress(_Finished):
-            optimizer.step(objective.evaluate)
+            is_running = True
+            while is_running:
+                variables = list(objective.variables.values())
+                optimizer = torch.optim.LBFGS(
+                    variables,
+                    max_iter=self.steps,
+                    max_eval=2 * self.steps,
+                    history_size=self.history,
+                    tolerance_grad=0,
+                    tolerance_change=torch.finfo(variables[0].dtype).eps,
+                    line_search_fn="strong_wolfe",
+                )
+                optimizer.step(objective.evaluate)
+                is_running = objective.take_smaller_units()
 
         norm = objective.gradient_norm
         steps = torch.full_like(norm, objective.calls, dtype=torch.int64)
@@ -98,12 +104,13 @@ class LBFGS(InnerLoop):
 class _Objective:
     """The sum of the losses as a closure for torch, which remembers the best point.
 
-    Torch compares changes of the loss and of the variables with fixed numbers. So both have units
-    in which the loss at the start and its slope are 1: x = (θ − θ₀)/s with s = |f(θ₀)|/‖∂f/∂θ(θ₀)‖,
-    and f/|f(θ₀)|.
+    Torch stops where the loss or the variables change by less than fixed numbers. Where both are
+    far below 1 it stops too early, and goes on in units of their size: x with θ = θ₁ + sx, and
+    f/u. At the point θ₁ that it has reached u is |f|, and s the smaller one of |f|/‖∂f/∂θ‖ there
+    and at the start.
 
     Attributes:
-        variables: x, `{name: [tasks, *shape]}`, which torch moves.
+        variables: x, `{name: [tasks, *shape]}`, which torch moves; at first θ itself.
         calls: The number of evaluations.
         best: The point to return: one that meets the tolerance, or the one with the lowest loss. It
             is NaN for a task that is not finite at its start.
@@ -120,31 +127,29 @@ class _Objective:
     ) -> None:
         first = next(iter(start.values()))
         self._loss = loss
-        self._start = start
-        self._loss_unit = 1.0
-        self._length = 1.0
         self._steps = steps
         self._tol = tol
         self._lowest = float("inf")
+        self._size_at_start = 0.0  # of the loss
+        self._slope_at_start = 0.0
         self.calls = 0
-        contiguous = {name: p.contiguous() for name, p in start.items()}
-        self.variables = {n: torch.zeros_like(p).requires_grad_() for n, p in contiguous.items()}
+        # Copies, because torch writes the points of its line search into them.
+        self.variables = leaves({n: p.detach().contiguous().clone() for n, p in start.items()})
+        self._center: Params = {}  # θ₁, zero if empty
+        self._length = 1.0  # s
+        self._loss_unit = 1.0  # u
+        self._lowest_point: Params = {}
         self.best = start
         self.gradient_norm = torch.full((len(first),), torch.inf, device=first.device)
         self._finite: Tensor | None = None  # at the start, `[tasks]`
 
     def evaluate(self) -> float:
-        """The loss at x in its unit, with its gradient in `.grad`.
+        """f/u at x, with its gradient in `.grad`.
 
         Raises:
             _Finished: The tolerance is met, or this was the last evaluation that is allowed.
         """
-        points = leaves(
-            {
-                name: p + self._length * self.variables[name].detach()
-                for name, p in self._start.items()
-            }
-        )
+        points = leaves(self._points())
         with torch.enable_grad():
             losses = self._loss(points, self.calls)
             gradients = torch.autograd.grad(losses.sum(), list(points.values()), allow_unused=True)
@@ -157,35 +162,61 @@ class _Objective:
         if self._finite is None:
             self._finite = losses.detach().isfinite() & norm.isfinite()
         finite = self._finite
+        for name, x in self.variables.items():
+            slope = torch.where(_like(finite, x), slopes[name], 0.0)
+            slope = slope * (self._length / self._loss_unit)
+            x.grad = slope.contiguous()  # torch views it as a vector
+
         total = torch.where(finite, losses.detach(), 0.0).sum().item()
         if self.calls == 1:
-            self._choose_units(total, torch.where(finite, norm, 0.0).norm().item())
-        for name, p in points.items():
-            slope = torch.where(_like(finite, p), slopes[name], 0.0)
-            in_units = slope * (self._length / self._loss_unit)
-            self.variables[name].grad = in_units.contiguous()  # torch views it as a vector
-
+            self._size_at_start = abs(total)
+            self._slope_at_start = norm.nan_to_num(0.0, 0.0).norm().item()
         solved = self._tol is not None and bool((~finite | (norm <= self._tol)).all())
         norm = torch.where(finite, norm, torch.nan)
         if solved or total < self._lowest:
             self._lowest = total
+            self._lowest_point = {name: p.detach() for name, p in points.items()}
             self.best = {
-                name: torch.where(_like(finite, p), p.detach(), torch.nan)
-                for name, p in points.items()
+                name: torch.where(_like(finite, p), p, torch.nan)
+                for name, p in self._lowest_point.items()
             }
             self.gradient_norm = norm
         if solved or self.calls == self._steps:
             raise _Finished
         return total / self._loss_unit
 
-    def _choose_units(self, loss: float, slope: float) -> None:
-        """Keep the units of the problem where the loss or its slope is 0, or too far from 1."""
-        if loss == 0 or slope == 0:
-            return
-        length = abs(loss) / slope
-        if 1e-30 < abs(loss) < 1e30 and 1e-30 < length < 1e30:
-            self._loss_unit = abs(loss)
-            self._length = length
+    def take_smaller_units(self) -> bool:
+        """Go on from the best point in units of its loss. False if those of now are small enough.
+
+        They are never above 1, so that torch does not stop earlier in them. A loss that has fallen
+        to the round-off of its first value is small enough, too.
+        """
+        size = abs(self._lowest)
+        slope = self.gradient_norm.nan_to_num(0.0).norm().item()
+        if not torch.finfo(self.gradient_norm.dtype).eps * self._size_at_start < size < math.inf:
+            return False
+        if not 0 < slope <= self._slope_at_start < math.inf:
+            return False
+        loss_unit = min(1.0, size)
+        length = min(1.0, size / slope, self._size_at_start / self._slope_at_start)
+        if min(loss_unit, length) < TINY:
+            return False
+        if loss_unit > 0.1 * self._loss_unit and length > 0.1 * self._length:
+            return False
+        self._loss_unit = loss_unit
+        self._length = length
+        self._center = self._lowest_point
+        self.variables = leaves({n: torch.zeros_like(p) for n, p in self._center.items()})
+        return True
+
+    def _points(self) -> Params:
+        """θ = θ₁ + sx, in tensors of their own."""
+        if not self._center:
+            return {name: x.detach().clone() for name, x in self.variables.items()}
+        return {
+            name: self._center[name] + self._length * x.detach()
+            for name, x in self.variables.items()
+        }
 
 
 def _like(tasks: Tensor, p: Tensor) -> Tensor:
