@@ -188,8 +188,7 @@ class _Objective:
     def take_smaller_units(self) -> bool:
         """Go on from the best point in units of its loss. False if those of now are small enough.
 
-        They are never above 1, so that torch does not stop earlier in them. A loss that has fallen
-        to the round-off of its first value is small enough, too.
+        A loss that has fallen to the round-off of its first value is small enough, too.
         """
         size = abs(self._lowest)
         slope = self.gradient_norm.nan_to_num(0.0).norm().item()
@@ -198,7 +197,7 @@ class _Objective:
         if not 0 < slope <= self._slope_at_start < math.inf:
             return False
         loss_unit = min(1.0, size)
-        length = min(1.0, size / slope, self._size_at_start / self._slope_at_start)
+        length = min(size / slope, self._size_at_start / self._slope_at_start)
         if min(loss_unit, length) < TINY:
             return False
         if loss_unit > 0.1 * self._loss_unit and length > 0.1 * self._length:
