@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
-from typing import Any
+from threading import local
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ def restored_buffers() -> Iterator[None]:
     As a decorator, `restored_buffers()(function)` does so in each call of the function. A call of a
     module sees what the calls before it in the block have written. After each, the module has its
     own buffers again, to which nothing has written. After the block, tensors that vmap left in
-    other attributes of the modules are put back as well. Other threads are left alone.
+    other attributes of the modules are put back as well. Other threads are left alone. In a block
+    within a block, the inner one alone acts.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -31,32 +32,39 @@ def restored_buffers() -> Iterator[None]:
         tensor([0., 0.])
     """
     calls = _Calls()
+    blocks = _blocks_of_thread()
     with ExitStack() as stack:
         stack.callback(calls.put_back_attributes)
+        blocks.append(calls)
+        stack.callback(blocks.remove, calls)
         stack.callback(register_module_forward_pre_hook(calls.enter).remove)
         stack.callback(register_module_forward_hook(calls.leave, always_call=True).remove)
         yield
 
 
 class _Calls:
-    """Calls of modules in one block and thread."""
+    """Calls of modules in one block."""
 
     def __init__(self) -> None:
-        self._thread = get_ident()
         self._depth = 0  # of calls within calls
+        self._trees: dict[nn.Module, _Tree] = {}  # of the modules that were called outermost
+        self._entered: list[_Tree] = []  # in this call
         self._own: dict[nn.Module, dict[str, Tensor]] = {}  # buffers of the modules in this call
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a buffer and its copy
-        self._attributes: dict[nn.Module, dict[str, Any]] = {}  # before the first call
 
     def enter(self, called: nn.Module, _: Any) -> None:
         """Give the module and those in it copies of their buffers."""
-        if get_ident() != self._thread:
+        if not self._is_innermost():
             return
         self._depth += 1
-        for module in called.modules():
-            # The buffers of a scripted module are not in Python's hands.
-            if module not in self._own and not isinstance(module, torch.jit.ScriptModule):
-                self._attributes.setdefault(module, dict(vars(module)))
+        if any(called in tree.attributes for tree in self._entered):
+            return
+        if called not in self._trees:
+            self._trees[called] = _Tree.of(called)
+        tree = self._trees[called]
+        self._entered.append(tree)
+        for module in tree.with_buffers:
+            if module not in self._own:
                 present = vars(module)["_buffers"]
                 own = {name: x for name, x in present.items() if isinstance(x, Tensor)}
                 self._own[module] = own
@@ -64,7 +72,7 @@ class _Calls:
 
     def leave(self, *_: Any) -> None:
         """After the outermost call, give the modules their own buffers back."""
-        if get_ident() != self._thread:
+        if not self._is_innermost():
             return
         self._depth -= 1
         if self._depth == 0:
@@ -74,11 +82,18 @@ class _Calls:
                     self._keep(buffer, present.get(name))
                 present.update(own)
             self._own.clear()
+            self._entered.clear()
+
+    def _is_innermost(self) -> bool:
+        """Whether no other block has begun within this one, and this thread runs it."""
+        blocks = _blocks_of_thread()
+        return bool(blocks) and blocks[-1] is self
 
     def put_back_attributes(self) -> None:
         """Put back the attributes in which vmap has left a tensor."""
-        for module, attributes in self._attributes.items():
-            put_back_dead(vars(module), attributes)
+        for tree in self._trees.values():
+            for module, attributes in tree.attributes.items():
+                put_back_dead(vars(module), attributes)
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         _, copied = self._written.get(id(buffer), (buffer, None))
@@ -93,10 +108,58 @@ class _Calls:
             self._written[id(buffer)] = (buffer, written)
 
 
+class _Tree(NamedTuple):
+    """A module and those in it.
+
+    Attributes:
+        attributes: What each of them held before the first call.
+        with_buffers: Those that have any. Python does not hold the buffers of scripted modules.
+    """
+
+    attributes: dict[nn.Module, dict[str, Any]]
+    with_buffers: list[nn.Module]
+
+    @classmethod
+    def of(cls, root: nn.Module) -> _Tree:
+        attributes = {module: dict(vars(module)) for module in root.modules()}
+        with_buffers = [
+            module
+            for module in attributes
+            if not isinstance(module, torch.jit.ScriptModule) and vars(module)["_buffers"]
+        ]
+        return cls(attributes, with_buffers)
+
+
+_thread = local()
+
+
+def _blocks_of_thread() -> list[_Calls]:
+    """The blocks of this thread, of which only the innermost sees calls."""
+    if not hasattr(_thread, "blocks"):
+        _thread.blocks = []
+    blocks: list[_Calls] = _thread.blocks
+    return blocks
+
+
+def stored_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the state of a module, as in its `state_dict`.
+
+    Example:
+        >>> list(stored_buffers(nn.BatchNorm1d(2)))
+        ['running_mean', 'running_var', 'num_batches_tracked']
+    """
+    temporary = {
+        f"{path}.{name}".removeprefix(".")
+        for path, part in module.named_modules()
+        for name in getattr(part, "_non_persistent_buffers_set", ())
+    }
+    return {name: x for name, x in module.named_buffers() if name not in temporary}
+
+
 def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Copy values into the buffers of a module, which keep their device and type.
 
-    A buffer of another shape is replaced.
+    A buffer of another shape is replaced. Those that the module does not have are left out.
 
     Args:
         module: The module.
@@ -108,8 +171,9 @@ def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         >>> norm.running_mean
         tensor([1., 1.])
     """
-    for path, value in buffers.items():
-        buffer = module.get_buffer(path)
+    present = dict(module.named_buffers())
+    for path, buffer in present.items():
+        value = buffers.get(path, buffer)
         if buffer.shape == value.shape:
             buffer.detach().copy_(value)
         else:

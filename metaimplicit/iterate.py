@@ -65,6 +65,14 @@ class Iterate:
         """A copy of θ_t of one problem, without the task axis, `{name: [*shape]}`."""
         return {name: p.squeeze(0).clone() for name, p in self.params.items()}
 
+    @property
+    def _has_state(self) -> bool:
+        """Whether an optimiser has left anything here."""
+        z = self.sensitivity
+        states = [self.state, {} if z is None else z.state]
+        below = self.companion is not None and self.companion._has_state
+        return below or any(slots for state in states for slots in state.values())
+
     def for_optimizer(self, name: str) -> Iterate:
         """Where an optimiser of this name can start: without the state of another one.
 
@@ -73,7 +81,7 @@ class Iterate:
             >>> end.for_optimizer("Adam") is end, end.for_optimizer("SGD").state
             (True, {})
         """
-        if name == self.optimizer or not name or not self.optimizer:
+        if name == self.optimizer or not name or not self.optimizer or not self._has_state:
             return self
         z = self.sensitivity
         y = self.companion

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaimplicit.compiled import Compiler
 from metaimplicit.data import DataEntries
@@ -26,6 +27,7 @@ from metaimplicit.tensors import tensors_in
 
 Vectorize = Literal["vmap", "loop"]
 
+_STARTS = WeakIdKeyDictionary()  # by `init`: the shapes of its parameters
 _CENTER = "center: "  # in front of the names of parameters; `LiftedProblem.with_weights_at`
 
 
@@ -214,7 +216,14 @@ class LiftedProblem:
         return {name: p.clone() for name, p in params.items()}
 
     def _check_start(self, start: Params, meta: Params) -> None:
-        """Raise ValueError unless the parameters to start from are like those of `problem.init`."""
+        """Raise ValueError unless the parameters to start from are like those of `problem.init`.
+
+        It is called once for parameters of the same names, types and shapes.
+        """
+        shapes = {(name, p.dtype, p.shape[1:]) for name, p in start.items()}
+        known = _STARTS.setdefault(self.problem.init, set())
+        if frozenset(shapes) in known:
+            return
         device = next(iter(start.values())).device
         with torch.no_grad(), restored_random_state(device):
             expected = self._start(meta)
@@ -227,6 +236,7 @@ class LiftedProblem:
                 raise ValueError(
                     f"start: got {got} for the parameter {name!r}, expected {like}, as init has it"
                 )
+        known.add(frozenset(shapes))
 
     def _start(self, meta: Params) -> Params:
         init = self.problem.init

@@ -96,6 +96,18 @@ def test_a_call_that_fails_and_another_thread_keep_their_buffers():
     assert other.n == 1
 
 
+def test_of_two_blocks_the_inner_one_acts():
+    counter = Counter()
+    own = counter.n
+    with restored_buffers():
+        counter(torch.zeros(()))
+        with restored_buffers():
+            assert [counter(torch.zeros(())).item() for _ in range(2)] == [0, 1]
+        assert counter(torch.zeros(())).item() == 1
+    assert counter.n is own
+    assert own == 0
+
+
 def test_a_scripted_module_beside_others_is_left_alone():
     counter = Counter()
     model = nn.Sequential(counter, torch.jit.script(nn.Linear(3, 2).double()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -163,7 +164,12 @@ def check_shapes(setting: Any, params: Params, meta: Params, *, option: str) -> 
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape is one of the target shape when it is expanded."""
+    """Whether a tensor of this shape is one of the target shape when it is expanded.
+
+    A single number with an axis is one for a parameter without axes, beside the axis of tasks.
+    """
+    if math.prod(shape) == 1:
+        return len(shape) <= len(target) + 1
     pairs = zip(reversed(shape), reversed(target), strict=False)
     return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
 

@@ -179,8 +179,8 @@ class LayerRecording:
     ) -> bool:
         """Whether a row of a layer reaches several positions among an example's outputs.
 
-        If it reaches one alone, the gradient of sᵀ outputs in this row grows with s at that
-        position, and keeps its direction whatever s is at others.
+        If it reaches one alone, the gradient g of sᵀ outputs in this row is c g when s at that
+        position becomes c s, whatever factor c others have.
 
         Args:
             outputs: The model's outputs z, `[m, …]`, with their graph, which is retained.
@@ -192,14 +192,21 @@ class LayerRecording:
             return False
         generator = torch.Generator().manual_seed(0)
         s, factors = torch.randn(2, *z.shape, generator=generator, device="cpu").to(z)
-        both = torch.stack([s, factors[..., :1] * s]).movedim(-1, axis)
-        gradients = self.output_gradients(outputs, both)
+        factors = factors[..., :1]  # one for each position
+        gradients = self.output_gradients(outputs, torch.stack([s, factors * s]).movedim(-1, axis))
+        known = factors.flatten().sort().values
+        roundoff = torch.finfo(z.dtype).eps ** 0.5
         for name, layer in layers.items():
             x = self.inputs[name].unsqueeze(0)
             g = gradients[name].unsqueeze(1)  # a task axis
             _, (first, second) = layer_patches(layer.module, x, g, bias=False)
-            product = first.square().sum(-1) * second.square().sum(-1)
-            sine = product - (first * second).sum(-1).square()  # of their angle, squared
-            if bool((sine > torch.finfo(z.dtype).eps ** 0.5 * product).any()):
+            first = first.flatten(0, -2)
+            second = second.flatten(0, -2)
+            size = first.square().sum(-1)
+            c = (first * second).sum(-1) / size.clamp(min=torch.finfo(z.dtype).tiny)
+            above = torch.searchsorted(known, c).clamp(max=len(known) - 1)
+            nearest = torch.minimum((known[above] - c).abs(), (known[above - 1] - c).abs())
+            off = (second - c.unsqueeze(-1) * first).square().sum(-1) > roundoff * size
+            if bool(((off | (nearest > roundoff)) & (size > 0)).any()):
                 return True
         return False

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from metaimplicit.buffers import load_buffers
+from metaimplicit.buffers import load_buffers, stored_buffers
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import LBFGS, InnerLoop, make_inner
 from metaimplicit.iterate import Iterate
@@ -181,7 +181,7 @@ class HOAG:
             ValueError: The method cannot give a gradient; see `hypergradient`.
         """
         epsilon = self._tolerance_of_step(self.steps + 1)
-        buffers = copied_tensors(dict(self._model.named_buffers()))
+        buffers = copied_tensors(stored_buffers(self._model))
         result = self._solve(epsilon)
         loss = result.outer_loss.item()
         gradient = self.free.pull_back(result.grads)
@@ -223,7 +223,7 @@ class HOAG:
             "state": self.state.to_dict(),
             "steps": self.steps,
             "line_search": self.line_search.to_dict(),
-            "buffers": dict(self._model.named_buffers()),
+            "buffers": stored_buffers(self._model),
         }
         return copied_tensors(state)
 

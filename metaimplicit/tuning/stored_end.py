@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metaimplicit.buffers import stored_buffers
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
 from metaimplicit.params import Params
@@ -72,8 +73,10 @@ def model_of(problem: BilevelProblem) -> nn.Module:
 def read_buffers(stored: Params | None, model: nn.Module) -> Params:
     """The stored buffers of a model. There are none in older files, where `stored` is None.
 
+    The model may have fewer, as one that makes a buffer when it is called.
+
     Raises:
-        ValueError: The model has others.
+        ValueError: The model has one that was not stored.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -82,8 +85,8 @@ def read_buffers(stored: Params | None, model: nn.Module) -> Params:
     """
     if stored is None:
         return {}
-    own = dict(model.named_buffers())
-    if stored.keys() != own.keys():
+    own = stored_buffers(model)
+    if not own.keys() <= stored.keys():
         raise ValueError(
             f"state: got the buffers {sorted(stored)}, expected {sorted(own)}; build the model as "
             "the run did"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaimplicit.buffers import load_buffers
+from metaimplicit.buffers import load_buffers, stored_buffers
 from metaimplicit.counts import check_count
 from metaimplicit.functions import needs_closure
 from metaimplicit.hypergradient import Hypergradient, hypergradient
@@ -200,7 +200,7 @@ class Tuner:
                 start=self.end if self.warm_start else None,
             )
 
-        buffers = copied_tensors(dict(self._model.named_buffers()))
+        buffers = copied_tensors(stored_buffers(self._model))
         with notice_changed_data("train", self._read_again(batches, validation)):
             try:
                 result = evaluate()
@@ -358,7 +358,7 @@ class Tuner:
             "optimizer": optimizer_state(self.optimizer),
             "end": None if self.end is None else self.end.to_dict(),
             "state": self.state.to_dict(),
-            "buffers": dict(self._model.named_buffers()),
+            "buffers": stored_buffers(self._model),
         }
         return copied_tensors(position)
 

@@ -79,6 +79,24 @@ def test_a_step_size_of_another_shape_than_a_parameter_is_refused(inner, method)
         )
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_number_with_an_axis_is_one_for_a_parameter_without(shape):
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(3), "b": torch.zeros(())},
+        inner_loss=lambda p, m, d: (p["w"].sum() + p["b"] - d).square(),
+        outer_loss=lambda p, m, d: p["b"].square(),
+    )
+    result = hypergradient(
+        problem,
+        {"lr": torch.full(shape, 0.1)},
+        torch.ones(3),
+        inner=GradientDescent(steps=1, lr=FromMeta("lr")),
+        method="unrolled",
+        batched=True,
+    )
+    assert torch.allclose(result.params["b"], torch.full((3,), 0.2))
+
+
 def test_an_infinite_limit_of_the_norm_is_none():
     x = torch.randn(2, 6, 3).double()
     y = torch.randn(2, 6, 1).double()

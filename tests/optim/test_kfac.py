@@ -201,6 +201,18 @@ class Attention(nn.Module):
         return self.head((x @ x.mT / 2).softmax(-1) @ self.values(x))
 
 
+class Spread(nn.Module):
+    """A number for each example, which is spread over three positions of the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = nn.Linear(4, 1)
+        self.factors = randn(3, CLASSES, seed=4)
+
+    def forward(self, x):
+        return self.number(x).unsqueeze(1) * self.factors
+
+
 def conv_net_for_pixels():
     """A pixel of its first layer reaches a square of nine outputs."""
     return nn.Sequential(
@@ -210,8 +222,8 @@ def conv_net_for_pixels():
 
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(Attention, (5, 7, 4)), (conv_net_for_pixels, (4, 2, 3, 5))],
-    ids=["attention", "pixels"],
+    [(Attention, (5, 7, 4)), (conv_net_for_pixels, (4, 2, 3, 5)), (Spread, (5, 4))],
+    ids=["attention", "pixels", "spread"],
 )
 def test_positions_that_a_row_reaches_together_have_independent_targets(make, shape):
     """G = Σ w Jᵀ (diag p − ppᵀ) J over all positions of the outputs, each by itself."""

@@ -135,7 +135,7 @@ def hoag_of_a_counting_model(inner=None):
     torch.manual_seed(0)
     problem, meta, domains = tuning_problem(Counting(), nn.functional.cross_entropy, [DECAYS])
     data = (X[:, :2], (Y > 0).long())
-    inner = inner or GradientDescent(steps=3, lr=0.1)
+    inner = inner or GradientDescent(steps=3, lr=0.1, momentum=0.5)
     return HOAG(problem, meta, data, data, domains=domains, inner=inner)
 
 
