@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import local
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,17 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from metaimplicit.tensors import is_transformed, put_back_dead
 
+Result = TypeVar("Result")
+
 
 @contextmanager
-def restored_buffers() -> Iterator[None]:
+def restored_buffers() -> Iterator[Calls]:
     """Let the modules that are called in the block write to copies of their buffers.
 
-    As a decorator, `restored_buffers()(function)` does so in each call of the function. A call of a
-    module sees what the calls before it in the block have written. After each, the module has its
-    own buffers again, to which nothing has written. After the block, tensors that vmap left in
-    other attributes of the modules are put back as well. Other threads are left alone. In a block
-    within a block, the inner one alone acts.
+    A call of a module sees what the calls before it in the block have written. After each, the
+    module has its own buffers again, to which nothing has written. After the block, tensors that
+    vmap left in other attributes of the modules are put back as well. Other threads are left alone.
+    In a block within a block, the inner one alone acts.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -31,7 +32,7 @@ def restored_buffers() -> Iterator[None]:
         >>> norm.running_mean
         tensor([0., 0.])
     """
-    calls = _Calls()
+    calls = Calls()
     blocks = _blocks_of_thread()
     with ExitStack() as stack:
         stack.callback(calls.put_back_attributes)
@@ -39,10 +40,35 @@ def restored_buffers() -> Iterator[None]:
         stack.callback(blocks.remove, calls)
         stack.callback(register_module_forward_pre_hook(calls.enter).remove)
         stack.callback(register_module_forward_hook(calls.leave, always_call=True).remove)
-        yield
+        yield calls
 
 
-class _Calls:
+def at_rest(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function whose calls all see the same buffers, and leave them as they were.
+
+    Once a call has met none, later ones do not look for them.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> _ = at_rest(norm)(torch.randn(4, 2))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    looks = True
+
+    def call(*args: Any) -> Result:
+        nonlocal looks
+        if not looks:
+            return function(*args)
+        with restored_buffers() as calls:
+            result = function(*args)
+        looks = calls.met_buffers
+        return result
+
+    return call
+
+
+class Calls:
     """Calls of modules in one block."""
 
     def __init__(self) -> None:
@@ -83,6 +109,11 @@ class _Calls:
                 present.update(own)
             self._own.clear()
             self._entered.clear()
+
+    @property
+    def met_buffers(self) -> bool:
+        """Whether a module that was called has buffers."""
+        return any(tree.with_buffers for tree in self._trees.values())
 
     def _is_innermost(self) -> bool:
         """Whether no other block has begun within this one, and this thread runs it."""
@@ -133,11 +164,11 @@ class _Tree(NamedTuple):
 _thread = local()
 
 
-def _blocks_of_thread() -> list[_Calls]:
+def _blocks_of_thread() -> list[Calls]:
     """The blocks of this thread, of which only the innermost sees calls."""
     if not hasattr(_thread, "blocks"):
         _thread.blocks = []
-    blocks: list[_Calls] = _thread.blocks
+    blocks: list[Calls] = _thread.blocks
     return blocks
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.buffers import restored_buffers
+from metaimplicit.buffers import at_rest
 from metaimplicit.graph import find_dependencies
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
@@ -99,13 +99,13 @@ class ValueFunction(Method):
         unread = {name: z.params[name] for name in run.dependencies.idle}
 
         # Losses at y and z are subtracted, so they see the same buffers, those of the loop for z.
-        @restored_buffers()
+        @at_rest
         def outer(params: Params, phi: Params) -> Tensor:
             return problem.outer(params | unread, phi, outer_data)[0]
 
         y = self._minimise_penalised(problem, inner, detached(meta), z=z, outer=outer)
         g_of = reject_random_numbers(lambda params: outer(params, meta), "outer loss")
-        f_of = reject_random_numbers(restored_buffers()(penalised_inner(problem, run, meta, data)))
+        f_of = reject_random_numbers(at_rest(penalised_inner(problem, run, meta, data)))
 
         def pullback(vectors: Params, _: SolverState) -> tuple[Gradients, Report]:
             at_y = leaves(y.params)
@@ -170,7 +170,7 @@ class ValueFunction(Method):
         """Where the inner loop on f + g/λ ends. It starts from z, or from the last call's y."""
         companion = None if problem.start is None else problem.start.companion
         start = replace(z, state={}) if companion is None else companion
-        inner_loss = restored_buffers()(problem.with_weights_at(z.params).inner)
+        inner_loss = at_rest(problem.with_weights_at(z.params).inner)
 
         def penalised(params: Params, t: int) -> Tensor:
             f = inner_loss(params, meta, problem.at(t))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from metaimplicit.buffers import restored_buffers
+from metaimplicit.buffers import at_rest
 from metaimplicit.forward_mode import push_forward
 from metaimplicit.graph import (
     check_differentiable,
@@ -211,7 +211,7 @@ def central_difference(
 
     # Both ends draw the same random numbers and see the same buffers of modules. Differences of
     # these would be divided by h.
-    function = restored_buffers()(function)
+    function = at_rest(function)
     with restored_random_state(theta.device):
         ahead = function(unflatten(theta + h * vector, at))
     behind = function(unflatten(theta - h * vector, at))

@@ -1,14 +1,25 @@
 """`METHODS`: what its flags and options mean."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 
 from metaimplicit import METHODS, Implicit, Nystrom
+from metaimplicit.inner import INNER_LOOPS, make_inner
 from metaimplicit.methods import known_options, make_method, methods_with, with_options
 
 
 @pytest.mark.parametrize("flag", METHODS)
 def test_a_flag_means_the_row_of_the_table(flag):
     assert make_method(flag) is METHODS[flag]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *INNER_LOOPS])
+def test_a_row_is_a_value_that_nothing_can_change(name):
+    """Whoever takes it out of the table has the one that all others have."""
+    row = METHODS[name] if name in METHODS else make_inner(name)
+    with pytest.raises(FrozenInstanceError):
+        row.steps = None
 
 
 def test_an_option_changes_the_solver():

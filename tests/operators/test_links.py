@@ -16,6 +16,7 @@ from oracles import dense, randn, relative_error
 from torch import nn
 
 from metaimplicit.operators import GGN, Fisher, Hessian, KroneckerFactored
+from metaimplicit.operators.links import Link
 from metaimplicit.operators.output_loss import widen
 
 X = randn(M, 4, seed=1)
@@ -227,3 +228,10 @@ def test_outputs_are_widened_only_for_losses_that_have_a_derivative_then():
     z = torch.zeros(3, 2)
     assert widen(lambda z: z.sum(1), z).dtype == torch.float64
     assert widen(OfOneType.apply, z).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["log-softmax", "softmax", "sigmoid"])
+def test_a_link_is_inverted(kind):
+    link = Link(kind)
+    z = link.apply(X)
+    torch.testing.assert_close(link.apply(link.invert(z)), z)

@@ -208,6 +208,12 @@ def test_an_entry_that_is_not_finite_ends_its_task_alone(kind, number):
     assert solution.status[0] != Status.NON_FINITE
 
 
+@pytest.mark.parametrize(("products", "rank", "steps"), [(1, 1, 1), (6, 3, 3), (7, 4, 3)])
+def test_half_of_a_budget_is_the_rank_and_half_the_steps(products, rank, steps):
+    solver = NystromCG().with_budget(products)
+    assert (solver.rank, solver.max_steps) == (rank, steps)
+
+
 def test_rho_is_a_hundredth_only_where_nothing_else_damps():
     assert Nystrom().damping(0.0) == 0.01
     assert Nystrom().damping(2.0) == 0.0
