@@ -46,7 +46,8 @@ def restored_buffers() -> Iterator[Calls]:
 def at_rest(function: Callable[..., Result]) -> Callable[..., Result]:
     """A function whose calls all see the same buffers, and leave them as they were.
 
-    Once a call has met none, later ones do not look for them.
+    It is for a function that calls the same modules every time: once a call has met no buffers,
+    later ones do not look for them.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -89,7 +90,7 @@ class Calls:
             self._trees[called] = _Tree.of(called)
         tree = self._trees[called]
         self._entered.append(tree)
-        for module in tree.with_buffers:
+        for module in tree.with_buffers():
             if module not in self._own:
                 present = vars(module)["_buffers"]
                 own = {name: x for name, x in present.items() if isinstance(x, Tensor)}
@@ -113,7 +114,7 @@ class Calls:
     @property
     def met_buffers(self) -> bool:
         """Whether a module that was called has buffers."""
-        return any(tree.with_buffers for tree in self._trees.values())
+        return any(tree.with_buffers() for tree in self._trees.values())
 
     def _is_innermost(self) -> bool:
         """Whether no other block has begun within this one, and this thread runs it."""
@@ -144,21 +145,21 @@ class _Tree(NamedTuple):
 
     Attributes:
         attributes: What each of them held before the first call.
-        with_buffers: Those that have any. Python does not hold the buffers of scripted modules.
     """
 
     attributes: dict[nn.Module, dict[str, Any]]
-    with_buffers: list[nn.Module]
 
     @classmethod
     def of(cls, root: nn.Module) -> _Tree:
-        attributes = {module: dict(vars(module)) for module in root.modules()}
-        with_buffers = [
+        return cls({module: dict(vars(module)) for module in root.modules()})
+
+    def with_buffers(self) -> list[nn.Module]:
+        """The modules that have any at present. Python does not hold those of scripted ones."""
+        return [
             module
-            for module in attributes
+            for module in self.attributes
             if not isinstance(module, torch.jit.ScriptModule) and vars(module)["_buffers"]
         ]
-        return cls(attributes, with_buffers)
 
 
 _thread = local()
@@ -203,8 +204,10 @@ def load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         tensor([1., 1.])
     """
     present = dict(module.named_buffers())
-    for path, buffer in present.items():
-        value = buffers.get(path, buffer)
+    for path, value in buffers.items():
+        buffer = present.get(path)
+        if buffer is None:
+            continue
         if buffer.shape == value.shape:
             buffer.detach().copy_(value)
         else:

@@ -218,11 +218,15 @@ class LiftedProblem:
     def _check_start(self, start: Params, meta: Params) -> None:
         """Raise ValueError unless the parameters to start from are like those of `problem.init`.
 
-        It is called once for parameters of the same names, types and shapes.
+        It is called once for parameters, φ and data of the same names, types and shapes.
         """
-        shapes = {(name, p.dtype, p.shape[1:]) for name, p in start.items()}
-        known = _STARTS.setdefault(self.problem.init, set())
-        if frozenset(shapes) in known:
+        read = [(x.dtype, x.shape) for x in tensors_in([meta, self.at(0)])]
+        shapes = (tuple((name, p.dtype, p.shape) for name, p in start.items()), tuple(read))
+        try:
+            known = _STARTS.setdefault(self.problem.init, set())
+        except TypeError:  # an object without weak references
+            known = set()
+        if shapes in known:
             return
         device = next(iter(start.values())).device
         with torch.no_grad(), restored_random_state(device):
@@ -236,7 +240,7 @@ class LiftedProblem:
                 raise ValueError(
                     f"start: got {got} for the parameter {name!r}, expected {like}, as init has it"
                 )
-        known.add(frozenset(shapes))
+        known.add(shapes)
 
     def _start(self, meta: Params) -> Params:
         init = self.problem.init

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaimplicit import CG, GradientDescent, Implicit, Proximal, hypergradient
-from metaimplicit.buffers import restored_buffers
+from metaimplicit.buffers import at_rest, restored_buffers
 from metaimplicit.methods import SAMA, ValueFunction
 from metaimplicit.operators import central_difference
 from metaimplicit.problem import Stream
@@ -94,6 +94,23 @@ def test_a_call_that_fails_and_another_thread_keep_their_buffers():
         thread.join()
         assert failing.n == 0
     assert other.n == 1
+
+
+def test_a_buffer_that_a_call_makes_is_watched_from_the_next_one_on():
+    class Late(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "n"):
+                self.register_buffer("n", torch.zeros(()))
+            self.n += 1
+            return x + self.n
+
+    module = Late()
+    with restored_buffers():
+        assert [module(torch.zeros(())).item() for _ in range(3)] == [1, 2, 3]
+    assert module.n == 1
+    module = Late()
+    function = at_rest(module)
+    assert [function(torch.zeros(())).item() for _ in range(3)] == [1, 2, 2]
 
 
 def test_of_two_blocks_the_inner_one_acts():

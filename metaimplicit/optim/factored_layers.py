@@ -194,19 +194,21 @@ class LayerRecording:
         s, factors = torch.randn(2, *z.shape, generator=generator, device="cpu").to(z)
         factors = factors[..., :1]  # one for each position
         gradients = self.output_gradients(outputs, torch.stack([s, factors * s]).movedim(-1, axis))
-        known = factors.flatten().sort().values
+        known = factors.flatten().double().sort().values
         roundoff = torch.finfo(z.dtype).eps ** 0.5
         for name, layer in layers.items():
             x = self.inputs[name].unsqueeze(0)
             g = gradients[name].unsqueeze(1)  # a task axis
             _, (first, second) = layer_patches(layer.module, x, g, bias=False)
-            first = first.flatten(0, -2)
-            second = second.flatten(0, -2)
-            size = first.square().sum(-1)
-            c = (first * second).sum(-1) / size.clamp(min=torch.finfo(z.dtype).tiny)
+            first = first.flatten(0, -2).double()
+            second = second.flatten(0, -2).double()
+            size = first.norm(dim=-1)
+            # In small rows, round-off is a larger part.
+            is_large = size >= 0.1 * size.max()
+            c = (first / size.unsqueeze(-1) * (second / size.unsqueeze(-1))).sum(-1)
             above = torch.searchsorted(known, c).clamp(max=len(known) - 1)
             nearest = torch.minimum((known[above] - c).abs(), (known[above - 1] - c).abs())
-            off = (second - c.unsqueeze(-1) * first).square().sum(-1) > roundoff * size
-            if bool(((off | (nearest > roundoff)) & (size > 0)).any()):
+            off = (second - c.unsqueeze(-1) * first).norm(dim=-1) / size
+            if bool((is_large & (torch.maximum(off, nearest) > roundoff)).any()):
                 return True
         return False

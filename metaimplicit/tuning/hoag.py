@@ -181,7 +181,7 @@ class HOAG:
             ValueError: The method cannot give a gradient; see `hypergradient`.
         """
         epsilon = self._tolerance_of_step(self.steps + 1)
-        buffers = copied_tensors(stored_buffers(self._model))
+        buffers = copied_tensors(dict(self._model.named_buffers()))
         result = self._solve(epsilon)
         loss = result.outer_loss.item()
         gradient = self.free.pull_back(result.grads)

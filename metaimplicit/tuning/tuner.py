@@ -200,7 +200,7 @@ class Tuner:
                 start=self.end if self.warm_start else None,
             )
 
-        buffers = copied_tensors(stored_buffers(self._model))
+        buffers = copied_tensors(dict(self._model.named_buffers()))
         with notice_changed_data("train", self._read_again(batches, validation)):
             try:
                 result = evaluate()

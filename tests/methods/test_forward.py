@@ -365,6 +365,24 @@ def test_a_start_of_another_problem_is_refused(method, change, message):
         run_logistic(method, inner=GradientDescent(), start=start)
 
 
+def test_a_start_is_compared_again_where_the_data_have_another_shape():
+    """`init` is one function, and what it returns depends on the data."""
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(data.shape)},
+        inner_loss=lambda p, m, d: (p["w"] - m["a"] * d).square().sum(),
+        outer_loss=lambda p, m, d: p["w"].square().sum(),
+    )
+
+    def run(data, start=None):
+        options = {"inner": GradientDescent(steps=2), "method": "unrolled", "start": start}
+        return hypergradient(problem, {"a": torch.ones(())}, data, **options)
+
+    end = run(torch.ones(1)).end
+    run(torch.ones(1), end)
+    with pytest.raises(ValueError, match=r"start: got torch.float32 \[1\] for the parameter 'w'"):
+        run(torch.ones(4), end)
+
+
 def test_a_start_with_another_number_of_tasks_is_refused():
     end = run_logistic(Forward()).end
     with pytest.raises(ValueError, match=r"start: got leading sizes \[1\], expected 3"):

@@ -227,9 +227,11 @@ def test_buffers_return_with_the_best_measurement():
 
 
 @pytest.mark.filterwarnings("ignore:the meta-gradient of .* is not finite:RuntimeWarning")
+@pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
-def test_a_batch_of_nan_leaves_the_buffers_as_they_were(on_nonfinite):
+def test_a_batch_of_nan_leaves_the_buffers_as_they_were(on_nonfinite, persistent):
     tuner, model = make_centred_tuner(on_nonfinite=on_nonfinite)
+    model.register_buffer("mean", model.mean, persistent=persistent)
     good = shifted_batch(0)
     tuner.step(good, good)
     before = model.mean.clone()
