@@ -77,7 +77,8 @@ class Calls:
         self._trees: dict[nn.Module, _Tree] = {}  # of the modules that were called outermost
         self._entered: list[_Tree] = []  # in this call
         self._own: dict[nn.Module, dict[str, Tensor]] = {}  # buffers of the modules in this call
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a buffer and its copy
+        # By the id of a buffer: the buffer, so that its id stays its own, and what was written.
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def enter(self, called: nn.Module, _: Any) -> None:
         """Give the module and those in it copies of their buffers."""

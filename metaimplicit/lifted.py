@@ -18,7 +18,7 @@ from metaimplicit.data import DataEntries
 from metaimplicit.iterate import Iterate
 from metaimplicit.labels import has_short_integers, long_labels
 from metaimplicit.mended import mended_derivatives, without_fast_path
-from metaimplicit.params import Params
+from metaimplicit.params import Params, describe_misfit
 from metaimplicit.problem import BilevelProblem, Composite, StartAtMeta, Stream
 from metaimplicit.random_state import RandomState, UnfusedDropout, restored_random_state
 from metaimplicit.recomputation import mended_recomputation
@@ -231,15 +231,9 @@ class LiftedProblem:
         device = next(iter(start.values())).device
         with torch.no_grad(), restored_random_state(device):
             expected = self._start(meta)
-        for name in start | expected:
-            got, like = (
-                f"{p.dtype} {list(p.shape[1:])}" if p is not None else "nothing"
-                for p in (start.get(name), expected.get(name))
-            )
-            if got != like:
-                raise ValueError(
-                    f"start: got {got} for the parameter {name!r}, expected {like}, as init has it"
-                )
+        misfit = describe_misfit(_first_task(start), like=_first_task(expected))
+        if misfit:
+            raise ValueError(f"start: {misfit}, as init has it")
         known.add(shapes)
 
     def _start(self, meta: Params) -> Params:
@@ -390,6 +384,10 @@ class LiftedProblem:
 
         lifted = torch.vmap(of_tensors, randomness=self._randomness, chunk_size=self.chunk_size)
         return lifted(*params.values(), *compress(leaves, is_tensor))
+
+
+def _first_task(params: Params) -> Params:
+    return {name: p[0] for name, p in params.items()}
 
 
 def _apart(params: Params) -> tuple[Params, Params]:

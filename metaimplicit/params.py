@@ -81,6 +81,23 @@ def leaves(tensors: Mapping[str, Tensor]) -> Params:
     return {name: t.detach().requires_grad_() for name, t in tensors.items()}
 
 
+def describe_misfit(params: Params, like: Params) -> str:
+    """What differs in the names, types or shapes of two sets of parameters. Empty if nothing does.
+
+    Example:
+        >>> describe_misfit({"w": torch.ones(2)}, like={"w": torch.ones(3)})
+        "got torch.float32 [2] for the parameter 'w', expected torch.float32 [3]"
+    """
+    for name in params | like:
+        got, expected = (
+            f"{p.dtype} {list(p.shape)}" if p is not None else "nothing"
+            for p in (params.get(name), like.get(name))
+        )
+        if got != expected:
+            return f"got {got} for the parameter {name!r}, expected {expected}"
+    return ""
+
+
 def floating_entry(tensors: Mapping[str, Tensor]) -> Tensor:
     """The first tensor of floating-point numbers, or else one of torch's default type.
 

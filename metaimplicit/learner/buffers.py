@@ -14,7 +14,7 @@ from metaimplicit.tensors import put_back_dead
 
 @contextmanager
 def reject_changed_tensors(learner: nn.Module, *, but_tracked: bool = False) -> Iterator[None]:
-    """Check that no buffer or parameter of a model or of its losses changes within the block.
+    """Check that no buffer or learnt parameter of a model or its losses changes within the block.
 
     Args:
         learner: What holds them, under the names that errors call them.
@@ -48,6 +48,8 @@ before it; switch the module that changes it to evaluation mode
         is_parameter = isinstance(x, nn.Parameter)
         if not is_parameter and name.rpartition(".")[0] in tracked:
             continue
+        if is_parameter and not x.requires_grad:
+            continue  # no part of φ
         # A tensor that did not exist before (of a lazy module) has not changed.
         old, version = before.get(name, (x, _version(x)))
         if x is not old or _version(x) != version:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from metaimplicit.buffers import stored_buffers
 from metaimplicit.inner import InnerLoop
 from metaimplicit.iterate import Iterate
-from metaimplicit.params import Params
+from metaimplicit.params import Params, describe_misfit
 from metaimplicit.problem import BilevelProblem, Composite
 from metaimplicit.tuning.problem import ModelProblem
 
@@ -40,7 +40,9 @@ def read_end(
     if stored is None or not isinstance(problem, ModelProblem):
         return None if stored is None else Iterate.from_dict(stored)
     start = problem.init(meta, None)
-    _check_params(Iterate.from_dict(stored).single, like=start)
+    misfit = describe_misfit(Iterate.from_dict(stored).single, like=start)
+    if misfit:
+        raise ValueError(f"state: {misfit}; build the model as the run did")
     return Iterate.from_dict(moved_tensors(stored, next(iter(start.values())).device))
 
 
@@ -102,17 +104,3 @@ def moved_tensors(stored: Any, device: torch.device) -> Any:
         {'w': tensor([1.]), 'steps': 2}
     """
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored)
-
-
-def _check_params(params: Params, *, like: Params) -> None:
-    """Raise ValueError unless θ has the names, shapes and types of `like`."""
-    for name in params | like:
-        got, expected = (
-            f"{p.dtype} {list(p.shape)}" if p is not None else "nothing"
-            for p in (params.get(name), like.get(name))
-        )
-        if got != expected:
-            raise ValueError(
-                f"state: got {got} for the parameter {name!r}, expected {expected}; build the "
-                "model as the run did"
-            )

@@ -322,6 +322,17 @@ def test_a_parameter_that_a_forward_pass_writes_to_is_named(call, vectorize):
         getattr(learner, call)(data)
 
 
+def test_a_frozen_parameter_may_be_written_to():
+    """It is no part of φ, and its rows keep their norms once they have them."""
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.1), nn.Linear(4, 3)).double()
+    model[0].requires_grad_(False)
+    learner = MetaLearner(model, F.cross_entropy, vectorize="loop")
+    labels = torch.arange(6).remainder(3)
+    batch = tuple(x.expand(2, 6) for x in (torch.arange(6), labels))
+    learner.backward((batch, batch))
+    assert model[1].weight.grad.abs().max() > 0
+
+
 class RunningCentre(nn.Module):
     """A loss that keeps a mean of its outputs in a buffer."""
 
