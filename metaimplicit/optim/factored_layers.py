@@ -205,11 +205,10 @@ class LayerRecording:
             size = first.norm(dim=-1)
             # In small rows, round-off is a larger part.
             is_large = size >= 0.1 * size.max()
-            # The factor c of each row, and how far the row is from c times the first.
+            # The factor c of each row. If a row mixes positions, it is none of theirs.
             c = (first / size.unsqueeze(-1) * (second / size.unsqueeze(-1))).sum(-1)
             above = torch.searchsorted(known, c).clamp(max=len(known) - 1)
             nearest = torch.minimum((known[above] - c).abs(), (known[above - 1] - c).abs())
-            distance = (second - c.unsqueeze(-1) * first).norm(dim=-1) / size
-            if bool((is_large & (torch.maximum(distance, nearest) > roundoff)).any()):
+            if bool((is_large & (nearest > roundoff)).any()):
                 return True
         return False
