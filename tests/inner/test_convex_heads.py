@@ -1,5 +1,7 @@
 """`Ridge` and `Newton` against dense Newton steps on the loss in plain torch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from convex_heads import CLASSES, LOSSES, PIXELS, TASKS, body, make, solve
@@ -253,6 +255,29 @@ def test_newton_is_damped_where_full_steps_diverge():
     result = solve(case, Newton(), start=type(start)(far))
     assert largest_error(result.params, near.params) < 1e-9
     assert result.report.inner_gradient_norm.max() < 1e-10
+
+
+def test_newton_halves_a_step_that_decreases_the_loss_too_little():
+    """f falls from 0 by half of the 1e-4 |slope| that a full step has to gain, and ends at −1/2."""
+
+    class Barely:
+        rows = torch.zeros(1, 1, 1, dtype=torch.float64)
+        strength = None
+
+        def gradient(self, v):
+            return torch.where(v == 0, 1.0, 0.0)
+
+        def curvature(self, v):
+            identity = SimpleNamespace(is_dual=False)
+            identity.factorise = lambda strength: None
+            identity.inverse = lambda gradient, factor, strength: gradient
+            return identity
+
+        def values_along(self, v, direction, sizes):
+            return torch.where(sizes == 1, -0.5e-4, -sizes)[:, None]
+
+    start = torch.zeros(1, 1, 1, dtype=torch.float64)
+    assert Newton().minimise(Barely(), start).end == -0.5
 
 
 def test_tasks_end_where_roundoff_stops_them():

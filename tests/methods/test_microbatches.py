@@ -415,10 +415,10 @@ def test_a_composite_may_have_any_loss_of_the_outputs():
     assert_equal_in_microbatches(logits, loss)
 
 
-def test_outputs_may_hold_integers():
+def test_outputs_may_hold_integers_and_none():
     def outputs(params, meta, data):
         z = logits(params, meta, data)
-        return z, z.argmax(1)
+        return z, z.argmax(1), None
 
     assert_equal_in_microbatches(
         outputs, lambda z, data: F.cross_entropy(z[0] + z[1][:, None], data[1])

@@ -16,11 +16,17 @@ from oracles import dense, randn, relative_error
 from torch import nn
 
 from metaimplicit.operators import GGN, Fisher, Hessian, KroneckerFactored
-from metaimplicit.operators.links import Link
-from metaimplicit.operators.output_loss import widen
+from metaimplicit.operators.links import Link, find_link
+from metaimplicit.operators.output_loss import output_gradient, widen
 
 X = randn(M, 4, seed=1)
 NUMBERS = randn(M, seed=2)
+
+
+CLASS_LOSSES = {  # of one task, and of each number along its classes another one
+    "log-softmax": lambda z: -z.flatten(1).cos().sum(1),
+    "softmax": lambda p: -p.flatten(1).log().sum(1),
+}
 
 
 class OwnLogSoftmax(nn.Module):
@@ -228,6 +234,18 @@ def test_outputs_are_widened_only_for_losses_that_have_a_derivative_then():
     z = torch.zeros(3, 2)
     assert widen(lambda z: z.sum(1), z).dtype == torch.float64
     assert widen(OfOneType.apply, z).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["log-softmax", "softmax"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((2, 3), -1), ((2, 3, 4), -1), ((2, 3, 4), -2), ((2, 3, 4, 5), -1), ((2, 3, 4, 5), -2)],
+)
+def test_the_classes_may_be_along_any_axis_of_a_task(kind, shape, axis):
+    z = Link(kind, axis).apply(randn(*shape, seed=3))
+    loss = CLASS_LOSSES[kind]
+    found = find_link(loss, z, output_gradient(loss, z)[1])
+    assert (found.kind, found.axis) == (kind, axis)
 
 
 @pytest.mark.parametrize("kind", ["log-softmax", "softmax", "sigmoid"])
