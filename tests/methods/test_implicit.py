@@ -280,14 +280,6 @@ def test_there_is_no_error_bound_where_the_penalty_may_be_concave():
     assert report.sigma == 0.5
 
 
-def test_the_inner_gradient_norm_is_that_of_the_last_iterate():
-    inner_loss = network(Proximal(0.4)).inner_loss
-    result = run_network(Proximal(0.4), GAUSS_NEWTON, GradientDescent(steps=2, lr=0.1))
-    gradient = torch.func.grad(lambda p, d: inner_loss(p, INITIAL, d))
-    expected = norms(torch.vmap(gradient)(result.params, DATA))
-    assert relative_error(result.report.inner_gradient_norm, expected) < 1e-12
-
-
 @pytest.mark.parametrize(
     "solver",
     [CG(4, 0.0), MINRES(4, 0.0), NystromCG(rank=3, max_steps=4, tol=0.0, refresh=9)],
