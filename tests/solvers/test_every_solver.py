@@ -79,6 +79,21 @@ def test_the_reported_residual_and_products_are_the_true_ones(solver):
 
 
 @every_solver
+def test_every_task_has_its_numbers(solver):
+    operator = DiagonalMatrix(VALUES)
+    first = solve(solver, operator, B)
+    for solution in (first, solve(solver, operator, 2 * B, state=first.state)):
+        numbers = (solution.status, solution.residual, solution.needed, solution.rayleigh)
+        assert [tuple(x.shape) for x in numbers] == [(3,)] * 4
+        assert solution.status.dtype == solution.needed.dtype == torch.int64
+        assert (solution.needed >= 0).all()
+        # Where a vector was multiplied by A, vᵀAv/vᵀv is between the extreme eigenvalues.
+        seen = solution.rayleigh.isfinite()
+        least, most = ((1 - 1e-9) * VALUES.amin(1), (1 + 1e-9) * VALUES.amax(1))
+        assert ((least <= solution.rayleigh) & (solution.rayleigh <= most))[seen].all()
+
+
+@every_solver
 def test_converged_means_solved(solver):
     values = torch.stack([torch.zeros(12), torch.full((12,), 3.0), SPECTRA[0]]).double()
     core = DiagonalMatrix(values)
