@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ NO_BATCH = (
 )
 
 Operator = TypeVar("Operator", bound="Curvature")
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -225,7 +224,7 @@ def check_point(params: Params) -> None:
             )
 
 
-def mended(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def mended(function: Callable[..., Result]) -> Callable[..., Result]:
     """The same function, which runs where the derivatives of torch are mended.
 
     A method runs its losses there in any case, but an operator may be made of any function.
@@ -235,11 +234,11 @@ def mended(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
         tensor([2., 2.])
     """
 
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def call(*args: Any) -> Result:
         if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
+            return function(*args)
         with mended_recomputation, mended_derivatives:
-            return function(*args, **kwargs)
+            return function(*args)
 
     return call
 
