@@ -51,7 +51,8 @@ def symmetric(spectra: Sequence[Sequence[float]] | Tensor, seed: int = 0) -> Ten
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖. It is NaN if both are zero."""
+    """‖actual − expected‖ / ‖expected‖ of equal shapes. It is NaN if both are zero."""
+    assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm())
 
 

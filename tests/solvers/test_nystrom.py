@@ -129,7 +129,8 @@ def test_blocks_of_a_gaussian_sketch_add_up():
 
 
 def test_the_estimated_error_of_a_sketch_is_its_norm():
-    matrix = symmetric([[5.0, 4.0, 3.0, 0.5, *[0.01] * 20]])
+    spectrum = [5.0, 4.0, 3.0, 0.5, *[0.01] * 20]
+    matrix = symmetric([spectrum, spectrum[::-1]])
     rows = Probes("gaussian", 24, generator(2), matrix).rows(0, 3)
     low_rank = LowRank.from_products(rows, rows @ matrix)
     exact = matrix - low_rank.basis.mT @ torch.diag_embed(1 / low_rank.inverse) @ low_rank.basis
