@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ def flatten(params: Mapping[str, Tensor], batch: int = 1) -> Tensor:
     for p in params.values():
         parts.append(p.flatten(batch) if p.dim() > batch else p.unsqueeze(-1))
     return torch.cat(parts, dim=-1)
+
+
+def joint_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type that tensors have as parts of one vector, as that of `flatten`.
+
+    Example:
+        >>> joint_dtype([torch.ones(2), torch.ones(1, dtype=torch.float64)])
+        torch.float64
+    """
+    return reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Params:

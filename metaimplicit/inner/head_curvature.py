@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metaimplicit.operators import Invertible
-from metaimplicit.params import Params, flatten, unflatten
+from metaimplicit.params import Params, flatten, joint_dtype, unflatten
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class HeadHessian(Invertible):
         first = next(iter(layout.like.values()))
         tasks, n = flatten(layout.like).shape
         self.shape = (tasks, n)
-        self.dtype = first.dtype
+        self.dtype = joint_dtype(layout.like.values())
         self.device = first.device
         self._curvature = curvature
         self._layout = layout

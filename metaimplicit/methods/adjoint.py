@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaimplicit.methods.base import Gradients, vector_jacobian_product
 from metaimplicit.operators import LinearOperator
-from metaimplicit.params import Params
+from metaimplicit.params import Params, joint_dtype
 from metaimplicit.solvers import Solver
 
 
@@ -32,7 +32,7 @@ class TransposedJacobian(LinearOperator):
         self.variables = list(variables)
         self.sizes = [x[0].numel() for x in variables]
         self.shape = (len(first), sum(self.sizes))
-        self.dtype = first.dtype
+        self.dtype = joint_dtype(variables)
         self.device = first.device
 
     def matvec(self, vector: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from metaimplicit.graph import find_dependencies
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.linearize import Linearization, known_multiple, linearize
 from metaimplicit.operators import GGN, LinearOperator
-from metaimplicit.params import Params, detached, flatten, unflatten
+from metaimplicit.params import Params, detached, flatten, joint_dtype, unflatten
 from metaimplicit.problem import Composite
 
 
@@ -180,7 +180,7 @@ class CompiledOperator(LinearOperator):
     ) -> None:
         first = next(iter(params.values()))
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
-        self.dtype = first.dtype
+        self.dtype = joint_dtype(params.values())
         self.device = first.device
         self.semidefinite = semidefinite
         self._product = product

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metaimplicit.mended import mended_derivatives
 from metaimplicit.operators.base import Invertible, LinearOperator
 from metaimplicit.operators.output_loss import Checked, OutputLoss
-from metaimplicit.params import Params, flatten, leaves
+from metaimplicit.params import Params, flatten, joint_dtype, leaves
 from metaimplicit.recomputation import mended_recomputation
 from metaimplicit.tensors import recordable
 
@@ -155,12 +155,19 @@ class RetainedGraphCurvature(Curvature):
         self.params = leaves({name: recordable(p) for name, p in params.items()})
         first = next(iter(params.values()))
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
-        self.dtype = first.dtype
+        self.dtype = joint_dtype(params.values())
         self.device = first.device
         self.gradient: Params = {}
 
     def columns(self, index: Tensor) -> Tensor:
-        """Columns of A, `[k] -> [k, tasks, n]`, the tensors of `params` one after another."""
+        """Columns of A, `[k] -> [k, tasks, n]`, the tensors of `params` one after another.
+
+        Raises:
+            ValueError: There is no index, or one is not in 0 … n−1.
+        """
+        n = self.shape[1]
+        if not len(index) or bool(((index < 0) | (index >= n)).any()):
+            raise ValueError(f"index: got {index.tolist()}, expected numbers from 0 to {n - 1}")
         start = 0
         parts = []
         positions = []

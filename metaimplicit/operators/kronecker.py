@@ -18,7 +18,7 @@ from metaimplicit.operators.likelihood import Expectation, Likelihood, check_fis
 from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.operators.output_loss import Checked, OutputLoss
 from metaimplicit.operators.probes import Lift, record_with_probes
-from metaimplicit.params import Params, flatten, unflatten
+from metaimplicit.params import Params, flatten, joint_dtype, unflatten
 from metaimplicit.tensors import recordable
 
 ADVICE = "use curvature='gauss-newton', or choose other parameters by adapt="
@@ -112,7 +112,7 @@ class KroneckerFactored(Curvature, Invertible):
         first = next(iter(params.values()))
         self.params = {name: recordable(p).detach() for name, p in params.items()}
         self.shape = (len(first), sum(p[0].numel() for p in params.values()))
-        self.dtype = first.dtype
+        self.dtype = joint_dtype(params.values())
         self.device = first.device
 
         layers = _adapted_layers(module, self.params, others)

@@ -17,6 +17,7 @@ from metaimplicit.optim.checks import (
     check_scalar,
 )
 from metaimplicit.optim.closure import Closure, ReplayedClosure
+from metaimplicit.optim.damping import MeasuredLoss
 from metaimplicit.params import Params
 from metaimplicit.wrappers import reject_distributed
 
@@ -176,6 +177,7 @@ class BatchLoss:
 
     Attributes:
         value: L at the outputs for which `loss` was called first, a detached scalar.
+        measured: The same L with the digits that a comparison needs.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -189,6 +191,7 @@ class BatchLoss:
     """
 
     value: Tensor
+    measured: MeasuredLoss
 
     def __init__(
         self,
@@ -217,6 +220,7 @@ class BatchLoss:
             self._is_checked = True
             self._check(value, outputs)
             self.value = value.detach()
+            self.measured = MeasuredLoss.of_outputs(self._loss, outputs.squeeze(0), self._targets)
         return value.unsqueeze(0)
 
     def _check(self, value: Tensor, outputs: Tensor) -> None:

@@ -18,12 +18,12 @@ from metaimplicit.optim.closure import (
     explain_torch_errors,
 )
 from metaimplicit.optim.damping import (
+    MeasuredLoss,
     levenberg_marquardt,
     predicted_reduction,
 )
 from metaimplicit.params import Params, flatten, unflatten
 from metaimplicit.solvers import CG, Dense, Solver
-from metaimplicit.solvers.trust_region import reduction_ratio
 
 # Up to here a factorisation is cheaper than the products of CG.
 MAX_DENSE_PARAMETERS = 1024
@@ -103,7 +103,7 @@ class Damped(SecondOrder):
         closure = self._check_closure(closure)
         evaluate = ReplayedClosure(self._model, closure, self._device)
         with torch.enable_grad(), explain_freed_graph():
-            operator, loss = self._linearise(evaluate)
+            operator, loss, measured = self._linearise(evaluate)
         g = flatten(operator.gradient).detach()
         raise_if(
             ~g.isfinite(), f"{self._owner}: the gradient is not finite; no parameter was changed"
@@ -124,7 +124,7 @@ class Damped(SecondOrder):
         predicted = predicted_reduction(operator, g, delta)
         # It holds a graph, which is not needed while the closure is evaluated again.
         del operator
-        ratio = self._try_change(change, evaluate, loss, predicted=predicted)
+        ratio = self._try_change(change, evaluate, measured, predicted=predicted)
         group["damping"] = levenberg_marquardt(
             group["damping"],
             ratio,
@@ -138,7 +138,7 @@ class Damped(SecondOrder):
         self,
         change: Params,
         evaluate: ReplayedClosure,
-        loss: Tensor,
+        loss: MeasuredLoss,
         *,
         predicted: Tensor,
     ) -> float:
@@ -148,8 +148,7 @@ class Damped(SecondOrder):
         self.ratio = None
         try:
             after = self._loss_of(evaluate())
-            eps = torch.finfo(self._dtype).eps
-            self.ratio = reduction_ratio(loss, after, predicted, eps=eps).item()
+            self.ratio = loss.ratio(after, predicted, eps=torch.finfo(self._dtype).eps)
         finally:  # The closure may raise at the new parameters.
             if self.ratio is None or not self.ratio > 0:
                 for name, p in self._trainable.items():
@@ -161,12 +160,12 @@ class Damped(SecondOrder):
             p.add_(change[name].squeeze(0))
 
     @abstractmethod
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
-        """C at θ, which knows ∇L, and L, a detached scalar."""
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor, MeasuredLoss]:
+        """C at θ, which knows ∇L, L, a detached scalar, and L with more digits."""
 
     @abstractmethod
-    def _loss_of(self, result: Any) -> Tensor:
-        """L, a scalar, from what the closure returned."""
+    def _loss_of(self, result: Any) -> MeasuredLoss:
+        """L from what the closure returned."""
 
     def _direction(self, operator: Curvature, g: Tensor, damping: float) -> Tensor:
         """(C + λI)⁻¹ g, `[1, n]`."""

@@ -2,9 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from metaimplicit.operators import LinearOperator
+from metaimplicit.solvers.trust_region import reduction_ratio
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """A loss with the digits that a small difference of two losses needs.
+
+    Attributes:
+        value: L, a detached scalar.
+        roundoff: What round-off may make of L beside ε|L|, a scalar.
+
+    Example:
+        The softmax of 20 is so close to 1 that its logarithm is 0 in single precision.
+
+        >>> z, y = torch.tensor([[20.0, 0.0]]), torch.tensor([0])
+        >>> torch.nn.functional.cross_entropy(z, y)
+        tensor(0.)
+        >>> MeasuredLoss.of_outputs(torch.nn.functional.cross_entropy, z, y).value
+        tensor(2.0612e-09, dtype=torch.float64)
+    """
+
+    value: Tensor
+    roundoff: Tensor
+
+    @classmethod
+    def of_outputs(
+        cls,
+        loss: Callable[[Tensor, Any], Tensor],
+        outputs: Tensor,
+        targets: Any,
+    ) -> MeasuredLoss:
+        """The loss at these outputs, in float64 if it computes in float64 then."""
+        outputs = outputs.detach()
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float64))
+        try:
+            value = loss(wide, targets).detach()
+        except (RuntimeError, TypeError, ValueError):  # it holds tensors of another type
+            value = loss(outputs, targets).detach()
+        return cls.of_scalar(value, size=outputs.abs().max())
+
+    @classmethod
+    def of_scalar(cls, value: Tensor, size: Tensor | float = 1.0) -> MeasuredLoss:
+        """A loss of which nothing else is known than the size of the numbers that it is made of."""
+        eps = torch.finfo(value.dtype).eps
+        return cls(value, 10 * eps * torch.as_tensor(size, device=value.device))
+
+    def ratio(self, after: MeasuredLoss, predicted: Tensor, eps: float) -> float:
+        """ρ of a step to `after`; see `reduction_ratio`.
+
+        Args:
+            after: The loss after the step.
+            predicted: What the model of the loss predicts that it falls by.
+            eps: The unit round-off of the parameters.
+        """
+        ratio = reduction_ratio(
+            self.value,
+            after.value,
+            predicted,
+            eps=eps,
+            roundoff=self.roundoff,
+        )
+        return ratio.item()
 
 
 def predicted_reduction(

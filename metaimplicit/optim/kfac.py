@@ -30,6 +30,7 @@ from metaimplicit.optim.closure import (
     explain_torch_errors,
 )
 from metaimplicit.optim.damping import (
+    MeasuredLoss,
     levenberg_marquardt,
     predicted_reduction,
 )
@@ -44,7 +45,6 @@ from metaimplicit.optim.factors import (
     update_factors,
 )
 from metaimplicit.params import Params, flatten
-from metaimplicit.solvers.trust_region import reduction_ratio
 
 # The first steps renew factors and inverses at any intervals, because the averages change most.
 EARLY_STEPS = 3
@@ -201,10 +201,10 @@ class KFAC(SecondOrder):
         if replay is None:
             self._add(delta)
         else:
-            predicted = self._predicted_reduction(replay, gradients, delta)
+            before, predicted = self._predicted_reduction(replay, gradients, delta)
             self._add(delta)
-            after = check_scalar(self.loss(*self._evaluate(replay)), "loss")
-            self._adapt_damping(loss, after, predicted, nu=nu)
+            after = MeasuredLoss.of_outputs(self.loss, *self._evaluate(replay))
+            self._adapt_damping(before, after, predicted, nu=nu)
         group["steps"] += 1
         return loss
 
@@ -332,8 +332,8 @@ class KFAC(SecondOrder):
 
     def _predicted_reduction(
         self, replay: ReplayedClosure, gradients: Params, delta: Params
-    ) -> Tensor:
-        """m(0) − m(δ) with the exact Fisher matrix."""
+    ) -> tuple[MeasuredLoss, Tensor]:
+        """L at θ, and m(0) − m(δ) with the exact Fisher matrix."""
         batch = BatchLoss(self, replay, self.loss)
         with torch.enable_grad():
             fisher = Fisher(
@@ -345,14 +345,14 @@ class KFAC(SecondOrder):
             )
         g = flatten({name: gradients[name].unsqueeze(0) for name in self._trainable})
         d = flatten({name: delta[name].unsqueeze(0) for name in self._trainable})
-        return predicted_reduction(fisher, g, d)
+        return batch.measured, predicted_reduction(fisher, g, d)
 
     def _adapt_damping(
-        self, before: Tensor, after: Tensor, predicted: Tensor, *, nu: Tensor
+        self, before: MeasuredLoss, after: MeasuredLoss, predicted: Tensor, *, nu: Tensor
     ) -> None:
         group = self.param_groups[0]
         eps = torch.finfo(self._dtype).eps
-        self.ratio = reduction_ratio(before, after, predicted, eps=eps).item()
+        self.ratio = before.ratio(after, predicted, eps=eps)
         omega = (19 / 20) ** group["adapt_every"]
         group["damping"] = levenberg_marquardt(
             group["damping"],

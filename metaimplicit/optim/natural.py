@@ -17,9 +17,10 @@ from metaimplicit.operators import (
 )
 from metaimplicit.operators.likelihood import check_fisher_options
 from metaimplicit.optim.base import BatchLoss, Loss
-from metaimplicit.optim.checks import check_loss, check_scalar
+from metaimplicit.optim.checks import check_loss
 from metaimplicit.optim.closure import ReplayedClosure
 from metaimplicit.optim.damped import Damped
+from metaimplicit.optim.damping import MeasuredLoss
 from metaimplicit.solvers import Solver
 
 
@@ -31,17 +32,16 @@ class _GeneralisedGaussNewton(Damped):
         super().__init__(model, **options)
         self.loss = loss
 
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor]:
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor, MeasuredLoss]:
         batch = BatchLoss(self, evaluate, self.loss)
         operator = self._make_curvature(batch)
-        return operator, batch.value
+        return operator, batch.value, batch.measured
 
     @abstractmethod
     def _make_curvature(self, batch: BatchLoss) -> Curvature: ...
 
-    def _loss_of(self, result: Any) -> Tensor:
-        outputs, targets = self._unpack(result)
-        return check_scalar(self.loss(outputs, targets), "loss")
+    def _loss_of(self, result: Any) -> MeasuredLoss:
+        return MeasuredLoss.of_outputs(self.loss, *self._unpack(result))
 
 
 class GaussNewton(_GeneralisedGaussNewton):

@@ -11,6 +11,7 @@ from metaimplicit.operators import Curvature, Hessian, Identity, LinearOperator
 from metaimplicit.optim.checks import check_dependence, check_finite, check_scalar
 from metaimplicit.optim.closure import ReplayedClosure
 from metaimplicit.optim.damped import Damped
+from metaimplicit.optim.damping import MeasuredLoss
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
 from metaimplicit.solvers.arithmetic import dot, norm, reciprocal
@@ -73,20 +74,22 @@ class Newton(Damped):
             solver=solver,
         )
 
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor]:
+    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor, MeasuredLoss]:
         seen: list[Tensor] = []
 
         def loss(params: Params) -> Tensor:
-            value = self._loss_of(evaluate({name: p.squeeze(0) for name, p in params.items()}))
+            result = evaluate({name: p.squeeze(0) for name, p in params.items()})
+            value = check_scalar(result, "closure")
             check_finite(self._owner, value)
             check_dependence(value, self._trainable, source="closure")
             seen.append(value.detach())
             return value.unsqueeze(0)
 
-        return Hessian(loss, self._task_params()), seen[0]
+        hessian = Hessian(loss, self._task_params())
+        return hessian, seen[0], MeasuredLoss.of_scalar(seen[0])
 
-    def _loss_of(self, result: Any) -> Tensor:
-        return check_scalar(result, "closure")
+    def _loss_of(self, result: Any) -> MeasuredLoss:
+        return MeasuredLoss.of_scalar(check_scalar(result, "closure"))
 
     def _direction(
         self,

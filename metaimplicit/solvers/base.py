@@ -196,8 +196,9 @@ class Solver(ABC):
                 definite, for solvers that take one. It leaves r as it is.
 
         Raises:
-            ValueError: `operator` or `b` is of another kind, `b` or the state does not have the
-                shape of the operator, or this solver takes no preconditioner.
+            ValueError: `operator` or `b` is of another kind, `b` does not have the shape and the
+                type of the operator, the state does not have its shape, or this solver takes no
+                preconditioner.
         """
         if not isinstance(operator, LinearOperator):
             raise ValueError(
@@ -212,6 +213,10 @@ class Solver(ABC):
         if b.shape != operator.shape:
             raise ValueError(
                 f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's"
+            )
+        if b.dtype != operator.dtype:
+            raise ValueError(
+                f"b: got {b.dtype}, expected {operator.dtype}, the operator's; convert one of them"
             )
         if preconditioner is not None and not self.takes_preconditioner:
             raise ValueError(f"preconditioner: {type(self).__name__} takes none; use CG")

@@ -44,8 +44,8 @@ class NormalisedRHS:
         return cls(scaled / divisor(length), length, peak=peak, finite=finite)
 
     def scale(self, x: Tensor) -> Tensor:
-        """The solution for `unit` from that for b, `[tasks, n]`."""
-        return x / divisor(self.norm * self.peak)
+        """The solution for `unit` from that for b, `[tasks, n]`. It is 0 where b is zero."""
+        return torch.where(self.norm > 0, x / divisor(self.norm * self.peak), 0.0)
 
     def unscale(self, x: Tensor) -> Tensor:
         """The solution for b from that for `unit`, `[tasks, n]`. It is 0 where b is zero."""

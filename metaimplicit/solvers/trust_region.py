@@ -115,18 +115,23 @@ def reduction_ratio(
     after: Tensor,
     predicted: Tensor,
     eps: float,
+    *,
+    roundoff: Tensor | float = 0.0,
 ) -> Tensor:
     """ρ = (L(θ) − L(θ + δ))/(m(0) − m(δ)), the reduction of the loss over that of its model m.
 
     Both reductions are widened by 10 ε|L(θ)|, what round-off may make of them, so that ρ → 1 at a
     minimum (Conn, Gould & Toint 2000, §17.4.2). ρ is −∞ where the model does not fall, or
-    where a loss is not finite.
+    where a loss is not finite. It is ½ where the losses are equal and round-off hides the reduction
+    that the model predicts.
 
     Args:
         before: L(θ), of any shape.
         after: L(θ + δ), of the same shape.
         predicted: m(0) − m(δ), of the same shape.
         eps: ε, the unit round-off of the numbers that the losses were computed in.
+        roundoff: What round-off may make of a loss that is small beside the numbers that it is the
+            difference of, as a cross-entropy is beside its logits.
 
     Example:
         >>> reduction_ratio(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(2.0), eps=0.0)
@@ -136,6 +141,8 @@ def reduction_ratio(
     actual = before - after + slack
     expected = predicted + slack
     ratio = torch.where(expected > 0, actual / divisor(expected), 1.0)
+    hidden = (before == after) & (predicted >= 0) & (predicted <= roundoff)
+    ratio = torch.where(hidden, ratio.clamp(min=0.5), ratio)
     invalid = ~(actual.isfinite() & expected.isfinite()) | (expected < 0)
     increases = (expected == 0) & (actual < 0)
     return torch.where(invalid | increases, -torch.inf, ratio)

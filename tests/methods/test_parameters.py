@@ -111,3 +111,23 @@ def test_gradients_may_be_changed_in_place(method):
         g.mul_(2)
     for name, g in gradients.items():
         assert torch.equal(g, 2 * before[name])
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+@pytest.mark.parametrize("method", ["cg", "dense", "auto", "fixed-point", "forward"])
+def test_parameters_of_two_types_have_the_gradient_of_unrolling(method, names):
+    """f has the Hessian (2, 1; 1, 2) in a and b, so that a* = b* = 2t/3."""
+    zeros = {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.float64)}
+
+    def inner_loss(params, meta, data):
+        squares = sum((p - meta["t"]).square().sum() for p in params.values())
+        return squares + (params["a"] * params["b"]).sum()
+
+    problem = BilevelProblem(
+        init=lambda meta, data: {name: zeros[name] for name in names},
+        inner_loss=inner_loss,
+        outer_loss=lambda params, meta, data: params["a"].sum() + params["b"].sum(),
+    )
+    inner = GradientDescent(steps=100, lr=0.2)
+    result = hypergradient(problem, {"t": torch.tensor(1.0)}, None, inner=inner, method=method)
+    assert result.grads["t"].item() == pytest.approx(8 / 3, rel=1e-6)

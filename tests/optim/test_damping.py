@@ -9,8 +9,8 @@ from oracles import randn, relative_error, symmetric
 from second_order import LABELS, Point, X
 from torch import nn
 
-from metaimplicit.optim import KFAC, GaussNewton, Newton
-from metaimplicit.optim.damping import levenberg_marquardt
+from metaimplicit.optim import KFAC, GaussNewton, NaturalGradient, Newton
+from metaimplicit.optim.damping import MeasuredLoss, levenberg_marquardt
 from metaimplicit.solvers.trust_region import reduction_ratio
 
 EPS = torch.finfo(torch.float64).eps
@@ -24,6 +24,51 @@ def test_the_ratio_at_a_minimum_is_one():
     assert ratio(0.0, 0.0, 0.0) == 1.0
     assert ratio(0.0, 1e-9, 0.0) == -math.inf
     assert ratio(1.0, 1.0 + EPS, EPS) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "roundoff", "expected"),
+    [
+        ((0.0, 0.0, 1e-8), 1e-7, 0.5),
+        ((0.0, 0.0, 1e-8), 1e-9, 0.0),  # the loss would have shown it
+        ((0.0, 1e-9, 1e-8), 1e-7, -0.1),  # and so it does here
+        ((1.0, 1.0, -1e-8), 1e-7, -math.inf),
+    ],
+)
+def test_a_reduction_below_the_roundoff_of_equal_losses_says_nothing(losses, roundoff, expected):
+    numbers = torch.tensor(losses, dtype=torch.float64)
+    measured = reduction_ratio(*numbers, eps=EPS, roundoff=roundoff)
+    assert float(measured) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_small_loss_of_single_precision_is_measured_with_all_digits():
+    z = torch.tensor([[20.0, 0.0]])
+    y = torch.zeros(1, dtype=torch.int64)
+    measured = MeasuredLoss.of_outputs(F.cross_entropy, z, y)
+    assert float(measured.value) == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
+    assert float(measured.roundoff) == pytest.approx(200 * EPS)
+    weights = torch.ones(2)  # single precision, which cross_entropy does not mix with double
+    coarse = MeasuredLoss.of_outputs(lambda z, y: F.cross_entropy(z, y, weights), z, y)
+    assert coarse.value.dtype == torch.float32
+    assert float(coarse.roundoff) == pytest.approx(200 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [GaussNewton, NaturalGradient, Newton])
+def test_a_loss_that_rounds_to_zero_does_not_drive_the_damping_up(kind, dtype):
+    """It was 1e30 after 100 steps, so that nothing could be learnt any more."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, dtype=dtype), torch.randint(3, (8,))
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+    optimizer = Newton(model) if kind is Newton else kind(model, F.cross_entropy)
+
+    def closure():
+        return F.cross_entropy(model(x), y) if kind is Newton else (model(x), y)
+
+    for _ in range(200):
+        optimizer.step(closure)
+    assert F.cross_entropy(model(x), y) < 1e-12
+    assert optimizer.param_groups[0]["damping"] < 1e4
 
 
 def test_the_damping_does_not_decrease_below_its_floor():

@@ -145,6 +145,17 @@ def test_a_zero_right_hand_side_gives_zero(solver):
 
 
 @every_solver
+def test_a_right_hand_side_that_has_become_zero_gives_zero(solver):
+    operator = DiagonalMatrix(VALUES)
+    state = solve(solver, operator, B).state
+    b = B * torch.tensor([[0.0], [1.0], [1.0]])
+    solution = solve(solver, operator, b, state=state)
+    assert solution.value[0].abs().max() == 0
+    assert solution.residual[0] == 0
+    assert solution.status[0] == Status.CONVERGED
+
+
+@every_solver
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_numbers_that_are_not_finite_are_flagged_in_their_task_alone(solver, number):
     values = VALUES.clone()
@@ -185,6 +196,8 @@ def test_arguments_that_do_not_fit_are_refused(solver):
     for b, got in ((B.long(), "torch.int64"), (B + 0j, "torch.complex128"), ([B], "list")):
         with pytest.raises(ValueError, match=f"b: got {got}, expected a tensor of real floating"):
             solver.solve(operator, b)
+    with pytest.raises(ValueError, match=r"b: got torch.float32, expected torch.float64, the oper"):
+        solver.solve(operator, B.float())
     with pytest.raises(ValueError, match="operator: got function, expected a LinearOperator"):
         solver.solve(lambda v: v, B)
     with pytest.raises(ValueError, match=r"state: got dict, expected a SolverState"):
