@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import local
@@ -23,7 +24,8 @@ def restored_buffers() -> Iterator[Calls]:
     A call of a module sees what the calls before it in the block have written. After each, the
     module has its own buffers again, to which nothing has written. After the block, tensors that
     vmap left in other attributes of the modules are put back as well. Other threads are left alone.
-    In a block within a block, the inner one alone acts.
+    In a block within a block, the inner one alone acts. Compiled modules run uncompiled, since hooks
+    that are compiled with a module would be those of one block.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -40,6 +42,8 @@ def restored_buffers() -> Iterator[Calls]:
         stack.callback(blocks.remove, calls)
         stack.callback(register_module_forward_pre_hook(calls.enter).remove)
         stack.callback(register_module_forward_hook(calls.leave, always_call=True).remove)
+        if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield calls
 
 

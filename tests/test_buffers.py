@@ -135,6 +135,32 @@ def test_a_scripted_module_beside_others_is_left_alone():
     assert counter.n == 0
 
 
+COMPILED = {
+    "whole": lambda model: torch.compile(model, backend="eager"),
+    "without breaks": lambda model: torch.compile(model, backend="eager", fullgraph=True),
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "a part": lambda model: nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:]),
+    "a function": lambda model: torch.compile(lambda x: model(x), backend="eager"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", COMPILED.values(), ids=COMPILED)
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # of hooks on all modules
+def test_a_compiled_module_keeps_its_buffers(wrap):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)).double()
+    call = wrap(model)
+    x = randn(8, 2, seed=1)
+    function = at_rest(lambda: call(x).sum())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            function()
+    assert model[0].running_mean.tolist() == [0, 0]
+    call(x)
+    assert model[0].num_batches_tracked == 1
+
+
 def test_buffers_of_a_functional_call_do_not_stay_in_the_module():
     """They are those of the tasks. Under vmap, they would be dead afterwards."""
     model = Counter()

@@ -119,3 +119,19 @@ def test_a_wrapped_model_that_cannot_be_unrolled_is_refused_with_a_remedy(wrap, 
     options = {"inner": INNER, "method": Unrolled(), "vectorize": "loop"}
     with functorch_config.patch(cse=False), refuses(*patterns):  # it would import all of inductor
         MetaLearner(wrap(nn.Linear(4, 5)), F.cross_entropy, **options).backward(draw())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # of hooks on all modules
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # from inside torch.compile
+def test_a_compiled_model_learns_as_it_does_uncompiled(vectorize):
+    torch._dynamo.reset()
+    options = {"inner": INNER, "method": "unrolled", "vectorize": vectorize}
+    gradients = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5))
+        MetaLearner(wrap(model), F.cross_entropy, **options).backward(draw())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
