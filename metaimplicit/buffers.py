@@ -24,8 +24,9 @@ def restored_buffers() -> Iterator[Calls]:
     A call of a module sees what the calls before it in the block have written. After each, the
     module has its own buffers again, to which nothing has written. After the block, tensors that
     vmap left in other attributes of the modules are put back as well. Other threads are left alone.
-    In a block within a block, the inner one alone acts. Compiled modules run uncompiled, since hooks
-    that are compiled with a module would be those of one block.
+    In a block within a block, the inner one alone acts.
+
+    Compiled modules run uncompiled. Hooks that are compiled with them would be those of one block.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)

@@ -166,7 +166,8 @@ def accuracy(
         classes: Where the loss reads them.
 
     Returns:
-        `[tasks]`, in float64. NaN for a task whose examples are all ignored.
+        `[tasks]`, in float64. NaN for a task whose examples are all ignored. A score that is NaN is
+        no correct prediction.
 
     Example:
         >>> scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]]])
@@ -175,7 +176,8 @@ def accuracy(
         >>> accuracy(lambda: torch.nn.functional.cross_entropy, scores, labels, classes)
         tensor([0.5000], dtype=torch.float64)
     """
-    correct = outputs.argmax(classes.axis + 1) == classes.labels(targets)
+    axis = classes.axis + 1
+    correct = (outputs.argmax(axis) == classes.labels(targets)) & ~outputs.isnan().any(axis)
     if classes.all_count:
         return correct.double().flatten(1).mean(1)
 

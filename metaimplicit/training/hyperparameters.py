@@ -18,19 +18,22 @@ NOT_COMPARED = {"params", "foreach", "fused", "capturable", "differentiable", "l
 def scheduled_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Note each group's learning rate for a schedule, and put it back at the end.
 
-    A group that has an `initial_lr`, as a scheduler of torch leaves it, keeps it. One that is added
-    meanwhile is noted by `set_rates`.
+    A scheduler of torch has noted one as well, which is put back, too: it may be another one than
+    the present. A group that is added meanwhile is noted by `set_rates`.
     """
-    is_new = [INITIAL_RATE not in group for group in optimizer.param_groups]
+    earlier_notes = [group.get(INITIAL_RATE) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group.setdefault(INITIAL_RATE, group["lr"])
+        group[INITIAL_RATE] = group["lr"]
     try:
         yield
     finally:
         # A later change of "lr" would have no effect if the note stayed.
-        for number, group in enumerate(optimizer.param_groups):
-            if (number >= len(is_new) or is_new[number]) and INITIAL_RATE in group:
+        for group in optimizer.param_groups:
+            if INITIAL_RATE in group:
                 group["lr"] = group.pop(INITIAL_RATE)
+        for group, note in zip(optimizer.param_groups, earlier_notes, strict=False):
+            if note is not None:
+                group[INITIAL_RATE] = note
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from metaimplicit.learner.vectorization import preserve_random_state
 from metaimplicit.training.hyperparameters import scheduled_rates, set_rates, unchanged_rates
 from metaimplicit.training.log import Values
 from metaimplicit.training.meta_step import moved_parameters, take_step
-from metaimplicit.training.metrics import Evaluation, evaluate, measure_name
+from metaimplicit.training.metrics import Evaluation, evaluate, measure_name, require_several
 from metaimplicit.training.progress import Budget, Progress, Stopwatch, cosine
 from metaimplicit.training.rotation import Identity
 from metaimplicit.training.run_folder import CHECKPOINT
@@ -180,12 +181,8 @@ def fit(
             is_best = False
             if validation is not None and is_due and progress.validated < progress.step:
                 # A signal ends a validation, too. The run that is resumed begins with it.
-                try:
+                with _saved_first(record, sampler):
                     result = None if stops else _validate(learner, validation, signals, ranks=ranks)
-                except Exception:
-                    if not record.is_saved:
-                        record.save(is_best=False)
-                    raise
                 stopwatch.update()
                 stops = _agree(ranks, progress, signals)
                 if result is not None and not stops:
@@ -206,14 +203,13 @@ def fit(
                 with unchanged_rates(optimizer):
                     before_step(spent)
             set_rates(optimizer, schedule(spent))
-            episodes = next(stream, None)
-            if episodes is None:
-                if not record.is_saved:
-                    record.save(is_best=False)
-                raise ValueError(
-                    f"sampler: its batches ended at step {progress.step}, which {CHECKPOINT} "
-                    "holds, expected as many as it is asked for; begin again where they end"
-                )
+            with _saved_first(record, sampler):
+                episodes = next(stream, None)
+                if episodes is None:
+                    raise ValueError(
+                        f"sampler: its batches ended at step {progress.step}, which {CHECKPOINT} "
+                        "holds, expected as many as it is asked for; begin again where they end"
+                    )
             number = progress.step + 1
             values = take_step(
                 learner,
@@ -228,6 +224,19 @@ def fit(
             stopwatch.update()
             record.write_step(values)
     return progress
+
+
+@contextmanager
+def _saved_first(record: RunRecord, sampler: Resumable) -> Iterator[None]:
+    """Save the steps that were taken before an error of the block, in which no parameter moves."""
+    before = sampler.state_dict()
+    try:
+        yield
+    except Exception:
+        sampler.load_state_dict(before)  # the batch that failed is to be drawn again
+        if not record.is_saved:
+            record.save(is_best=False)
+        raise
 
 
 def _agree(ranks: Ranks, progress: Progress, signals: DeferredSignals) -> bool:
@@ -325,8 +334,7 @@ def _validate(
     is_on_cuda = next(learner.parameters()).is_cuda
     with preserve_random_state(learner.method, cuda=is_on_cuda):
         batches = validation()
-        if isinstance(batches, Mapping) or hasattr(batches, "support"):
-            raise ValueError("validation: got one batch, expected several; return a list of it")
+        require_several(batches, name="validation")
         if not isinstance(batches, Iterable):
             name = type(batches).__name__
             raise ValueError(f"validation: got {name}, expected batches of episodes")

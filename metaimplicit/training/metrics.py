@@ -190,7 +190,8 @@ def evaluate(
         tasks: The number of tasks that count, ≥ 1, the first ones. If None, all.
 
     Raises:
-        ValueError: There is no batch, a number of steps is negative, or `tasks` is below 1.
+        ValueError: There is no batch, or no end of them. A number of steps is negative. `tasks` is
+            below 1, or there are fewer.
 
     Example:
         >>> learner = MetaLearner(nn.Linear(2, 3), nn.functional.cross_entropy)
@@ -199,7 +200,7 @@ def evaluate(
         torch.Size([2, 4])
     """
     device = next(learner.parameters()).device
-    require_several(batches)
+    require_several(batches, tasks)
     if tasks is not None:
         check_count("tasks", tasks)
     counts = tuple(step_counts(steps, learner.inner))
@@ -211,8 +212,9 @@ def evaluate(
             losses.append(loss.cpu())
             if accuracy is not None:
                 accuracies.append(accuracy.cpu())
-    if not losses:
-        raise ValueError("batches: got none, expected at least one batch of episodes")
+            if tasks is not None and sum(x.shape[1] for x in losses) >= tasks:
+                break
+    check_tasks(sum(x.shape[1] for x in losses), tasks)
     all_losses = torch.cat(losses, dim=1)[:, :tasks]
     if len(accuracies) < len(losses):
         name: Measure = "mse" if _is_squared_error(query_loss(learner)) else "loss"
@@ -221,14 +223,38 @@ def evaluate(
     return Evaluation(all_losses, all_accuracies, counts, measure=measure_name(learner))
 
 
-def require_several(batches: object) -> None:
-    """Raise ValueError for one batch of tasks in the place of several.
+def require_several(batches: object, tasks: int | None = None, name: str = "batches") -> None:
+    """Raise ValueError for one batch of tasks in the place of several, or for a sampler of no end.
+
+    Args:
+        batches: What should be batches of tasks.
+        tasks: The number of tasks that are taken. If None, all, so that there has to be an end.
+        name: What the error calls the batches.
 
     Example:
         >>> require_several([{"support": None, "query": None}])
     """
     if isinstance(batches, Mapping) or hasattr(batches, "support"):
-        raise ValueError("batches: got one batch, expected several; put it into a list")
+        raise ValueError(f"{name}: got one batch, expected several; put it into a list")
+    if tasks is None and hasattr(batches, "batches"):
+        raise ValueError(
+            f"{name}: got {type(batches).__name__}, which has no end, expected a number of batches;"
+            " take those of its method batches(count)"
+        )
+
+
+def check_tasks(found: int, tasks: int | None) -> None:
+    """Raise ValueError if there were no tasks, or fewer than were asked for.
+
+    Example:
+        >>> check_tasks(4, tasks=600)
+        Traceback (most recent call last):
+        ValueError: tasks: got 600, expected at most 4, the tasks of all batches
+    """
+    if not found:
+        raise ValueError("batches: got none, expected at least one batch of episodes")
+    if tasks is not None and found < tasks:
+        raise ValueError(f"tasks: got {tasks}, expected at most {found}, the tasks of all batches")
 
 
 def measure_name(learner: MetaLearner) -> Literal["accuracy", "metric"]:

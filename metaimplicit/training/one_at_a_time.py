@@ -14,7 +14,13 @@ from metaimplicit.learner import Episode, EpisodeBatch, MetaLearner, read_episod
 from metaimplicit.learner.targets import Group, measure
 from metaimplicit.task_axis import map_tensors
 from metaimplicit.tensors import tensors_in
-from metaimplicit.training.metrics import Estimate, evaluation_mode, require_several, to_device
+from metaimplicit.training.metrics import (
+    Estimate,
+    check_tasks,
+    evaluation_mode,
+    require_several,
+    to_device,
+)
 from metaimplicit.training.queries import query_classes, query_loss
 
 
@@ -37,8 +43,9 @@ def evaluate_one_at_a_time(
         tasks: The number of tasks that count, ≥ 2, the first ones. If None, all.
 
     Raises:
-        ValueError: There is no batch. The loss treats no targets as classes, and there is no
-            metric. An input has no axis of examples, or `tasks` is below 2.
+        ValueError: There is no batch, or no end of them. The loss treats no targets as classes, and
+            there is no metric. An input has no axis of examples. `tasks` is below 2, or there are
+            fewer.
 
     Example:
         >>> from torch import nn
@@ -47,7 +54,7 @@ def evaluate_one_at_a_time(
         >>> evaluate_one_at_a_time(learner, [Episode.of(pair, pair)]).tasks
         4
     """
-    require_several(batches)
+    require_several(batches, tasks)
     if tasks is not None:
         check_count("tasks", tasks, least=2)
     device = next(learner.parameters()).device
@@ -59,8 +66,9 @@ def evaluate_one_at_a_time(
                 queries = _split_examples(episode.query.inputs)
                 outputs = torch.cat([adapted(query) for query in queries], dim=1)
                 measured.append(_measure(learner, episode, outputs).cpu())
-    if not measured:
-        raise ValueError("batches: got none, expected at least one batch of episodes")
+            if tasks is not None and sum(map(len, measured)) >= tasks:
+                break
+    check_tasks(sum(map(len, measured)), tasks)
     return Estimate.of(torch.cat(measured)[:tasks])
 
 

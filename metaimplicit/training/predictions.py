@@ -53,8 +53,13 @@ class Predictions:
 
     @property
     def choices(self) -> Tensor:
-        """The ways that the learner chooses, `[tasks, queries]`."""
+        """The ways that the learner chooses, `[tasks, queries]`. Where it is NaN, they are 0."""
         return self.probabilities.argmax(-1)
+
+    @property
+    def is_choice(self) -> Tensor:
+        """Whether the learner chooses a way at all, likewise."""
+        return ~self.probabilities.isnan().any(-1)
 
     @property
     def is_counted(self) -> Tensor:
@@ -66,12 +71,12 @@ class Predictions:
     @property
     def right(self) -> Tensor:
         """Whether an example counts and the choice is right, likewise."""
-        return (self.choices == self.targets) & self.is_counted
+        return (self.choices == self.targets) & self.is_choice & self.is_counted
 
     @property
     def wrong(self) -> Tensor:
-        """Whether an example counts and the choice is wrong, likewise."""
-        return (self.choices != self.targets) & self.is_counted
+        """Whether an example counts and the choice is wrong, or there is none, likewise."""
+        return self.is_counted & ~self.right
 
     @property
     def accuracies(self) -> Tensor:
@@ -121,7 +126,8 @@ class Confusion:
         n = len(numbers)
         counts = torch.zeros(n, n, dtype=torch.long)
         chances = torch.zeros_like(counts)
-        task, query = predictions.is_counted.nonzero(as_tuple=True)
+        chose = predictions.is_counted & predictions.is_choice
+        task, query = chose.nonzero(as_tuple=True)
         true = positions[task, predictions.targets[task, query]]
         chosen = positions[task, predictions.choices[task, query]]
         one = torch.tensor(1)

@@ -226,6 +226,19 @@ def test_a_learning_rate_that_is_set_between_two_runs_is_that_of_the_second(tmp_
     assert [line["learning_rate"] for line in read_metrics(tmp_path / "second")] == [1e-5, 1e-5]
 
 
+def test_a_learning_rate_that_a_scheduler_of_torch_has_lowered_is_that_of_the_run(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    optimizer.step()
+    scheduler.step()
+    train(tmp_path, (learner, optimizer, sampler), steps=2, schedule=no_decay)
+    assert [line["learning_rate"] for line in read_metrics(tmp_path)] == pytest.approx([1e-3] * 2)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["initial_lr"]) == (pytest.approx(1e-3), 0.01)
+    scheduler.step()
+    assert group["lr"] == pytest.approx(1e-4)
+
+
 def test_a_scheduler_of_torch_before_a_step_is_refused(tmp_path):
     learner, optimizer, sampler = make_parts()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -271,6 +284,13 @@ def test_the_steps_of_a_sampler_that_ends_are_saved(tmp_path, unbroken):
     assert_same_weights(resumed.learner, expected)
 
 
+def test_the_steps_before_a_sampler_that_fails_are_saved(tmp_path):
+    learner, optimizer, sampler = make_parts()
+    with pytest.raises(CrashError):
+        train(tmp_path, (learner, optimizer, FaultySampler(sampler, at=3)))
+    assert load_learner(tmp_path / "checkpoint.pt", make_parts().learner).step == 2
+
+
 def test_a_scheduled_learning_rate_is_put_back_when_a_run_fails_and_when_it_is_resumed(tmp_path):
     learner, optimizer, sampler = make_parts()
     with pytest.raises(CrashError):
@@ -306,11 +326,12 @@ def test_a_run_of_another_optimiser_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda sampler: sampler[7], "validation: got one batch, expected several; return a list"),
+        (lambda sampler: sampler[7], "validation: got one batch, expected several; put it into a"),
+        (lambda sampler: sampler, "validation: got EpisodeSampler, which has no end, expected a n"),
         (lambda sampler: None, "validation: got NoneType, expected batches of episodes"),
         (lambda sampler: iter(()), "validation: got no batch; return a new iterator at each call"),
     ],
-    ids=["one batch", "None", "nothing"],
+    ids=["one batch", "no end", "None", "nothing"],
 )
 def test_a_validation_without_batches_is_named_and_no_step_is_lost(tmp_path, draw, message):
     learner, optimizer, sampler = make_parts()

@@ -15,9 +15,18 @@ from torch import nn
 from training.sinusoid_run import make_sampler
 
 from metaimplicit import GradientDescent, MetaLearner
+from metaimplicit.learner import Episode
 from metaimplicit.models import MLP
 from metaimplicit.normalization import BatchNorm
-from metaimplicit.training import Estimate, evaluate, evaluate_one_at_a_time, peak_memory
+from metaimplicit.training import (
+    Estimate,
+    Predictions,
+    evaluate,
+    evaluate_one_at_a_time,
+    peak_memory,
+    predict_classes,
+)
+from metaimplicit.training.predictions import Confusion
 
 
 def make_learner(model):
@@ -131,6 +140,35 @@ def test_one_batch_in_the_place_of_several_is_refused(measure):
     for one in (batch, {"support": batch.support, "query": batch.query}):
         with pytest.raises(ValueError, match="batches: got one batch, expected several; put it in"):
             measure(make_learner(MLP(1, 1)), one)
+
+
+@pytest.mark.parametrize("measure", [evaluate, evaluate_one_at_a_time])
+def test_no_more_batches_are_drawn_than_the_tasks_that_count(measure):
+    inner = GradientDescent(2, lr=0.01)
+    learner = MetaLearner(MLP(1, 1), F.mse_loss, inner=inner, metric=F.mse_loss)
+    sampler = make_sampler(tasks_per_batch=3, seed=1)
+    result = measure(learner, sampler, tasks=4)
+    assert (len(result.losses[0]) if measure is evaluate else result.tasks) == 4
+    assert sampler.position == 2
+    with pytest.raises(ValueError, match="tasks: got 600, expected at most 3, the tasks of all"):
+        measure(learner, [sampler[0]], tasks=600)
+    with pytest.raises(ValueError, match="batches: got EpisodeSampler, which has no end, expected"):
+        measure(learner, sampler)
+
+
+def test_outputs_that_are_not_numbers_predict_no_class():
+    model = nn.Linear(2, 3)
+    nn.init.constant_(model.weight, torch.nan)
+    learner = MetaLearner(model, F.cross_entropy)
+    pair = (torch.randn(1, 3, 2), torch.tensor([[0, 1, 2]]))
+    assert evaluate(learner, [Episode.of(pair, pair)], steps=[0]).accuracies.tolist() == [[0.0]]
+    predictions = predict_classes(learner, [Episode.of(pair, pair)], steps=0, tasks=1)
+    assert predictions.accuracies.tolist() == [0.0]
+    assert predictions.wrong.all()
+    classes = torch.tensor([[4, 5, 6]])
+    probabilities = torch.tensor([[[torch.nan] * 3, [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]])
+    predictions = Predictions(probabilities, pair[1], classes)
+    assert Confusion.of(predictions).counts.tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
 def test_evaluate_takes_numbers_of_steps_in_an_array():

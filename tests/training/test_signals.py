@@ -18,7 +18,7 @@ from metaimplicit.training import (
 )
 
 
-class SignalledError(Exception):
+class SignalledError(BaseException):  # as KeyboardInterrupt is one
     def __init__(self, number, frame):
         super().__init__(number)
         self.number = number
