@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class HostState:
     def read(cls) -> HostState:
         """The present states."""
         return cls(random.getstate(), np.random.get_state(legacy=False))
+
+    def is_present(self) -> bool:
+        """Whether nothing was drawn since, by any thread."""
+        now = HostState.read()
+        if self.of_python != now.of_python:
+            return False
+        pairs = zip(tree_leaves(self.of_numpy), tree_leaves(now.of_numpy), strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
 
     def restore(self) -> None:
         """Make these states the present ones."""

@@ -30,7 +30,7 @@ from metaimplicit.methods.report import Report
 from metaimplicit.methods.shared import initial_dependencies, retry_under_vmap
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
-from metaimplicit.random_state import RandomState
+from metaimplicit.random_state import HostState, RandomState
 from metaimplicit.solvers import SolverState
 from metaimplicit.solvers.iteration import all_ended
 
@@ -280,10 +280,13 @@ class Forward(Method):
         parts: list[Any] = []
         # All tangents are those of one step, which draws its random numbers once.
         state = RandomState.read(leaves[0].device)
+        host = HostState.read() if chunk < count else None  # which takes time
         for begin in range(0, count, chunk):
             rows = slice(begin, begin + chunk)
             part = tree_map(lambda x, rows=rows: x[rows].contiguous(), tangents)
             state.restore()
+            if host is not None:
+                host.restore()
             along = torch.vmap(push, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
             values, pushed = along(part)
             parts.append(pushed)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from metaimplicit.lifted import LiftedProblem
 from metaimplicit.methods.base import Gradients
@@ -22,7 +25,7 @@ from metaimplicit.operators import (
 )
 from metaimplicit.params import Params
 from metaimplicit.problem import Composite, Decay, Proximal
-from metaimplicit.random_state import NoticedDraws
+from metaimplicit.random_state import HostState, NoticedDraws, restored_host_state
 
 Result = TypeVar("Result")
 
@@ -266,20 +269,28 @@ def reject_random_numbers(
 ) -> Callable[[Params], Result]:
     """The same function, which raises ValueError if it draws random numbers.
 
-    With dropout, say, A would differ from one evaluation to the next.
+    With dropout, say, A would differ from one evaluation to the next. So it would with numbers of
+    Python or NumPy, as in mixup. Those are looked for in the first call alone.
 
     Args:
         function: A function of θ, `{name: [tasks, *shape]}`.
         name: What the error calls it.
     """
+    is_first = True
 
     def checked(params: Params) -> Result:
+        nonlocal is_first
         device = next(iter(params.values())).device
         before = _random_state(device)
+        host_before = HostState.read() if is_first else None
+        is_first = False
         result = function(params)
-        # The state is that of the process, and another thread may have moved it.
+        # The states are those of the process, and another thread may have moved them.
         moved = not torch.equal(before, _random_state(device))
-        if moved and _draws_random_numbers(function, params):
+        host_moved = host_before is not None and not host_before.is_present()
+        if (moved and _draws_random_numbers(function, params)) or (
+            host_moved and _depends_on_host_state(function, params)
+        ):
             raise ValueError(
                 f"{name}: it draws random numbers (dropout?), so its derivatives are not those of "
                 "the function that was solved; switch the model to evaluation mode, or use "
@@ -295,6 +306,20 @@ def _draws_random_numbers(function: Callable[[Params], Any], params: Params) -> 
     with draws:
         function(params)
     return draws.found
+
+
+def _depends_on_host_state(function: Callable[[Params], Any], params: Params) -> bool:
+    """Whether the result is another one with other random numbers of Python or NumPy."""
+    results = []
+    with restored_host_state():
+        for seed in (0, 1):
+            random.seed(seed)
+            np.random.seed(seed)
+            results.append([x for x in tree_leaves(function(params)) if isinstance(x, Tensor)])
+    # Equal draws may differ by round-off, where a device adds in another order.
+    return not all(
+        torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in zip(*results, strict=True)
+    )
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -1,8 +1,10 @@
 """Forward mode against reverse mode, finite differences and the implicit function theorem."""
 
+import random
 from dataclasses import replace
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -324,6 +326,30 @@ def test_tangents_above_the_limit_of_memory_are_refused():
     message = r"forward: got 15 hyperparameters for 4 parameters.*expected at most 0"
     with pytest.raises(ValueError, match=message):
         run_logistic(Forward(memory=1000))
+
+
+def test_chunks_of_tangents_are_those_of_one_draw_of_the_host():
+    """Mixup, say, draws its weight by Python's or NumPy's generator."""
+
+    def inner_loss(params, meta, data):
+        share = random.random() * np.random.rand()
+        return (params["w"] - share * meta["a"] - meta["b"]).square().sum()
+
+    problem = BilevelProblem(
+        init=lambda meta, data: {"w": torch.zeros(2, dtype=torch.float64)},
+        inner_loss=inner_loss,
+        outer_loss=lambda params, meta, data: params["w"].square().sum(),
+    )
+    meta = {name: randn(2, seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    results = []
+    for chunk in (None, 1):
+        random.seed(0)
+        np.random.seed(0)
+        inner = GradientDescent(steps=3, lr=0.2)
+        results.append(hypergradient(problem, meta, None, inner=inner, method=Forward(chunk=chunk)))
+    whole, chunked = results
+    assert torch.equal(chunked.params["w"], whole.params["w"])
+    assert largest_error(chunked.grads, whole.grads) < 1e-12
 
 
 def test_a_chunk_of_no_tangents_is_refused():

@@ -1,8 +1,10 @@
 """Inputs that are refused, and what the errors say."""
 
+import random
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,6 +253,29 @@ def test_the_value_function_of_a_loss_that_draws_random_numbers_is_refused():
     )
     with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
         hypergradient(noisy, {"c": number(2.0)}, None, inner=THREE_STEPS, method="f2sa")
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+@pytest.mark.parametrize("method", ["cg", "dense", "f2sa", "fixed-point"])
+def test_a_loss_that_draws_random_numbers_of_the_host_is_refused(method, draw):
+    noisy = scalar_problem(
+        lambda w, meta: (w - meta["c"] + 0.1 * draw()).square(), lambda w, meta: w
+    )
+    with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
+        hypergradient(noisy, {"c": number(2.0)}, None, inner=THREE_STEPS, method=method)
+
+
+def test_random_numbers_of_the_host_that_change_nothing_are_no_matter():
+    """As where they are drawn for a log, or by another thread."""
+
+    def inner_loss(w, meta):
+        random.random()
+        np.random.rand()
+        return (w - meta["c"]).square()
+
+    problem = scalar_problem(inner_loss, lambda w, meta: w)
+    result = hypergradient(problem, {"c": number(2.0)}, None, inner=THREE_STEPS, method="cg")
+    assert result.grads["c"].item() == pytest.approx(1)
 
 
 def test_the_value_function_of_what_is_in_half_precision_is_refused():
