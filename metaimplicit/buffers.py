@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from metaimplicit.tensors import is_transformed, put_back_dead
+from metaimplicit.tensors import is_transformed, put_back_dead, put_back_numbers
 
 Result = TypeVar("Result")
 
@@ -22,8 +22,9 @@ def restored_buffers() -> Iterator[Calls]:
     """Let the modules that are called in the block write to copies of their buffers.
 
     A call of a module sees what the calls before it in the block have written. After each, the
-    module has its own buffers again, to which nothing has written. After the block, tensors that
-    vmap left in other attributes of the modules are put back as well. Other threads are left alone.
+    module has its own buffers again, to which nothing has written. After the block, plain numbers
+    in other attributes of the modules are put back as well, and what vmap has replaced by tensors.
+    Other threads are left alone.
     In a block within a block, the inner one alone acts.
 
     Compiled modules run uncompiled. Hooks that are compiled with them would be those of one block.
@@ -128,10 +129,11 @@ class Calls:
         return bool(blocks) and blocks[-1] is self
 
     def put_back_attributes(self) -> None:
-        """Put back the attributes in which vmap has left a tensor."""
+        """Put back the attributes in which vmap has left a tensor, and plain numbers."""
         for tree in self._trees.values():
             for module, attributes in tree.attributes.items():
                 put_back_dead(vars(module), attributes)
+                put_back_numbers(vars(module), attributes)
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         _, copied = self._written.get(id(buffer), (buffer, None))

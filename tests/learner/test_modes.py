@@ -1,5 +1,6 @@
 """The learner within the modes of autograd, and meta-gradients that mean nothing."""
 
+import copy
 import random
 import warnings
 from functools import cache
@@ -315,3 +316,42 @@ def test_what_is_looked_at_first_leaves_all_random_generators_alone(vectorize):
         first, _, third = (draws_of_a_step(learner) for _ in range(3))
     assert len(third) < len(first)  # which began with looks at the loss
     assert first[-len(third) :] == third
+
+
+class Annealed(nn.Module):
+    """A layer whose outputs shrink with every call, by a count that is a plain number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * 0.8**self.calls
+
+
+@pytest.mark.parametrize("vectorize", ["auto", "vmap", "loop"])
+def test_a_count_of_calls_is_that_of_plain_steps(vectorize):
+    torch.manual_seed(0)
+    model = Annealed().double()
+    plain = copy.deepcopy(model)
+    x, y = torch.randn(2, 1, 5, 3, dtype=torch.float64), torch.randn(2, 1, 5, 1).double()
+    inner = GradientDescent(steps=2, lr=0.1)
+    learner = MetaLearner(model, F.mse_loss, inner=inner, vectorize=vectorize)
+    for calls in (3, 6):
+        learner.zero_grad()
+        learner.backward(((x[0], y[0]), (x[1], y[1])))
+        assert model.calls == calls
+
+        start = dict(plain.named_parameters())
+        params = start
+        for _ in range(2):
+            loss = F.mse_loss(torch.func.functional_call(plain, params, x[0, 0]), y[0, 0])
+            slopes = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            pairs = zip(params.items(), slopes, strict=True)
+            params = {name: p - 0.1 * slope for (name, p), slope in pairs}
+        loss = F.mse_loss(torch.func.functional_call(plain, params, x[1, 0]), y[1, 0])
+        expected = torch.autograd.grad(loss, list(start.values()))
+        for p, slope in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, slope)
