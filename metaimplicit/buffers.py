@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import local
+from threading import Lock, local
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -45,7 +45,7 @@ def restored_buffers() -> Iterator[Calls]:
         stack.callback(register_module_forward_pre_hook(calls.enter).remove)
         stack.callback(register_module_forward_hook(calls.leave, always_call=True).remove)
         if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_uncompiled)
         yield calls
 
 
@@ -170,6 +170,32 @@ class _Tree(NamedTuple):
         ]
 
 
+class _Uncompiled:
+    """A block in which compiled functions run uncompiled. It is one for all threads.
+
+    The stance of torch is that of the process, so the first thread that enters sets it, and the
+    last one that leaves puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.close()
+
+
+_uncompiled = _Uncompiled()
 _thread = local()
 
 

@@ -161,6 +161,37 @@ def test_a_compiled_module_keeps_its_buffers(wrap):
     assert model[0].num_batches_tracked == 1
 
 
+def test_threads_within_a_block_leave_compilation_as_it_was():
+    """The stance of torch is one for all threads, and they may leave in any order."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    first, second = restored_buffers(), restored_buffers()
+    entered = threading.Barrier(2, timeout=10)
+    first_left = threading.Event()
+
+    def run_second():
+        with second:
+            entered.wait()
+            first_left.wait(10)
+            function(torch.ones(1))
+
+    thread = threading.Thread(target=run_second)
+    thread.start()
+    with first:
+        entered.wait()
+    first_left.set()
+    thread.join()
+    assert not compiled
+    function(torch.ones(1))
+    assert len(compiled) == 1
+
+
 def test_buffers_of_a_functional_call_do_not_stay_in_the_module():
     """They are those of the tasks. Under vmap, they would be dead afterwards."""
     model = Counter()

@@ -214,10 +214,6 @@ class Solver(ABC):
             raise ValueError(
                 f"b: got shape {tuple(b.shape)}, expected {operator.shape}, the operator's"
             )
-        if b.dtype != operator.dtype:
-            raise ValueError(
-                f"b: got {b.dtype}, expected {operator.dtype}, the operator's; convert one of them"
-            )
         if preconditioner is not None and not self.takes_preconditioner:
             raise ValueError(f"preconditioner: {type(self).__name__} takes none; use CG")
         if operator.dtype in HALF and self.widens:
@@ -229,6 +225,10 @@ class Solver(ABC):
                 preconditioner=wide.widen(preconditioner),
             )
             return replace(solution, value=solution.value.to(b.dtype))
+        if b.dtype != operator.dtype:
+            raise ValueError(
+                f"b: got {b.dtype}, expected {operator.dtype}, the operator's; convert one of them"
+            )
         if b.shape[1] == 0:
             return _nothing_solved(b)
         rhs = NormalisedRHS.of(b)
