@@ -182,8 +182,8 @@ def test_threads_within_a_block_leave_compilation_as_it_was():
             function(torch.ones(1))
 
     thread = threading.Thread(target=run_second)
-    thread.start()
     with first:
+        thread.start()
         entered.wait()
     first_left.set()
     thread.join()
