@@ -154,10 +154,15 @@ def _no_loss(*_: Any) -> Tensor:
 
 
 def _check_residual(values: Any, point: Params) -> None:
+    """Raise ValueError unless a task has as many equations as unknowns, under the same names."""
+
+    def describe(x: Any) -> Any:
+        return list(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__
+
     got: Any = type(values).__name__
     if isinstance(values, dict):
-        got = {name: list(x.shape[1:]) for name, x in values.items()}
-    expected = {name: list(x.shape[1:]) for name, x in point.items()}
+        got = {name: describe(x) for name, x in values.items()}
+    expected = {name: describe(x) for name, x in point.items()}
     if got != expected:
         raise ValueError(
             f"residual: got {got}, expected a dict of tensors with the names and shapes of the "

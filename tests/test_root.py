@@ -107,10 +107,15 @@ def test_a_singular_jacobian_is_reported(nonlinear):
         params["x"].sum().backward()
 
 
-def test_a_residual_of_another_shape_is_refused():
+@pytest.mark.parametrize(
+    "residual",
+    [lambda x: {"y": x}, lambda x: {"x": x[:1]}, lambda x: {"x": 1.0}, lambda x: {"x": None}],
+    ids=["another name", "another shape", "a number", "None"],
+)
+def test_a_residual_of_another_form_is_refused(residual):
     with pytest.raises(ValueError, match=r"residual: got .*expected a dict of tensors"):
         root(
-            lambda params, meta, data: {"y": params["x"]},
+            lambda params, meta, data: residual(params["x"]),
             {"x": torch.ones(2)},
             {"phi": torch.ones(1)},
         )

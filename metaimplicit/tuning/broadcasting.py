@@ -101,6 +101,10 @@ class _Trial:
         of_output: Callable[[Tensor], Tensor] = lambda x: x,
         of_target: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
+        """The loss where the output and the target are numbers without a pattern, reshaped.
+
+        Of several outputs, it is each of the shape of z. The target is y itself.
+        """
         size = self._z.numel()
         line = torch.linspace(0.2, 0.8, size, dtype=self._z.dtype, device=self._z.device)
         y = self._y

@@ -88,7 +88,7 @@ class AdaGrad(Level):
     def direction(
         self, h: Hyperparameters, slots: Slots, gradient: Tensor, *, params: Tensor | None
     ) -> Tensor:
-        """g/(√s + ε), `[n]`."""
+        """g/(√s + ε), `[n]`, in a slot that the next step overwrites."""
         if "sum" not in slots:
             slots["sum"] = torch.full_like(gradient, self.initial)
         total = slots["sum"].addcmul_(gradient, gradient)
