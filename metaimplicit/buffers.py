@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from metaimplicit.tensors import is_transformed, put_back_dead, put_back_numbers
+from metaimplicit.tensors import is_transformed, put_back_dead
 
 Result = TypeVar("Result")
 
@@ -129,11 +129,10 @@ class Calls:
         return bool(blocks) and blocks[-1] is self
 
     def put_back_attributes(self) -> None:
-        """Put back the attributes in which vmap has left a tensor, and plain numbers."""
+        """Put back the attributes in which vmap has left a tensor."""
         for tree in self._trees.values():
             for module, attributes in tree.attributes.items():
                 put_back_dead(vars(module), attributes)
-                put_back_numbers(vars(module), attributes)
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         _, copied = self._written.get(id(buffer), (buffer, None))

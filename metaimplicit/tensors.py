@@ -102,22 +102,6 @@ def is_transformed(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def put_back_numbers(present: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Put back the plain numbers that a forward pass has changed, such as a count of its calls.
-
-    Args:
-        present: What a module holds, by name.
-        before: What it held before the pass.
-
-    Example:
-        >>> present = {"calls": 7, "last": 1}
-        >>> put_back_numbers(present, {"calls": 2, "last": None})
-        >>> present
-        {'calls': 2, 'last': 1}
-    """
-    present.update({n: x for n, x in before.items() if isinstance(x, (int, float))})
-
-
 def put_back_dead(present: dict[str, Any], before: Mapping[str, Any]) -> None:
     """Put back the entries in which a forward pass under vmap has left a tensor.
 

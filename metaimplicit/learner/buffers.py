@@ -9,7 +9,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from metaimplicit.normalization import tracked_layers
-from metaimplicit.tensors import put_back_dead, put_back_numbers
+from metaimplicit.tensors import put_back_dead
 
 
 @contextmanager
@@ -102,31 +102,3 @@ def restored_attributes(learner: nn.Module) -> Iterator[None]:
     finally:
         for present, attributes in before:
             put_back_dead(present, attributes)
-
-
-@contextmanager
-def restored_numbers(learner: nn.Module) -> Iterator[None]:
-    """Put back the plain numbers in the modules of a learner, such as counts of their calls.
-
-    Args:
-        learner: What holds the modules. Its own numbers may change.
-
-    Example:
-        >>> class Counting(nn.Module):
-        ...     calls = 0
-        ...     def forward(self, x):
-        ...         self.calls += 1
-        >>> counting = Counting()
-        >>> counting(None)
-        >>> with restored_numbers(nn.ModuleList([counting])):
-        ...     counting(None)
-        >>> counting.calls
-        1
-    """
-    modules = [module for module in learner.modules() if module is not learner]
-    before = [(vars(module), dict(vars(module))) for module in modules]
-    try:
-        yield
-    finally:
-        for present, attributes in before:
-            put_back_numbers(present, attributes)

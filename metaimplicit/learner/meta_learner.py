@@ -14,11 +14,7 @@ from metaimplicit.compiled import Compile
 from metaimplicit.functions import check_function
 from metaimplicit.hypergradient import Hypergradient, hypergradient
 from metaimplicit.inner import InnerLoop
-from metaimplicit.learner.buffers import (
-    reject_changed_tensors,
-    restored_attributes,
-    restored_numbers,
-)
+from metaimplicit.learner.buffers import reject_changed_tensors, restored_attributes
 from metaimplicit.learner.defaults import with_default_weights
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.gradient_check import CheckedTaskBatches
@@ -332,7 +328,7 @@ class MetaLearner(CheckedTaskBatches):
             self.vectorize = "vmap"
             return
         cuda = next(iter(self.meta.values())).is_cuda
-        with preserve_random_state(self.method, cuda=cuda), restored_numbers(self):
+        with preserve_random_state(self.method, cuda=cuda):
             self.vectorize = choose_vectorize(
                 lambda way: self._hypergradient(group.data, way).outer_loss
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metaimplicit.learner.batch_checks import BatchChecks
 from metaimplicit.learner.body import LastModule, find_last_module
 from metaimplicit.learner.body_check import body_objection
-from metaimplicit.learner.buffers import reject_changed_tensors, restored_numbers
+from metaimplicit.learner.buffers import reject_changed_tensors
 from metaimplicit.learner.episodes import Episode, EpisodeBatch
 from metaimplicit.learner.few_shot_model import FewShotModel
 from metaimplicit.learner.forms import may_be_batches, read_episodes, read_support
@@ -93,7 +93,7 @@ class TaskBatches(FewShotModel):
         """The tasks in groups of one shape, if nothing is wrong with them."""
         batches = read_episodes(episodes)
         try:
-            with reject_changed_tensors(self, but_tracked=True), restored_numbers(self):
+            with reject_changed_tensors(self, but_tracked=True):
                 return self._check(batches)
         except (ValueError, RuntimeError) as error:
             if not may_be_batches(episodes, batches[0]):
@@ -123,7 +123,7 @@ class TaskBatches(FewShotModel):
         if self.head is not None:
             parts = _read_for_head(self.head, [Episode(pair, pair) for pair in pairs])
             pairs = [part.support for part in parts]
-        with reject_changed_tensors(self, but_tracked=True), restored_numbers(self):
+        with reject_changed_tensors(self, but_tracked=True):
             self._settle(Episode(pairs[0], pairs[0]))
             for pair in pairs:
                 self._checks.check_support("support", pair)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,8 +180,12 @@ def fit(
             is_best = False
             if validation is not None and is_due and progress.validated < progress.step:
                 # A signal ends a validation, too. The run that is resumed begins with it.
-                with _saved_first(record, sampler):
+                try:
                     result = None if stops else _validate(learner, validation, signals, ranks=ranks)
+                except Exception:
+                    if not record.is_saved:
+                        record.save(is_best=False)
+                    raise
                 stopwatch.update()
                 stops = _agree(ranks, progress, signals)
                 if result is not None and not stops:
@@ -203,13 +206,14 @@ def fit(
                 with unchanged_rates(optimizer):
                     before_step(spent)
             set_rates(optimizer, schedule(spent))
-            with _saved_first(record, sampler):
-                episodes = next(stream, None)
-                if episodes is None:
-                    raise ValueError(
-                        f"sampler: its batches ended at step {progress.step}, which {CHECKPOINT} "
-                        "holds, expected as many as it is asked for; begin again where they end"
-                    )
+            episodes = next(stream, None)
+            if episodes is None:
+                if not record.is_saved:
+                    record.save(is_best=False)
+                raise ValueError(
+                    f"sampler: its batches ended at step {progress.step}, which {CHECKPOINT} "
+                    "holds, expected as many as it is asked for; begin again where they end"
+                )
             number = progress.step + 1
             values = take_step(
                 learner,
@@ -224,19 +228,6 @@ def fit(
             stopwatch.update()
             record.write_step(values)
     return progress
-
-
-@contextmanager
-def _saved_first(record: RunRecord, sampler: Resumable) -> Iterator[None]:
-    """Save the steps that were taken before an error of the block, in which no parameter moves."""
-    before = sampler.state_dict()
-    try:
-        yield
-    except Exception:
-        sampler.load_state_dict(before)  # the batch that failed is to be drawn again
-        if not record.is_saved:
-            record.save(is_best=False)
-        raise
 
 
 def _agree(ranks: Ranks, progress: Progress, signals: DeferredSignals) -> bool:

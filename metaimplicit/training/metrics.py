@@ -236,7 +236,8 @@ def require_several(batches: object, tasks: int | None = None, name: str = "batc
     """
     if isinstance(batches, Mapping) or hasattr(batches, "support"):
         raise ValueError(f"{name}: got one batch, expected several; put it into a list")
-    if tasks is None and hasattr(batches, "batches"):
+    is_stream = callable(getattr(batches, "batches", None)) and not hasattr(batches, "__len__")
+    if tasks is None and is_stream:
         raise ValueError(
             f"{name}: got {type(batches).__name__}, which has no end, expected a number of batches;"
             " take those of its method batches(count)"

@@ -284,13 +284,6 @@ def test_the_steps_of_a_sampler_that_ends_are_saved(tmp_path, unbroken):
     assert_same_weights(resumed.learner, expected)
 
 
-def test_the_steps_before_a_sampler_that_fails_are_saved(tmp_path):
-    learner, optimizer, sampler = make_parts()
-    with pytest.raises(CrashError):
-        train(tmp_path, (learner, optimizer, FaultySampler(sampler, at=3)))
-    assert load_learner(tmp_path / "checkpoint.pt", make_parts().learner).step == 2
-
-
 def test_a_scheduled_learning_rate_is_put_back_when_a_run_fails_and_when_it_is_resumed(tmp_path):
     learner, optimizer, sampler = make_parts()
     with pytest.raises(CrashError):

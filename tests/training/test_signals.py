@@ -18,7 +18,7 @@ from metaimplicit.training import (
 )
 
 
-class SignalledError(BaseException):  # as KeyboardInterrupt is one
+class SignalledError(Exception):
     def __init__(self, number, frame):
         super().__init__(number)
         self.number = number
