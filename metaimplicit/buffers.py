@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import Lock, local
+from threading import local
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from metaimplicit.stance import compiled_functions
 from metaimplicit.tensors import is_transformed, put_back_dead
 
 Result = TypeVar("Result")
@@ -22,12 +23,12 @@ def restored_buffers() -> Iterator[Calls]:
     """Let the modules that are called in the block write to copies of their buffers.
 
     A call of a module sees what the calls before it in the block have written. After each, the
-    module has its own buffers again, to which nothing has written. After the block, plain numbers
-    in other attributes of the modules are put back as well, and what vmap has replaced by tensors.
-    Other threads are left alone.
-    In a block within a block, the inner one alone acts.
+    module has its own buffers again, to which nothing has written. After the block, tensors that
+    vmap left in other attributes of the modules are put back as well. Modules that other threads
+    call are left alone. In a block within a block, the inner one alone acts.
 
-    Compiled modules run uncompiled. Hooks that are compiled with them would be those of one block.
+    Compiled functions run uncompiled, those of other threads as well. Hooks that are compiled with
+    a module would be those of one block.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -45,7 +46,7 @@ def restored_buffers() -> Iterator[Calls]:
         stack.callback(register_module_forward_pre_hook(calls.enter).remove)
         stack.callback(register_module_forward_hook(calls.leave, always_call=True).remove)
         if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
-            stack.enter_context(_uncompiled)
+            stack.enter_context(compiled_functions("uncompiled"))
         yield calls
 
 
@@ -169,32 +170,6 @@ class _Tree(NamedTuple):
         ]
 
 
-class _Uncompiled:
-    """A block in which compiled functions run uncompiled. It is one for all threads.
-
-    The stance of torch is that of the process, so the first thread that enters sets it, and the
-    last one that leaves puts it back.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._inside = 0
-        self._stance = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._stance.close()
-
-
-_uncompiled = _Uncompiled()
 _thread = local()
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from metaimplicit.stance import compiled_functions
 from metaimplicit.unsupported import shorten
 
 Compile = bool | Literal["auto"]
@@ -153,7 +154,7 @@ class Compiler:
             self._without_guards.__exit__(None, None, None)
             self._without_guards = None
         if not check and self._without_guards is None:
-            self._without_guards = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+            self._without_guards = compiled_functions("unguarded")
             self._without_guards.__enter__()
 
     def fail(self, reason: str) -> None:

@@ -30,6 +30,7 @@ LAYERS = (
         "random_state",
         "recomputation",
         "scoped",
+        "stance",
         "task_axis",
         "graph",
         "labels",

@@ -177,7 +177,6 @@ class BatchLoss:
 
     Attributes:
         value: L at the outputs for which `loss` was called first, a detached scalar.
-        measured: The same L with the digits that a comparison needs.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -191,7 +190,7 @@ class BatchLoss:
     """
 
     value: Tensor
-    measured: MeasuredLoss
+    _first_outputs: Tensor
 
     def __init__(
         self,
@@ -220,8 +219,12 @@ class BatchLoss:
             self._is_checked = True
             self._check(value, outputs)
             self.value = value.detach()
-            self.measured = MeasuredLoss.of_outputs(self._loss, outputs.squeeze(0), self._targets)
+            self._first_outputs = outputs.detach().squeeze(0)
         return value.unsqueeze(0)
+
+    def measure(self) -> MeasuredLoss:
+        """`value` with the digits that a comparison needs, by one more call of the loss."""
+        return MeasuredLoss.of_outputs(self._loss, self._first_outputs, self._targets)
 
     def _check(self, value: Tensor, outputs: Tensor) -> None:
         owner = type(self._optimizer).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from metaimplicit.solvers import CG, Dense, Solver
 
 # Up to here a factorisation is cheaper than the products of CG.
 MAX_DENSE_PARAMETERS = 1024
+# C at θ, which knows ∇L; L, a detached scalar; and what gives L with more digits.
+Linearised = tuple[Curvature, Tensor, Callable[[], MeasuredLoss]]
 
 
 class Damped(SecondOrder):
@@ -103,7 +106,7 @@ class Damped(SecondOrder):
         closure = self._check_closure(closure)
         evaluate = ReplayedClosure(self._model, closure, self._device)
         with torch.enable_grad(), explain_freed_graph():
-            operator, loss, measured = self._linearise(evaluate)
+            operator, loss, measure = self._linearise(evaluate)
         g = flatten(operator.gradient).detach()
         raise_if(
             ~g.isfinite(), f"{self._owner}: the gradient is not finite; no parameter was changed"
@@ -124,7 +127,7 @@ class Damped(SecondOrder):
         predicted = predicted_reduction(operator, g, delta)
         # It holds a graph, which is not needed while the closure is evaluated again.
         del operator
-        ratio = self._try_change(change, evaluate, measured, predicted=predicted)
+        ratio = self._try_change(change, evaluate, measure(), predicted=predicted)
         group["damping"] = levenberg_marquardt(
             group["damping"],
             ratio,
@@ -160,8 +163,8 @@ class Damped(SecondOrder):
             p.add_(change[name].squeeze(0))
 
     @abstractmethod
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor, MeasuredLoss]:
-        """C at θ, which knows ∇L, L, a detached scalar, and L with more digits."""
+    def _linearise(self, evaluate: ReplayedClosure) -> Linearised:
+        """The loss around θ."""
 
     @abstractmethod
     def _loss_of(self, result: Any) -> MeasuredLoss:

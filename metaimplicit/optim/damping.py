@@ -43,12 +43,13 @@ class MeasuredLoss:
     ) -> MeasuredLoss:
         """The loss at these outputs, in float64 if it computes in float64 then."""
         outputs = outputs.detach()
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float64))
         try:
+            wide = outputs.to(torch.promote_types(outputs.dtype, torch.float64))
             value = loss(wide, targets).detach()
         except (RuntimeError, TypeError, ValueError):  # it holds tensors of another type
             value = loss(outputs, targets).detach()
-        return cls.of_scalar(value, size=outputs.abs().max())
+        is_masked = outputs.isinf()  # as logits of −∞ are, which no loss subtracts
+        return cls.of_scalar(value, size=outputs.abs().masked_fill(is_masked, 0.0).max())
 
     @classmethod
     def of_scalar(cls, value: Tensor, size: Tensor | float = 1.0) -> MeasuredLoss:

@@ -345,7 +345,7 @@ class KFAC(SecondOrder):
             )
         g = flatten({name: gradients[name].unsqueeze(0) for name in self._trainable})
         d = flatten({name: delta[name].unsqueeze(0) for name in self._trainable})
-        return batch.measured, predicted_reduction(fisher, g, d)
+        return batch.measure(), predicted_reduction(fisher, g, d)
 
     def _adapt_damping(
         self, before: MeasuredLoss, after: MeasuredLoss, predicted: Tensor, *, nu: Tensor

@@ -19,7 +19,7 @@ from metaimplicit.operators.likelihood import check_fisher_options
 from metaimplicit.optim.base import BatchLoss, Loss
 from metaimplicit.optim.checks import check_loss
 from metaimplicit.optim.closure import ReplayedClosure
-from metaimplicit.optim.damped import Damped
+from metaimplicit.optim.damped import Damped, Linearised
 from metaimplicit.optim.damping import MeasuredLoss
 from metaimplicit.solvers import Solver
 
@@ -32,10 +32,10 @@ class _GeneralisedGaussNewton(Damped):
         super().__init__(model, **options)
         self.loss = loss
 
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Curvature, Tensor, MeasuredLoss]:
+    def _linearise(self, evaluate: ReplayedClosure) -> Linearised:
         batch = BatchLoss(self, evaluate, self.loss)
         operator = self._make_curvature(batch)
-        return operator, batch.value, batch.measured
+        return operator, batch.value, batch.measure
 
     @abstractmethod
     def _make_curvature(self, batch: BatchLoss) -> Curvature: ...

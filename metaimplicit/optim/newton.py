@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metaimplicit.operators import Curvature, Hessian, Identity, LinearOperator
 from metaimplicit.optim.checks import check_dependence, check_finite, check_scalar
 from metaimplicit.optim.closure import ReplayedClosure
-from metaimplicit.optim.damped import Damped
+from metaimplicit.optim.damped import Damped, Linearised
 from metaimplicit.optim.damping import MeasuredLoss
 from metaimplicit.params import Params
 from metaimplicit.solvers import CG, Dense, Solver
@@ -74,7 +74,7 @@ class Newton(Damped):
             solver=solver,
         )
 
-    def _linearise(self, evaluate: ReplayedClosure) -> tuple[Hessian, Tensor, MeasuredLoss]:
+    def _linearise(self, evaluate: ReplayedClosure) -> Linearised:
         seen: list[Tensor] = []
 
         def loss(params: Params) -> Tensor:
@@ -86,7 +86,7 @@ class Newton(Damped):
             return value.unsqueeze(0)
 
         hessian = Hessian(loss, self._task_params())
-        return hessian, seen[0], MeasuredLoss.of_scalar(seen[0])
+        return hessian, seen[0], lambda: MeasuredLoss.of_scalar(seen[0])
 
     def _loss_of(self, result: Any) -> MeasuredLoss:
         return MeasuredLoss.of_scalar(check_scalar(result, "closure"))

@@ -47,10 +47,31 @@ def test_a_small_loss_of_single_precision_is_measured_with_all_digits():
     measured = MeasuredLoss.of_outputs(F.cross_entropy, z, y)
     assert float(measured.value) == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
     assert float(measured.roundoff) == pytest.approx(200 * EPS)
+    masked = torch.tensor([[20.0, 0.0, -torch.inf]])
+    roundoff = MeasuredLoss.of_outputs(F.cross_entropy, masked, y).roundoff
+    assert float(roundoff) == pytest.approx(200 * EPS)
     weights = torch.ones(2)  # single precision, which cross_entropy does not mix with double
     coarse = MeasuredLoss.of_outputs(lambda z, y: F.cross_entropy(z, y, weights), z, y)
     assert coarse.value.dtype == torch.float32
     assert float(coarse.roundoff) == pytest.approx(200 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, NaturalGradient])
+def test_a_loss_is_measured_where_the_damping_adapts_alone(kind):
+    calls = []
+
+    def loss(z, y):
+        calls.append(z.dtype)
+        return F.cross_entropy(z, y)
+
+    x = X.float()
+    for adapts, wide in ((False, 0), (True, 2)):
+        model = nn.Linear(3, 3)
+        optimizer = kind(model, loss, adapt_damping=adapts)
+        optimizer.step(lambda model=model: (model(x), LABELS))
+        calls.clear()
+        optimizer.step(lambda model=model: (model(x), LABELS))
+        assert calls.count(torch.float64) == wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,0 +1,78 @@
+"""How compiled functions run, which torch keeps once for the whole process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import Lock
+from typing import Literal
+
+import torch
+
+Way = Literal["uncompiled", "unguarded"]
+
+
+class _Stance:
+    """The stance of torch, as the blocks of all threads want it.
+
+    A block that wants functions uncompiled has its way over one that wants them unguarded. What was
+    there before the first block is put back after the last, in whatever order they end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._wanted: list[Way] = []
+        self._before = ExitStack()
+
+    def want(self, way: Way) -> None:
+        """Begin a block."""
+        with self._lock:
+            stance = self._set([*self._wanted, way])
+            if not self._wanted:
+                self._before.enter_context(stance)
+            self._wanted.append(way)
+
+    def leave(self, way: Way) -> None:
+        """End a block."""
+        with self._lock:
+            self._wanted.remove(way)
+            if self._wanted:
+                self._set(self._wanted)
+            else:
+                self._before.close()
+
+    def _set(self, wanted: list[Way]) -> AbstractContextManager[None]:
+        """Set the stance. As a context, what is returned puts the one before back at its end."""
+        stance: AbstractContextManager[None]
+        if "uncompiled" in wanted:
+            stance = torch.compiler.set_stance("force_eager")
+        else:
+            stance = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+        return stance
+
+
+_stance = _Stance()
+
+
+@contextmanager
+def compiled_functions(way: Way) -> Iterator[None]:
+    """A block in which compiled functions run in another way, those of other threads as well.
+
+    Args:
+        way: `"uncompiled"`, or `"unguarded"`: torch does not check that a function still reads what
+            it was compiled for.
+
+    Example:
+        >>> def backend(graph, inputs):
+        ...     raise RuntimeError("it is compiled")
+        >>> double = torch.compile(lambda x: 2 * x, backend=backend)
+        >>> with compiled_functions("uncompiled"):
+        ...     double(torch.ones(1))
+        tensor([2.])
+    """
+    # Torch sets no stance from within a compiled function.
+    torch.compiler.disable(_stance.want)(way)
+    try:
+        yield
+    finally:
+        torch.compiler.disable(_stance.leave)(way)
