@@ -204,8 +204,9 @@ def settled_differences(
     steps: Tensor,
     tolerance: float,
 ) -> Differences:
-    """Those of the first step of h, h/100 and h/10⁴ that are known to the tolerance, or the best.
+    """The differences by the step h. Directions that it leaves uncertain take h/100, then h/10⁴.
 
+    A direction is certain once it is known to the tolerance. One that never is keeps the best.
     Where F has many kinks, as with a network of ReLUs, there may be one within h, but none nearby.
     """
     best = extrapolated_differences(function, meta, directions, steps=steps)

@@ -63,7 +63,7 @@ class Rule(ABC):
         """(dx/dp)ᵀ v. None is zero.
 
         Args:
-            x: The values, with their graph to p.
+            x: The values, with their graph to p if `again`.
             p: The arguments, with the graph that they have.
             v: A vector for each of the values.
             again: Whether the result is differentiated, so that it needs its graph to x, p and v.

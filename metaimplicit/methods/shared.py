@@ -177,10 +177,12 @@ def warn_or_raise(solver: Solver, solution: Solution, *, strict: bool) -> None:
 
 
 def warn_if_inaccurate(name: str, report: Report) -> None:
-    """Warn if a derivative of `argmin` or `root` is not that of a solution. It has no other report.
+    """Warn if a derivative of `argmin` or `root` is not that of a solution.
+
+    These functions return no report, so that nothing else would say it.
 
     Args:
-        name: The function that the warning names.
+        name: The function that the warning names, `"argmin"` or `"root"`.
         report: The report of the solve, judged.
     """
     if report.share(Status.MAX_STEPS) and report.residual is not None:

@@ -245,16 +245,22 @@ def whiten(
 
 
 def _eigen_of_graded(scaled: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues 1/d and eigenvectors of M = Σ^-½ C Σ^-½, zero where Σ is.
+    """The eigenvalues 1/d and eigenvectors of M = Σ^-½ C Σ^-½. 1/d is zero where Σ is.
 
-    An eigensolver errs by round-off times the largest eigenvalue. Where Σ is graded, M thus loses
-    the large d, and M⁻¹ = Σ^½ C⁻¹ Σ^½ does not, unless C is closer to singular than Σ is graded.
+    An eigensolver errs by round-off times the largest eigenvalue. Where the entries of Σ differ by
+    orders of magnitude, M thus loses the large d. M⁻¹ = Σ^½ C⁻¹ Σ^½ does not lose them, and is
+    taken if it can be formed: if the eigenvalues of C differ by less than those of Σ.
 
     Args:
         scaled: C, `[tasks, k, k]`, zero where Σ is.
         root: The diagonal of Σ^½, `[tasks, k]`, decreasing.
+
+    Returns:
+        1/d, `[tasks, k]`, in the order of the eigenvalues of the matrix that is taken, and the
+        eigenvectors, `[tasks, k, k]`, in its columns.
     """
     absent = root == 0
+    # C is singular where Σ is zero. Ones there keep it from counting as close to singular.
     of_c, vectors = torch.linalg.eigh(scaled + torch.diag_embed(absent.to(scaled)))
     sizes = of_c.abs()
     shrink = reciprocal(root, where=~absent)

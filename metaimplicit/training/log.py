@@ -145,7 +145,7 @@ class Log(NamedTuple):
     others: list[bytes]
 
     def require_complete(self, path: Path, lines: int) -> None:
-        """Raise DamagedFileError unless the lines 1 … `lines` are all there, and no others."""
+        """Raise DamagedFileError unless the lines 1 … `lines` are there, and none is damaged."""
         missing = [number for number in range(1, lines + 1) if number not in self.whole]
         if not (missing or self.others):
             return

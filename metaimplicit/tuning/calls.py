@@ -23,8 +23,9 @@ class ModelCall:
     """The model as a function of its parameters and of the inputs of a batch.
 
     Inputs are handed over in the first of these ways that the signature of `forward` allows: a
-    mapping by the names of its entries, a tuple or list element by element, anything as one
-    argument. Where a batch has one entry beside its targets, that entry is the one argument.
+    mapping by the names of its entries, a tuple or list element by element, anything (also one of
+    these) as one argument. Where a batch has one entry beside its targets, that entry is the one
+    argument.
 
     Args:
         model: The model. Parameters that are not given are constants.

@@ -21,8 +21,8 @@ def is_out_of_order(losses: LossesOfOutputs, outputs: Any, *, count: int) -> boo
 
     If ℓᵢ is a function of row i of the outputs z, ∂(Σ cᵢ ℓᵢ)/∂zᵢ = cᵢ ∂(Σ ℓᵢ)/∂zᵢ for any c. Where
     this fails, either another ℓⱼ depends on row i, or every loss compares rows with each other, as
-    a contrastive one does. In the second case, whose ∂(Σ ℓᵢ)/∂zᵢ depends on the other rows, the
-    order of the losses is not known, and is taken for right.
+    a contrastive one does. The second case shows by ∂(Σ ℓᵢ)/∂zᵢ, which depends on the other rows
+    then. The order of such losses is not known, and is taken for right.
 
     Args:
         losses: ℓ.

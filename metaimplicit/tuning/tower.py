@@ -251,7 +251,7 @@ class RunningLevel:
         derivatives: Hyperparameters = {}
         others = [name for name in self.values if name != "lr"]
         if others:
-            # A scalar lr multiplies the result, which is small, and not g.
+            # A scalar lr multiplies the result, which has fewer numbers than g.
             lr = self._h["lr"]
             scalar = lr.dim() == 0
             vector = g if scalar else g * self._expand_lr(lr)
