@@ -36,6 +36,7 @@ LAYERS = (
         "labels",
         "loss_state",
         "mended",
+        "mixed_types",
         "unchanged",
         "unsupported",
         "versions",
