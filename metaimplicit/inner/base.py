@@ -59,7 +59,8 @@ class Trajectory:
 class InnerLoop(ABC):
     """An optimiser of the inner loss, θ_0 → θ_T.
 
-    Subclasses are frozen dataclasses. They have a field `steps`, and may have a field `tol`.
+    Subclasses are frozen dataclasses. They have a field `steps`, and may have a field `tol`. They
+    define `run`, and for the methods that take single steps `take_step` as well.
 
     Attributes:
         steps: T ≥ 1, the largest number of steps.
@@ -178,9 +179,14 @@ class InnerLoop(ABC):
             ValueError: The steps of this loop are no such function, as with a line search. Or its
                 numbers differ from step to step, and there is none for this step.
         """
+        name = type(self).__name__
+        if self.differentiable:
+            raise ValueError(
+                f"inner: got {name}, which does not define take_step, the step as a function; "
+                "define it, or use 'unrolled'"
+            )
         raise ValueError(
-            f"inner: got {type(self).__name__}, whose steps are not differentiable; "
-            "use GradientDescent"
+            f"inner: got {name}, whose steps are not differentiable; use GradientDescent"
         )
 
     def initial_slots(self, names: Iterable[str], meta: Params) -> OptimizerState:
@@ -216,7 +222,10 @@ class InnerLoop(ABC):
         return self.updated(steps=steps)
 
     def reads(self, key: str) -> bool:
-        """Whether a number of this loop is read from the meta-parameter `key`."""
+        """Whether a number of this loop is read from the meta-parameter `key`.
+
+        A loop from elsewhere may read others in its steps. Methods take a step to find them.
+        """
         numbers = [number for _, number in self._numbers()]
         return any(isinstance(x, FromMeta) and x.reads(key) for x in numbers)
 

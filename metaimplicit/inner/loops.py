@@ -34,6 +34,14 @@ class _StepwiseLoop(InnerLoop):
 
     replay_objection = ""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "take_step" in vars(cls) and "run" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}: it defines take_step, which the run that it inherits does not "
+                "call; define run, too, or derive it from InnerLoop"
+            )
+
     @abstractmethod
     def _make_step(self) -> DifferentiableStep:
         """The step, whose construction checks the options."""

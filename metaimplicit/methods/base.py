@@ -39,6 +39,8 @@ class Dependencies:
         loss: The names of those that the inner loss depends on.
         idle: The names of the parameters that the inner loss does not depend on. They keep their
             initial values, weight decay or not.
+        in_loop: Finds the names of those that the steps of the inner loop depend on, beside the
+            numbers that the loop says it reads.
 
     Example:
         >>> from metaimplicit import FromMeta, GradientDescent
@@ -51,13 +53,14 @@ class Dependencies:
     start: set[str] = field(default_factory=set)
     loss: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
+    in_loop: Callable[[], set[str]] = set
 
     def routes(self, name: str) -> set[str]:
         """By which of the routes "start", "loss" and "loop" θ* depends on a meta-parameter."""
         depends = {
             "start": name in self.start,
             "loss": name in self.loss,
-            "loop": self.inner.reads(name),
+            "loop": self.inner.reads(name) or name in self.in_loop(),
         }
         return {route for route, does in depends.items() if does}
 

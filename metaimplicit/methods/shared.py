@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -110,7 +111,32 @@ def initial_dependencies(
     """
     start = find_dependencies(initial.values(), meta, functions=[problem.problem.init])
     inner.check_captured()
-    return Dependencies(inner, start)
+    in_loop = cache(partial(read_by_loop, inner, detached(initial), meta))
+    return Dependencies(inner, start, in_loop=in_loop)
+
+
+def read_by_loop(inner: InnerLoop, params: Params, meta: Params) -> set[str]:
+    """The meta-parameters that a loop from elsewhere depends on, by a step from θ = `params`.
+
+    The step is one for ½‖θ‖², and reads φ as any other step does. The loops of this package read
+    `FromMeta` numbers alone; see `InnerLoop.reads`. Of steps that are not differentiable, nothing
+    is known.
+    """
+
+    def loss(params: Params, _: int) -> Tensor:
+        squares = [p.abs().square().reshape(len(p), -1).sum(1) for p in params.values()]
+        return 0.5 * torch.stack(squares).sum(0)
+
+    own = __name__.partition(".")[0]
+    steps = (type(inner).run, type(inner).take_step)
+    if all(step.__module__.partition(".")[0] == own for step in steps):
+        return set()
+    try:
+        with torch.enable_grad():
+            trajectory = inner.with_steps(1).run(loss, params, meta, differentiated_steps=1)
+    except ValueError:
+        return set()
+    return find_dependencies(trajectory.params.values(), meta)
 
 
 def dependencies_of_loss(

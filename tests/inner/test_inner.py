@@ -14,7 +14,7 @@ from metaimplicit import (
     TorchOptimizer,
     hypergradient,
 )
-from metaimplicit.inner import LBFGS
+from metaimplicit.inner import LBFGS, L1Norm, ProximalGradient
 
 TASKS = 3
 N = 5
@@ -187,6 +187,39 @@ def test_a_loop_that_stops_before_its_differentiated_steps_is_the_identity_in_it
     total = sum(p.sum() for p in end.params.values())
     for gradient in torch.autograd.grad(total, list(start.values())):
         assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+@pytest.mark.parametrize("differentiated", range(4))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda steps: GradientDescent(steps=steps, lr=0.1),
+        lambda steps: ProximalGradient(L1Norm(0.1), steps=steps, lr=0.1),
+        lambda steps: TorchOptimizer(torch.optim.SGD, steps=steps, lr=0.1),
+    ],
+    ids=["gradient-descent", "proximal-gradient", "torch"],
+)
+def test_the_steps_before_the_differentiated_ones_are_the_identity(make, differentiated):
+    steps = 3
+
+    def gradients(start, *, steps, differentiated):
+        """Those of a sum of the last iterate in the start, and the last iterate."""
+        start = {name: p.detach().requires_grad_() for name, p in start.items()}
+        end = make(steps).run(loss, start, {}, differentiated_steps=differentiated).params
+        total = sum(p.square().sum() for p in end.values())
+        return torch.autograd.grad(total, list(start.values())), end
+
+    found, end = gradients(START, steps=steps, differentiated=differentiated)
+    middle = START
+    if differentiated < steps:
+        before = make(steps - differentiated)
+        middle = before.run(loss, START, {}, differentiated_steps=0).params
+    if differentiated > 0:
+        expected, _ = gradients(middle, steps=differentiated, differentiated=differentiated)
+    else:
+        expected = [2 * p for p in end.values()]
+    for gradient, reference in zip(found, expected, strict=True):
+        assert relative_error(gradient, reference) < 1e-14
 
 
 def test_undifferentiated_steps_leave_no_graph():
