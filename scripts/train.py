@@ -292,15 +292,15 @@ def test(run: Run, progress: Progress) -> None:
     write_json(out / "summary.json", summary)
 
     name = options.recipe or f"{options.task}, {options.approach}"
-    plot_curves(out)
-    fits = predict_test_curves(run.learner, family, options, "test", seed=options.test_seed)
-    plot_adaptation(out, result, title=name, fits=fits)
     print(
         f"{name}: test {result.metric} {result.curve()[-1]} (95 %, {options.test_episodes} tasks, "
         f"{options.test_steps} inner steps) after {progress.step} meta-steps in "
         f"{progress.seconds:.0f} s, peak {memory:.0f} MiB -> {out}",
         flush=True,
     )
+    plot_curves(out)
+    fits = predict_test_curves(run.learner, family, options, "test", seed=options.test_seed)
+    plot_adaptation(out, result, title=name, fits=fits)
     unsettled = describe_unsettled(read_metrics(out, complete=False))
     if unsettled:
         print(f"warning: {unsettled}", file=sys.stderr, flush=True)

@@ -27,7 +27,8 @@ def episodes_section(predictions: Predictions) -> Html:
         "of a class, then its queries: ✓ with the probability of the right class, or ✗ with the "
         "class that was chosen instead, and its probability.",
         _confidence("where it is right", sure[right]),
-        _confidence("where it is wrong", sure[wrong]),
+        _confidence("where it is wrong", sure[wrong & predictions.is_choice]),
+        _without_choice(predictions),
     ]
     shown = [_episode(predictions, task) for task in predictions.episodes]
     return join([note(" ".join(filter(None, words))), *shown])
@@ -40,7 +41,20 @@ def confusion_section(predictions: Predictions) -> Html:
     confusion = Confusion.of(predictions)
     is_small = len(confusion.numbers) <= MOST_CLASSES
     matrix = [_matrix(predictions, confusion)] if is_small else []
-    return join([*matrix, _pairs(predictions, confusion)])
+    words = _without_choice(predictions)
+    warning = [note(words)] if words else []
+    return join([*warning, *matrix, _pairs(predictions, confusion)])
+
+
+def _without_choice(predictions: Predictions) -> str:
+    counted = predictions.is_counted
+    missing = int((counted & ~predictions.is_choice).sum())
+    if missing == 0:
+        return ""
+    return (
+        f"For {missing} of {int(counted.sum())} queries the learner chose no class, because its "
+        "outputs are NaN. They count as wrong."
+    )
 
 
 def _confidence(where: str, probabilities: Tensor) -> str:
@@ -101,6 +115,9 @@ def _way(predictions: Predictions, *, task: int, way: int, episode: Episode) -> 
 
 def _answer(predictions: Predictions, *, task: int, query: int, image: Tensor) -> Html:
     """A query example, and what was said of it."""
+    if not predictions.is_choice[task, query]:
+        says = element("figcaption", "✗ no choice", class_="says")
+        return _shot(image, "no class chosen", says, kind="wrong")
     choice = int(predictions.choices[task, query])
     sure = f"{100 * float(predictions.probabilities[task, query, choice]):.0f}\N{NO-BREAK SPACE}%"
     name = predictions.name_of(task, choice)

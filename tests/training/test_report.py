@@ -24,7 +24,7 @@ from metaimplicit.training import (
     read_metrics,
     write_sealed_json,
 )
-from metaimplicit.training.episode_sections import episodes_section
+from metaimplicit.training.episode_sections import confusion_section, episodes_section
 from metaimplicit.training.health_section import health_section
 from metaimplicit.training.log import RunLog
 from metaimplicit.training.page import element, make_page, note
@@ -122,6 +122,24 @@ def test_queries_that_the_loss_ignores_are_neither_right_nor_wrong(loss, ignored
     text = episodes_section(predictions)
     assert "of 6 right" in text
     assert "of 9 right" not in text
+
+
+def test_queries_without_a_choice_are_counted_as_wrong_and_named(classified):
+    predictions, *_ = classified
+    probabilities = predictions.probabilities.clone()
+    probabilities[:, 0] = torch.nan
+    undecided = replace(predictions, probabilities=probabilities)
+    missing = f"For 10 of {undecided.targets.numel()} queries the learner chose no class"
+    sections = {"Episodes": episodes_section(undecided), "Confusion": confusion_section(undecided)}
+    page = read_page(make_page("x", note("-"), sections))
+    for name, text in page.sections:
+        assert missing in text, name
+        assert "nan" not in text.lower().replace("nan. they count as wrong", "")
+    assert dict(page.sections)["Episodes"].count("✗ no choice") == len(undecided.episodes)
+    whole = dict(
+        read_page(make_page("x", note("-"), {"E": episodes_section(predictions)})).sections
+    )
+    assert "chose no class" not in whole["E"]
 
 
 def test_predictions_of_more_tasks_than_there_are_are_refused():
