@@ -46,8 +46,8 @@ def warn_if_useless(gradients: Params, report: Report | None = None) -> None:
     what = f"of {names} is not finite" if wrong else f"has the norm {norm:.1e}"
     # Between here and the caller of `hypergradient` are its decorators.
     warnings.warn(
-        f"the meta-gradient {what}; look for NaN in the data, lower the inner step size, take fewer "
-        "inner steps or a larger eps of the inner optimiser, or add damping or proximal",
+        f"the meta-gradient {what}; look for NaN in the data, lower the inner step size, take "
+        "fewer inner steps or a larger eps of the inner optimiser, or add damping or proximal",
         RuntimeWarning,
         stacklevel=6,
     )

@@ -118,9 +118,9 @@ def _why_unsettled(inner: InnerLoop, kinked: bool) -> str:
     """Why the loop may have ended away from a stationary point, and what to do."""
     if kinked:
         return (
-            "the inner loss has a kink there, as a ReLU, a hinge or an ℓ1 term has, so that no step "
-            "makes ∂f/∂θ vanish; use a smooth loss and smooth activations (tanh, GELU), 'unrolled', "
-            "or for an ℓ1 term ProximalGradient with 'fixed-point'"
+            "the inner loss has a kink there, as a ReLU, a hinge or an ℓ1 term has, so that no "
+            "step makes ∂f/∂θ vanish; use a smooth loss with smooth activations (tanh, GELU), "
+            "or 'unrolled'; for an ℓ1 term, ProximalGradient with 'fixed-point'"
         )
     if inner.drift:
         return (
