@@ -96,6 +96,11 @@ def test_the_functions_of_every_form_of_state(name, uncompiled):
             assert float(torch.as_tensor(x - result.end.state[parameter][key]).abs().max()) < 1e-12
 
 
+def test_the_state_before_the_differentiated_steps_is_a_constant(uncompiled):
+    inner = TorchOptimizer(torch.optim.SGD, steps=4, lr=0.1, momentum=0.9)
+    assert_equal(new_network(), INITIAL, inner=inner, method=Truncated(2))
+
+
 @pytest.mark.parametrize("method", ["unrolled", GAUSS_NEWTON], ids=["unrolled", "gauss-newton"])
 def test_a_batch_of_one_task_in_a_loop(method, uncompiled):
     one = tuple(x[:1] for x in DATA)

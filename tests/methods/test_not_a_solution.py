@@ -20,7 +20,7 @@ from metaimplicit import (
     root,
 )
 from metaimplicit.methods import FixedPoint
-from metaimplicit.methods.report import relative_leftover
+from metaimplicit.methods.report import Report, relative_leftover
 from metaimplicit.solvers import GMRES, Status
 
 N = 4
@@ -133,6 +133,30 @@ def test_the_leftover_is_the_newton_step_beside_the_parameters():
     torch.testing.assert_close(measure, torch.tensor([0.1 / 1.1, 1 / 3]))
     zero = torch.zeros(2, 1)
     assert relative_leftover(zero, slope, v=zero, params={"w": theta}).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("drift", "of_theta", "of_loss"), [("", 1e-4, 1e-3), ("decoupled decay", 1e-6, 1e-6)]
+)
+def test_a_solve_is_judged_beside_the_parameters_and_the_loss(drift, of_theta, of_loss):
+    """The documented limits: a tenth above one of them is too far, a tenth below both is near."""
+    below, above = 0.9, 1.1
+    shares = [(below, below), (above, below), (below, above), (float("nan"), below)]
+    theta, loss = torch.tensor(shares).double().unbind(1)
+    report = Report(
+        "cg",
+        inner_steps=torch.ones(4),
+        inner_gradient_norm=torch.ones(4),
+        drift=drift,
+        status=torch.full((4,), int(Status.CONVERGED)),
+        relative_leftover=of_theta * theta,
+        leftover=-5.0 * of_loss * loss,
+    )
+    statuses = report.judged(torch.full((4,), 5.0)).status.tolist()
+    assert [Status(x).name for x in statuses] == ["CONVERGED"] + 3 * ["NOT_STATIONARY"]
+    alone = report.judged().status.tolist()
+    far = "NOT_STATIONARY"
+    assert [Status(x).name for x in alone] == ["CONVERGED", far, "CONVERGED", far]
 
 
 def test_parts_that_cancel_are_seen():
