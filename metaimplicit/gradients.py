@@ -29,7 +29,7 @@ def warn_if_useless(gradients: Params, report: Report | None = None) -> None:
         ...     warnings.simplefilter("always")
         ...     warn_if_useless({"weight": torch.tensor([float("nan")])})
         >>> str(caught[0].message).split(";")[0]
-        "the meta-gradient of 'weight' is not finite"
+        "the meta-gradient of 'weight' is not finite (NaN in the data?)"
     """
     gradients = {name: _entries(g) for name, g in gradients.items() if g.is_floating_point()}
     if not gradients or any(g.is_meta for g in gradients.values()):
@@ -43,11 +43,11 @@ def warn_if_useless(gradients: Params, report: Report | None = None) -> None:
         return
     wrong = [name for name, g in gradients.items() if not bool(g.isfinite().all())]
     names = ", ".join(map(repr, wrong[:3])) + (", …" if len(wrong) > 3 else "")
-    what = f"of {names} is not finite" if wrong else f"has the norm {norm:.1e}"
+    what = f"of {names} is not finite (NaN in the data?)" if wrong else f"has the norm {norm:.1e}"
     # Between here and the caller of `hypergradient` are its decorators.
     warnings.warn(
-        f"the meta-gradient {what}; look for NaN in the data, lower the inner step size, take "
-        "fewer inner steps or a larger eps of the inner optimiser, or add damping or proximal",
+        f"the meta-gradient {what}; lower the inner step size, take fewer inner steps or a larger "
+        "eps of the inner optimiser, or add damping or proximal",
         RuntimeWarning,
         stacklevel=6,
     )
