@@ -36,7 +36,6 @@ LAYERS = (
         "labels",
         "loss_state",
         "mended",
-        "mixed_types",
         "unchanged",
         "unsupported",
         "versions",

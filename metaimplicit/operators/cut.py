@@ -113,7 +113,7 @@ def _compose(loss: OutputLoss, link: Link) -> OutputLoss:
 
 def _is_linear(loss: OutputLoss, z: Tensor) -> bool:
     """Whether a loss has no curvature, neither at z nor at random outputs."""
-    loss, z = widen(loss, z)
+    z = widen(loss, z)
     roundoff = 100 * torch.finfo(z.dtype).eps
     for seed in range(2):
         vector = random_outputs(z, seed) + 1

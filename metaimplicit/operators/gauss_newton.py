@@ -26,8 +26,6 @@ from metaimplicit.operators.output_loss import (
     Checked,
     OutputLoss,
     output_gradient,
-    output_hessian_product,
-    random_outputs,
     widen,
 )
 from metaimplicit.params import Params, unflatten
@@ -139,8 +137,7 @@ class GGN(RetainedGraphCurvature):
         Args:
             steps: The number of power iterations for each end of the spectrum.
         """
-        loss, z = widen(self._loss, self._outputs)
-        z, slope = output_gradient(loss, z)
+        z, slope = output_gradient(self._loss, widen(self._loss, self._outputs))
         if not slope.requires_grad:  # a linear loss
             return
 
@@ -174,8 +171,6 @@ class GGN(RetainedGraphCurvature):
             steps=steps,
         )
         roundoff = 1e-3 * largest.squeeze(1) + 1e-13
-        if bool((smallest < -roundoff).any()):
-            roundoff = roundoff + _curvature_roundoff(loss, z.detach())
         if bool((smallest < -roundoff).any()):
             raise ValueError(
                 "Gauss–Newton: got a loss that is not convex in the outputs (curvature "
@@ -237,19 +232,6 @@ def _power_iteration(
         quotient = (v.conj() * hv).real.sum(1)
         v = shift * v - hv
     return quotient, v.norm(dim=1, keepdim=True)
-
-
-def _curvature_roundoff(loss: OutputLoss, z: Tensor) -> Tensor:
-    """What round-off may make of an eigenvalue of ∂²ℓ/∂z², `[tasks]`.
-
-    The curvature may be a small difference of larger numbers, as that of a cross-entropy is where
-    it is near zero. At random outputs it is about as large as those numbers.
-    """
-    eps = max(torch.finfo(x.dtype).eps for x in (z, loss(z)))
-    at = random_outputs(z, seed=1)
-    _, product = output_hessian_product(loss, at, random_outputs(z, seed=2))
-    size = product.abs().reshape(len(z), -1).amax(1)
-    return 10 * eps * torch.where(size.isfinite(), size, 0.0)
 
 
 def _check_reads_outputs_alone(total: Tensor, outputs: Tensor, params: Params) -> None:

@@ -160,7 +160,7 @@ def _find_family(
     round-off is all that may differ, and at the model's outputs z. It is None if no family fits,
     as for every loss without second derivatives, or with infinite ones at a random z.
     """
-    loss, z = widen(loss, z)
+    z = widen(loss, z)
     with torch.no_grad():
         eps = max(torch.finfo(x.dtype).eps for x in (z, loss(z)))
     tol = eps**0.5

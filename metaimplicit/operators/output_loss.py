@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.mixed_types import takes_mixed_types
-
 OutputLoss = Callable[[Tensor], Tensor]  # ℓ(z), [tasks, …] -> [tasks]
 Checked = dict[Any, Any]  # what earlier checks of a loss have found, by the shape of the outputs
 
@@ -66,27 +64,23 @@ def output_hessian_product(loss: OutputLoss, z: Tensor, vector: Tensor) -> tuple
     return slope.detach(), torch.zeros_like(slope) if product is None else product
 
 
-def widen(loss: OutputLoss, z: Tensor) -> tuple[OutputLoss, Tensor]:
-    """The loss and its outputs in float64, if it computes in float64. Otherwise both as they are.
-
-    Tensors that the loss holds may be of a narrower type, as weights of classes are.
+def widen(loss: OutputLoss, z: Tensor) -> Tensor:
+    """The outputs in float64 if the loss computes in float64 then. Otherwise they stay as they are.
 
     Example:
-        >>> loss, z = widen(lambda z: z @ torch.ones(2), torch.zeros(1, 2))
-        >>> loss(z)
-        tensor([0.], dtype=torch.float64)
+        >>> widen(lambda z: z.sum(1), torch.zeros(1, 2)).dtype
+        torch.float64
     """
     z = z.detach()
-    wide_loss = takes_mixed_types(loss)
     wide = z.to(torch.promote_types(z.dtype, torch.float64)).requires_grad_()
     try:
         with torch.enable_grad():
-            values = wide_loss(wide)
+            values = loss(wide)
             if values.requires_grad:  # some losses take two types, but have no derivative then
                 torch.autograd.grad(values.sum(), wide)
-    except RuntimeError:  # an operation of the loss knows one type alone
-        return loss, z
-    return (wide_loss, wide.detach()) if values.dtype == torch.float64 else (loss, z)
+    except RuntimeError:  # the loss holds tensors of another type
+        return z
+    return wide.detach() if values.dtype == torch.float64 else z
 
 
 def random_outputs(z: Tensor, seed: int) -> Tensor:

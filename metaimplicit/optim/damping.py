@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaimplicit.mixed_types import takes_mixed_types
 from metaimplicit.operators import LinearOperator
 from metaimplicit.solvers.trust_region import reduction_ratio
 
@@ -46,8 +45,8 @@ class MeasuredLoss:
         outputs = outputs.detach()
         try:
             wide = outputs.to(torch.promote_types(outputs.dtype, torch.float64))
-            value = takes_mixed_types(loss)(wide, targets).detach()
-        except (RuntimeError, TypeError, ValueError):  # an operation knows one type alone
+            value = loss(wide, targets).detach()
+        except (RuntimeError, TypeError, ValueError):  # it holds tensors of another type
             value = loss(outputs, targets).detach()
         is_masked = outputs.isinf()  # as logits of −∞ are, which no loss subtracts
         return cls.of_scalar(value, size=outputs.abs().masked_fill(is_masked, 0.0).max())

@@ -122,37 +122,14 @@ def test_a_loss_that_is_not_convex_in_the_outputs_is_refused(loss, convex):
         operator.check_convex()
 
 
-WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-CROSS_ENTROPIES = {
-    "plain": F.cross_entropy,
-    "weighted": lambda z, y: F.cross_entropy(z, y, WEIGHTS),
-    "narrowed": lambda z, y: F.cross_entropy(z.float(), y),
-}
-
-
-@pytest.mark.parametrize("kind", CROSS_ENTROPIES)
-@pytest.mark.parametrize("size", [5, 20, 50])
-def test_saturated_logits_in_single_precision_are_convex(kind, size):
+def test_saturated_logits_in_single_precision_are_convex():
     for seed in range(20):
-        params = {"z": size * torch.randn(4, 6, 5, generator=generator(seed))}
+        params = {"z": 50 * torch.randn(4, 6, 5, generator=generator(seed))}
         labels = params["z"].argmax(-1)
 
         def loss(z, y=labels):
-            return torch.vmap(CROSS_ENTROPIES[kind])(z, y)
+            return torch.vmap(F.cross_entropy)(z, y)
 
-        GGN(lambda p: p["z"], loss, params).check_convex()
-
-
-@pytest.mark.parametrize("kind", CROSS_ENTROPIES)
-def test_a_small_negative_curvature_in_single_precision_is_found(kind):
-    params = {"z": torch.randn(1, 6, 5, generator=generator(0))}
-    labels = params["z"].argmax(-1)
-
-    def loss(z):
-        classes = torch.vmap(CROSS_ENTROPIES[kind])(z, labels)
-        return 1e-6 * (classes - z.square().sum((1, 2)))
-
-    with pytest.raises(ValueError, match="not convex"):
         GGN(lambda p: p["z"], loss, params).check_convex()
 
 
@@ -164,7 +141,8 @@ def test_one_output_that_bends_down_a_little_is_found():
         operator.check_convex()
 
 
-def test_a_loss_that_holds_single_precision_is_checked():
+def test_a_loss_that_holds_single_precision_is_checked_in_it():
+    """Its outputs cannot be turned into float64."""
     params = {"z": torch.randn(2, 3, generator=generator(0))}
     weight = torch.ones(3, 3)
     GGN(lambda p: p["z"], lambda z: (z @ weight).square().sum(1), params).check_convex()

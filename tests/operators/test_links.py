@@ -232,13 +232,8 @@ class OfOneType(torch.autograd.Function):
 
 def test_outputs_are_widened_only_for_losses_that_have_a_derivative_then():
     z = torch.zeros(3, 2)
-    weights = torch.ones(2)
-    _, wide = widen(lambda z: z @ weights, z)
-    assert wide.dtype == torch.float64
-    for narrow in (OfOneType.apply, lambda z: z.float().sum(1)):
-        loss, same = widen(narrow, z)
-        assert loss is narrow
-        assert same.dtype == torch.float32
+    assert widen(lambda z: z.sum(1), z).dtype == torch.float64
+    assert widen(OfOneType.apply, z).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["log-softmax", "softmax"])
