@@ -34,9 +34,10 @@ class _StepwiseLoop(InnerLoop):
 
     replay_objection = ""
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "take_step" in vars(cls) and "run" not in vars(cls):
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        has_own_step = cls.take_step is not _StepwiseLoop.take_step
+        if has_own_step and cls.run is _StepwiseLoop.run:
             raise TypeError(
                 f"{cls.__name__}: it defines take_step, which the run that it inherits does not "
                 "call; define run, too, or derive it from InnerLoop"

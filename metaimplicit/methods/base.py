@@ -279,6 +279,8 @@ class Method(ABC):
                 through the inner loss may be left out: first-order methods keep the direct
                 gradient alone.
         """
+        if self.reach == ALL_ROUTES:
+            return
         missed = dependencies.routes(name) - self.reach
         if has_direct:
             missed.discard("loss")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -242,6 +242,9 @@ def _find_dependencies(
             reject_random_numbers(lambda p: problem.inner(p, meta, problem.at(0)))(initial)
     except ValueError as error:
         raise CannotCompileError("the inner loss draws random numbers") from error
+    # The compiler remembers what is returned, which should keep no tensor.
+    in_loop = dependencies.in_loop()
+    dependencies = replace(dependencies, in_loop=lambda: in_loop)
     variable = {name for name, m in meta.items() if m.requires_grad}
     if isinstance(problem.data, Stream):  # a later step may read more
         return dependencies, variable

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from metaimplicit.methods.report import Report
 from metaimplicit.operators import central_difference
 from metaimplicit.params import Params, detached
 from metaimplicit.problem import Stream
+from metaimplicit.random_state import restored_random_state
 from metaimplicit.solvers import ADVICE, Solution, Solver, Status
 
 Result = TypeVar("Result")
@@ -111,32 +113,46 @@ def initial_dependencies(
     """
     start = find_dependencies(initial.values(), meta, functions=[problem.problem.init])
     inner.check_captured()
-    in_loop = cache(partial(read_by_loop, inner, detached(initial), meta))
-    return Dependencies(inner, start, in_loop=in_loop)
-
-
-def read_by_loop(inner: InnerLoop, params: Params, meta: Params) -> set[str]:
-    """The meta-parameters that a loop from elsewhere depends on, by a step from θ = `params`.
-
-    The step is one for ½‖θ‖², and reads φ as any other step does. The loops of this package read
-    `FromMeta` numbers alone; see `InnerLoop.reads`. Of steps that are not differentiable, nothing
-    is known.
-    """
-
-    def loss(params: Params, _: int) -> Tensor:
-        squares = [p.abs().square().reshape(len(p), -1).sum(1) for p in params.values()]
-        return 0.5 * torch.stack(squares).sum(0)
-
     own = __name__.partition(".")[0]
     steps = (type(inner).run, type(inner).take_step)
     if all(step.__module__.partition(".")[0] == own for step in steps):
-        return set()
+        return Dependencies(inner, start)  # these loops read `FromMeta` numbers alone
+    in_loop = cache(partial(read_by_loop, problem, inner, detached(initial), meta))
+    return Dependencies(inner, start, in_loop=in_loop)
+
+
+def read_by_loop(
+    problem: LiftedProblem, inner: InnerLoop, params: Params, meta: Params
+) -> set[str]:
+    """The meta-parameters that the steps of a loop from elsewhere depend on, by a step of a copy.
+
+    The step goes from θ = `params`, for the loss ½‖θ + 1‖², which reads no φ. If the loop cannot
+    take it, nothing is known.
+    """
+
+    def loss(params: Params, _: int) -> Tensor:
+        squares = [((p + 1) * (p + 1).conj()).real for p in params.values()]
+        return 0.5 * reduce(torch.add, (x.reshape(len(x), -1).sum(1) for x in squares))
+
+    device = next(iter(params.values())).device
     try:
-        with torch.enable_grad():
-            trajectory = inner.with_steps(1).run(loss, params, meta, differentiated_steps=1)
-    except ValueError:
+        with torch.enable_grad(), restored_random_state(device):
+            trajectory = (
+                deepcopy(inner)
+                .with_steps(1)
+                .bound_to(problem)
+                .run(
+                    loss,
+                    params,
+                    meta,
+                    differentiated_steps=1,
+                    keep_iterates=False,
+                    state=None,
+                )
+            )
+            return find_dependencies(trajectory.params.values(), meta)
+    except Exception:  # of whatever kind the loop raises
         return set()
-    return find_dependencies(trajectory.params.values(), meta)
 
 
 def dependencies_of_loss(

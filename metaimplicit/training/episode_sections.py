@@ -52,8 +52,8 @@ def _without_choice(predictions: Predictions) -> str:
     if missing == 0:
         return ""
     return (
-        f"For {missing} of {int(counted.sum())} queries the learner chose no class, because its "
-        "outputs are NaN. They count as wrong."
+        f"For {missing} of {int(counted.sum())} queries the learner chose no class, because their "
+        "probabilities are NaN. They count as wrong."
     )
 
 

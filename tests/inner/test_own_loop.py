@@ -1,6 +1,6 @@
 """An inner loop of one's own, whose steps read φ without saying so."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from oracles import randn, relative_error
 
 from metaimplicit import BilevelProblem, FromMeta, GradientDescent, hypergradient
 from metaimplicit.inner import InnerLoop, L1Norm, ProximalGradient, Trajectory
-from metaimplicit.methods import METHODS
+from metaimplicit.methods import METHODS, shared
 from metaimplicit.params import detached, flatten, leaves
 
 TARGETS = randn(3, 2, seed=1)
@@ -86,6 +86,60 @@ def test_a_step_that_would_not_be_taken_is_refused():
 
         class Descends(GradientDescent):
             take_step = Descent.take_step
+
+
+@dataclass(frozen=True)
+class Warm(Descent):
+    """It goes on where it ended, and draws random numbers."""
+
+    ends: dict = field(default_factory=dict)
+
+    def take_step(self, params, gradients, state, meta, step=None):
+        return super().take_step(params, gradients, state, {"size": 0.1}, step)
+
+    def run(self, loss, start, meta, **options):
+        noise = 0.01 * torch.randn(2, dtype=torch.float64)
+        start = {name: self.ends.get(name, p) + noise for name, p in start.items()}
+        end = super().run(loss, start, meta, **options)
+        self.ends.update(detached(end.params))
+        return end
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", ["cg", "unrolled", "forward"])
+def test_what_a_loop_holds_and_draws_is_not_touched_by_the_trial(method, monkeypatch):
+    """An entry without a gradient makes methods ask whether the loop reads it."""
+    meta = {"center": META["center"], "unread": torch.ones(()).double()}
+
+    def results():
+        torch.manual_seed(0)
+        loop = Warm()
+        for _ in range(2):
+            end = hypergradient(PROBLEM, meta, TARGETS, inner=loop, method=method).params["w"]
+        return [end, *loop.ends.values(), torch.rand(1)]
+
+    tried = results()
+    monkeypatch.setattr(shared, "read_by_loop", lambda *_: set())
+    for first, second in zip(tried, results(), strict=True):
+        assert torch.equal(first, second)
+
+
+class Singular(Descent):
+    """A loop of which a step for another loss fails."""
+
+    def run(self, loss, start, meta, *, differentiated_steps, keep_iterates, state):
+        if self.steps == 1:
+            raise torch.linalg.LinAlgError("singular")
+        return super().run(loss, start, meta, differentiated_steps=differentiated_steps)
+
+
+def test_a_loop_that_cannot_take_the_trial_runs_as_before():
+    meta = {**META, "unread": torch.ones(()).double()}
+    inner = Singular()
+    result = hypergradient(PROBLEM, meta, TARGETS, inner=inner, method="unrolled")
+    expected = hypergradient(PROBLEM, meta, TARGETS, inner=Descent(), method="unrolled")
+    assert torch.equal(result.grads["size"], expected.grads["size"])
+    assert result.grads["unread"] == 0
 
 
 def test_a_loop_without_a_step_of_its_own_is_told_to_define_one():
