@@ -27,8 +27,8 @@ def restored_buffers() -> Iterator[Calls]:
     vmap left in other attributes of the modules are put back as well. Modules that other threads
     call are left alone. In a block within a block, the inner one alone acts.
 
-    Compiled functions run uncompiled, those of other threads as well. Hooks that are compiled with
-    a module would be those of one block.
+    Compiled functions run uncompiled. Hooks that are compiled with a module would be those of one
+    block.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)

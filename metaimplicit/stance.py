@@ -1,7 +1,8 @@
-"""How compiled functions run, which torch keeps once for the whole process."""
+"""How compiled functions run in a block."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import Lock
@@ -15,8 +16,9 @@ Way = Literal["uncompiled", "unguarded"]
 class _Stance:
     """The stance of torch, as the blocks of all threads want it.
 
-    A block that wants functions uncompiled has its way over one that wants them unguarded. What was
-    there before the first block is put back after the last, in whatever order they end.
+    Torch keeps it once for the whole process. A block that wants functions uncompiled has its way
+    over one that wants them unguarded. What was there before the first block is put back after the
+    last, in whatever order they end.
     """
 
     def __init__(self) -> None:
@@ -24,16 +26,20 @@ class _Stance:
         self._wanted: list[Way] = []
         self._before = ExitStack()
 
-    def want(self, way: Way) -> None:
-        """Begin a block."""
+    @contextmanager
+    def block(self, way: Way) -> Iterator[None]:
+        """A block that wants one of the ways."""
         with self._lock:
             stance = self._set([*self._wanted, way])
             if not self._wanted:
                 self._before.enter_context(stance)
             self._wanted.append(way)
+        try:
+            yield
+        finally:
+            self._leave(way)
 
-    def leave(self, way: Way) -> None:
-        """End a block."""
+    def _leave(self, way: Way) -> None:
         with self._lock:
             self._wanted.remove(way)
             if self._wanted:
@@ -56,11 +62,12 @@ _stance = _Stance()
 
 @contextmanager
 def compiled_functions(way: Way) -> Iterator[None]:
-    """A block in which compiled functions run in another way, those of other threads as well.
+    """A block in which compiled functions run in another way.
 
     Args:
-        way: `"uncompiled"`, or `"unguarded"`: torch does not check that a function still reads what
-            it was compiled for.
+        way: `"uncompiled"`: those that this thread calls. Where torch cannot tell threads apart, as
+            in early versions, those of other threads as well. Or `"unguarded"`: torch does not
+            check that a function still reads what it was compiled for, in no thread.
 
     Example:
         >>> def backend(graph, inputs):
@@ -70,9 +77,19 @@ def compiled_functions(way: Way) -> Iterator[None]:
         ...     double(torch.ones(1))
         tensor([2.])
     """
-    # Torch sets no stance from within a compiled function.
-    torch.compiler.disable(_stance.want)(way)
+    block = _uncompiled() if way == "uncompiled" else _stance.block(way)
+    # Torch takes neither from within a compiled function.
+    torch.compiler.disable(block.__enter__)()
     try:
         yield
     finally:
-        torch.compiler.disable(_stance.leave)(way)
+        torch.compiler.disable(block.__exit__)(None, None, None)
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    in_this_thread = getattr(
+        sys.modules.get("torch._dynamo.eval_frame"), "_use_eager_on_nested_compile", None
+    )
+    block: AbstractContextManager[None]
+    block = _stance.block("uncompiled") if in_this_thread is None else in_this_thread()
+    return block

@@ -1,4 +1,4 @@
-"""The stance of torch towards compiled functions, which is one for all threads."""
+"""How compiled functions run in blocks of several threads."""
 
 import threading
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from metaimplicit import stance
 from metaimplicit.stance import compiled_functions
 
 
@@ -46,6 +47,25 @@ def in_another_thread(way):
         end()
 
 
+def test_functions_run_uncompiled_in_one_thread_alone(counted):
+    function, graphs = counted
+    with compiled_functions("uncompiled"):
+        assert function(torch.ones(1), 2) == 2
+    assert not graphs
+    context = in_another_thread("uncompiled")
+    end = context.__enter__()
+    assert function(torch.ones(1), 2) == 2
+    assert len(graphs) == 1
+    end()
+
+
+@pytest.fixture
+def early_torch(monkeypatch):
+    """A version of torch that cannot tell threads apart."""
+    monkeypatch.setattr(stance, "_uncompiled", lambda: stance._stance.block("uncompiled"))
+
+
+@pytest.mark.usefixtures("early_torch")
 def test_functions_run_uncompiled_until_the_last_thread_leaves(counted):
     function, graphs = counted
     with compiled_functions("uncompiled"):
@@ -62,6 +82,7 @@ def test_functions_run_uncompiled_until_the_last_thread_leaves(counted):
     ("own", "other"),
     [("unguarded", "uncompiled"), ("uncompiled", "unguarded"), ("unguarded", "unguarded")],
 )
+@pytest.mark.usefixtures("early_torch")
 def test_guards_are_back_after_blocks_that_end_in_the_order_of_their_beginning(counted, own, other):
     function, _ = counted
     function(torch.ones(1), 2)
@@ -72,6 +93,7 @@ def test_guards_are_back_after_blocks_that_end_in_the_order_of_their_beginning(c
     assert function(torch.ones(1), 3) == 3
 
 
+@pytest.mark.usefixtures("early_torch")
 def test_a_stance_of_the_user_is_put_back(counted):
     function, graphs = counted
     with torch.compiler.set_stance("force_eager"):
