@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -289,7 +290,7 @@ def reject_random_numbers(
         moved = not torch.equal(before, _random_state(device))
         host_moved = host_before is not None and not host_before.is_present()
         if (moved and _draws_random_numbers(function, params)) or (
-            host_moved and _depends_on_host_state(function, params)
+            host_moved and _depends_on_host_state(function, params, result)
         ):
             raise ValueError(
                 f"{name}: it draws random numbers (dropout?), so its derivatives are not those of "
@@ -308,15 +309,24 @@ def _draws_random_numbers(function: Callable[[Params], Any], params: Params) -> 
     return draws.found
 
 
-def _depends_on_host_state(function: Callable[[Params], Any], params: Params) -> bool:
-    """Whether the result is another one with other random numbers of Python or NumPy."""
-    results = []
-    with restored_host_state():
-        for seed in (0, 1):
-            random.seed(seed)
-            np.random.seed(seed)
-            results.append([x for x in tree_leaves(function(params)) if isinstance(x, Tensor)])
-    return not all(_is_nearly_equal(a, b) for a, b in zip(*results, strict=True))
+def _depends_on_host_state(function: Callable[[Params], Any], params: Params, result: Any) -> bool:
+    """Whether the result is another one with other random numbers of Python or NumPy.
+
+    Other threads may draw from the same generators, whose states are left alone then. The numbers
+    are others because the first evaluation has drawn some.
+    """
+    evaluations = [result]
+    if threading.active_count() > 1:
+        evaluations += [function(params) for _ in range(2)]
+    else:
+        with restored_host_state():
+            for seed in (0, 1):
+                random.seed(seed)
+                np.random.seed(seed)
+                evaluations.append(function(params))
+    first, *others = ([x for x in tree_leaves(e) if isinstance(x, Tensor)] for e in evaluations)
+    pairs = [pair for other in others for pair in zip(first, other, strict=True)]
+    return not all(_is_nearly_equal(a, b) for a, b in pairs)
 
 
 def _is_nearly_equal(a: Tensor, b: Tensor) -> bool:

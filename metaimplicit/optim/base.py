@@ -223,8 +223,10 @@ class BatchLoss:
         return value.unsqueeze(0)
 
     def measure(self) -> MeasuredLoss:
-        """`value` with the digits that a comparison needs, by one more call of the loss."""
-        return MeasuredLoss.of_outputs(self._loss, self._first_outputs, self._targets)
+        """`value` with the digits that a comparison needs."""
+        return MeasuredLoss.of_outputs(
+            self._loss, self._first_outputs, self._targets, value=self.value
+        )
 
     def _check(self, value: Tensor, outputs: Tensor) -> None:
         owner = type(self._optimizer).__name__

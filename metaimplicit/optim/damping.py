@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,24 +15,26 @@ from metaimplicit.solvers.trust_region import reduction_ratio
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """A loss with the digits that a small difference of two losses needs.
+    """A loss that is measured with more digits where a small difference of two losses needs them.
 
     Attributes:
         value: L, a detached scalar.
         roundoff: What round-off may make of L beside ε|L|, a scalar.
+        in_double: It measures the loss in float64, if the loss computes in float64. None if there
+            is no such way.
 
     Example:
         The softmax of 20 is so close to 1 that its logarithm is 0 in single precision.
 
         >>> z, y = torch.tensor([[20.0, 0.0]]), torch.tensor([0])
-        >>> torch.nn.functional.cross_entropy(z, y)
-        tensor(0.)
-        >>> MeasuredLoss.of_outputs(torch.nn.functional.cross_entropy, z, y).value
-        tensor(2.0612e-09, dtype=torch.float64)
+        >>> measured = MeasuredLoss.of_outputs(torch.nn.functional.cross_entropy, z, y)
+        >>> measured.value, measured.in_double().value
+        (tensor(0.), tensor(2.0612e-09, dtype=torch.float64))
     """
 
     value: Tensor
     roundoff: Tensor
+    in_double: Callable[[], MeasuredLoss] | None = None
 
     @classmethod
     def of_outputs(
@@ -40,22 +42,31 @@ class MeasuredLoss:
         loss: Callable[[Tensor, Any], Tensor],
         outputs: Tensor,
         targets: Any,
+        value: Tensor | None = None,
     ) -> MeasuredLoss:
-        """The loss at these outputs, in float64 if it computes in float64 then."""
+        """The loss at these outputs, of which `value` may be known already."""
         outputs = outputs.detach()
-        try:
-            wide = outputs.to(torch.promote_types(outputs.dtype, torch.float64))
-            value = loss(wide, targets).detach()
-        except (RuntimeError, TypeError, ValueError):  # it holds tensors of another type
-            value = loss(outputs, targets).detach()
         is_masked = outputs.isinf()  # as logits of −∞ are, which no loss subtracts
-        return cls.of_scalar(value, size=outputs.abs().masked_fill(is_masked, 0.0).max())
+        size = outputs.abs().masked_fill(is_masked, 0.0).max()
+
+        known = cls.of_scalar(loss(outputs, targets) if value is None else value, size=size)
+        wide = torch.promote_types(outputs.dtype, torch.float64)
+        if wide == outputs.dtype:
+            return known
+
+        def in_double() -> MeasuredLoss:
+            try:
+                return cls.of_scalar(loss(outputs.to(wide), targets), size=size)
+            except (RuntimeError, TypeError, ValueError):  # it holds tensors of another type
+                return known
+
+        return replace(known, in_double=in_double)
 
     @classmethod
     def of_scalar(cls, value: Tensor, size: Tensor | float = 1.0) -> MeasuredLoss:
         """A loss of which nothing else is known than the size of the numbers that it is made of."""
         eps = torch.finfo(value.dtype).eps
-        return cls(value, 10 * eps * torch.as_tensor(size, device=value.device))
+        return cls(value.detach(), 10 * eps * torch.as_tensor(size, device=value.device))
 
     def ratio(self, after: MeasuredLoss, predicted: Tensor, eps: float) -> float:
         """ρ of a step to `after`; see `reduction_ratio`.
@@ -65,12 +76,17 @@ class MeasuredLoss:
             predicted: What the model of the loss predicts that it falls by.
             eps: The unit round-off of the parameters.
         """
+        before = self
+        noise = before.roundoff + after.roundoff + 10 * eps * before.value.abs()
+        has_digits = (before.value - after.value).abs() > 10 * noise
+        if before.in_double and after.in_double and not bool(has_digits):
+            before, after = before.in_double(), after.in_double()
         ratio = reduction_ratio(
-            self.value,
+            before.value,
             after.value,
             predicted,
             eps=eps,
-            roundoff=self.roundoff,
+            roundoff=before.roundoff,
         )
         return ratio.item()
 

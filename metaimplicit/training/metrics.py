@@ -236,7 +236,9 @@ def require_several(batches: object, tasks: int | None = None, name: str = "batc
     """
     if isinstance(batches, Mapping) or hasattr(batches, "support"):
         raise ValueError(f"{name}: got one batch, expected several; put it into a list")
-    is_stream = callable(getattr(batches, "batches", None)) and not hasattr(batches, "__len__")
+    methods = ("batches", "state_dict", "load_state_dict")  # of a sampler, as `fit` takes one
+    is_sampler = all(callable(getattr(batches, name, None)) for name in methods)
+    is_stream = is_sampler and not hasattr(batches, "__len__")
     if tasks is None and is_stream:
         raise ValueError(
             f"{name}: got {type(batches).__name__}, which has no end, expected a number of batches;"

@@ -1,6 +1,7 @@
 """Inputs that are refused, and what the errors say."""
 
 import random
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -263,6 +264,38 @@ def test_a_loss_that_draws_random_numbers_of_the_host_is_refused(method, draw):
     )
     with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
         hypergradient(noisy, {"c": number(2.0)}, None, inner=THREE_STEPS, method=method)
+
+
+@pytest.fixture
+def another_thread():
+    """There is a thread that may draw random numbers, and waits."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("another_thread")
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_random_numbers_beside_another_thread_are_refused_and_go_on(draw):
+    """The generators are not seeded, as the other thread may draw from them."""
+    drawn = []
+
+    def noise():
+        drawn.append(draw())
+        return 0.1 * drawn[-1]
+
+    noisy = scalar_problem(lambda w, meta: (w - meta["c"] + noise()).square(), lambda w, meta: w)
+    with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
+        hypergradient(noisy, {"c": number(2.0)}, None, inner=THREE_STEPS, method="cg")
+    assert len(set(drawn)) == len(drawn) > 4
+
+
+@pytest.mark.usefixtures("another_thread")
+def test_random_numbers_that_change_nothing_beside_another_thread_are_no_matter():
+    test_random_numbers_of_the_host_that_change_nothing_are_no_matter()
 
 
 def test_random_numbers_of_the_host_that_change_nothing_are_no_matter():

@@ -44,20 +44,38 @@ def test_a_reduction_below_the_roundoff_of_equal_losses_says_nothing(losses, rou
 def test_a_small_loss_of_single_precision_is_measured_with_all_digits():
     z = torch.tensor([[20.0, 0.0]])
     y = torch.zeros(1, dtype=torch.int64)
-    measured = MeasuredLoss.of_outputs(F.cross_entropy, z, y)
+    single = MeasuredLoss.of_outputs(F.cross_entropy, z, y)
+    assert single.value == 0
+    assert float(single.roundoff) == pytest.approx(200 * torch.finfo(torch.float32).eps)
+    measured = single.in_double()
     assert float(measured.value) == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
     assert float(measured.roundoff) == pytest.approx(200 * EPS)
     masked = torch.tensor([[20.0, 0.0, -torch.inf]])
-    roundoff = MeasuredLoss.of_outputs(F.cross_entropy, masked, y).roundoff
+    roundoff = MeasuredLoss.of_outputs(F.cross_entropy, masked, y).in_double().roundoff
     assert float(roundoff) == pytest.approx(200 * EPS)
     weights = torch.ones(2)  # single precision, which cross_entropy does not mix with double
     coarse = MeasuredLoss.of_outputs(lambda z, y: F.cross_entropy(z, y, weights), z, y)
-    assert coarse.value.dtype == torch.float32
-    assert float(coarse.roundoff) == pytest.approx(200 * torch.finfo(torch.float32).eps)
+    assert coarse.in_double().value.dtype == torch.float32
+    assert MeasuredLoss.of_outputs(F.cross_entropy, z.double(), y).in_double is None
 
 
-@pytest.mark.parametrize("kind", [GaussNewton, NaturalGradient])
-def test_a_loss_is_measured_where_the_damping_adapts_alone(kind):
+def test_a_ratio_of_single_precision_that_rounding_would_change_is_that_of_double():
+    y = torch.zeros(4, dtype=torch.int64)
+    z = torch.tensor([[2.0, 0.0]]).expand(4, -1)
+    for change in (1.0, 1e-2, 1e-4, 1e-6):
+        shifted = z + torch.tensor([change, 0.0])
+        before, after = (MeasuredLoss.of_outputs(F.cross_entropy, x, y) for x in (z, shifted))
+        exact = [F.cross_entropy(x.double(), y) for x in (z, shifted)]
+        predicted = 2 * (exact[0] - exact[1])
+        found = before.ratio(after, predicted, eps=EPS)
+        assert found == pytest.approx(0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "measurements"),
+    [({"lr": 1e-9}, 2), ({"lr": 1.0}, 0), ({"lr": 1e-9, "adapt_damping": False}, 0)],
+)
+def test_a_loss_is_measured_in_double_where_its_change_is_small(options, measurements):
     calls = []
 
     def loss(z, y):
@@ -65,16 +83,12 @@ def test_a_loss_is_measured_where_the_damping_adapts_alone(kind):
         return F.cross_entropy(z, y)
 
     x = X.float()
-    counts = []
-    for adapts in (False, True):
-        model = nn.Linear(3, 4)
-        optimizer = kind(model, loss, adapt_damping=adapts)
-        optimizer.step(lambda model=model: (model(x), LABELS))
-        calls.clear()
-        optimizer.step(lambda model=model: (model(x), LABELS))
-        counts.append(calls.count(torch.float64))
-    without, adapting = counts
-    assert adapting == without + 2
+    model = nn.Linear(3, 4)
+    optimizer = GaussNewton(model, loss, **options)
+    optimizer.step(lambda: (model(x), LABELS))
+    calls.clear()
+    optimizer.step(lambda: (model(x), LABELS))
+    assert calls.count(torch.float64) == measurements
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

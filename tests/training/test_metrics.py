@@ -156,6 +156,28 @@ def test_no_more_batches_are_drawn_than_the_tasks_that_count(measure):
         measure(learner, sampler)
 
 
+class OwnBatches:
+    """An iterable with an end that has a method of the same name as a sampler."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def batches(self):
+        return [self.batch]
+
+    def __iter__(self):
+        return iter(self.batches())
+
+
+@pytest.mark.parametrize("measure", [evaluate, evaluate_one_at_a_time])
+def test_batches_with_an_end_are_measured_whatever_methods_they_have(measure):
+    inner = GradientDescent(2, lr=0.01)
+    learner = MetaLearner(MLP(1, 1), F.mse_loss, inner=inner, metric=F.mse_loss)
+    batch = make_sampler(tasks_per_batch=3, seed=1)[0]
+    own, plain = measure(learner, OwnBatches(batch)), measure(learner, [batch])
+    assert str(own) == str(plain)
+
+
 def test_outputs_that_are_not_numbers_predict_no_class():
     model = nn.Linear(2, 3)
     nn.init.constant_(model.weight, torch.nan)
