@@ -224,7 +224,7 @@ class InnerLoop(ABC):
     def reads(self, key: str) -> bool:
         """Whether a number of this loop is read from the meta-parameter `key`.
 
-        A loop from elsewhere may read others in its steps. Methods try a step to find them.
+        A loop from elsewhere may read others in `take_step`. Methods find those of its first step.
         """
         numbers = [number for _, number in self._numbers()]
         return any(isinstance(x, FromMeta) and x.reads(key) for x in numbers)

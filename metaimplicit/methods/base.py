@@ -39,7 +39,7 @@ class Dependencies:
         loss: The names of those that the inner loss depends on.
         idle: The names of the parameters that the inner loss does not depend on. They keep their
             initial values, weight decay or not.
-        in_loop: Finds the names of those that the steps of the inner loop depend on, beside the
+        in_loop: Finds the names of those that the step of the inner loop depends on, beside the
             numbers that the loop says it reads.
 
     Example:

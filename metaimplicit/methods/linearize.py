@@ -310,23 +310,37 @@ def _draws_random_numbers(function: Callable[[Params], Any], params: Params) -> 
 
 
 def _depends_on_host_state(function: Callable[[Params], Any], params: Params, result: Any) -> bool:
-    """Whether the result is another one with other random numbers of Python or NumPy.
-
-    Other threads may draw from the same generators, whose states are left alone then. The numbers
-    are others because the first evaluation has drawn some.
-    """
-    evaluations = [result]
+    """Whether `result` is another one with other random numbers of Python or NumPy."""
     if threading.active_count() > 1:
-        evaluations += [function(params) for _ in range(2)]
-    else:
-        with restored_host_state():
-            for seed in (0, 1):
-                random.seed(seed)
-                np.random.seed(seed)
-                evaluations.append(function(params))
-    first, *others = ([x for x in tree_leaves(e) if isinstance(x, Tensor)] for e in evaluations)
-    pairs = [pair for other in others for pair in zip(first, other, strict=True)]
-    return not all(_is_nearly_equal(a, b) for a, b in pairs)
+        return _varies(function, params, result)
+    with restored_host_state():
+        for seed in (0, 1):
+            random.seed(seed)
+            np.random.seed(seed)
+            if not _are_nearly_equal(function(params), result):
+                return True
+    return False
+
+
+def _varies(function: Callable[[Params], Any], params: Params, result: Any) -> bool:
+    """Whether the result varies as random numbers of Python or NumPy are drawn.
+
+    Other threads may draw from these generators, whose states are left alone. Once nothing is drawn
+    in an evaluation, it was another thread that has drawn before.
+    """
+    for _ in range(8):
+        before = HostState.read()
+        if not _are_nearly_equal(function(params), result):
+            return True
+        if before.is_present():
+            return False
+    return False
+
+
+def _are_nearly_equal(first: Any, second: Any) -> bool:
+    """Whether the tensors of two pytrees differ by round-off alone."""
+    leaves = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in (first, second))
+    return all(_is_nearly_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
 def _is_nearly_equal(a: Tensor, b: Tensor) -> bool:

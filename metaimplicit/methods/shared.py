@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -113,44 +112,27 @@ def initial_dependencies(
     """
     start = find_dependencies(initial.values(), meta, functions=[problem.problem.init])
     inner.check_captured()
-    own = __name__.partition(".")[0]
-    steps = (type(inner).run, type(inner).take_step)
-    if all(step.__module__.partition(".")[0] == own for step in steps):
-        return Dependencies(inner, start)  # these loops read `FromMeta` numbers alone
-    in_loop = cache(partial(read_by_loop, problem, inner, detached(initial), meta))
+    module = getattr(type(inner).take_step, "__module__", None) or ""
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return Dependencies(inner, start)  # these steps read `FromMeta` numbers alone
+    in_loop = cache(partial(read_by_step, inner, detached(initial), meta))
     return Dependencies(inner, start, in_loop=in_loop)
 
 
-def read_by_loop(
-    problem: LiftedProblem, inner: InnerLoop, params: Params, meta: Params
-) -> set[str]:
-    """The meta-parameters that the steps of a loop from elsewhere depend on, by a step of a copy.
+def read_by_step(inner: InnerLoop, params: Params, meta: Params) -> set[str]:
+    """The meta-parameters that the first step of a loop depends on beside the inner loss.
 
-    The step goes from θ = `params`, for the loss ½‖θ + 1‖², which reads no φ. If the loop cannot
-    take it, nothing is known.
+    It is taken from θ = `params` with the gradient θ + 1, on copies. If the loop cannot take it,
+    nothing is known.
     """
-
-    def loss(params: Params, _: int) -> Tensor:
-        squares = [((p + 1) * (p + 1).conj()).real for p in params.values()]
-        return 0.5 * reduce(torch.add, (x.reshape(len(x), -1).sum(1) for x in squares))
-
-    device = next(iter(params.values())).device
+    theta = {name: p.clone() for name, p in params.items()}
+    gradients = {name: p + 1 for name, p in theta.items()}
+    copies = {name: m.detach().clone().requires_grad_(m.requires_grad) for name, m in meta.items()}
+    device = next(iter(theta.values())).device
     try:
         with torch.enable_grad(), restored_random_state(device):
-            trajectory = (
-                deepcopy(inner)
-                .with_steps(1)
-                .bound_to(problem)
-                .run(
-                    loss,
-                    params,
-                    meta,
-                    differentiated_steps=1,
-                    keep_iterates=False,
-                    state=None,
-                )
-            )
-            return find_dependencies(trajectory.params.values(), meta)
+            end, _ = inner.take_step(theta, gradients, {}, copies, step=0)
+        return find_dependencies(end.values(), copies)
     except Exception:  # of whatever kind the loop raises
         return set()
 

@@ -76,19 +76,20 @@ class MeasuredLoss:
             predicted: What the model of the loss predicts that it falls by.
             eps: The unit round-off of the parameters.
         """
-        before = self
-        noise = before.roundoff + after.roundoff + 10 * eps * before.value.abs()
-        has_digits = (before.value - after.value).abs() > 10 * noise
-        if before.in_double and after.in_double and not bool(has_digits):
-            before, after = before.in_double(), after.in_double()
+        noise = self.roundoff + after.roundoff + 10 * eps * self.value.abs()
+        has_digits = (self.value - after.value).abs() > 10 * noise
         ratio = reduction_ratio(
-            before.value,
+            self.value,
             after.value,
             predicted,
             eps=eps,
-            roundoff=before.roundoff,
+            roundoff=self.roundoff,
         )
-        return ratio.item()
+        # The noise is an estimate, so that no step is called bad on its account.
+        is_sure = bool(has_digits & (ratio >= 0.25))
+        if is_sure or self.in_double is None or after.in_double is None:
+            return ratio.item()
+        return self.in_double().ratio(after.in_double(), predicted, eps)
 
 
 def predicted_reduction(
