@@ -113,3 +113,9 @@ def test_the_defaults_are_those_that_results_were_measured_with(name):
     kinds = (int, float, str, tuple)
     found = {p.name: p.default for p in parameters if isinstance(p.default, kinds)}
     assert found == DEFAULTS[name]
+
+
+def test_the_numbers_of_a_status_are_those_that_runs_have_stored():
+    names = ["CONVERGED", "MAX_STEPS", "NEGATIVE_CURVATURE", "BREAKDOWN", "NON_FINITE"]
+    assert [status.name for status in solvers.Status] == [*names, "NOT_STATIONARY"]
+    assert [status.value for status in solvers.Status] == list(range(6))

@@ -11,6 +11,7 @@ from metaimplicit import (
     BilevelProblem,
     FromMeta,
     GradientDescent,
+    NewtonCG,
     TorchOptimizer,
     hypergradient,
 )
@@ -220,6 +221,26 @@ def test_the_steps_before_the_differentiated_ones_are_the_identity(make, differe
         expected = [2 * p.detach() for p in end.values()]
     for gradient, reference in zip(found, expected, strict=True):
         assert relative_error(gradient, reference) < 1e-14
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        GradientDescent(steps=2),
+        ProximalGradient(L1Norm(0.1), steps=2),
+        LBFGS(steps=2),
+        NewtonCG(steps=2),
+    ],
+    ids=lambda loop: type(loop).__name__,
+)
+def test_iterates_are_kept_on_demand_alone(loop):
+    end = loop.run(loss, START, {}, differentiated_steps=0)
+    assert end.iterates == ()
+    if loop.keeps_iterates:
+        kept = loop.run(loss, START, {}, differentiated_steps=0, keep_iterates=True).iterates
+        assert len(kept) == 3
+        for name, p in end.params.items():
+            assert torch.equal(kept[-1][name], p)
 
 
 def test_undifferentiated_steps_leave_no_graph():

@@ -384,6 +384,21 @@ def test_a_loss_that_leaves_labels_out_is_refused(masked, size):
         sliced.inner_loss({"w": randn(3, 3, seed=1)}, META, (x, labels))
 
 
+def test_labels_of_several_places_may_be_masked_in_some():
+    """An example with one masked place weighs less than the others in a mean over places."""
+    x = randn(12, 4, 3, seed=1)
+    labels = torch.arange(48).reshape(12, 4) % 3
+    labels[7, 1] = -100
+
+    def loss(params, meta, data):
+        return F.cross_entropy((data[0] @ params["w"]).flatten(0, 1), data[1].flatten())
+
+    problem = BilevelProblem(lambda meta, data: ZEROS, loss, validation_loss)
+    sliced = in_microbatches(problem, 2, batched=False)
+    with pytest.raises(ValueError, match="is not the mean of those of"):
+        sliced.inner_loss({"w": randn(3, 3, seed=1)}, META, (x, labels))
+
+
 def test_unsigned_numbers_are_no_labels():
     x = randn(M, 3, seed=1)
     numbers = torch.arange(M).to(torch.uint16)

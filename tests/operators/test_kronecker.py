@@ -367,3 +367,15 @@ def test_a_factored_solve_needs_a_core_with_an_inverse_and_a_positive_shift():
         Factored().solve(Identity(operator, 1.0) + Identity(operator, 1.0), b)
     with pytest.raises(ValueError, match=r"Factored: got σ \+ ρ = 0.0"):
         Factored(rho=0.0).solve(operator, b)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_task_that_is_not_finite_leaves_the_others_as_they_are(corrected):
+    images = IMAGES.clone()
+    images[0, 0] = torch.nan
+    v = randn(TASKS, flatten(PARAMS).shape[1], seed=5)
+    options = {"likelihood": "softmax", "corrected": corrected}
+    broken = kfac(inputs=images, **options).matvec(v)
+    whole = kfac(**options).matvec(v)
+    assert broken[0].isnan().any()
+    assert relative_error(broken[1], whole[1]) < 1e-12

@@ -8,6 +8,7 @@ from oracles import dense, randn, relative_error
 from torch import nn
 
 from metaimplicit.operators import KroneckerFactored
+from metaimplicit.operators.layers import ordered_weights
 from metaimplicit.optim import KFAC
 
 M = 5
@@ -142,3 +143,17 @@ def test_an_attention_layer_between_does_not_hide_that_the_sequence_is_first():
         factors.append([optimizer.state[layer.weight]["A"] for layer in (model.first, model.last)])
     for batch_first, sequence_first in zip(*factors, strict=True):
         assert relative_error(sequence_first, batch_first) < 1e-10
+
+
+def test_the_rest_for_rows_that_nothing_reaches_is_that_of_each_task():
+    weights = torch.tensor([[1.0, 2, 3, 4], [4, 1, 3, 2]], dtype=torch.float64) / 10
+    order = torch.tensor([[2, 0, 3, 1], [1, 3, 0, 2]])
+    plain = torch.ones(2, 4).double()
+    plain[0, :2] = 0.0
+    plain[1, 3] = 0.0
+    weighted = plain * weights.gather(1, order)
+    probes = torch.stack([plain, weighted]).sqrt()[..., None, None]
+    found = ordered_weights(weights, probes).squeeze(-1)
+    expected = weights.gather(1, order)
+    expected[0, :2] = expected[0, :2].mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
