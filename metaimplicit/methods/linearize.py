@@ -328,7 +328,7 @@ def _varies(function: Callable[[Params], Any], params: Params, result: Any) -> b
     Other threads may draw from these generators, whose states are left alone. Once nothing is drawn
     in an evaluation, it was another thread that has drawn before.
     """
-    for _ in range(8):
+    for _ in range(3):
         before = HostState.read()
         if not _are_nearly_equal(function(params), result):
             return True

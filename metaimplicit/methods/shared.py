@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -122,17 +123,19 @@ def initial_dependencies(
 def read_by_step(inner: InnerLoop, params: Params, meta: Params) -> set[str]:
     """The meta-parameters that the first step of a loop depends on beside the inner loss.
 
-    It is taken from θ = `params` with the gradient θ + 1, on copies. If the loop cannot take it,
-    nothing is known.
+    A copy of the loop takes it from θ = `params` with the gradient θ + 1. If the loop cannot take
+    it, nothing is known.
     """
-    theta = {name: p.clone() for name, p in params.items()}
-    gradients = {name: p + 1 for name, p in theta.items()}
-    copies = {name: m.detach().clone().requires_grad_(m.requires_grad) for name, m in meta.items()}
-    device = next(iter(theta.values())).device
     try:
+        loop = deepcopy(inner)
+        theta = {name: p.clone() for name, p in params.items()}
+        gradients = {name: p + 1 for name, p in theta.items()}
+        phi = {name: m.detach().clone().requires_grad_(m.requires_grad) for name, m in meta.items()}
+        device = next(iter(theta.values())).device
         with torch.enable_grad(), restored_random_state(device):
-            end, _ = inner.take_step(theta, gradients, {}, copies, step=0)
-        return find_dependencies(end.values(), copies)
+            state = loop.initial_slots(theta, phi)
+            end, _ = loop.take_step(theta, gradients, state, phi, step=0)
+        return find_dependencies(end.values(), phi)
     except Exception:  # of whatever kind the loop raises
         return set()
 

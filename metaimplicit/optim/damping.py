@@ -85,8 +85,9 @@ class MeasuredLoss:
             eps=eps,
             roundoff=self.roundoff,
         )
-        # The noise is an estimate, so that no step is called bad on its account.
-        is_sure = bool(has_digits & (ratio >= 0.25))
+        # The noise is an estimate, so that no step is called bad on its account. One to a loss that
+        # is not finite is bad, as the next step would start there.
+        is_sure = bool((has_digits & (ratio >= 0.25)) | ~after.value.isfinite())
         if is_sure or self.in_double is None or after.in_double is None:
             return ratio.item()
         return self.in_double().ratio(after.in_double(), predicted, eps)

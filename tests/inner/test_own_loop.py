@@ -100,9 +100,11 @@ class Warm(Descent):
     """It goes on where it ended, and its steps draw random numbers."""
 
     ends: dict = field(default_factory=dict)
+    own: torch.Generator = field(default_factory=torch.Generator)
 
     def take_step(self, params, gradients, state, meta, step=None):
         noise = 0.01 * torch.randn(2, dtype=torch.float64)
+        noise = noise + 0.01 * torch.randn(2, dtype=torch.float64, generator=self.own)
         end, _ = super().take_step(params, gradients, state, {"size": 0.1}, step)
         return {name: p + noise for name, p in end.items()}, {}
 

@@ -59,6 +59,19 @@ def test_a_small_loss_of_single_precision_is_measured_with_all_digits():
     assert MeasuredLoss.of_outputs(F.cross_entropy, z.double(), y).in_double is None
 
 
+def test_a_step_to_a_loss_that_is_not_finite_is_bad_though_double_precision_would_do():
+    def overflowing(z, y):
+        return torch.log(1 + torch.exp(z - y)).mean()
+
+    z, y = torch.zeros(2), torch.zeros(2)
+    before, after = (MeasuredLoss.of_outputs(overflowing, x, y) for x in (z, z + 100))
+    assert after.value.isinf()
+    assert after.in_double().value.isfinite()
+    assert before.ratio(after, torch.tensor(1.0), eps=EPS) == -math.inf
+    nowhere = MeasuredLoss.of_scalar(torch.tensor(torch.nan))
+    assert before.ratio(nowhere, torch.tensor(1.0), eps=EPS) == -math.inf
+
+
 def test_a_ratio_of_single_precision_that_rounding_would_change_is_that_of_double():
     y = torch.zeros(4, dtype=torch.int64)
     z = torch.tensor([[2.0, 0.0]]).expand(4, -1)
