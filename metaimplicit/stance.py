@@ -87,6 +87,7 @@ def compiled_functions(way: Way) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[None]:
+    """A block of this thread if torch has such, else of all threads."""
     in_this_thread = getattr(
         sys.modules.get("torch._dynamo.eval_frame"), "_use_eager_on_nested_compile", None
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -38,9 +39,11 @@ class _StepwiseLoop(InnerLoop):
         super().__init_subclass__(**options)
         has_own_step = cls.take_step is not _StepwiseLoop.take_step
         if has_own_step and cls.run is _StepwiseLoop.run:
-            raise TypeError(
+            warnings.warn(
                 f"{cls.__name__}: it defines take_step, which the run that it inherits does not "
-                "call; define run, too, or derive it from InnerLoop"
+                "call, so that methods differ; define run, too, or derive it from InnerLoop",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     @abstractmethod

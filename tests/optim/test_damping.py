@@ -59,6 +59,20 @@ def test_a_small_loss_of_single_precision_is_measured_with_all_digits():
     assert MeasuredLoss.of_outputs(F.cross_entropy, z.double(), y).in_double is None
 
 
+def test_no_step_is_bad_on_account_of_roundoff_that_the_estimate_leaves_out():
+    """Squares of 10⁴ leave no digit of a loss below 1 in single precision."""
+
+    def expanded(z, y):
+        return (z * z - 2 * z * y + y * y).mean()
+
+    y = torch.full((1,), 1e4)
+    for start in (0.5, 0.75, 1.0, 1.25):
+        before = MeasuredLoss.of_outputs(expanded, y + start, y)
+        after = MeasuredLoss.of_outputs(expanded, y + start / 2, y)
+        predicted = torch.tensor(0.75 * start**2)
+        assert before.ratio(after, predicted, eps=EPS) >= 0.25
+
+
 def test_a_step_to_a_loss_that_is_not_finite_is_bad_though_double_precision_would_do():
     def overflowing(z, y):
         return torch.log(1 + torch.exp(z - y)).mean()
