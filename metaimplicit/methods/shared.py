@@ -123,8 +123,13 @@ def initial_dependencies(
 def read_by_step(inner: InnerLoop, params: Params, meta: Params) -> set[str]:
     """The meta-parameters that the first step of a loop depends on beside the inner loss.
 
-    A copy of the loop takes it from θ = `params` with the gradient θ + 1. If the loop cannot take
-    it, nothing is known.
+    A copy of the loop takes it with the gradient θ + 1, and leaves the arguments as they are. If
+    the loop cannot take it, nothing is known, and the set is empty.
+
+    Args:
+        inner: The inner loop.
+        params: θ, `{name: [tasks, *shape]}`.
+        meta: φ, tensors of which those that require grad are looked for.
     """
     try:
         loop = deepcopy(inner)
