@@ -46,7 +46,10 @@ DEFAULTS = {
     "inner.GroupLasso": {"strength": 1.0},
     "inner.L1Norm": {"strength": 1.0},
     "inner.LinearHead": {"temperature": 1.0, "weight": "weight", "bias": "bias"},
+    "inner.KnownSolution": {},
     "inner.Newton": {"max_steps": 30, "tol": 1e-12},
+    "inner.NoSteps": {},
+    "inner.Ridge": {},
     "inner.SGDW": {"decoupled_weight_decay": 0.0},
     "inner.SimplexConstraint": {"total": 1.0},
     "methods.ValueFunction": {"strength": 10.0},
@@ -115,7 +118,30 @@ def test_the_defaults_are_those_that_results_were_measured_with(name):
     assert found == DEFAULTS[name]
 
 
+@pytest.mark.parametrize(
+    "loop",
+    [inner.Ridge(), inner.Newton(), inner.NoSteps(), inner.KnownSolution({})],
+    ids=lambda loop: type(loop).__name__,
+)
+def test_a_loop_without_gradient_steps_counts_as_one_step(loop):
+    assert loop.steps == 1
+
+
 def test_the_numbers_of_a_status_are_those_that_runs_have_stored():
     names = ["CONVERGED", "MAX_STEPS", "NEGATIVE_CURVATURE", "BREAKDOWN", "NON_FINITE"]
     assert [status.name for status in solvers.Status] == [*names, "NOT_STATIONARY"]
     assert [status.value for status in solvers.Status] == list(range(6))
+
+
+@pytest.mark.parametrize("name", [*methods.METHODS, *inner.INNER_LOOPS])
+def test_a_value_is_written_as_the_call_that_makes_it(name):
+    value = methods.METHODS[name] if name in methods.METHODS else inner.INNER_LOOPS[name]()
+    text = repr(value)
+    names = {**vars(solvers), **vars(methods), **vars(inner), **vars(metaimplicit)}
+    for rule in ("Adam", "AdamW", "RMSprop", "Adagrad"):
+        optimizer = getattr(torch.optim, rule)
+        text = text.replace(repr(optimizer), rule)
+        names[rule] = optimizer
+    rebuilt = eval(text.replace(", options={}", ""), names)  # torch's options are keywords
+    assert rebuilt == value
+    assert repr(rebuilt) == repr(value)

@@ -79,7 +79,7 @@ class GMRES(Solver):
 
             # With h_{k+1,k} = 0 the Krylov space does not grow any further.
             exhausted = progress.active & (column[:, -1:] <= 10 * eps * size)
-            broken = broken | singular | (exhausted & (residual > self.tol))
+            broken = broken | singular | (exhausted & (residual > max(self.tol, eps**0.5)))
             progress.stop(singular | exhausted | ~(residual > self.tol))
 
         x = start + arnoldi.combine(qr.coordinates())

@@ -94,7 +94,7 @@ class MINRES(Solver):
 
             # With β = 0 the Krylov space does not grow any further.
             exhausted = progress.active & (beta <= 10 * eps * lanczos.size)
-            broken = broken | stalled | (exhausted & (residual > max(self.tol, 10 * eps)))
+            broken = broken | stalled
             progress.stop(exhausted | ~(residual > self.tol))
 
         drift = eps * (lanczos.size * norm(x)).square()

@@ -257,8 +257,9 @@ def test_newton_is_damped_where_full_steps_diverge():
     assert result.report.inner_gradient_norm.max() < 1e-10
 
 
-def test_newton_halves_a_step_that_decreases_the_loss_too_little():
-    """f falls from 0 by half of the 1e-4 |slope| that a full step has to gain, and ends at −1/2."""
+@pytest.mark.parametrize(("gain", "end"), [(0.5e-4, -0.5), (1.5e-4, -1.0)])
+def test_newton_halves_a_step_that_decreases_the_loss_too_little(gain, end):
+    """A full step has to gain 1e-4 of the slope, which is 1. The loop ends after its first step."""
 
     class Barely:
         rows = torch.zeros(1, 1, 1, dtype=torch.float64)
@@ -274,10 +275,10 @@ def test_newton_halves_a_step_that_decreases_the_loss_too_little():
             return identity
 
         def values_along(self, v, direction, sizes):
-            return torch.where(sizes == 1, -0.5e-4, -sizes)[:, None]
+            return torch.where(sizes == 1, -gain, -sizes)[:, None]
 
     start = torch.zeros(1, 1, 1, dtype=torch.float64)
-    assert Newton().minimise(Barely(), start).end == -0.5
+    assert Newton().minimise(Barely(), start).end == end
 
 
 def test_tasks_end_where_roundoff_stops_them():

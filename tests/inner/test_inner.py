@@ -322,6 +322,16 @@ def test_lbfgs_takes_gradients_in_any_memory_layout():
     assert (gradient_norm(end.params) <= 1e-6).all()
 
 
+def test_lbfgs_without_a_tolerance_ends_where_the_gradient_is_zero():
+    def quadratic_loss(params, _):
+        return 1 + (params["w"] - 3).square().sum(1)
+
+    start = {"w": torch.full((1, 2), 3.0)}
+    end = LBFGS(steps=50, tol=None).run(quadratic_loss, start, {}, differentiated_steps=0)
+    assert end.steps.tolist() == [1]
+    assert torch.equal(end.params["w"], start["w"])
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 @pytest.mark.parametrize("by", [torch.mul, torch.add], ids=["gradient", "value"])
 def test_lbfgs_solves_the_other_tasks_beside_one_that_is_not_finite(broken, by):

@@ -286,6 +286,16 @@ def test_a_trial_point_whose_gradient_is_not_finite_is_refused(loss, start):
     assert end.params["x"].abs().sum() > 0
 
 
+@pytest.mark.parametrize(("ratio", "end"), [(0.5e-4, 0.0), (1.5e-4, 1.0)])
+def test_a_step_is_taken_if_the_loss_falls_by_1e_4_of_what_the_model_promises(ratio, end):
+    def loss(params, _):
+        x = params["x"].squeeze(1)
+        return -x + x.square() / 2 + 0.5 * (1 - ratio) * x**3  # −ratio/2 at 1, the model −1/2
+
+    reached = run(NewtonCG(steps=1, radius=10.0), loss, point([0.0]))
+    assert reached.params["x"].item() == pytest.approx(end, abs=1e-12)
+
+
 def test_where_there_is_no_second_derivative_the_model_is_linear():
     """‖x‖ has a gradient at 0 by convention, and a Hessian of NaN: the first step is Δ along −g."""
     loop = NewtonCG(steps=1, radius=0.5)

@@ -31,6 +31,7 @@ from metaimplicit import (
     hypergradient,
 )
 from metaimplicit.diagnostics import compare
+from metaimplicit.methods.linearize import reject_random_numbers
 from metaimplicit.tuning import HOAG
 
 THREE_STEPS = GradientDescent(steps=3, lr=0.1)
@@ -264,6 +265,21 @@ def test_a_loss_that_draws_random_numbers_of_the_host_is_refused(method, draw):
     )
     with pytest.raises(ValueError, match=r"inner loss: it draws random numbers \(dropout\?\)"):
         hypergradient(noisy, {"c": number(2.0)}, None, inner=THREE_STEPS, method=method)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda p: p["w"][: random.randrange(1, 100)],
+        lambda p: torch.tensor(10**6 + random.randrange(100)),
+    ],
+    ids=["shape", "integers"],
+)
+def test_results_that_differ_by_more_than_round_off_are_refused(result):
+    """Integers have none, and neither has the number of rows that are drawn."""
+    params = {"w": torch.zeros(100)}
+    with pytest.raises(ValueError, match=r"inner loss: it draws random numbers"):
+        reject_random_numbers(result)(params)
 
 
 @pytest.fixture

@@ -157,3 +157,33 @@ def test_the_rest_for_rows_that_nothing_reaches_is_that_of_each_task():
     expected = weights.gather(1, order)
     expected[0, :2] = expected[0, :2].mean()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_rows_of_two_examples_each_weigh_the_same():
+    """A layer may see the three pairs of three examples two at a time, with one number each."""
+    weights = torch.tensor([[0.5, 0.5]])
+    weighted = torch.full((1, 3, 1, 1), 0.5)  # (3/2) · (1/3)
+    probes = torch.stack([torch.ones(1, 3, 1, 1), weighted]).sqrt()
+    assert ordered_weights(weights, probes).flatten().tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_round_off_does_not_hide_an_order_that_is_almost_that_of_the_loss():
+    """The ratios lie beside the weights, and the order of the loss is the nearest guess of all."""
+    order = torch.tensor([[1, 0, 2, 3]])
+    for seed in range(20):
+        weights = torch.tensor([[1.0, 2.0, 3.0, 40.0]]) + randn(1, 4, seed=seed).float().abs()
+        weights = weights / weights.sum()
+        scores = randn(1, 4, 1, 3, seed=seed).float()
+        weighted = weights.gather(1, order).sqrt()[..., None, None] * scores
+        found = ordered_weights(weights, torch.stack([scores, weighted])).squeeze(-1)
+        torch.testing.assert_close(found, weights.gather(1, order), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_rows_that_reach_neighbours_a_little_are_in_the_order_of_the_loss(positions):
+    weights = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64) / 10
+    ratio = 0.9 * weights + 0.1 * weights.roll(1, 1)
+    rows = ratio.repeat_interleave(positions, dim=1).reshape(1, 4, positions, 1)
+    found = ordered_weights(weights, torch.stack([torch.ones_like(rows), rows]).sqrt())
+    expected = weights.unsqueeze(-1).expand(1, 4, positions) / positions
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -7,6 +7,7 @@ from solver_cases import SOLVERS
 
 from metaimplicit import CG, Dense, Neumann, Nystrom
 from metaimplicit.solvers import (
+    GMRES,
     MINRES,
     Auto,
     Factored,
@@ -115,3 +116,26 @@ def test_an_ill_conditioned_system_has_its_true_residual(kind, condition):
             assert abs(solution.residual.item() - true.item()) < 0.5 * true.item() + 10 * noise
             if kind is MINRES and true > 1.0001:
                 assert solution.status.item() == BREAKDOWN
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-15])
+@pytest.mark.parametrize("kind", [MINRES, GMRES])
+def test_a_tolerance_below_round_off_is_no_breakdown(kind, tol):
+    """The Krylov space ends after three steps, with a residual that is round-off."""
+    matrix = symmetric(torch.tensor([[0.01, 0.1, 1.0]]))
+    for seed in range(5):
+        solution = kind(max_steps=9, tol=tol).solve(Matrix(matrix), randn(1, 3, seed=seed))
+        assert solution.status.item() == MAX_STEPS
+        assert 0 < solution.residual.item() < 1e-12
+
+
+@pytest.mark.parametrize("kind", [CG, MINRES, GMRES])
+def test_a_residual_near_round_off_is_computed_by_one_product_more(kind):
+    matrix = symmetric(torch.logspace(-1, 0, 12).unsqueeze(0)).float()
+    operator = Matrix(matrix)
+    b = randn(1, 12, seed=0).float()
+    solution = kind(max_steps=11, tol=1e-6).solve(operator, b)
+    true = (b - (matrix @ solution.value.unsqueeze(-1)).squeeze(-1)).norm() / b.norm()
+    assert 1e-5 < true < 1e-3
+    assert solution.residual.item() == pytest.approx(true.item(), rel=1e-2)
+    assert solution.products == operator.products == 12

@@ -67,6 +67,14 @@ def test_a_series_that_diverges_is_a_breakdown():
     assert status.tolist() == [Status.BREAKDOWN] * 3
 
 
+@pytest.mark.parametrize(("growth", "status"), [(1e-12, "MAX_STEPS"), (1e-6, "BREAKDOWN")])
+def test_a_residual_that_grows_by_round_off_alone_does_not_diverge(growth, status):
+    matrix = symmetric([[1.0 + growth / 2] * 3])  # I − 2A = −(1 + growth) I
+    solution = Neumann(terms=7, scale=2.0).solve(Matrix(matrix), randn(1, 3, seed=1))
+    assert solution.status.tolist() == [Status[status]]
+    assert relative_error(solution.residual, torch.ones(1)) < 1e-10
+
+
 def test_negative_curvature_is_reported_though_the_residual_is_unchanged():
     matrix = symmetric([[-1.0, 1.0, 2.0, 3.0]])
     b = torch.linalg.eigh(matrix).eigenvectors[:, :, 0]
