@@ -165,6 +165,19 @@ def test_convergence_is_newtons_and_quadratic():
     assert end.gradient_norm.max() < 1e-11
 
 
+@pytest.mark.parametrize("unit", [2.0**20, 2.0**-20])
+def test_a_loss_in_other_units_has_the_same_steps(unit):
+    """With a forcing term of its own. Powers of two do not round."""
+    loss = wavy()
+    loop = NewtonCG(steps=8, forcing=0.1, tol=None)
+    expected = run(loop, loss, START, keep=True)
+    scaled = run(loop, lambda params, t: unit * loss(params, t), START, keep=True)
+    for before, after in zip(expected.iterates, scaled.iterates, strict=True):
+        assert torch.equal(joined(after), joined(before))
+    assert torch.equal(scaled.gradient_norm, unit * expected.gradient_norm)
+    assert torch.equal(scaled.steps, expected.steps)
+
+
 def test_a_refused_step_moves_nothing_and_the_next_is_a_quarter_as_long():
     """Newton's step on √(1 + x²) from x = 2 is to −8, uphill; from 0.5 it is to −0.125."""
     start = point([2.0], [0.5])

@@ -101,6 +101,44 @@ def test_single_precision_reaches_its_own_round_off(name, system):
     assert float(solution.residual) < 1e-5 or expected is NEGATIVE
 
 
+ASYMMETRIC = symmetric(DEFINITE) + 0.5 * torch.triu(randn(12, 12, seed=5), 1)
+WITHOUT_UNITS = [
+    CG(**LIMITS),
+    CG(**LIMITS, negative="minres"),
+    MINRES(**LIMITS),
+    GMRES(**LIMITS),
+    Lanczos(**LIMITS),
+    Auto(**LIMITS, dense=0),
+    Dense(),
+    Neumann(),
+    OneStep(),
+    Richardson(steps=3),
+]
+
+
+@pytest.mark.parametrize("unit", [2.0**40, 2.0**-40])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        symmetric(DEFINITE),
+        symmetric(INDEFINITE),
+        symmetric(SINGULAR),
+        symmetric(torch.logspace(-8, 0, 12).unsqueeze(0)),
+        ASYMMETRIC,
+    ],
+    ids=["definite", "indefinite", "singular", "ill-conditioned", "asymmetric"],
+)
+@pytest.mark.parametrize("solver", WITHOUT_UNITS, ids=str)
+def test_a_system_in_other_units_is_solved_by_the_same_numbers(solver, matrix, unit):
+    """Powers of two do not round, so a threshold that forgets the size of A is all that differs."""
+    b = randn(1, 12, seed=3)
+    expected, scaled = (solver.solve(Matrix(factor * matrix), b) for factor in (1.0, unit))
+    assert torch.equal(unit * scaled.value, expected.value)
+    assert torch.equal(scaled.rayleigh / unit, expected.rayleigh)
+    assert torch.equal(scaled.residual, expected.residual)
+    assert (scaled.status, scaled.products) == (expected.status, expected.products)
+
+
 @pytest.mark.parametrize("condition", [1e10, 1e14])
 @pytest.mark.parametrize("kind", [CG, MINRES])
 def test_an_ill_conditioned_system_has_its_true_residual(kind, condition):
