@@ -31,6 +31,14 @@ def test_a_factor_that_round_off_let_through_is_not_used():
     torch.testing.assert_close(solution.value, expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize(("share", "status"), [(0.75, "BREAKDOWN"), (1.5, "CONVERGED")])
+def test_an_eigenvalue_below_n_units_of_round_off_is_zero(share, status):
+    smallest = share * 2 * torch.finfo(torch.float64).eps
+    matrix = torch.diag(torch.tensor([1.0, smallest], dtype=torch.float64))[None]
+    solution = Dense().solve(Matrix(matrix), torch.ones(1, 2, dtype=torch.float64))
+    assert solution.status.tolist() == [Status[status]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_a_zero_eigenvalue_is_seen_whatever_the_pivots_are(n, dtype):

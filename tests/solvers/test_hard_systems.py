@@ -177,3 +177,23 @@ def test_a_residual_near_round_off_is_computed_by_one_product_more(kind):
     assert 1e-5 < true < 1e-3
     assert solution.residual.item() == pytest.approx(true.item(), rel=1e-2)
     assert solution.products == operator.products == 12
+
+
+@pytest.mark.parametrize(
+    ("solver", "residual", "status"),
+    [
+        (Richardson(scale=1.9, warm=False), 0.9, MAX_STEPS),
+        (Richardson(scale=2.1, warm=False), 1.1, BREAKDOWN),
+        (Nystrom(rank=1, rho=1 / 1.9), 0.9, MAX_STEPS),
+        (Nystrom(rank=1, rho=1 / 2.1), 1.1, BREAKDOWN),
+        (Nystrom(rank=1, rho=1 / 1.9, chunk=1), 0.9, MAX_STEPS),
+        (Nystrom(rank=1, rho=1 / 2.1, chunk=1), 1.1, BREAKDOWN),
+    ],
+    ids=str,
+)
+def test_a_result_that_is_worse_than_zero_is_a_breakdown(solver, residual, status):
+    """On A = I, with a b that a sketch of one column does not reach: x is b times a number."""
+    b = torch.ones(1, 400, dtype=torch.float64)
+    solution = solver.solve(Matrix(torch.eye(400, dtype=torch.float64).unsqueeze(0)), b)
+    assert float(solution.residual) == pytest.approx(residual, rel=2e-3)
+    assert solution.status.tolist() == [status]

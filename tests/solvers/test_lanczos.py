@@ -48,6 +48,17 @@ def test_a_stored_basis_keeps_the_digits_that_cg_loses():
     assert relative_error(lanczos.value, exact) < 0.01 * relative_error(cg.value, exact)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_it_goes_on_from_where_a_space_is_exhausted(seed):
+    """A is too ill-conditioned for single precision to solve in one space of all 12 dimensions."""
+    matrix = symmetric(torch.logspace(-4, 0, 12).unsqueeze(0)).float()
+    b = randn(1, 12, seed=seed).float()
+    one, several = (Lanczos(steps, tol=1e-6).solve(Matrix(matrix), b) for steps in (12, 60))
+    assert one.products == 13
+    assert several.products > 2 * 12
+    assert several.residual <= one.residual
+
+
 def test_each_task_stays_where_it_ended():
     one_value = torch.full((12,), 3.0)
     two_values = torch.cat([torch.ones(6), 5 * torch.ones(6)])
