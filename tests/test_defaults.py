@@ -1,4 +1,4 @@
-"""The defaults of what users choose: a change of one changes everybody's results."""
+"""The defaults of what users choose, and how it is written."""
 
 from inspect import signature
 from operator import attrgetter

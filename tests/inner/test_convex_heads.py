@@ -258,8 +258,8 @@ def test_newton_is_damped_where_full_steps_diverge():
 
 
 @pytest.mark.parametrize(("gain", "end"), [(0.5e-4, -0.5), (1.5e-4, -1.0)])
-def test_newton_halves_a_step_that_decreases_the_loss_too_little(gain, end):
-    """A full step has to gain 1e-4 of the slope, which is 1. The loop ends after its first step."""
+def test_newton_halves_a_step_unless_the_loss_falls_by_1e_4_of_the_slope(gain, end):
+    """The slope is 1, and the loop ends after its first step."""
 
     class Barely:
         rows = torch.zeros(1, 1, 1, dtype=torch.float64)

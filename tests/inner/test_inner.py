@@ -322,9 +322,10 @@ def test_lbfgs_takes_gradients_in_any_memory_layout():
     assert (gradient_norm(end.params) <= 1e-6).all()
 
 
-def test_lbfgs_without_a_tolerance_ends_where_the_gradient_is_zero():
+@pytest.mark.parametrize("lowest", [0.0, 1.0])
+def test_lbfgs_without_a_tolerance_ends_where_the_gradient_is_zero(lowest):
     def quadratic_loss(params, _):
-        return 1 + (params["w"] - 3).square().sum(1)
+        return lowest + (params["w"] - 3).square().sum(1)
 
     start = {"w": torch.full((1, 2), 3.0)}
     end = LBFGS(steps=50, tol=None).run(quadratic_loss, start, {}, differentiated_steps=0)

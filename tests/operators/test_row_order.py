@@ -159,10 +159,10 @@ def test_the_rest_for_rows_that_nothing_reaches_is_that_of_each_task():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_rows_of_two_examples_each_weigh_the_same():
-    """A layer may see the three pairs of three examples two at a time, with one number each."""
-    weights = torch.tensor([[0.5, 0.5]])
-    weighted = torch.full((1, 3, 1, 1), 0.5)  # (3/2) · (1/3)
+def test_rows_of_another_number_than_the_examples_weigh_the_same():
+    """A layer may see the three pairs of two examples, each of which has one number."""
+    weights = torch.tensor([[0.4, 0.6]])
+    weighted = torch.tensor([0.4, 0.5, 0.6]).reshape(1, 3, 1, 1)
     probes = torch.stack([torch.ones(1, 3, 1, 1), weighted]).sqrt()
     assert ordered_weights(weights, probes).flatten().tolist() == pytest.approx([1 / 3] * 3)
 

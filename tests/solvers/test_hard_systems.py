@@ -15,6 +15,7 @@ from metaimplicit.solvers import (
     NystromCG,
     OneStep,
     Richardson,
+    SolverState,
     Status,
 )
 
@@ -156,19 +157,55 @@ def test_an_ill_conditioned_system_has_its_true_residual(kind, condition):
                 assert solution.status.item() == BREAKDOWN
 
 
-@pytest.mark.parametrize("tol", [0.0, 1e-15])
 @pytest.mark.parametrize("kind", [MINRES, GMRES])
-def test_a_tolerance_below_round_off_is_no_breakdown(kind, tol):
+def test_a_tolerance_below_round_off_is_no_breakdown(kind):
     """The Krylov space ends after three steps, with a residual that is round-off."""
     matrix = symmetric(torch.tensor([[0.01, 0.1, 1.0]]))
     for seed in range(5):
-        solution = kind(max_steps=9, tol=tol).solve(Matrix(matrix), randn(1, 3, seed=seed))
+        solution = kind(max_steps=9, tol=0.0).solve(Matrix(matrix), randn(1, 3, seed=seed))
         assert solution.status.item() == MAX_STEPS
         assert 0 < solution.residual.item() < 1e-12
 
 
+@pytest.mark.parametrize("tol", [0.0, 1e-6])
+@pytest.mark.parametrize(
+    ("dtype", "diagonal", "b"),
+    [
+        (torch.float64, [0.0, 1.0, 2.0], [0.3, 0.3, 1e-9]),
+        (torch.float64, [2.0, 2.0, 0.0], [1.0, 0.3, 1e-3]),
+        (torch.float32, [0.0, 1.0, -1.0], [1.0, 1e-5, 0.3]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [MINRES, GMRES])
+def test_a_singular_system_whose_space_ends_is_a_breakdown(kind, dtype, diagonal, b, tol):
+    """The recurrence says that the residual is round-off, and x is round-off of 1/0."""
+    matrix = torch.diag(torch.tensor(diagonal, dtype=dtype))[None]
+    solution = kind(max_steps=9, tol=tol).solve(Matrix(matrix), torch.tensor([b], dtype=dtype))
+    assert solution.status.tolist() == [BREAKDOWN]
+    assert solution.residual > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tol", "seed", "shift"),
+    [(torch.float32, 1e-6, 1038, 1e-3), (torch.float64, 0.0, 788, 1e-5)],
+    ids=str,
+)
+def test_a_singular_system_is_a_breakdown_from_its_least_squares_solution_as_well(
+    dtype, tol, seed, shift
+):
+    path = torch.diag(torch.ones(3), 1)
+    path = (path + path.T).double()
+    laplacian = torch.diag(path.sum(0)) - path
+    b = laplacian @ randn(4, seed=seed) + shift  # of which the shift has no solution
+    state = SolverState((torch.linalg.pinv(laplacian) @ b).to(dtype)[None])
+    operator = Matrix(laplacian.to(dtype)[None])
+    solution = MINRES(30, tol).solve(operator, b.to(dtype)[None], state=state)
+    assert solution.status.tolist() == [BREAKDOWN]
+
+
 @pytest.mark.parametrize("kind", [CG, MINRES, GMRES])
-def test_a_residual_near_round_off_is_computed_by_one_product_more(kind):
+def test_a_residual_below_the_root_of_round_off_is_computed_by_one_product_more(kind):
     matrix = symmetric(torch.logspace(-1, 0, 12).unsqueeze(0)).float()
     operator = Matrix(matrix)
     b = randn(1, 12, seed=0).float()

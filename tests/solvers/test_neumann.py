@@ -68,7 +68,7 @@ def test_a_series_that_diverges_is_a_breakdown():
 
 
 @pytest.mark.parametrize(("growth", "status"), [(1e-12, "MAX_STEPS"), (1e-6, "BREAKDOWN")])
-def test_a_residual_that_grows_by_round_off_alone_does_not_diverge(growth, status):
+def test_a_series_diverges_if_its_residual_grows_by_more_than_round_off(growth, status):
     matrix = symmetric([[1.0 + growth / 2] * 3])  # I − 2A = −(1 + growth) I
     solution = Neumann(terms=7, scale=2.0).solve(Matrix(matrix), randn(1, 3, seed=1))
     assert solution.status.tolist() == [Status[status]]
