@@ -118,6 +118,13 @@ def test_the_defaults_are_those_that_results_were_measured_with(name):
     assert found == DEFAULTS[name]
 
 
+@pytest.mark.parametrize("kind", [solvers.Nystrom, solvers.NystromCG])
+def test_the_generator_of_a_sketch_is_no_part_of_what_a_solver_is(kind):
+    drawn = kind(generator=torch.Generator())
+    assert drawn == kind()
+    assert repr(drawn) == repr(kind())
+
+
 @pytest.mark.parametrize(
     "loop",
     [inner.Ridge(), inner.Newton(), inner.NoSteps(), inner.KnownSolution({})],

@@ -88,6 +88,8 @@ class OutputLikelihood:
         >>> likelihood.scores("exact").squeeze()
         tensor([[1., 0.],
                 [0., 1.]])
+        >>> likelihood.scores("monte-carlo").shape  # one draw
+        torch.Size([1, 1, 1, 2])
     """
 
     family: Family

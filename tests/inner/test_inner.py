@@ -243,6 +243,22 @@ def test_iterates_are_kept_on_demand_alone(loop):
             assert torch.equal(kept[-1][name], p)
 
 
+@pytest.mark.parametrize(
+    ("loop", "where"),
+    [
+        (GradientDescent(steps=3), -2),
+        (TorchOptimizer(torch.optim.Adam, steps=3), -2),
+        (ProximalGradient(L1Norm(0.1), steps=3), -2),
+        (NewtonCG(steps=3), -1),
+    ],
+    ids=lambda loop: type(loop).__name__,
+)
+def test_the_gradient_norm_is_that_of_each_task_where_the_loop_took_it_last(loop, where):
+    end = loop.run(loss, START, {}, differentiated_steps=0, keep_iterates=True)
+    torch.testing.assert_close(end.gradient_norm, gradient_norm(end.iterates[where]))
+    assert end.steps.tolist() == [3] * TASKS
+
+
 def test_undifferentiated_steps_leave_no_graph():
     """Without differentiated steps, the optimiser's state must not chain the steps together."""
     seen = []

@@ -126,6 +126,17 @@ def test_ritz_vectors_that_solve_worse_or_slower_are_dropped(steps, tol, same_ma
         assert 1.2 * residual < solution.residual <= 0.1
 
 
+def test_lanczos_goes_on_where_recycled_vectors_meet_negative_curvature():
+    solver = Auto(80, dense=0)
+    state = solver.solve(Matrix(symmetric(DEFINITE)), B, state=ZERO_STATE).state
+    indefinite = symmetric(DEFINITE - 0.3)
+    solution = solver.solve(Matrix(indefinite), B, state=state)
+    assert solution.chosen.startswith("CG with recycled Ritz vectors")
+    assert solution.status.tolist() == [Status.CONVERGED]
+    assert solution.rayleigh < 0
+    assert relative_error(solution.value[0], torch.linalg.solve(indefinite[0], B[0])) < 1e-4
+
+
 def test_of_an_indefinite_task_no_ritz_vector_is_kept():
     matrix = symmetric(BOTH)
     b = randn(2, 40, seed=1)
