@@ -14,6 +14,8 @@ def functions_of(module):
             continue
         members = vars(value).items() if inspect.isclass(value) else [("", value)]
         for member, function in members:
+            if member.startswith("__annotate"):  # Python's own
+                continue
             for inner in ("__func__", "fget"):  # of a class or static method, of a property
                 function = getattr(function, inner, function)
             function = inspect.unwrap(function)  # of a cache

@@ -27,8 +27,7 @@ class GMRES(Solver):
 
     K steps from zero give the x in span{b, Ab, …, A^{K−1}b} with the smallest ‖b − Ax‖, so the
     residual never grows. It keeps K + 1 vectors of the size of b. On a singular system it ends
-    where the residual is smallest in that span, with the status BREAKDOWN if one beyond round-off
-    is left.
+    where the residual is smallest in that span, with the status BREAKDOWN if one is left.
 
     Args:
         max_steps: Steps at most, ≥ 1, with one product each. A state costs one product more, and
@@ -65,7 +64,6 @@ class GMRES(Solver):
         qr = _HessenbergQR(residual)
         eps = torch.finfo(r.dtype).eps
         broken = torch.zeros_like(progress.active)
-        exhausted = torch.zeros_like(progress.active)
 
         for step in range(self.max_steps):
             if all_ended(progress.active, step):
@@ -80,22 +78,20 @@ class GMRES(Solver):
             residual = torch.where(progress.active & ~singular, qr.residual, residual)
 
             # With h_{k+1,k} = 0 the Krylov space does not grow any further.
-            exhausted = exhausted | (progress.active & (column[:, -1:] <= 10 * eps * size))
-            broken = broken | singular
+            exhausted = progress.active & (column[:, -1:] <= 10 * eps * size)
+            broken = broken | singular | (exhausted & (residual > self.tol))
             progress.stop(singular | exhausted | ~(residual > self.tol))
 
         x = start + arnoldi.combine(qr.coordinates())
-        small = max(self.tol, eps**0.5)
-        doubtful = (residual <= small) | broken | exhausted
+        doubtful = (residual <= max(self.tol, eps**0.5)) | broken
         residual = progress.recompute_residual(
             system,
             x,
             residual,
             doubtful=doubtful,
         )
-        broken = (broken & (residual > self.tol)) | (exhausted & (residual > small))
         worse_than_zero = residual > 1 + eps**0.5
-        exceptions = {Status.BREAKDOWN: broken | worse_than_zero}
+        exceptions = {Status.BREAKDOWN: (broken & (residual > self.tol)) | worse_than_zero}
         return progress.solution(x, residual, final_status(residual, self.tol, exceptions))
 
 

@@ -28,7 +28,7 @@ class MINRES(Solver):
 
     K steps from zero give the x in span{b, Ab, …, A^{K−1}b} with the smallest ‖b − Ax‖, so the
     residual never grows. On a singular system it ends at a least-squares solution, with the status
-    BREAKDOWN if that leaves a residual beyond round-off.
+    BREAKDOWN if that leaves a residual.
 
     Args:
         max_steps: Steps at most, ≥ 1, with one product each. A state costs one product more, and
@@ -66,7 +66,6 @@ class MINRES(Solver):
         w_old = torch.zeros_like(x)
         eps = torch.finfo(x.dtype).eps
         broken = torch.zeros_like(progress.active)
-        exhausted = torch.zeros_like(progress.active)
 
         for step in range(self.max_steps):
             if all_ended(progress.active, step):
@@ -94,22 +93,20 @@ class MINRES(Solver):
             residual = torch.where(progress.active, column.sine * residual, residual)
 
             # With β = 0 the Krylov space does not grow any further.
-            exhausted = exhausted | (progress.active & (beta <= 10 * eps * lanczos.size))
-            broken = broken | stalled
+            exhausted = progress.active & (beta <= 10 * eps * lanczos.size)
+            broken = broken | stalled | (exhausted & (residual > max(self.tol, 10 * eps)))
             progress.stop(exhausted | ~(residual > self.tol))
 
         drift = eps * (lanczos.size * norm(x)).square()
-        small = max(self.tol, eps**0.5)
-        doubtful = (residual <= small) | broken | exhausted | (drift > 0.1 * residual)
+        doubtful = (residual <= max(self.tol, eps**0.5)) | broken | (drift > 0.1 * residual)
         residual = progress.recompute_residual(
             system,
             x,
             residual,
             doubtful=doubtful,
         )
-        broken = (broken & (residual > self.tol)) | (exhausted & (residual > small))
         worse_than_zero = residual > 1 + eps**0.5
-        exceptions = {Status.BREAKDOWN: broken | worse_than_zero}
+        exceptions = {Status.BREAKDOWN: (broken & (residual > self.tol)) | worse_than_zero}
         return progress.solution(x, residual, final_status(residual, self.tol, exceptions))
 
 

@@ -28,10 +28,11 @@ META = INITIAL | {"strength": torch.tensor(0.3, dtype=torch.float64)}
 LEFT_OUT = {"first-order", "reptile", "kfac", "ekfac", "t1-t2", "f2sa"}
 CASES = {name: method for name, method in METHODS.items() if name not in LEFT_OUT} | {
     "cg to the end": Implicit(CG(30, 1e-10), check_curvature=True),
-    "gauss-newton": Implicit(CG(9), curvature="gauss-newton", check_curvature=True),
+    "gauss-newton to the end": Implicit(CG(40, 1e-8), curvature="gauss-newton"),
+    "gauss-newton and the hessian": Implicit(CG(9), curvature="gauss-newton", check_curvature=True),
     "finite differences": Implicit(CG(9), products="finite-differences"),
-    "minres": Implicit(MINRES(9)),
-    "lanczos": Implicit(Lanczos(9)),
+    "nine steps of minres": Implicit(MINRES(9)),
+    "nine steps of lanczos": Implicit(Lanczos(9)),
     "auto without a matrix": Implicit(Auto(9, dense=0)),
 }
 
@@ -47,7 +48,6 @@ UNITS = {
     "inner_gradient_norm": (1, 0),
     "rayleigh": (1, 0),
     "sigma": (1, 0),
-    "rho": (1, 0),
     "error_bound": (-1, 1),
 }
 

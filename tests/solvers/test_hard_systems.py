@@ -15,7 +15,6 @@ from metaimplicit.solvers import (
     NystromCG,
     OneStep,
     Richardson,
-    SolverState,
     Status,
 )
 
@@ -157,17 +156,6 @@ def test_an_ill_conditioned_system_has_its_true_residual(kind, condition):
                 assert solution.status.item() == BREAKDOWN
 
 
-@pytest.mark.parametrize("kind", [MINRES, GMRES])
-def test_a_tolerance_below_round_off_is_no_breakdown(kind):
-    """The Krylov space ends after three steps, with a residual that is round-off."""
-    matrix = symmetric(torch.tensor([[0.01, 0.1, 1.0]]))
-    for seed in range(5):
-        solution = kind(max_steps=9, tol=0.0).solve(Matrix(matrix), randn(1, 3, seed=seed))
-        assert solution.status.item() == MAX_STEPS
-        assert 0 < solution.residual.item() < 1e-12
-
-
-@pytest.mark.parametrize("tol", [0.0, 1e-6])
 @pytest.mark.parametrize(
     ("dtype", "diagonal", "b"),
     [
@@ -178,30 +166,12 @@ def test_a_tolerance_below_round_off_is_no_breakdown(kind):
     ids=str,
 )
 @pytest.mark.parametrize("kind", [MINRES, GMRES])
-def test_a_singular_system_whose_space_ends_is_a_breakdown(kind, dtype, diagonal, b, tol):
-    """The recurrence says that the residual is round-off, and x is round-off of 1/0."""
+def test_a_singular_system_of_few_unknowns_is_a_breakdown(kind, dtype, diagonal, b):
+    """The residual by recurrence may be round-off there."""
     matrix = torch.diag(torch.tensor(diagonal, dtype=dtype))[None]
-    solution = kind(max_steps=9, tol=tol).solve(Matrix(matrix), torch.tensor([b], dtype=dtype))
+    solution = kind(max_steps=9, tol=0.0).solve(Matrix(matrix), torch.tensor([b], dtype=dtype))
     assert solution.status.tolist() == [BREAKDOWN]
     assert solution.residual > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tol", "seed", "shift"),
-    [(torch.float32, 1e-6, 1038, 1e-3), (torch.float64, 0.0, 788, 1e-5)],
-    ids=str,
-)
-def test_a_singular_system_is_a_breakdown_from_its_least_squares_solution_as_well(
-    dtype, tol, seed, shift
-):
-    path = torch.diag(torch.ones(3), 1)
-    path = (path + path.T).double()
-    laplacian = torch.diag(path.sum(0)) - path
-    b = laplacian @ randn(4, seed=seed) + shift  # of which the shift has no solution
-    state = SolverState((torch.linalg.pinv(laplacian) @ b).to(dtype)[None])
-    operator = Matrix(laplacian.to(dtype)[None])
-    solution = MINRES(30, tol).solve(operator, b.to(dtype)[None], state=state)
-    assert solution.status.tolist() == [BREAKDOWN]
 
 
 @pytest.mark.parametrize("kind", [CG, MINRES, GMRES])

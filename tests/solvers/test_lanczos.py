@@ -55,7 +55,7 @@ def test_it_goes_on_from_where_a_space_is_exhausted(seed):
     b = randn(1, 12, seed=seed).float()
     one, several = (Lanczos(steps, tol=1e-6).solve(Matrix(matrix), b) for steps in (12, 60))
     assert one.products == 13
-    assert several.products > 2 * 12
+    assert several.products > one.products
     assert several.residual <= one.residual
 
 
