@@ -189,6 +189,16 @@ def test_single_precision_stays_single(solver):
 
 
 @every_solver
+def test_a_system_in_half_precision_is_solved(solver):
+    """With vectors in single precision, unless the operator knows its inverse."""
+    operator = DiagonalMatrix(VALUES.bfloat16())
+    half = solve(solver, operator, B.bfloat16())
+    assert half.value.dtype == torch.bfloat16
+    exact = solve(solver, DiagonalMatrix(VALUES.bfloat16().double()), B.bfloat16().double())
+    assert relative_error(half.value.double(), exact.value) < 0.02
+
+
+@every_solver
 def test_arguments_that_do_not_fit_are_refused(solver):
     operator = DiagonalMatrix(VALUES)
     with pytest.raises(ValueError, match=r"b: got shape \(12,\), expected \(3, 12\)"):
@@ -210,6 +220,16 @@ def test_arguments_that_do_not_fit_are_refused(solver):
         name = type(solver).__name__
         with pytest.raises(ValueError, match=f"preconditioner: {name} takes none; use CG"):
             solver.solve(operator, B, preconditioner=lambda r: r)
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(), MINRES(), GMRES(), Lanczos(), Neumann(), NystromCG(rank=1)], ids=str
+)
+def test_a_last_solution_that_a_maps_to_zero_is_dropped(solver):
+    operator = DiagonalMatrix(torch.tensor([[0.0, 1.0]], dtype=torch.float64) + 1e-300)
+    state = SolverState(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+    b = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    assert solve(solver, operator, b, state=state).value[0, 0] == 0
 
 
 @every_solver

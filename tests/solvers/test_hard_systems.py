@@ -204,3 +204,16 @@ def test_a_result_that_is_worse_than_zero_is_a_breakdown(solver, residual, statu
     solution = solver.solve(Matrix(torch.eye(400, dtype=torch.float64).unsqueeze(0)), b)
     assert float(solution.residual) == pytest.approx(residual, rel=2e-3)
     assert solution.status.tolist() == [status]
+
+
+@pytest.mark.parametrize("kind", [MINRES, GMRES])
+def test_a_step_that_gains_nothing_is_no_breakdown(kind):
+    """The residual stays 1, up to round-off, since bᵀAb = 0 and one step moves along b alone."""
+    residuals = []
+    for seed in range(20):
+        matrix = symmetric(torch.tensor([[1.0, -1.0, 2.0]]), seed=seed)
+        vectors = torch.linalg.eigh(matrix).eigenvectors[0]  # of −1, 1 and 2
+        solution = kind(1, tol=1e-8).solve(Matrix(matrix), (vectors[:, 0] + vectors[:, 1])[None])
+        assert solution.status.tolist() == [MAX_STEPS]
+        residuals.append(float(solution.residual))
+    assert residuals == pytest.approx([1.0] * 20, abs=1e-12)

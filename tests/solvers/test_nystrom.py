@@ -10,7 +10,7 @@ from solver_cases import SPECTRA, DiagonalMatrix, positive_systems
 from metaimplicit import Nystrom
 from metaimplicit.operators import Identity
 from metaimplicit.solvers import NystromCG, Status
-from metaimplicit.solvers.low_rank import LowRank, Probes
+from metaimplicit.solvers.low_rank import LowRank, Probes, is_indefinite
 
 EYE = torch.eye(12, dtype=torch.float64)
 
@@ -237,3 +237,20 @@ def test_a_shift_of_zero_is_refused():
     b = torch.ones(1, 2).double()
     with pytest.raises(ValueError, match=r"got σ \+ ρ = 0.0, expected > 0"):
         Nystrom(rank=1, rho=0.0).solve(operator, b)
+
+
+def test_a_negative_eigenvalue_below_the_root_of_round_off_is_none():
+    eigenvalues = torch.tensor([[1.0, -1e-9], [1.0, -1e-7], [1e-6, -1e-9]], dtype=torch.float64)
+    assert is_indefinite(1 / eigenvalues, torch.float64).tolist() == [False, True, True]
+    assert is_indefinite(1 / eigenvalues, torch.float32).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_of_full_rank_it_has_converged(chunk):
+    """The residual is beyond ε, as the rank is decided by its root, but far below that root."""
+    matrix = symmetric(torch.logspace(-3, 0, 12).unsqueeze(0))
+    b = randn(1, 12, seed=1)
+    operator = Matrix(matrix) + Identity(b, 1e-2)
+    solution = Nystrom(rank=12, chunk=chunk).solve(operator, b)
+    assert 1e-15 < solution.residual < 1e-9
+    assert solution.status.tolist() == [Status.CONVERGED]

@@ -41,6 +41,16 @@ def test_the_estimate_of_a_multiple_of_the_identity_is_exact(steps, length):
     torch.testing.assert_close(estimate, expected, rtol=1e-12, atol=0)
 
 
+def test_the_scale_takes_five_products_at_first_and_one_later():
+    matrix = symmetric([[1.0, 2.0, 4.0]])
+    b = randn(1, 3, seed=1)
+    solver = Richardson(steps=3)
+    first = solver.solve(Matrix(matrix), b)
+    second = solver.solve(Matrix(matrix), b, state=first.state)
+    # Three steps, of which the first from zero takes no product, and the residual.
+    assert (first.products, second.products) == (5 + 2 + 1, 1 + 3 + 1)
+
+
 @pytest.mark.parametrize(
     "solver",
     [Richardson(), Richardson(steps=3), Nystrom(rank=3, rho=0.1, refresh=100)],

@@ -117,6 +117,21 @@ def test_the_ratio_is_that_of_the_reductions(before, after, predicted, expected)
     assert ratio == expected or ratio == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("after", "predicted", "expected"),
+    [
+        (1.0, 1e-9, 0.5),  # round-off hides the fall
+        (1.0, 1e-7, 0.0),  # it would have been seen
+        (1.0, -1e-9, -math.inf),
+        (2.0, 1e-9, -1e9),
+    ],
+)
+def test_the_ratio_of_a_fall_that_round_off_hides_is_a_half(after, predicted, expected):
+    numbers = [torch.tensor(x, dtype=torch.float64) for x in (1.0, after, predicted)]
+    ratio = float(reduction_ratio(*numbers, eps=0.0, roundoff=1e-8))
+    assert ratio == expected or ratio == pytest.approx(expected, rel=1e-6)
+
+
 def test_at_round_off_the_ratio_tends_to_one():
     eps = torch.finfo(torch.float64).eps
     before = torch.tensor(1e8).double()
