@@ -320,3 +320,15 @@ def test_a_number_out_of_range_is_refused_by_name(kind, options):
         kind(**options)
     with pytest.raises(ValueError, match=rf"{kind.__name__} {argument}: got .*expected"):
         replace(kind(), **options)
+
+
+@pytest.mark.parametrize(("error", "status"), [(1e-10, "CONVERGED"), (1e-6, "MAX_STEPS")])
+def test_an_inverse_is_exact_if_its_residual_is_below_the_root_of_round_off(error, status):
+    class Nearly(DiagonalMatrix):
+        def inverse(self, vector, shift):
+            return (1 + error) * super().inverse(vector, shift)
+
+    core = Nearly(VALUES)
+    solution = Factored().solve(core + Identity(core, 1.0), B)
+    assert solution.status.tolist() == [Status[status]] * 3
+    assert torch.allclose(solution.residual, torch.full((3,), error).double(), rtol=1e-4)

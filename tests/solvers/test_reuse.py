@@ -7,6 +7,7 @@ import torch
 from oracles import Matrix, generator, krylov_minimiser, randn, relative_error, symmetric
 
 from metaimplicit import CG, Neumann, Nystrom
+from metaimplicit.operators import Identity
 from metaimplicit.solvers import MINRES, Auto, Lanczos, NystromCG, Richardson, SolverState
 from metaimplicit.solvers.low_rank import LowRank, Probes
 
@@ -216,3 +217,48 @@ def test_a_drifting_sequence_costs_less_than_half_of_cold_cg(solver):
         state = solution.state
         warm_products += solution.products
     assert warm_products < 0.5 * cold_products
+
+
+# in other units
+
+SEQUENTIAL = [
+    Auto(60, dense=0),
+    Lanczos(9, recycle=True),
+    Nystrom(rank=4),
+    Nystrom(rank=4, sketch="gaussian", refresh=3),
+    Nystrom(rank=5, chunk=2),
+    Nystrom(rank=4, tol=0.1, refresh=2),
+    NystromCG(rank=4, max_steps=6, refresh=2),
+    NystromCG(rank=4, sketch="columns", max_steps=30),
+    Richardson(steps=2),
+]
+
+
+@pytest.mark.parametrize("unit", [2.0**40, 2.0**-40])
+@pytest.mark.parametrize(
+    "spectrum",
+    [torch.logspace(-2, 0, 24), torch.linspace(-1, 5, 24), torch.linspace(2, 300, 24)],
+    ids=["definite", "indefinite", "large"],
+)
+@pytest.mark.parametrize("solver", SEQUENTIAL, ids=str)
+def test_a_sequence_of_systems_in_other_units_is_solved_by_the_same_numbers(solver, spectrum, unit):
+    """Powers of two do not round, so a threshold that forgets the size of A is all that differs."""
+
+    def sequence(factor):
+        torch.manual_seed(0)  # of sketches
+        matrix = factor * symmetric(spectrum.unsqueeze(0))
+        state = SolverState(torch.zeros(1, 24, dtype=torch.float64))
+        solutions = []
+        for seed in range(3):
+            b = randn(1, 24, seed=seed)
+            operator = Matrix(matrix) + Identity(b, 0.5 * factor)
+            solutions.append(solver.solve(operator, b, state=state))
+            state = solutions[-1].state
+        return solutions
+
+    for expected, scaled in zip(sequence(1.0), sequence(unit), strict=True):
+        assert torch.equal(unit * scaled.value, expected.value)
+        assert torch.equal(scaled.rayleigh / unit, expected.rayleigh)
+        assert torch.equal(scaled.residual, expected.residual)
+        assert (scaled.status, scaled.chosen) == (expected.status, expected.chosen)
+        assert scaled.products == expected.products
