@@ -349,6 +349,15 @@ def test_lbfgs_without_a_tolerance_ends_where_the_gradient_is_zero(lowest):
     assert torch.equal(end.params["w"], start["w"])
 
 
+def test_lbfgs_ends_where_the_loss_is_too_small_for_units_of_its_own():
+    def quadratic_loss(params, _):
+        return 1e-32 * (1 + (params["w"] - 3).square().sum(1))
+
+    start = {"w": torch.zeros(1, 2, dtype=torch.float64)}
+    end = LBFGS(steps=50, tol=None).run(quadratic_loss, start, {}, differentiated_steps=0)
+    assert end.steps.tolist() == [1]
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 @pytest.mark.parametrize("by", [torch.mul, torch.add], ids=["gradient", "value"])
 def test_lbfgs_solves_the_other_tasks_beside_one_that_is_not_finite(broken, by):
