@@ -91,6 +91,8 @@ def random_outputs(z: Tensor, seed: int) -> Tensor:
     Example:
         >>> bool((random_outputs(torch.full((1, 50), 0.5), seed=0) < 0).any())
         False
+        >>> bool((random_outputs(torch.full((1, 50), 1.5), seed=0) < 0).any())
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     may_be_probabilities = not z.is_complex() and bool(((z >= 0) & (z <= 1)).all())

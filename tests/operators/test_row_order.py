@@ -9,6 +9,7 @@ from torch import nn
 
 from metaimplicit.operators import KroneckerFactored
 from metaimplicit.operators.layers import ordered_weights
+from metaimplicit.operators.loss_scores import loss_scores
 from metaimplicit.optim import KFAC
 
 M = 5
@@ -187,3 +188,19 @@ def test_rows_that_reach_neighbours_a_little_are_in_the_order_of_the_loss(positi
     found = ordered_weights(weights, torch.stack([torch.ones_like(rows), rows]).sqrt())
     expected = weights.unsqueeze(-1).expand(1, 4, positions) / positions
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("excess", "has_probes"), [(1e-10, False), (1e-6, True)])
+def test_rows_are_probed_only_if_examples_have_other_weights(excess, has_probes):
+    """Up to the root of round-off, weights are equal."""
+    weights = torch.ones(4).double()
+    weights[0] += excess
+    result = loss_scores(
+        lambda z: (weights[:, None] * z.square()).sum((1, 2)),
+        torch.zeros(1, 4, 1).double(),
+        owner="KFAC",
+        likelihood=None,
+        expectation="exact",
+        checked={},
+    )
+    assert (result.probes is not None) == has_probes
