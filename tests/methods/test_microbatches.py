@@ -430,6 +430,14 @@ def test_a_composite_may_have_any_loss_of_the_outputs():
     assert_equal_in_microbatches(logits, loss)
 
 
+def test_outputs_that_are_all_zero_are_those_of_slices():
+    """As those of a linear model at its start."""
+    fit = Composite(lambda params, meta, data: data[0] @ params["w"], loss=lambda z, d: z.sum())
+    sliced = in_microbatches(BilevelProblem(lambda m, d: ZEROS, fit, fit), SIZE, batched=False)
+    outputs = sliced.inner_loss.outputs(ZEROS, META, TRAIN)
+    assert torch.equal(outputs, fit.outputs(ZEROS, META, TRAIN))
+
+
 def test_outputs_may_hold_integers_and_none():
     def outputs(params, meta, data):
         z = logits(params, meta, data)
