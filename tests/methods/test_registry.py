@@ -22,6 +22,11 @@ def test_a_row_is_a_value_that_nothing_can_change(name):
         row.steps = None
 
 
+def test_four_methods_take_first_derivatives_alone():
+    first = {name for name, method in METHODS.items() if not method.second_derivatives}
+    assert first == {"first-order", "reptile", "sama", "f2sa"}
+
+
 def test_an_option_changes_the_solver():
     assert make_method("nystrom", rank=20) == Implicit(Nystrom(rank=20))
 
