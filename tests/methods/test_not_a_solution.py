@@ -135,6 +135,23 @@ def test_the_leftover_is_the_newton_step_beside_the_parameters():
     assert relative_leftover(zero, slope, v=zero, params={"w": theta}).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("method", ["cg", "fixed-point"])
+def test_the_leftover_is_what_the_outer_loss_of_each_task_still_changes_by(method):
+    """To first order, which for a linear g and a quadratic f is all."""
+    targets = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    problem = BilevelProblem(
+        init=lambda meta, target: {"w": torch.zeros((), dtype=torch.float64)},
+        inner_loss=lambda params, meta, target: meta["h"] * (params["w"] - target).square(),
+        outer_loss=lambda params, meta, target: 3 * params["w"],
+    )
+    meta = {"h": torch.tensor(0.7, dtype=torch.float64)}
+    inner = GradientDescent(steps=3, lr=0.1)
+    result = hypergradient(problem, meta, targets, inner=inner, method=method, batched=True)
+    left = 3 * (targets - result.params["w"])
+    assert left[0] > 1 > -1 > left[1]
+    torch.testing.assert_close(result.report.leftover, left)
+
+
 @pytest.mark.parametrize(
     ("drift", "of_theta", "of_loss"), [("", 1e-4, 1e-3), ("decoupled decay", 1e-6, 1e-6)]
 )
