@@ -165,7 +165,7 @@ def test_convergence_is_newtons_and_quadratic():
     assert end.gradient_norm.max() < 1e-11
 
 
-@pytest.mark.parametrize("unit", [2.0**20, 2.0**-20])
+@pytest.mark.parametrize("unit", [2.0**60, 2.0**-60])
 def test_a_loss_in_other_units_has_the_same_steps(unit):
     """With a forcing term of its own. Powers of two do not round."""
     loss = wavy()

@@ -384,7 +384,7 @@ def test_a_loss_that_leaves_labels_out_is_refused(masked, size):
         sliced.inner_loss({"w": randn(3, 3, seed=1)}, META, (x, labels))
 
 
-def test_labels_of_several_places_may_be_masked_in_some():
+def test_a_mean_over_places_of_which_some_are_masked_is_refused():
     """An example with one masked place weighs less than the others in a mean over places."""
     x = randn(12, 4, 3, seed=1)
     labels = torch.arange(48).reshape(12, 4) % 3

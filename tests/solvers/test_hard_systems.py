@@ -116,7 +116,7 @@ WITHOUT_UNITS = [
 ]
 
 
-@pytest.mark.parametrize("unit", [2.0**40, 2.0**-40])
+@pytest.mark.parametrize("unit", [2.0**100, 2.0**-100])
 @pytest.mark.parametrize(
     "matrix",
     [
