@@ -56,3 +56,9 @@ def blob_mnist(monkeypatch):
 
     sets = (draw(40), draw(11))
     monkeypatch.setattr(tasks, "mnist", lambda data_root=None: sets)
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_the_checkout(tmp_path_factory, monkeypatch):
+    """Runs that somebody has trained there, in runs/, are no matter."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
